@@ -1,0 +1,135 @@
+"""MoBAConfig: the hyper-parameters of MoBA, validated in one place, and the default that a launcher may set."""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+
+BACKENDS = ("auto", "triton", "reference")
+
+
+def _flag(default, help: str):
+    """A config field whose help text also serves the generated command-line flag."""
+    return field(default=default, metadata={"help": help})
+
+
+def _whole(name: str, value, minimum: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"MoBAConfig.{name} must be an int, got {value!r} of type {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"MoBAConfig.{name} must be at least {minimum}, got {value}")
+    return value
+
+
+def _parse_layers(value: str | Iterable[int]) -> tuple[str, object]:
+    """Turns the layer rule into ("none" | "all", None), ("last" | "every", n) or ("set", numbers)."""
+    expected = ("MoBAConfig.full_attention_layers must be 'none', 'all', 'last:N', 'every:N' or 1-based layer numbers "
+                f"such as '1,2,24' or (1, 2, 24); got {value!r}")
+    if isinstance(value, str):
+        text = value.strip().lower()
+        if text in ("none", ""):
+            return "none", None
+        if text == "all":
+            return "all", None
+        rule, colon, number = text.partition(":")
+        try:
+            if colon:
+                if rule not in ("last", "every") or int(number) < 1:
+                    raise ValueError(expected)
+                return rule, int(number)
+            value = [int(part) for part in text.split(",")]
+        except ValueError:
+            raise ValueError(expected) from None
+    try:
+        numbers = tuple(value)
+    except TypeError:
+        raise TypeError(expected) from None
+    if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in numbers):
+        raise ValueError(expected)
+    return "set", frozenset(numbers)
+
+
+@dataclass(frozen=True)
+class MoBAConfig:
+    """How MoBA attends, and in which layers and steps (arXiv 2502.13189, sections 2.2 and 3).
+
+    Args:
+        chunk_size: keys in a chunk, at least 1 (the Triton kernels need at least 16).
+        topk: chunks that a query attends to, its own included; 1 is the own chunk alone.
+        full_attention_layers: layers with dense causal attention: ``"none"``, ``"all"``, ``"last:N"``, ``"every:N"``
+            (each N-th layer) or 1-based global layer numbers, as a string ``"1,2,24"`` or a sequence.
+        full_attention_from_step: first training iteration (0-based) with dense attention everywhere; None for never.
+        deterministic: bitwise reproducible gradients.
+        backend: ``auto`` (Triton on CUDA, the reference elsewhere), ``triton`` or ``reference``.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range; the message names it.
+    """
+
+    chunk_size: int = _flag(512, "keys in a chunk")
+    topk: int = _flag(8, "chunks that a query attends to, its own included")
+    full_attention_layers: str | tuple[int, ...] = _flag(
+        "none", "layers with dense attention: none, all, last:N, every:N or layer numbers such as 1,2,24")
+    full_attention_from_step: int | None = _flag(None, "iteration from which every layer attends densely; unset: never")
+    deterministic: bool = _flag(False, "bitwise reproducible gradients")
+    backend: str = _flag("auto", "auto, triton or reference")
+
+    def __post_init__(self):
+        _whole("chunk_size", self.chunk_size, 1)
+        _whole("topk", self.topk, 1)
+        if self.full_attention_from_step is not None:
+            _whole("full_attention_from_step", self.full_attention_from_step, 0)
+        if not isinstance(self.deterministic, bool):
+            raise TypeError(f"MoBAConfig.deterministic must be a bool, got {self.deterministic!r}")
+        if self.backend not in BACKENDS:
+            raise ValueError(f"MoBAConfig.backend must be one of {', '.join(BACKENDS)}; got {self.backend!r}")
+        if not isinstance(self.full_attention_layers, str):
+            _parse_layers(self.full_attention_layers)
+            object.__setattr__(self, "full_attention_layers", tuple(self.full_attention_layers))
+        _parse_layers(self.full_attention_layers)
+
+    def is_full_attention(self, layer_number: int, num_layers: int) -> bool:
+        """Whether a layer attends densely.
+
+        Args:
+            layer_number: global, 1-based, as Megatron counts under pipeline parallelism.
+            num_layers: layers in the whole model.
+
+        Raises:
+            ValueError: layer_number is not in 1..num_layers, or a listed layer is beyond num_layers.
+        """
+        if not 1 <= layer_number <= num_layers:
+            raise ValueError(f"layer_number must be in 1..{num_layers} (num_layers), got {layer_number}")
+        rule, n = _parse_layers(self.full_attention_layers)
+        if rule == "last":
+            return layer_number > num_layers - n
+        if rule == "every":
+            return layer_number % n == 0
+        if rule == "set":
+            if n and max(n) > num_layers:
+                raise ValueError(f"MoBAConfig.full_attention_layers names layer {max(n)}, but the model has {num_layers}")
+            return layer_number in n
+        return rule == "all"
+
+    def is_full_step(self, iteration: int) -> bool:
+        """Whether every layer attends densely at this training iteration (0-based)."""
+        return self.full_attention_from_step is not None and iteration >= self.full_attention_from_step
+
+    def describe(self) -> str:
+        """One line with every field, for logs."""
+        return "MoBA: " + ", ".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
+
+
+_default: MoBAConfig | None = None
+
+
+def set_default_config(config: MoBAConfig | None) -> None:
+    """Sets what modules built without a config of their own use; None forgets it."""
+    global _default
+    if config is not None and not isinstance(config, MoBAConfig):
+        raise TypeError(f"config must be a MoBAConfig or None, got {type(config).__name__}")
+    _default = config
+
+
+def get_default_config() -> MoBAConfig | None:
+    """The config set by :func:`set_default_config`, or None."""
+    return _default

@@ -1,0 +1,48 @@
+"""The one place where a backend is chosen: Triton kernels or the reference, said once a process."""
+from __future__ import annotations
+
+import functools
+import logging
+from types import ModuleType
+
+import torch
+
+from ..config import BACKENDS
+
+logger = logging.getLogger("moba_megatron")
+
+
+def get_stages(backend: str, device: torch.device) -> ModuleType:
+    """The module whose functions compute the stages on a device.
+
+    Args:
+        backend: ``auto`` (Triton on CUDA, the reference elsewhere), ``triton`` or ``reference``.
+        device: where the tensors are.
+
+    Returns:
+        ``moba_megatron.kernels`` or ``moba_megatron.reference``.
+
+    Raises:
+        ValueError: backend is unknown, or Triton cannot run on this device.
+        ImportError: Triton was asked for and is not installed.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    return _stages(backend, torch.device(device).type)
+
+
+@functools.lru_cache(maxsize=None)
+def _stages(backend: str, device_type: str) -> ModuleType:
+    name, reason = backend, "asked for"
+    if backend == "auto":
+        name = "triton" if device_type == "cuda" else "reference"
+        reason = f"backend=auto on {device_type}"
+    if name == "reference":
+        from .. import reference as stages
+    else:
+        from .. import kernels as stages
+        if device_type != "cuda" and not stages.INTERPRETED:
+            raise ValueError(f"backend='triton' needs CUDA tensors, got a tensor on {device_type}: move the tensors to a "
+                             "GPU, use backend='reference', or set TRITON_INTERPRET=1 before the first import to debug")
+    logger.info("moba_megatron: %s kernels on %s (%s)", name, device_type, reason)
+    return stages

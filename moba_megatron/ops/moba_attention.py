@@ -1,0 +1,150 @@
+"""The public operator: MoBA over packed sequences or query segments, as torch custom operators with a gradient."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..segments import Segments
+from .backend import get_stages
+from .validation import check_cu_seqlens, check_qkv, check_scale, check_whole
+
+
+def moba_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, moba_chunk_size: int,
+                     moba_topk: int, *, softmax_scale: float | None = None, deterministic: bool = False,
+                     backend: str = "auto", return_lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    """Mixture of Block Attention over packed sequences, causal, with gradients for q, k and v.
+
+    For each query and head: softmax over the keys, at or before the query, of its own chunk and of the
+    ``moba_topk - 1`` earlier chunks with the largest ``<q, mean key>``. Ties go to the later chunk; no gradient flows
+    through the selection. Where ``max_seqlen <= moba_topk * moba_chunk_size`` this is causal attention.
+
+    Args:
+        q: ``[T, H, D]``, bf16, fp16, fp32 or fp64 (fp64: reference only); any strides.
+        k: ``[T, HK, D]``, H a multiple of HK (GQA, MQA without repeating).
+        v: ``[T, HK, DV]``.
+        cu_seqlens: int32 ``[B + 1]`` on q's device, 0 to T, non-decreasing; chunks start with each sequence.
+        max_seqlen: upper bound of a sequence's length, tokens.
+        moba_chunk_size: keys in a chunk, at least 1 (Triton: at least 16).
+        moba_topk: chunks a query attends to, its own included, at least 1.
+        softmax_scale: multiplies the scores; None for ``1/sqrt(D)``. The gate is not scaled.
+        deterministic: bitwise reproducible gradients.
+        backend: ``auto`` (Triton on CUDA, the reference elsewhere), ``triton`` or ``reference``.
+        return_lse: also return the log-sum-exp of the attended scores, differentiable.
+
+    Returns:
+        o ``[T, H, DV]`` in q's dtype; with return_lse also lse ``[T, H]``, natural log, fp32 (fp64 for fp64).
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.
+
+    Source: arXiv 2502.13189, section 2.2.
+    """
+    check_qkv(q, k, v)
+    if q.shape[0] != k.shape[0]:
+        raise ValueError(f"k must have q's {q.shape[0]} tokens, got {k.shape[0]}: for queries over other keys use "
+                         "moba_megatron.ops.moba_attention with Segments")
+    check_whole("moba_chunk_size", moba_chunk_size, 1)
+    check_whole("moba_topk", moba_topk, 1)
+    cu_seqlens = check_cu_seqlens(cu_seqlens, max_seqlen, q.shape[0], q.device)
+    segments = Segments.from_cu_seqlens(cu_seqlens, max_seqlen, moba_chunk_size)
+    return moba_attention(q, k, v, segments, moba_topk, softmax_scale=softmax_scale, deterministic=deterministic,
+                          backend=backend, return_lse=return_lse)
+
+
+def moba_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, topk: int, *,
+                   softmax_scale: float | None = None, deterministic: bool = False, backend: str = "auto",
+                   return_lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    """MoBA for query segments over packed keys: what :func:`moba_attn_varlen` is made of.
+
+    Args:
+        q: ``[T, H, D]``, the local queries.
+        k: ``[S, HK, D]``, all keys of the sequences that the queries belong to.
+        v: ``[S, HK, DV]``.
+        segments: places the queries among the keys and holds the chunk size.
+        topk: chunks a query attends to, its own included.
+        softmax_scale, deterministic, backend, return_lse: as :func:`moba_attn_varlen`.
+
+    Returns:
+        o ``[T, H, DV]``; with return_lse also lse ``[T, H]``.
+
+    Raises:
+        TypeError, ValueError: as :func:`moba_attn_varlen`.
+    """
+    check_qkv(q, k, v)
+    check_whole("topk", topk, 1)
+    scale = check_scale(softmax_scale, q.shape[2])
+    o, lse, _ = _forward(q, k, v, segments.cu_seqlens_q, segments.cu_seqlens_k, segments.seq_ids, segments.offsets,
+                         segments.max_seqlen_q, segments.max_seqlen_k, segments.chunk_size, segments.packed, topk, scale,
+                         bool(deterministic), backend)
+    return (o, lse) if return_lse else o
+
+
+def causal_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *,
+                       softmax_scale: float | None = None, deterministic: bool = False, backend: str = "auto",
+                       return_lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    """Dense causal attention over packed sequences: MoBA with one chunk as long as the longest sequence.
+
+    Args, Returns, Raises: as :func:`moba_attn_varlen`.
+    """
+    return moba_attn_varlen(q, k, v, cu_seqlens, max_seqlen, max(1, max_seqlen), 1, softmax_scale=softmax_scale,
+                            deterministic=deterministic, backend=backend, return_lse=return_lse)
+
+
+@torch.library.custom_op("moba_megatron::attention_fwd", mutates_args=())
+def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, seq_ids: Tensor,
+             offsets: Tensor, max_seqlen_q: int, max_seqlen_k: int, chunk_size: int, packed: bool, topk: int,
+             softmax_scale: float, deterministic: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    stages = get_stages(backend, q.device)
+    segments = Segments(cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_seqlen_k, chunk_size, packed)
+    earlier = min(topk - 1, max(0, (max_seqlen_k - 1) // chunk_size))  # no query has more earlier chunks than this
+    if earlier:
+        selected = stages.gate(q, stages.chunk_means(k, segments), segments, earlier + 1)
+    else:
+        selected = torch.empty(*q.shape[:2], 0, dtype=torch.int32, device=q.device)
+    o, lse = stages.attention_fwd(q, k, v, selected, segments, softmax_scale)
+    return o, lse, selected
+
+
+@_forward.register_fake
+def _(q, k, v, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_seqlen_k, chunk_size, packed, topk,
+      softmax_scale, deterministic, backend):
+    earlier = min(topk - 1, max(0, (max_seqlen_k - 1) // chunk_size))
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return (q.new_empty(q.shape[0], q.shape[1], v.shape[2]), q.new_empty(q.shape[:2], dtype=lse_dtype),
+            q.new_empty(q.shape[0], q.shape[1], earlier, dtype=torch.int32))
+
+
+@torch.library.custom_op("moba_megatron::attention_bwd", mutates_args=())
+def _backward(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
+              selected: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, seq_ids: Tensor, offsets: Tensor,
+              max_seqlen_q: int, max_seqlen_k: int, chunk_size: int, packed: bool, softmax_scale: float,
+              deterministic: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    segments = Segments(cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_seqlen_k, chunk_size, packed)
+    return get_stages(backend, q.device).attention_bwd(do, dlse, q, k, v, o, lse, selected, segments, softmax_scale,
+                                                       deterministic=deterministic)
+
+
+@_backward.register_fake
+def _(do, dlse, q, k, v, o, lse, selected, *_):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    (q, k, v, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_seqlen_k, chunk_size, packed, _,
+     softmax_scale, deterministic, backend) = inputs
+    o, lse, selected = output
+    ctx.save_for_backward(q, k, v, o, lse, selected, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets)
+    ctx.constants = (max_seqlen_q, max_seqlen_k, chunk_size, packed, softmax_scale, deterministic, backend)
+    ctx.mark_non_differentiable(selected)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd_backward(ctx, do, dlse, _):
+    q, k, v, o, lse, selected, *segment_tensors = ctx.saved_tensors
+    if do is None:
+        do = torch.zeros_like(o)
+    grads = _backward(do, dlse, q, k, v, o, lse, selected, *segment_tensors, *ctx.constants)
+    return (*grads, *(None,) * 12)
+
+
+_forward.register_autograd(_autograd_backward, setup_context=_setup_context)

@@ -1,0 +1,115 @@
+"""Attention over the selected chunks, reference: a masked softmax and its gradient by blocks of queries."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..segments import Segments
+from .chunk_means import accumulate_dtype
+
+SCORE_ELEMENTS = 1 << 24
+"""Attention scores held at once: bounds the memory of a block of queries."""
+
+
+def attention_fwd(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: Segments,
+                  softmax_scale: float) -> tuple[Tensor, Tensor]:
+    """Softmax attention over the own chunk and the selected ones, keys at or before the query.
+
+    Args:
+        q: ``[T, H, D]``.
+        k: ``[S, HK, D]``.
+        v: ``[S, HK, DV]``.
+        selected: int32 ``[T, H, topk - 1]`` chunk ids, -1 for none.
+        segments: places the queries among the keys.
+        softmax_scale: multiplies the scores.
+
+    Returns:
+        o ``[T, H, DV]`` in q's dtype; lse ``[T, H]``, natural log, fp32 (fp64 for fp64).
+    """
+    o = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+    lse = torch.empty(q.shape[:2], dtype=accumulate_dtype(q.dtype), device=q.device)
+    for rows, keys, mask in _blocks(q, k, selected, segments):
+        score = _scores(_grouped(q[rows], k), k[keys].to(lse.dtype), mask, softmax_scale)
+        lse_rows = torch.logsumexp(score, dim=3)
+        weight = torch.exp(score - lse_rows[..., None])
+        o[rows] = torch.einsum("tjgs,sjd->tjgd", weight, v[keys].to(lse.dtype)).flatten(1, 2).to(q.dtype)
+        lse[rows] = lse_rows.flatten(1, 2)
+    return o, lse
+
+
+def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
+                  selected: Tensor, segments: Segments, softmax_scale: float, *, deterministic: bool = False,
+                  kv_grad_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`attention_fwd`, one block of queries at a time.
+
+    With ``p`` the softmax weights and ``delta = <do, o> - dlse``: ``dv = p^T do``, ``ds = p * (do v^T - delta)``,
+    ``dq = scale * ds k``, ``dk = scale * ds^T q`` (a query's lse has the gradient ``p`` with respect to its scores).
+
+    Args:
+        do: ``[T, H, DV]``, gradient of o.
+        dlse: ``[T, H]``, gradient of lse, or None.
+        q, k, v, selected, segments, softmax_scale: as forward.
+        o, lse: forward's results; lse decides the weights.
+        deterministic: no effect here, the reference always is.
+        kv_grad_dtype: dtype of dk and dv; k's and v's own by default.
+
+    Returns:
+        dq ``[T, H, D]``, dk ``[S, HK, D]``, dv ``[S, HK, DV]``.
+    """
+    dtype = accumulate_dtype(q.dtype)
+    delta = (do.to(dtype) * o.to(dtype)).sum(2)
+    if dlse is not None:
+        delta = delta - dlse.to(dtype)
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    dk = torch.zeros(k.shape, dtype=dtype, device=k.device)
+    dv = torch.zeros(v.shape, dtype=dtype, device=v.device)
+    for rows, keys, mask in _blocks(q, k, selected, segments):
+        q_rows, do_rows = _grouped(q[rows], k), _grouped(do[rows], k)
+        k_rows, v_rows = k[keys].to(dtype), v[keys].to(dtype)
+        weight = torch.exp(_scores(q_rows, k_rows, mask, softmax_scale) - _grouped(lse[rows], k)[..., None])
+        dv[keys] += torch.einsum("tjgs,tjgd->sjd", weight, do_rows)
+        dscore = torch.einsum("tjgd,sjd->tjgs", do_rows, v_rows)
+        dscore = weight * (dscore - _grouped(delta[rows], k)[..., None]) * softmax_scale
+        dq[rows] = torch.einsum("tjgs,sjd->tjgd", dscore, k_rows).flatten(1, 2).to(q.dtype)
+        dk[keys] += torch.einsum("tjgs,tjgd->sjd", dscore, q_rows)
+    return dq, dk.to(kv_grad_dtype or k.dtype), dv.to(kv_grad_dtype or v.dtype)
+
+
+def _blocks(q: Tensor, k: Tensor, selected: Tensor, segments: Segments):
+    """Yields (rows of q, rows of k, mask ``[rows, H, keys]``) for blocks of queries that lie in one segment."""
+    size = segments.chunk_size
+    num_chunks = segments.num_chunks(k.shape[0])
+    cu_q, cu_k = segments.cu_seqlens_q.tolist(), segments.cu_seqlens_k.tolist()
+    for segment, (sequence, offset) in enumerate(zip(segments.seq_ids.tolist(), segments.offsets.tolist())):
+        first_key, begin, end = cu_k[sequence], cu_q[segment], cu_q[segment + 1]
+        first_chunk = first_key // size + sequence
+        while begin < end:
+            position = offset + begin - cu_q[segment]
+            room = max(1, SCORE_ELEMENTS // (q.shape[1] * (position + 1)))
+            rows = slice(begin, min(begin + room, end))
+            keys = slice(first_key, first_key + position + rows.stop - rows.start)
+            query_position = position + torch.arange(rows.stop - rows.start, device=q.device)
+            key_position = torch.arange(keys.stop - keys.start, device=q.device)
+            chosen = _membership(selected[rows], num_chunks)[:, :, first_chunk + key_position // size]
+            own = query_position[:, None] // size == key_position[None] // size
+            causal = key_position[None] <= query_position[:, None]
+            yield rows, keys, (chosen | own[:, None]) & causal[:, None]
+            begin = rows.stop
+
+
+def _membership(selected: Tensor, num_chunks: int) -> Tensor:
+    """Chunk ids ``[rows, H, topk - 1]`` as a boolean table ``[rows, H, num_chunks]``."""
+    table = torch.zeros(*selected.shape[:2], num_chunks + 1, dtype=torch.bool, device=selected.device)
+    table.scatter_(2, torch.where(selected < 0, num_chunks, selected).long(), True)
+    return table[:, :, :num_chunks]
+
+
+def _grouped(x: Tensor, k: Tensor) -> Tensor:
+    """``[rows, H, ...]`` as ``[rows, HK, H / HK, ...]``, in the accumulation dtype."""
+    return x.to(accumulate_dtype(x.dtype)).unflatten(1, (k.shape[1], -1))
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor, softmax_scale: float) -> Tensor:
+    """Scaled scores ``[rows, HK, H / HK, keys]`` of grouped queries, -inf outside the mask ``[rows, H, keys]``."""
+    score = torch.einsum("tjgd,sjd->tjgs", q, k) * softmax_scale
+    return score.masked_fill(~mask.unflatten(1, score.shape[1:3]), -torch.inf)

@@ -1,0 +1,95 @@
+"""Chunk means, reference: sums of keys by a fixed tree, so that a mean does not depend on where the keys were cut."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..segments import SUM_BLOCK, Segments
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 stays fp64; everything else is computed in fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def halving_sum(x: Tensor, dim: int) -> Tensor:
+    """Sum over one dimension by a fixed tree of additions: element i meets element i + half, again and again.
+
+    Only element-wise additions take part, so the result is the same bits on any device and in any batch.
+    """
+    x = x.movedim(dim, 0)
+    n = x.shape[0]
+    while n > 1:
+        half = (n + 1) // 2
+        top = x[:n // 2] + x[half:n]
+        x = torch.cat((top, x[n // 2:half])) if n % 2 else top
+        n = half
+    return x[0]
+
+
+def block_sums(k: Tensor, starts: Tensor, counts: Tensor) -> Tensor:
+    """Sums of runs of keys.
+
+    Args:
+        k: ``[S, HK, D]``.
+        starts: int32 ``[n]``, first row of each run.
+        counts: int32 ``[n]``, rows of each run, 0 to SUM_BLOCK.
+
+    Returns:
+        ``[n, HK, D]``, fp32 (fp64 for fp64 keys).
+    """
+    dtype = accumulate_dtype(k.dtype)
+    if starts.numel() == 0 or k.shape[0] == 0:
+        return torch.zeros(starts.numel(), *k.shape[1:], dtype=dtype, device=k.device)
+    row = torch.arange(SUM_BLOCK, device=k.device)
+    inside = row[None] < counts[:, None]
+    rows = torch.where(inside, starts[:, None].long() + row[None], 0)
+    x = k[rows].to(dtype).masked_fill(~inside[:, :, None, None], 0)
+    return halving_sum(x, 1)
+
+
+def means_from_block_sums(sums: Tensor, chunk_size: int, dtype: torch.dtype) -> Tensor:
+    """Adds the block sums of each chunk in order, divides, and rounds once.
+
+    Args:
+        sums: fp32 or fp64 ``[num_chunks, ceil(chunk_size / SUM_BLOCK), HK, D]``.
+        chunk_size: keys in a chunk.
+        dtype: of the result.
+
+    Returns:
+        ``[num_chunks, HK, D]``.
+    """
+    total = sums[:, 0]
+    for i in range(1, sums.shape[1]):
+        total = total + sums[:, i]
+    return (total / chunk_size).to(dtype)
+
+
+def block_rows(segments: Segments, total_k: int) -> tuple[Tensor, Tensor]:
+    """First row and number of rows of each SUM_BLOCK of each full chunk: two int32 ``[num_chunks, blocks]``."""
+    size = segments.chunk_size
+    num_chunks, num_blocks = segments.num_chunks(total_k), -(-size // SUM_BLOCK)
+    first = segments.first_chunk()
+    ids = torch.arange(num_chunks, device=first.device)
+    sequence = torch.searchsorted(first, ids, right=True) - 1
+    cu = segments.cu_seqlens_k.long()
+    start = cu[sequence] + (ids - first[sequence]) * size
+    full = start + size <= cu[sequence + 1]
+    offset = torch.arange(num_blocks, device=first.device) * SUM_BLOCK
+    counts = torch.clamp(size - offset, max=SUM_BLOCK)[None] * full[:, None]
+    return (start[:, None] + offset[None]).int(), counts.int()
+
+
+def chunk_means(k: Tensor, segments: Segments) -> Tensor:
+    """Mean key of every full chunk (arXiv 2502.13189, equation 6).
+
+    Args:
+        k: ``[S, HK, D]``, packed keys.
+        segments: gives the sequences and the chunk size.
+
+    Returns:
+        ``[num_chunks, HK, D]`` in k's dtype; rows of unused or incomplete chunks are 0.
+    """
+    starts, counts = block_rows(segments, k.shape[0])
+    sums = block_sums(k, starts.flatten(), counts.flatten())
+    return means_from_block_sums(sums.unflatten(0, starts.shape), segments.chunk_size, k.dtype)

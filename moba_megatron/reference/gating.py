@@ -1,0 +1,56 @@
+"""Gate and top-k, reference: scores by a fixed tree of additions, exact selection with the project's tie rule."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..segments import Segments
+from .chunk_means import accumulate_dtype, halving_sum
+
+SCORE_ELEMENTS = 1 << 22
+"""Products held at once: bounds the memory of a block of queries."""
+
+
+def gate(q: Tensor, means: Tensor, segments: Segments, topk: int) -> Tensor:
+    """The ``topk - 1`` best earlier chunks of each query and head (arXiv 2502.13189, equations 5 and 6).
+
+    Ties go to the later chunk. A chunk whose score is NaN or -inf is never selected.
+
+    Args:
+        q: ``[T, H, D]``.
+        means: ``[num_chunks, HK, D]``.
+        segments: places the queries.
+        topk: chunks a query attends to, its own included.
+
+    Returns:
+        int32 ``[T, H, topk - 1]``: chunk ids, best first, -1 where fewer exist.
+    """
+    total_q, num_heads, _ = q.shape
+    num_chunks = means.shape[0]
+    wanted = topk - 1
+    selected = torch.full((total_q, num_heads, wanted), -1, dtype=torch.int32, device=q.device)
+    if 0 in (total_q, wanted, num_chunks):
+        return selected
+    sequence, position = segments.query_positions(total_q)
+    first = segments.first_chunk()[sequence]
+    own = first + position // segments.chunk_size
+    ids = torch.arange(num_chunks, device=q.device)
+    rows = max(1, SCORE_ELEMENTS // (num_heads * num_chunks * q.shape[2]))
+    for begin in range(0, total_q, rows):
+        block = slice(begin, begin + rows)
+        score = _scores(q[block], means)
+        earlier = (ids[None] >= first[block, None]) & (ids[None] < own[block, None])
+        score = score.masked_fill(~earlier[:, None] | score.isnan(), -torch.inf)
+        # a stable descending sort of the flipped scores puts the later of two equal chunks first
+        value, order = torch.sort(score.flip(2), dim=2, descending=True, stable=True)
+        best = torch.where(value == -torch.inf, -1, num_chunks - 1 - order)[:, :, :wanted]
+        selected[block, :, :best.shape[2]] = best.int()
+    return selected
+
+
+def _scores(q: Tensor, means: Tensor) -> Tensor:
+    """Gate scores ``[rows, H, num_chunks]``; each is the same bits whatever the other rows and chunks are."""
+    dtype = accumulate_dtype(q.dtype)
+    group = q.shape[1] // means.shape[1]
+    m = means.to(dtype).repeat_interleave(group, 1).permute(1, 2, 0)  # [H, D, num_chunks]
+    return halving_sum(q.to(dtype)[..., None] * m[None], 2)

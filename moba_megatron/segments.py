@@ -1,0 +1,88 @@
+"""Segments: which contiguous queries meet which packed keys, and the numbering of chunks that every stage shares."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SUM_BLOCK = 64
+"""Rows in one partial sum of keys, counted from the chunk's start: the leaf of the summation tree behind a chunk's mean."""
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Contiguous local queries ("segments") and the packed key sequences that they belong to.
+
+    One segment a sequence is ordinary self-attention; two a sequence is a zigzag context-parallel rank; one with an
+    offset is prefill over a cache. A query at position ``p`` of its sequence sees that sequence's keys ``0..p``.
+
+    The chunk ``i`` of sequence ``b`` has the id ``cu_seqlens_k[b] // chunk_size + b + i``. This closed form needs no
+    prefix sum and no look at the lengths on the host; ids have gaps (a sequence leaves at most one unused).
+
+    Args:
+        cu_seqlens_q: int32 ``[N + 1]``, rows of the local queries at which segments begin, and their number last.
+        cu_seqlens_k: int32 ``[B + 1]``, rows of the keys at which sequences begin, and their number last.
+        seq_ids: int32 ``[N]``, the sequence of each segment.
+        offsets: int32 ``[N]``, the position in its sequence of each segment's first query.
+        max_seqlen_q: upper bound of a segment's length, tokens, known on the host.
+        max_seqlen_k: upper bound of a sequence's length, tokens, known on the host.
+        chunk_size: keys in a chunk.
+        packed: True where segments are the sequences themselves (``cu_seqlens_q`` is ``cu_seqlens_k``, offsets 0).
+    """
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    seq_ids: Tensor
+    offsets: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    chunk_size: int
+    packed: bool = False
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: Tensor, max_seqlen: int, chunk_size: int) -> "Segments":
+        """Self-attention over packed sequences: segment ``b`` is the whole of sequence ``b``.
+
+        Args:
+            cu_seqlens: int32 ``[B + 1]``, non-decreasing, from 0 to the number of tokens.
+            max_seqlen: upper bound of a sequence's length, tokens.
+            chunk_size: keys in a chunk.
+        """
+        n = cu_seqlens.numel() - 1
+        device = cu_seqlens.device
+        return cls(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
+                   seq_ids=torch.arange(n, device=device, dtype=torch.int32),
+                   offsets=torch.zeros(n, device=device, dtype=torch.int32),
+                   max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen, chunk_size=chunk_size, packed=True)
+
+    @property
+    def num_segments(self) -> int:
+        return self.cu_seqlens_q.numel() - 1
+
+    @property
+    def num_sequences(self) -> int:
+        return self.cu_seqlens_k.numel() - 1
+
+    def num_chunks(self, total_k: int) -> int:
+        """Bound of the chunk ids for ``total_k`` packed keys, known on the host: ids are below it."""
+        return total_k // self.chunk_size + self.num_sequences
+
+    def first_chunk(self) -> Tensor:
+        """The id of each sequence's first chunk, int64 ``[B]``."""
+        starts = self.cu_seqlens_k[:-1].long()
+        return starts // self.chunk_size + torch.arange(self.num_sequences, device=starts.device)
+
+    def query_positions(self, total_q: int) -> tuple[Tensor, Tensor]:
+        """The sequence and the position in it of each local query: two int64 ``[total_q]``."""
+        cu = self.cu_seqlens_q.long()
+        row = torch.arange(total_q, device=cu.device)
+        segment = torch.searchsorted(cu, row, right=True) - 1
+        return self.seq_ids.long()[segment], self.offsets.long()[segment] + row - cu[segment]
+
+    def key_positions(self, total_k: int) -> tuple[Tensor, Tensor]:
+        """The sequence and the position in it of each key: two int64 ``[total_k]``."""
+        cu = self.cu_seqlens_k.long()
+        row = torch.arange(total_k, device=cu.device)
+        sequence = torch.searchsorted(cu, row, right=True) - 1
+        return sequence, row - cu[sequence]
