@@ -1,0 +1,148 @@
+"""Launch configurations: which tile sizes, warps and pipeline stages a kernel gets, from static tables. Never autotuned.
+
+A kernel asks ``config(stage, device, head_dim=..., chunk_size=..., itemsize=...)`` and gets a dict of constexprs and
+launch options. The rows are in ``tuning_table.py``; ``python -m moba_megatron.bench tune`` writes more of them for an
+unknown card, which ``MOBA_TUNING_FILE`` puts in front of the packaged ones. ``MOBA_TUNING_ARCH`` (``sm_86``) chooses
+another architecture's rows.
+"""
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+from dataclasses import dataclass
+
+import torch
+
+from . import INTERPRETED
+
+ARCHS = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227}
+"""Architecture classes and the shared memory of a block in KiB. sm_86 stands for every card with 99 KiB: 86, 89, 120."""
+INTERPRETER = "interpreter"
+INTERPRETER_BLOCK = 32
+"""Under the interpreter tiles are cut to this: small shapes then still have several tiles in each direction."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: this configuration, on these architectures, where no key exceeds its bound.
+
+    Args:
+        archs: names of ``ARCHS`` (or ``interpreter``), separated by blanks; ``*`` for every one.
+        upto: largest value of each key that the row is for; a key that is not named may have any value.
+        config: constexprs and launch options, passed to the launch as they are.
+        why: the measurement that chose it, or "untuned: fits by the compile report".
+    """
+
+    archs: str
+    upto: dict[str, int]
+    config: dict[str, int]
+    why: str
+
+    def fits(self, arch: str, key: dict[str, int]) -> bool:
+        return ((self.archs == "*" or arch in self.archs.split())
+                and all(key.get(name, 0) <= bound for name, bound in self.upto.items()))
+
+
+def config(stage: str, device: torch.device | None = None, **key: int) -> dict[str, int]:
+    """The configuration of a kernel: the first row of the stage that fits the architecture and the key.
+
+    Args:
+        stage: a name in ``tuning_table.TABLE``, as ``attention_fwd``.
+        device: where the kernel will run; decides the architecture.
+        key: what rows may be bounded by: ``head_dim`` (the larger of D and DV), ``chunk_size``, ``itemsize``
+            (bytes of q's dtype), and whatever else a stage's rows name.
+
+    Returns:
+        A fresh dict such as ``{"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}``.
+
+    Raises:
+        KeyError: the stage is unknown. LookupError: no row fits.
+    """
+    return dict(_lookup(stage, arch_of(device), tuple(sorted(key.items()))))
+
+
+@functools.lru_cache(maxsize=None)
+def _lookup(stage: str, arch: str, key: tuple[tuple[str, int], ...]) -> dict[str, int]:
+    found = next((row for row in rows(stage) if row.fits(arch, dict(key))), None)
+    if found is not None:
+        return _forced.get("configs", {}).get(stage, found.config)
+    if arch == INTERPRETER:
+        found = next((row for row in rows(stage) if row.fits("sm_86", dict(key))), None)
+        if found is not None:
+            return {name: min(value, INTERPRETER_BLOCK) if name.startswith("BLOCK_") else value
+                    for name, value in found.config.items()}
+    raise LookupError(f"no row of the tuning table for stage {stage!r} fits {arch} and {dict(key)}: add one to "
+                      "kernels/tuning_table.py, or write one with `python -m moba_megatron.bench tune`")
+
+
+def rows(stage: str) -> tuple[Row, ...]:
+    """The rows of a stage in the order in which they are tried: MOBA_TUNING_FILE's, then the packaged ones."""
+    from .tuning_table import TABLE
+    if stage not in TABLE:
+        raise KeyError(f"no stage {stage!r} in the tuning table; stages: {', '.join(TABLE)}")
+    return (*_file_rows(os.environ.get("MOBA_TUNING_FILE", "")).get(stage, ()), *TABLE[stage])
+
+
+def arch_of(device: torch.device | None = None) -> str:
+    """The architecture class of a device: a name in ``ARCHS``, or ``interpreter``."""
+    if "arch" in _forced:
+        return _forced["arch"]
+    if INTERPRETED:
+        return INTERPRETER
+    return _arch_of_device(os.environ.get("MOBA_TUNING_ARCH", ""), str(device or "cuda"))
+
+
+@functools.lru_cache(maxsize=None)
+def _arch_of_device(override: str, device: str) -> str:
+    if override:
+        if override not in ARCHS:
+            raise ValueError(f"MOBA_TUNING_ARCH must be one of {', '.join(ARCHS)}; got {override!r}")
+        return override
+    if not torch.cuda.is_available():
+        return "sm_86"
+    return arch_of_capability(*torch.cuda.get_device_capability(device))
+
+
+def arch_of_capability(major: int, minor: int) -> str:
+    """The class of a compute capability; a card that is not known gets the rows that need the least shared memory."""
+    if major < 8:
+        raise ValueError(f"the Triton kernels need compute capability 8.0 or later, got {major}.{minor}: "
+                         "use backend='reference'")
+    return {(8, 0): "sm_80", (8, 7): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}.get(
+        (major, minor), "sm_86")
+
+
+_forced: dict[str, object] = {}
+
+
+@contextlib.contextmanager
+def forced(arch: str | None = None, configs: dict[str, dict[str, int]] | None = None):
+    """Within the block: this architecture, and these configurations (stage -> config) in place of the table's.
+
+    For the compile report and ``bench tune``; not for several threads at once.
+    """
+    before = dict(_forced)
+    _forced.update({name: value for name, value in (("arch", arch), ("configs", configs)) if value is not None})
+    _lookup.cache_clear()
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+        _lookup.cache_clear()
+
+
+@functools.lru_cache(maxsize=None)
+def _file_rows(path: str) -> dict[str, tuple[Row, ...]]:
+    """Rows of a file written by ``bench tune``: ``{"rows": [{"stage", "archs", "upto", "config", "why"}, ...]}``."""
+    if not path:
+        return {}
+    try:
+        with open(path) as file:
+            listed = [(row.pop("stage"), Row(**row)) for row in json.load(file)["rows"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"MOBA_TUNING_FILE must name a file written by `python -m moba_megatron.bench tune`, got "
+                         f"{path!r}: {type(error).__name__}: {error}") from error
+    return {stage: tuple(row for name, row in listed if name == stage) for stage, _ in listed}

@@ -1,0 +1,73 @@
+"""The tuning table: rows for every stage, most particular first. How rows are read: ``tuning.py``.
+
+``why`` names the measurement. "sketch" is DESIGN's sketch on an H200 (bf16, D = 128, Triton 3.6).
+"""
+from .tuning import Row
+
+UNTUNED = "untuned: fits by the compile report"
+
+
+def _c(block_m: int, block_n: int, warps: int, stages: int, **more: int) -> dict[str, int]:
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages, **more}
+
+
+TABLE: dict[str, tuple[Row, ...]] = {
+    # BLOCK_M keys at a time of one SUM_BLOCK; one program a (chunk, kv head)
+    "chunk_means": (
+        Row("*", {}, {"num_warps": 4, "num_stages": 2}, UNTUNED),
+    ),
+    # BLOCK_M queries of one head against BLOCK_N chunk means
+    "gate": (
+        Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2}, _c(64, 32, 4, 2), "sketch: 38.6 ms at 512K, chunk 128"),
+        Row("*", {"head_dim": 128}, _c(64, 32, 4, 2), UNTUNED),
+        Row("*", {}, _c(32, 32, 4, 1), UNTUNED),
+    ),
+    # BLOCK entries of `selected` a program of the counting sort
+    "route": (
+        Row("*", {}, {"BLOCK": 1024, "num_warps": 4, "num_stages": 1}, UNTUNED),
+    ),
+    # BLOCK_M gathered (query, head) rows of one (chunk, kv head) against the chunk, BLOCK_N keys at a time
+    "attention_fwd": (
+        Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2, "chunk_size": 256}, _c(64, 128, 4, 2),
+            "sketch: 4.1 ms at 128K, chunk 128, topk 8"),
+        Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2}, _c(128, 64, 4, 2),
+            "sketch: 9.1 ms at 128K, chunk 512, topk 8"),
+        Row("*", {"head_dim": 128, "itemsize": 2}, _c(64, 64, 4, 2), UNTUNED),
+        Row("*", {"head_dim": 128}, _c(32, 32, 4, 1), UNTUNED),
+        Row("*", {"itemsize": 2}, _c(64, 32, 4, 1), UNTUNED),
+        Row("*", {}, _c(16, 16, 4, 1), UNTUNED),
+    ),
+    # BLOCK_M queries of one head against their own chunk, then the merge of the slots
+    "attention_fwd_own": (
+        Row("*", {"head_dim": 128, "itemsize": 2}, _c(64, 64, 4, 2), "sketch: 2.5 ms at 128K, chunk 128, topk 8"),
+        Row("*", {"head_dim": 128}, _c(32, 32, 4, 1), UNTUNED),
+        Row("*", {"itemsize": 2}, _c(64, 32, 4, 1), UNTUNED),
+        Row("*", {}, _c(16, 16, 4, 1), UNTUNED),
+    ),
+    # BLOCK_M (query, head) rows: delta = <do, o> - dlse
+    "attention_bwd_delta": (
+        Row("*", {}, {"BLOCK_M": 32, "num_warps": 4, "num_stages": 1}, UNTUNED),
+    ),
+    # BLOCK_N keys of one (chunk, kv head) against its list, BLOCK_M rows at a time, SPLIT rows of a list a program
+    "attention_bwd_dkv": (
+        Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2}, _c(64, 128, 8, 2, SPLIT=4096),
+            "sketch: 24.7 ms at 128K, chunk 512, topk 8; 4 warps or 1 stage twice as slow"),
+        Row("*", {"head_dim": 128, "itemsize": 2}, _c(32, 64, 4, 1, SPLIT=4096), UNTUNED),
+        Row("*", {"head_dim": 128}, _c(16, 32, 4, 1, SPLIT=4096), UNTUNED),
+        Row("*", {"itemsize": 2}, _c(32, 32, 4, 1, SPLIT=4096), UNTUNED),
+        Row("*", {}, _c(16, 16, 4, 1, SPLIT=4096), UNTUNED),
+    ),
+    # BLOCK_M gathered rows against the chunk, BLOCK_N keys at a time, into slots
+    "attention_bwd_dq": (
+        Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2}, _c(128, 32, 4, 3),
+            "sketch: 12.1 ms at 128K, chunk 512, topk 8 (470-590 TFLOP/s)"),
+        Row("*", {"head_dim": 128, "itemsize": 2}, _c(64, 32, 4, 1), UNTUNED),
+        Row("*", {"head_dim": 128}, _c(32, 16, 4, 1), UNTUNED),
+        Row("*", {"itemsize": 2}, _c(32, 32, 4, 1), UNTUNED),
+        Row("*", {}, _c(16, 16, 4, 1), UNTUNED),
+    ),
+    # BLOCK_M (query, head) rows: the ordered sum of the dq slots
+    "attention_bwd_sum": (
+        Row("*", {}, {"BLOCK_M": 16, "num_warps": 4, "num_stages": 1}, "sketch: 3.7 ms at 128K, chunk 512, topk 8"),
+    ),
+}
