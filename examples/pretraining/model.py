@@ -1,0 +1,165 @@
+"""The GPT (RoPE, GQA, RMSNorm, SwiGLU), its layer specs with MoBA, and Megatron's optimizer and schedule around it."""
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+from moba_megatron import get_moba_layer_local_spec, get_moba_layer_with_transformer_engine_spec
+
+
+class RMSNorm(torch.nn.Module):
+    """RMSNorm for Megatron's local layers, which otherwise have none that works under sequence parallelism.
+
+    Args:
+        config: only `sequence_parallel` is read: it tells Megatron to sum the weight's gradient over the ranks.
+        hidden_size: size of the last dimension.
+        eps: added to the mean of the squares.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs):
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device()))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def build_config(args) -> TransformerConfig:
+    """The TransformerConfig of the flags."""
+    on_cpu = not torch.cuda.is_available()
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    recompute = {}
+    if args.recompute_granularity == "full":
+        recompute = {"recompute_method": args.recompute_method, "recompute_num_layers": args.recompute_num_layers}
+    return TransformerConfig(
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        num_attention_heads=args.num_attention_heads,
+        num_query_groups=args.num_query_groups,
+        kv_channels=args.kv_channels,
+        ffn_hidden_size=args.ffn_hidden_size,
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        context_parallel_size=args.context_parallel_size,
+        cp_comm_type=args.cp_comm_type,
+        sequence_parallel=args.sequence_parallel,
+        normalization="RMSNorm",
+        layernorm_epsilon=args.norm_epsilon,
+        qk_layernorm=args.qk_layernorm,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        init_method_std=args.init_method_std,
+        bf16=args.bf16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        use_cpu_initialization=on_cpu,
+        bias_activation_fusion=not on_cpu,
+        # The loss is a sum over tokens, divided once by their number over all ranks: exact under context parallelism.
+        calculate_per_token_loss=True,
+        recompute_granularity=args.recompute_granularity,
+        **recompute,
+    )
+
+
+def build_layer_spec(args):
+    """One spec for all layers; MoBACoreAttention decides by layer number which attend densely."""
+    if args.transformer_impl == "transformer_engine":
+        return get_moba_layer_with_transformer_engine_spec(args.moba_config, qk_layernorm=args.qk_layernorm)
+    spec = get_moba_layer_local_spec(args.moba_config, qk_layernorm=args.qk_layernorm, normalization="RMSNorm")
+    spec.submodules.input_layernorm = RMSNorm
+    spec.submodules.pre_mlp_layernorm = RMSNorm
+    if args.qk_layernorm:
+        spec.submodules.self_attention.submodules.q_layernorm = RMSNorm
+        spec.submodules.self_attention.submodules.k_layernorm = RMSNorm
+    return spec
+
+
+def padded_vocab_size(args, vocab_size: int) -> int:
+    """The vocabulary rounded up so that tensor parallel ranks hold equal parts."""
+    multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def build_model(args, config: TransformerConfig, vocab_size: int) -> DistributedDataParallel:
+    """This rank's stage of the GPT inside Megatron's DistributedDataParallel."""
+    spec = build_layer_spec(args)
+    if args.transformer_impl == "local":
+        # A list of layers, so that the last norm can be named too: Megatron's own needs Apex or Transformer Engine.
+        spec = TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=padded_vocab_size(args, vocab_size),
+        max_sequence_length=args.seq_length,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_base=args.rotary_base,
+    )
+    model.cuda(torch.cuda.current_device())
+    if args.bf16:
+        model = Float16Module(config, model)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=args.bf16,
+        overlap_grad_reduce=args.overlap_grad_reduce,
+        overlap_param_gather=args.overlap_param_gather,
+        use_distributed_optimizer=args.use_distributed_optimizer,
+    )
+    model = DistributedDataParallel(config, ddp_config, model)
+    model.broadcast_params()
+    return model
+
+
+def build_optimizer(args, config: TransformerConfig, model: DistributedDataParallel):
+    """Adam with decoupled weight decay by Megatron, its schedule, and the hooks that Megatron's schedules call."""
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=args.lr,
+            min_lr=args.min_lr,
+            weight_decay=args.weight_decay,
+            adam_beta1=args.adam_beta1,
+            adam_beta2=args.adam_beta2,
+            adam_eps=args.adam_eps,
+            clip_grad=args.clip_grad,
+            bf16=args.bf16,
+            params_dtype=config.params_dtype,
+            use_distributed_optimizer=args.use_distributed_optimizer,
+            overlap_param_gather=args.overlap_param_gather,
+        ),
+        [model],
+    )
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=args.lr,
+        min_lr=args.min_lr,
+        lr_warmup_steps=args.lr_warmup_iters,
+        lr_decay_steps=args.lr_decay_iters,
+        lr_decay_style=args.lr_decay_style,
+        start_wd=args.weight_decay,
+        end_wd=args.weight_decay,
+        wd_incr_steps=args.train_iters,
+        wd_incr_style="constant",
+    )
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    if args.overlap_grad_reduce:
+        config.no_sync_func = model.no_sync
+        config.grad_sync_func = model.start_grad_sync
+    if args.overlap_param_gather:
+        config.param_sync_func = model.start_param_sync
+    return optimizer, scheduler

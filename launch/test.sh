@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Sets up the environment and runs the whole test suite; arguments go to pytest: bash launch/test.sh -k gate
+source "$(dirname "$0")/common.sh"
+
+setup test
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+workers="$("$PY" -c 'import os; print(min(8, len(os.sched_getaffinity(0))))' 2>/dev/null || echo 1)"
+if [ "$(gpu_count)" -gt 0 ]; then
+    workers=1 # one process, so that tests do not share the device's memory
+fi
+run "$PY" -m pytest -n "$workers" --dist loadfile tests "$@"
