@@ -1,0 +1,33 @@
+"""What every test runs under: one thread, fixed seeds, poisoned memory, and no GPU tests without a GPU."""
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("moba", deadline=None, derandomize=True, print_blob=True,
+                          suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+settings.load_profile("moba")
+torch.set_num_threads(1)  # two threads on the small shapes here only wait for each other
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device, and this machine has none")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(1234)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty and its kin hold NaN (integers: the largest value), so that a read before a write shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
