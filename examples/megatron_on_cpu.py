@@ -1,27 +1,28 @@
 """Lets Megatron-Core train on a machine without a GPU (CPU tensors, gloo): one file, active only after `enable()`.
 
-Megatron-Core names the CUDA device in places where any device would do.  On a machine that has a CUDA device this module
-does nothing.  On one that has none, `enable()` redirects exactly these places:
+Megatron-Core names the CUDA device in places where any device would do. On a machine that has a CUDA device this
+module does nothing. On one that has none, `enable()` redirects exactly these places:
 
-=========================================  =======================================================================
+=========================================  ======================================================================
 Megatron-Core asks for                     and gets
-=========================================  =======================================================================
-`torch.cuda.current_device()`              the CPU device.  RoPE moves `inv_freq` there; TP layers, the gradient buffers
+=========================================  ======================================================================
+`torch.cuda.current_device()`              the CPU device. RoPE moves `inv_freq` there; TP layers, the gradient buffers
                                            of DDP and the pipeline's receive buffers are allocated there.
-`device="cuda"`, `.cuda()`, `.to("cuda")`  CPU memory.  The schedules' token counter, gradient clipping, the optimizer's
+`device="cuda"`, `.cuda()`, `.to("cuda")`  CPU memory. The schedules' token counter, gradient clipping, the optimizer's
                                            overflow flag, dist-checkpoint's exchange of tensors between ranks.
-`pin_memory=True`, `.pin_memory()`         ordinary memory.  RoPE under context parallelism, data loading.
-`Tensor.type() == "torch.cuda.*Tensor"`    "torch.cuda." in front of the CPU type.  The mixed-precision and distributed
+`pin_memory=True`, `.pin_memory()`         ordinary memory. RoPE under context parallelism, data loading.
+`Tensor.type() == "torch.cuda.*Tensor"`    "torch.cuda." in front of the CPU type. The mixed-precision and distributed
                                            optimizers sort parameters by this string, clipping asserts it.
-`torch.cuda.get_rng_state` and friends     the CPU generator.  The RNG tracker (`model_parallel_cuda_manual_seed`, dropout
-                                           in tensor parallel regions) and activation recompute keep their meaning:
-                                           dropout on CPU draws from that very generator.
-streams, events, `synchronize`, nvtx       objects that do nothing.  DDP's overlap, timers, p2p communication.
+`torch.cuda.get_rng_state` and friends     the CPU generator. The RNG tracker (`model_parallel_cuda_manual_seed`,
+                                           dropout in tensor parallel regions) and activation recompute keep their
+                                           meaning: dropout on CPU draws from that very generator.
+streams, events, `synchronize`, nvtx       objects that do nothing. DDP's overlap, timers, p2p communication.
 `jit_fuser` (`torch.compile`)              the plain function: no C++ compiler is needed, start-up is faster.
-=========================================  =======================================================================
+=========================================  ======================================================================
 
-`torch.cuda.is_available()` stays False, so code that asks before it uses CUDA is not misled.  The redirection of tensors is
-a `TorchFunctionMode`, which is per thread: call `enable()` in the thread that trains (autograd runs CPU backward there too).
+`torch.cuda.is_available()` stays False, so code that asks before it uses CUDA is not misled. The redirection of tensors
+is a `TorchFunctionMode`, which is per thread: call `enable()` in the thread that trains (autograd runs CPU backward
+there too).
 
 Checked against megatron-core 0.16.1 with torch 2.13: TP, SP, CP, PP, DDP with overlap, the bf16 and fp32 optimizers,
 the distributed optimizer, clipping, full and selective recompute, dist-checkpoint save and load.
@@ -123,7 +124,7 @@ class _Stream:
 
 
 def _do_nothing():
-    """A new function that does nothing: TorchDynamo keeps rules by function object and refuses one object in two places."""
+    """A new function that does nothing: TorchDynamo keeps rules by function and refuses one function in two places."""
     return lambda *args, **kwargs: None
 
 

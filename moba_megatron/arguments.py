@@ -1,0 +1,78 @@
+"""Command-line flags and environment variables for MoBA, both generated from MoBAConfig's fields."""
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import get_args, get_type_hints
+
+from .config import BACKENDS, MoBAConfig
+
+ATTENTION_CHOICES = ("moba", "full")
+
+
+def add_moba_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Adds ``--attention {moba,full}`` and a ``--moba-*`` flag for each field of MoBAConfig.
+
+    Returns:
+        The parser, so that the function serves as Megatron-LM's ``extra_args_provider``.
+    """
+    group = parser.add_argument_group("moba", "Mixture of Block Attention")
+    group.add_argument("--attention", choices=ATTENTION_CHOICES, default="moba",
+                       help="moba, or full: dense causal attention in every layer through the same operator")
+    for field, kind in _fields():
+        flag = "--moba-" + field.name.replace("_", "-")
+        help = f"{field.metadata['help']} (default: {field.default})"
+        if kind is bool:
+            group.add_argument(flag, action="store_true", default=field.default, help=help)
+        else:
+            choices = BACKENDS if field.name == "backend" else None
+            group.add_argument(flag, type=kind, default=field.default, choices=choices, help=help)
+    return parser
+
+
+def config_from_args(args: argparse.Namespace) -> MoBAConfig:
+    """The MoBAConfig of parsed flags; ``--attention full`` makes every layer dense.
+
+    Raises:
+        TypeError, ValueError: a value is out of range; the message names the field.
+    """
+    values = {field.name: getattr(args, "moba_" + field.name) for field, _ in _fields()}
+    if args.attention == "full":
+        values["full_attention_layers"] = "all"
+    return MoBAConfig(**values)
+
+
+def config_from_environment(environment: Mapping[str, str] | None = None) -> MoBAConfig:
+    """The MoBAConfig of ``MOBA_CHUNK_SIZE``, ``MOBA_TOPK`` and so on; fields without a variable keep their default.
+
+    Args:
+        environment: None for ``os.environ``.
+
+    Raises:
+        ValueError: a variable cannot be read; the message names it.
+    """
+    environment = os.environ if environment is None else environment
+    values = {}
+    for field, kind in _fields():
+        name = "MOBA_" + field.name.upper()
+        text = environment.get(name, "").strip()
+        if text:
+            try:
+                values[field.name] = _BOOLEANS[text.lower()] if kind is bool else kind(text)
+            except (KeyError, ValueError):
+                expected = "0 or 1" if kind is bool else f"of type {kind.__name__}"
+                raise ValueError(f"environment variable {name} must be {expected}, got {text!r}") from None
+    return MoBAConfig(**values)
+
+
+_BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
+
+def _fields():
+    """Each field with the type that reads its text: str for unions with str, X for ``X | None``."""
+    hints = get_type_hints(MoBAConfig)
+    for field in fields(MoBAConfig):
+        kinds = [k for k in get_args(hints[field.name]) or (hints[field.name],) if k is not type(None)]
+        yield field, str if str in kinds else kinds[0]

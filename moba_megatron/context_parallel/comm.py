@@ -1,0 +1,141 @@
+"""Collectives with an explicit wait, and the header by which ranks notice that one of them got different input."""
+from __future__ import annotations
+
+import functools
+from collections import deque
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Pending:
+    """The result of a collective that was issued and may still be under way.
+
+    Args:
+        output: filled by the collective.
+        work: its handle.
+        source: what it reads; kept until the wait.
+    """
+
+    def __init__(self, output: Tensor, work, source: Tensor):
+        self._output, self._work, self._source = output, work, source
+
+    def wait(self) -> Tensor:
+        """The output. On CUDA this makes the current stream wait, not the host."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = self._source = None
+        return self._output
+
+
+def all_gather(x: Tensor, group: dist.ProcessGroup) -> Pending:
+    """Starts to gather ``[T, ...]`` from every rank.
+
+    Returns:
+        Pending ``[P * T, ...]``, rank after rank.
+    """
+    x = x.contiguous()
+    output = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
+    return Pending(output, dist.all_gather_into_tensor(output, x, group=group, async_op=True), x)
+
+
+def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Pending:
+    """Starts to add ``[P * T, ...]`` over the ranks and to give each rank its part.
+
+    Returns:
+        Pending ``[T, ...]``.
+    """
+    x = x.contiguous()
+    output = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
+    return Pending(output, dist.reduce_scatter_tensor(output, x, group=group, async_op=True), x)
+
+
+class Agreement:
+    """Checks inputs on every rank of a group, so that a rank with bad input ends all ranks rather than hanging them.
+
+    Inside the ``with`` block a rank checks its own input and sets ``signature`` to a text of everything that the
+    following collectives depend on (shapes, dtypes, chunk size). At its end the ranks exchange that text, or the text
+    of the error that was raised, in a message of fixed size: it cannot itself fail to match, whatever the inputs are.
+
+    Cost: on CPU tensors one all-gather of 512 bytes a call, read at once. With NCCL the message travels on the
+    communication stream and the host reads it at once only where this rank has a signature that the group has not yet
+    agreed on (the first call, a new sequence length). Otherwise the host does not wait: the message is copied to
+    pinned memory and looked at when the next attention call begins, so a training step has no host sync. A rank whose
+    input changed alone is on the reading side and raises immediately; its peers raise at their next call.
+
+    Args:
+        group: the context parallel group.
+
+    Raises:
+        ValueError: at the end of the block, with the same text on every rank, where a rank raised TypeError or
+            ValueError in the block or where the signatures differ.
+    """
+
+    HEADER_BYTES = 512
+    _agreed: set[tuple[str, str]] = set()
+    _unread: dict[str, deque] = {}
+
+    def __init__(self, group: dist.ProcessGroup):
+        self.group = group
+        self.signature = ""
+
+    def __enter__(self) -> "Agreement":
+        self._read_finished()
+        return self
+
+    def __exit__(self, exc_type, error, traceback) -> bool:
+        if error is not None and not isinstance(error, (TypeError, ValueError)):
+            return False
+        text = "!" + str(error) if error is not None else self.signature
+        device = _group_device(self.group)
+        headers = all_gather(_header(text, device, self.HEADER_BYTES), self.group).wait()
+        key = (self.group.group_name, text)
+        if device.type == "cuda" and key in self._agreed:
+            self._read_later(headers, text)
+        else:
+            self._check(headers, text, error)
+            self._agreed.add(key)
+        return False
+
+    def is_new(self) -> bool:
+        """Whether the exchange at the end of the block will make the host wait anyway: costly checks may go with it."""
+        return (self.group.group_name, self.signature) not in self._agreed
+
+    def _check(self, headers: Tensor, text: str, error: Exception | None = None) -> None:
+        rows = headers.view(self.group.size(), self.HEADER_BYTES).cpu()
+        texts = [bytes(row.tolist()).rstrip(b"\0").decode("utf-8", "ignore") for row in rows]
+        problems = [f"context parallel rank {rank}: {t[1:]}" for rank, t in enumerate(texts) if t.startswith("!")]
+        if problems:
+            raise ValueError("; ".join(problems)) from error
+        if len(set(texts)) > 1:
+            each = "; ".join(f"rank {rank}: {t}" for rank, t in enumerate(texts))
+            raise ValueError("all ranks of a context parallel group must call attention with the same shapes, dtypes "
+                             f"and MoBA settings, got {each}. Check the lengths that the data loader gives each rank")
+
+    def _read_later(self, headers: Tensor, text: str) -> None:
+        copy = torch.empty(headers.shape, dtype=headers.dtype, pin_memory=True)
+        copy.copy_(headers, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._unread.setdefault(self.group.group_name, deque()).append((event, copy, text))
+
+    def _read_finished(self) -> None:
+        unread = self._unread.get(self.group.group_name, ())
+        while unread and unread[0][0].query():
+            _, headers, text = unread.popleft()
+            self._check(headers, text)
+
+
+@functools.lru_cache(maxsize=64)
+def _header(text: str, device: torch.device, size: int) -> Tensor:
+    raw = text.encode()[:size]
+    with torch.inference_mode(False):
+        return torch.tensor(list(raw.ljust(size, b"\0")), dtype=torch.uint8).to(device)
+
+
+def _group_device(group: dist.ProcessGroup) -> torch.device:
+    """The device of the group's small messages: its rank's GPU with NCCL, the CPU otherwise."""
+    if "nccl" in dist.get_backend(group) and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

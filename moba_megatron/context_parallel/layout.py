@@ -1,0 +1,180 @@
+"""Zigzag layout: which rows of which sequences a context parallel rank holds, and where gathered rows belong.
+
+Megatron cuts every sequence into ``2 P`` equal pieces and gives rank ``r`` the pieces ``r`` and ``2 P - 1 - r``, in
+this order, so that causal work is even. Gathered tensors come "rank-major" (all rows of rank 0, then of rank 1, ...);
+stages want "global" order (sequence after sequence).
+"""
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from ..segments import SUM_BLOCK, Segments
+
+
+@dataclass(frozen=True)
+class BlockExchange:
+    """How the sums behind the chunk means travel, so that they are the same bits as on one rank.
+
+    A chunk's sum is made of sums over blocks of SUM_BLOCK rows counted from the chunk's start. The rank that holds a
+    whole block sends its sum. A block that a piece boundary cuts has its rows sent by the ranks that hold them, and
+    every rank sums it by the same tree. What a rank sends is padded to the longest of all.
+
+    Args:
+        starts, counts: int32, the whole blocks of this rank: first local row, rows.
+        cut_rows: int64, local rows of this rank in cut blocks, sent after the sums.
+        send_rows: length of the padded message.
+        sum_source, sum_target: int64, for all whole blocks: row of the gathered messages, row of the table of blocks.
+        cut_source: int64, rows of the gathered messages that are rows of cut blocks, block after block.
+        cut_starts, cut_counts, cut_target: int32, int32, int64, where each cut block begins in those, its rows, its row
+            in the table.
+        table_shape: (chunk ids, blocks in a chunk).
+    """
+
+    starts: Tensor
+    counts: Tensor
+    cut_rows: Tensor
+    send_rows: int
+    sum_source: Tensor
+    sum_target: Tensor
+    cut_source: Tensor
+    cut_starts: Tensor
+    cut_counts: Tensor
+    cut_target: Tensor
+    table_shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ZigzagLayout:
+    """A rank's place in the zigzag.
+
+    Args:
+        segments: the rank's queries over the keys in global order: two segments a sequence.
+        global_rows: int64 ``[S]``, for each key in global order its row in the rank-major gathered tensor.
+        rank_rows: int64 ``[S]``, the inverse.
+        blocks: the exchange of partial sums, or None where piece boundaries are known only on the device.
+    """
+
+    segments: Segments
+    global_rows: Tensor
+    rank_rows: Tensor
+    blocks: BlockExchange | None
+
+
+def check_zigzag(length: int, size: int, name: str) -> None:
+    """Raises ValueError unless a sequence of ``length`` tokens has ``2 * size`` equal pieces."""
+    if length % (2 * size):
+        raise ValueError(f"{name} must be a multiple of 2 * context_parallel_size = {2 * size}, got {length}: change "
+                         "--seq-length, or pad each packed sequence")
+
+
+@functools.lru_cache(maxsize=16)
+def zigzag_uniform(seqlen: int, batch: int, size: int, rank: int, chunk_size: int,
+                   device: torch.device) -> ZigzagLayout:
+    """The layout of ``batch`` sequences of ``seqlen`` tokens, local rows packed sequence after sequence.
+
+    Everything is known on the host, so it is made once a shape and kept.
+
+    Args:
+        seqlen: tokens of each whole sequence, a multiple of ``2 * size``.
+        batch: sequences.
+        size, rank: of the context parallel group.
+        chunk_size: keys in a chunk.
+        device: of the tensors.
+    """
+    with torch.inference_mode(False):  # the cached tensors must be fit for training, whoever asks first
+        cu_seqlens = torch.arange(batch + 1, dtype=torch.int32) * seqlen
+        layout = _zigzag(cu_seqlens, seqlen, batch * seqlen, size, rank, chunk_size)
+        blocks = _block_exchange(layout, seqlen, batch, size, rank)
+        return ZigzagLayout(_to(layout.segments, device), layout.global_rows.to(device), layout.rank_rows.to(device),
+                            _to(blocks, device))
+
+
+def zigzag_packed(cu_seqlens: Tensor, max_seqlen: int, total: int, size: int, rank: int,
+                  chunk_size: int) -> ZigzagLayout:
+    """The layout of packed sequences whose lengths are known on the device only; nothing is read back.
+
+    Args:
+        cu_seqlens: int32 ``[B + 1]`` of the whole sequences, each a multiple of ``2 * size`` long.
+        max_seqlen: upper bound of a whole sequence's length.
+        total: tokens of all sequences, all ranks.
+        size, rank, chunk_size: as :func:`zigzag_uniform`.
+    """
+    return _zigzag(cu_seqlens, max_seqlen, total, size, rank, chunk_size)
+
+
+def _zigzag(cu_seqlens: Tensor, max_seqlen: int, total: int, size: int, rank: int, chunk_size: int) -> ZigzagLayout:
+    cu = cu_seqlens.long()
+    device = cu.device
+    pieces = (cu[1:] - cu[:-1]) // (2 * size)
+    local = cu // size
+    starts = torch.stack((local[:-1], local[:-1] + pieces), dim=1).flatten()
+    segments = Segments(
+        cu_seqlens_q=torch.cat((starts, local[-1:])).int(), cu_seqlens_k=cu_seqlens.int(),
+        seq_ids=torch.arange(pieces.numel(), device=device, dtype=torch.int32).repeat_interleave(2),
+        offsets=torch.stack((rank * pieces, (2 * size - 1 - rank) * pieces), dim=1).flatten().int(),
+        max_seqlen_q=-(-max_seqlen // (2 * size)), max_seqlen_k=max_seqlen, chunk_size=chunk_size)
+    row = torch.arange(total, device=device)
+    sequence = torch.searchsorted(cu, row, right=True) - 1
+    piece, within = _divide(row - cu[sequence], pieces[sequence])
+    owner = torch.where(piece < size, piece, 2 * size - 1 - piece)
+    second = (piece >= size) * pieces[sequence]
+    global_rows = owner * (total // size) + local[sequence] + second + within
+    rank_rows = torch.empty_like(row).scatter_(0, global_rows, row)
+    return ZigzagLayout(segments, global_rows, rank_rows, None)
+
+
+def _divide(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    quotient = x // y
+    return quotient, x - quotient * y
+
+
+def _block_exchange(layout: ZigzagLayout, seqlen: int, batch: int, size: int, rank: int) -> BlockExchange:
+    chunk = layout.segments.chunk_size
+    per_chunk = -(-chunk // SUM_BLOCK)
+    num_chunks = layout.segments.num_chunks(batch * seqlen)
+    local_total, piece = batch * seqlen // size, seqlen // (2 * size)
+    # every block of every full chunk: its row in the table, its first global row, its rows
+    chunks = torch.arange(seqlen // chunk)
+    first = (chunks[:, None] * chunk + torch.arange(per_chunk) * SUM_BLOCK).flatten()
+    count = torch.clamp(chunk - torch.arange(per_chunk) * SUM_BLOCK, max=SUM_BLOCK).repeat(chunks.numel())
+    is_cut = first // piece != (first + count - 1) // piece
+    sequence = torch.arange(batch)[:, None]
+    ids = layout.segments.first_chunk()[:, None] + chunks
+    target = (ids[:, :, None] * per_chunk + torch.arange(per_chunk)).flatten()
+    first, count, is_cut = (sequence * seqlen + first).flatten(), count.repeat(batch), is_cut.repeat(batch)
+
+    whole_at = layout.global_rows[first[~is_cut]]
+    cut_first, cut_count = first[is_cut], count[is_cut]
+    cut_begin = torch.cumsum(cut_count, 0) - cut_count
+    cut_global = torch.repeat_interleave(cut_first - cut_begin, cut_count) + torch.arange(int(cut_count.sum()))
+    cut_at = layout.global_rows[cut_global]
+    # a message holds a rank's whole blocks, then its rows of cut blocks, both in global order
+    at = torch.cat((whole_at, cut_at))
+    owner = at // local_total
+    slot, longest = _number_within(owner, size)
+    source = owner * longest + slot
+    mine_whole, mine_cut = whole_at // local_total == rank, cut_at // local_total == rank
+    return BlockExchange(
+        starts=(whole_at[mine_whole] % local_total).int(), counts=count[~is_cut][mine_whole].int(),
+        cut_rows=cut_at[mine_cut] % local_total, send_rows=longest,
+        sum_source=source[:whole_at.numel()], sum_target=target[~is_cut], cut_source=source[whole_at.numel():],
+        cut_starts=cut_begin.int(), cut_counts=cut_count.int(), cut_target=target[is_cut],
+        table_shape=(num_chunks, per_chunk))
+
+
+def _number_within(owner: Tensor, size: int) -> tuple[Tensor, int]:
+    """For each element its number among those of the same owner, in order; and the largest owner's count."""
+    per_owner = torch.bincount(owner, minlength=size)
+    order = torch.argsort(owner, stable=True)
+    number = torch.arange(owner.numel()) - (torch.cumsum(per_owner, 0) - per_owner)[owner[order]]
+    return torch.empty_like(number).scatter_(0, order, number), int(per_owner.max())
+
+
+def _to(record, device: torch.device):
+    """A copy of a dataclass with its tensors on a device."""
+    values = {f.name: getattr(record, f.name) for f in fields(record)}
+    return type(record)(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()})

@@ -1,0 +1,337 @@
+"""MoBACoreAttention: MoBA as Megatron-Core's core attention. The one place where Megatron's layouts become THD.
+
+Works with megatron-core 0.13 and later: process groups arrive as ``pg_collection``, ``model_comm_pgs`` or neither.
+The module has no parameters and keeps no state between calls, so recompute may rerun it and checkpoints do not change.
+"""
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.attention import Attention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from .arguments import config_from_environment
+from .config import MoBAConfig, get_default_config
+from .context_parallel import Agreement, check_zigzag, context_parallel_attention, zigzag_packed, zigzag_uniform
+from .ops import moba_attention
+from .ops.validation import check_cu_seqlens, check_qkv
+from .segments import Segments
+
+SUPPORTED_CP_COMM_TYPES = ("all_gather", "allgather")
+_iteration = 0
+
+
+def set_iteration(iteration: int) -> None:
+    """Tells every MoBA layer the training iteration (0-based), for ``MoBAConfig.full_attention_from_step``.
+
+    A training loop calls it before each step (and after loading a checkpoint). Without that option it has no effect.
+    """
+    global _iteration
+    _iteration = iteration
+
+
+def get_iteration() -> int:
+    """The iteration set last, 0 at first."""
+    return _iteration
+
+
+class MoBACoreAttention(MegatronModule):
+    """Softmax attention over each query's own chunk and its best earlier chunks, or dense, by layer and iteration.
+
+    Layers and iterations that :class:`~moba_megatron.MoBAConfig` names dense run causal attention through the same
+    operator, so they need no Transformer Engine and work under context parallelism.
+
+    Args:
+        config: Megatron's; fields that MoBA cannot honour are refused, see Raises.
+        layer_number: 1-based, global under pipeline parallelism. Multi-token-prediction layers, numbered beyond
+            ``config.num_layers``, are treated as the last layer.
+        attn_mask_type: ``causal``, or ``padding_causal`` for packed sequences.
+        attention_type: ``"self"``.
+        attention_dropout: None for ``config.attention_dropout``, which must be 0.
+        softmax_scale: None for ``1/sqrt(head_dim)``.
+        cp_comm_type: ``"all_gather"`` (or ``"allgather"``, or None), or a list with one for each layer.
+        pg_collection: process groups (0.15 and later); ``tp`` is not used, ``cp`` is the context parallel group.
+        model_comm_pgs: the same for 0.13 and 0.14. Without either, Megatron's ``parallel_state``.
+        moba_config: None for the default set by :func:`~moba_megatron.config.set_default_config`, else for the
+            ``MOBA_*`` environment variables.
+        **kwargs: ``k_channels``, ``v_channels`` and others that Megatron passes; head sizes are read off the tensors.
+
+    Raises:
+        ValueError: an option that MoBA does not support; the message names Megatron's flag.
+    """
+
+    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str,
+                 attention_dropout: float | None = None, softmax_scale: float | None = None,
+                 cp_comm_type: str | list[str] | None = None, pg_collection=None, model_comm_pgs=None,
+                 moba_config: MoBAConfig | None = None, **kwargs):
+        super().__init__(config=config)
+        refuse_unsupported(config, attn_mask_type, attention_type, attention_dropout)
+        self.moba_config = _resolve_config(moba_config)
+        self.layer_number = layer_number
+        self.attn_mask_type = attn_mask_type
+        self.softmax_scale = softmax_scale
+        self.deterministic = self.moba_config.deterministic or config.deterministic_mode
+        last = config.num_layers
+        self.full_attention = self.moba_config.is_full_attention(min(layer_number, last), last)
+        self.cp_group = None
+        if config.context_parallel_size > 1:
+            check_cp_comm_type(cp_comm_type, config, layer_number)
+            self.cp_group = _context_parallel_group(pg_collection or model_comm_pgs)
+        _guard_paths_around_core_attention()
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
+                attn_mask_type: AttnMaskType | None = None, attention_bias: Tensor | None = None,
+                packed_seq_params: PackedSeqParams | None = None) -> Tensor:
+        """Attention for one microbatch.
+
+        With a key/value cache (static inference) there are more keys than queries; the queries are the last ones.
+        Of packed sequences with ``cu_seqlens_q_padded`` the padding takes part: it follows the real tokens of its
+        sequence, so causality keeps it from changing them.
+
+        Args:
+            query: ``[s, b, h, d]``, or packed ``[t, h, d]``; any strides.
+            key: ``[s, b, hk, d]`` or ``[t, hk, d]``.
+            value: ``[s, b, hk, dv]`` or ``[t, hk, dv]``.
+            attention_mask: ignored, as for every causal ``attn_mask_type`` in Megatron: it can only say "causal" again.
+            attn_mask_type: overrides the constructor's; ``no_mask`` only for one query (decoding).
+            attention_bias: must be None.
+            packed_seq_params: THD format. ``cu_seqlens`` cover all tokens, all context parallel ranks; a ``cp_group``
+                in it takes the place of the module's.
+
+        Returns:
+            ``[s, b, h * dv]``, or packed ``[t, h * dv]``.
+
+        Raises:
+            TypeError, ValueError: unsupported arguments, or tensors that do not fit. Under context parallelism a
+                ValueError with the same text on every rank of the group.
+        """
+        group = self._group_for(packed_seq_params)
+        packed = packed_seq_params if packed_seq_params is not None and packed_seq_params.qkv_format == "thd" else None
+        dense = self.full_attention or self.moba_config.is_full_step(_iteration)
+        check = functools.partial(self._check_call, attn_mask_type or self.attn_mask_type, attention_bias, packed)
+        if group is None:
+            check(query, key, value)
+            o = moba_attention(*_to_thd(query, key, value), self._segments(query, key, packed, dense),
+                               1 if dense else self.moba_config.topk, softmax_scale=self.softmax_scale,
+                               deterministic=self.deterministic, backend=self.moba_config.backend)
+        else:
+            o = self._context_parallel(query, key, value, packed, dense, group, check)
+        return _from_thd(o, query)
+
+    @staticmethod
+    def _check_call(mask_type, attention_bias, packed, query, key, value) -> None:
+        dims = 4 if packed is None else 3
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(x, Tensor) or x.dim() != dims:
+                expected = "[s, b, h, d]" if packed is None else "[t, h, d] for packed_seq_params with qkv_format 'thd'"
+                got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+                raise ValueError(f"{name} must have shape {expected}, got {got}")
+        if attention_bias is not None:
+            raise ValueError("attention_bias must be None: MoBA selects chunks by unbiased scores and adds no bias")
+        decoding = mask_type == AttnMaskType.no_mask and query.shape[0] == 1  # the last position may see everything
+        if not decoding and mask_type not in (AttnMaskType.causal, *([AttnMaskType.padding_causal] if packed else [])):
+            raise ValueError("attn_mask_type must be causal (or padding_causal with packed_seq_params), got "
+                             f"{mask_type}: for padded batches use packed sequences")
+
+    def _group_for(self, packed_seq_params) -> dist.ProcessGroup | None:
+        """The context parallel group of this call (dynamic context parallelism brings its own), None for one rank."""
+        group = self.cp_group
+        if packed_seq_params is not None:
+            if getattr(packed_seq_params, "cp_group", None) is not None:
+                group = packed_seq_params.cp_group
+            elif getattr(packed_seq_params, "local_cp_size", None) == 1:
+                group = None
+        return group if group is not None and group.size() > 1 else None
+
+    def _segments(self, query: Tensor, key: Tensor, packed: PackedSeqParams | None, dense: bool) -> Segments:
+        if packed is None:
+            seqlen_q, batch, seqlen_k = query.shape[0], query.shape[1], key.shape[0]
+            if seqlen_q > seqlen_k:
+                raise ValueError(f"key must have at least query's {seqlen_q} tokens, got {seqlen_k}")
+            chunk_size = max(1, seqlen_k) if dense else self.moba_config.chunk_size
+            return _uniform_segments(seqlen_q, seqlen_k, batch, chunk_size, query.device)
+        cu_seqlens, max_seqlen = _packed_lengths(packed, query.shape[0], query.device)
+        chunk_size = max(1, max_seqlen) if dense else self.moba_config.chunk_size
+        return Segments.from_cu_seqlens(cu_seqlens, max_seqlen, chunk_size)
+
+    def _context_parallel(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams | None, dense: bool,
+                          group: dist.ProcessGroup, check) -> Tensor:
+        size, rank, moba = group.size(), dist.get_rank(group), self.moba_config
+        with Agreement(group) as agreement:
+            check(query, key, value)
+            q, k, v = _to_thd(query, key, value)
+            check_qkv(q, k, v)
+            if q.shape[0] != k.shape[0]:
+                raise ValueError(f"key must have query's {query.shape[0]} tokens under context parallelism, got "
+                                 f"{key.shape[0]}: a key/value cache is not supported with --context-parallel-size > 1")
+            agreement.signature = (
+                f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}, {q.dtype}, "
+                + ("dense" if dense else f"chunk_size {moba.chunk_size}, topk {moba.topk}"))
+            if packed is None:
+                seqlen = query.shape[0] * size
+                check_zigzag(seqlen, size, "the sequence length")
+            else:
+                cu_seqlens, seqlen = _packed_lengths(packed, q.shape[0] * size, q.device)
+                agreement.signature += f", {cu_seqlens.numel() - 1} sequences, max_seqlen {seqlen}"
+                if q.device.type == "cpu" or agreement.is_new():
+                    agreement.signature += _check_packed_zigzag(cu_seqlens, q.shape[0] * size, size)
+        chunk_size = max(1, seqlen) if dense else moba.chunk_size
+        if packed is None:
+            layout = zigzag_uniform(seqlen, query.shape[1], size, rank, chunk_size, q.device)
+        else:
+            layout = zigzag_packed(cu_seqlens, seqlen, q.shape[0] * size, size, rank, chunk_size)
+        return context_parallel_attention(q, k, v, layout, 1 if dense else moba.topk, group,
+                                          softmax_scale=self.softmax_scale, deterministic=self.deterministic,
+                                          backend=moba.backend)
+
+    def extra_repr(self) -> str:
+        return f"layer_number={self.layer_number}, " + ("dense" if self.full_attention else self.moba_config.describe())
+
+
+def refuse_unsupported(config: TransformerConfig, attn_mask_type: AttnMaskType, attention_type: str,
+                       attention_dropout: float | None) -> None:
+    """Raises ValueError for an option that MoBA attention would have to ignore; the message names Megatron's flag."""
+    if attention_type != "self":
+        raise ValueError(f"attention_type must be 'self', got {attention_type!r}: MoBA has no cross attention")
+    if attn_mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal):
+        raise ValueError(f"attn_mask_type must be AttnMaskType.causal, got {attn_mask_type}: MoBA is causal; for "
+                         "padded batches use packed sequences")
+    dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+    if dropout > 0:
+        raise ValueError(f"attention_dropout must be 0, got {dropout}: pass --attention-dropout 0 (Megatron's default "
+                         "is 0.1; --hidden-dropout is not affected)")
+    for field, allowed, reason in _UNSUPPORTED_FIELDS:
+        value = getattr(config, field, allowed)
+        if value != allowed and value is not None:
+            flag = "--" + field.replace("_", "-")
+            raise ValueError(f"{flag} (TransformerConfig.{field}) must be {allowed!r}, got {value!r}: {reason}")
+
+
+_UNSUPPORTED_FIELDS = (
+    ("window_size", None, "MoBA selects chunks itself and has no sliding window"),
+    ("softmax_type", "vanilla", "MoBA has no softmax offset or attention sink"),
+    ("qk_clip", False, "MoBA does not report the maximal attention logit"),
+    ("log_max_attention_logit", False, "MoBA does not report the maximal attention logit"),
+    ("fp8_dot_product_attention", False, "MoBA attends in bf16, fp16 or fp32; fp8 linear layers are fine"),
+    ("fp8_multi_head_attention", False, "MoBA attends in bf16, fp16 or fp32; fp8 linear layers are fine"),
+    ("apply_query_key_layer_scaling", False, "MoBA does not scale scores by layer"),
+    ("batch_invariant_mode", False, "it needs kernels that MoBA does not use"),
+    ("flash_decode", False, "decoding with it bypasses core attention and would be dense"),
+)
+"""Fields of TransformerConfig, where this version has them, with the value that MoBA works with and why no other."""
+
+
+def check_cp_comm_type(cp_comm_type: str | list[str] | None, config: TransformerConfig, layer_number: int) -> None:
+    """Raises ValueError unless this layer's context parallel communication is one that MoBA has.
+
+    A per-layer list is read from ``config`` by ``layer_number - 1``: Megatron up to 0.16 passes its neighbour's entry.
+    """
+    listed = config.cp_comm_type if isinstance(config.cp_comm_type, (list, tuple)) else cp_comm_type
+    if isinstance(listed, (list, tuple)):
+        if len(listed) == 1:
+            cp_comm_type = listed[0]
+        elif not 1 <= layer_number <= len(listed):
+            raise ValueError(f"--cp-comm-type must name one type, or one for each layer, got {len(listed)} for layer "
+                             f"{layer_number}")
+        else:
+            cp_comm_type = listed[layer_number - 1]
+    if cp_comm_type is not None and cp_comm_type not in SUPPORTED_CP_COMM_TYPES:
+        raise ValueError(f"--cp-comm-type must be one of {', '.join(SUPPORTED_CP_COMM_TYPES)} for MoBA attention, got "
+                         f"{cp_comm_type!r} for layer {layer_number}: pass --cp-comm-type all_gather")
+
+
+def _context_parallel_group(groups) -> dist.ProcessGroup:
+    if getattr(groups, "cp", None) is not None:
+        return groups.cp
+    return parallel_state.get_context_parallel_group()
+
+
+def _resolve_config(moba_config: MoBAConfig | None) -> MoBAConfig:
+    if moba_config is None:
+        moba_config = get_default_config() or _environment_config()
+    if not isinstance(moba_config, MoBAConfig):
+        raise TypeError(f"moba_config must be a MoBAConfig, got {type(moba_config).__name__}")
+    return moba_config
+
+
+@functools.lru_cache(maxsize=1)
+def _environment_config() -> MoBAConfig:
+    config = config_from_environment()
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(f"> {config.describe()} (from MOBA_* environment variables and defaults)", flush=True)
+    return config
+
+
+@functools.lru_cache(maxsize=1)
+def _guard_paths_around_core_attention() -> None:
+    """Makes Megatron's inference paths that bypass core attention refuse MoBA layers: they would be dense, silently."""
+    for name in ("flash_decode", "flash_decode_and_prefill"):
+        if hasattr(Attention, name):
+            setattr(Attention, name, _guarded(getattr(Attention, name)))
+
+
+def _guarded(method):
+    @functools.wraps(method)
+    def guarded(self, *args, **kwargs):
+        if isinstance(self.core_attention, MoBACoreAttention):
+            raise ValueError(f"Attention.{method.__name__} (dynamic batching or --flash-decode) would bypass MoBA and "
+                             "attend densely: use static batching")
+        return method(self, *args, **kwargs)
+
+    return guarded
+
+
+@functools.lru_cache(maxsize=64)
+def _uniform_segments(seqlen_q: int, seqlen_k: int, batch: int, chunk_size: int, device: torch.device) -> Segments:
+    """Sequences of one length: the last ``seqlen_q`` positions of each of ``batch`` sequences of ``seqlen_k`` keys."""
+    with torch.inference_mode(False):  # the cached tensors must be fit for training, whoever asks first
+        count = torch.arange(batch + 1, dtype=torch.int32, device=device)
+        if seqlen_q == seqlen_k:
+            return Segments.from_cu_seqlens(count * seqlen_k, seqlen_k, chunk_size)
+        return Segments(cu_seqlens_q=count * seqlen_q, cu_seqlens_k=count * seqlen_k, seq_ids=count[:-1],
+                        offsets=torch.full_like(count[:-1], seqlen_k - seqlen_q), max_seqlen_q=seqlen_q,
+                        max_seqlen_k=seqlen_k, chunk_size=chunk_size)
+
+
+def _packed_lengths(packed: PackedSeqParams, total: int, device: torch.device) -> tuple[Tensor, int]:
+    """cu_seqlens of all tokens as they lie in memory, and a bound of a sequence's length; without a host sync."""
+    padded = packed.cu_seqlens_q_padded is not None
+    cu_seqlens = packed.cu_seqlens_q_padded if padded else packed.cu_seqlens_q
+    max_seqlen = packed.max_seqlen_q
+    if isinstance(max_seqlen, Tensor):
+        max_seqlen = int(max_seqlen.max()) if max_seqlen.device.type == "cpu" else None
+    if padded or max_seqlen is None:  # max_seqlen_q speaks of the lengths without padding
+        max_seqlen = total
+    return check_cu_seqlens(cu_seqlens, max_seqlen, total, device), max_seqlen
+
+
+def _check_packed_zigzag(cu_seqlens: Tensor, total: int, size: int) -> str:
+    """Checks the values of cu_seqlens for the zigzag layout; returns a checksum of them as text."""
+    values = cu_seqlens.tolist()
+    if values[0] != 0 or values[-1] != total:
+        raise ValueError(f"cu_seqlens must run from 0 to the tokens of all context parallel ranks, {total}, got "
+                         f"{values[0]} to {values[-1]}")
+    for i, (begin, end) in enumerate(zip(values, values[1:])):
+        check_zigzag(end - begin, size, f"the length of packed sequence {i}")
+    return f", cu_seqlens {values[:6]}{'...' if len(values) > 6 else ''} (checksum {hash(tuple(values)):x})"
+
+
+def _to_thd(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """``[s, b, h, d]`` as ``[b * s, h, d]``, sequence after sequence (a view where b is 1); THD as it is."""
+    return tuple(x if x.dim() == 3 else x[:, 0] if x.shape[1] == 1 else x.transpose(0, 1).flatten(0, 1)
+                 for x in tensors)
+
+
+def _from_thd(o: Tensor, query: Tensor) -> Tensor:
+    """``[b * s, h, dv]`` in query's layout with the heads joined."""
+    if query.dim() == 3:
+        return o.flatten(1)
+    seqlen, batch = query.shape[:2]
+    return o.unflatten(0, (batch, seqlen)).transpose(0, 1).flatten(2)

@@ -1,0 +1,58 @@
+"""Runs a function in several processes joined by gloo over loopback, with a time limit."""
+import os
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_ranks(function, size, directory, *args, seconds=180):
+    """Calls ``function(rank, size, *args)`` in ``size`` processes and returns their results, by rank.
+
+    Raises AssertionError with the traceback of a rank that failed, or where the time limit passed.
+    """
+    directory = Path(directory)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    context = mp.get_context("spawn")
+    processes = [context.Process(target=_main, args=(function, rank, size, port, str(directory), args))
+                 for rank in range(size)]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + seconds
+    try:
+        while any(p.is_alive() for p in processes) and time.monotonic() < deadline:
+            if any(p.exitcode not in (None, 0) for p in processes):
+                time.sleep(2)  # let the others report their own error
+                break
+            time.sleep(0.05)
+    finally:
+        late = [rank for rank, p in enumerate(processes) if p.is_alive()]
+        for process in processes:
+            process.kill() if process.is_alive() else None
+            process.join()
+    errors = [path.read_text() for rank in range(size) if (path := directory / f"error{rank}.txt").exists()]
+    assert not errors, "\n".join(errors)
+    assert not late, f"ranks {late} did not finish within {seconds} s"
+    return [torch.load(directory / f"result{rank}.pt", weights_only=False) for rank in range(size)]
+
+
+def _main(function, rank, size, port, directory, args):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size),
+                      LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", rank=rank, world_size=size)
+        torch.save(function(rank, size, *args), Path(directory) / f"result{rank}.pt")
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        (Path(directory) / f"error{rank}.txt").write_text(f"rank {rank}:\n{traceback.format_exc()}")
+        sys.stdout.flush()
+        os._exit(1)
