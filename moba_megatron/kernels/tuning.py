@@ -66,6 +66,8 @@ def config(stage: str, device: torch.device | None = None, **key: int) -> dict[s
 @functools.lru_cache(maxsize=None)
 def _lookup(stage: str, arch: str, key: tuple[tuple[str, int], ...]) -> dict[str, int]:
     found = next((row for row in rows(stage) if row.fits(arch, dict(key))), None)
+    if "record" in _forced:
+        _forced["record"].append((stage, found))
     if found is not None:
         return _forced.get("configs", {}).get(stage, found.config)
     if arch == INTERPRETER:
@@ -118,13 +120,16 @@ _forced: dict[str, object] = {}
 
 
 @contextlib.contextmanager
-def forced(arch: str | None = None, configs: dict[str, dict[str, int]] | None = None):
+def forced(arch: str | None = None, configs: dict[str, dict[str, int]] | None = None,
+           record: list[tuple[str, Row]] | None = None):
     """Within the block: this architecture, and these configurations (stage -> config) in place of the table's.
 
-    For the compile report and ``bench tune``; not for several threads at once.
+    Every row that is looked up is added to ``record``. For the compile report and ``bench tune``; not for several
+    threads at once.
     """
     before = dict(_forced)
-    _forced.update({name: value for name, value in (("arch", arch), ("configs", configs)) if value is not None})
+    given = {"arch": arch, "configs": configs, "record": record}
+    _forced.update({name: value for name, value in given.items() if value is not None})
     _lookup.cache_clear()
     try:
         yield

@@ -1,0 +1,61 @@
+"""Where a measurement was made: device, driver, versions, commit, command."""
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+import triton
+
+from .. import __version__
+
+
+def describe(device: torch.device) -> dict[str, str | int | None]:
+    """What a reader needs to judge or repeat a measurement."""
+    cuda = device.type == "cuda"
+    properties = torch.cuda.get_device_properties(device) if cuda else None
+    return {
+        "device": properties.name if cuda else platform.processor() or platform.machine(),
+        "capability": "%d.%d" % (properties.major, properties.minor) if cuda else None,
+        "device_memory_gib": round(properties.total_memory / 2 ** 30, 1) if cuda else None,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "moba_megatron": __version__,
+        "commit": commit(),
+        "command": "python -m moba_megatron.bench " + " ".join(sys.argv[1:]),
+        "when": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+    }
+
+
+def commit() -> str | None:
+    """The commit of this checkout ("+" if files differ from it); MOBA_COMMIT where there is no checkout."""
+    here = Path(__file__).parent
+    head = _output("git", "-C", str(here), "rev-parse", "--short=12", "HEAD")
+    if head is None:
+        return os.environ.get("MOBA_COMMIT")
+    return head + ("+" if _output("git", "-C", str(here), "status", "--porcelain", "-uno") else "")
+
+
+def line(about: dict) -> str:
+    """One line for the head of a table."""
+    parts = [about["device"], f"driver {about['driver']}" if about["driver"] else None, f"torch {about['torch']}",
+             f"triton {about['triton']}", f"cuDNN {about['cudnn']}" if about["cudnn"] else None,
+             f"commit {about['commit']}" if about["commit"] else None, about["when"]]
+    return ", ".join(part for part in parts if part)
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    text = done.stdout.strip().splitlines()
+    return text[0] if done.returncode == 0 and text else None

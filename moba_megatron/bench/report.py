@@ -1,0 +1,147 @@
+"""Turns measured rows into tables: aligned text for the terminal, markdown for the README."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from . import environment
+from .cases import Case, uniform_twin
+
+RESULTS = Path(__file__).parent / "results"
+README_TABLE = "h200/kernels.json"
+FP16_MAX = 1.03
+SKEWED_MAX = 1.5
+GIB = 2 ** 30
+
+
+def case_of(row: dict) -> Case:
+    return Case(**row["case"])
+
+
+def verdicts(rows: list[dict]) -> dict[str, str]:
+    """What each row's goal says of it: ``stretch``, ``must`` or ``missed: why``; nothing for rows without a goal."""
+    times = {row["case"]["name"]: row["ms"]["median"] for row in rows if "ms" in row}
+    found = {}
+    for row in rows:
+        case = case_of(row)
+        if row["status"] != "ok":
+            found[case.name] = f"{row['status']}: {row['reason']}"
+            continue
+        missed, ms = [], times[case.name]
+        if case.must and ms > case.must:
+            missed.append(f"{ms:.3g} ms > {case.must:g}")
+        if case.max_extra_gib and (row["extra_peak_bytes"] or 0) > case.max_extra_gib * GIB:
+            missed.append(f"{row['extra_peak_bytes'] / GIB:.2f} GiB > {case.max_extra_gib:g}")
+        if case.min_over_cudnn and "cudnn_ms" in row and row["cudnn_ms"]["median"] < case.min_over_cudnn * ms:
+            missed.append(f"{row['cudnn_ms']['median'] / ms:.2f}x cuDNN < {case.min_over_cudnn:g}")
+        missed += _against_twin(case, ms, times)
+        if missed:
+            found[case.name] = "missed: " + ", ".join(missed)
+        elif case.must:
+            found[case.name] = "stretch" if ms <= case.stretch else "must"
+        elif case.min_over_cudnn:
+            found[case.name] = "must"
+    return found
+
+
+def _against_twin(case: Case, ms: float, times: dict[str, float]) -> list[str]:
+    twin = uniform_twin(case)
+    limit = FP16_MAX if case.dtype == "float16" else SKEWED_MAX if case.skewed else None
+    if twin is None or limit is None or twin.name not in times:
+        return []
+    ratio = ms / times[twin.name]
+    return [f"{ratio:.2f}x {twin.name} > {limit:g}"] if ratio > limit else []
+
+
+def cells(row: dict, verdict: str, times: dict[str, float]) -> dict[str, str]:
+    """One line of the table: column -> text."""
+    case = case_of(row)
+    ms, forward, cudnn = row.get("ms"), row.get("forward_ms"), row.get("cudnn_ms")
+    twin = uniform_twin(case)
+    beside = ""
+    if ms and twin and twin.name in times:
+        beside = f"{ms['median'] / times[twin.name]:.2f}x {twin.name}"
+    return {
+        "row": case.name,
+        "heads x D": f"{case.heads}:{case.kv_heads} x {case.head_dim}",
+        "ms": _number(ms["median"]) if ms else "-",
+        "p20-p80": f"{_number(ms['p20'])}-{_number(ms['p80'])}" if ms else "-",
+        "forward": _number(forward["median"]) if forward else "-",
+        "graph": _number(row["graph_ms"]["median"]) if "graph_ms" in row else "",
+        "floor": _number(row["floor_ms"]),
+        "x floor": f"{ms['median'] / row['floor_ms']:.1f}" if ms else "-",
+        "must": _number(case.must), "stretch": _number(case.stretch),
+        "FlashMoBA": _number(case.flash_moba),
+        "cuDNN full": _number(cudnn["median"]) if cudnn else "",
+        "extra GiB": f"{row['extra_peak_bytes'] / GIB:.2f}" if row.get("extra_peak_bytes") else "",
+        "error o, dq, dk, dv": _errors(row),
+        "note": "; ".join(x for x in (verdict, beside) if x),
+    }
+
+
+def _number(x: float | None) -> str:
+    if x is None:
+        return ""
+    return f"{x:.0f}" if x >= 200 else f"{x:.1f}" if x >= 20 else f"{x:.2f}"
+
+
+def _errors(row: dict) -> str:
+    errors = row.get("errors")
+    return " ".join(f"{errors[name]['error']:.1e}" for name in ("o", "dq", "dk", "dv")) if errors else "-"
+
+
+def table(rows: list[dict]) -> list[dict[str, str]]:
+    """All rows as cells, without the columns that are empty throughout."""
+    verdict = verdicts(rows)
+    times = {row["case"]["name"]: row["ms"]["median"] for row in rows if "ms" in row}
+    lines = [cells(row, verdict.get(row["case"]["name"], ""), times) for row in rows]
+    used = [name for name in (lines[0] if lines else ()) if any(line[name] for line in lines)]
+    return [{name: line[name] for name in used} for line in lines]
+
+
+def as_text(lines: list[dict[str, str]]) -> str:
+    """Aligned columns."""
+    if not lines:
+        return "(no rows)"
+    widths = {name: max(len(name), *(len(line[name]) for line in lines)) for name in lines[0]}
+    out = ["  ".join(name.ljust(width) for name, width in widths.items()).rstrip()]
+    out += ["  ".join(line[name].ljust(width) for name, width in widths.items()).rstrip() for line in lines]
+    return "\n".join(out)
+
+
+def as_markdown(lines: list[dict[str, str]]) -> str:
+    """A pipe table."""
+    if not lines:
+        return ""
+    out = ["| " + " | ".join(lines[0]) + " |", "|" + "---|" * len(lines[0])]
+    out += ["| " + " | ".join(value.replace("|", "/") for value in line.values()) + " |" for line in lines]
+    return "\n".join(out)
+
+
+def markdown_of(result: dict) -> str:
+    """What stands in the README between its markers: the table, and below it where and how it was measured."""
+    about = result["environment"]
+    return f"{as_markdown(table(result['rows']))}\n\n{environment.line(about)}. Made by `{about['command']}`."
+
+
+def load(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def save(path: Path, result: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def between_markers(text: str, name: str) -> tuple[int, int]:
+    """Where in a text the table ``name`` stands: after ``<!-- table: name -->``, before ``<!-- end -->``.
+
+    Raises:
+        ValueError: the markers are not there.
+    """
+    opening, closing = f"<!-- table: {name} -->\n", "<!-- end -->"
+    begin = text.find(opening)
+    end = text.find(closing, begin)
+    if begin < 0 or end < 0:
+        raise ValueError(f"the text must have a line {opening.strip()!r} and after it a line {closing!r}")
+    return begin + len(opening), end

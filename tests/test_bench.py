@@ -1,0 +1,126 @@
+"""The benchmark itself: its floors, its oracle (which must notice errors), its tables, its command line."""
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from moba_megatron import reference
+from moba_megatron.bench import cases, environment, oracle, report
+from moba_megatron.bench.__main__ import main
+from moba_megatron.segments import Segments
+
+README = Path(__file__).parent.parent / "README.md"
+TOKENS, CHUNK, TOPK = 1000, 24, 4
+
+
+def _solved(dtype):
+    """A small problem and the reference's answers to it."""
+    torch.manual_seed(3)
+    q, do = torch.randn(2, TOKENS, 4, 32).to(dtype)
+    k, v = torch.randn(2, TOKENS, 2, 32).to(dtype)
+    segments = Segments.from_cu_seqlens(torch.tensor([0, TOKENS], dtype=torch.int32), TOKENS, CHUNK)
+    selected = reference.gate(q, reference.chunk_means(k, segments), segments, TOPK)
+    o, lse = reference.attention_fwd(q, k, v, selected, segments, 0.2)
+    grads = reference.attention_bwd(do, None, q, k, v, o, lse, selected, segments, 0.2)
+    return oracle.Problem(q, k, v, do, selected, CHUNK, 0.2), {"o": o, "lse": lse, **dict(zip(("dq", "dk", "dv"), grads))}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_oracle_agrees_with_the_reference(dtype):
+    problem, answers = _solved(dtype)
+    assert oracle.check_selection(problem, TOPK)["wrong"] == 0
+    for name, error in oracle.check_values(problem, **answers).items():
+        assert error["error"] <= error["limit"], name
+        assert error["error"] < {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype], name
+
+
+@pytest.mark.parametrize("name", ["o", "lse", "dq", "dk", "dv"])
+def test_oracle_notices_a_wrong_value(name):
+    problem, answers = _solved(torch.bfloat16)
+    answers[name] = answers[name] * 1.05
+    wrong = [n for n, e in oracle.check_values(problem, **answers).items() if e["error"] > e["limit"]]
+    assert wrong == [name]
+
+
+@pytest.mark.parametrize("spoil", ["missing", "twice", "not the best", "own chunk"])
+def test_oracle_notices_a_wrong_selection(spoil):
+    problem, _ = _solved(torch.float32)
+    selected = problem.selected.clone()
+    if spoil == "missing":
+        selected[..., -1] = -1
+    elif spoil == "twice":
+        selected[..., 1] = selected[..., 0]
+    elif spoil == "not the best":
+        selected[..., 0] = 0
+    else:
+        selected[..., 0] = (torch.arange(TOKENS) // CHUNK)[:, None]
+    assert oracle.check_selection(dataclasses.replace(problem, selected=selected), TOPK)["wrong"] > 0
+
+
+@pytest.mark.parametrize("name, floor", [
+    ("8K-512-3", 0.35), ("32K-512-3", 1.5), ("32K-128-8", 1.1), ("128K-128-8", 4.6), ("128K-512-8", 18),
+    ("128K-2048-3", 24), ("512K-128-8", 18), ("512K-4096-12", 856), ("gqa-128K-512-8", 36), ("1head-32K-512-3", 0.09)])
+def test_floors(name, floor):
+    case, = cases.find_cases([name])
+    assert cases.floor_ms(case) == pytest.approx(floor, rel=0.08)
+
+
+def test_rows_are_named_and_unknown_names_refused():
+    names = [case.name for case in cases.CASES]
+    assert len(set(names)) == len(names)
+    assert [case.name for case in cases.find_cases(["gqa", "1head"])] == ["gqa-128K-512-8", "1head-32K-512-3"]
+    with pytest.raises(ValueError, match="--rows must name rows"):
+        cases.find_cases(["nonsense"])
+
+
+def test_command_line_without_a_gpu(tmp_path, capsys):
+    path = tmp_path / "out" / "rows.json"
+    assert main(["kernels", "--rows", "tiny", "--backend", "reference", "--device", "cpu", "--repeats", "2", "--stages",
+                 "--json", str(path)]) == 0
+    row, = json.loads(path.read_text())["rows"]
+    assert row["status"] == "ok" and row["ms"]["runs"] == 2 and set(row["stages_ms"]) >= {"gate", "attention_bwd"}
+    assert "tiny" in capsys.readouterr().out
+    assert main(["table", str(path)]) == 0
+    assert capsys.readouterr().out.startswith("| row |")
+
+
+def test_no_speed_for_a_wrong_result(monkeypatch, tmp_path, capsys):
+    right = reference.attention_fwd
+    monkeypatch.setattr(reference, "attention_fwd", lambda *a: (right(*a)[0] * 1.01, right(*a)[1]))
+    path = tmp_path / "rows.json"
+    assert main(["kernels", "--rows", "tiny", "--backend", "reference", "--device", "cpu", "--json", str(path)]) == 1
+    row, = json.loads(path.read_text())["rows"]
+    assert row["status"] == "wrong" and "ms" not in row
+    assert "wrong: error above its limit: o" in capsys.readouterr().out
+
+
+def _row(case, ms, **more):
+    return {"case": case.as_dict(), "status": "ok", "floor_ms": 1.0, "extra_peak_bytes": 2 ** 30, **more,
+            **{name: dict.fromkeys(("median", "p20", "p80"), ms) for name in ("ms", "forward_ms")}}
+
+
+def test_verdicts():
+    case = {name: cases.find_cases([name])[0] for name in (
+        "32K-512-3", "128K-512-8", "fp16-128K-512-8", "skewed-128K-512-8", "d64-32K-512-3", "128K-128-8")}
+    rows = [_row(case["32K-512-3"], 4.0), _row(case["128K-512-8"], 30.0), _row(case["fp16-128K-512-8"], 33.0),
+            _row(case["skewed-128K-512-8"], 44.0), _row(case["d64-32K-512-3"], 2.0, cudnn_ms={"median": 7.0}),
+            _row(case["128K-128-8"], 15.0) | {"extra_peak_bytes": 4 * 2 ** 30}]
+    assert report.verdicts(rows) == {
+        "32K-512-3": "must", "128K-512-8": "stretch", "fp16-128K-512-8": "missed: 1.10x 128K-512-8 > 1.03",
+        "d64-32K-512-3": "missed: 3.50x cuDNN < 4", "128K-128-8": "missed: 4.00 GiB > 3.1"}
+
+
+@pytest.mark.skipif(not (report.RESULTS / report.README_TABLE).exists(), reason="no stored results yet")
+def test_readme_has_the_stored_table():
+    text = README.read_text()
+    begin, end = report.between_markers(text, "kernels")
+    stored = report.load(report.RESULTS / report.README_TABLE)
+    assert text[begin:end].strip() == report.markdown_of(stored).strip(), \
+        "write it with: python -m moba_megatron.bench table --write README.md"
+
+
+def test_environment_names_the_commit_and_the_versions():
+    about = environment.describe(torch.device("cpu"))
+    assert about["torch"] == torch.__version__ and about["command"].startswith("python -m moba_megatron.bench")
