@@ -1,0 +1,442 @@
+"""Attention forward: gathered rows against selected chunks into slots, then the own chunk and the merge of the slots.
+
+A slot holds what one (query, head) got from one selected chunk: a normalised partial o and its log-sum-exp. Slots exist
+for one group of kv heads at a time (``workspace.py``). Inside the kernels everything is in powers of two.
+"""
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..segments import Segments
+from . import INTERPRETED, tuning
+from .jit_helpers import chunk_keys, list_tile, query_tile
+from .routing import Routes, Tiles, make_tiles, route
+from .workspace import head_groups
+
+MAX_HEAD_DIM = 256
+
+
+def attention_fwd(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: Segments,
+                  softmax_scale: float) -> tuple[Tensor, Tensor]:
+    """Softmax attention over the own chunk and the selected ones, keys at or before the query.
+
+    With ``(o_j, lse_j)`` the attention over one chunk alone: ``lse = log sum_j exp(lse_j)`` and
+    ``o = sum_j exp(lse_j - lse) o_j``.
+
+    Args:
+        q: ``[T, H, D]``, bf16, fp16 or fp32 (products in tf32x3); any strides, D and DV at most 256.
+        k: ``[S, HK, D]``.
+        v: ``[S, HK, DV]``.
+        selected: int32 ``[T, H, topk - 1]``, ids of full, earlier chunks, -1 for none.
+        segments: places the queries among the keys.
+        softmax_scale: multiplies the scores.
+
+    Returns:
+        o ``[T, H, DV]`` in q's dtype; lse ``[T, H]``, fp32, natural log.
+
+    Raises:
+        TypeError: fp64. ValueError: a head dim above 256, or chunks below 16.
+    """
+    _check(q, v, selected, segments)
+    if softmax_scale < 0:  # the running maximum is taken before the scale
+        q, softmax_scale = -q, -softmax_scale
+    qk_scale = max(softmax_scale, 1e-30) * math.log2(math.e)  # 0 would turn a masked -inf into NaN
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    total_q, num_heads, _ = q.shape
+    num_kv_heads, slots = k.shape[1], selected.shape[2]
+    o = torch.empty(total_q, num_heads, v.shape[2], dtype=q.dtype, device=q.device)
+    lse = torch.empty(total_q, num_heads, dtype=torch.float32, device=q.device)
+    if total_q == 0:
+        return o, lse
+    if slots == 0:
+        _own_merge(q, k, v, selected, None, None, o, lse, segments, qk_scale, (0, num_kv_heads))
+        return o, lse
+    selected = selected.contiguous()
+    options = sparse_config(q, v, segments.chunk_size)
+    routes = route(selected, num_kv_heads, segments.num_chunks(k.shape[0]))
+    tiles = make_tiles(routes, options["SPLIT"])
+    rows_per_head = total_q * (num_heads // num_kv_heads) * slots
+    groups = head_groups(num_kv_heads, rows_per_head * (v.shape[2] * q.element_size() + 4))
+    rows = rows_per_head * (groups[0][1] - groups[0][0])
+    o_slots = torch.empty(rows, v.shape[2], dtype=q.dtype, device=q.device)
+    lse_slots = torch.empty(rows, dtype=torch.float32, device=q.device)
+    for group in groups:
+        _sparse(q, k, v, routes, tiles, o_slots, lse_slots, segments, qk_scale, slots, group, options)
+        _own_merge(q, k, v, selected, o_slots, lse_slots, o, lse, segments, qk_scale, group)
+    return o, lse
+
+
+def _check(q: Tensor, v: Tensor, selected: Tensor, segments: Segments) -> None:
+    if q.dtype == torch.float64:
+        raise TypeError("q must be bfloat16, float16 or float32 for the Triton kernels, got float64: "
+                        "use backend='reference'")
+    if max(q.shape[2], v.shape[2]) > MAX_HEAD_DIM:
+        raise ValueError(f"head_dim must be at most {MAX_HEAD_DIM} for the Triton kernels, got {q.shape[2]} for q and k, "
+                         f"{v.shape[2]} for v: use backend='reference'")
+    if segments.chunk_size < 16 and selected.shape[2]:
+        raise ValueError(f"chunk_size must be at least 16 for the Triton kernels, got {segments.chunk_size}: "
+                         "use backend='reference'")
+
+
+def sparse_config(q: Tensor, v: Tensor, chunk_size: int) -> dict[str, int]:
+    """The sparse pass's configuration, with RESIDENT (a chunk's keys fit one tile) and SPLIT (rows a program)."""
+    options = tuning.config("attention_fwd", q.device, head_dim=max(q.shape[2], v.shape[2]), chunk_size=chunk_size,
+                            itemsize=q.element_size())
+    options["RESIDENT"] = options["BLOCK_N"] >= chunk_size
+    if not options["RESIDENT"]:
+        options["SPLIT"] = options["BLOCK_M"]
+    return {"SPLIT": options["BLOCK_M"], **options}
+
+
+def tma_available(device: torch.device) -> bool:
+    """Whether tensor descriptors are faster than pointers here: from Hopper on."""
+    return not INTERPRETED and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def _key_source(x: Tensor, block_n: int, use_tma: bool) -> Tensor | TensorDescriptor:
+    """x ``[S, HK, D]`` itself, or a descriptor of ``[HK, S, D]`` whose tiles are padded with zeros beyond D."""
+    if not use_tma:
+        return x
+    total, heads, dim = x.shape
+    stride_head = x.stride(1) if heads > 1 else total * x.stride(0)
+    return TensorDescriptor(x, [heads, total, dim], [stride_head, x.stride(0), 1],
+                            [1, block_n, triton.next_power_of_2(dim)])
+
+
+def _describable(x: Tensor) -> bool:
+    strides = x.stride()[:2] if x.shape[1] > 1 else x.stride()[:1]
+    return (x.element_size() == 2 and x.data_ptr() % 16 == 0 and x.stride(0) > 0
+            and all(s * x.element_size() % 16 == 0 for s in strides))
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return "tf32x3" if dtype == torch.float32 and not INTERPRETED else "ieee"
+
+
+def _sparse(q: Tensor, k: Tensor, v: Tensor, routes: Routes, tiles: Tiles, o_slots: Tensor, lse_slots: Tensor,
+            segments: Segments, qk_scale: float, slots: int, group: tuple[int, int], options: dict[str, int]) -> None:
+    """Fills the slots of one group of kv heads."""
+    options = dict(options)
+    resident = options.pop("RESIDENT")
+    size, num_chunks = segments.chunk_size, routes.num_chunks
+    heads_per_kv, kv_heads = q.shape[1] // k.shape[1], group[1] - group[0]
+    use_tma = (size % options["BLOCK_N"] == 0 and tma_available(q.device) and _describable(k) and _describable(v))
+    kernel = _attention_fwd_resident_kernel if resident else _attention_fwd_sparse_kernel
+    bound = q.shape[0] * heads_per_kv * kv_heads * slots // options["SPLIT"] + num_chunks * kv_heads + 1
+    kernel[(bound,)](
+        q,
+        _key_source(k, options["BLOCK_N"], use_tma),
+        _key_source(v, options["BLOCK_N"], use_tma),
+        routes.entries,
+        routes.list_offsets,
+        tiles.lists,
+        segments.cu_seqlens_k,
+        o_slots,
+        lse_slots,
+        qk_scale,
+        num_chunks,
+        segments.num_sequences,
+        *group,
+        q.stride(0),
+        q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        H=q.shape[1],
+        G=heads_per_kv,
+        KS=slots,
+        D=q.shape[2],
+        DV=v.shape[2],
+        BLOCK_D=triton.next_power_of_2(q.shape[2]),
+        BLOCK_DV=triton.next_power_of_2(v.shape[2]),
+        CHUNK=size,
+        USE_TMA=use_tma,
+        PRECISION=_precision(q.dtype),
+        **options,
+    )
+
+
+def _own_merge(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, o_slots: Tensor | None, lse_slots: Tensor | None,
+               o: Tensor, lse: Tensor, segments: Segments, qk_scale: float, group: tuple[int, int]) -> None:
+    """Writes o and lse of one group of kv heads."""
+    heads_per_kv, slots = q.shape[1] // k.shape[1], selected.shape[2]
+    options = tuning.config("attention_fwd_own", q.device, head_dim=max(q.shape[2], v.shape[2]),
+                            chunk_size=segments.chunk_size, itemsize=q.element_size())
+    num_tiles = q.shape[0] // options["BLOCK_M"] + segments.num_segments
+    group_heads = (group[1] - group[0]) * heads_per_kv
+    _attention_fwd_own_kernel[(num_tiles * group_heads,)](
+        q,
+        k,
+        v,
+        selected,
+        o_slots,
+        lse_slots,
+        o,
+        lse,
+        segments.cu_seqlens_q,
+        segments.cu_seqlens_k,
+        segments.seq_ids,
+        segments.offsets,
+        qk_scale,
+        num_tiles,
+        segments.num_segments,
+        segments.chunk_size,
+        group[0] * heads_per_kv,
+        group_heads,
+        q.stride(0),
+        q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        H=q.shape[1],
+        G=heads_per_kv,
+        KS=slots,
+        BLOCK_KS=triton.next_power_of_2(slots) if slots else 1,
+        D=q.shape[2],
+        DV=v.shape[2],
+        BLOCK_D=triton.next_power_of_2(q.shape[2]),
+        BLOCK_DV=triton.next_power_of_2(v.shape[2]),
+        PRECISION=_precision(q.dtype),
+        **options,
+    )
+
+
+@triton.jit
+def _load_keys(source, row, end, head, stride_row, stride_head, D: tl.constexpr, BLOCK_N: tl.constexpr,
+               BLOCK_D: tl.constexpr, USE_TMA: tl.constexpr, MASKED: tl.constexpr):
+    """Rows ``row .. row + BLOCK_N`` of one head, ``[BLOCK_N, BLOCK_D]``; zeros from row ``end`` on where MASKED."""
+    if USE_TMA:
+        tile = source.load([head, row, 0]).reshape(BLOCK_N, BLOCK_D)
+    else:
+        rows = row + tl.arange(0, BLOCK_N)
+        cols = tl.arange(0, BLOCK_D)
+        pointers = source + head.to(tl.int64) * stride_head + rows[:, None].to(tl.int64) * stride_row + cols[None, :]
+        if MASKED:
+            tile = tl.load(pointers, mask=(rows[:, None] < end) & (cols[None, :] < D), other=0.0)
+        elif D < BLOCK_D:
+            tile = tl.load(pointers, mask=cols[None, :] < D, other=0.0)
+        else:
+            tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def _group_tile(list_offsets, num_chunks, kv_head_begin, kv_head_end, SPLIT: tl.constexpr):
+    """This program's tile within a group of kv heads, whose lists lie next to one another, and the group's end."""
+    first_list = kv_head_begin * num_chunks
+    end_list = kv_head_end * num_chunks
+    first = (tl.load(list_offsets + first_list) // SPLIT).to(tl.int32) + first_list
+    end = (tl.load(list_offsets + end_list) // SPLIT).to(tl.int32) + end_list
+    return first + tl.program_id(0), end
+
+
+@triton.jit
+def _gather_queries(q, entries, begin, end, first_head, group_heads, stride_qt, stride_qh, H: tl.constexpr,
+                    KS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The query rows of entries ``begin .. begin + BLOCK_M``, their slots, and which of them are before ``end``."""
+    index = begin + tl.arange(0, BLOCK_M)
+    valid = index < end
+    entry = tl.load(entries + index, mask=valid, other=0)
+    row = entry // KS
+    token = (row // H).to(tl.int64)
+    head = row % H
+    cols = tl.arange(0, BLOCK_D)
+    pointers = q + (token * stride_qt + head * stride_qh)[:, None] + cols[None, :]
+    if D < BLOCK_D:
+        rows = tl.load(pointers, mask=cols[None, :] < D, other=0.0)
+    else:
+        rows = tl.load(pointers)  # entry 0 stands in beyond the end
+    slot = (token * group_heads + head - first_head) * KS + entry % KS
+    return rows, slot, valid
+
+
+@triton.jit
+def _store_slots(o_slots, lse_slots, slot, valid, acc, m, l, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """Writes the normalised partial results."""
+    cols = tl.arange(0, BLOCK_DV)
+    pointers = o_slots + slot[:, None] * DV + cols[None, :]
+    tl.store(pointers, (acc / l[:, None]).to(o_slots.dtype.element_ty), mask=valid[:, None] & (cols[None, :] < DV))
+    tl.store(lse_slots + slot, m + tl.log2(l), mask=valid)
+
+
+@triton.jit(do_not_specialize=["num_chunks", "num_sequences", "kv_head_begin", "kv_head_end"])
+def _attention_fwd_resident_kernel(
+    q, k, v, entries, list_offsets, tile_lists, cu_seqlens_k, o_slots, lse_slots,
+    qk_scale, num_chunks, num_sequences, kv_head_begin, kv_head_end,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+    H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr,
+    USE_TMA: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """A run of entries of one (chunk, kv head): the chunk's keys and values stay, the query rows stream past."""
+    tile, end_tile = _group_tile(list_offsets, num_chunks, kv_head_begin, kv_head_end, SPLIT)
+    if tile >= end_tile:
+        return
+    which, begin, end = list_tile(list_offsets, tile_lists, tile, SPLIT)
+    if begin >= end:
+        return
+    kv_head = which // num_chunks
+    first_key, _ = chunk_keys(cu_seqlens_k, num_sequences, CHUNK, which % num_chunks)
+    group_heads = (kv_head_end - kv_head_begin) * G
+    PARTIAL: tl.constexpr = CHUNK < BLOCK_N
+    k_rows = _load_keys(k, first_key, first_key + CHUNK, kv_head, stride_kt, stride_kh, D, BLOCK_N, BLOCK_D, USE_TMA,
+                        PARTIAL)
+    v_rows = _load_keys(v, first_key, first_key + CHUNK, kv_head, stride_vt, stride_vh, DV, BLOCK_N, BLOCK_DV, USE_TMA,
+                        PARTIAL)
+    for first in range(begin, end, BLOCK_M):
+        q_rows, slot, valid = _gather_queries(q, entries, first, end, kv_head_begin * G, group_heads, stride_qt,
+                                              stride_qh, H, KS, D, BLOCK_M, BLOCK_D)
+        s = tl.dot(q_rows, tl.trans(k_rows), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        if PARTIAL:
+            s = tl.where(tl.arange(0, BLOCK_N)[None, :] < CHUNK, s, -float("inf"))
+        m = tl.max(s, 1) * qk_scale
+        p = tl.exp2(s * qk_scale - m[:, None])
+        acc = tl.dot(p.to(v_rows.dtype), v_rows, input_precision=PRECISION)  # [BLOCK_M, BLOCK_DV]
+        _store_slots(o_slots, lse_slots, slot, valid, acc, m, tl.sum(p, 1), DV, BLOCK_DV)
+
+
+@triton.jit(do_not_specialize=["num_chunks", "num_sequences", "kv_head_begin", "kv_head_end"])
+def _attention_fwd_sparse_kernel(
+    q, k, v, entries, list_offsets, tile_lists, cu_seqlens_k, o_slots, lse_slots,
+    qk_scale, num_chunks, num_sequences, kv_head_begin, kv_head_end,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+    H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr,
+    USE_TMA: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """BLOCK_M entries of one (chunk, kv head): the query rows stay, the chunk's keys and values stream past."""
+    tile, end_tile = _group_tile(list_offsets, num_chunks, kv_head_begin, kv_head_end, SPLIT)
+    if tile >= end_tile:
+        return
+    which, begin, end = list_tile(list_offsets, tile_lists, tile, SPLIT)
+    if begin >= end:
+        return
+    kv_head = which // num_chunks
+    first_key, _ = chunk_keys(cu_seqlens_k, num_sequences, CHUNK, which % num_chunks)
+    group_heads = (kv_head_end - kv_head_begin) * G
+    q_rows, slot, valid = _gather_queries(q, entries, begin, end, kv_head_begin * G, group_heads, stride_qt, stride_qh,
+                                          H, KS, D, BLOCK_M, BLOCK_D)
+    PARTIAL: tl.constexpr = CHUNK % BLOCK_N != 0
+    m = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    for first in range(0, CHUNK, BLOCK_N):
+        k_rows = _load_keys(k, first_key + first, first_key + CHUNK, kv_head, stride_kt, stride_kh, D, BLOCK_N, BLOCK_D,
+                            USE_TMA, PARTIAL)
+        s = tl.dot(q_rows, tl.trans(k_rows), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        if PARTIAL:
+            s = tl.where(first + tl.arange(0, BLOCK_N)[None, :] < CHUNK, s, -float("inf"))
+        m_new = tl.maximum(m, tl.max(s, 1) * qk_scale)
+        p = tl.exp2(s * qk_scale - m_new[:, None])
+        alpha = tl.exp2(m - m_new)
+        l = l * alpha + tl.sum(p, 1)
+        v_rows = _load_keys(v, first_key + first, first_key + CHUNK, kv_head, stride_vt, stride_vh, DV, BLOCK_N,
+                            BLOCK_DV, USE_TMA, PARTIAL)
+        acc = tl.dot(p.to(v_rows.dtype), v_rows, acc * alpha[:, None], input_precision=PRECISION)
+        m = m_new
+    _store_slots(o_slots, lse_slots, slot, valid, acc, m, l, DV, BLOCK_DV)
+
+
+@triton.jit
+def _own_step(acc, m, l, q_rows, k, v, k_row, k_end, kv_head, keep_from, keep_to, first, qk_scale,
+              stride_kt, stride_kh, stride_vt, stride_vh, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr,
+              BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr):
+    """One tile of keys; where MASKED a row keeps the key positions ``keep_from .. keep_to``, both included."""
+    k_rows = _load_keys(k, k_row + first, k_end, kv_head, stride_kt, stride_kh, D, BLOCK_N, BLOCK_D, False, MASKED)
+    s = tl.dot(q_rows, tl.trans(k_rows), input_precision=PRECISION)
+    if MASKED:
+        position = first + tl.arange(0, BLOCK_N)
+        keep = (position[None, :] >= keep_from[:, None]) & (position[None, :] <= keep_to[:, None])
+        s = tl.where(keep, s, -float("inf"))
+    m_new = tl.maximum(m, tl.max(s, 1) * qk_scale)
+    if MASKED:  # a row whose chunk begins after this tile has seen no key yet
+        shift = tl.where(m_new == -float("inf"), 0.0, m_new)
+    else:
+        shift = m_new
+    p = tl.exp2(s * qk_scale - shift[:, None])
+    alpha = tl.exp2(m - shift)
+    l = l * alpha + tl.sum(p, 1)
+    v_rows = _load_keys(v, k_row + first, k_end, kv_head, stride_vt, stride_vh, DV, BLOCK_N, BLOCK_DV, False, MASKED)
+    acc = tl.dot(p.to(v_rows.dtype), v_rows, acc * alpha[:, None], input_precision=PRECISION)
+    return acc, m_new, l
+
+
+@triton.jit
+def _merge_slots(acc, m, l, selected, o_slots, lse_slots, row, slot_row, valid, KS: tl.constexpr,
+                 BLOCK_KS: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Adds the slots of each row, reading all log-sum-exps first: then the loads of o do not wait for one another."""
+    j = tl.arange(0, BLOCK_KS)
+    chosen = tl.load(selected + row[:, None] * KS + j[None, :], mask=valid[:, None] & (j[None, :] < KS), other=-1) >= 0
+    slot_lse = tl.load(lse_slots + slot_row[:, None] * KS + j[None, :], mask=chosen, other=-float("inf"))
+    m_new = tl.maximum(m, tl.max(slot_lse, 1))
+    alpha = tl.exp2(m - m_new)
+    l = l * alpha + tl.sum(tl.exp2(slot_lse - m_new[:, None]), 1)
+    cols = tl.arange(0, BLOCK_DV)
+    merged = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    for i in range(KS):
+        chosen_i = tl.load(selected + row * KS + i, mask=valid, other=-1) >= 0
+        lse_i = tl.load(lse_slots + slot_row * KS + i, mask=chosen_i, other=-float("inf"))
+        o_i = tl.load(o_slots + (slot_row * KS + i)[:, None] * DV + cols[None, :],
+                      mask=chosen_i[:, None] & (cols[None, :] < DV), other=0.0)
+        merged += tl.exp2(lse_i - m_new)[:, None] * o_i.to(tl.float32)
+    return acc * alpha[:, None] + merged, m_new, l
+
+
+@triton.jit(do_not_specialize=["num_tiles", "num_segments", "chunk_size", "first_head", "group_heads"])
+def _attention_fwd_own_kernel(
+    q, k, v, selected, o_slots, lse_slots, o, lse, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets,
+    qk_scale, num_tiles, num_segments, chunk_size, first_head, group_heads,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+    H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, BLOCK_KS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """BLOCK_M queries of one segment and head: their own chunks up to themselves, then the merge with their slots."""
+    tile = num_tiles - 1 - tl.program_id(0) // group_heads  # later tiles may have more keys: they start first
+    head_in_group = tl.program_id(0) % group_heads
+    head = first_head + head_in_group
+    first_row, q_end, first_position, k_row, _ = query_tile(cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, num_segments,
+                                                            chunk_size, tile, BLOCK_M)
+    if first_row >= q_end:
+        return
+    rows = first_row + tl.arange(0, BLOCK_M)
+    valid = rows < q_end
+    row = rows.to(tl.int64)
+    cols = tl.arange(0, BLOCK_D)
+    q_rows = tl.load(q + head.to(tl.int64) * stride_qh + row[:, None] * stride_qt + cols[None, :],
+                     mask=valid[:, None] & (cols[None, :] < D), other=0.0)
+
+    position = first_position + tl.minimum(rows, q_end - 1) - first_row  # in the sequence
+    last_position = first_position + q_end - 1 - first_row
+    own_begin = position // chunk_size * chunk_size
+    key_begin = first_position // chunk_size * chunk_size
+    one_chunk = last_position // chunk_size == first_position // chunk_size
+    clear = tl.where(one_chunk, (first_position + 1 - key_begin) // BLOCK_N * BLOCK_N, 0)  # keys that every row sees
+
+    m = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    k_end = k_row + last_position + 1
+    for first in range(key_begin, key_begin + clear, BLOCK_N):
+        acc, m, l = _own_step(acc, m, l, q_rows, k, v, k_row, k_end, head // G, own_begin, position, first, qk_scale,
+                              stride_kt, stride_kh, stride_vt, stride_vh, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+                              MASKED=False)
+    for first in range(key_begin + clear, last_position + 1, BLOCK_N):
+        acc, m, l = _own_step(acc, m, l, q_rows, k, v, k_row, k_end, head // G, own_begin, position, first, qk_scale,
+                              stride_kt, stride_kh, stride_vt, stride_vh, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+                              MASKED=True)
+    if KS > 0:
+        acc, m, l = _merge_slots(acc, m, l, selected, o_slots, lse_slots, row * H + head,
+                                 row * group_heads + head_in_group, valid, KS, BLOCK_KS, DV, BLOCK_DV, BLOCK_M)
+    cols_v = tl.arange(0, BLOCK_DV)
+    tl.store(o + (row * H + head)[:, None] * DV + cols_v[None, :], (acc / l[:, None]).to(o.dtype.element_ty),
+             mask=valid[:, None] & (cols_v[None, :] < DV))
+    tl.store(lse + row * H + head, (m + tl.log2(l)) * 0.6931471805599453, mask=valid)
