@@ -1,50 +1,224 @@
-"""Routing: from each query's chunks to each chunk's queries, by a counting sort on the device."""
+"""Routing: from each query's chunks to each chunk's queries, by a stable counting sort on the device.
+
+Three passes over ``selected``: count, for each group of consecutive tokens; add up, over groups and over buckets; place.
+A program places the choices of its group alone, in order, with counters of its own: the result is always the same.
+"""
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from .jit_helpers import _find_piece, _piece_items
+
+PROGRAMS = 2048
+"""Programs that count and place: enough to fill any card, one warp each."""
+COUNTER_BYTES = 32 << 20
+"""Bound of the counters' memory; fewer groups of tokens keep to it."""
+STEP = 64
+"""Choices that a program places at a time."""
 
 
 @dataclass(frozen=True)
-class Routes:
-    """One list for each (kv head, chunk): the choices of all queries of the group's heads that fell on the chunk.
+class Routing:
+    """One bucket for each (kv head, chunk), ``kv_head * num_chunks + chunk``: the choices that fell on the chunk.
 
-    A choice is known by its slot ``(token * H + head) * (topk - 1) + j``, the position in ``selected`` flattened.
+    A choice has the number ``(token * H + head) * (topk - 1) + j``: its place in ``selected``, flattened.
 
     Args:
-        entries: int32 ``[T * H * (topk - 1)]`` (int64 where slots need it): slots, list after list; what lies behind
-            the last list is not written.
-        list_offsets: same dtype, ``[HK * num_chunks + 1]``: where list ``kv_head * num_chunks + chunk`` begins.
-        num_chunks: bound of the chunk ids.
+        entries: ``[T * H * (topk - 1)]``, numbers of choices, bucket after bucket, tokens in order (within a bucket,
+            only a few neighbouring tokens may be out of order); not written from ``starts[-1]`` on.
+        starts: ``[HK * num_chunks + 1]``, the first entry of each bucket, and the number of entries last.
+
+    Both are int32, or int64 where the numbers of choices need it.
     """
 
     entries: Tensor
-    list_offsets: Tensor
-    num_chunks: int
+    starts: Tensor
 
     @property
-    def num_lists(self) -> int:
-        return self.list_offsets.numel() - 1
+    def num_buckets(self) -> int:
+        return self.starts.numel() - 1
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Lists cut into tiles of ``block`` entries, a tile never crossing lists.
+    """Buckets cut into tiles of ``block`` entries. The tiles of a bucket follow each other, buckets are in order.
 
-    Tile ``i`` of list ``l`` has the number ``list_offsets[l] // block + l + i``; a number may be unused (a program
-    finds ``first >= last`` through ``jit_helpers.list_tile`` and leaves).
+    Tile ``i`` of bucket ``b`` has the number ``starts[b] // block + b + i`` (``starts`` of the routing), so a bucket may
+    have one number too many: there begin >= end, and a program leaves.
 
     Args:
-        lists: int32 ``[num_tiles]``, the list of each tile.
+        bucket: int32 ``[num_tiles]``.
+        begin, end: ``[num_tiles]``, range of entries; in the dtype of the entries.
+        starts: int32 ``[num_buckets + 1]``, the first tile of each bucket, and the end of the last one's.
         block: entries in a tile.
     """
 
-    lists: Tensor
+    bucket: Tensor
+    begin: Tensor
+    end: Tensor
+    starts: Tensor
     block: int
 
     @property
     def num_tiles(self) -> int:
-        """Bound on the tile numbers, known on the host: the size of a grid."""
-        return self.lists.numel()
+        """Bound of the tile numbers, known on the host: the grid of all buckets."""
+        return self.bucket.numel()
+
+
+def route(selected: Tensor, num_kv_heads: int, num_chunks: int) -> Routing:
+    """Sorts the choices of all queries by (kv head, chunk).
+
+    Nothing here waits for the device, and every size follows from the shapes.
+
+    Args:
+        selected: int32 ``[T, H, topk - 1]``, chunk ids, -1 for none.
+        num_kv_heads: kv heads HK; query head h belongs to kv head ``h // (H / HK)``.
+        num_chunks: bound of the chunk ids.
+    """
+    total, num_heads, choices = selected.shape
+    selected = selected.contiguous()
+    device = selected.device
+    dtype = torch.int32 if selected.numel() < 2 ** 31 else torch.int64
+    entries = torch.empty(selected.numel(), dtype=dtype, device=device)
+    starts = torch.empty(num_kv_heads * num_chunks + 1, dtype=dtype, device=device)
+    if selected.numel() == 0:
+        return Routing(entries, starts.zero_())
+    group = num_heads // num_kv_heads
+    num_groups, tokens = token_groups(total, group, num_kv_heads, num_chunks)
+    counts = torch.empty(num_kv_heads, num_groups, num_chunks, dtype=torch.int32, device=device)
+    shape = dict(H=num_heads, G=group, KS=choices)
+    _route_count_kernel[(num_groups * num_kv_heads,)](
+        selected, counts, total, tokens, num_chunks, num_groups, **shape, BLOCK=1024, num_warps=4)
+    block_c = 32
+    _route_sum_kernel[(triton.cdiv(num_chunks, block_c) * num_kv_heads,)](
+        counts, starts, num_chunks, num_groups, BLOCK_G=64, BLOCK_C=block_c, num_warps=4)
+    _route_scan_kernel[(1,)](starts, starts.numel() - 1, BLOCK=4096, num_warps=16)
+    _route_place_kernel[(num_groups * num_kv_heads,)](
+        selected, counts, starts, entries, total, tokens, num_chunks, num_groups, **shape, BLOCK=STEP, num_warps=1)
+    return Routing(entries, starts)
+
+
+def make_tiles(routing: Routing, block: int) -> Tiles:
+    """Cuts the buckets into tiles of ``block`` entries: one launch, sizes known on the host."""
+    num_buckets, starts = routing.num_buckets, routing.starts
+    num_tiles = routing.entries.numel() // block + num_buckets
+    tiles = Tiles(
+        bucket=torch.empty(num_tiles, dtype=torch.int32, device=starts.device),
+        begin=torch.empty(num_tiles, dtype=starts.dtype, device=starts.device),
+        end=torch.empty(num_tiles, dtype=starts.dtype, device=starts.device),
+        starts=torch.empty(num_buckets + 1, dtype=torch.int32, device=starts.device),
+        block=block)
+    items = max(num_tiles, num_buckets + 1)
+    _make_tiles_kernel[(triton.cdiv(items, 256),)](
+        starts, tiles.bucket, tiles.begin, tiles.end, tiles.starts, num_tiles, num_buckets, block, BLOCK=256,
+        num_warps=4)
+    return tiles
+
+
+def token_groups(total: int, group: int, num_kv_heads: int, num_chunks: int) -> tuple[int, int]:
+    """The number of groups of tokens, and the tokens in each (the last may have fewer).
+
+    As many groups as give PROGRAMS programs, no smaller than a step, their counters within COUNTER_BYTES.
+    """
+    most = max(1, min(PROGRAMS // num_kv_heads, COUNTER_BYTES // (4 * num_kv_heads * num_chunks)))
+    least_tokens = triton.cdiv(STEP, group)
+    tokens = max(triton.cdiv(total, most), least_tokens)
+    return triton.cdiv(total, tokens), tokens
+
+
+@triton.jit(do_not_specialize=["total", "tokens", "num_chunks", "num_groups"])
+def _route_count_kernel(selected, counts, total, tokens, num_chunks, num_groups,
+                        H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, BLOCK: tl.constexpr):
+    """How many choices of one group of tokens and one kv head fell on each chunk: a row of ``counts``."""
+    kv_head = tl.program_id(0) // num_groups
+    first_token = tl.program_id(0) % num_groups * tokens
+    row = counts + tl.program_id(0).to(tl.int64) * num_chunks
+    lane = tl.arange(0, BLOCK)
+    for first in range(0, num_chunks, BLOCK):
+        tl.store(row + first + lane, 0, mask=first + lane < num_chunks)
+    tl.debug_barrier()
+    num_choices = tl.minimum(tokens, total - first_token) * (G * KS)
+    base = selected + (first_token.to(tl.int64) * H + kv_head * G) * KS
+    for first in range(0, num_choices, BLOCK):
+        choice = first + lane
+        at = choice // (G * KS) * (H * KS) + choice % (G * KS)
+        chunk = tl.load(base + at, mask=choice < num_choices, other=-1)
+        tl.atomic_add(row + chunk, 1, mask=chunk >= 0, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["num_chunks", "num_groups"])
+def _route_sum_kernel(counts, starts, num_chunks, num_groups, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Turns counts into the counts of earlier groups, in place; writes the totals to ``starts``."""
+    blocks = tl.cdiv(num_chunks, BLOCK_C)
+    kv_head = tl.program_id(0) // blocks
+    chunk = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    before = tl.zeros([BLOCK_C], tl.int32)
+    for first in range(0, num_groups, BLOCK_G):
+        group = first + tl.arange(0, BLOCK_G)
+        at = (kv_head.to(tl.int64) * num_groups + group)[:, None] * num_chunks + chunk[None, :]
+        keep = (group < num_groups)[:, None] & (chunk < num_chunks)[None, :]
+        count = tl.load(counts + at, mask=keep, other=0)  # [BLOCK_G, BLOCK_C]
+        tl.store(counts + at, tl.cumsum(count, 0) - count + before[None, :], mask=keep)
+        before += tl.sum(count, 0)
+    tl.store(starts + kv_head.to(tl.int64) * num_chunks + chunk, before, mask=chunk < num_chunks)
+
+
+@triton.jit(do_not_specialize=["num_buckets"])
+def _route_scan_kernel(starts, num_buckets, BLOCK: tl.constexpr):
+    """Turns the totals of buckets into the first entry of each, in place."""
+    before = tl.zeros([], starts.dtype.element_ty)
+    for first in range(0, num_buckets, BLOCK):
+        bucket = first + tl.arange(0, BLOCK)
+        count = tl.load(starts + bucket, mask=bucket < num_buckets, other=0)
+        tl.store(starts + bucket, before + tl.cumsum(count, 0) - count, mask=bucket < num_buckets)
+        before += tl.sum(count, 0)
+    tl.store(starts + num_buckets, before)
+
+
+@triton.jit(do_not_specialize=["total", "tokens", "num_chunks", "num_groups"])
+def _route_place_kernel(selected, counts, starts, entries, total, tokens, num_chunks, num_groups,
+                        H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, BLOCK: tl.constexpr):
+    """Writes the choices of one group of tokens and one kv head to their places, BLOCK rows of one column at a time."""
+    kv_head = tl.program_id(0) // num_groups
+    first_token = tl.program_id(0) % num_groups * tokens
+    row_counts = counts + tl.program_id(0).to(tl.int64) * num_chunks
+    bucket_starts = starts + kv_head.to(tl.int64) * num_chunks
+    num_rows = tl.minimum(tokens, total - first_token) * G
+    base = (first_token.to(tl.int64) * H + kv_head * G) * KS
+    lane = tl.arange(0, BLOCK)
+    earlier = lane[None, :] < lane[:, None]
+    at = lane // G * (H * KS) + lane % G * KS
+    chunk = tl.load(selected + base + at, mask=lane < num_rows, other=-1)
+    for step in range(0, tl.cdiv(num_rows, BLOCK) * KS):
+        keep = chunk >= 0
+        start = tl.load(bucket_starts + chunk, mask=keep, other=0)
+        count = tl.load(row_counts + chunk, mask=keep, other=0)
+        # one sum counts the equal chunks of this step (low half) and those of earlier lanes (high half)
+        same = tl.sum(tl.where(chunk[:, None] == chunk[None, :], tl.where(earlier, 65537, 1), 0), 1)
+        rank = same >> 16
+        tl.store(entries + start + count + rank, (base + at).to(entries.dtype.element_ty), mask=keep)
+        tl.debug_barrier()
+        tl.store(row_counts + chunk, count + rank + 1, mask=keep & (rank + 1 == same & 65535))
+        row = (step + 1) // KS * BLOCK + lane
+        at = row // G * (H * KS) + row % G * KS + (step + 1) % KS
+        chunk = tl.load(selected + base + at, mask=row < num_rows, other=-1)
+        tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["num_tiles", "num_buckets"])
+def _make_tiles_kernel(starts, tile_bucket, tile_begin, tile_end, tile_starts, num_tiles, num_buckets, block,
+                       BLOCK: tl.constexpr):
+    item = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    bucket = _find_piece(starts, num_buckets, block, item)
+    begin, end = _piece_items(starts, bucket, block, item)
+    keep = item < num_tiles
+    tl.store(tile_bucket + item, bucket, mask=keep)
+    tl.store(tile_begin + item, begin, mask=keep)
+    tl.store(tile_end + item, end, mask=keep)
+    first = tl.load(starts + item, mask=item <= num_buckets, other=0) // block + item
+    tl.store(tile_starts + item, first, mask=item <= num_buckets)
