@@ -79,15 +79,24 @@ def load_checkpoint(args, iteration: int, model, optimizer, scheduler) -> None:
                              f"{saved[name]}, this run has {getattr(args, name)}: give the checkpoint's value")
     _allocate_optimizer_state(optimizer)
     state = dist_checkpointing.load(_sharded_state(args, model, optimizer, is_loading=True), directory)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    _unwrap(model).load_state_dict(state["model"])
+    with torch.no_grad():  # fp32 weights are leaves that the distributed optimizer writes into
+        optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
+    _restore_adam_step(optimizer, state["scheduler"]["num_steps"])
 
 
 def _sharded_state(args, model, optimizer, is_loading: bool) -> dict:
-    model_state = model.sharded_state_dict()
+    model_state = _unwrap(model).sharded_state_dict()
     optimizer_state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=_METADATA)
     return {"model": model_state, "optimizer": optimizer_state}
+
+
+def _unwrap(model):
+    """The GPTModel inside DistributedDataParallel and Float16Module, so that keys are those of any GPT checkpoint."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model
 
 
 def _allocate_optimizer_state(optimizer) -> None:
@@ -95,6 +104,19 @@ def _allocate_optimizer_state(optimizer) -> None:
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(part, DistributedOptimizer) and not part.optimizer.state:
             part._init_optimizer_states_with_dummy_values()
+
+
+def _restore_adam_step(optimizer, updates: int) -> None:
+    """Sets the count of updates, on which Adam's bias correction depends, in torch's Adam.
+
+    The distributed optimizer keeps the local count instead of the checkpoint's, in one tensor that all parameters share and
+    that each of them then advances.  (Transformer Engine's Adam counts in its parameter groups, which are restored.)
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part, DistributedOptimizer):
+            for state in part.optimizer.state.values():
+                if "step" in state:
+                    state["step"] = torch.full_like(state["step"], updates)
 
 
 def _latest_file(directory: str) -> Path:

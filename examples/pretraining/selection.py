@@ -24,7 +24,7 @@ def save_selection(args, model, dataset) -> None:
     for module in model.modules():
         if isinstance(module, MoBACoreAttention) and not module.full_attention:
             hooks.append(module.register_forward_pre_hook(
-                lambda module, arguments: inputs.setdefault(module.layer_number, arguments[:2])))
+                lambda module, arguments: inputs.update({module.layer_number: arguments[:2]})))
     positions = _forward(args, model, dataset)
     for hook in hooks:
         hook.remove()
