@@ -44,4 +44,5 @@ torchrun_local "$processes" examples/pretrain_gpt.py "${flags[@]}" "$@"
 say "3/4 Drawing."
 run "$PY" examples/plot_run.py "$RUN"
 say "4/4 Checking that the loss fell and that the resumed part continues the curve."
-run "$PY" examples/plot_run.py "$RUN" --check
+run "$PY" examples/check_run.py "$RUN"
+say "The log, TensorBoard's events, checkpoints and pictures are in $RUN."

@@ -1,4 +1,4 @@
-"""What a run says about itself, on rank 0: the live line, JSON lines and TensorBoard."""
+"""What a run says about itself, on rank 0: the live line, JSON lines (and how to read them back) and TensorBoard."""
 import json
 import sys
 import time
@@ -116,3 +116,20 @@ def _clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def read_log(path: Path) -> dict[str, list[dict]]:
+    """The records of a JSON log by kind: "start", "step", "validation", each in the order of the run.
+
+    Raises:
+        ValueError: there is no such file, or it holds no training step.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no log {path}; train with --log-jsonl {path}")
+    records = {"start": [], "step": [], "validation": []}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        records[record["kind"]].append(record)
+    if not records["step"]:
+        raise ValueError(f"{path} holds no training step")
+    return records
