@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -27,6 +28,8 @@ from ..segments import Segments
 SHARED_LIMIT_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """Compute capabilities that the kernels are written for, and the shared memory that a block may have there."""
 TENSOR_MEMORY_COLUMNS = 512
+MULTIPROCESSORS = 132
+"""Of the card that launchers are told they run on, where they ask; an H200's."""
 EVERY_HEAD_DIM = (80, 86, 90)
 """Cards for which more than the usual problems are compiled; 89 and 120 share 86's rows, 100 shares 90's."""
 
@@ -122,11 +125,15 @@ def compiling(capability: int):
         compiled.append((self.fn.__name__, kernel))
         return kernel
 
+    major, minor = divmod(capability, 10)
+    card = SimpleNamespace(major=major, minor=minor, multi_processor_count=MULTIPROCESSORS)
     driver = triton.runtime.driver
     before = driver._active
     driver.set_active(_CompileOnlyDriver(capability))
     try:
-        with mock.patch.object(JITFunction, "run", compile_only):
+        with (mock.patch.object(JITFunction, "run", compile_only),
+              mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (major, minor)),
+              mock.patch.object(torch.cuda, "get_device_properties", lambda device=None: card)):
             yield compiled
     finally:
         driver._active = before
@@ -220,7 +227,7 @@ def report_all(capabilities: list[int] | None = None, head_dims: list[int] | Non
 
     Returns:
         The kernels; a line for each problem that did not compile; and for each capability the rows of the tuning
-        table that were used, as (stage, Row).
+        table that were used, as (stage, repr of Row).
     """
     tasks = [(capability, problem) for capability in capabilities or SHARED_LIMIT_KIB
              for problem in problems_for(capability, head_dims)]
@@ -234,7 +241,7 @@ def report_all(capabilities: list[int] | None = None, head_dims: list[int] | Non
             except Exception as error:  # a kernel that does not compile is a finding: the others are still reported
                 failures.append(f"sm_{capability}, {problem}: {type(error).__name__}: {str(error).strip()[:600]}")
                 continue
-            used.setdefault(capability, set()).update(repr(entry) for entry in record)
+            used.setdefault(capability, set()).update((stage, repr(row)) for stage, _, row in record)
             for row in compiled:
                 rows.setdefault((row.capability, row.digest), row)
     return sorted(rows.values(), key=lambda row: (row.capability, row.kernel)), failures, used

@@ -67,7 +67,7 @@ def config(stage: str, device: torch.device | None = None, **key: int) -> dict[s
 def _lookup(stage: str, arch: str, key: tuple[tuple[str, int], ...]) -> dict[str, int]:
     found = next((row for row in rows(stage) if row.fits(arch, dict(key))), None)
     if "record" in _forced:
-        _forced["record"].append((stage, found))
+        _forced["record"].append((stage, key, found))
     if found is not None:
         return _forced.get("configs", {}).get(stage, found.config)
     if arch == INTERPRETER:
@@ -121,10 +121,10 @@ _forced: dict[str, object] = {}
 
 @contextlib.contextmanager
 def forced(arch: str | None = None, configs: dict[str, dict[str, int]] | None = None,
-           record: list[tuple[str, Row]] | None = None):
+           record: list[tuple[str, tuple, Row]] | None = None):
     """Within the block: this architecture, and these configurations (stage -> config) in place of the table's.
 
-    Every row that is looked up is added to ``record``. For the compile report and ``bench tune``; not for several
+    Every look-up is added to ``record`` as (stage, key, row). For the compile report and ``bench tune``; not for several
     threads at once.
     """
     before = dict(_forced)
