@@ -12,14 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tuning
 from .jit_helpers import _find_piece, _piece_items
 
 PROGRAMS = 2048
 """Programs that count and place: enough to fill any card, one warp each."""
 COUNTER_BYTES = 32 << 20
 """Bound of the counters' memory; fewer groups of tokens keep to it."""
-STEP = 64
-"""Choices that a program places at a time."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,8 @@ def route(selected: Tensor, num_kv_heads: int, num_chunks: int) -> Routing:
     if selected.numel() == 0:
         return Routing(entries, starts.zero_())
     group = num_heads // num_kv_heads
-    num_groups, tokens = token_groups(total, group, num_kv_heads, num_chunks)
+    options = tuning.config("route", device)
+    num_groups, tokens = token_groups(total, triton.cdiv(options["BLOCK"], group), num_kv_heads, num_chunks)
     counts = torch.empty(num_kv_heads, num_groups, num_chunks, dtype=torch.int32, device=device)
     shape = dict(H=num_heads, G=group, KS=choices)
     _route_count_kernel[(num_groups * num_kv_heads,)](
@@ -99,7 +99,7 @@ def route(selected: Tensor, num_kv_heads: int, num_chunks: int) -> Routing:
         counts, starts, num_chunks, num_groups, BLOCK_G=64, BLOCK_C=block_c, num_warps=4)
     _route_scan_kernel[(1,)](starts, starts.numel() - 1, BLOCK=4096, num_warps=16)
     _route_place_kernel[(num_groups * num_kv_heads,)](
-        selected, counts, starts, entries, total, tokens, num_chunks, num_groups, **shape, BLOCK=STEP, num_warps=1)
+        selected, counts, starts, entries, total, tokens, num_chunks, num_groups, **shape, **options)
     return Routing(entries, starts)
 
 
@@ -120,13 +120,12 @@ def make_tiles(routing: Routing, block: int) -> Tiles:
     return tiles
 
 
-def token_groups(total: int, group: int, num_kv_heads: int, num_chunks: int) -> tuple[int, int]:
+def token_groups(total: int, least_tokens: int, num_kv_heads: int, num_chunks: int) -> tuple[int, int]:
     """The number of groups of tokens, and the tokens in each (the last may have fewer).
 
-    As many groups as give PROGRAMS programs, no smaller than a step, their counters within COUNTER_BYTES.
+    As many groups as give PROGRAMS programs, of at least ``least_tokens``, their counters within COUNTER_BYTES.
     """
     most = max(1, min(PROGRAMS // num_kv_heads, COUNTER_BYTES // (4 * num_kv_heads * num_chunks)))
-    least_tokens = triton.cdiv(STEP, group)
     tokens = max(triton.cdiv(total, most), least_tokens)
     return triton.cdiv(total, tokens), tokens
 

@@ -12,9 +12,9 @@ def _c(block_m: int, block_n: int, warps: int, stages: int, **more: int) -> dict
 
 
 TABLE: dict[str, tuple[Row, ...]] = {
-    # BLOCK_M keys at a time of one SUM_BLOCK; one program a (chunk, kv head)
+    # BLOCK running sums (columns of heads x dims, times blocks of rows side by side) of a program
     "chunk_means": (
-        Row("*", {}, {"num_warps": 4, "num_stages": 2}, UNTUNED),
+        Row("*", {}, {"BLOCK": 1024, "num_warps": 4, "num_stages": 1}, UNTUNED),
     ),
     # BLOCK_M queries of one head against BLOCK_N chunk means
     "gate": (
@@ -22,9 +22,9 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("*", {"head_dim": 128}, _c(64, 32, 4, 2), UNTUNED),
         Row("*", {}, _c(32, 32, 4, 1), UNTUNED),
     ),
-    # BLOCK entries of `selected` a program of the counting sort
+    # BLOCK rows of one column of `selected` that a program places at a time
     "route": (
-        Row("*", {}, {"BLOCK": 1024, "num_warps": 4, "num_stages": 1}, UNTUNED),
+        Row("*", {}, {"BLOCK": 64, "num_warps": 1, "num_stages": 1}, UNTUNED),
     ),
     # BLOCK_M gathered (query, head) rows of one (chunk, kv head) against the chunk, BLOCK_N keys at a time
     "attention_fwd": (
@@ -66,8 +66,12 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("*", {"itemsize": 2}, _c(32, 32, 4, 1), UNTUNED),
         Row("*", {}, _c(16, 16, 4, 1), UNTUNED),
     ),
-    # BLOCK_M (query, head) rows: the ordered sum of the dq slots
-    "attention_bwd_sum": (
-        Row("*", {}, {"BLOCK_M": 16, "num_warps": 4, "num_stages": 1}, "sketch: 3.7 ms at 128K, chunk 512, topk 8"),
+    # BLOCK_M queries of one head against their own chunk, BLOCK_N keys at a time, then the ordered sum of the slots
+    "attention_bwd_dq_own": (
+        Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2}, _c(64, 64, 4, 2), UNTUNED),
+        Row("*", {"head_dim": 128, "itemsize": 2}, _c(32, 32, 4, 1), UNTUNED),
+        Row("*", {"head_dim": 128}, _c(32, 16, 4, 1), UNTUNED),
+        Row("*", {"itemsize": 2}, _c(32, 32, 4, 1), UNTUNED),
+        Row("*", {}, _c(16, 16, 4, 1), UNTUNED),
     ),
 }

@@ -1,0 +1,156 @@
+"""Chunk means: one pass over the keys, with sums that do not depend on where the keys were cut.
+
+Rows are added one by one, and sums of SUM_BLOCK rows in order, all element by element: no reduction across threads,
+so that no choice of the compiler can change a bit, and block sums made elsewhere (context parallelism) add up to the
+same means.
+"""
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..segments import SUM_BLOCK, Segments
+from . import tuning
+from .jit_helpers import _chunk_keys
+
+
+def chunk_means(k: Tensor, segments: Segments) -> Tensor:
+    """Mean key of every full chunk (arXiv 2502.13189, equation 6): fp32 sums, divided and rounded once.
+
+    Args:
+        k: ``[S, HK, D]``, packed keys, any strides.
+        segments: gives the sequences and the chunk size.
+
+    Returns:
+        ``[num_chunks, HK, D]`` in k's dtype; rows of unused or incomplete chunks are 0.
+    """
+    _, num_kv_heads, head_dim = k.shape
+    num_chunks = segments.num_chunks(k.shape[0])
+    means = torch.empty(num_chunks, num_kv_heads, head_dim, dtype=k.dtype, device=k.device)
+    columns = num_kv_heads * head_dim
+    num_blocks = triton.cdiv(segments.chunk_size, SUM_BLOCK)
+    options = _config(k, columns, num_blocks)
+    _chunk_means_kernel[(num_chunks * triton.cdiv(columns, options["BLOCK_C"]),)](
+        k, segments.cu_seqlens_k, means, segments.num_sequences, segments.chunk_size, num_blocks, *k.stride(),
+        HK=num_kv_heads, D=head_dim, SUM_BLOCK=SUM_BLOCK, **options)
+    return means
+
+
+def block_sums(k: Tensor, starts: Tensor, counts: Tensor) -> Tensor:
+    """Sums of runs of keys.
+
+    Args:
+        k: ``[S, HK, D]``, any strides.
+        starts: int32 ``[n]``, first row of each run.
+        counts: int32 ``[n]``, rows of each run, 0 to SUM_BLOCK.
+
+    Returns:
+        fp32 ``[n, HK, D]``.
+    """
+    _, num_kv_heads, head_dim = k.shape
+    num_runs, columns = starts.numel(), num_kv_heads * head_dim
+    sums = torch.empty(num_runs, num_kv_heads, head_dim, dtype=torch.float32, device=k.device)
+    if num_runs == 0:
+        return sums
+    options = _config(k, columns, num_runs)
+    grid = (triton.cdiv(num_runs, options["BLOCK_B"]) * triton.cdiv(columns, options["BLOCK_C"]),)
+    _block_sums_kernel[grid](
+        k, starts, counts, sums, num_runs, *k.stride(), HK=num_kv_heads, D=head_dim, SUM_BLOCK=SUM_BLOCK, **options)
+    return sums
+
+
+def means_from_block_sums(sums: Tensor, chunk_size: int, dtype: torch.dtype) -> Tensor:
+    """Adds the block sums of each chunk in order, divides, and rounds once.
+
+    Args:
+        sums: fp32 ``[num_chunks, ceil(chunk_size / SUM_BLOCK), HK, D]``.
+        chunk_size: keys in a chunk.
+        dtype: of the result.
+
+    Returns:
+        ``[num_chunks, HK, D]``, the same bits as :func:`chunk_means`.
+    """
+    sums = sums.contiguous()
+    num_chunks, num_blocks, num_kv_heads, head_dim = sums.shape
+    means = torch.empty(num_chunks, num_kv_heads, head_dim, dtype=dtype, device=sums.device)
+    columns = num_kv_heads * head_dim
+    if means.numel():
+        _means_from_block_sums_kernel[(triton.cdiv(means.numel(), 1024),)](
+            sums, means, means.numel(), columns, num_blocks, chunk_size, BLOCK=1024, num_warps=4)
+    return means
+
+
+def _config(k: Tensor, columns: int, num_blocks: int) -> dict[str, int]:
+    """BLOCK_C columns (heads x dims) and BLOCK_B blocks of a tile of running sums; the table gives its size."""
+    options = tuning.config("chunk_means", k.device, itemsize=k.element_size())
+    tile = options.pop("BLOCK")
+    options["BLOCK_C"] = min(triton.next_power_of_2(columns), tile)
+    options["BLOCK_B"] = min(triton.next_power_of_2(num_blocks), max(1, tile // options["BLOCK_C"]))
+    return options
+
+
+@triton.jit
+def _add_rows(k, first, count, column, stride_s, stride_h, stride_d, HK: tl.constexpr, D: tl.constexpr,
+              SUM_BLOCK: tl.constexpr):
+    """fp32 sums ``[BLOCK_B, BLOCK_C]`` of ``count`` rows from row ``first``, each ``[BLOCK_B]``, added one by one."""
+    at = first.to(tl.int64)[:, None] * stride_s + (column // D * stride_h + column % D * stride_d)[None, :]
+    inside = (column < HK * D)[None, :]
+    total = tl.zeros(at.shape, tl.float32)
+    for row in tl.range(0, SUM_BLOCK, loop_unroll_factor=16):
+        keep = (row < count)[:, None] & inside
+        total += tl.load(k + at + row * stride_s, mask=keep, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def _mean(total, chunk_size):
+    """The one division, rounded as IEEE says."""
+    return tl.div_rn(total, tl.zeros_like(total) + chunk_size)
+
+
+@triton.jit(do_not_specialize=["num_sequences", "num_blocks"])
+def _chunk_means_kernel(k, cu_seqlens_k, means, num_sequences, chunk_size, num_blocks, stride_s, stride_h, stride_d,
+                        HK: tl.constexpr, D: tl.constexpr, SUM_BLOCK: tl.constexpr, BLOCK_B: tl.constexpr,
+                        BLOCK_C: tl.constexpr):
+    """BLOCK_C columns of one chunk, BLOCK_B blocks of rows side by side."""
+    column_tiles = tl.cdiv(HK * D, BLOCK_C)
+    chunk = tl.program_id(0) // column_tiles
+    column = tl.program_id(0) % column_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    begin, end = _chunk_keys(cu_seqlens_k, num_sequences, chunk_size, chunk)
+    full = begin + chunk_size <= end
+    lane = tl.arange(0, BLOCK_B)
+    total = tl.zeros([BLOCK_C], tl.float32)
+    for block in range(0, tl.where(full, num_blocks, 0), BLOCK_B):
+        first = begin + (block + lane) * SUM_BLOCK
+        sums = _add_rows(k, first, end - first, column, stride_s, stride_h, stride_d, HK, D, SUM_BLOCK)
+        for i in tl.static_range(BLOCK_B):
+            total += tl.sum(tl.where((lane == i)[:, None], sums, 0.0), 0)  # picks out one row, exactly
+    tl.store(means + chunk.to(tl.int64) * (HK * D) + column, _mean(total, chunk_size).to(means.dtype.element_ty),
+             mask=column < HK * D)
+
+
+@triton.jit(do_not_specialize=["num_runs"])
+def _block_sums_kernel(k, starts, counts, sums, num_runs, stride_s, stride_h, stride_d, HK: tl.constexpr,
+                       D: tl.constexpr, SUM_BLOCK: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr):
+    """BLOCK_C columns of BLOCK_B runs of rows."""
+    column_tiles = tl.cdiv(HK * D, BLOCK_C)
+    run = tl.program_id(0) // column_tiles * BLOCK_B + tl.arange(0, BLOCK_B)
+    column = tl.program_id(0) % column_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    first = tl.load(starts + run, mask=run < num_runs, other=0)
+    count = tl.load(counts + run, mask=run < num_runs, other=0)
+    total = _add_rows(k, first, count, column, stride_s, stride_h, stride_d, HK, D, SUM_BLOCK)
+    tl.store(sums + run.to(tl.int64)[:, None] * (HK * D) + column[None, :], total,
+             mask=(run < num_runs)[:, None] & (column < HK * D)[None, :])
+
+
+@triton.jit(do_not_specialize=["num_blocks"])
+def _means_from_block_sums_kernel(sums, means, size, columns, num_blocks, chunk_size, BLOCK: tl.constexpr):
+    item = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    at = (item // columns).to(tl.int64) * num_blocks * columns + item % columns
+    total = tl.zeros([BLOCK], tl.float32)
+    for _ in range(num_blocks):
+        total += tl.load(sums + at, mask=item < size, other=0.0)
+        at += columns
+    tl.store(means + item, _mean(total, chunk_size).to(means.dtype.element_ty), mask=item < size)
