@@ -15,8 +15,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..segments import Segments
 from . import INTERPRETED, tuning
-from .jit_helpers import chunk_keys, list_tile, query_tile
-from .routing import Routes, Tiles, make_tiles, route
+from .jit_helpers import _chunk_keys, _query_tile
+from .routing import Routing, Tiles, make_tiles, route
 from .workspace import head_groups
 
 MAX_HEAD_DIM = 256
@@ -59,15 +59,15 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: S
         return o, lse
     selected = selected.contiguous()
     options = sparse_config(q, v, segments.chunk_size)
-    routes = route(selected, num_kv_heads, segments.num_chunks(k.shape[0]))
-    tiles = make_tiles(routes, options["SPLIT"])
+    routing = route(selected, num_kv_heads, segments.num_chunks(k.shape[0]))
+    tiles = make_tiles(routing, options["SPLIT"])
     rows_per_head = total_q * (num_heads // num_kv_heads) * slots
     groups = head_groups(num_kv_heads, rows_per_head * (v.shape[2] * q.element_size() + 4))
     rows = rows_per_head * (groups[0][1] - groups[0][0])
     o_slots = torch.empty(rows, v.shape[2], dtype=q.dtype, device=q.device)
     lse_slots = torch.empty(rows, dtype=torch.float32, device=q.device)
     for group in groups:
-        _sparse(q, k, v, routes, tiles, o_slots, lse_slots, segments, qk_scale, slots, group, options)
+        _sparse(q, k, v, routing, tiles, o_slots, lse_slots, segments, qk_scale, slots, group, options)
         _own_merge(q, k, v, selected, o_slots, lse_slots, o, lse, segments, qk_scale, group)
     return o, lse
 
@@ -119,23 +119,25 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 and not INTERPRETED else "ieee"
 
 
-def _sparse(q: Tensor, k: Tensor, v: Tensor, routes: Routes, tiles: Tiles, o_slots: Tensor, lse_slots: Tensor,
+def _sparse(q: Tensor, k: Tensor, v: Tensor, routing: Routing, tiles: Tiles, o_slots: Tensor, lse_slots: Tensor,
             segments: Segments, qk_scale: float, slots: int, group: tuple[int, int], options: dict[str, int]) -> None:
     """Fills the slots of one group of kv heads."""
     options = dict(options)
-    resident = options.pop("RESIDENT")
-    size, num_chunks = segments.chunk_size, routes.num_chunks
+    resident, split = options.pop("RESIDENT"), options.pop("SPLIT")
+    size, num_chunks = segments.chunk_size, segments.num_chunks(k.shape[0])
     heads_per_kv, kv_heads = q.shape[1] // k.shape[1], group[1] - group[0]
     use_tma = (size % options["BLOCK_N"] == 0 and tma_available(q.device) and _describable(k) and _describable(v))
     kernel = _attention_fwd_resident_kernel if resident else _attention_fwd_sparse_kernel
-    bound = q.shape[0] * heads_per_kv * kv_heads * slots // options["SPLIT"] + num_chunks * kv_heads + 1
+    bound = q.shape[0] * heads_per_kv * kv_heads * slots // split + num_chunks * kv_heads + 1
     kernel[(bound,)](
         q,
         _key_source(k, options["BLOCK_N"], use_tma),
         _key_source(v, options["BLOCK_N"], use_tma),
-        routes.entries,
-        routes.list_offsets,
-        tiles.lists,
+        routing.entries,
+        tiles.bucket,
+        tiles.begin,
+        tiles.end,
+        tiles.starts,
         segments.cu_seqlens_k,
         o_slots,
         lse_slots,
@@ -229,16 +231,6 @@ def _load_keys(source, row, end, head, stride_row, stride_head, D: tl.constexpr,
 
 
 @triton.jit
-def _group_tile(list_offsets, num_chunks, kv_head_begin, kv_head_end, SPLIT: tl.constexpr):
-    """This program's tile within a group of kv heads, whose lists lie next to one another, and the group's end."""
-    first_list = kv_head_begin * num_chunks
-    end_list = kv_head_end * num_chunks
-    first = (tl.load(list_offsets + first_list) // SPLIT).to(tl.int32) + first_list
-    end = (tl.load(list_offsets + end_list) // SPLIT).to(tl.int32) + end_list
-    return first + tl.program_id(0), end
-
-
-@triton.jit
 def _gather_queries(q, entries, begin, end, first_head, group_heads, stride_qt, stride_qh, H: tl.constexpr,
                     KS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
     """The query rows of entries ``begin .. begin + BLOCK_M``, their slots, and which of them are before ``end``."""
@@ -269,22 +261,24 @@ def _store_slots(o_slots, lse_slots, slot, valid, acc, m, l, DV: tl.constexpr, B
 
 @triton.jit(do_not_specialize=["num_chunks", "num_sequences", "kv_head_begin", "kv_head_end"])
 def _attention_fwd_resident_kernel(
-    q, k, v, entries, list_offsets, tile_lists, cu_seqlens_k, o_slots, lse_slots,
+    q, k, v, entries, tile_bucket, tile_begin, tile_end, tile_starts, cu_seqlens_k, o_slots, lse_slots,
     qk_scale, num_chunks, num_sequences, kv_head_begin, kv_head_end,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr,
-    USE_TMA: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    USE_TMA: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """A run of entries of one (chunk, kv head): the chunk's keys and values stay, the query rows stream past."""
-    tile, end_tile = _group_tile(list_offsets, num_chunks, kv_head_begin, kv_head_end, SPLIT)
-    if tile >= end_tile:
+    tile = tl.program_id(0) + tl.load(tile_starts + kv_head_begin * num_chunks)
+    if tile >= tl.load(tile_starts + kv_head_end * num_chunks):
         return
-    which, begin, end = list_tile(list_offsets, tile_lists, tile, SPLIT)
+    begin = tl.load(tile_begin + tile)
+    end = tl.load(tile_end + tile)
     if begin >= end:
         return
-    kv_head = which // num_chunks
-    first_key, _ = chunk_keys(cu_seqlens_k, num_sequences, CHUNK, which % num_chunks)
+    bucket = tl.load(tile_bucket + tile)
+    kv_head = bucket // num_chunks
+    first_key, _ = _chunk_keys(cu_seqlens_k, num_sequences, CHUNK, bucket % num_chunks)
     group_heads = (kv_head_end - kv_head_begin) * G
     PARTIAL: tl.constexpr = CHUNK < BLOCK_N
     k_rows = _load_keys(k, first_key, first_key + CHUNK, kv_head, stride_kt, stride_kh, D, BLOCK_N, BLOCK_D, USE_TMA,
@@ -305,22 +299,24 @@ def _attention_fwd_resident_kernel(
 
 @triton.jit(do_not_specialize=["num_chunks", "num_sequences", "kv_head_begin", "kv_head_end"])
 def _attention_fwd_sparse_kernel(
-    q, k, v, entries, list_offsets, tile_lists, cu_seqlens_k, o_slots, lse_slots,
+    q, k, v, entries, tile_bucket, tile_begin, tile_end, tile_starts, cu_seqlens_k, o_slots, lse_slots,
     qk_scale, num_chunks, num_sequences, kv_head_begin, kv_head_end,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr,
-    USE_TMA: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    USE_TMA: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """BLOCK_M entries of one (chunk, kv head): the query rows stay, the chunk's keys and values stream past."""
-    tile, end_tile = _group_tile(list_offsets, num_chunks, kv_head_begin, kv_head_end, SPLIT)
-    if tile >= end_tile:
+    tile = tl.program_id(0) + tl.load(tile_starts + kv_head_begin * num_chunks)
+    if tile >= tl.load(tile_starts + kv_head_end * num_chunks):
         return
-    which, begin, end = list_tile(list_offsets, tile_lists, tile, SPLIT)
+    begin = tl.load(tile_begin + tile)
+    end = tl.load(tile_end + tile)
     if begin >= end:
         return
-    kv_head = which // num_chunks
-    first_key, _ = chunk_keys(cu_seqlens_k, num_sequences, CHUNK, which % num_chunks)
+    bucket = tl.load(tile_bucket + tile)
+    kv_head = bucket // num_chunks
+    first_key, _ = _chunk_keys(cu_seqlens_k, num_sequences, CHUNK, bucket % num_chunks)
     group_heads = (kv_head_end - kv_head_begin) * G
     q_rows, slot, valid = _gather_queries(q, entries, begin, end, kv_head_begin * G, group_heads, stride_qt, stride_qh,
                                           H, KS, D, BLOCK_M, BLOCK_D)
@@ -403,8 +399,8 @@ def _attention_fwd_own_kernel(
     tile = num_tiles - 1 - tl.program_id(0) // group_heads  # later tiles may have more keys: they start first
     head_in_group = tl.program_id(0) % group_heads
     head = first_head + head_in_group
-    first_row, q_end, first_position, k_row, _ = query_tile(cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, num_segments,
-                                                            chunk_size, tile, BLOCK_M)
+    first_row, q_end, first_position, k_row, _ = _query_tile(cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, num_segments,
+                                                             chunk_size, tile, BLOCK_M)
     if first_row >= q_end:
         return
     rows = first_row + tl.arange(0, BLOCK_M)
