@@ -1,0 +1,339 @@
+"""Attention backward: delta, then dk and dv by chunk, then dq from slots. Deterministic: there are no atomics."""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..segments import Segments
+from . import tuning
+from .attention_bwd_dkdv import _attention_bwd_dkv_kernel, _attention_bwd_dkv_sum_kernel
+from .attention_bwd_dq import _attention_bwd_dq_kernel, _attention_bwd_dq_own_kernel
+from .attention_fwd import _check, _describable, _key_source, _precision, tma_available
+from .routing import Routing, Tiles, make_tiles, route
+from .workspace import head_groups, workspace_limit
+
+FUSED_CHUNK = 128
+"""Up to this chunk size the dk, dv kernel also writes the dq slots: there traffic rules, beyond it the products."""
+PARTIALS_SHARE = 8
+"""The partials of cut lists may take this fraction of the workspace; lists are cut later where they would take more."""
+MIN_PIECES = 32
+"""At least so many extra pieces of cut lists are allowed, whatever memory their partials take."""
+
+
+def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
+                  selected: Tensor, segments: Segments, softmax_scale: float, *, deterministic: bool = False,
+                  kv_grad_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`attention_fwd`.
+
+    With ``p = exp(scale <q, k> - lse)`` and ``delta = <do, o> - dlse``: ``dv = p^T do``, ``ds = p * (do v^T - delta)``,
+    ``dq = scale * ds k``, ``dk = scale * ds^T q``.
+
+    Args:
+        do: ``[T, H, DV]``, gradient of o; any strides.
+        dlse: ``[T, H]``, gradient of lse, or None.
+        q, k, v, selected, segments, softmax_scale: as forward.
+        o, lse: forward's results; lse decides the weights.
+        deterministic: no effect: every sum has a fixed order.
+        kv_grad_dtype: dtype of dk and dv; k's and v's own by default.
+
+    Returns:
+        dq ``[T, H, D]``, dk ``[S, HK, D]``, dv ``[S, HK, DV]``.
+
+    Raises:
+        TypeError: fp64. ValueError: a head dim above 256, or chunks below 16.
+    """
+    _check(q, v, selected, segments)
+    q, k, v, do, o = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v, do, o))
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dk = torch.empty(k.shape, dtype=kv_grad_dtype or k.dtype, device=k.device)
+    dv = torch.empty(v.shape, dtype=kv_grad_dtype or v.dtype, device=v.device)
+    if q.shape[0] == 0:
+        return dq, dk.zero_(), dv.zero_()
+    x = _Inputs(q, k, v, do, lse.contiguous(), _delta(do, o, dlse), selected.contiguous(), segments, softmax_scale)
+    everything = (0, x.kv_heads)
+    if x.slots == 0:
+        _dkv(x, None, dk, dv, None, _cuts(x, None, x.kv_heads), None, everything)
+        _dq_own(x, None, dq, everything)
+        return dq, dk, dv
+    routing = route(x.selected, x.kv_heads, x.num_chunks)
+    slot_bytes = x.rows_per_kv_head * x.slots * q.shape[2] * q.element_size()
+    groups = head_groups(x.kv_heads, slot_bytes)
+    together = groups[0][1] - groups[0][0]
+    fused = segments.chunk_size <= FUSED_CHUNK
+    cuts = _cuts(x, routing, together if fused else x.kv_heads)
+    partials = torch.empty(cuts.partial_floats, dtype=torch.float32, device=q.device)
+    if not fused:
+        _dkv(x, routing, dk, dv, None, cuts, partials, everything)
+        del partials
+        tiles = make_tiles(routing, x.config("attention_bwd_dq")["BLOCK_M"])
+    slots = torch.empty(together * slot_bytes // q.element_size(), dtype=q.dtype, device=q.device)
+    for group in groups:
+        if fused:
+            _dkv(x, routing, dk, dv, slots, cuts, partials, group)
+        else:
+            _dq_sparse(x, routing, tiles, slots, group)
+        _dq_own(x, slots, dq, group)
+    return dq, dk, dv
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What every kernel of the stage reads; all rows contiguous in their last dimension."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    do: Tensor
+    lse: Tensor
+    delta: Tensor
+    selected: Tensor
+    segments: Segments
+    softmax_scale: float
+
+    @property
+    def kv_heads(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def heads_per_kv(self) -> int:
+        return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def rows_per_kv_head(self) -> int:
+        return self.q.shape[0] * self.heads_per_kv
+
+    @property
+    def slots(self) -> int:
+        return self.selected.shape[2]
+
+    @property
+    def num_chunks(self) -> int:
+        return self.segments.num_chunks(self.k.shape[0])
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        return self.softmax_scale * math.log2(math.e), self.softmax_scale
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return tuple(x.stride(i) for x in (self.q, self.k, self.v, self.do) for i in (0, 1))
+
+    @property
+    def constants(self) -> dict[str, int]:
+        d, dv = self.q.shape[2], self.v.shape[2]
+        return {"H": self.q.shape[1], "G": self.heads_per_kv, "KS": self.slots, "D": d, "DV": dv,
+                "BLOCK_D": triton.next_power_of_2(d), "BLOCK_DV": triton.next_power_of_2(dv),
+                "PRECISION": _precision(self.q.dtype)}
+
+    def config(self, stage: str) -> dict[str, int]:
+        return tuning.config(stage, self.q.device, head_dim=max(self.q.shape[2], self.v.shape[2]),
+                             chunk_size=self.segments.chunk_size, itemsize=self.q.element_size())
+
+
+def _delta(do: Tensor, o: Tensor, dlse: Tensor | None) -> Tensor:
+    """``<do, o> - dlse``, fp32 ``[T, H]``."""
+    total, heads, dim = o.shape
+    delta = torch.empty(total, heads, dtype=torch.float32, device=o.device)
+    options = tuning.config("attention_bwd_delta", o.device, head_dim=dim, itemsize=o.element_size())
+    _attention_bwd_delta_kernel[(triton.cdiv(total * heads, options["BLOCK_M"]),)](
+        do,
+        o,
+        dlse if dlse is None else dlse.contiguous(),
+        delta,
+        total * heads,
+        do.stride(0),
+        do.stride(1),
+        o.stride(0),
+        o.stride(1),
+        H=heads,
+        DV=dim,
+        BLOCK_DV=triton.next_power_of_2(dim),
+        **options,
+    )
+    return delta
+
+
+@triton.jit
+def _attention_bwd_delta_kernel(
+    do, o, dlse, delta, num_rows, stride_dot, stride_doh, stride_ot, stride_oh,
+    H: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+):
+    """BLOCK_M (query, head) rows."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_DV)
+    valid = row < num_rows
+    keep = valid[:, None] & (cols[None, :] < DV)
+    token, head = row // H, row % H
+    a = tl.load(do + (token * stride_dot + head * stride_doh)[:, None] + cols[None, :], mask=keep, other=0.0)
+    b = tl.load(o + (token * stride_ot + head * stride_oh)[:, None] + cols[None, :], mask=keep, other=0.0)
+    x = tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
+    if dlse is not None:
+        x -= tl.load(dlse + row, mask=valid, other=0.0).to(tl.float32)
+    tl.store(delta + row, x, mask=valid)
+
+
+@dataclass(frozen=True)
+class _Cuts:
+    """How lists are cut among programs: entries in a piece, and the bound on pieces beyond each list's first.
+
+    ``extra_buckets[n]`` is one more than the list of the extra piece number n (see ``_extra_piece``).
+    """
+
+    split: int
+    num_extra: int
+    extra_buckets: Tensor | None
+    partial_floats: int
+
+
+def _cuts(x: _Inputs, routing: Routing | None, kv_heads_together: int) -> _Cuts:
+    split = x.config("attention_bwd_dkv")["SPLIT"]
+    if routing is None or x.rows_per_kv_head <= split:  # a row is in a list at most once
+        return _Cuts(split, 0, None, 0)
+    floats = 2 * x.segments.chunk_size * (x.q.shape[2] + x.v.shape[2])  # a cut list's first piece has a partial too
+    entries = x.rows_per_kv_head * x.slots * kv_heads_together
+    allowed = max(MIN_PIECES, workspace_limit() // PARTIALS_SHARE // (4 * floats))
+    split = max(split, triton.cdiv(entries, allowed))
+    num_extra = triton.cdiv(entries, split)
+    numbers = torch.arange(routing.entries.numel() // split + 2, dtype=routing.starts.dtype, device=x.q.device)
+    extra_buckets = torch.searchsorted(routing.starts[:-1] // split, numbers, right=True, out_int32=True)
+    return _Cuts(split, num_extra, extra_buckets, num_extra * floats)
+
+
+def _dkv(x: _Inputs, routing: Routing | None, dk: Tensor, dv: Tensor, slots: Tensor | None, cuts: _Cuts,
+         partials: Tensor | None, group: tuple[int, int]) -> None:
+    """Writes dk and dv of one group of kv heads, and with ``slots`` the slots of their dq."""
+    options = x.config("attention_bwd_dkv")
+    del options["SPLIT"]
+    size = x.segments.chunk_size
+    if slots is not None:
+        options["BLOCK_N"] = max(16, triton.next_power_of_2(size))
+    kv_heads, constants = group[1] - group[0], x.constants
+    num_key_tiles = triton.cdiv(min(size, x.segments.max_seqlen_k), options["BLOCK_N"])
+    if num_key_tiles == 0:
+        return
+    _attention_bwd_dkv_kernel[((cuts.num_extra + x.num_chunks * kv_heads) * num_key_tiles,)](
+        x.q,
+        x.k,
+        x.v,
+        x.do,
+        x.lse,
+        x.delta,
+        routing and routing.entries,
+        routing and routing.starts,
+        cuts.extra_buckets,
+        x.segments.cu_seqlens_q,
+        x.segments.cu_seqlens_k,
+        x.segments.seq_ids,
+        x.segments.offsets,
+        dk,
+        dv,
+        partials,
+        slots,
+        *x.scales,
+        size,
+        num_key_tiles,
+        x.num_chunks,
+        x.segments.num_sequences,
+        x.segments.num_segments,
+        cuts.num_extra,
+        cuts.split,
+        *group,
+        *x.strides,
+        HK=x.kv_heads,
+        PACKED=x.segments.packed,
+        HAS_SLOTS=slots is not None,
+        PARTIAL=size % options["BLOCK_N"] != 0,
+        **constants,
+        **options,
+    )
+    if cuts.num_extra == 0:
+        return
+    del constants["H"], constants["G"], constants["KS"], constants["PRECISION"]
+    _attention_bwd_dkv_sum_kernel[(cuts.num_extra, triton.cdiv(size, 16))](
+        routing.starts,
+        cuts.extra_buckets,
+        x.segments.cu_seqlens_k,
+        partials,
+        dk,
+        dv,
+        size,
+        x.num_chunks,
+        x.segments.num_sequences,
+        cuts.num_extra,
+        cuts.split,
+        *group,
+        HK=x.kv_heads,
+        BLOCK_N=16,
+        **constants,
+    )
+
+
+def _dq_sparse(x: _Inputs, routing: Routing, tiles: Tiles, slots: Tensor, group: tuple[int, int]) -> None:
+    """Fills the slots of dq of one group of kv heads."""
+    options = x.config("attention_bwd_dq")
+    block_n = options["BLOCK_N"]
+    size, kv_heads = x.segments.chunk_size, group[1] - group[0]
+    partial = size % block_n != 0
+    use_tma = not partial and tma_available(x.q.device) and _describable(x.k) and _describable(x.v)
+    bound = x.rows_per_kv_head * kv_heads * x.slots // tiles.block + x.num_chunks * kv_heads + 1
+    _attention_bwd_dq_kernel[(bound,)](
+        x.q,
+        _key_source(x.k, block_n, use_tma),
+        _key_source(x.v, block_n, use_tma),
+        x.do,
+        x.lse,
+        x.delta,
+        routing.entries,
+        tiles.bucket,
+        tiles.begin,
+        tiles.end,
+        tiles.starts,
+        x.segments.cu_seqlens_k,
+        slots,
+        *x.scales,
+        size,
+        x.num_chunks,
+        x.segments.num_sequences,
+        *group,
+        *x.strides,
+        USE_TMA=use_tma,
+        PARTIAL=partial,
+        **x.constants,
+        **options,
+    )
+
+
+def _dq_own(x: _Inputs, slots: Tensor | None, dq: Tensor, group: tuple[int, int]) -> None:
+    """Writes dq of one group of kv heads: the own chunks' part and the slots."""
+    options = x.config("attention_bwd_dq_own")
+    num_tiles = x.q.shape[0] // options["BLOCK_M"] + x.segments.num_segments
+    group_heads = (group[1] - group[0]) * x.heads_per_kv
+    _attention_bwd_dq_own_kernel[(num_tiles * group_heads,)](
+        x.q,
+        x.k,
+        x.v,
+        x.do,
+        x.lse,
+        x.delta,
+        x.selected,
+        slots,
+        dq,
+        x.segments.cu_seqlens_q,
+        x.segments.cu_seqlens_k,
+        x.segments.seq_ids,
+        x.segments.offsets,
+        *x.scales,
+        num_tiles,
+        x.segments.num_segments,
+        x.segments.chunk_size,
+        group[0] * x.heads_per_kv,
+        group_heads,
+        *x.strides,
+        **x.constants,
+        **options,
+    )

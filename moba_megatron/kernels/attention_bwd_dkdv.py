@@ -1,0 +1,216 @@
+"""Attention backward, dk and dv: a tile of keys stays, the rows that attend to it stream past; dq slots on the way.
+
+A program owns BLOCK_N keys of one (chunk, kv head). It streams the chunk's list of gathered (query, head) rows, then the
+queries whose own chunk it is, so that dk and dv are complete and are written once. A list longer than ``split`` entries is
+cut: every piece writes fp32 partials, bucket a second kernel adds in order. Nothing is atomic.
+"""
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .jit_helpers import _chunk_keys, _find_piece, _piece_items
+
+
+@triton.jit
+def _load_rows(pointer, offsets, keep, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows at int64 ``offsets``, zero where not ``keep`` and beyond D."""
+    cols = tl.arange(0, BLOCK_D)
+    mask = keep[:, None]
+    if D < BLOCK_D:
+        mask = mask & (cols[None, :] < D)
+    return tl.load(pointer + offsets[:, None] + cols[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _dkv_step(dk, dv, k, v, q, do, lse, delta, keep, qk_scale, HAS_KEEP: tl.constexpr, PRECISION: tl.constexpr):
+    """One block of rows; returns dk, dv and ds ``[BLOCK_N, BLOCK_M]``. lse is +inf where a row is absent."""
+    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    p = tl.exp2(s * qk_scale - (lse * 1.4426950408889634)[None, :])
+    if HAS_KEEP:
+        p = tl.where(keep, p, 0.0)
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+    ds = (p * (dp - delta[None, :])).to(q.dtype)
+    dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+    return dk, dv, ds
+
+
+@triton.jit
+def _extra_piece(extra_buckets, starts, first_bucket, end_bucket, extra, split):
+    """Extra piece number ``extra`` of the lists ``first_bucket .. end_bucket``: its bucket, and which piece of it (from 1).
+
+    A list's first ``split`` entries are piece 0. Piece i > 0 of list l has the number ``starts[l] // split + i - 1``,
+    here counted from the first list's; lists of up to ``split`` entries have none, so numbers are unique. Piece 0 where
+    the number is not used.
+    """
+    number = extra + (tl.load(starts + first_bucket) // split).to(tl.int32)
+    bucket = tl.load(extra_buckets + number) - 1
+    begin = tl.load(starts + bucket)
+    end = tl.load(starts + bucket + 1)
+    piece = number - (begin // split).to(tl.int32) + 1
+    used = (bucket < end_bucket) & (begin + piece.to(tl.int64) * split < end)
+    return bucket, tl.where(used, piece, 0)
+
+
+@triton.jit(do_not_specialize=["num_key_tiles", "num_chunks", "num_sequences", "num_segments", "num_extra",
+                               "split", "kv_head_begin", "kv_head_end"])
+def _attention_bwd_dkv_kernel(
+    q, k, v, do, lse, delta, entries, starts, extra_buckets,
+    cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, dk, dv, partials, slots,
+    qk_scale, softmax_scale, chunk_size, num_key_tiles, num_chunks, num_sequences, num_segments, num_extra, split,
+    kv_head_begin, kv_head_end,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,
+    H: tl.constexpr, HK: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PACKED: tl.constexpr, HAS_SLOTS: tl.constexpr,
+    PARTIAL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """The first ``num_extra * num_key_tiles`` programs take the extra pieces of long lists; slots of dq: HAS_SLOTS."""
+    pid = tl.program_id(0)
+    tile = pid % num_key_tiles
+    item = pid // num_key_tiles
+    first_bucket = kv_head_begin * num_chunks
+    bucket = first_bucket + item - num_extra
+    piece = item * 0
+    if item < num_extra:
+        bucket, piece = _extra_piece(extra_buckets, starts, first_bucket, kv_head_end * num_chunks, item, split)
+        if piece == 0:
+            return
+    kv_head = bucket // num_chunks
+    chunk = bucket % num_chunks
+    sequence = _find_piece(cu_seqlens_k, num_sequences, chunk_size, chunk)
+    chunk_row, chunk_end = _piece_items(cu_seqlens_k, sequence, chunk_size, chunk)
+    first_row = chunk_row + tile * BLOCK_N
+    if first_row >= chunk_end:
+        return
+    rows = first_row + tl.arange(0, BLOCK_N)
+    key_row = rows.to(tl.int64)
+    key_valid = rows < chunk_end
+    key_position = rows - tl.load(cu_seqlens_k + sequence)
+    k_rows = _load_rows(k + kv_head.to(tl.int64) * stride_kh, key_row * stride_kt, key_valid, D, BLOCK_D)
+    v_rows = _load_rows(v + kv_head.to(tl.int64) * stride_vh, key_row * stride_vt, key_valid, DV, BLOCK_DV)
+    dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv_acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+
+    partial = piece.to(tl.int64) * 0 - 1
+    if KS > 0:
+        bucket_begin = tl.load(starts + bucket)
+        bucket_end = tl.load(starts + bucket + 1)
+        begin = bucket_begin + piece.to(tl.int64) * split
+        end = tl.minimum(bucket_end, begin + split)
+        if num_extra > 0:
+            if piece > 0:
+                partial = item.to(tl.int64)
+            elif end < bucket_end:
+                partial = num_extra + bucket_begin // split - tl.load(starts + first_bucket) // split
+        group_heads = (kv_head_end - kv_head_begin) * G
+        listed = entries + begin
+        count = (end - begin).to(tl.int32)
+        index = tl.arange(0, BLOCK_M)
+        entry = tl.load(listed + index, mask=index < count, other=-1)
+        for _ in range(0, count, BLOCK_M):
+            row = tl.maximum(entry, 0) // KS
+            token = (row // H).to(tl.int64)
+            head = (row % H).to(tl.int64)
+            valid = entry >= 0
+            q_rows = _load_rows(q, token * stride_qt + head * stride_qh, valid, D, BLOCK_D)
+            do_rows = _load_rows(do, token * stride_dot + head * stride_doh, valid, DV, BLOCK_DV)
+            row_lse = tl.load(lse + row, mask=valid, other=float("inf"))
+            row_delta = tl.load(delta + row, mask=valid, other=0.0)
+            slot = (token * group_heads + head - kv_head_begin * G) * KS + entry % KS
+            # the next rows are looked up one block ahead: their gathers then need not wait for their numbers
+            index += BLOCK_M
+            entry = tl.load(listed + index, mask=index < count, other=-1)
+            dk_acc, dv_acc, ds = _dkv_step(dk_acc, dv_acc, k_rows, v_rows, q_rows, do_rows, row_lse, row_delta,
+                                           key_valid[:, None], qk_scale, HAS_KEEP=HAS_SLOTS and PARTIAL, PRECISION=PRECISION)
+            if HAS_SLOTS:
+                dq = tl.dot(tl.trans(ds), k_rows, input_precision=PRECISION) * softmax_scale
+                cols = tl.arange(0, BLOCK_D)
+                tl.store(slots + slot[:, None] * D + cols[None, :], dq.to(slots.dtype.element_ty),
+                         mask=valid[:, None] & (cols[None, :] < D))
+
+    if piece == 0:
+        first_position = first_row - tl.load(cu_seqlens_k + sequence)
+        segment = sequence
+        segment_end = sequence + 1
+        if not PACKED:
+            segment = _lower_bound(seq_ids, num_segments, sequence)
+            segment_end = _lower_bound(seq_ids, num_segments, sequence + 1)
+        while segment < segment_end:
+            row_begin = tl.load(cu_seqlens_q + segment)
+            origin = tl.load(offsets + segment)
+            low = tl.maximum(origin, first_position)
+            high = tl.minimum(origin + tl.load(cu_seqlens_q + segment + 1) - row_begin, first_position - tile * BLOCK_N + chunk_size)
+            blocks = tl.maximum(tl.cdiv(high - low, BLOCK_M), 0)
+            for i in range(0, blocks * G):
+                head = (kv_head * G + i // blocks).to(tl.int64)
+                query_position = low + i % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+                valid = query_position < high
+                token = (row_begin - origin + query_position).to(tl.int64)
+                q_rows = _load_rows(q + head * stride_qh, token * stride_qt, valid, D, BLOCK_D)
+                do_rows = _load_rows(do + head * stride_doh, token * stride_dot, valid, DV, BLOCK_DV)
+                row_lse = tl.load(lse + token * H + head, mask=valid, other=float("inf"))
+                row_delta = tl.load(delta + token * H + head, mask=valid, other=0.0)
+                dk_acc, dv_acc, _ = _dkv_step(dk_acc, dv_acc, k_rows, v_rows, q_rows, do_rows, row_lse, row_delta,
+                                              key_position[:, None] <= query_position[None, :], qk_scale,
+                                              HAS_KEEP=True, PRECISION=PRECISION)
+            segment += 1
+
+    dk_acc *= softmax_scale
+    cols = tl.arange(0, BLOCK_D)
+    cols_v = tl.arange(0, BLOCK_DV)
+    keep = key_valid[:, None] & (cols[None, :] < D)
+    keep_v = key_valid[:, None] & (cols_v[None, :] < DV)
+    if partial >= 0:
+        to = partials + (partial * chunk_size + rows - chunk_row)[:, None] * (D + DV)
+        tl.store(to + cols[None, :], dk_acc, mask=keep)
+        tl.store(to + D + cols_v[None, :], dv_acc, mask=keep_v)
+    else:
+        to = (key_row * HK + kv_head)[:, None]
+        tl.store(dk + to * D + cols[None, :], dk_acc.to(dk.dtype.element_ty), mask=keep)
+        tl.store(dv + to * DV + cols_v[None, :], dv_acc.to(dv.dtype.element_ty), mask=keep_v)
+
+
+@triton.jit
+def _lower_bound(values, count, wanted):
+    """The first index whose value is at least ``wanted`` in a non-decreasing array."""
+    low = wanted * 0
+    high = low + count
+    while low < high:
+        middle = (low + high) // 2
+        below = tl.load(values + middle) < wanted
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(below, high, middle)
+    return low
+
+
+@triton.jit(do_not_specialize=["num_chunks", "num_sequences", "num_extra", "split", "kv_head_begin", "kv_head_end"])
+def _attention_bwd_dkv_sum_kernel(
+    starts, extra_buckets, cu_seqlens_k, partials, dk, dv,
+    chunk_size, num_chunks, num_sequences, num_extra, split, kv_head_begin, kv_head_end,
+    HK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Adds the partials of one cut list in the order of its pieces, and writes dk and dv."""
+    first_extra = tl.program_id(0)
+    bucket, piece = _extra_piece(extra_buckets, starts, kv_head_begin * num_chunks, kv_head_end * num_chunks,
+                                first_extra, split)
+    if piece != 1:
+        return
+    first_row, _ = _chunk_keys(cu_seqlens_k, num_sequences, chunk_size, bucket % num_chunks)  # listed chunks are full
+    in_chunk = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = tl.arange(0, BLOCK_D)
+    cols_v = tl.arange(0, BLOCK_DV)
+    keep = (in_chunk < chunk_size)[:, None] & (cols[None, :] < D)
+    keep_v = (in_chunk < chunk_size)[:, None] & (cols_v[None, :] < DV)
+    at = partials + ((num_extra + first_extra).to(tl.int64) * chunk_size + in_chunk)[:, None] * (D + DV)
+    dk_acc = tl.load(at + cols[None, :], mask=keep, other=0.0)
+    dv_acc = tl.load(at + D + cols_v[None, :], mask=keep_v, other=0.0)
+    length = (tl.load(starts + bucket + 1) - tl.load(starts + bucket)).to(tl.int32)
+    for piece in range(1, tl.cdiv(length, split)):
+        at = partials + ((first_extra + piece - 1).to(tl.int64) * chunk_size + in_chunk)[:, None] * (D + DV)
+        dk_acc += tl.load(at + cols[None, :], mask=keep, other=0.0)
+        dv_acc += tl.load(at + D + cols_v[None, :], mask=keep_v, other=0.0)
+    to = ((first_row + in_chunk).to(tl.int64) * HK + bucket // num_chunks)[:, None]
+    tl.store(dk + to * D + cols[None, :], dk_acc.to(dk.dtype.element_ty), mask=keep)
+    tl.store(dv + to * DV + cols_v[None, :], dv_acc.to(dv.dtype.element_ty), mask=keep_v)

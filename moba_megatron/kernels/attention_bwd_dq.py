@@ -1,0 +1,143 @@
+"""Attention backward, dq: gathered rows against selected chunks into slots, then the own chunk and the sum of the slots."""
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .attention_bwd_dkdv import _load_rows
+from .jit_helpers import _chunk_keys, _query_tile
+
+
+@triton.jit(do_not_specialize=["num_chunks", "num_sequences", "kv_head_begin", "kv_head_end"])
+def _attention_bwd_dq_kernel(
+    q, k, v, do, lse, delta, entries, tile_bucket, tile_begin, tile_end, tile_starts, cu_seqlens_k, slots,
+    qk_scale, softmax_scale, chunk_size, num_chunks, num_sequences, kv_head_begin, kv_head_end,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,
+    H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, USE_TMA: tl.constexpr, PARTIAL: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """BLOCK_M entries of one (chunk, kv head): the rows stay, the chunk's keys and values stream past."""
+    tile = tl.program_id(0) + tl.load(tile_starts + kv_head_begin * num_chunks)
+    if tile >= tl.load(tile_starts + kv_head_end * num_chunks):
+        return
+    bucket = tl.load(tile_bucket + tile)
+    end = tl.load(tile_end + tile)
+    index = tl.load(tile_begin + tile) + tl.arange(0, BLOCK_M)
+    valid = index < end
+    entry = tl.load(entries + index, mask=valid, other=0)
+    row = entry // KS
+    token = (row // H).to(tl.int64)
+    head = (row % H).to(tl.int64)
+    kv_head = bucket // num_chunks
+    first_key, _ = _chunk_keys(cu_seqlens_k, num_sequences, chunk_size, bucket % num_chunks)
+
+    q_rows = _load_rows(q, token * stride_qt + head * stride_qh, valid, D, BLOCK_D)
+    do_rows = _load_rows(do, token * stride_dot + head * stride_doh, valid, DV, BLOCK_DV)
+    row_lse = tl.load(lse + row, mask=valid, other=float("inf")) * 1.4426950408889634
+    row_delta = tl.load(delta + row, mask=valid, other=0.0)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for first in range(0, chunk_size, BLOCK_N):
+        k_rows = _load_keys(k, first_key + first, first_key + chunk_size, kv_head, stride_kt, stride_kh, D, BLOCK_N,
+                            BLOCK_D, USE_TMA, PARTIAL)
+        v_rows = _load_keys(v, first_key + first, first_key + chunk_size, kv_head, stride_vt, stride_vh, DV, BLOCK_N,
+                            BLOCK_DV, USE_TMA, PARTIAL)
+        s = tl.dot(q_rows, tl.trans(k_rows), input_precision=PRECISION)
+        p = tl.exp2(s * qk_scale - row_lse[:, None])
+        if PARTIAL:
+            p = tl.where((first + tl.arange(0, BLOCK_N) < chunk_size)[None, :], p, 0.0)
+        dp = tl.dot(do_rows, tl.trans(v_rows), input_precision=PRECISION)
+        ds = (p * (dp - row_delta[:, None])).to(k_rows.dtype)
+        dq = tl.dot(ds, k_rows, dq, input_precision=PRECISION)
+    slot = (token * ((kv_head_end - kv_head_begin) * G) + head - kv_head_begin * G) * KS + entry % KS
+    cols = tl.arange(0, BLOCK_D)
+    tl.store(slots + slot[:, None] * D + cols[None, :], (dq * softmax_scale).to(slots.dtype.element_ty),
+             mask=valid[:, None] & (cols[None, :] < D))
+
+
+@triton.jit
+def _load_keys(source, row, end, head, stride_row, stride_head, D: tl.constexpr, BLOCK_N: tl.constexpr,
+               BLOCK_D: tl.constexpr, USE_TMA: tl.constexpr, PARTIAL: tl.constexpr):
+    """Rows ``row .. row + BLOCK_N`` of one head; zeros from row ``end`` on where PARTIAL."""
+    if USE_TMA:
+        return source.load([head, row, 0]).reshape(BLOCK_N, BLOCK_D)
+    rows = row + tl.arange(0, BLOCK_N)
+    cols = tl.arange(0, BLOCK_D)
+    pointers = source + head.to(tl.int64) * stride_head + rows[:, None].to(tl.int64) * stride_row + cols[None, :]
+    if PARTIAL:
+        return tl.load(pointers, mask=(rows < end)[:, None] & (cols[None, :] < D), other=0.0)
+    if D < BLOCK_D:
+        return tl.load(pointers, mask=cols[None, :] < D, other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def _own_dq_step(dq, q_rows, do_rows, row_lse, row_delta, k, v, k_row, k_end, kv_head, keep_from, keep_to, first,
+                 qk_scale, stride_kt, stride_kh, stride_vt, stride_vh, D: tl.constexpr, DV: tl.constexpr,
+                 BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+                 MASKED: tl.constexpr):
+    """One tile of own keys; where MASKED a row keeps the key positions ``keep_from .. keep_to``, both included."""
+    k_rows = _load_keys(k, k_row + first, k_end, kv_head, stride_kt, stride_kh, D, BLOCK_N, BLOCK_D, False, MASKED)
+    v_rows = _load_keys(v, k_row + first, k_end, kv_head, stride_vt, stride_vh, DV, BLOCK_N, BLOCK_DV, False, MASKED)
+    s = tl.dot(q_rows, tl.trans(k_rows), input_precision=PRECISION)
+    p = tl.exp2(s * qk_scale - row_lse[:, None])
+    if MASKED:
+        position = first + tl.arange(0, BLOCK_N)
+        keep = (position[None, :] >= keep_from[:, None]) & (position[None, :] <= keep_to[:, None])
+        p = tl.where(keep, p, 0.0)
+    dp = tl.dot(do_rows, tl.trans(v_rows), input_precision=PRECISION)
+    ds = (p * (dp - row_delta[:, None])).to(k_rows.dtype)
+    return tl.dot(ds, k_rows, dq, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["num_tiles", "num_segments", "chunk_size", "first_head", "group_heads"])
+def _attention_bwd_dq_own_kernel(
+    q, k, v, do, lse, delta, selected, slots, dq, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets,
+    qk_scale, softmax_scale, num_tiles, num_segments, chunk_size, first_head, group_heads,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,
+    H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """BLOCK_M queries of one segment and head: their own chunks up to themselves, then their slots in order."""
+    tile = num_tiles - 1 - tl.program_id(0) // group_heads  # later tiles may have more keys: they start first
+    head_in_group = tl.program_id(0) % group_heads
+    head = first_head + head_in_group
+    first_row, q_end, first_position, k_row, _ = _query_tile(cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, num_segments,
+                                                            chunk_size, tile, BLOCK_M)
+    if first_row >= q_end:
+        return
+    rows = first_row + tl.arange(0, BLOCK_M)
+    valid = rows < q_end
+    row = rows.to(tl.int64)
+    q_rows = _load_rows(q + head.to(tl.int64) * stride_qh, row * stride_qt, valid, D, BLOCK_D)
+    do_rows = _load_rows(do + head.to(tl.int64) * stride_doh, row * stride_dot, valid, DV, BLOCK_DV)
+    row_lse = tl.load(lse + row * H + head, mask=valid, other=float("inf")) * 1.4426950408889634
+    row_delta = tl.load(delta + row * H + head, mask=valid, other=0.0)
+
+    # positions in the sequence
+    position = first_position + tl.arange(0, BLOCK_M)
+    last_position = first_position + tl.minimum(BLOCK_M, q_end - first_row) - 1
+    own_begin = position // chunk_size * chunk_size
+    key_begin = first_position // chunk_size * chunk_size
+    one_chunk = last_position // chunk_size == first_position // chunk_size
+    clear = tl.where(one_chunk, (first_position + 1 - key_begin) // BLOCK_N * BLOCK_N, 0)  # keys that every row sees
+    k_end = k_row + last_position + 1
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for first in range(key_begin, key_begin + clear, BLOCK_N):
+        acc = _own_dq_step(acc, q_rows, do_rows, row_lse, row_delta, k, v, k_row, k_end, head // G, own_begin, position,
+                           first, qk_scale, stride_kt, stride_kh, stride_vt, stride_vh, D, DV, BLOCK_N, BLOCK_D,
+                           BLOCK_DV, PRECISION, MASKED=False)
+    for first in range(key_begin + clear, last_position + 1, BLOCK_N):
+        acc = _own_dq_step(acc, q_rows, do_rows, row_lse, row_delta, k, v, k_row, k_end, head // G, own_begin, position,
+                           first, qk_scale, stride_kt, stride_kh, stride_vt, stride_vh, D, DV, BLOCK_N, BLOCK_D,
+                           BLOCK_DV, PRECISION, MASKED=True)
+    acc *= softmax_scale
+    cols = tl.arange(0, BLOCK_D)
+    slot_row = row * group_heads + head_in_group
+    for j in range(KS):
+        chosen = tl.load(selected + (row * H + head) * KS + j, mask=valid, other=-1) >= 0
+        acc += tl.load(slots + (slot_row * KS + j)[:, None] * D + cols[None, :],
+                       mask=chosen[:, None] & (cols[None, :] < D), other=0.0).to(tl.float32)
+    tl.store(dq + (row * H + head)[:, None] * D + cols[None, :], acc.to(dq.dtype.element_ty),
+             mask=valid[:, None] & (cols[None, :] < D))
