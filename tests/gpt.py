@@ -1,0 +1,142 @@
+"""A small GPT in fp64 on any parallel layout, its shards of common weights, and the rows that a rank holds."""
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import megatron_on_cpu  # noqa: E402
+
+megatron_on_cpu.enable()
+
+import torch.distributed as dist  # noqa: E402
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.transformer import TransformerConfig  # noqa: E402
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules  # noqa: E402
+
+from moba_megatron import MoBAConfig, get_moba_layer_local_spec, reference  # noqa: E402
+
+NUM_LAYERS, VOCAB, BATCH = 4, 64, 2
+SEQLEN = 8 * 19
+MOBA = MoBAConfig(chunk_size=24, topk=3, full_attention_layers="last:1")  # pieces of 19 and 38 do not divide into chunks
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model is spread."""
+
+    name: str
+    tp: int = 1
+    cp: int = 1
+    pp: int = 1
+    sp: bool = False
+    recompute: bool = False
+
+
+class RMSNorm(torch.nn.Module):
+    """Megatron's torch norm refuses sequence parallelism; this one marks its weight for the gradient all-reduce."""
+
+    def __init__(self, config, hidden_size, eps=1e-5, **kwargs):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=torch.float64))
+        self.weight.sequence_parallel = config.sequence_parallel
+        self.eps = eps
+
+    def forward(self, x):
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+def build(layout):
+    """Initialises Megatron's process groups and builds this rank's part of the model."""
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(layout.tp, layout.pp, context_parallel_size=layout.cp)
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    config = TransformerConfig(
+        num_layers=NUM_LAYERS, hidden_size=32, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=48,
+        attention_dropout=0.0, hidden_dropout=0.0, normalization="RMSNorm", gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu, add_bias_linear=False, use_cpu_initialization=True,
+        params_dtype=torch.float64, pipeline_dtype=torch.float64, tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp, context_parallel_size=layout.cp, sequence_parallel=layout.sp,
+        cp_comm_type="all_gather" if layout.cp > 1 else None, **(recompute if layout.recompute else {}))
+    layer = get_moba_layer_local_spec(MOBA, normalization="RMSNorm")
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+    block = TransformerBlockSubmodules(layer_specs=[layer] * (NUM_LAYERS // layout.pp), layer_norm=RMSNorm)
+    return GPTModel(config, block, VOCAB, SEQLEN, pre_process=first, post_process=last, parallel_output=False,
+                    position_embedding_type="rope", share_embeddings_and_output_weights=False).double()
+
+
+def common_weights():
+    """The whole model's weights, the same on every rank, from a model that is not spread."""
+    generator = torch.Generator().manual_seed(7)
+    model = build(Layout("whole"))
+    return {name: torch.randn(p.shape, generator=generator, dtype=torch.float64) * (0.2 if p.dim() > 1 else 0.1)
+            + (0 if p.dim() > 1 else 1) for name, p in model.named_parameters()}
+
+
+def global_name(name, layout):
+    """A parameter's name in the whole model: pipeline stages count their layers from 0."""
+    parts = name.split(".")
+    if parts[:2] == ["decoder", "layers"]:
+        per_stage = NUM_LAYERS // layout.pp
+        parts[2] = str(int(parts[2]) + parallel_state.get_pipeline_model_parallel_rank() * per_stage)
+    return ".".join(parts)
+
+
+def shard(whole, name, parameter):
+    """This rank's part of a weight (or gradient) of the whole model."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return whole
+    size, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+    halves = whole.chunk(2) if "linear_fc1" in name else (whole,)  # SwiGLU: gate and up are sharded each
+    return torch.cat([half.chunk(size, parameter.partition_dim)[rank] for half in halves])
+
+
+def load(model, weights, layout):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(shard(weights[global_name(name, layout)], name, parameter))
+
+
+def reduce_gradients(model, layout):
+    """This rank's gradients of the whole batch: summed over the ranks that saw other tokens."""
+    grads = {}
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad.clone()
+        if layout.cp > 1:
+            dist.all_reduce(grad, group=parallel_state.get_context_parallel_group())
+        if getattr(parameter, "sequence_parallel", False):
+            dist.all_reduce(grad, group=parallel_state.get_tensor_model_parallel_group())
+        grads[name] = grad
+    return grads
+
+
+def local_positions(lengths, size, rank):
+    """Positions in the whole stream that a context parallel rank holds, by Megatron's zigzag of each sequence."""
+    rows, start = [], 0
+    for n in lengths:
+        pieces = torch.arange(start, start + n).chunk(2 * size)
+        rows += [pieces[rank], pieces[2 * size - 1 - rank]]
+        start += n
+    return torch.cat(rows)
+
+
+class RecordedSelections:
+    """Collects what the gate chose, call by call."""
+
+    def __enter__(self):
+        self.selections, self._gate = [], reference.gate
+
+        def gate(*args):
+            selected = self._gate(*args)
+            self.selections.append(selected.sort(2)[0])
+            return selected
+
+        reference.gate = gate
+        return self
+
+    def __exit__(self, *_):
+        reference.gate = self._gate
