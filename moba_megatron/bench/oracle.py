@@ -66,8 +66,8 @@ def check_selection(problem: Problem, topk: int, seed: int = 0) -> dict[str, flo
 
 
 def check_values(problem: Problem, o: Tensor, lse: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor,
-                 seed: int = 0) -> dict[str, dict[str, float]]:
-    """Relative errors ``|x - oracle| / |oracle|`` on the samples.
+                 seed: int = 0, chunks: list[int] | None = None) -> dict[str, dict[str, float]]:
+    """Relative errors ``|x - oracle| / |oracle|`` on the samples; dk and dv in the given chunks (first, middle, last).
 
     Returns:
         For each of o, lse, dq, dk, dv: ``error``; ``limit``, twice the error of the same computation in the inputs'
@@ -88,7 +88,7 @@ def check_values(problem: Problem, o: Tensor, lse: Tensor | None, dq: Tensor, dk
         note("dq", dq[t, head], exact["dq"], rounded["dq"])
         if lse is not None:
             note("lse", lse[t, head], exact["lse"], rounded["lse"])
-    for chunk in _sample_chunks(problem):
+    for chunk in _sample_chunks(problem) if chunks is None else chunks:
         keys = slice(chunk * problem.chunk_size, (chunk + 1) * problem.chunk_size)
         kv_head = heads[-1] // problem.group
         exact, rounded = (_chunk(problem, chunk, kv_head, low) for low in (False, True))
