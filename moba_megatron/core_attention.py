@@ -20,26 +20,28 @@ from torch import Tensor
 from .arguments import config_from_environment
 from .config import MoBAConfig, get_default_config
 from .context_parallel import Agreement, check_zigzag, context_parallel_attention, zigzag_packed, zigzag_uniform
+from .megatron_host import host_config, host_iteration, print_once
 from .ops import moba_attention
 from .ops.validation import check_cu_seqlens, check_qkv
 from .segments import Segments
 
 SUPPORTED_CP_COMM_TYPES = ("all_gather", "allgather")
-_iteration = 0
+_iteration: int | None = None
 
 
-def set_iteration(iteration: int) -> None:
+def set_iteration(iteration: int | None) -> None:
     """Tells every MoBA layer the training iteration (0-based), for ``MoBAConfig.full_attention_from_step``.
 
     A training loop calls it before each step (and after loading a checkpoint). Without that option it has no effect.
+    Megatron-LM's own training loop need not: its ``curr_iteration`` is read, unless another number was set here.
     """
     global _iteration
     _iteration = iteration
 
 
 def get_iteration() -> int:
-    """The iteration set last, 0 at first."""
-    return _iteration
+    """The iteration set last, else Megatron-LM's, else 0."""
+    return _iteration if _iteration is not None else host_iteration() or 0
 
 
 class MoBACoreAttention(MegatronModule):
@@ -59,8 +61,8 @@ class MoBACoreAttention(MegatronModule):
         cp_comm_type: ``"all_gather"`` (or ``"allgather"``, or None), or a list with one for each layer.
         pg_collection: process groups (0.15 and later); ``tp`` is not used, ``cp`` is the context parallel group.
         model_comm_pgs: the same for 0.13 and 0.14. Without either, Megatron's ``parallel_state``.
-        moba_config: None for the default set by :func:`~moba_megatron.config.set_default_config`, else for the
-            ``MOBA_*`` environment variables.
+        moba_config: None for the default set by :func:`~moba_megatron.config.set_default_config`, else Megatron-LM's
+            ``--moba-*`` flags (where it was patched or launched for MoBA), else the ``MOBA_*`` environment variables.
         **kwargs: ``k_channels``, ``v_channels`` and others that Megatron passes; head sizes are read off the tensors.
 
     Raises:
@@ -114,7 +116,7 @@ class MoBACoreAttention(MegatronModule):
         """
         group = self._group_for(packed_seq_params)
         packed = packed_seq_params if packed_seq_params is not None and packed_seq_params.qkv_format == "thd" else None
-        dense = self.full_attention or self.moba_config.is_full_step(_iteration)
+        dense = self.full_attention or self.moba_config.is_full_step(get_iteration())
         check = functools.partial(self._check_call, attn_mask_type or self.attn_mask_type, attention_bias, packed)
         if group is None:
             check(query, key, value)
@@ -195,6 +197,28 @@ class MoBACoreAttention(MegatronModule):
         return f"layer_number={self.layer_number}, " + ("dense" if self.full_attention else self.moba_config.describe())
 
 
+class MoBAOrTEDotProductAttention:
+    """For Transformer Engine layers: MoBACoreAttention, or Transformer Engine's own attention in layers that are dense.
+
+    Which one is decided by the layer's number, and only there: the switch by iteration happens inside MoBACoreAttention.
+    """
+
+    def __new__(cls, config: TransformerConfig, layer_number: int, *args, moba_config: MoBAConfig | None = None, **kwargs):
+        moba_config, last = _resolve_config(moba_config), config.num_layers
+        if not moba_config.is_full_attention(min(layer_number, last), last):
+            return MoBACoreAttention(config, layer_number, *args, moba_config=moba_config, **kwargs)
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+        return TEDotProductAttention(config, layer_number, *args, **kwargs)
+
+
+def core_attention_beside(dense) -> type:
+    """The class to put in a spec in place of ``dense``, the core attention that Megatron put there."""
+    name = getattr(getattr(dense, "module", dense), "__name__", "")
+    te = name in ("TEDotProductAttention", MoBAOrTEDotProductAttention.__name__)
+    return MoBAOrTEDotProductAttention if te else MoBACoreAttention
+
+
 def refuse_unsupported(config: TransformerConfig, attn_mask_type: AttnMaskType, attention_type: str,
                        attention_dropout: float | None) -> None:
     """Raises ValueError for an option that MoBA attention would have to ignore; the message names Megatron's flag."""
@@ -255,7 +279,7 @@ def _context_parallel_group(groups) -> dist.ProcessGroup:
 
 def _resolve_config(moba_config: MoBAConfig | None) -> MoBAConfig:
     if moba_config is None:
-        moba_config = get_default_config() or _environment_config()
+        moba_config = get_default_config() or host_config() or _environment_config()
     if not isinstance(moba_config, MoBAConfig):
         raise TypeError(f"moba_config must be a MoBAConfig, got {type(moba_config).__name__}")
     return moba_config
@@ -264,8 +288,7 @@ def _resolve_config(moba_config: MoBAConfig | None) -> MoBAConfig:
 @functools.lru_cache(maxsize=1)
 def _environment_config() -> MoBAConfig:
     config = config_from_environment()
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(f"> {config.describe()} (from MOBA_* environment variables and defaults)", flush=True)
+    print_once(f"> {config.describe()} (from MOBA_* environment variables and defaults)")
     return config
 
 

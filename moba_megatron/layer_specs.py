@@ -12,14 +12,14 @@ from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from .config import MoBAConfig
-from .core_attention import MoBACoreAttention
+from .core_attention import core_attention_beside
 
 
 def get_moba_layer_local_spec(moba_config: MoBAConfig | None = None, **kwargs) -> ModuleSpec:
     """Megatron's ``get_gpt_layer_local_spec`` with MoBA core attention: no Transformer Engine needed.
 
     Args:
-        moba_config: None for the default at the time the model is built, see :class:`MoBACoreAttention`.
+        moba_config: None for the default at the time the model is built, see :class:`~moba_megatron.MoBACoreAttention`.
         **kwargs: of ``get_gpt_layer_local_spec``.
     """
     return with_moba_core_attention(gpt_layer_specs.get_gpt_layer_local_spec(**kwargs), moba_config)
@@ -42,6 +42,8 @@ def get_moba_layer_with_transformer_engine_spec(moba_config: MoBAConfig | None =
 def with_moba_core_attention(layer_spec: ModuleSpec, moba_config: MoBAConfig | None = None) -> ModuleSpec:
     """Replaces the core attention of a transformer layer's spec, in place, and returns the spec.
 
+    Where that is Transformer Engine's, layers that ``moba_config`` names dense keep it.
+
     Raises:
         ValueError: the spec has no self attention with a core attention.
     """
@@ -49,7 +51,7 @@ def with_moba_core_attention(layer_spec: ModuleSpec, moba_config: MoBAConfig | N
     submodules = getattr(attention, "submodules", None) or getattr(attention, "keywords", {}).get("submodules")
     if not hasattr(submodules, "core_attention"):
         raise ValueError(f"layer_spec must have submodules.self_attention with a core_attention, got {layer_spec}")
-    submodules.core_attention = ModuleSpec(MoBACoreAttention, params={"moba_config": moba_config})
+    submodules.core_attention = ModuleSpec(core_attention_beside(submodules.core_attention), params={"moba_config": moba_config})
     return layer_spec
 
 

@@ -1,0 +1,110 @@
+"""Hooks into Megatron-LM's training loop, the same for `moba_megatron.launch` (installed at start) and `patches/` (in its source).
+
+Each hook decorates one function of Megatron-LM. With ``--attention full``, the default, every one of them passes the call
+through. Nothing of Megatron is imported here before a hook runs, so its modules may import this one.
+"""
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+
+from .arguments import add_moba_arguments
+from .config import MoBAConfig
+from .flops import correction
+from .megatron_host import host_config, host_iteration, is_active, print_once
+
+FULL_MEANING = "full: Megatron-LM's own attention, untouched"
+
+
+def _hook(wrap):
+    """A decorator from ``wrap(original, *args, **kwargs)``. Applied twice it still acts once."""
+
+    @functools.wraps(wrap)
+    def decorator(original):
+        if getattr(original, "moba_hook", None) == wrap.__name__:
+            return original
+
+        @functools.wraps(original)
+        def hooked(*args, **kwargs):
+            return wrap(original, *args, **kwargs)
+
+        hooked.moba_hook = wrap.__name__
+        return hooked
+
+    return decorator
+
+
+@_hook
+def moba_arguments(original, parser):
+    """On ``add_megatron_arguments``: adds ``--attention`` and ``--moba-*``."""
+    return add_moba_arguments(original(parser), default="full", full_meaning=FULL_MEANING)
+
+
+@_hook
+def moba_core_attention(original, provider):
+    """On a spec provider's ``core_attention``: MoBA's in place of the backend's."""
+    dense = original(provider)
+    if not is_active():
+        return dense
+    from .core_attention import core_attention_beside
+
+    return core_attention_beside(dense)
+
+
+@_hook
+def moba_hybrid_stack(original, *args, **kwargs):
+    """On the constructor of HybridStack or MambaStack, whose specs name Transformer Engine's attention themselves."""
+    if not is_active():
+        return original(*args, **kwargs)
+    from .layer_specs import with_moba_core_attention
+
+    bound = inspect.signature(original).bind(*args, **kwargs)
+    submodules = copy.deepcopy(bound.arguments["submodules"])  # specs are shared module-level objects
+    for name in ("attention_layer", "mla_layer"):
+        if hasattr(getattr(getattr(submodules, name, None), "submodules", None), "self_attention"):
+            with_moba_core_attention(getattr(submodules, name))
+    bound.arguments["submodules"] = submodules
+    return original(*bound.args, **bound.kwargs)
+
+
+@_hook
+def moba_flops(original, args, batch_size, *sums, **named_sums):
+    """On ``num_floating_point_operations``: the throughput log counts what MoBA computes."""
+    dense = original(args, batch_size, *sums, **named_sums)
+    if not is_active():
+        return dense
+    bound = inspect.signature(original).bind(args, batch_size, *sums, **named_sums).arguments
+    return dense + correction(args, host_config(), host_iteration() or 0, batch_size,
+                              bound.get("seqlen_squared_sum_in_batch"), bound.get("total_real_tokens_in_batch"))
+
+
+@_hook
+def moba_model_check(original, *args, **kwargs):
+    """On ``setup_model_and_optimizer``: a model that took no notice of ``--attention moba`` is an error, not a dense run."""
+    result = original(*args, **kwargs)
+    if is_active():
+        check_model(result[0], host_config())
+    return result
+
+
+def check_model(model, config: MoBAConfig) -> None:
+    """Raises ValueError if a layer that ``config`` gives to MoBA attends through something else.
+
+    Args:
+        model: modules of this rank, one a virtual pipeline stage.
+    """
+    from .core_attention import MoBACoreAttention
+
+    layers = [module for part in model for module in part.modules() if hasattr(module, "core_attention")]
+    for layer in layers:
+        core, last = layer.core_attention, layer.config.num_layers
+        if not isinstance(core, MoBACoreAttention) and not config.is_full_attention(min(layer.layer_number, last), last):
+            raise ValueError(
+                f"--attention moba: layer {layer.layer_number} attends through {type(core).__name__}. Its spec names its core "
+                "attention itself, past the spec providers (encoders, T5, heterogeneous layers, --transformer-impl "
+                "inference_optimized, --attention-backend local do). Build the spec with moba_megatron.layer_specs."
+                "with_moba_core_attention, or name the layer in --moba-full-attention-layers")
+    sparse = sum(isinstance(layer.core_attention, MoBACoreAttention) and not layer.core_attention.full_attention
+                 for layer in layers)
+    print_once(f"> MoBA attention in {sparse} of {len(layers)} attention layers of rank 0")
