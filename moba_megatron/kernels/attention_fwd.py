@@ -237,16 +237,15 @@ def _gather_queries(q, entries, begin, end, first_head, group_heads, stride_qt, 
     index = begin + tl.arange(0, BLOCK_M)
     valid = index < end
     entry = tl.load(entries + index, mask=valid, other=0)
-    row = entry // KS
-    token = (row // H).to(tl.int64)
-    head = row % H
+    token = (entry // (H * KS)).to(tl.int64)
+    choice = (entry % (H * KS)).to(tl.int32)  # head * KS + j
     cols = tl.arange(0, BLOCK_D)
-    pointers = q + (token * stride_qt + head * stride_qh)[:, None] + cols[None, :]
+    pointers = q + (token * stride_qt + choice // KS * stride_qh)[:, None] + cols[None, :]
     if D < BLOCK_D:
         rows = tl.load(pointers, mask=cols[None, :] < D, other=0.0)
     else:
         rows = tl.load(pointers)  # entry 0 stands in beyond the end
-    slot = (token * group_heads + head - first_head) * KS + entry % KS
+    slot = token * (group_heads * KS) + (choice - first_head * KS)
     return rows, slot, valid
 
 
@@ -255,7 +254,7 @@ def _store_slots(o_slots, lse_slots, slot, valid, acc, m, l, DV: tl.constexpr, B
     """Writes the normalised partial results."""
     cols = tl.arange(0, BLOCK_DV)
     pointers = o_slots + slot[:, None] * DV + cols[None, :]
-    tl.store(pointers, (acc / l[:, None]).to(o_slots.dtype.element_ty), mask=valid[:, None] & (cols[None, :] < DV))
+    tl.store(pointers, (acc * (1.0 / l)[:, None]).to(o_slots.dtype.element_ty), mask=valid[:, None] & (cols[None, :] < DV))
     tl.store(lse_slots + slot, m + tl.log2(l), mask=valid)
 
 
@@ -270,13 +269,13 @@ def _attention_fwd_resident_kernel(
 ):
     """A run of entries of one (chunk, kv head): the chunk's keys and values stay, the query rows stream past."""
     tile = tl.program_id(0) + tl.load(tile_starts + kv_head_begin * num_chunks)
-    if tile >= tl.load(tile_starts + kv_head_end * num_chunks):
+    end_tile = tl.load(tile_starts + kv_head_end * num_chunks)
+    here = tl.minimum(tile, end_tile - 1)  # so that the table's loads need not wait for end_tile's
+    bucket = tl.load(tile_bucket + here)
+    begin = tl.load(tile_begin + here)
+    end = tl.load(tile_end + here)
+    if (tile >= end_tile) | (begin >= end):
         return
-    begin = tl.load(tile_begin + tile)
-    end = tl.load(tile_end + tile)
-    if begin >= end:
-        return
-    bucket = tl.load(tile_bucket + tile)
     kv_head = bucket // num_chunks
     first_key, _ = _chunk_keys(cu_seqlens_k, num_sequences, CHUNK, bucket % num_chunks)
     group_heads = (kv_head_end - kv_head_begin) * G
@@ -308,13 +307,13 @@ def _attention_fwd_sparse_kernel(
 ):
     """BLOCK_M entries of one (chunk, kv head): the query rows stay, the chunk's keys and values stream past."""
     tile = tl.program_id(0) + tl.load(tile_starts + kv_head_begin * num_chunks)
-    if tile >= tl.load(tile_starts + kv_head_end * num_chunks):
+    end_tile = tl.load(tile_starts + kv_head_end * num_chunks)
+    here = tl.minimum(tile, end_tile - 1)  # so that the table's loads need not wait for end_tile's
+    bucket = tl.load(tile_bucket + here)
+    begin = tl.load(tile_begin + here)
+    end = tl.load(tile_end + here)
+    if (tile >= end_tile) | (begin >= end):
         return
-    begin = tl.load(tile_begin + tile)
-    end = tl.load(tile_end + tile)
-    if begin >= end:
-        return
-    bucket = tl.load(tile_bucket + tile)
     kv_head = bucket // num_chunks
     first_key, _ = _chunk_keys(cu_seqlens_k, num_sequences, CHUNK, bucket % num_chunks)
     group_heads = (kv_head_end - kv_head_begin) * G
@@ -377,7 +376,7 @@ def _merge_slots(acc, m, l, selected, o_slots, lse_slots, row, slot_row, valid, 
     l = l * alpha + tl.sum(tl.exp2(slot_lse - m_new[:, None]), 1)
     cols = tl.arange(0, BLOCK_DV)
     merged = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    for i in range(KS):
+    for i in tl.range(0, KS, num_stages=3):  # without a count of stages only loads for a dot are pipelined
         chosen_i = tl.load(selected + row * KS + i, mask=valid, other=-1) >= 0
         lse_i = tl.load(lse_slots + slot_row * KS + i, mask=chosen_i, other=-float("inf"))
         o_i = tl.load(o_slots + (slot_row * KS + i)[:, None] * DV + cols[None, :],
@@ -433,6 +432,6 @@ def _attention_fwd_own_kernel(
         acc, m, l = _merge_slots(acc, m, l, selected, o_slots, lse_slots, row * H + head,
                                  row * group_heads + head_in_group, valid, KS, BLOCK_KS, DV, BLOCK_DV, BLOCK_M)
     cols_v = tl.arange(0, BLOCK_DV)
-    tl.store(o + (row * H + head)[:, None] * DV + cols_v[None, :], (acc / l[:, None]).to(o.dtype.element_ty),
+    tl.store(o + (row * H + head)[:, None] * DV + cols_v[None, :], (acc * (1.0 / l)[:, None]).to(o.dtype.element_ty),
              mask=valid[:, None] & (cols_v[None, :] < DV))
     tl.store(lse + row * H + head, (m + tl.log2(l)) * 0.6931471805599453, mask=valid)
