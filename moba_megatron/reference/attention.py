@@ -1,6 +1,8 @@
 """Attention over the selected chunks, reference: a masked softmax and its gradient by blocks of queries."""
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -31,8 +33,8 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: S
     for rows, keys, mask in _blocks(q, k, selected, segments):
         score = _scores(_grouped(q[rows], k), k[keys].to(lse.dtype), mask, softmax_scale)
         lse_rows = torch.logsumexp(score, dim=3)
-        weight = torch.exp(score - lse_rows[..., None])
-        o[rows] = torch.einsum("tjgs,sjd->tjgd", weight, v[keys].to(lse.dtype)).flatten(1, 2).to(q.dtype)
+        weight = torch.exp(score - lse_rows[..., None]).masked_fill(~mask, 0)
+        o[rows] = _product("tjgs,sjd->tjgd", weight, v[keys].to(lse.dtype), mask).flatten(1, 2).to(q.dtype)
         lse[rows] = lse_rows.flatten(1, 2)
     return o, lse
 
@@ -67,41 +69,60 @@ def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tens
         q_rows, do_rows = _grouped(q[rows], k), _grouped(do[rows], k)
         k_rows, v_rows = k[keys].to(dtype), v[keys].to(dtype)
         weight = torch.exp(_scores(q_rows, k_rows, mask, softmax_scale) - _grouped(lse[rows], k)[..., None])
-        dv[keys] += torch.einsum("tjgs,tjgd->sjd", weight, do_rows)
+        weight = weight.masked_fill(~mask, 0)
+        dv[keys] += _product("tjgs,tjgd->sjd", weight, do_rows, mask)
         dscore = torch.einsum("tjgd,sjd->tjgs", do_rows, v_rows)
         dscore = weight * (dscore - _grouped(delta[rows], k)[..., None]) * softmax_scale
-        dq[rows] = torch.einsum("tjgs,sjd->tjgd", dscore, k_rows).flatten(1, 2).to(q.dtype)
-        dk[keys] += torch.einsum("tjgs,tjgd->sjd", dscore, q_rows)
+        dscore = dscore.masked_fill(~mask, 0)
+        dq[rows] = _product("tjgs,sjd->tjgd", dscore, k_rows, mask).flatten(1, 2).to(q.dtype)
+        dk[keys] += _product("tjgs,tjgd->sjd", dscore, q_rows, mask)
     return dq, dk.to(kv_grad_dtype or k.dtype), dv.to(kv_grad_dtype or v.dtype)
 
 
 def _blocks(q: Tensor, k: Tensor, selected: Tensor, segments: Segments):
-    """Yields (rows of q, rows of k, mask ``[rows, H, keys]``) for blocks of queries that lie in one segment."""
+    """Yields (rows of q, rows of k, mask ``[rows, HK, H / HK, keys]``) for blocks of queries within one segment."""
     size = segments.chunk_size
-    num_chunks = segments.num_chunks(k.shape[0])
     cu_q, cu_k = segments.cu_seqlens_q.tolist(), segments.cu_seqlens_k.tolist()
     for segment, (sequence, offset) in enumerate(zip(segments.seq_ids.tolist(), segments.offsets.tolist())):
         first_key, begin, end = cu_k[sequence], cu_q[segment], cu_q[segment + 1]
         first_chunk = first_key // size + sequence
         while begin < end:
             position = offset + begin - cu_q[segment]
-            room = max(1, SCORE_ELEMENTS // (q.shape[1] * (position + 1)))
-            rows = slice(begin, min(begin + room, end))
+            rows = slice(begin, min(begin + _block_rows(position, q.shape[1]), end))
             keys = slice(first_key, first_key + position + rows.stop - rows.start)
             query_position = position + torch.arange(rows.stop - rows.start, device=q.device)
             key_position = torch.arange(keys.stop - keys.start, device=q.device)
-            chosen = _membership(selected[rows], num_chunks)[:, :, first_chunk + key_position // size]
+            chosen = _membership(selected[rows], first_chunk, (position + rows.stop - rows.start - 1) // size)
+            chosen = chosen[:, :, key_position // size]
             own = query_position[:, None] // size == key_position[None] // size
             causal = key_position[None] <= query_position[:, None]
-            yield rows, keys, (chosen | own[:, None]) & causal[:, None]
+            yield rows, keys, ((chosen | own[:, None]) & causal[:, None]).unflatten(1, (k.shape[1], -1))
             begin = rows.stop
 
 
-def _membership(selected: Tensor, num_chunks: int) -> Tensor:
-    """Chunk ids ``[rows, H, topk - 1]`` as a boolean table ``[rows, H, num_chunks]``."""
-    table = torch.zeros(*selected.shape[:2], num_chunks + 1, dtype=torch.bool, device=selected.device)
-    table.scatter_(2, torch.where(selected < 0, num_chunks, selected).long(), True)
-    return table[:, :, :num_chunks]
+def _block_rows(position: int, num_heads: int) -> int:
+    """Queries from ``position`` on with at most SCORE_ELEMENTS scores: ``rows * (position + rows) * num_heads``."""
+    scores = SCORE_ELEMENTS // num_heads
+    return max(1, (math.isqrt(position * position + 4 * scores) - position) // 2)
+
+
+def _membership(selected: Tensor, first_chunk: int, last_own: int) -> Tensor:
+    """Chunk ids ``[rows, H, topk - 1]`` of one sequence as a boolean table ``[rows, H, last_own + 1]``."""
+    table = torch.zeros(*selected.shape[:2], last_own + 2, dtype=torch.bool, device=selected.device)
+    table.scatter_(2, torch.where(selected < 0, last_own + 1, selected.long() - first_chunk), True)
+    return table[:, :, :last_own + 1]
+
+
+def _product(equation: str, weight: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+    """An einsum of weights, 0 outside the mask, with rows: a NaN or inf reaches only what the mask joins it to.
+
+    A plain product would spread it: 0 * NaN is NaN. Where it does reach, the result is NaN.
+    """
+    bad = ~x.isfinite()
+    if not bad.any():
+        return torch.einsum(equation, weight, x)
+    reached = torch.einsum(equation, mask.to(x.dtype), bad.to(x.dtype)) > 0
+    return torch.einsum(equation, weight, x.masked_fill(bad, 0)).masked_fill(reached, torch.nan)
 
 
 def _grouped(x: Tensor, k: Tensor) -> Tensor:
@@ -110,6 +131,6 @@ def _grouped(x: Tensor, k: Tensor) -> Tensor:
 
 
 def _scores(q: Tensor, k: Tensor, mask: Tensor, softmax_scale: float) -> Tensor:
-    """Scaled scores ``[rows, HK, H / HK, keys]`` of grouped queries, -inf outside the mask ``[rows, H, keys]``."""
+    """Scaled scores ``[rows, HK, H / HK, keys]`` of grouped queries, -inf outside the mask of the same shape."""
     score = torch.einsum("tjgd,sjd->tjgs", q, k) * softmax_scale
-    return score.masked_fill(~mask.unflatten(1, score.shape[1:3]), -torch.inf)
+    return score.masked_fill(~mask, -torch.inf)

@@ -41,7 +41,8 @@ def block_sums(k: Tensor, starts: Tensor, counts: Tensor) -> Tensor:
     dtype = accumulate_dtype(k.dtype)
     if starts.numel() == 0 or k.shape[0] == 0:
         return torch.zeros(starts.numel(), *k.shape[1:], dtype=dtype, device=k.device)
-    row = torch.arange(SUM_BLOCK, device=k.device)
+    # zeros above the longest run change no sum, so the tree need not be SUM_BLOCK rows high for short chunks
+    row = torch.arange(1 << max(0, int(counts.max()) - 1).bit_length(), device=k.device)
     inside = row[None] < counts[:, None]
     rows = torch.where(inside, starts[:, None].long() + row[None], 0)
     x = k[rows].to(dtype).masked_fill(~inside[:, :, None, None], 0)
