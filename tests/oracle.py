@@ -1,7 +1,7 @@
-"""An independent oracle for MoBA, written from the definition (DESIGN: arXiv 2502.13189, section 2.2), sharing no code.
+"""An independent oracle for MoBA, written from the definition (arXiv 2502.13189, section 2.2), sharing no code.
 
-One query and head at a time, in Python loops over chunks; attention and its gradients through a dense masked softmax
-and autograd. Slow on purpose: nothing here is clever.
+The selection is made one query, head and chunk at a time on Python numbers; attention and its gradients are a dense
+masked softmax and autograd.
 """
 import torch
 
@@ -9,23 +9,31 @@ import torch
 def select(q, k, lengths, chunk_size, topk):
     """Chosen chunks, per sequence, per query, per head: a list of sets of chunk numbers (0-based in the sequence)."""
     group = q.shape[1] // k.shape[1]
+    queries, keys = q.tolist(), k.tolist()
     chosen, start = [], 0
     for length in lengths:
+        means = [[_mean([keys[start + i * chunk_size + j][h] for j in range(chunk_size)]) for h in range(k.shape[1])]
+                 for i in range(length // chunk_size)]
         rows = []
         for t in range(length):
             row = []
             for h in range(q.shape[1]):
                 own = t // chunk_size
-                scored = []
-                for i in range(own):
-                    mean = k[start + i * chunk_size:start + (i + 1) * chunk_size, h // group].mean(0)
-                    scored.append(((q[start + t, h] * mean).sum().item(), i))
+                scored = [(_dot(queries[start + t][h], means[i][h // group]), i) for i in range(own)]
                 scored = sorted((s for s in scored if s[0] == s[0] and s[0] != float("-inf")), reverse=True)
                 row.append({i for _, i in scored[:topk - 1]} | {own})
             rows.append(row)
         chosen.append(rows)
         start += length
     return chosen
+
+
+def _mean(vectors):
+    return [sum(components) / len(vectors) for components in zip(*vectors)]
+
+
+def _dot(x, y):
+    return sum(a * b for a, b in zip(x, y))
 
 
 def mask_of(chosen, lengths, num_heads, chunk_size):
