@@ -24,8 +24,8 @@ streams, events, `synchronize`, nvtx       objects that do nothing. DDP's overla
 is a `TorchFunctionMode`, which is per thread: call `enable()` in the thread that trains (autograd runs CPU backward
 there too).
 
-Checked against megatron-core 0.16.1 with torch 2.13: TP, SP, CP, PP, DDP with overlap, the bf16 and fp32 optimizers,
-the distributed optimizer, clipping, full and selective recompute, dist-checkpoint save and load.
+Checked with torch 2.13, against megatron-core 0.13.0 to 0.19.2: TP, SP, CP, PP, recompute; against 0.16.1 also DDP with
+overlap, the bf16 and fp32 optimizers, the distributed optimizer, clipping, dist-checkpoint save and load.
 
     import megatron_on_cpu
     megatron_on_cpu.enable()        # before the model is imported, so that jit_fuser is off in time
@@ -168,13 +168,17 @@ def _redirect_rng() -> None:
 
 def _disable_jit_fuser() -> None:
     """Megatron-Core decorates functions with `torch.compile` while it is imported: import it with that replaced."""
+
+    def leave_as_it_is(model=None, **options):
+        return model
+
     already_imported = "megatron.core.jit" in sys.modules
     torch_compile = torch.compile
-    torch.compile = lambda model=None, **options: model
+    torch.compile = leave_as_it_is
     try:
         from megatron.core import jit
 
-        jit.disable_jit_fuser()
+        jit.jit_fuser = leave_as_it_is
     finally:
         torch.compile = torch_compile
     if already_imported and hasattr(torch.compiler, "set_stance"):
