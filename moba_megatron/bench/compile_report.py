@@ -6,6 +6,7 @@ stops after compilation. So signatures, constexprs and launch options are exactl
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import re
 import subprocess
@@ -23,6 +24,7 @@ from triton.runtime.jit import JITFunction
 
 from .. import kernels
 from ..kernels import tuning
+from ..kernels.tuning_table import TABLE
 from ..segments import Segments
 
 SHARED_LIMIT_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -30,8 +32,12 @@ SHARED_LIMIT_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 TENSOR_MEMORY_COLUMNS = 512
 MULTIPROCESSORS = 132
 """Of the card that launchers are told they run on, where they ask; an H200's."""
-EVERY_HEAD_DIM = (80, 86, 90)
-"""Cards for which more than the usual problems are compiled; 89 and 120 share 86's rows, 100 shares 90's."""
+ONE_OF_EACH_CLASS = (80, 86, 90, 100)
+"""One card of each class of the tuning tables; 89 and 120 share 86's rows."""
+BEYOND = {"chunk_size": 4096, "choices": 63}
+"""Values of a row's key that no bound in the tables exceeds."""
+EVERY_HEAD_DIM = (86, 90)
+"""The card with the least shared memory, and the one the kernels are tuned on."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +117,8 @@ class _CompileOnlyDriver(DriverBase):
 
 
 @contextlib.contextmanager
-def compiling(capability: int):
-    """Within the block, ``kernel[grid](...)`` compiles for the architecture and launches nothing.
+def compiling(capability: int, dry: bool = False):
+    """Within the block, ``kernel[grid](...)`` compiles for the architecture (not even that: ``dry``), launching nothing.
 
     Yields:
         A list that fills with (kernel name, CompiledKernel), one for each launch.
@@ -121,6 +127,8 @@ def compiling(capability: int):
     run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
+        if dry:
+            return None
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         compiled.append((self.fn.__name__, kernel))
         return kernel
@@ -207,18 +215,59 @@ def _spills(ptx: str, capability: int) -> int:
 
 
 def problems_for(capability: int, head_dims: list[int] | None = None) -> list[Problem]:
-    """What is compiled for an architecture: the usual head dims everywhere, every head dim on one card of each kind."""
-    chunk_sizes = (128, 512, 2048)
+    """What is compiled for an architecture: the usual head dims; for one card of each class whatever it takes to use
+    every row of its tuning tables; for two of them every head dim."""
     if head_dims is not None:
-        return [Problem(dim, size) for dim in head_dims for size in chunk_sizes]
-    problems = [Problem(128, size) for size in chunk_sizes] + [Problem(64, size) for size in chunk_sizes[:2]]
-    problems.append(Problem(128, 512, deterministic=True, lse_gradient=True))
+        return [Problem(dim, size) for dim in head_dims for size in (128, 512, 2048)]
+    problems = [Problem(128, 128), Problem(128, 512), Problem(64, 512), Problem(256, 512)]
     if capability in EVERY_HEAD_DIM:
-        problems += [Problem(dim, 512) for dim in (32, 80, 96, 256)]
-        problems += [Problem(192, 512, head_dim_v=128), Problem(128, 512, dtype=torch.float32),
-                     Problem(256, 512, dtype=torch.float32), Problem(128, 500, topk=3, heads=16, kv_heads=16),
-                     Problem(128, 128, dtype=torch.float16)]
+        problems += [Problem(dim, 512) for dim in (32, 80, 96)]
+        problems += [Problem(192, 512, head_dim_v=128), Problem(64, 128), Problem(128, 128, dtype=torch.float16),
+                     Problem(128, 500, topk=3, heads=16, kv_heads=16),
+                     Problem(128, 512, deterministic=True, lse_gradient=True)]
+    if capability in ONE_OF_EACH_CLASS:
+        problems += _problems_for_other_rows(capability, problems)
     return problems
+
+
+def reachable_rows(arch: str) -> dict[tuple[str, str], dict[str, int]]:
+    """The rows of the tuning tables that an architecture can get: (stage, repr of the row) -> a key that finds it."""
+    found: dict[tuple[str, str], dict[str, int]] = {}
+    for stage, rows in TABLE.items():
+        values: dict[str, set[int]] = {"head_dim": {256}, "itemsize": {2, 4}, "chunk_size": {512}}
+        for name, bound in (item for row in rows for item in row.upto.items()):
+            values.setdefault(name, set()).update((bound, BEYOND.get(name, bound)))
+        # the largest values first: they need the most of the card
+        for chosen in itertools.product(*(sorted(some, reverse=True) for some in values.values())):
+            key = dict(zip(values, chosen))
+            row = next((row for row in rows if row.fits(arch, key)), None)
+            if row is not None:
+                found.setdefault((stage, repr(row)), key)
+    return found
+
+
+def used_rows(problem: Problem, capability: int) -> set[tuple[str, str]]:
+    """The rows that a problem's launches look up; compiles nothing."""
+    record: list = []
+    with (tuning.forced(tuning.arch_of_capability(*divmod(capability, 10)), record=record),
+          compiling(capability, dry=True)):
+        run_stages(problem)
+    return {(stage, repr(row)) for stage, _, row in record}
+
+
+def _problems_for_other_rows(capability: int, problems: list[Problem]) -> list[Problem]:
+    used = set().union(*(used_rows(problem, capability) for problem in problems))
+    added = []
+    for row, key in reachable_rows(tuning.arch_of_capability(*divmod(capability, 10))).items():
+        if row in used:
+            continue
+        dtype = torch.float32 if key["itemsize"] == 4 else torch.bfloat16
+        problem = Problem(key["head_dim"], key["chunk_size"], topk=key.get("choices", 7) + 1, dtype=dtype)
+        now = used_rows(problem, capability)
+        if now - used:
+            added.append(problem)
+            used |= now
+    return added
 
 
 def report_all(capabilities: list[int] | None = None, head_dims: list[int] | None = None,
@@ -244,7 +293,7 @@ def report_all(capabilities: list[int] | None = None, head_dims: list[int] | Non
             used.setdefault(capability, set()).update((stage, repr(row)) for stage, _, row in record)
             for row in compiled:
                 rows.setdefault((row.capability, row.digest), row)
-    return sorted(rows.values(), key=lambda row: (row.capability, row.kernel)), failures, used
+    return sorted(rows.values(), key=lambda row: (row.capability, row.kernel, row.problem)), failures, used
 
 
 def _report_one(capability: int, problem: Problem) -> tuple[list[Compiled], list]:

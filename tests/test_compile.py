@@ -1,0 +1,68 @@
+"""Every kernel, compiled ahead of time for every architecture: it compiles, it fits, and every tuning row is in use.
+
+Needs no GPU. Not under TRITON_INTERPRET: the interpreter's tests run in processes of their own (tests/interpreted).
+"""
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from moba_megatron import kernels
+from moba_megatron.bench import compile_report
+from moba_megatron.kernels import tuning
+from moba_megatron.kernels.tuning_table import TABLE
+
+pytestmark = [pytest.mark.skipif(kernels.INTERPRETED, reason="nothing is compiled under TRITON_INTERPRET=1"),
+              pytest.mark.skipif(torch.version.hip is not None, reason="compiles with the CUDA tools of Triton's wheel")]
+ARTIFACT = Path(__file__).parent.parent / "runs" / "compile_report.json"
+MOST_SPILLS = 512
+"""Bytes a thread; a few are harmless, a tile that does not fit the registers spills kilobytes."""
+
+
+@pytest.fixture(scope="module")
+def report():
+    rows, failures, used = compile_report.report_all(workers=os.cpu_count() or 1)
+    ARTIFACT.parent.mkdir(exist_ok=True)
+    ARTIFACT.write_text(json.dumps(compile_report.as_dicts(rows), indent=1) + "\n")
+    print(compile_report.as_text(rows))
+    return rows, failures, used
+
+
+def test_everything_compiles(report):
+    rows, failures, _ = report
+    assert not failures, "\n".join(failures)
+    assert {row.capability for row in rows} == set(compile_report.SHARED_LIMIT_KIB)
+
+
+def test_everything_fits_the_card(report):
+    too_large = [row for row in report[0] if not row.fits]
+    assert not too_large, "\n" + compile_report.as_text(too_large)
+
+
+def test_nothing_spills_much(report):
+    spilled = [row for row in report[0] if row.spills > MOST_SPILLS]
+    assert not spilled, "\n" + compile_report.as_text(spilled)
+
+
+@pytest.mark.parametrize("capability", compile_report.ONE_OF_EACH_CLASS)
+def test_every_row_of_the_tuning_table_is_compiled(report, capability):
+    rows = compile_report.reachable_rows(tuning.arch_of_capability(*divmod(capability, 10)))
+    unused = set(rows) - report[2].get(capability, set())
+    assert not unused, f"no launch for sm_{capability} looks these rows up:\n" + "\n".join(map(str, sorted(unused)))
+
+
+def test_no_row_of_the_tuning_table_is_hidden_by_those_before_it():
+    reachable = set().union(*(compile_report.reachable_rows(arch) for arch in tuning.ARCHS))
+    rows = {(stage, repr(row)) for stage, listed in TABLE.items() for row in listed}
+    interpreter = {(stage, repr(row)) for stage, listed in TABLE.items() for row in listed
+                   if row.archs == tuning.INTERPRETER}
+    assert rows - interpreter <= reachable
+
+
+def test_a_launch_is_compiled_and_not_run():
+    with compile_report.compiling(86) as compiled:
+        k = torch.empty(4096, 2, 64, dtype=torch.bfloat16, device="meta")
+        assert kernels.block_sums(k, *torch.empty(2, 8, dtype=torch.int32, device="meta")).shape == (8, 2, 64)
+    assert compiled and all(kernel.asm["cubin"] for _, kernel in compiled)
