@@ -115,6 +115,11 @@ def _describable(x: Tensor) -> bool:
             and all(s * x.element_size() % 16 == 0 for s in strides))
 
 
+def _wide(*tensors: Tensor) -> bool:
+    """Whether an offset in elements can leave int32."""
+    return any(sum((n - 1) * s for n, s in zip(x.shape, x.stride())) >= 2 ** 31 for x in tensors)
+
+
 def _precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 and not INTERPRETED else "ieee"
 
@@ -160,6 +165,7 @@ def _sparse(q: Tensor, k: Tensor, v: Tensor, routing: Routing, tiles: Tiles, o_s
         BLOCK_DV=triton.next_power_of_2(v.shape[2]),
         CHUNK=size,
         USE_TMA=use_tma,
+        WIDE=_wide(q, o_slots) or routing.entries.dtype == torch.int64,
         PRECISION=_precision(q.dtype),
         **options,
     )
@@ -173,6 +179,11 @@ def _own_merge(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, o_slots: Tenso
                             chunk_size=segments.chunk_size, itemsize=q.element_size())
     num_tiles = q.shape[0] // options["BLOCK_M"] + segments.num_segments
     group_heads = (group[1] - group[0]) * heads_per_kv
+    use_tma = slots > 0 and tma_available(q.device) and v.shape[2] % 8 == 0 and v.element_size() == 2
+    if use_tma:
+        width = slots * v.shape[2]
+        o_slots = TensorDescriptor(o_slots, [q.shape[0], group_heads, width], [group_heads * width, width, 1],
+                                   [options["BLOCK_M"], 1, triton.next_power_of_2(v.shape[2])])
     _attention_fwd_own_kernel[(num_tiles * group_heads,)](
         q,
         k,
@@ -206,6 +217,7 @@ def _own_merge(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, o_slots: Tenso
         DV=v.shape[2],
         BLOCK_D=triton.next_power_of_2(q.shape[2]),
         BLOCK_DV=triton.next_power_of_2(v.shape[2]),
+        USE_TMA=use_tma,
         PRECISION=_precision(q.dtype),
         **options,
     )
@@ -232,13 +244,16 @@ def _load_keys(source, row, end, head, stride_row, stride_head, D: tl.constexpr,
 
 @triton.jit
 def _gather_queries(q, entries, begin, end, first_head, group_heads, stride_qt, stride_qh, H: tl.constexpr,
-                    KS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+                    KS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+                    WIDE: tl.constexpr):
     """The query rows of entries ``begin .. begin + BLOCK_M``, their slots, and which of them are before ``end``."""
     index = begin + tl.arange(0, BLOCK_M)
     valid = index < end
     entry = tl.load(entries + index, mask=valid, other=0)
-    token = (entry // (H * KS)).to(tl.int64)
-    choice = (entry % (H * KS)).to(tl.int32)  # head * KS + j
+    token = entry // (H * KS)
+    choice = entry - token * (H * KS)  # head * KS + j
+    if WIDE:
+        token = token.to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
     pointers = q + (token * stride_qt + choice // KS * stride_qh)[:, None] + cols[None, :]
     if D < BLOCK_D:
@@ -265,7 +280,8 @@ def _attention_fwd_resident_kernel(
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr,
-    USE_TMA: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    USE_TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """A run of entries of one (chunk, kv head): the chunk's keys and values stay, the query rows stream past."""
     tile = tl.program_id(0) + tl.load(tile_starts + kv_head_begin * num_chunks)
@@ -286,7 +302,7 @@ def _attention_fwd_resident_kernel(
                         PARTIAL)
     for first in range(begin, end, BLOCK_M):
         q_rows, slot, valid = _gather_queries(q, entries, first, end, kv_head_begin * G, group_heads, stride_qt,
-                                              stride_qh, H, KS, D, BLOCK_M, BLOCK_D)
+                                              stride_qh, H, KS, D, BLOCK_M, BLOCK_D, WIDE)
         s = tl.dot(q_rows, tl.trans(k_rows), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if PARTIAL:
             s = tl.where(tl.arange(0, BLOCK_N)[None, :] < CHUNK, s, -float("inf"))
@@ -303,7 +319,8 @@ def _attention_fwd_sparse_kernel(
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr,
-    USE_TMA: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    USE_TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """BLOCK_M entries of one (chunk, kv head): the query rows stay, the chunk's keys and values stream past."""
     tile = tl.program_id(0) + tl.load(tile_starts + kv_head_begin * num_chunks)
@@ -318,7 +335,7 @@ def _attention_fwd_sparse_kernel(
     first_key, _ = _chunk_keys(cu_seqlens_k, num_sequences, CHUNK, bucket % num_chunks)
     group_heads = (kv_head_end - kv_head_begin) * G
     q_rows, slot, valid = _gather_queries(q, entries, begin, end, kv_head_begin * G, group_heads, stride_qt, stride_qh,
-                                          H, KS, D, BLOCK_M, BLOCK_D)
+                                          H, KS, D, BLOCK_M, BLOCK_D, WIDE)
     PARTIAL: tl.constexpr = CHUNK % BLOCK_N != 0
     m = tl.full([BLOCK_M], -float("inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
@@ -365,8 +382,9 @@ def _own_step(acc, m, l, q_rows, k, v, k_row, k_end, kv_head, keep_from, keep_to
 
 
 @triton.jit
-def _merge_slots(acc, m, l, selected, o_slots, lse_slots, row, slot_row, valid, KS: tl.constexpr,
-                 BLOCK_KS: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr):
+def _merge_slots(acc, m, l, selected, o_slots, lse_slots, first_row, head_in_group, row, slot_row, valid,
+                 KS: tl.constexpr, BLOCK_KS: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+                 BLOCK_M: tl.constexpr, USE_TMA: tl.constexpr):
     """Adds the slots of each row, reading all log-sum-exps first: then the loads of o do not wait for one another."""
     j = tl.arange(0, BLOCK_KS)
     chosen = tl.load(selected + row[:, None] * KS + j[None, :], mask=valid[:, None] & (j[None, :] < KS), other=-1) >= 0
@@ -379,8 +397,12 @@ def _merge_slots(acc, m, l, selected, o_slots, lse_slots, row, slot_row, valid, 
     for i in tl.range(0, KS, num_stages=3):  # without a count of stages only loads for a dot are pipelined
         chosen_i = tl.load(selected + row * KS + i, mask=valid, other=-1) >= 0
         lse_i = tl.load(lse_slots + slot_row * KS + i, mask=chosen_i, other=-float("inf"))
-        o_i = tl.load(o_slots + (slot_row * KS + i)[:, None] * DV + cols[None, :],
-                      mask=chosen_i[:, None] & (cols[None, :] < DV), other=0.0)
+        if USE_TMA:
+            o_i = o_slots.load([first_row, head_in_group, i * DV]).reshape(BLOCK_M, BLOCK_DV)
+            o_i = tl.where(chosen_i[:, None], o_i, 0.0)  # an empty slot may hold anything
+        else:
+            o_i = tl.load(o_slots + (slot_row * KS + i)[:, None] * DV + cols[None, :],
+                          mask=chosen_i[:, None] & (cols[None, :] < DV), other=0.0)
         merged += tl.exp2(lse_i - m_new)[:, None] * o_i.to(tl.float32)
     return acc * alpha[:, None] + merged, m_new, l
 
@@ -391,8 +413,8 @@ def _attention_fwd_own_kernel(
     qk_scale, num_tiles, num_segments, chunk_size, first_head, group_heads,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, BLOCK_KS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """BLOCK_M queries of one segment and head: their own chunks up to themselves, then the merge with their slots."""
     tile = num_tiles - 1 - tl.program_id(0) // group_heads  # later tiles may have more keys: they start first
@@ -429,8 +451,8 @@ def _attention_fwd_own_kernel(
                               stride_kt, stride_kh, stride_vt, stride_vh, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
                               MASKED=True)
     if KS > 0:
-        acc, m, l = _merge_slots(acc, m, l, selected, o_slots, lse_slots, row * H + head,
-                                 row * group_heads + head_in_group, valid, KS, BLOCK_KS, DV, BLOCK_DV, BLOCK_M)
+        acc, m, l = _merge_slots(acc, m, l, selected, o_slots, lse_slots, first_row, head_in_group, row * H + head,
+                                 row * group_heads + head_in_group, valid, KS, BLOCK_KS, DV, BLOCK_DV, BLOCK_M, USE_TMA)
     cols_v = tl.arange(0, BLOCK_DV)
     tl.store(o + (row * H + head)[:, None] * DV + cols_v[None, :], (acc * (1.0 / l)[:, None]).to(o.dtype.element_ty),
              mask=valid[:, None] & (cols_v[None, :] < DV))
