@@ -41,15 +41,19 @@ def moba_arguments(original, parser):
     return add_moba_arguments(original(parser), default="full", full_meaning=FULL_MEANING)
 
 
-@_hook
-def moba_core_attention(original, provider):
-    """On a spec provider's ``core_attention``: MoBA's in place of the backend's."""
-    dense = original(provider)
+def core_attention_for(dense):
+    """What a spec provider's ``core_attention`` returns in place of the backend's own class: MoBA's, or that class."""
     if not is_active():
         return dense
     from .core_attention import core_attention_beside
 
     return core_attention_beside(dense)
+
+
+@_hook
+def moba_core_attention(original, provider):
+    """On a spec provider's ``core_attention``."""
+    return core_attention_for(original(provider))
 
 
 @_hook
