@@ -54,7 +54,7 @@ def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tens
     dv = torch.empty(v.shape, dtype=kv_grad_dtype or v.dtype, device=v.device)
     if q.shape[0] == 0:
         return dq, dk.zero_(), dv.zero_()
-    x = _Inputs(q, k, v, do, lse.contiguous(), _delta(do, o, dlse), selected.contiguous(), segments, softmax_scale)
+    x = _Inputs(q, k, v, do, _row_terms(do, o, dlse, lse), selected.contiguous(), segments, softmax_scale)
     everything = (0, x.kv_heads)
     if x.slots == 0:
         _dkv(x, None, dk, dv, None, _cuts(x, None, x.kv_heads), None, everything)
@@ -89,8 +89,7 @@ class _Inputs:
     k: Tensor
     v: Tensor
     do: Tensor
-    lse: Tensor
-    delta: Tensor
+    terms: Tensor
     selected: Tensor
     segments: Segments
     softmax_scale: float
@@ -135,16 +134,20 @@ class _Inputs:
                              chunk_size=self.segments.chunk_size, itemsize=self.q.element_size())
 
 
-def _delta(do: Tensor, o: Tensor, dlse: Tensor | None) -> Tensor:
-    """``<do, o> - dlse``, fp32 ``[T, H]``."""
+def _row_terms(do: Tensor, o: Tensor, dlse: Tensor | None, lse: Tensor) -> Tensor:
+    """lse in powers of two and ``delta = <do, o> - dlse``, twice in turn: fp32 ``[T * H + 1, 4]``.
+
+    The last row stands for no row: every weight is 0 there.
+    """
     total, heads, dim = o.shape
-    delta = torch.empty(total, heads, dtype=torch.float32, device=o.device)
+    terms = torch.empty(total * heads + 1, 4, dtype=torch.float32, device=o.device)
     options = tuning.config("attention_bwd_delta", o.device, head_dim=dim, itemsize=o.element_size())
-    _attention_bwd_delta_kernel[(triton.cdiv(total * heads, options["BLOCK_M"]),)](
+    _attention_bwd_delta_kernel[(triton.cdiv(total * heads + 1, options["BLOCK_M"]),)](
         do,
         o,
         dlse if dlse is None else dlse.contiguous(),
-        delta,
+        lse.contiguous(),
+        terms,
         total * heads,
         do.stride(0),
         do.stride(1),
@@ -155,12 +158,12 @@ def _delta(do: Tensor, o: Tensor, dlse: Tensor | None) -> Tensor:
         BLOCK_DV=triton.next_power_of_2(dim),
         **options,
     )
-    return delta
+    return terms
 
 
 @triton.jit
 def _attention_bwd_delta_kernel(
-    do, o, dlse, delta, num_rows, stride_dot, stride_doh, stride_ot, stride_oh,
+    do, o, dlse, lse, terms, num_rows, stride_dot, stride_doh, stride_ot, stride_oh,
     H: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):
     """BLOCK_M (query, head) rows."""
@@ -171,10 +174,13 @@ def _attention_bwd_delta_kernel(
     token, head = row // H, row % H
     a = tl.load(do + (token * stride_dot + head * stride_doh)[:, None] + cols[None, :], mask=keep, other=0.0)
     b = tl.load(o + (token * stride_ot + head * stride_oh)[:, None] + cols[None, :], mask=keep, other=0.0)
-    x = tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
+    x = tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)  # 0 beyond the last row
     if dlse is not None:
         x -= tl.load(dlse + row, mask=valid, other=0.0).to(tl.float32)
-    tl.store(delta + row, x, mask=valid)
+    y = tl.load(lse + row, mask=valid, other=1e30) * 1.4426950408889634
+    column = tl.arange(0, 4)
+    tl.store(terms + row[:, None] * 4 + column[None, :], tl.where(column[None, :] % 2 == 0, y[:, None], x[:, None]),
+             mask=row[:, None] <= num_rows)
 
 
 @dataclass(frozen=True)
@@ -221,8 +227,7 @@ def _dkv(x: _Inputs, routing: Routing | None, dk: Tensor, dv: Tensor, slots: Ten
         x.k,
         x.v,
         x.do,
-        x.lse,
-        x.delta,
+        x.terms,
         routing and routing.entries,
         routing and routing.starts,
         cuts.extra_buckets,
@@ -235,6 +240,7 @@ def _dkv(x: _Inputs, routing: Routing | None, dk: Tensor, dv: Tensor, slots: Ten
         partials,
         slots,
         *x.scales,
+        x.q.shape[0] * x.q.shape[1],
         size,
         num_key_tiles,
         x.num_chunks,
@@ -286,8 +292,7 @@ def _dq_sparse(x: _Inputs, routing: Routing, tiles: Tiles, slots: Tensor, group:
         _key_source(x.k, block_n, use_tma),
         _key_source(x.v, block_n, use_tma),
         x.do,
-        x.lse,
-        x.delta,
+        x.terms,
         routing.entries,
         tiles.bucket,
         tiles.begin,
@@ -318,8 +323,7 @@ def _dq_own(x: _Inputs, slots: Tensor | None, dq: Tensor, group: tuple[int, int]
         x.k,
         x.v,
         x.do,
-        x.lse,
-        x.delta,
+        x.terms,
         x.selected,
         slots,
         dq,

@@ -13,7 +13,18 @@ from .jit_helpers import _chunk_keys, _find_piece, _piece_items
 
 
 @triton.jit
-def _load_rows(pointer, offsets, keep, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _load_rows(pointer, offsets, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows at int64 ``offsets``, zero beyond D."""
+    cols = tl.arange(0, BLOCK_D)
+    if D < BLOCK_D:
+        x = tl.load(pointer + offsets[:, None] + cols[None, :], mask=cols[None, :] < D, other=0.0)
+    else:
+        x = tl.load(pointer + offsets[:, None] + cols[None, :])
+    return x
+
+
+@triton.jit
+def _load_rows_where(pointer, offsets, keep, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows at int64 ``offsets``, zero where not ``keep`` and beyond D."""
     cols = tl.arange(0, BLOCK_D)
     mask = keep[:, None]
@@ -23,10 +34,34 @@ def _load_rows(pointer, offsets, keep, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def _unsigned(x):
+    """x, which is not negative, in a dtype whose divisions by powers of two are shifts."""
+    if x.dtype == tl.int64:
+        y = x.to(tl.uint64)
+    else:
+        y = x.to(tl.uint32)
+    return y
+
+
+@triton.jit
+def _load_terms(terms, row, BLOCK_M: tl.constexpr):
+    """lse, in powers of two, and delta of int64 rows.
+
+    Four columns make this load large enough for the compiler to stage it in shared memory. One value a thread and row
+    would be loaded again by every thread that needs it, with its own address.
+    """
+    x = tl.load(terms + row[:, None] * 4 + tl.arange(0, 4)[None, :])
+    lse, delta = tl.split(x.reshape(BLOCK_M, 2, 2))
+    lse, _ = tl.split(lse)
+    delta, _ = tl.split(delta)
+    return lse, delta
+
+
+@triton.jit
 def _dkv_step(dk, dv, k, v, q, do, lse, delta, keep, qk_scale, HAS_KEEP: tl.constexpr, PRECISION: tl.constexpr):
-    """One block of rows; returns dk, dv and ds ``[BLOCK_N, BLOCK_M]``. lse is +inf where a row is absent."""
+    """One block of rows; returns dk, dv and ds ``[BLOCK_N, BLOCK_M]``."""
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-    p = tl.exp2(s * qk_scale - (lse * 1.4426950408889634)[None, :])
+    p = tl.exp2(s * qk_scale - lse[None, :])
     if HAS_KEEP:
         p = tl.where(keep, p, 0.0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
@@ -53,12 +88,12 @@ def _extra_piece(extra_buckets, starts, first_bucket, end_bucket, extra, split):
     return bucket, tl.where(used, piece, 0)
 
 
-@triton.jit(do_not_specialize=["num_key_tiles", "num_chunks", "num_sequences", "num_segments", "num_extra",
+@triton.jit(do_not_specialize=["num_rows", "num_key_tiles", "num_chunks", "num_sequences", "num_segments", "num_extra",
                                "split", "kv_head_begin", "kv_head_end"])
 def _attention_bwd_dkv_kernel(
-    q, k, v, do, lse, delta, entries, starts, extra_buckets,
+    q, k, v, do, terms, entries, starts, extra_buckets,
     cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, dk, dv, partials, slots,
-    qk_scale, softmax_scale, chunk_size, num_key_tiles, num_chunks, num_sequences, num_segments, num_extra, split,
+    qk_scale, softmax_scale, num_rows, chunk_size, num_key_tiles, num_chunks, num_sequences, num_segments, num_extra, split,
     kv_head_begin, kv_head_end,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,
     H: tl.constexpr, HK: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
@@ -87,8 +122,8 @@ def _attention_bwd_dkv_kernel(
     key_row = rows.to(tl.int64)
     key_valid = rows < chunk_end
     key_position = rows - tl.load(cu_seqlens_k + sequence)
-    k_rows = _load_rows(k + kv_head.to(tl.int64) * stride_kh, key_row * stride_kt, key_valid, D, BLOCK_D)
-    v_rows = _load_rows(v + kv_head.to(tl.int64) * stride_vh, key_row * stride_vt, key_valid, DV, BLOCK_DV)
+    k_rows = _load_rows_where(k + kv_head.to(tl.int64) * stride_kh, key_row * stride_kt, key_valid, D, BLOCK_D)
+    v_rows = _load_rows_where(v + kv_head.to(tl.int64) * stride_vh, key_row * stride_vt, key_valid, DV, BLOCK_DV)
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
 
@@ -102,25 +137,24 @@ def _attention_bwd_dkv_kernel(
             if piece > 0:
                 partial = item.to(tl.int64)
             elif end < bucket_end:
-                partial = num_extra + bucket_begin // split - tl.load(starts + first_bucket) // split
+                first_extra = bucket_begin // split - tl.load(starts + first_bucket) // split
+                partial = num_extra + first_extra.to(tl.int64)
         group_heads = (kv_head_end - kv_head_begin) * G
         listed = entries + begin
         count = (end - begin).to(tl.int32)
-        index = tl.arange(0, BLOCK_M)
-        entry = tl.load(listed + index, mask=index < count, other=-1)
-        for _ in range(0, count, BLOCK_M):
-            row = tl.maximum(entry, 0) // KS
+        lane = tl.arange(0, BLOCK_M)
+        entry = tl.load(listed + tl.minimum(lane, count - 1), mask=count > 0, other=0)  # the last entry fills up
+        for first_entry in range(0, count, BLOCK_M):
+            row = _unsigned(entry) // KS
             token = (row // H).to(tl.int64)
             head = (row % H).to(tl.int64)
-            valid = entry >= 0
-            q_rows = _load_rows(q, token * stride_qt + head * stride_qh, valid, D, BLOCK_D)
-            do_rows = _load_rows(do, token * stride_dot + head * stride_doh, valid, DV, BLOCK_DV)
-            row_lse = tl.load(lse + row, mask=valid, other=float("inf"))
-            row_delta = tl.load(delta + row, mask=valid, other=0.0)
+            valid = first_entry + lane < count
+            q_rows = _load_rows(q, token * stride_qt + head * stride_qh, D, BLOCK_D)
+            do_rows = _load_rows(do, token * stride_dot + head * stride_doh, DV, BLOCK_DV)
+            row_lse, row_delta = _load_terms(terms, tl.where(valid, row, num_rows).to(tl.int64), BLOCK_M)
             slot = (token * group_heads + head - kv_head_begin * G) * KS + entry % KS
             # the next rows are looked up one block ahead: their gathers then need not wait for their numbers
-            index += BLOCK_M
-            entry = tl.load(listed + index, mask=index < count, other=-1)
+            entry = tl.load(listed + tl.minimum(first_entry + BLOCK_M + lane, count - 1))
             dk_acc, dv_acc, ds = _dkv_step(dk_acc, dv_acc, k_rows, v_rows, q_rows, do_rows, row_lse, row_delta,
                                            key_valid[:, None], qk_scale, HAS_KEEP=HAS_SLOTS and PARTIAL, PRECISION=PRECISION)
             if HAS_SLOTS:
@@ -147,11 +181,10 @@ def _attention_bwd_dkv_kernel(
                 query_position = low + i % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
                 valid = query_position < high
                 token = (row_begin - origin + query_position).to(tl.int64)
-                q_rows = _load_rows(q + head * stride_qh, token * stride_qt, valid, D, BLOCK_D)
-                do_rows = _load_rows(do + head * stride_doh, token * stride_dot, valid, DV, BLOCK_DV)
-                row_lse = tl.load(lse + token * H + head, mask=valid, other=float("inf"))
-                row_delta = tl.load(delta + token * H + head, mask=valid, other=0.0)
-                dk_acc, dv_acc, _ = _dkv_step(dk_acc, dv_acc, k_rows, v_rows, q_rows, do_rows, row_lse, row_delta,
+                q_rows = _load_rows_where(q + head * stride_qh, token * stride_qt, valid, D, BLOCK_D)
+                do_rows = _load_rows_where(do + head * stride_doh, token * stride_dot, valid, DV, BLOCK_DV)
+                row_lse, row_delta = _load_terms(terms, tl.where(valid, token * H + head, num_rows), BLOCK_M)
+                dk_acc, dv_acc, ds = _dkv_step(dk_acc, dv_acc, k_rows, v_rows, q_rows, do_rows, row_lse, row_delta,
                                               key_position[:, None] <= query_position[None, :], qk_scale,
                                               HAS_KEEP=True, PRECISION=PRECISION)
             segment += 1
@@ -166,9 +199,9 @@ def _attention_bwd_dkv_kernel(
         tl.store(to + cols[None, :], dk_acc, mask=keep)
         tl.store(to + D + cols_v[None, :], dv_acc, mask=keep_v)
     else:
-        to = (key_row * HK + kv_head)[:, None]
-        tl.store(dk + to * D + cols[None, :], dk_acc.to(dk.dtype.element_ty), mask=keep)
-        tl.store(dv + to * DV + cols_v[None, :], dv_acc.to(dv.dtype.element_ty), mask=keep_v)
+        row = (key_row * HK + kv_head)[:, None]
+        tl.store(dk + row * D + cols[None, :], dk_acc.to(dk.dtype.element_ty), mask=keep)
+        tl.store(dv + row * DV + cols_v[None, :], dv_acc.to(dv.dtype.element_ty), mask=keep_v)
 
 
 @triton.jit

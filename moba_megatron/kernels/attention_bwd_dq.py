@@ -4,13 +4,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_bwd_dkdv import _load_rows
+from .attention_bwd_dkdv import _load_rows_where
 from .jit_helpers import _chunk_keys, _query_tile
 
 
 @triton.jit(do_not_specialize=["num_chunks", "num_sequences", "kv_head_begin", "kv_head_end"])
 def _attention_bwd_dq_kernel(
-    q, k, v, do, lse, delta, entries, tile_bucket, tile_begin, tile_end, tile_starts, cu_seqlens_k, slots,
+    q, k, v, do, terms, entries, tile_bucket, tile_begin, tile_end, tile_starts, cu_seqlens_k, slots,
     qk_scale, softmax_scale, chunk_size, num_chunks, num_sequences, kv_head_begin, kv_head_end,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,
     H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
@@ -32,10 +32,10 @@ def _attention_bwd_dq_kernel(
     kv_head = bucket // num_chunks
     first_key, _ = _chunk_keys(cu_seqlens_k, num_sequences, chunk_size, bucket % num_chunks)
 
-    q_rows = _load_rows(q, token * stride_qt + head * stride_qh, valid, D, BLOCK_D)
-    do_rows = _load_rows(do, token * stride_dot + head * stride_doh, valid, DV, BLOCK_DV)
-    row_lse = tl.load(lse + row, mask=valid, other=float("inf")) * 1.4426950408889634
-    row_delta = tl.load(delta + row, mask=valid, other=0.0)
+    q_rows = _load_rows_where(q, token * stride_qt + head * stride_qh, valid, D, BLOCK_D)
+    do_rows = _load_rows_where(do, token * stride_dot + head * stride_doh, valid, DV, BLOCK_DV)
+    row_lse = tl.load(terms + row.to(tl.int64) * 4, mask=valid, other=float("inf"))
+    row_delta = tl.load(terms + row.to(tl.int64) * 4 + 1, mask=valid, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for first in range(0, chunk_size, BLOCK_N):
         k_rows = _load_keys(k, first_key + first, first_key + chunk_size, kv_head, stride_kt, stride_kh, D, BLOCK_N,
@@ -60,15 +60,18 @@ def _load_keys(source, row, end, head, stride_row, stride_head, D: tl.constexpr,
                BLOCK_D: tl.constexpr, USE_TMA: tl.constexpr, PARTIAL: tl.constexpr):
     """Rows ``row .. row + BLOCK_N`` of one head; zeros from row ``end`` on where PARTIAL."""
     if USE_TMA:
-        return source.load([head, row, 0]).reshape(BLOCK_N, BLOCK_D)
-    rows = row + tl.arange(0, BLOCK_N)
-    cols = tl.arange(0, BLOCK_D)
-    pointers = source + head.to(tl.int64) * stride_head + rows[:, None].to(tl.int64) * stride_row + cols[None, :]
-    if PARTIAL:
-        return tl.load(pointers, mask=(rows < end)[:, None] & (cols[None, :] < D), other=0.0)
-    if D < BLOCK_D:
-        return tl.load(pointers, mask=cols[None, :] < D, other=0.0)
-    return tl.load(pointers)
+        x = source.load([head, row, 0]).reshape(BLOCK_N, BLOCK_D)
+    else:
+        rows = row + tl.arange(0, BLOCK_N)
+        cols = tl.arange(0, BLOCK_D)
+        pointers = source + head.to(tl.int64) * stride_head + rows[:, None].to(tl.int64) * stride_row + cols[None, :]
+        if PARTIAL:
+            x = tl.load(pointers, mask=(rows < end)[:, None] & (cols[None, :] < D), other=0.0)
+        elif D < BLOCK_D:
+            x = tl.load(pointers, mask=cols[None, :] < D, other=0.0)
+        else:
+            x = tl.load(pointers)
+    return x
 
 
 @triton.jit
@@ -92,7 +95,7 @@ def _own_dq_step(dq, q_rows, do_rows, row_lse, row_delta, k, v, k_row, k_end, kv
 
 @triton.jit(do_not_specialize=["num_tiles", "num_segments", "chunk_size", "first_head", "group_heads"])
 def _attention_bwd_dq_own_kernel(
-    q, k, v, do, lse, delta, selected, slots, dq, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets,
+    q, k, v, do, terms, selected, slots, dq, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets,
     qk_scale, softmax_scale, num_tiles, num_segments, chunk_size, first_head, group_heads,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,
     H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
@@ -110,10 +113,10 @@ def _attention_bwd_dq_own_kernel(
     rows = first_row + tl.arange(0, BLOCK_M)
     valid = rows < q_end
     row = rows.to(tl.int64)
-    q_rows = _load_rows(q + head.to(tl.int64) * stride_qh, row * stride_qt, valid, D, BLOCK_D)
-    do_rows = _load_rows(do + head.to(tl.int64) * stride_doh, row * stride_dot, valid, DV, BLOCK_DV)
-    row_lse = tl.load(lse + row * H + head, mask=valid, other=float("inf")) * 1.4426950408889634
-    row_delta = tl.load(delta + row * H + head, mask=valid, other=0.0)
+    q_rows = _load_rows_where(q + head.to(tl.int64) * stride_qh, row * stride_qt, valid, D, BLOCK_D)
+    do_rows = _load_rows_where(do + head.to(tl.int64) * stride_doh, row * stride_dot, valid, DV, BLOCK_DV)
+    row_lse = tl.load(terms + (row * H + head) * 4, mask=valid, other=float("inf"))
+    row_delta = tl.load(terms + (row * H + head) * 4 + 1, mask=valid, other=0.0)
 
     # positions in the sequence
     position = first_position + tl.arange(0, BLOCK_M)
