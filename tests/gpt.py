@@ -32,7 +32,7 @@ class Layout:
     cp: int = 1
     pp: int = 1
     sp: bool = False
-    recompute: bool = False
+    recompute: str | None = None
 
 
 class RMSNorm(torch.nn.Module):
@@ -53,14 +53,15 @@ def build(layout):
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(layout.tp, layout.pp, context_parallel_size=layout.cp)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    recompute = {"full": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
+                 "selective": dict(recompute_granularity="selective", recompute_modules=["core_attn"])}
     config = TransformerConfig(
         num_layers=NUM_LAYERS, hidden_size=32, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=48,
         attention_dropout=0.0, hidden_dropout=0.0, normalization="RMSNorm", gated_linear_unit=True,
         activation_func=torch.nn.functional.silu, add_bias_linear=False, use_cpu_initialization=True,
         params_dtype=torch.float64, pipeline_dtype=torch.float64, tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp, context_parallel_size=layout.cp, sequence_parallel=layout.sp,
-        cp_comm_type="all_gather" if layout.cp > 1 else None, **(recompute if layout.recompute else {}))
+        cp_comm_type="all_gather" if layout.cp > 1 else None, **recompute.get(layout.recompute, {}))
     layer = get_moba_layer_local_spec(MOBA, normalization="RMSNorm")
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()

@@ -8,7 +8,8 @@ from ranks import run_ranks
 
 pytest.importorskip("megatron.core")
 
-LAYOUTS = ["cp1", "cp2", "cp4", "tp2", "tp2_sp", "tp2_cp2", "tp2_cp2_sp", "pp2", "pp2_cp2", "cp2_recompute"]
+LAYOUTS = ["cp1", "cp2", "cp4", "tp2", "tp2_sp", "tp2_cp2", "tp2_cp2_sp", "pp2", "pp2_cp2", "cp2_recompute",
+           "cp2_selective"]
 PACKED = [8 * 9, 8 * 2, 8 * 8]
 # Sums of some thousand products in another order: errors of 1e-16 grow a little through four layers.
 TOLERANCE = 1e-12
@@ -188,13 +189,57 @@ def bad_input(rank):
     return texts
 
 
+def dynamic_groups():
+    """A group in packed_seq_params, or local_cp_size 1, takes the place of the module's group; relative errors."""
+    import torch.distributed as dist
+    from gpt import Layout, build, local_positions
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    core = build(Layout("dynamic", cp=2)).decoder.layers[0].self_attention.core_attention
+    lengths = [40, 88]
+    cu_seqlens = torch.tensor([0, 40, 128], dtype=torch.int32)
+    generator = torch.Generator().manual_seed(6)
+    q, k, v = (torch.randn(128, heads, 8, dtype=torch.float64, generator=generator) for heads in (4, 2, 2))
+
+    def attend(rows, **groups):
+        packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, max_seqlen_q=88, **groups)
+        return core(q[rows], k[rows], v[rows], None, packed_seq_params=packed)
+
+    alone = attend(torch.arange(128), local_cp_size=1)
+    rows = local_positions(lengths, 4, dist.get_rank())
+    return relative(attend(rows, local_cp_size=4, cp_group=dist.group.WORLD), alone[rows])
+
+
+def static_inference(weights):
+    """Prefill and token by token with Megatron's key/value cache against one forward: relative error of the logits."""
+    from gpt import Layout, VOCAB, build, load
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    layout = Layout("inference")
+    model = build(layout).eval()
+    load(model, weights, layout)
+    tokens = torch.randint(0, VOCAB, (2, 70), generator=torch.Generator().manual_seed(8))
+    positions = torch.arange(70).expand(2, -1)
+    with torch.inference_mode():
+        whole = model(tokens, positions, None)
+        context = StaticInferenceContext(max_batch_size=2, max_sequence_length=80)
+        pieces = []
+        for begin, end in ((0, 60), *((i, i + 1) for i in range(60, 70))):
+            logits = model(tokens[:, begin:end], positions[:, begin:end], None, inference_context=context,
+                           runtime_gather_output=True)
+            pieces.append(logits[:, -1:])
+            context.sequence_len_offset += end - begin
+    return relative(torch.cat(pieces, 1), whole[:, 59:])
+
+
 def everything(rank, size):
     from gpt import Layout, RecordedSelections, build, common_weights, load
 
     layouts = [Layout("cp1"), Layout("cp2", cp=2), Layout("cp4", cp=4), Layout("tp2", tp=2),
                Layout("tp2_sp", tp=2, sp=True), Layout("tp2_cp2", tp=2, cp=2),
                Layout("tp2_cp2_sp", tp=2, cp=2, sp=True), Layout("pp2", pp=2), Layout("pp2_cp2", pp=2, cp=2),
-               Layout("cp2_recompute", cp=2, recompute=True)]
+               Layout("cp2_recompute", cp=2, recompute="full"),
+               Layout("cp2_selective", cp=2, recompute="selective")]
     assert [layout.name for layout in layouts] == LAYOUTS
     weights, batch = common_weights(), make_batch()
     model = build(layouts[0])
@@ -205,6 +250,7 @@ def everything(rank, size):
     results = {layout.name: compare(weights, batch, grads, whole_loss, recorded.selections, layout)
                for layout in layouts}
     return dict(layouts=results, packed=compare_packed(weights), bad=bad_input(rank), names=sorted(grads),
+                dynamic=dynamic_groups(), inference=static_inference(weights),
                 loss=whole_loss, chosen=[(s >= 0).any(2).double().mean().item() for s in recorded.selections])
 
 
@@ -239,6 +285,14 @@ def test_the_model_selects(results):
 def test_packed_equals_one_rank(results, cp):
     for result in results:
         assert_equal_to_one_rank(result["packed"][cp])
+
+
+def test_dynamic_context_parallel_groups(results):
+    assert max(result["dynamic"] for result in results) <= TOLERANCE
+
+
+def test_static_inference(results):
+    assert max(result["inference"] for result in results) <= TOLERANCE
 
 
 def test_bad_input_raises_on_every_rank(results):
