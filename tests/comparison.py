@@ -1,4 +1,4 @@
-"""How close is close enough: the error of an eager computation in the same precision sets the limit, nothing is guessed."""
+"""How close is close enough: the error of an eager computation in the same precision sets the limit."""
 import torch
 
 import oracle

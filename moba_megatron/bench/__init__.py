@@ -1,1 +1,1 @@
-"""Measuring: ``python -m moba_megatron.bench kernels | table | tune | compile``; each subcommand explains itself by --help."""
+"""Measuring: ``python -m moba_megatron.bench kernels | table | tune | compile``; ``--help`` explains each."""

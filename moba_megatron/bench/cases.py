@@ -16,7 +16,7 @@ SKEW = 4.0
 
 @dataclass(frozen=True)
 class Case:
-    """One row: a single sequence of ``tokens``; times in ms on an H200, forward and backward, gate and routing included.
+    """One row: one sequence of ``tokens``; times in ms on an H200, forward and backward, gate and routing included.
 
     ``must`` and ``stretch`` are this project's goals. ``flash_moba`` and ``cudnn`` were measured before this package
     existed (bf16, batch 1), cuDNN being full causal attention; ``min_over_cudnn`` is a goal relative to cuDNN.
@@ -116,7 +116,8 @@ def make_inputs(case: Case, device: torch.device, seed: int) -> tuple[Tensor, Te
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(heads: int) -> Tensor:
-        return torch.randn(case.tokens, heads, case.head_dim, generator=generator, device=device, dtype=case.torch_dtype)
+        return torch.randn(case.tokens, heads, case.head_dim, generator=generator, device=device,
+                           dtype=case.torch_dtype)
 
     q, k, v, do = normal(case.heads), normal(case.kv_heads), normal(case.kv_heads), normal(case.heads)
     if case.skewed:
@@ -125,7 +126,7 @@ def make_inputs(case: Case, device: torch.device, seed: int) -> tuple[Tensor, Te
     return q, k, v, do
 
 
-def uniform_twin(case: Case) -> Case | None:
+def plain_twin(case: Case) -> Case | None:
     """The row that a fp16, skewed or deterministic row is compared with."""
     plain = replace(case, dtype="bfloat16", skewed=False, deterministic=False)
     if (plain.dtype, plain.skewed, plain.deterministic) == (case.dtype, case.skewed, case.deterministic):

@@ -118,7 +118,7 @@ class _CompileOnlyDriver(DriverBase):
 
 @contextlib.contextmanager
 def compiling(capability: int, dry: bool = False):
-    """Within the block, ``kernel[grid](...)`` compiles for the architecture (not even that: ``dry``), launching nothing.
+    """Within the block, ``kernel[grid](...)`` compiles for the architecture and launches nothing; dry: does nothing.
 
     Yields:
         A list that fills with (kernel name, CompiledKernel), one for each launch.
@@ -153,7 +153,8 @@ def run_stages(problem: Problem) -> None:
         return torch.empty(problem.tokens, heads, dim, dtype=dtype, device="meta")
 
     dim_v = problem.head_dim_v or problem.head_dim
-    q, k, v = empty(problem.heads, problem.head_dim), empty(problem.kv_heads, problem.head_dim), empty(problem.kv_heads, dim_v)
+    q, k = empty(problem.heads, problem.head_dim), empty(problem.kv_heads, problem.head_dim)
+    v = empty(problem.kv_heads, dim_v)
     cu_seqlens = torch.empty(problem.sequences + 1, dtype=torch.int32, device="meta")
     segments = Segments.from_cu_seqlens(cu_seqlens, problem.tokens, problem.chunk_size)
     means = kernels.chunk_means(k, segments)

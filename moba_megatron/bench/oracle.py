@@ -2,7 +2,7 @@
 
 For sampled queries it checks the selection and recomputes o, lse and dq; for sampled chunks it finds every query that
 attends to them and recomputes dk and dv. All of it is dense masked attention in fp64 over all keys: slow, and plain.
-The same in the inputs' own precision, rounded where an eager implementation rounds, tells which error is to be expected.
+The same in the inputs' precision, rounded where an eager implementation rounds, tells which error is to be expected.
 """
 from __future__ import annotations
 

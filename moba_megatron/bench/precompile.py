@@ -1,4 +1,4 @@
-"""Fills Triton's cache for many problems at once, in processes of their own, so that a benchmark does not wait in turn."""
+"""Fills Triton's cache for many problems at once, in several processes, so that a benchmark need not wait."""
 from __future__ import annotations
 
 import multiprocessing

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from . import environment
-from .cases import Case, uniform_twin
+from .cases import Case, plain_twin
 
 RESULTS = Path(__file__).parent / "results"
 README_TABLE = "h200/kernels.json"
@@ -45,7 +45,7 @@ def verdicts(rows: list[dict]) -> dict[str, str]:
 
 
 def _against_twin(case: Case, ms: float, times: dict[str, float]) -> list[str]:
-    twin = uniform_twin(case)
+    twin = plain_twin(case)
     limit = FP16_MAX if case.dtype == "float16" else SKEWED_MAX if case.skewed else None
     if twin is None or limit is None or twin.name not in times:
         return []
@@ -57,7 +57,7 @@ def cells(row: dict, verdict: str, times: dict[str, float]) -> dict[str, str]:
     """One line of the table: column -> text."""
     case = case_of(row)
     ms, forward, cudnn = row.get("ms"), row.get("forward_ms"), row.get("cudnn_ms")
-    twin = uniform_twin(case)
+    twin = plain_twin(case)
     beside = ""
     if ms and twin and twin.name in times:
         beside = f"{ms['median'] / times[twin.name]:.2f}x {twin.name}"

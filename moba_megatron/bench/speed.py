@@ -12,7 +12,7 @@ from .. import moba_attn_varlen
 from ..ops import get_stages
 from ..segments import Segments
 from . import dense, oracle, timing
-from .cases import Case, floor_ms, make_inputs, uniform_twin
+from .cases import Case, floor_ms, make_inputs, plain_twin
 
 SLOW_MS = 500
 """Above this a run needs no second warm-up and dense attention gets three runs."""
@@ -74,7 +74,8 @@ def _errors(case: Case, device: torch.device, backend: str) -> dict:
         problem = oracle.Problem(q, k, v, do, selected, case.chunk_size, case.head_dim ** -0.5)
         selection = oracle.check_selection(problem, case.topk)
         errors = oracle.check_values(problem, o, lse, dq, dk, dv)
-    wrong = [name for name, e in errors.items() if not e["error"] <= e["limit"]]
+    wrong = [f"{name} ({e['error']:.1e} > {e['limit']:.1e})" for name, e in errors.items()
+             if not e["error"] <= e["limit"]]
     if selection["wrong"]:
         wrong.insert(0, f"selection ({selection['wrong']} of {selection['checked']})")
     status = {"status": "wrong", "reason": "error above its limit: " + ", ".join(wrong)} if wrong else {"status": "ok"}
@@ -150,8 +151,8 @@ def _dense(case: Case, device: torch.device, limit_ms: float) -> dict:
     expected = dense.expected_ms(case)
     if expected > limit_ms:
         return {"cudnn_skipped": f"would take about {expected / 1e3:.1f} s a run"}
-    if uniform_twin(case) is not None:
-        return {"cudnn_skipped": f"the same as in {uniform_twin(case).name}"}
+    if plain_twin(case) is not None:
+        return {"cudnn_skipped": f"the same as in {plain_twin(case).name}"}
     try:
         run = dense.cudnn_attention(*make_inputs(case, device, seed=1))
         times = timing.measure(lambda i: run(), device, 3 if expected > SLOW_MS / 2 else 10, warmup=1)

@@ -1,4 +1,4 @@
-"""Times and memory: CUDA events around whole calls, rotated inputs, peak memory; a plain clock where there is no GPU."""
+"""Times and memory: CUDA events around calls, rotated inputs, peak memory; a plain clock where there is no GPU."""
 from __future__ import annotations
 
 import contextlib

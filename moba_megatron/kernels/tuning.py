@@ -1,4 +1,4 @@
-"""Launch configurations: which tile sizes, warps and pipeline stages a kernel gets, from static tables. Never autotuned.
+"""Launch configurations: which tiles, warps and pipeline stages a kernel gets, from static tables; never autotuned.
 
 A kernel asks ``config(stage, device, head_dim=..., chunk_size=..., itemsize=...)`` and gets a dict of constexprs and
 launch options. The rows are in ``tuning_table.py``; ``python -m moba_megatron.bench tune`` writes more of them for an
@@ -18,7 +18,7 @@ import torch
 from . import INTERPRETED
 
 ARCHS = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227}
-"""Architecture classes and the shared memory of a block in KiB. sm_86 stands for every card with 99 KiB: 86, 89, 120."""
+"""Architecture classes and a block's shared memory in KiB. sm_86 stands for every card with 99 KiB: 86, 89, 120."""
 INTERPRETER = "interpreter"
 INTERPRETER_BLOCK = 32
 """Under the interpreter tiles are cut to this: small shapes then still have several tiles in each direction."""
@@ -124,8 +124,8 @@ def forced(arch: str | None = None, configs: dict[str, dict[str, int]] | None = 
            record: list[tuple[str, tuple, Row]] | None = None):
     """Within the block: this architecture, and these configurations (stage -> config) in place of the table's.
 
-    Every look-up is added to ``record`` as (stage, key, row). For the compile report and ``bench tune``; not for several
-    threads at once.
+    Every look-up is added to ``record`` as (stage, key, row). For the compile report and ``bench tune``; not for
+    several threads at once.
     """
     before = dict(_forced)
     given = {"arch": arch, "configs": configs, "record": record}

@@ -1,4 +1,4 @@
-"""The public operator on a GPU: values, gradients, compilation, checkpointing, graphs, determinism, memory, a long run."""
+"""The public operator on a GPU: values, gradients, compilation, checkpointing, graphs, determinism, memory, length."""
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint

@@ -1,1 +1,1 @@
-"""The kernels under Triton's interpreter: ``TRITON_INTERPRET=1 pytest tests/interpreted``, in a process of their own."""
+"""The kernels under Triton's interpreter: ``TRITON_INTERPRET=1 pytest tests/interpreted``, a process of its own."""

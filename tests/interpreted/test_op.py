@@ -25,7 +25,8 @@ def make(lengths, chunk, topk, heads=2, kv_heads=1, dim=16, dim_v=None, dtype=to
         return torch.randn(total, *shape).to(dtype)
 
     q, k, v, do = normal(heads, dim), normal(kv_heads, dim), normal(kv_heads, dim_v or dim), normal(heads, dim_v or dim)
-    return q, k, v, do, torch.randn(total, heads), (torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths), chunk, topk)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    return q, k, v, do, torch.randn(total, heads), (cu_seqlens, max(lengths), chunk, topk)
 
 
 def selection(q, k, cu_seqlens, max_seqlen, chunk, topk):
