@@ -1,4 +1,4 @@
-"""Skips these tests where Triton was imported without TRITON_INTERPRET=1. No bf16 here: the interpreter gets it wrong."""
+"""Skips these tests where Triton came without TRITON_INTERPRET=1. No bf16 here: the interpreter gets it wrong."""
 from pathlib import Path
 
 import pytest
