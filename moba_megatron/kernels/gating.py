@@ -1,9 +1,13 @@
 """Gate and top-k in one kernel: scores of a tile of queries against tiles of chunk means, and a streaming selection.
 
 Nothing of the size queries x chunks is stored. Tiles of chunks are walked from the latest back, so that among equals the
-later chunk is met first and stays. What makes it fast: the k-th best of column maxima over the latest WARM tiles is a
-lower bound of the k-th best score, so hardly anything that is not chosen in the end passes the comparison; and what
-passes is packed into bits, one look at a row's scores for each chunk that is really taken in.
+later chunk is met first and stays. What makes it fast:
+- the k-th best of column maxima over the latest WARM tiles is a lower bound of the k-th best score, so hardly anything
+  that is not chosen in the end passes the comparison;
+- what passes is packed into bits, and only a tile's most crowded row decides how often the insertion runs;
+- columns are dealt to LANES lists a row, as the matrix unit deals them to threads (8 columns: 0 0 1 1 2 2 3 3), so that
+  neither packing nor insertion leaves a thread's registers; lists are merged once, at the end. Long lists
+  (LANES = 1) do not fit registers so: they are one row of a tensor, unsorted.
 """
 from __future__ import annotations
 
@@ -30,7 +34,7 @@ def gate(q: Tensor, means: Tensor, segments: Segments, topk: int) -> Tensor:
         topk: chunks a query attends to, its own included.
 
     Returns:
-        int32 ``[T, H, topk - 1]``: chunk ids, best first, -1 where fewer exist.
+        int32 ``[T, H, topk - 1]``: chunk ids in no particular order, -1 where fewer exist.
     """
     total, num_heads, head_dim = q.shape
     choices = topk - 1
@@ -58,6 +62,7 @@ def gate(q: Tensor, means: Tensor, segments: Segments, topk: int) -> Tensor:
         HK=means.shape[1],
         D=head_dim,
         KS=choices,
+        BLOCK_KS=triton.next_power_of_2(choices),
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         PRECISION="ieee",
         **options,
@@ -66,20 +71,33 @@ def gate(q: Tensor, means: Tensor, segments: Segments, topk: int) -> Tensor:
 
 
 @triton.jit
-def _scores(q_rows, means, first, limit, HK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-            BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
-    """Scores ``[BLOCK_M, BLOCK_N]`` of chunks ``first ..`` of the sequence; 0 from chunk ``limit`` on."""
-    chunk = first + tl.arange(0, BLOCK_N)
+def _mean_rows(means, first, limit, HK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Means ``[BLOCK_N, BLOCK_D]`` of the chunks from ``first``; beyond ``limit`` the last one again (0 if none)."""
+    chunk = tl.maximum(tl.minimum(first + tl.arange(0, BLOCK_N), limit - 1), 0)
     col = tl.arange(0, BLOCK_D)
-    keep = (chunk < limit)[:, None]
+    pointers = means + chunk[:, None] * (HK * D) + col[None, :]
     if D < BLOCK_D:
-        keep = keep & (col < D)[None, :]
-    rows = tl.load(means + chunk[:, None] * (HK * D) + col[None, :], mask=keep, other=0.0)  # [BLOCK_N, BLOCK_D]
-    return tl.dot(q_rows, tl.trans(rows), input_precision=PRECISION)
+        rows = tl.load(pointers, mask=(col < D)[None, :], other=0.0)
+    else:
+        rows = tl.load(pointers)
+    return rows
 
 
 @triton.jit
-def _warm_threshold(q_rows, means, earlier, limit, KS: tl.constexpr, HK: tl.constexpr, D: tl.constexpr,
+def _column_maxima(best, q_rows, means, earlier, limit, begin, end, MASKED: tl.constexpr, HK: tl.constexpr,
+                   D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
+    """Raises ``best`` ``[BLOCK_M, BLOCK_N]`` to the scores of the tiles from chunk ``begin`` to ``end``."""
+    for first in range(begin, end, BLOCK_N):
+        rows = _mean_rows(means, first, limit, HK, D, BLOCK_D, BLOCK_N)
+        s = tl.dot(q_rows, tl.trans(rows), input_precision=PRECISION)
+        if MASKED:
+            s = tl.where((first + tl.arange(0, BLOCK_N))[None, :] < earlier[:, None], s, -float("inf"))
+        best = tl.maximum(best, s)
+    return best
+
+
+@triton.jit
+def _warm_threshold(q_rows, means, earlier, every, limit, KS: tl.constexpr, HK: tl.constexpr, D: tl.constexpr,
                     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
                     WARM: tl.constexpr):
     """A value below the KS-th best score of each row: from the KS-th best maximum of the columns of some tiles.
@@ -87,11 +105,11 @@ def _warm_threshold(q_rows, means, earlier, limit, KS: tl.constexpr, HK: tl.cons
     Each column's maximum over the tiles is the score of another chunk, so KS chunks reach the KS-th of them.
     """
     best = tl.full([BLOCK_M, BLOCK_N], -float("inf"), tl.float32)
-    last = tl.cdiv(limit, BLOCK_N) * BLOCK_N
-    for first in range(tl.maximum(last - WARM * BLOCK_N, 0), last, BLOCK_N):
-        s = _scores(q_rows, means, first, limit, HK, D, BLOCK_D, BLOCK_N, PRECISION)
-        s = tl.where((first + tl.arange(0, BLOCK_N))[None, :] < earlier[:, None], s, -float("inf"))
-        best = tl.maximum(best, s)
+    end = tl.cdiv(limit, BLOCK_N) * BLOCK_N
+    begin = tl.maximum(end - WARM * BLOCK_N, 0)
+    middle = tl.maximum(every // BLOCK_N * BLOCK_N, begin)  # up to here every row may choose every chunk
+    best = _column_maxima(best, q_rows, means, earlier, limit, begin, middle, False, HK, D, BLOCK_D, BLOCK_N, PRECISION)
+    best = _column_maxima(best, q_rows, means, earlier, limit, middle, end, True, HK, D, BLOCK_D, BLOCK_N, PRECISION)
     bound = tl.max(best, 1)
     for _ in range(KS - 1):
         best = tl.where(best == bound[:, None], -float("inf"), best)
@@ -101,24 +119,19 @@ def _warm_threshold(q_rows, means, earlier, limit, KS: tl.constexpr, HK: tl.cons
 
 
 @triton.jit
-def _low_columns(count):
-    """32 bits, the first column in the highest: set for columns below ``count``."""
-    kept = tl.maximum(32 - count, 0)
-    return tl.where(count > 0, tl.full(count.shape, -1, tl.int32) << tl.minimum(kept, 31), 0)
+def _deal(s, LANES: tl.constexpr):
+    """Scores ``[BLOCK_M, BLOCK_N]`` as ``[BLOCK_M, LANES, BLOCK_N // LANES]``: columns dealt out two at a time."""
+    x = tl.reshape(s, [s.shape[0], s.shape[1] // (2 * LANES), LANES, 2])
+    return tl.reshape(tl.permute(x, (0, 2, 1, 3)), [s.shape[0], LANES, s.shape[1] // LANES])
 
 
 @triton.jit
-def _pack(hits, BLOCK_N: tl.constexpr):
-    """``[BLOCK_M, BLOCK_N]`` booleans as two words a row, columns 0..31 and 32..63, the first column in the top bit."""
-    col = tl.arange(0, BLOCK_N)
-    bits = tl.where(hits, (tl.full([BLOCK_N], 1, tl.int32) << (31 - col % 32))[None, :], 0)
-    if BLOCK_N == 32:
-        early = tl.sum(bits, 1)
-        late = early * 0
-    else:
-        words = tl.sum(tl.reshape(bits, [bits.shape[0], 2, 32]), 2)
-        early, late = tl.split(words)
-    return early, late
+def _allowed(count, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """Bits ``[BLOCK_M, LANES]`` of the dealt columns below ``count`` ``[BLOCK_M]``; the first column has the top bit."""
+    count = tl.maximum(count, 0)[:, None]
+    rest = count % (2 * LANES) - 2 * tl.arange(0, LANES)[None, :]
+    below = tl.minimum(count // (2 * LANES) * 2 + tl.minimum(tl.maximum(rest, 0), 2), WIDTH)
+    return tl.where(below > 0, tl.full(below.shape, -1, tl.int32) << (WIDTH - tl.maximum(below, 1)), 0)
 
 
 @triton.jit
@@ -129,8 +142,19 @@ def _lowest_bit(word):
 
 
 @triton.jit
+def _pick(x, index, WIDTH: tl.constexpr):
+    """``x[..., index]``: halves are chosen from the lowest bit of the index up, so that no thread needs another's."""
+    if WIDTH == 1:
+        picked = tl.reshape(x, index.shape)
+    else:
+        even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], WIDTH // 2, 2]))
+        picked = _pick(tl.where(((index & 1) != 0)[:, :, None], odd, even), index >> 1, WIDTH // 2)
+    return picked
+
+
+@triton.jit
 def _insert(values, chunks, value, chunk, KS: tl.constexpr):
-    """Inserts into rows sorted from the best down, behind equals; the last falls out."""
+    """Inserts into lists sorted from the best down, behind equals; the last falls out."""
     new_values = ()
     new_chunks = ()
     next_value = value
@@ -144,12 +168,40 @@ def _insert(values, chunks, value, chunk, KS: tl.constexpr):
     return new_values, new_chunks
 
 
+@triton.jit
+def _take_best(values, chunks, KS: tl.constexpr):
+    """The best chunk of each row ``[BLOCK_M]`` (-1: none), and the lists ``[BLOCK_M, LANES]`` without it."""
+    best = tl.max(values[0], 1)[:, None]
+    chunk = tl.max(tl.where(values[0] == best, chunks[0], -1), 1)
+    taken = (values[0] == best) & (chunks[0] == chunk[:, None])
+    new_values = ()
+    new_chunks = ()
+    for j in tl.static_range(KS):
+        if j + 1 < KS:
+            new_values = new_values + (tl.where(taken, values[j + 1], values[j]),)
+            new_chunks = new_chunks + (tl.where(taken, chunks[j + 1], chunks[j]),)
+        else:
+            new_values = new_values + (tl.where(taken, -float("inf"), values[j]),)
+            new_chunks = new_chunks + (tl.where(taken, -1, chunks[j]),)
+    return chunk, new_values, new_chunks
+
+
+@triton.jit
+def _replace_worst(values, chunks, value, chunk):
+    """Puts a better entry in place of the worst one, of equals the earliest chunk, of unsorted rows ``[BLOCK_M, KP]``."""
+    worst = tl.min(values, 1)[:, None]
+    earliest = tl.min(tl.where(values == worst, chunks, 2147483647), 1)[:, None]
+    replaced = (values == worst) & (chunks == earliest) & (value > worst)
+    return tl.where(replaced, value, values), tl.where(replaced, chunk, chunks)
+
+
 @triton.jit(do_not_specialize=["num_segments", "num_tiles"])
 def _gate_kernel(
     q, means, selected, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets,
     num_segments, num_tiles, chunk_size, stride_qt, stride_qh,
-    H: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, KS: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, WARM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    H: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, KS: tl.constexpr,
+    BLOCK_KS: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, WARM: tl.constexpr, LANES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """BLOCK_M queries of one segment and head against the earlier chunks of their sequence."""
     tile = num_tiles - 1 - tl.program_id(0) // H  # later queries have more chunks: they start first
@@ -158,43 +210,62 @@ def _gate_kernel(
                                                          chunk_size, tile, BLOCK_M)
     if row >= row_end:
         return
-    lane = tl.arange(0, BLOCK_M)
-    rows = (row + lane).to(tl.int64)
-    valid = row + lane < row_end
-    earlier = tl.where(valid, (position + lane) // chunk_size, 0)  # chunks that the query may choose
-    limit = (position + tl.minimum(BLOCK_M, row_end - row) - 1) // chunk_size
+    row_in_tile = tl.arange(0, BLOCK_M)
+    rows = (row + row_in_tile).to(tl.int64)
+    valid = row + row_in_tile < row_end
+    earlier = tl.where(valid, (position + row_in_tile) // chunk_size, 0)  # chunks that the query may choose
+    limit = (position + tl.minimum(BLOCK_M, row_end - row) - 1) // chunk_size  # the most that a row has
+    every = position // chunk_size  # the fewest
     col = tl.arange(0, BLOCK_D)
     q_rows = tl.load(q + head.to(tl.int64) * stride_qh + rows[:, None] * stride_qt + col[None, :],
                      mask=valid[:, None] & (col < D)[None, :], other=0.0)
     means += (first_chunk.to(tl.int64) * HK + head // (H // HK)) * D
 
+    WIDTH: tl.constexpr = BLOCK_N // LANES
     threshold = tl.full([BLOCK_M], -float("inf"), tl.float32)
     if WARM > 0:
-        threshold = _warm_threshold(q_rows, means, earlier, limit, KS, HK, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
-                                    WARM)
-    values = (tl.full([BLOCK_M], -float("inf"), tl.float32),) * KS
-    chunks = (tl.full([BLOCK_M], -1, tl.int32),) * KS
-    column = tl.arange(0, BLOCK_N)
+        threshold = _warm_threshold(q_rows, means, earlier, every, limit, KS, HK, D, BLOCK_D, BLOCK_M, BLOCK_N,
+                                    PRECISION, WARM)
+    if LANES > 1:
+        values = (tl.full([BLOCK_M, LANES], -float("inf"), tl.float32),) * KS
+        chunks = (tl.full([BLOCK_M, LANES], -1, tl.int32),) * KS
+    else:
+        place = tl.arange(0, BLOCK_KS)[None, :] + tl.zeros([BLOCK_M, BLOCK_KS], tl.int32)
+        values = tl.where(place < KS, -float("inf"), float("inf"))
+        chunks = -1 - place  # empty places differ, so that one at a time is filled
+    bits = tl.full([WIDTH], 1, tl.int32) << (WIDTH - 1 - tl.arange(0, WIDTH))
     num_steps = tl.cdiv(limit, BLOCK_N)
+    first = (num_steps - 1) * BLOCK_N
+    mean_rows = _mean_rows(means, first, limit, HK, D, BLOCK_D, BLOCK_N)
     for step in range(0, num_steps):
-        first = (num_steps - 1 - step) * BLOCK_N
-        s = _scores(q_rows, means, first, limit, HK, D, BLOCK_D, BLOCK_N, PRECISION)
-        early, late = _pack(s > threshold[:, None], BLOCK_N)
-        early = early & _low_columns(earlier - first)
-        late = late & _low_columns(earlier - first - 32)
-        go = tl.max(((early | late) != 0).to(tl.int32), 0)
+        s = tl.dot(q_rows, tl.trans(mean_rows), input_precision=PRECISION)
+        mean_rows = _mean_rows(means, tl.maximum(first - BLOCK_N, 0), limit, HK, D, BLOCK_D, BLOCK_N)
+        x = _deal(s, LANES)
+        hits = x > threshold[:, None, None]
+        word = tl.sum(tl.where(hits, bits[None, None, :], 0), 2)  # [BLOCK_M, LANES]
+        if first + BLOCK_N > every:
+            word &= _allowed(earlier - first, LANES, WIDTH)
+        go = tl.max(tl.max((word != 0).to(tl.int32), 1), 0)
         while go > 0:
-            is_late = late != 0
-            word = tl.where(is_late, late, early)
-            found = tl.where(is_late, 63, 31) - _lowest_bit(word)
-            word_left = word & (word - 1)
-            late = tl.where(is_late, word_left, late)
-            early = tl.where(is_late, early, word_left)
-            go = tl.max(((early | late) != 0).to(tl.int32), 0)
-            value = tl.sum(tl.where(column[None, :] == found[:, None], s, 0.0), 1)  # picks out one score, exactly
-            value = tl.where(word != 0, value, -float("inf"))
-            values, chunks = _insert(values, chunks, value, first_chunk + first + found, KS)
-            threshold = tl.maximum(threshold, values[KS - 1])
+            index = WIDTH - 1 - _lowest_bit(word)
+            value = tl.where(word != 0, _pick(x, index, WIDTH), -float("inf"))
+            word = word & (word - 1)
+            go = tl.max(tl.max((word != 0).to(tl.int32), 1), 0)
+            chunk = first_chunk + first + (index >> 1) * (2 * LANES) + 2 * tl.arange(0, LANES)[None, :] + (index & 1)
+            if LANES > 1:
+                values, chunks = _insert(values, chunks, value, chunk, KS)
+            else:
+                values, chunks = _replace_worst(values, chunks, value, chunk)
+        if LANES > 1:
+            threshold = tl.maximum(threshold, tl.max(values[KS - 1], 1))
+        else:
+            threshold = tl.maximum(threshold, tl.min(values, 1))
+        first -= BLOCK_N
 
-    for j in tl.static_range(KS):
-        tl.store(selected + (rows * H + head) * KS + j, chunks[j], mask=valid)
+    to = selected + (rows * H + head) * KS
+    if LANES > 1:
+        for j in range(KS):
+            chunk, values, chunks = _take_best(values, chunks, KS)
+            tl.store(to + j, chunk, mask=valid)
+    else:
+        tl.store(to[:, None] + place, tl.maximum(chunks, -1), mask=valid[:, None] & (place < KS))

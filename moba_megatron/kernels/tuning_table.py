@@ -16,12 +16,14 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "chunk_means": (
         Row("*", {}, {"BLOCK": 1024, "num_warps": 4, "num_stages": 1}, UNTUNED),
     ),
-    # BLOCK_M queries of one head against BLOCK_N (32 or 64) chunk means; WARM tiles give the first threshold
+    # BLOCK_M queries of one head against BLOCK_N chunk means, into LANES lists a row (1: one unsorted list, for long
+    # ones); the latest WARM tiles give a first threshold
     "gate": (
-        Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2, "choices": 15}, _c(128, 64, 4, 2, WARM=8), UNTUNED),
-        Row("*", {"head_dim": 128, "itemsize": 2, "choices": 15}, _c(64, 64, 4, 2, WARM=8), UNTUNED),
-        Row("*", {"head_dim": 128, "itemsize": 2}, _c(64, 64, 4, 2, WARM=0), UNTUNED),
-        Row("*", {}, _c(32, 32, 4, 1, WARM=2), UNTUNED),
+        Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2, "choices": 8}, _c(128, 64, 4, 2, WARM=8, LANES=4), UNTUNED),
+        Row("*", {"head_dim": 128, "itemsize": 2, "choices": 15}, _c(64, 64, 4, 2, WARM=8, LANES=4), UNTUNED),
+        Row("*", {"choices": 8}, _c(32, 32, 4, 1, WARM=4, LANES=4), UNTUNED),
+        Row("*", {"itemsize": 2}, _c(64, 32, 4, 1, WARM=0, LANES=1), UNTUNED),
+        Row("*", {}, _c(32, 32, 4, 1, WARM=0, LANES=1), UNTUNED),
     ),
     # BLOCK rows of one column of `selected` that a program places at a time
     "route": (
