@@ -12,6 +12,12 @@ from ..config import BACKENDS
 logger = logging.getLogger("moba_megatron")
 
 
+def check_backend(backend: str) -> None:
+    """Raises ValueError unless it is the name of a backend."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+
+
 def get_stages(backend: str, device: torch.device) -> ModuleType:
     """The module whose functions compute the stages on a device.
 
@@ -26,8 +32,7 @@ def get_stages(backend: str, device: torch.device) -> ModuleType:
         ValueError: backend is unknown, or Triton cannot run on this device.
         ImportError: Triton was asked for and is not installed.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    check_backend(backend)
     return _stages(backend, torch.device(device).type)
 
 

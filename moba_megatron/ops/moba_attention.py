@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from ..segments import Segments
-from .backend import get_stages
-from .validation import check_cu_seqlens, check_qkv, check_scale, check_whole
+from .backend import check_backend, get_stages
+from .validation import check_cu_seqlens, check_flag, check_qkv, check_scale, check_segments, check_whole
 
 
 def moba_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, moba_chunk_size: int,
@@ -47,8 +47,7 @@ def moba_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
     check_whole("moba_topk", moba_topk, 1)
     cu_seqlens = check_cu_seqlens(cu_seqlens, max_seqlen, q.shape[0], q.device)
     segments = Segments.from_cu_seqlens(cu_seqlens, max_seqlen, moba_chunk_size)
-    return moba_attention(q, k, v, segments, moba_topk, softmax_scale=softmax_scale, deterministic=deterministic,
-                          backend=backend, return_lse=return_lse)
+    return _attend(q, k, v, segments, moba_topk, softmax_scale, deterministic, backend, return_lse)
 
 
 def moba_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, topk: int, *,
@@ -72,10 +71,20 @@ def moba_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, topk: in
     """
     check_qkv(q, k, v)
     check_whole("topk", topk, 1)
+    check_segments(segments, q.shape[0], k.shape[0], q.device)
+    return _attend(q, k, v, segments, topk, softmax_scale, deterministic, backend, return_lse)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, topk: int, softmax_scale: float | None,
+            deterministic: bool, backend: str, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+    """What the public operators share: the checks of the options, and the custom operator."""
     scale = check_scale(softmax_scale, q.shape[2])
+    check_flag("deterministic", deterministic)
+    check_flag("return_lse", return_lse)
+    check_backend(backend)
     o, lse, _ = _forward(q, k, v, segments.cu_seqlens_q, segments.cu_seqlens_k, segments.seq_ids, segments.offsets,
-                         segments.max_seqlen_q, segments.max_seqlen_k, segments.chunk_size, segments.packed, topk, scale,
-                         bool(deterministic), backend)
+                         segments.max_seqlen_q, segments.max_seqlen_k, segments.chunk_size, segments.packed, topk,
+                         scale, deterministic, backend)
     return (o, lse) if return_lse else o
 
 
@@ -86,6 +95,7 @@ def causal_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_
 
     Args, Returns, Raises: as :func:`moba_attn_varlen`.
     """
+    check_whole("max_seqlen", max_seqlen, 0)
     return moba_attn_varlen(q, k, v, cu_seqlens, max_seqlen, max(1, max_seqlen), 1, softmax_scale=softmax_scale,
                             deterministic=deterministic, backend=backend, return_lse=return_lse)
 

@@ -7,6 +7,8 @@ import os
 import torch
 from torch import Tensor
 
+from ..segments import Segments
+
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 CHECK_CUDA_VALUES = os.environ.get("MOBA_CHECK_INPUTS", "0") == "1"
 """Also read cu_seqlens back from the GPU to check its values. Off by default: it stops the host at every call."""
@@ -45,7 +47,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 def check_whole(name: str, value: int, minimum: int) -> int:
     """An int of at least ``minimum``; a bool, a float or a tensor is refused."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
+        hint = ": read it on the host once, with .item()" if isinstance(value, Tensor) else ""
+        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}{hint}")
     if isinstance(value, int) and value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
     return value
@@ -62,33 +65,97 @@ def check_scale(softmax_scale: float | None, head_dim: int) -> float:
     return float(softmax_scale)
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, max_seqlen: int, total: int, device: torch.device) -> Tensor:
+def check_flag(name: str, value: bool) -> bool:
+    """A bool; a number or a string is refused, since "False" would mean True."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
+    return value
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, max_seqlen: int, total: int, device: torch.device,
+                     name: str = "cu_seqlens", max_name: str = "max_seqlen") -> Tensor:
     """Cumulative lengths ``[B + 1]`` of ``total`` packed tokens; returns them as int32.
 
     Values are checked where reading them is free: on the CPU, or with ``MOBA_CHECK_INPUTS=1``.
     """
-    if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"cu_seqlens must be a torch.Tensor, got {type(cu_seqlens).__name__}")
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"cu_seqlens must be int32 (or int64), got {cu_seqlens.dtype}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
-        raise ValueError(f"cu_seqlens must have shape [sequences + 1], got {tuple(cu_seqlens.shape)}")
-    if cu_seqlens.device != device:
-        raise ValueError(f"cu_seqlens must be on q's device {device}, got {cu_seqlens.device}")
-    check_whole("max_seqlen", max_seqlen, 0)
+    _check_indices(name, cu_seqlens, device, (torch.int32, torch.int64))
+    if cu_seqlens.numel() < 2:
+        raise ValueError(f"{name} must have shape [sequences + 1], got {tuple(cu_seqlens.shape)}: it starts with 0 "
+                         "and every sequence adds its end")
+    check_whole(max_name, max_seqlen, 0)
     if total >= 2 ** 31:
         raise ValueError(f"at most 2^31 - 1 packed tokens are supported, got {total}")
-    if not torch.compiler.is_compiling() and (device.type == "cpu" or CHECK_CUDA_VALUES):
-        _check_cu_seqlens_values(cu_seqlens.tolist(), max_seqlen, total)
+    if _values_readable(device):
+        _check_cu_seqlens_values(cu_seqlens.tolist(), max_seqlen, total, name, max_name)
     return cu_seqlens.int()
 
 
-def _check_cu_seqlens_values(values: list[int], max_seqlen: int, total: int) -> None:
+def check_segments(segments: Segments, total_q: int, total_k: int, device: torch.device) -> None:
+    """Segments that place ``total_q`` queries among ``total_k`` keys; values are checked as in check_cu_seqlens.
+
+    Raises:
+        TypeError, ValueError: a field has the wrong type, dtype, shape, device or value; the message names it.
+    """
+    if not isinstance(segments, Segments):
+        raise TypeError(f"segments must be a moba_megatron.segments.Segments, got {type(segments).__name__}")
+    for name in ("cu_seqlens_q", "cu_seqlens_k", "seq_ids", "offsets"):
+        _check_indices(f"segments.{name}", getattr(segments, name), device, (torch.int32,))
+    check_whole("segments.chunk_size", segments.chunk_size, 1)
+    for side, total in (("q", total_q), ("k", total_k)):
+        name, max_name = f"cu_seqlens_{side}", f"max_seqlen_{side}"
+        check_cu_seqlens(getattr(segments, name), getattr(segments, max_name), total, device, f"segments.{name}",
+                         f"segments.{max_name}")
+    number = segments.num_segments
+    for name in ("seq_ids", "offsets"):
+        if getattr(segments, name).numel() != number:
+            raise ValueError(f"segments.{name} must have one entry for each of the {number} segments of cu_seqlens_q, "
+                             f"got {getattr(segments, name).numel()}")
+    if segments.packed and number != segments.num_sequences:
+        raise ValueError(f"segments.packed must be False unless every segment is a whole sequence, got True with "
+                         f"{number} segments of {segments.num_sequences} sequences")
+    if _values_readable(device):
+        _check_segments_values(segments)
+
+
+def _values_readable(device: torch.device) -> bool:
+    return not torch.compiler.is_compiling() and (device.type == "cpu" or CHECK_CUDA_VALUES and device.type == "cuda")
+
+
+def _check_indices(name: str, x: Tensor, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in dtypes:
+        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} must be {expected}, got {x.dtype}")
+    if x.dim() != 1:
+        raise ValueError(f"{name} must have 1 dimension, got shape {tuple(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"{name} must be on q's device {device}, got {x.device}")
+
+
+def _check_cu_seqlens_values(values: list[int], max_seqlen: int, total: int, name: str, max_name: str) -> None:
     if values[0] != 0 or values[-1] != total:
-        raise ValueError(f"cu_seqlens must run from 0 to the number of tokens {total}, got {values[0]} to {values[-1]}")
+        raise ValueError(f"{name} must run from 0 to the number of tokens {total}, got {values[0]} to {values[-1]}")
     lengths = [b - a for a, b in zip(values, values[1:])]
     if min(lengths) < 0:
         at = next(i for i, n in enumerate(lengths) if n < 0)
-        raise ValueError(f"cu_seqlens must not decrease, got {values[at]} then {values[at + 1]} at index {at + 1}")
+        raise ValueError(f"{name} must not decrease, got {values[at]} then {values[at + 1]} at index {at + 1}")
     if max(lengths) > max_seqlen:
-        raise ValueError(f"max_seqlen must be at least the longest sequence, {max(lengths)} tokens, got {max_seqlen}")
+        raise ValueError(f"{max_name} must be at least the longest sequence in {name}, {max(lengths)} tokens, "
+                         f"got {max_seqlen}")
+
+
+def _check_segments_values(segments: Segments) -> None:
+    cu_q, cu_k = segments.cu_seqlens_q.tolist(), segments.cu_seqlens_k.tolist()
+    seq_ids, offsets = segments.seq_ids.tolist(), segments.offsets.tolist()
+    for i, (sequence, offset) in enumerate(zip(seq_ids, offsets)):
+        if not 0 <= sequence < len(cu_k) - 1:
+            raise ValueError(f"segments.seq_ids must be in 0..{len(cu_k) - 2} (the sequences of cu_seqlens_k), got "
+                             f"{sequence} at index {i}")
+        queries, keys = cu_q[i + 1] - cu_q[i], cu_k[sequence + 1] - cu_k[sequence]
+        if offset < 0 or queries and offset + queries > keys:
+            raise ValueError(f"segments.offsets must be 0 or more and leave a segment within its sequence: segment {i} "
+                             f"has {queries} queries from position {offset}, sequence {sequence} has {keys} keys")
+    if segments.packed and not (cu_q == cu_k and seq_ids == list(range(len(seq_ids))) and not any(offsets)):
+        raise ValueError("segments.packed must be False unless every segment is a whole sequence: got True with other "
+                         "cu_seqlens_q than cu_seqlens_k, or with seq_ids or offsets of parts of sequences")
