@@ -82,10 +82,9 @@ class MoBAConfig:
             raise TypeError(f"MoBAConfig.deterministic must be a bool, got {self.deterministic!r}")
         if self.backend not in BACKENDS:
             raise ValueError(f"MoBAConfig.backend must be one of {', '.join(BACKENDS)}; got {self.backend!r}")
-        if not isinstance(self.full_attention_layers, str):
-            _parse_layers(self.full_attention_layers)
-            object.__setattr__(self, "full_attention_layers", tuple(self.full_attention_layers))
-        _parse_layers(self.full_attention_layers)
+        rule, numbers = _parse_layers(self.full_attention_layers)
+        if rule == "set" and not isinstance(self.full_attention_layers, str):
+            object.__setattr__(self, "full_attention_layers", tuple(sorted(numbers)))
 
     def is_full_attention(self, layer_number: int, num_layers: int) -> bool:
         """Whether a layer attends densely.
@@ -106,7 +105,8 @@ class MoBAConfig:
             return layer_number % n == 0
         if rule == "set":
             if n and max(n) > num_layers:
-                raise ValueError(f"MoBAConfig.full_attention_layers names layer {max(n)}, but the model has {num_layers}")
+                raise ValueError(f"MoBAConfig.full_attention_layers names layer {max(n)}, but the model has "
+                                 f"{num_layers}")
             return layer_number in n
         return rule == "all"
 
