@@ -9,7 +9,7 @@ from moba_megatron.segments import Segments
 
 @dataclass(frozen=True)
 class Case:
-    """One problem. ``data``: ``normal``, ``ties`` (integers with exact means and scores) or ``twins`` (equal chunks)."""
+    """One problem. ``data``: ``normal``, ``ties`` (integers, exact means and scores) or ``twins`` (equal chunks)."""
 
     lengths: tuple[int, ...]
     chunk_size: int
