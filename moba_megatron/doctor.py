@@ -1,0 +1,243 @@
+"""Says what of MoBA works on this machine: versions, cards, backends, Megatron, settings, and a self-test of seconds.
+
+    python -m moba_megatron.doctor
+
+Exit status 0: everything that is installed works. 1: a self-test failed, or a setting cannot be read.
+"""
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+import time
+import warnings
+
+import torch
+
+from . import __version__, moba_attn_varlen
+from .arguments import config_from_environment
+from .config import MoBAConfig
+from .launch import CHECKED_VERSIONS, is_known_version, megatron_version
+
+PACKAGES = (  # distribution, module, what it is for
+    ("triton", "triton", "the kernels, on CUDA"),
+    ("megatron-core", "megatron.core", "the Megatron adapter"),
+    ("transformer-engine", "transformer_engine", "Transformer Engine layer specs, fp8 linears"),
+    ("flash-attn", "flash_attn", "comparisons in the benchmarks"),
+    ("deepspeed", "deepspeed", "the DeepSpeed integration"),
+    ("transformers", "transformers", "the Hugging Face integration"),
+)
+OTHER_VARIABLES = {"MOBA_WORKSPACE_MIB", "MOBA_CHECK_INPUTS", "MOBA_TUNING_FILE", "MOBA_TUNING_ARCH", "MOBA_COMMIT"}
+LIMIT_BF16 = 0.02  # relative RMS error of kernels against the reference: 5 bf16 roundings (2^-8) at worst
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the report; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m moba_megatron.doctor", description="Says what of MoBA works here.")
+    parser.add_argument("--no-self-test", action="store_true", help="only look, compute nothing")
+    arguments = parser.parse_args(argv)
+    print(f"moba_megatron {__version__}, Python {platform.python_version()}, torch {torch.__version__} "
+          f"(CUDA {torch.version.cuda or 'none'}), {platform.system()}")
+    report_cards()
+    report_packages()
+    report_megatron()
+    report_backends()
+    healthy = report_environment()
+    if not arguments.no_self_test:
+        healthy = self_test() and healthy
+    print("healthy" if healthy else "NOT healthy: see the lines with FAIL")
+    return 0 if healthy else 1
+
+
+def report_cards() -> None:
+    print("cards")
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        _line(card.name, f"sm_{card.major}{card.minor}, {card.total_memory / 2 ** 30:.0f} GiB")
+    if not torch.cuda.device_count():
+        _line("none", "torch sees no CUDA device: everything runs on the reference stages, on the CPU")
+
+
+def report_packages() -> None:
+    print("packages")
+    for distribution, module, purpose in PACKAGES:
+        _line(distribution, f"{_version(distribution, module)} - {purpose}")
+
+
+def _version(distribution: str, module: str) -> str:
+    try:
+        if importlib.util.find_spec(module) is None:
+            return "not installed"
+    except (ImportError, ValueError):
+        return "not installed"
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "found, version unknown"
+
+
+def report_megatron() -> None:
+    print("Megatron")
+    problem = _import_problem("megatron.core")
+    if problem:
+        _line("megatron.core", f"unusable: {problem}")
+        return
+    version = megatron_version()
+    known = "known" if is_known_version(version) else f"not checked (checked: {CHECKED_VERSIONS[0]} to {CHECKED_VERSIONS[-1]})"
+    _line("megatron.core", f"{version}, {known}, from {os.path.dirname(sys.modules['megatron.core'].__file__)}")
+    training = importlib.util.find_spec("megatron.training")
+    _line("megatron.training", "found: python -m moba_megatron.launch works from anywhere" if training else
+          "not here: run python -m moba_megatron.launch with the path of a script in a Megatron-LM checkout")
+    problem = _import_problem("transformer_engine.pytorch")
+    _line("layer specs", "local, Transformer Engine" if not problem else f"local (Transformer Engine unusable: {problem})")
+
+
+def report_backends() -> None:
+    print("backends")
+    _line("reference", "usable, any device")
+    problem = _import_problem("triton")
+    if problem:
+        problem = f"Triton cannot be imported ({problem})"
+    elif not torch.cuda.is_available():
+        problem = "no CUDA device"
+    elif torch.cuda.get_device_capability() < (8, 0):
+        problem = "the kernels need sm_80 (Ampere) or later"
+    _line("triton", f"unusable: {problem}" if problem else "usable, and what backend=auto takes for CUDA tensors")
+
+
+def report_environment() -> bool:
+    print("settings (MOBA_* environment variables)")
+    fields = {"MOBA_" + name.upper() for name in MoBAConfig.__dataclass_fields__}
+    for name in sorted(name for name in os.environ if name.startswith("MOBA_")):
+        known = name in fields | OTHER_VARIABLES
+        _line(name, os.environ[name] + ("" if known else "  (unknown: nothing reads it)"))
+    try:
+        _line("used by --spec", config_from_environment().describe())
+    except (TypeError, ValueError) as error:
+        _line("used by --spec", f"FAIL: {error}")
+        return False
+    return True
+
+
+def self_test() -> bool:
+    print("self-test")
+    checks = [("reference = definition", check_definition), ("reference = torch, where dense", check_dense)]
+    if torch.cuda.is_available():
+        checks.append(("kernels = reference, bf16", check_kernels))
+    if not _import_problem("megatron.core"):
+        checks.append(("Megatron core attention", check_core_attention))
+    return all([_run(name, check) for name, check in checks])
+
+
+def _run(name: str, check) -> bool:
+    start = time.perf_counter()
+    try:
+        said = check()
+    except Exception as error:  # a report, not a traceback: any failure is a finding
+        _line(name, f"FAIL: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        return False
+    _line(name, f"ok, {said} ({time.perf_counter() - start:.1f} s)")
+    return True
+
+
+def check_definition() -> str:
+    """MoBA against a masked softmax that is written straight from the definition."""
+    q, k, v, cu_seqlens = _inputs(100, torch.float64, "cpu")
+    chunk, topk = 16, 3
+    o = moba_attn_varlen(q, k, v, cu_seqlens, 100, chunk, topk, backend="reference")
+    k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+    means = torch.stack([part.mean(0) for part in k.split(chunk)])
+    position = torch.arange(100)
+    scores = torch.einsum("thd,chd->htc", q, means)
+    scores.masked_fill_(torch.arange(len(means)) >= position[:, None] // chunk, -torch.inf)
+    best = scores.topk(topk - 1).indices
+    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(2, best, True) & (scores > -torch.inf)
+    own = position[:, None] // chunk == position // chunk
+    mask = (chosen[:, :, position // chunk] | own) & (position <= position[:, None])
+    logits = torch.einsum("thd,shd->hts", q, k) / q.shape[-1] ** 0.5
+    expected = torch.einsum("hts,shd->thd", logits.masked_fill(~mask, -torch.inf).softmax(-1), v)
+    return _require(_error(o, expected), 1e-10)
+
+
+def check_dense() -> str:
+    """With topk covering every chunk MoBA is causal attention: torch's, with gradients."""
+    results = []
+    for moba in (True, False):
+        q, k, v, cu_seqlens = _inputs(75, torch.float64, "cpu")
+        if moba:
+            o = moba_attn_varlen(q, k, v, cu_seqlens, 75, 16, 5, backend="reference")
+        else:
+            heads = (x.transpose(0, 1)[None] for x in (q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)))
+            o = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True)[0].transpose(0, 1)
+        results.append((o, *torch.autograd.grad(o.square().sum(), (q, k, v))))
+    return _require(max(_error(ours, torchs) for ours, torchs in zip(*results)), 1e-10)
+
+
+def check_kernels() -> str:
+    """Triton against the reference on the card, forward and backward."""
+    results = []
+    for backend in ("triton", "reference"):
+        q, k, v, cu_seqlens = _inputs(1000, torch.bfloat16, "cuda", head_dim=64)
+        o = moba_attn_varlen(q, k, v, cu_seqlens, 1000, 64, 4, backend=backend)
+        results.append((o, *torch.autograd.grad(o.float().square().sum(), (q, k, v))))
+    return _require(max(_error(ours, theirs) for ours, theirs in zip(*results)), LIMIT_BF16)
+
+
+def check_core_attention() -> str:
+    """A MoBA layer of the installed Megatron-Core, one process."""
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from .core_attention import MoBACoreAttention
+
+    config = TransformerConfig(num_layers=2, hidden_size=64, num_attention_heads=4, num_query_groups=2, attention_dropout=0.0)
+    core = MoBACoreAttention(config=config, layer_number=1, attn_mask_type=AttnMaskType.causal, attention_type="self",
+                             moba_config=MoBAConfig(chunk_size=16, topk=3))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float64
+    q, k, v, cu_seqlens = _inputs(100, dtype, device)
+    o = core(q[:, None], k[:, None], v[:, None])
+    return _require(_error(o[:, 0], moba_attn_varlen(q, k, v, cu_seqlens, 100, 16, 3).flatten(1)), 1e-12)
+
+
+def _inputs(tokens: int, dtype: torch.dtype, device: str, head_dim: int = 16):
+    """q of 4 heads, k and v of 2, all needing gradients, and cu_seqlens of one sequence."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(tokens, heads, head_dim, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_()
+               for heads in (4, 2, 2))
+    return q, k, v, torch.tensor([0, tokens], dtype=torch.int32, device=device)
+
+
+def _error(ours: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative RMS error."""
+    ours, expected = ours.detach().double(), expected.detach().double()
+    return float((ours - expected).norm() / expected.norm())
+
+
+def _require(error: float, limit: float) -> str:
+    if not error <= limit:  # NaN too
+        raise AssertionError(f"relative error {error:.2e}, at most {limit:.0e} expected")
+    return f"relative error {error:.1e}"
+
+
+def _import_problem(module: str) -> str | None:
+    """Why a module cannot be imported, None if it can. Broken installations raise all kinds of errors."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module(module)
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return None
+
+
+def _line(name: str, text: str) -> None:
+    print(f"    {name:<30} {text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
