@@ -1,4 +1,4 @@
-"""Runs a function in several processes joined by gloo over loopback, with a time limit."""
+"""Runs a function in several processes joined over loopback, with a time limit."""
 import os
 import socket
 import sys
@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run_ranks(function, size, directory, *args, seconds=180):
+def run_ranks(function, size, directory, *args, seconds=300, backend="gloo"):
     """Calls ``function(rank, size, *args)`` in ``size`` processes and returns their results, by rank.
 
     Raises AssertionError with the traceback of a rank that failed, or where the time limit passed.
@@ -21,7 +21,7 @@ def run_ranks(function, size, directory, *args, seconds=180):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     context = mp.get_context("spawn")
-    processes = [context.Process(target=_main, args=(function, rank, size, port, str(directory), args))
+    processes = [context.Process(target=_main, args=(function, rank, size, port, str(directory), backend, args))
                  for rank in range(size)]
     for process in processes:
         process.start()
@@ -43,12 +43,14 @@ def run_ranks(function, size, directory, *args, seconds=180):
     return [torch.load(directory / f"result{rank}.pt", weights_only=False) for rank in range(size)]
 
 
-def _main(function, rank, size, port, directory, args):
+def _main(function, rank, size, port, directory, backend, args):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size),
                       LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     try:
-        dist.init_process_group("gloo", rank=rank, world_size=size)
+        dist.init_process_group(backend, rank=rank, world_size=size)
         torch.save(function(rank, size, *args), Path(directory) / f"result{rank}.pt")
         dist.barrier()
         dist.destroy_process_group()

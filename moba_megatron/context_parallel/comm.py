@@ -58,11 +58,11 @@ class Agreement:
     following collectives depend on (shapes, dtypes, chunk size). At its end the ranks exchange that text, or the text
     of the error that was raised, in a message of fixed size: it cannot itself fail to match, whatever the inputs are.
 
-    Cost: on CPU tensors one all-gather of 512 bytes a call, read at once. With NCCL the message travels on the
-    communication stream and the host reads it at once only where this rank has a signature that the group has not yet
-    agreed on (the first call, a new sequence length). Otherwise the host does not wait: the message is copied to
-    pinned memory and looked at when the next attention call begins, so a training step has no host sync. A rank whose
-    input changed alone is on the reading side and raises immediately; its peers raise at their next call.
+    Cost: with gloo one all-gather of 512 bytes a call, read at once. With NCCL the host reads the message at once only
+    where this rank has a signature that the group has not yet agreed on (the first call, a new sequence length).
+    Otherwise neither the host nor the compute stream waits: a side stream copies the message to pinned memory, and it
+    is looked at when the next attention call begins. A rank whose input changed alone is on the reading side and
+    raises immediately; its peers raise at their next call. In a CUDA graph under capture nothing is exchanged.
 
     Args:
         group: the context parallel group.
@@ -87,14 +87,16 @@ class Agreement:
     def __exit__(self, exc_type, error, traceback) -> bool:
         if error is not None and not isinstance(error, (TypeError, ValueError)):
             return False
+        if _capturing():
+            return False
         text = "!" + str(error) if error is not None else self.signature
         device = _group_device(self.group)
-        headers = all_gather(_header(text, device, self.HEADER_BYTES), self.group).wait()
+        headers = all_gather(_header(text, device, self.HEADER_BYTES), self.group)
         key = (self.group.group_name, text)
         if device.type == "cuda" and key in self._agreed:
-            self._read_later(headers, text)
+            self._read_later(headers, device)
         else:
-            self._check(headers, text, error)
+            self._check(headers.wait(), error)
             self._agreed.add(key)
         return False
 
@@ -102,7 +104,7 @@ class Agreement:
         """Whether the exchange at the end of the block will make the host wait anyway: costly checks may go with it."""
         return (self.group.group_name, self.signature) not in self._agreed
 
-    def _check(self, headers: Tensor, text: str, error: Exception | None = None) -> None:
+    def _check(self, headers: Tensor, error: Exception | None = None) -> None:
         rows = headers.view(self.group.size(), self.HEADER_BYTES).cpu()
         texts = [bytes(row.tolist()).rstrip(b"\0").decode("utf-8", "ignore") for row in rows]
         problems = [f"context parallel rank {rank}: {t[1:]}" for rank, t in enumerate(texts) if t.startswith("!")]
@@ -113,18 +115,20 @@ class Agreement:
             raise ValueError("all ranks of a context parallel group must call attention with the same shapes, dtypes "
                              f"and MoBA settings, got {each}. Check the lengths that the data loader gives each rank")
 
-    def _read_later(self, headers: Tensor, text: str) -> None:
-        copy = torch.empty(headers.shape, dtype=headers.dtype, pin_memory=True)
-        copy.copy_(headers, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._unread.setdefault(self.group.group_name, deque()).append((event, copy, text))
+    def _read_later(self, pending: Pending, device: torch.device) -> None:
+        with torch.cuda.stream(_side_stream(device)):
+            headers = pending.wait()
+            copy = torch.empty(headers.shape, dtype=headers.dtype, pin_memory=True)
+            copy.copy_(headers, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        # the device tensor is kept too: its memory must not be reused before the copy is done
+        self._unread.setdefault(self.group.group_name, deque()).append((event, copy, headers))
 
     def _read_finished(self) -> None:
-        unread = self._unread.get(self.group.group_name, ())
-        while unread and unread[0][0].query():
-            _, headers, text = unread.popleft()
-            self._check(headers, text)
+        unread = self._unread.get(self.group.group_name)
+        while unread and not _capturing() and unread[0][0].query():
+            self._check(unread.popleft()[1])
 
 
 @functools.lru_cache(maxsize=64)
@@ -135,7 +139,16 @@ def _header(text: str, device: torch.device, size: int) -> Tensor:
 
 
 def _group_device(group: dist.ProcessGroup) -> torch.device:
-    """The device of the group's small messages: its rank's GPU with NCCL, the CPU otherwise."""
-    if "nccl" in dist.get_backend(group) and torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+    """The device of the group's small messages: the CPU with gloo, else this rank's GPU."""
+    if dist.get_backend(group) == "gloo" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@functools.lru_cache(maxsize=None)
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
