@@ -58,7 +58,7 @@ install_torch() {
         need_room 12
         return # the standard build, with the package's other dependencies
     fi
-    if "$PY" -m pip install --quiet --dry-run --no-deps "$TORCH_CPU" >/dev/null 2>&1; then
+    if [ "$DRY_RUN" = 1 ] || "$PY" -m pip install --quiet --dry-run --no-deps "$TORCH_CPU" >/dev/null 2>&1; then
         need_room 4
         say "No GPU here: installing the CPU build, $TORCH_CPU."
         run "$PY" -m pip install --quiet "$TORCH_CPU"
@@ -91,9 +91,7 @@ setup() {
         need_room 4
         run "$base" -m venv --clear "$VENV"
     fi
-    if [ "$DRY_RUN" != 1 ]; then
-        "$PY" -c 'import torch' 2>/dev/null || install_torch
-    fi
+    "$PY" -c 'import torch' 2>/dev/null || install_torch
     run "$PY" -m pip install --quiet --prefer-binary --editable ".[$1]" || die "pip could not install the package;" \
         "its message is above. Without network access, let PIP_FIND_LINKS or PIP_INDEX_URL point to a local copy."
     # 38 plays as Markdown, read as files and never imported: its dependencies and its bound on Python do not matter.

@@ -31,7 +31,7 @@ flags=(
     --data-path "$DATA_PATH" --split 95,5,0 --micro-batch-size 2 --global-batch-size 2
     --train-iters "$ITERS" --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-iters 20
     --weight-decay 0.1 --clip-grad 1.0 --seed 1234
-    --log-interval 1 --eval-interval "$ITERS" --eval-iters 8
+    --log-interval 1 --eval-interval $((ITERS / 2)) --eval-iters 8
     --save "$RUN/checkpoints" --load "$RUN/checkpoints" --save-interval "$ITERS"
     --log-jsonl "$RUN/log.jsonl" --tensorboard-dir "$RUN/tensorboard" --save-selection "$RUN/selection.npz"
 )

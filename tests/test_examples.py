@@ -1,0 +1,284 @@
+"""The pretraining example end to end on CPU: data, training on two ranks, stop and resume, other layouts, bad input."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import prepare_data
+import pytest
+from check_run import check
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from plot_run import attended_share
+from plot_run import main as plot_run
+from pretraining.arguments import parse_args
+from pretraining.monitor import Monitor, read_log
+
+ROOT = Path(__file__).parent.parent
+MODEL = ["--num-layers", "3", "--hidden-size", "64", "--num-attention-heads", "4", "--group-query-attention",
+         "--num-query-groups", "2", "--seq-length", "128", "--moba-chunk-size", "16", "--moba-topk", "3",
+         "--moba-full-attention-layers", "last:1"]
+TRAINING = ["--train-iters", "6", "--lr", "1e-2", "--lr-warmup-iters", "1", "--global-batch-size", "2", "--log-interval", "1",
+            "--eval-iters", "2", "--eval-interval", "6", "--loss-position-bins", "8", "--split", "50,50,0"]
+
+
+def torchrun(processes: int, *flags: str, timeout: int = 150) -> subprocess.CompletedProcess:
+    """examples/pretrain_gpt.py under torchrun, on CPU and the loopback interface."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
+                   "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
+               "--nproc-per-node", str(processes), str(ROOT / "examples/pretrain_gpt.py"), *flags]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun ends its workers
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def train(processes: int, log: Path, data_path: Path, *flags: str) -> dict:
+    """Trains and returns the log's records."""
+    result = torchrun(processes, *MODEL, *TRAINING, "--data-path", str(data_path), "--log-jsonl", str(log), *flags)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return read_log(log)
+
+
+def losses(records: dict) -> list[tuple]:
+    """Everything of the steps and validations that must be reproducible."""
+    return [(r["iteration"], r["loss"], r["grad_norm"], r["lr"]) for r in records["step"]] + [
+        (r["iteration"], r["loss"], r["by_position"]) for r in records["validation"]]
+
+
+@pytest.fixture(scope="module")
+def data_path(tmp_path_factory) -> Path:
+    """Four documents of text that a small model learns fast."""
+    directory = tmp_path_factory.mktemp("data")
+    words = "the quick brown fox jumps over the lazy dog and the dog sleeps on".split()
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        (directory / f"{i}.txt").write_text(" ".join(rng.choice(words, 400)))
+    prefix = directory / "words"
+    assert prepare_data.main(["--input", *map(str, sorted(directory.glob("*.txt"))), "--output-prefix", str(prefix)]) == 0
+    return prefix
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, data_path) -> tuple[dict, Path]:
+    """Six steps on two context parallel ranks; (records, directory)."""
+    run = tmp_path_factory.mktemp("uninterrupted")
+    records = train(2, run / "log.jsonl", data_path, "--context-parallel-size", "2", "--use-distributed-optimizer",
+                    "--save-selection", str(run / "selection.npz"), "--tensorboard-dir", str(run / "tensorboard"))
+    return records, run
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, data_path) -> Path:
+    """A run of the same that stopped after three steps, with a checkpoint."""
+    run = tmp_path_factory.mktemp("stopped")
+    records = train(2, run / "log.jsonl", data_path, "--context-parallel-size", "2", "--use-distributed-optimizer",
+                    "--save", str(run / "checkpoints"), "--exit-interval", "3")
+    assert len(records["step"]) == 3
+    return run
+
+
+class TestData:
+    def test_bytes_come_back(self, tmp_path):
+        texts = ["Grüße, 世界\n", "second document", "third"]
+        (tmp_path / "a.txt").write_text(texts[0], encoding="utf-8")
+        (tmp_path / "b.jsonl").write_text("".join(json.dumps({"body": t}) + "\n" for t in texts[1:]) + "\n")
+        prefix = tmp_path / "deep" / "data"
+        assert prepare_data.main(["--input", str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl"), "--json-key", "body",
+                                  "--output-prefix", str(prefix)]) == 0
+        dataset, tokenizer = IndexedDataset(str(prefix)), prepare_data.ByteLevelTokenizer()
+        assert [tokenizer.detokenize(dataset[i]) for i in range(len(dataset))] == texts
+        assert all(dataset[i][-1] == tokenizer.eod for i in range(len(dataset)))
+        facts = json.loads(Path(f"{prefix}.json").read_text())
+        assert facts["documents"] == 3 and facts["vocab_size"] == 257
+
+    def test_hugging_face_tokenizer_from_a_directory(self, tmp_path):
+        pytest.importorskip("transformers")
+        tokenizer = tmp_path / "tokenizer"
+        tokenizer.mkdir()
+        (tokenizer / "tokenizer.json").write_text(json.dumps({
+            "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None, "decoder": None,
+            "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None,
+            "model": {"type": "WordLevel", "vocab": {"<end>": 0, "a": 1, "b": 2}, "unk_token": "<end>"}}))
+        (tokenizer / "tokenizer_config.json").write_text(json.dumps(
+            {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"}))
+        (tmp_path / "a.txt").write_text("a b b a")
+        assert prepare_data.main(["--input", str(tmp_path / "a.txt"), "--output-prefix", str(tmp_path / "data"),
+                                  "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer)]) == 0
+        dataset = IndexedDataset(str(tmp_path / "data"))  # owns the memory that its arrays show
+        assert dataset[0].tolist() == [1, 2, 2, 1, 0]
+
+    @pytest.mark.parametrize("content, flags, message", [
+        pytest.param(None, [], "is none", id="no file"),
+        pytest.param("", [], "no text", id="empty"),
+        pytest.param('{"other": 1}\n', [], "line 1", id="no such key"),
+        pytest.param("not json\n", [], "line 1", id="not json"),
+        pytest.param('{"text": "x"}\n', ["--tokenizer-type", "HuggingFaceTokenizer"], "--tokenizer-model", id="no tokenizer"),
+    ])
+    def test_bad_input_is_named(self, tmp_path, capsys, content, flags, message):
+        if content is not None:
+            (tmp_path / "a.jsonl").write_text(content)
+        status = prepare_data.main(["--input", str(tmp_path / "a.jsonl"), "--output-prefix", str(tmp_path / "d"), *flags])
+        assert status == 2 and message in capsys.readouterr().err
+
+
+class TestTraining:
+    def test_loss_falls(self, uninterrupted):
+        records, _ = uninterrupted
+        assert records["step"][-1]["loss"] < records["step"][0]["loss"] - 1
+
+    def test_loss_by_position_averages_to_the_loss(self, uninterrupted):
+        result = uninterrupted[0]["validation"][-1]
+        parts = result["by_position"]
+        assert [part[:2] for part in parts] == [[16 * i, 16 * (i + 1)] for i in range(8)]
+        assert np.mean([part[2] for part in parts]) == pytest.approx(result["loss"], rel=1e-6)
+        assert result["trailing_loss"] == parts[-1][2]
+
+    def test_selection_names_earlier_chunks_of_sparse_layers(self, uninterrupted):
+        with np.load(uninterrupted[1] / "selection.npz") as file:
+            assert sorted(file.files) == ["chunk_size", "layer_1", "layer_2"]
+            selected = file["layer_2"]
+        assert selected.shape == (128, 4, 2)
+        own = (np.arange(128) // 16)[:, None]
+        assert np.array_equal((selected >= 0).sum(-1), np.broadcast_to(np.minimum(own, 2), (128, 4)))
+        assert (selected < own[:, None]).all()
+
+    def test_plots_and_tensorboard_are_written(self, uninterrupted):
+        pytest.importorskip("matplotlib")
+        _, run = uninterrupted
+        assert plot_run([str(run)]) == 0
+        for name in ("loss.png", "position.png", "selection.png"):
+            assert (run / name).stat().st_size > 5000
+        assert list((run / "tensorboard").glob("events.*"))
+
+    def test_resumed_run_is_bitwise_the_uninterrupted_one(self, tmp_path, data_path, uninterrupted, stopped):
+        run = shutil.copytree(stopped, tmp_path / "run")
+        records = train(2, run / "log.jsonl", data_path, "--context-parallel-size", "2", "--use-distributed-optimizer",
+                        "--load", str(run / "checkpoints"))
+        assert [r["iteration"] for r in records["start"]] == [0, 3]
+        assert losses(records) == losses(uninterrupted[0])
+
+    def test_resumes_on_one_rank(self, tmp_path, data_path, uninterrupted, stopped):
+        run = shutil.copytree(stopped, tmp_path / "run")
+        records = train(1, run / "log.jsonl", data_path, "--use-distributed-optimizer", "--load", str(run / "checkpoints"))
+        self._assert_close(records, uninterrupted[0])
+
+    def test_tensor_and_sequence_parallel_ranks_train_the_same(self, tmp_path, data_path, uninterrupted):
+        # Half the multiple a rank: the padded vocabulary, over which the softmax runs, stays the same.
+        records = train(2, tmp_path / "log.jsonl", data_path, "--tensor-model-parallel-size", "2", "--sequence-parallel",
+                        "--make-vocab-size-divisible-by", "64")
+        self._assert_close(records, uninterrupted[0])
+
+    def test_pipeline_stages_train_and_resume(self, tmp_path, data_path):
+        flags = ["--pipeline-model-parallel-size", "2", "--num-layers", "4", "--bf16", "--recompute-granularity", "full",
+                 "--save", str(tmp_path / "c"), "--load", str(tmp_path / "c"), "--save-selection", str(tmp_path / "s.npz")]
+        train(2, tmp_path / "log.jsonl", data_path, *flags, "--exit-interval", "3")
+        records = train(2, tmp_path / "log.jsonl", data_path, *flags)
+        assert [r["iteration"] for r in records["step"]] == [1, 2, 3, 4, 5, 6]
+        assert records["step"][-1]["loss"] < records["step"][0]["loss"] - 1
+        with np.load(tmp_path / "s.npz") as file:
+            assert {"layer_1", "layer_2", "layer_3"} <= set(file.files)
+
+    def _assert_close(self, records, expected):
+        got, want = ([r["loss"] for r in x["step"] + x["validation"]] for x in (records, expected))
+        # Sums in another order differ by fp32 rounding, which six steps of Adam enlarge.
+        assert got == pytest.approx(want, rel=2e-4)
+
+
+class TestBadInput:
+    def test_missing_data_ends_all_ranks_with_one_message(self, tmp_path):
+        result = torchrun(2, *MODEL, *TRAINING, "--context-parallel-size", "2", "--data-path", str(tmp_path / "nothing"),
+                          timeout=60)
+        assert result.returncode != 0
+        assert result.stderr.count("there is no file") == 1
+
+    @pytest.mark.parametrize("world, flags, message", [
+        pytest.param(3, ["--context-parallel-size", "2"], "multiple of tensor x pipeline x context", id="world size"),
+        pytest.param(2, ["--context-parallel-size", "2", "--seq-length", "126"], "--seq-length must be a multiple of 4",
+                     id="sequence does not divide"),
+        pytest.param(1, ["--hidden-size", "65"], "--hidden-size must be a multiple", id="hidden size"),
+        pytest.param(1, ["--num-query-groups", "3"], "--num-query-groups must divide", id="groups"),
+        pytest.param(4, ["--tensor-model-parallel-size", "4"], "key/value heads (2)", id="more ranks than kv heads"),
+        pytest.param(1, ["--sequence-parallel"], "--tensor-model-parallel-size 1", id="sequence parallel alone"),
+        pytest.param(1, ["--global-batch-size", "3", "--micro-batch-size", "2"], "--global-batch-size must be a multiple",
+                     id="batch"),
+        pytest.param(1, ["--min-lr", "1"], "--min-lr must be between", id="lr"),
+        pytest.param(1, ["--lr-warmup-iters", "6"], "--lr-warmup-iters must be below", id="warmup"),
+        pytest.param(1, ["--train-iters", "0"], "--train-iters must be at least 1", id="no steps"),
+        pytest.param(1, ["--save-interval", "2"], "needs --save", id="save interval"),
+        pytest.param(2, ["--pipeline-model-parallel-size", "2"], "--num-layers must be a multiple", id="stages"),
+        pytest.param(1, ["--loss-position-bins", "7"], "--loss-position-bins must divide", id="bins"),
+        pytest.param(1, ["--moba-topk", "0"], "topk must be at least 1", id="topk"),
+        pytest.param(1, ["--moba-full-attention-layers", "9"], "names layer 9", id="layer beyond the model"),
+        pytest.param(1, ["--overlap-param-gather"], "--overlap-param-gather needs", id="overlap"),
+        pytest.param(1, ["--no-such-flag"], "unrecognized", id="unknown flag"),
+    ])
+    def test_flags_are_judged_before_anything_starts(self, monkeypatch, capsys, world, flags, message):
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        monkeypatch.setenv("RANK", "0")
+        with pytest.raises(SystemExit) as exit:
+            parse_args([*MODEL, *TRAINING, "--data-path", "x", *flags])
+        assert exit.value.code == 2
+        assert message in capsys.readouterr().err
+
+    def test_other_ranks_are_silent(self, monkeypatch, capsys):
+        monkeypatch.setenv("RANK", "1")
+        with pytest.raises(SystemExit):
+            parse_args([*MODEL, *TRAINING, "--data-path", "x", "--moba-topk", "0"])
+        assert capsys.readouterr().err == ""
+
+
+class TestLogs:
+    def _monitor(self, path, first):
+        args = parse_args([*MODEL, *TRAINING, "--data-path", "x", "--log-jsonl", str(path)])
+        return Monitor(args, 0, first)
+
+    def test_resuming_drops_steps_past_the_checkpoint(self, tmp_path):
+        path = tmp_path / "log.jsonl"
+        for first, last in ((0, 5), (3, 6)):
+            monitor = self._monitor(path, first)
+            monitor.record("start", iteration=first)
+            for i in range(first + 1, last + 1):
+                monitor.step(i, 10.0 * first + i, 1.0, 0.1, 5.0)
+            monitor.close()
+        assert [r["loss"] for r in read_log(path)["step"]] == [1, 2, 3, 34, 35, 36]
+
+    def test_a_fresh_run_starts_the_log_anew(self, tmp_path):
+        path = tmp_path / "log.jsonl"
+        path.write_text('{"kind": "step", "iteration": 1, "loss": 9}\n{"kind": "st')
+        monitor = self._monitor(path, 0)
+        monitor.step(1, 2.0, 1.0, 0.1, 5.0)
+        monitor.close()
+        assert [r["loss"] for r in read_log(path)["step"]] == [2.0]
+
+    @pytest.mark.parametrize("after, resumed, problem", [
+        pytest.param(2.0, True, None, id="sound"),
+        pytest.param(4.5, True, "jumped", id="weights lost"),
+        pytest.param(2.0, False, "never resumed", id="not resumed"),
+    ])
+    def test_check_tells_a_sound_run_from_a_broken_one(self, after, resumed, problem):
+        curve = [5.0] * 10 + [2.0] * 20 + [after] * 10 + [2.0] * 10
+        records = {"step": [{"iteration": i + 1, "loss": loss + 0.01 * (i % 2)} for i, loss in enumerate(curve)],
+                   "start": [{"iteration": 0}] + [{"iteration": 30}] * resumed, "validation": []}
+        problems = check(records)
+        assert (problems == []) if problem is None else any(problem in p for p in problems)
+
+    def test_check_notices_a_flat_loss(self):
+        records = {"step": [{"iteration": i, "loss": 5.0} for i in range(1, 41)], "start": [{"iteration": 20}],
+                   "validation": []}
+        assert any("fell too little" in p for p in check(records))
+
+    def test_attended_share_counts_own_and_chosen_chunks(self):
+        selected = np.array([[-1], [-1], [0], [0], [1], [0]])
+        share = attended_share(selected, 2)
+        assert share.tolist() == [[1, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 0], [0, 1, 1], [1, 0, 1]]
+
+    def test_attended_share_averages_long_sequences(self):
+        share = attended_share(np.full((1000, 1), -1), 2)
+        assert share.shape == (250, 250) and share.sum() == pytest.approx(250 * 0.5)
