@@ -108,3 +108,11 @@ def test_climb_finds_the_best_of_single_steps_and_skips_what_does_not_work():
 
 def test_climb_stops_when_time_is_up():
     assert tune.climb({"BLOCK_M": 32}, lambda config: 1 / config["BLOCK_M"], lambda: False)[0] == {"BLOCK_M": 32}
+
+
+def test_the_interpreter_gets_small_tiles_unless_a_row_is_its_own(monkeypatch):
+    monkeypatch.setitem(TABLE, "made up", (tuning.Row("*", {"head_dim": 64}, {"BLOCK_M": 128, "SPLIT": 4096}, "x"),
+                                           tuning.Row("interpreter", {}, {"BLOCK_M": 64}, "x")))
+    with tuning.forced(arch=tuning.INTERPRETER):
+        assert tuning.config("made up", head_dim=64) == {"BLOCK_M": 32, "SPLIT": 4096}
+        assert tuning.config("made up", head_dim=65) == {"BLOCK_M": 64}

@@ -127,6 +127,7 @@ def add_tune(subcommands) -> None:
     p.add_argument("--heads", type=int, default=8)
     p.add_argument("--kv-heads", type=int, default=4)
     p.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    p.add_argument("--device", default="cuda")
     p.add_argument("--budget", type=float, default=600, metavar="S", help="stop after so many seconds (600)")
     p.set_defaults(run=run_tune)
 
@@ -134,7 +135,7 @@ def add_tune(subcommands) -> None:
 def run_tune(arguments: argparse.Namespace) -> int:
     """Tunes, writes, and says how much was gained."""
     from . import tune
-    if not torch.cuda.is_available():
+    if arguments.device == "cuda" and not torch.cuda.is_available():
         print("tune measures on a CUDA device, and there is none here", file=sys.stderr)
         return 2
     found = tune.tune(arguments)

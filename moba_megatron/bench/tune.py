@@ -74,7 +74,7 @@ def climb(start: dict[str, int], measure: Callable[[dict[str, int]], float | Non
 
 def _functions(arguments: argparse.Namespace, head_dim: int, chunk_size: int) -> dict[str, Callable[[], object]]:
     """Prefix of stage names -> the function that runs such stages, on inputs of its own."""
-    device, dtype = torch.device("cuda"), getattr(torch, arguments.dtype)
+    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
 
     def normal(heads: int) -> Tensor:
         return torch.randn(arguments.tokens, heads, head_dim, device=device, dtype=dtype)
@@ -108,9 +108,9 @@ def _as_tensors(result) -> list[Tensor]:
     return [x.detach().clone() for x in (result if isinstance(result, tuple) else (result,))]
 
 
-def _measurer(stage: str, run: Callable[[], object], forced: dict) -> Callable[[dict[str, int]], float | None]:
+def _measurer(stage: str, run: Callable[[], object], forced: dict,
+              device: torch.device) -> Callable[[dict[str, int]], float | None]:
     """The function that times one configuration of a stage, the stages already tuned being as they were found."""
-    device = torch.device("cuda")
     with tuning.forced(configs=forced):
         expected = _as_tensors(run())
 
@@ -140,7 +140,7 @@ def _same(expected: list[Tensor], got: list[Tensor]) -> bool:
 def tune(arguments: argparse.Namespace) -> dict:
     """Tunes every stage for the given head dims and chunk sizes; what MOBA_TUNING_FILE reads, with its origin."""
     end = time.perf_counter() + arguments.budget
-    about = environment.describe(torch.device("cuda"))
+    about = environment.describe(torch.device(arguments.device))
     print(environment.line(about), flush=True)
     rows: dict[tuple, dict] = {}
     for head_dim in sorted(arguments.head_dims):
@@ -154,15 +154,17 @@ def tune(arguments: argparse.Namespace) -> dict:
 def _tune_problem(arguments: argparse.Namespace, head_dim: int, chunk_size: int, end: float):
     """Yields the rows for one head dim and chunk size, until the clock says ``end``."""
     forced: dict[str, dict[str, int]] = {}
+    device = torch.device(arguments.device)
     for prefix, run in _functions(arguments, head_dim, chunk_size).items():
         for stage, (key, row) in _looked_up(run).items():
             wanted = stage.startswith(prefix) and stage in (arguments.stages or (stage,))
             if stage in forced or not wanted or time.perf_counter() > end:
                 continue
-            best, ms, first = climb(row.config, _measurer(stage, run, forced), lambda: time.perf_counter() < end)
+            measure = _measurer(stage, run, forced, device)
+            best, ms, first = climb(row.config, measure, lambda: time.perf_counter() < end)
             forced[stage] = best
             why = f"D={head_dim}, chunk {chunk_size}: {first:.3f} -> {ms:.3f} ms"
             print(f"  {stage}, {why}: {best}", flush=True)
             bounded = chunk_size < max(arguments.chunk_sizes)  # the row of the largest chunks is for still larger ones
-            yield {"stage": stage, "archs": tuning.arch_of(torch.device("cuda")), "config": best, "why": why,
+            yield {"stage": stage, "archs": tuning.arch_of(device), "config": best, "why": why,
                    "upto": {name: value for name, value in key.items() if name != "chunk_size" or bounded}}

@@ -68,15 +68,15 @@ def _lookup(stage: str, arch: str, key: tuple[tuple[str, int], ...]) -> dict[str
     found = next((row for row in rows(stage) if row.fits(arch, dict(key))), None)
     if "record" in _forced:
         _forced["record"].append((stage, key, found))
-    if found is not None:
-        return _forced.get("configs", {}).get(stage, found.config)
-    if arch == INTERPRETER:
-        found = next((row for row in rows(stage) if row.fits("sm_86", dict(key))), None)
-        if found is not None:
-            return {name: min(value, INTERPRETER_BLOCK) if name.startswith("BLOCK_") else value
-                    for name, value in found.config.items()}
-    raise LookupError(f"no row of the tuning table for stage {stage!r} fits {arch} and {dict(key)}: add one to "
-                      "kernels/tuning_table.py, or write one with `python -m moba_megatron.bench tune`")
+    if stage in _forced.get("configs", {}):
+        return _forced["configs"][stage]
+    if found is None:
+        raise LookupError(f"no row of the tuning table for stage {stage!r} fits {arch} and {dict(key)}: add one to "
+                          "kernels/tuning_table.py, or write one with `python -m moba_megatron.bench tune`")
+    if arch == INTERPRETER and found.archs == "*":
+        return {name: min(value, INTERPRETER_BLOCK) if name.startswith("BLOCK_") else value
+                for name, value in found.config.items()}
+    return found.config
 
 
 def rows(stage: str) -> tuple[Row, ...]:
