@@ -30,11 +30,11 @@ def check(records: dict) -> list[str]:
     for step in resumed:
         before = [losses[i] for i in losses if step - _WINDOW < i <= step]
         after = [losses[i] for i in losses if step < i <= step + _WINDOW]
-        # Batches differ: the mean may wander by a few standard deviations of a step's loss, lost weights would show far more.
+        # Batches differ: the mean may wander by some standard deviations of a step's loss. Lost weights show far more.
         band = 3 * statistics.pstdev(before) + 0.05
         if not statistics.mean(after) < statistics.mean(before) + band:
-            problems.append(f"the loss jumped when the run resumed after step {step}: {statistics.mean(before):.3f} before, "
-                            f"{statistics.mean(after):.3f} after")
+            problems.append(f"the loss jumped when the run resumed after step {step}: {statistics.mean(before):.3f} "
+                            f"before, {statistics.mean(after):.3f} after")
     return problems
 
 
@@ -42,15 +42,16 @@ def summary(records: dict) -> str:
     """The run in two lines: the training loss from start to end, and the last validation."""
     losses = {r["iteration"]: r["loss"] for r in records["step"]}
     last = max(losses)
-    text = (f"training loss {losses[1]:.3f} at step 1, {_mean(losses, last - _WINDOW + 1, last):.3f} over the last {_WINDOW} of "
-            f"{last} steps (nats per token)")
+    end = _mean(losses, last - _WINDOW + 1, last)
+    text = f"training loss {losses[1]:.3f} at step 1, {end:.3f} in the last {_WINDOW} of {last} steps (nats per token)"
     for start in records["start"]:
         if start["iteration"] > 0:
             step = start["iteration"]
-            text += f"\nresumed after step {step}: loss {losses[step]:.3f} before, {losses[step + 1]:.3f} at the next step"
+            text += f"\nresumed after step {step}: loss {losses[step]:.3f} before, {losses[step + 1]:.3f} right after"
     if records["validation"]:
         result = records["validation"][-1]
-        text += f"\nvalidation loss {result['loss']:.3f}, trailing {result['trailing_loss']:.3f}, after step {result['iteration']}"
+        text += (f"\nvalidation loss {result['loss']:.3f}, trailing {result['trailing_loss']:.3f}, "
+                 f"after step {result['iteration']}")
     return text
 
 

@@ -46,7 +46,8 @@ def plot_position(records: dict, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 4.5))
     for record in records["validation"]:
         middle = [(first + last) / 2 for first, last, _ in record["by_position"]]
-        axes.plot(middle, [loss for _, _, loss in record["by_position"]], "o-", label=f"after step {record['iteration']}")
+        losses = [loss for _, _, loss in record["by_position"]]
+        axes.plot(middle, losses, "o-", label=f"after step {record['iteration']}")
     axes.set_xlabel("position in the sequence (tokens)")
     axes.set_ylabel("validation loss (nats per token)")
     axes.legend()

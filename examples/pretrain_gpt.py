@@ -1,12 +1,12 @@
-"""Pretrains a GPT with MoBA on megatron.core alone: data, model, parallelism, validation, checkpoints. No Megatron-LM checkout.
+"""Pretrains a GPT with MoBA on megatron.core alone, without a Megatron-LM checkout.
 
     python examples/prepare_data.py --plays --output-prefix runs/data/plays
     torchrun --nproc-per-node 2 examples/pretrain_gpt.py --num-layers 4 --hidden-size 128 --num-attention-heads 4 \\
         --seq-length 1024 --context-parallel-size 2 --train-iters 100 --lr 3e-3 --data-path runs/data/plays \\
         --moba-chunk-size 64 --moba-topk 3 --moba-full-attention-layers last:1
 
-Flags are spelled as Megatron-LM spells them; `--attention full` trains the same model densely, for comparison. With a GPU it
-runs on NCCL, without one on gloo. The parts lie in `examples/pretraining/`.
+Flags are spelled as Megatron-LM spells them; `--attention full` trains the same model densely, for comparison. With a
+GPU it runs on NCCL, without one on gloo. The parts lie in `examples/pretraining/`.
 """
 import math
 import os
@@ -68,7 +68,10 @@ def initialize(args) -> None:
 
 
 def abort(message: str, status: int) -> None:
-    """Ends this process at once, whatever the others wait for; torchrun then ends them. Errors of all ranks are said once."""
+    """Ends this process at once, whatever the others wait for; torchrun then ends them.
+
+    What every rank would say is said by rank 0 alone.
+    """
     rank = torch.distributed.get_rank()
     if status != 2 or rank == 0 or not message.endswith(_ON_ALL_RANKS):
         print(f"[rank {rank}] {message.removesuffix(_ON_ALL_RANKS)}", file=sys.stderr, flush=True)
@@ -133,8 +136,8 @@ def pretrain(args) -> None:
     for iteration, report in steps(args, config, model, optimizer, scheduler, train_data, first):
         if report is not None:
             if not math.isfinite(report["loss"]):
-                raise ValueError(f"the loss is {report['loss']} at step {iteration}: lower --lr, or resume from an earlier "
-                                 f"checkpoint{_ON_ALL_RANKS}")
+                raise ValueError(f"the loss is {report['loss']} at step {iteration}: lower --lr, or resume from an "
+                                 f"earlier checkpoint{_ON_ALL_RANKS}")
             monitor.step(iteration, **report)
         stop = args.exit_interval and iteration % args.exit_interval == 0
         due = args.save_interval and iteration % args.save_interval == 0
@@ -167,8 +170,8 @@ def steps(args, config, model, optimizer, scheduler, dataset, first: int):
     """Training steps after the first ones.
 
     Yields:
-        (iteration, report): steps done, and loss (mean over the batch's tokens), grad_norm, lr, tokens_per_second of the
-        step, or None where --log-interval asks for none.
+        (iteration, report): steps done, and the step's loss (mean over the batch's tokens), grad_norm, lr and
+        tokens_per_second, or None where --log-interval asks for none.
     """
     forward_backward = get_forward_backward_func()
     iterator = data.batches(args, dataset, first, args.train_iters)
@@ -215,7 +218,7 @@ def forward_step(iterator, model):
 
 
 def mean_loss(losses: list[dict]) -> float:
-    """The loss of a global batch, the same on all ranks; `losses` holds (sum, tokens) of the last stage's micro batches."""
+    """The loss of a global batch, the same on all ranks; `losses` holds the sums of the last stage's micro batches."""
     if losses:
         sums = torch.stack([loss["sums"] for loss in losses]).sum(0)
     else:
@@ -235,12 +238,15 @@ def describe(args, monitor, model, first: int) -> None:
     attention = args.moba_config.describe() if args.attention == "moba" else "full attention"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     monitor.say(f"{parameters / 1e6:.1f} million parameters, sequences of {args.seq_length} tokens, {attention}; "
-                f"{args.world_size} process(es) on {device}: TP {args.tensor_model_parallel_size} x "
-                f"PP {args.pipeline_model_parallel_size} x CP {args.context_parallel_size} x DP {args.data_parallel_size}")
+                f"{args.world_size} process(es) on {device}: "
+                f"TP {args.tensor_model_parallel_size} x PP {args.pipeline_model_parallel_size} x "
+                f"CP {args.context_parallel_size} x DP {args.data_parallel_size}")
     if args.load:
-        monitor.say(f"resuming after step {first} from {args.load}" if first else f"no checkpoint in {args.load}: starting afresh")
+        monitor.say(f"resuming after step {first} from {args.load}" if first
+                    else f"no checkpoint in {args.load}: starting afresh")
     settings = {name: value for name, value in vars(args).items() if isinstance(value, (bool, int, float, str, list))}
-    monitor.record("start", iteration=first, parameters=parameters, device=device, torch=torch.__version__, args=settings)
+    monitor.record("start", iteration=first, parameters=parameters, device=device, torch=torch.__version__,
+                   args=settings)
 
 
 if __name__ == "__main__":

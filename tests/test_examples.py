@@ -20,8 +20,9 @@ ROOT = Path(__file__).parent.parent
 MODEL = ["--num-layers", "3", "--hidden-size", "64", "--num-attention-heads", "4", "--group-query-attention",
          "--num-query-groups", "2", "--seq-length", "128", "--moba-chunk-size", "16", "--moba-topk", "3",
          "--moba-full-attention-layers", "last:1"]
-TRAINING = ["--train-iters", "6", "--lr", "1e-2", "--lr-warmup-iters", "1", "--global-batch-size", "2", "--log-interval", "1",
-            "--eval-iters", "2", "--eval-interval", "6", "--loss-position-bins", "8", "--split", "50,50,0"]
+TRAINING = ["--train-iters", "6", "--lr", "1e-2", "--lr-warmup-iters", "1", "--global-batch-size", "2",
+            "--log-interval", "1", "--eval-iters", "2", "--eval-interval", "6", "--loss-position-bins", "8",
+            "--split", "50,50,0"]
 
 
 def torchrun(processes: int, *flags: str, timeout: int = 150) -> subprocess.CompletedProcess:
@@ -30,7 +31,8 @@ def torchrun(processes: int, *flags: str, timeout: int = 150) -> subprocess.Comp
                    "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
                "--nproc-per-node", str(processes), str(ROOT / "examples/pretrain_gpt.py"), *flags]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
         try:
             out, err = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
@@ -61,7 +63,8 @@ def data_path(tmp_path_factory) -> Path:
     for i in range(4):
         (directory / f"{i}.txt").write_text(" ".join(rng.choice(words, 400)))
     prefix = directory / "words"
-    assert prepare_data.main(["--input", *map(str, sorted(directory.glob("*.txt"))), "--output-prefix", str(prefix)]) == 0
+    files = [str(file) for file in sorted(directory.glob("*.txt"))]
+    assert prepare_data.main(["--input", *files, "--output-prefix", str(prefix)]) == 0
     return prefix
 
 
@@ -103,8 +106,8 @@ class TestData:
         tokenizer = tmp_path / "tokenizer"
         tokenizer.mkdir()
         (tokenizer / "tokenizer.json").write_text(json.dumps({
-            "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None, "decoder": None,
-            "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None,
+            "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
+            "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None,
             "model": {"type": "WordLevel", "vocab": {"<end>": 0, "a": 1, "b": 2}, "unk_token": "<end>"}}))
         (tokenizer / "tokenizer_config.json").write_text(json.dumps(
             {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"}))
@@ -119,12 +122,14 @@ class TestData:
         pytest.param("", [], "no text", id="empty"),
         pytest.param('{"other": 1}\n', [], "line 1", id="no such key"),
         pytest.param("not json\n", [], "line 1", id="not json"),
-        pytest.param('{"text": "x"}\n', ["--tokenizer-type", "HuggingFaceTokenizer"], "--tokenizer-model", id="no tokenizer"),
+        pytest.param('{"text": "x"}\n', ["--tokenizer-type", "HuggingFaceTokenizer"], "--tokenizer-model",
+                     id="no tokenizer"),
     ])
     def test_bad_input_is_named(self, tmp_path, capsys, content, flags, message):
         if content is not None:
             (tmp_path / "a.jsonl").write_text(content)
-        status = prepare_data.main(["--input", str(tmp_path / "a.jsonl"), "--output-prefix", str(tmp_path / "d"), *flags])
+        status = prepare_data.main(["--input", str(tmp_path / "a.jsonl"), "--output-prefix", str(tmp_path / "d"),
+                                    *flags])
         assert status == 2 and message in capsys.readouterr().err
 
 
@@ -166,18 +171,20 @@ class TestTraining:
 
     def test_resumes_on_one_rank(self, tmp_path, data_path, uninterrupted, stopped):
         run = shutil.copytree(stopped, tmp_path / "run")
-        records = train(1, run / "log.jsonl", data_path, "--use-distributed-optimizer", "--load", str(run / "checkpoints"))
+        records = train(1, run / "log.jsonl", data_path, "--use-distributed-optimizer",
+                        "--load", str(run / "checkpoints"))
         self._assert_close(records, uninterrupted[0])
 
     def test_tensor_and_sequence_parallel_ranks_train_the_same(self, tmp_path, data_path, uninterrupted):
         # Half the multiple a rank: the padded vocabulary, over which the softmax runs, stays the same.
-        records = train(2, tmp_path / "log.jsonl", data_path, "--tensor-model-parallel-size", "2", "--sequence-parallel",
-                        "--make-vocab-size-divisible-by", "64")
+        records = train(2, tmp_path / "log.jsonl", data_path, "--tensor-model-parallel-size", "2",
+                        "--sequence-parallel", "--make-vocab-size-divisible-by", "64")
         self._assert_close(records, uninterrupted[0])
 
     def test_pipeline_stages_train_and_resume(self, tmp_path, data_path):
-        flags = ["--pipeline-model-parallel-size", "2", "--num-layers", "4", "--bf16", "--recompute-granularity", "full",
-                 "--save", str(tmp_path / "c"), "--load", str(tmp_path / "c"), "--save-selection", str(tmp_path / "s.npz")]
+        flags = ["--pipeline-model-parallel-size", "2", "--num-layers", "4", "--bf16",
+                 "--recompute-granularity", "full", "--save", str(tmp_path / "c"), "--load", str(tmp_path / "c"),
+                 "--save-selection", str(tmp_path / "s.npz")]
         train(2, tmp_path / "log.jsonl", data_path, *flags, "--exit-interval", "3")
         records = train(2, tmp_path / "log.jsonl", data_path, *flags)
         assert [r["iteration"] for r in records["step"]] == [1, 2, 3, 4, 5, 6]
@@ -193,8 +200,8 @@ class TestTraining:
 
 class TestBadInput:
     def test_missing_data_ends_all_ranks_with_one_message(self, tmp_path):
-        result = torchrun(2, *MODEL, *TRAINING, "--context-parallel-size", "2", "--data-path", str(tmp_path / "nothing"),
-                          timeout=60)
+        result = torchrun(2, *MODEL, *TRAINING, "--context-parallel-size", "2",
+                          "--data-path", str(tmp_path / "nothing"), timeout=100)
         assert result.returncode != 0
         assert result.stderr.count("there is no file") == 1
 
@@ -206,8 +213,8 @@ class TestBadInput:
         pytest.param(1, ["--num-query-groups", "3"], "--num-query-groups must divide", id="groups"),
         pytest.param(4, ["--tensor-model-parallel-size", "4"], "key/value heads (2)", id="more ranks than kv heads"),
         pytest.param(1, ["--sequence-parallel"], "--tensor-model-parallel-size 1", id="sequence parallel alone"),
-        pytest.param(1, ["--global-batch-size", "3", "--micro-batch-size", "2"], "--global-batch-size must be a multiple",
-                     id="batch"),
+        pytest.param(1, ["--global-batch-size", "3", "--micro-batch-size", "2"],
+                     "--global-batch-size must be a multiple", id="batch"),
         pytest.param(1, ["--min-lr", "1"], "--min-lr must be between", id="lr"),
         pytest.param(1, ["--lr-warmup-iters", "6"], "--lr-warmup-iters must be below", id="warmup"),
         pytest.param(1, ["--train-iters", "0"], "--train-iters must be at least 1", id="no steps"),

@@ -1,4 +1,4 @@
-"""The launch scripts: what DRY_RUN=1 prints, and the messages where something is missing. Nothing is installed or trained."""
+"""The launch scripts: what DRY_RUN=1 prints, and what is said where something is missing. Nothing is installed."""
 import os
 import shutil
 import stat

@@ -82,10 +82,11 @@ def _add_training_args(parser):
     group.add_argument("--micro-batch-size", type=int, default=1)
     group.add_argument("--global-batch-size", type=int, help="default: micro batch size x data parallel size")
     group.add_argument("--train-iters", type=int, required=True)
-    group.add_argument("--exit-interval", type=int, help="stop, with a checkpoint, after an iteration divisible by this")
+    group.add_argument("--exit-interval", type=int, help="stop, with a checkpoint, after iterations divisible by this")
     group.add_argument("--lr", type=float, required=True)
     group.add_argument("--min-lr", type=float, default=0.0)
-    group.add_argument("--lr-decay-style", choices=("constant", "linear", "cosine", "inverse-square-root"), default="linear")
+    group.add_argument("--lr-decay-style", choices=("constant", "linear", "cosine", "inverse-square-root"),
+                       default="linear")
     group.add_argument("--lr-decay-iters", type=int, help="default: --train-iters")
     group.add_argument("--lr-warmup-iters", type=int, default=0)
     group.add_argument("--weight-decay", type=float, default=0.01)
@@ -115,7 +116,7 @@ def _add_checkpoint_args(parser):
     group.add_argument("--eval-interval", type=int, default=1000)
     group.add_argument("--eval-iters", type=int, default=100, help="global batches in a validation; 0: none")
     group.add_argument("--loss-position-bins", type=int, default=16,
-                       help="parts of the sequence for which the validation reports the loss; the last is the trailing loss")
+                       help="parts of the sequence whose loss the validation reports, the trailing loss last")
 
 
 def _add_logging_args(parser):
@@ -144,7 +145,8 @@ def _derive_and_validate(args):
     pieces = 2 * args.context_parallel_size if args.context_parallel_size > 1 else 1
     if args.sequence_parallel:
         if args.tensor_model_parallel_size == 1:
-            raise ValueError("--sequence-parallel splits over tensor parallel ranks, got --tensor-model-parallel-size 1")
+            raise ValueError("--sequence-parallel splits over tensor parallel ranks, "
+                             "got --tensor-model-parallel-size 1")
         pieces *= args.tensor_model_parallel_size
     if args.seq_length % pieces:
         raise ValueError(f"--seq-length must be a multiple of {pieces} (2 x context parallel size x tensor parallel "
@@ -171,7 +173,8 @@ def _derive_model(args):
                              f"got {args.hidden_size}; or give --kv-channels")
         args.kv_channels = args.hidden_size // args.num_attention_heads
     if args.group_query_attention:
-        if args.num_query_groups is None or args.num_query_groups < 1 or args.num_attention_heads % args.num_query_groups:
+        groups = args.num_query_groups
+        if groups is None or groups < 1 or args.num_attention_heads % groups:
             raise ValueError(f"--num-query-groups must divide --num-attention-heads ({args.num_attention_heads}), "
                              f"got {args.num_query_groups}")
     elif args.num_query_groups is not None:

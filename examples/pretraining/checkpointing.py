@@ -10,8 +10,9 @@ from megatron.core import dist_checkpointing
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 # What must agree between a checkpoint and the run that loads it, or the weights mean something else.
-_ARCHITECTURE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
-                 "rotary_base", "qk_layernorm", "untie_embeddings_and_output_weights", "make_vocab_size_divisible_by")
+_ARCHITECTURE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
+                 "kv_channels", "rotary_base", "qk_layernorm", "untie_embeddings_and_output_weights",
+                 "make_vocab_size_divisible_by")
 # The distributed optimizer's flat buffers are cut anew for another data or context parallel size, but not for another
 # tensor or pipeline parallel size.
 _OPTIMIZER_LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
@@ -109,8 +110,8 @@ def _allocate_optimizer_state(optimizer) -> None:
 def _restore_adam_step(optimizer, updates: int) -> None:
     """Sets the count of updates, on which Adam's bias correction depends, in torch's Adam.
 
-    The distributed optimizer keeps the local count instead of the checkpoint's, in one tensor that all parameters share and
-    that each of them then advances.  (Transformer Engine's Adam counts in its parameter groups, which are restored.)
+    The distributed optimizer keeps the local count instead of the checkpoint's, in one tensor that all parameters share
+    and that each of them then advances.  Transformer Engine's Adam counts in its parameter groups, which are restored.
     """
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(part, DistributedOptimizer):

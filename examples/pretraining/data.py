@@ -1,4 +1,4 @@
-"""Batches from Megatron's indexed dataset: which samples a rank reads at which iteration, and its part of the sequence."""
+"""Batches from Megatron's indexed dataset: which samples a rank reads at which iteration, and its part of them."""
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,7 +74,7 @@ def build_datasets(args, blend, tokenizer) -> tuple[GPTDataset, GPTDataset | Non
 class _Samples(torch.utils.data.Sampler):
     """Sample numbers of one data parallel rank, micro batch by micro batch.
 
-    They depend on the iteration alone, so a resumed run reads on where the other stopped, whatever its data parallel size.
+    They depend on the iteration alone, so a resumed run reads on where the other stopped, whatever its parallel sizes.
     """
 
     def __init__(self, args, first_iteration: int, last_iteration: int):
@@ -99,7 +99,7 @@ def batches(args, dataset, first_iteration: int, last_iteration: int) -> Iterato
     Every rank of a tensor, context and pipeline parallel group reads the same samples: the data is a memory map.
 
     Yields:
-        tokens, labels, position_ids [b, s] int64 and loss_mask [b, s] fp32, where s = seq_length / context parallel size.
+        tokens, labels, position_ids [b, s] int64, loss_mask [b, s] fp32, with s = seq_length / context parallel size.
     """
     loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=_Samples(args, first_iteration, last_iteration), num_workers=args.num_workers,

@@ -10,7 +10,7 @@ from . import data
 
 @dataclass(frozen=True)
 class Validation:
-    """A validation's losses, in nats a token; `by_position` holds (first, last + 1, loss) for each part of the sequence."""
+    """A validation's losses, nats a token; `by_position`: (first, last + 1, loss) for each part of the sequence."""
 
     loss: float
     by_position: list[tuple[int, int, float]]
@@ -22,7 +22,7 @@ class Validation:
 
 
 def evaluate(args, model, dataset) -> Validation:
-    """Runs `eval_iters` global batches forward; every call takes the same samples. Called by all ranks, same result on all."""
+    """Runs `eval_iters` global batches forward, the same in every call; called by all ranks, same result on all."""
     device = torch.cuda.current_device()
     # [position, (sum of losses, tokens)]; fp64, so that the order of ranks does not show.
     sums = torch.zeros(args.seq_length, 2, dtype=torch.float64, device=device)

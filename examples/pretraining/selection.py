@@ -16,8 +16,8 @@ from . import data
 def save_selection(args, model, dataset) -> None:
     """Runs the first validation sample forward and writes `args.save_selection`; called by all ranks.
 
-    The file (.npz) holds `layer_<number>`: int32 [seq_length, heads, topk - 1], chunk numbers, -1 padded, for each layer
-    that attends sparsely, and `chunk_size`. The query's own chunk is not listed.
+    The file (.npz) holds `chunk_size` and, for each layer that attends sparsely, `layer_<number>`: int32 [seq_length,
+    heads, topk - 1], chunk numbers, -1 padded. The query's own chunk is not listed.
     """
     inputs = {}
     hooks = []
@@ -61,7 +61,7 @@ def _forward(args, model, dataset) -> torch.Tensor:
 
 
 def _select(args, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor) -> np.ndarray:
-    """The chunks that the first sample's queries choose: q [s, b, h, d] and k [s, b, hk, d] are this rank's positions."""
+    """The chunks that the first sample's queries choose; q [s, b, h, d] and k [s, b, hk, d] are this rank's part."""
     order = torch.argsort(_gather_sequence(positions))
     q, k = (_gather_sequence(x[:, 0])[order] for x in (q, k))
     moba = args.moba_config
