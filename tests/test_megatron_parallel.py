@@ -195,6 +195,8 @@ def dynamic_groups():
     from gpt import Layout, build, local_positions
     from megatron.core.packed_seq_params import PackedSeqParams
 
+    if "cp_group" not in PackedSeqParams.__dataclass_fields__:
+        return None
     core = build(Layout("dynamic", cp=2)).decoder.layers[0].self_attention.core_attention
     lengths = [40, 88]
     cu_seqlens = torch.tensor([0, 40, 128], dtype=torch.int32)
@@ -288,6 +290,8 @@ def test_packed_equals_one_rank(results, cp):
 
 
 def test_dynamic_context_parallel_groups(results):
+    if results[0]["dynamic"] is None:
+        pytest.skip("this Megatron-Core has no groups in PackedSeqParams")
     assert max(result["dynamic"] for result in results) <= TOLERANCE
 
 
