@@ -1,4 +1,5 @@
 """The benchmark itself: its floors, its oracle (which must notice errors), its tables, its command line."""
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -7,8 +8,9 @@ import pytest
 import torch
 
 from moba_megatron import reference
-from moba_megatron.bench import cases, environment, oracle, report
+from moba_megatron.bench import cases, dense, environment, oracle, report
 from moba_megatron.bench.__main__ import main
+from moba_megatron.ops import causal_attn_varlen
 from moba_megatron.segments import Segments
 
 README = Path(__file__).parent.parent / "README.md"
@@ -95,6 +97,29 @@ def test_no_speed_for_a_wrong_result(monkeypatch, tmp_path, capsys):
     row, = json.loads(path.read_text())["rows"]
     assert row["status"] == "wrong" and "ms" not in row
     assert "wrong: error above its limit: o" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("refuses_groups", [False, True])
+def test_the_dense_yardstick_is_full_causal_attention(monkeypatch, refuses_groups):
+    """Its arguments, by another backend than cuDNN; with and without a backend that takes grouped heads."""
+    attention = dense.scaled_dot_product_attention
+
+    def refusing(q, k, v, enable_gqa, **options):
+        if enable_gqa and refuses_groups:
+            raise RuntimeError("No available kernel")
+        return attention(q, k, v, enable_gqa=enable_gqa, **options)
+
+    monkeypatch.setattr(dense, "scaled_dot_product_attention", refusing)
+    monkeypatch.setattr(dense, "sdpa_kernel", lambda backend: contextlib.nullcontext())
+    problem, _ = _solved(torch.float64)
+    dq, dk, dv = dense.cudnn_attention(problem.q, problem.k, problem.v, problem.do)()
+    leaves = [x.clone().requires_grad_() for x in (problem.q, problem.k, problem.v)]
+    o = causal_attn_varlen(*leaves, torch.tensor([0, TOKENS]), TOKENS, backend="reference")
+    want = torch.autograd.grad(o, leaves, problem.do)
+    torch.testing.assert_close(dq[0].transpose(0, 1), want[0])
+    if not refuses_groups:
+        torch.testing.assert_close(dk[0].transpose(0, 1), want[1])
+        torch.testing.assert_close(dv[0].transpose(0, 1), want[2])
 
 
 def _row(case, ms, **more):
