@@ -176,7 +176,7 @@ def _own_merge(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, o_slots: Tenso
     """Writes o and lse of one group of kv heads."""
     heads_per_kv, slots = q.shape[1] // k.shape[1], selected.shape[2]
     options = tuning.config("attention_fwd_own", q.device, head_dim=max(q.shape[2], v.shape[2]),
-                            chunk_size=segments.chunk_size, itemsize=q.element_size())
+                            chunk_size=segments.chunk_size, itemsize=q.element_size(), slots=slots)
     num_tiles = q.shape[0] // options["BLOCK_M"] + segments.num_segments
     group_heads = (group[1] - group[0]) * heads_per_kv
     use_tma = slots > 0 and tma_available(q.device) and v.shape[2] % 8 == 0 and v.element_size() == 2

@@ -20,31 +20,41 @@ TABLE: dict[str, tuple[Row, ...]] = {
     # ones); the latest WARM tiles give a first threshold
     "gate": (
         Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2, "choices": 8}, _c(128, 64, 4, 2, WARM=8, LANES=4), UNTUNED),
-        Row("*", {"head_dim": 128, "itemsize": 2, "choices": 15}, _c(64, 64, 4, 2, WARM=8, LANES=4), UNTUNED),
+        Row("sm_90", {"head_dim": 128, "itemsize": 2, "choices": 15}, _c(64, 64, 4, 2, WARM=8, LANES=4), UNTUNED),
+        Row("*", {"head_dim": 128, "itemsize": 2, "choices": 8}, _c(64, 64, 4, 2, WARM=8, LANES=4), UNTUNED),
         Row("*", {"choices": 8}, _c(32, 32, 4, 1, WARM=4, LANES=4), UNTUNED),
-        Row("*", {"itemsize": 2}, _c(64, 32, 4, 1, WARM=0, LANES=1), UNTUNED),
         Row("*", {}, _c(32, 32, 4, 1, WARM=0, LANES=1), UNTUNED),
     ),
     # BLOCK rows of one column of `selected` that a program places at a time
     "route": (
         Row("*", {}, {"BLOCK": 64, "num_warps": 1, "num_stages": 1}, UNTUNED),
     ),
-    # BLOCK_M gathered (query, head) rows of one (chunk, kv head) against the chunk, BLOCK_N keys at a time
+    # BLOCK_M gathered (query, head) rows of one (chunk, kv head) against the chunk, BLOCK_N keys at a time; a chunk
+    # that BLOCK_N covers stays in shared memory while a program's SPLIT rows stream past it
     "attention_fwd": (
-        Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2, "chunk_size": 256}, _c(64, 128, 4, 2),
-            "sketch: 4.1 ms at 128K, chunk 128, topk 8"),
+        Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2, "chunk_size": 64}, _c(64, 64, 4, 3, SPLIT=2048), UNTUNED),
+        Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2, "chunk_size": 128}, _c(64, 128, 4, 3, SPLIT=2048),
+            "H200, 128K/128/8: 3.8 ms; SPLIT 1024 3.9, 512 4.0; 2 stages 4.2; 128x128 at 8 warps 4.8; keys streamed 4.6"),
+        Row("sm_90 sm_100", {"head_dim": 64, "itemsize": 2}, _c(64, 128, 4, 2),
+            "H200, 8 heads of 64, 128K/512/3: 0.91 ms; 64x64 at 3 stages 0.94, 128x64 1.12, at 3 stages 0.96"),
         Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2}, _c(128, 64, 4, 2),
-            "sketch: 9.1 ms at 128K, chunk 512, topk 8"),
+            "H200, 128K/512/8: 9.2 ms; 3 stages 12.4; 8 warps 12.4; 64x64 10.7; 128x32 10.7; 128K/2048/3: 8.3 (515 TFLOP/s)"),
         Row("*", {"head_dim": 128, "itemsize": 2}, _c(64, 64, 4, 2), UNTUNED),
         Row("*", {"head_dim": 128}, _c(32, 32, 4, 1), UNTUNED),
         Row("*", {"itemsize": 2}, _c(64, 32, 4, 1), UNTUNED),
         Row("*", {}, _c(16, 16, 4, 1), UNTUNED),
     ),
-    # BLOCK_M queries of one head against their own chunk, then the merge of the slots
+    # BLOCK_M queries of one head against their own chunk, BLOCK_N keys at a time, then the merge of their `slots` slots
     "attention_fwd_own": (
-        Row("*", {"head_dim": 128, "itemsize": 2}, _c(64, 64, 4, 2), "sketch: 2.5 ms at 128K, chunk 128, topk 8"),
+        Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2, "chunk_size": 256}, _c(64, 64, 4, 2),
+            "H200, 128K/128/8: 1.9 ms; 3 stages 1.96; 64x128 2.0; 8 warps 3.1"),
+        Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2, "slots": 0}, _c(128, 64, 8, 3),
+            "H200, dense 32K: 9.5 ms (462 TFLOP/s); 128x64 at 4 warps 10.3; 128x128 at 8 warps 10.9; 64x64 11.6"),
+        Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2}, _c(64, 64, 4, 3),
+            "H200, 128K/2048/3: 3.3 ms, 2 stages 3.7; 128K/512/8: 2.27, 2 stages 2.33"),
+        Row("*", {"head_dim": 128, "itemsize": 2}, _c(64, 64, 4, 2), UNTUNED),
         Row("*", {"head_dim": 128}, _c(32, 32, 4, 1), UNTUNED),
-        Row("*", {"itemsize": 2}, _c(64, 32, 4, 1), UNTUNED),
+        Row("*", {"itemsize": 2}, _c(64, 32, 8, 1), "untuned: at 4 warps and head dim 256 it spills 0.4 to 0.9 KB a thread"),
         Row("*", {}, _c(16, 16, 4, 1), UNTUNED),
     ),
     # BLOCK_M (query, head) rows: delta = <do, o> - dlse
