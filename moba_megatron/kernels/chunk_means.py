@@ -86,8 +86,8 @@ def _config(k: Tensor, columns: int, num_blocks: int) -> dict[str, int]:
     """BLOCK_C columns (heads x dims) and BLOCK_B blocks of a tile of running sums; the table gives its size."""
     options = tuning.config("chunk_means", k.device, itemsize=k.element_size())
     tile = options.pop("BLOCK")
-    options["BLOCK_C"] = min(triton.next_power_of_2(columns), tile)
-    options["BLOCK_B"] = min(triton.next_power_of_2(num_blocks), max(1, tile // options["BLOCK_C"]))
+    options["BLOCK_B"] = min(triton.next_power_of_2(num_blocks), 8)
+    options["BLOCK_C"] = min(triton.next_power_of_2(columns), tile // options["BLOCK_B"])
     return options
 
 

@@ -4,7 +4,8 @@ Nothing of the size queries x chunks is stored. Tiles of chunks are walked from 
 later chunk is met first and stays. What makes it fast:
 - the k-th best of column maxima over the latest WARM tiles is a lower bound of the k-th best score, so hardly anything
   that is not chosen in the end passes the comparison;
-- what passes is packed into bits, and only a tile's most crowded row decides how often the insertion runs;
+- what passes is packed into bits, and the most crowded row of a tile says how often the insertion runs: no thread waits
+  for another in between;
 - columns are dealt to LANES lists a row, as the matrix unit deals them to threads (8 columns: 0 0 1 1 2 2 3 3), so that
   neither packing nor insertion leaves a thread's registers; lists are merged once, at the end. Long lists
   (LANES = 1) do not fit registers so: they are one row of a tensor, unsorted.
@@ -126,6 +127,27 @@ def _deal(s, LANES: tl.constexpr):
 
 
 @triton.jit
+def _pack(hits, WIDTH: tl.constexpr):
+    """Hits ``[BLOCK_M, LANES, WIDTH]`` as bits ``[BLOCK_M, LANES]``, the first column in the top one, and their number."""
+    bits = (tl.full([WIDTH], 1, tl.int32) << (WIDTH - 1 - tl.arange(0, WIDTH)))[None, None, :]
+    if WIDTH <= 16:  # one sum yields both
+        both = tl.sum(tl.where(hits, bits + 65536, 0), 2)
+        word, count = both & 65535, both >> 16
+    else:
+        word = tl.sum(tl.where(hits, bits, 0), 2)
+        count = tl.sum(hits.to(tl.int32), 2)
+    return word, count
+
+
+@triton.jit
+def _count_bits(word):
+    """Number of bits that are set."""
+    pairs = word - ((word >> 1) & 0x55555555)
+    fours = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
+    return (((fours + (fours >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24
+
+
+@triton.jit
 def _allowed(count, LANES: tl.constexpr, WIDTH: tl.constexpr):
     """Bits ``[BLOCK_M, LANES]`` of the dealt columns below ``count`` ``[BLOCK_M]``; the first column has the top bit."""
     count = tl.maximum(count, 0)[:, None]
@@ -233,7 +255,6 @@ def _gate_kernel(
         place = tl.arange(0, BLOCK_KS)[None, :] + tl.zeros([BLOCK_M, BLOCK_KS], tl.int32)
         values = tl.where(place < KS, -float("inf"), float("inf"))
         chunks = -1 - place  # empty places differ, so that one at a time is filled
-    bits = tl.full([WIDTH], 1, tl.int32) << (WIDTH - 1 - tl.arange(0, WIDTH))
     num_steps = tl.cdiv(limit, BLOCK_N)
     first = (num_steps - 1) * BLOCK_N
     mean_rows = _mean_rows(means, first, limit, HK, D, BLOCK_D, BLOCK_N)
@@ -242,15 +263,14 @@ def _gate_kernel(
         mean_rows = _mean_rows(means, tl.maximum(first - BLOCK_N, 0), limit, HK, D, BLOCK_D, BLOCK_N)
         x = _deal(s, LANES)
         hits = x > threshold[:, None, None]
-        word = tl.sum(tl.where(hits, bits[None, None, :], 0), 2)  # [BLOCK_M, LANES]
+        word, count = _pack(hits, WIDTH)  # [BLOCK_M, LANES]
         if first + BLOCK_N > every:
             word &= _allowed(earlier - first, LANES, WIDTH)
-        go = tl.max(tl.max((word != 0).to(tl.int32), 1), 0)
-        while go > 0:
+            count = _count_bits(word)
+        for _ in range(tl.max(tl.max(count, 1), 0)):
             index = WIDTH - 1 - _lowest_bit(word)
             value = tl.where(word != 0, _pick(x, index, WIDTH), -float("inf"))
             word = word & (word - 1)
-            go = tl.max(tl.max((word != 0).to(tl.int32), 1), 0)
             chunk = first_chunk + first + (index >> 1) * (2 * LANES) + 2 * tl.arange(0, LANES)[None, :] + (index & 1)
             if LANES > 1:
                 values, chunks = _insert(values, chunks, value, chunk, KS)

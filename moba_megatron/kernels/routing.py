@@ -28,8 +28,8 @@ class Routing:
     A choice has the number ``(token * H + head) * (topk - 1) + j``: its place in ``selected``, flattened.
 
     Args:
-        entries: ``[T * H * (topk - 1)]``, numbers of choices, bucket after bucket, tokens in order (within a bucket,
-            only a few neighbouring tokens may be out of order); not written from ``starts[-1]`` on.
+        entries: ``[T * H * (topk - 1)]``, numbers of choices, bucket after bucket, ascending within a bucket; not
+            written from ``starts[-1]`` on.
         starts: ``[HK * num_chunks + 1]``, the first entry of each bucket, and the number of entries last.
 
     Both are int32, or int64 where the numbers of choices need it.
@@ -89,17 +89,15 @@ def route(selected: Tensor, num_kv_heads: int, num_chunks: int) -> Routing:
         return Routing(entries, starts.zero_())
     group = num_heads // num_kv_heads
     options = tuning.config("route", device)
-    num_groups, tokens = token_groups(total, triton.cdiv(options["BLOCK"], group), num_kv_heads, num_chunks)
-    counts = torch.empty(num_kv_heads, num_groups, num_chunks, dtype=torch.int32, device=device)
+    num_groups, tokens = token_groups(total, triton.cdiv(options["BLOCK"], group * choices), num_kv_heads, num_chunks)
+    counts = torch.empty(num_kv_heads * num_groups * num_chunks + 1, dtype=dtype, device=device)  # and a ticket
+    sizes = (total, tokens, num_chunks, num_groups)
     shape = dict(H=num_heads, G=group, KS=choices)
-    _route_count_kernel[(num_groups * num_kv_heads,)](
-        selected, counts, total, tokens, num_chunks, num_groups, **shape, BLOCK=1024, num_warps=4)
-    block_c = 32
-    _route_sum_kernel[(triton.cdiv(num_chunks, block_c) * num_kv_heads,)](
-        counts, starts, num_chunks, num_groups, BLOCK_G=64, BLOCK_C=block_c, num_warps=4)
-    _route_scan_kernel[(1,)](starts, starts.numel() - 1, BLOCK=4096, num_warps=16)
-    _route_place_kernel[(num_groups * num_kv_heads,)](
-        selected, counts, starts, entries, total, tokens, num_chunks, num_groups, **shape, **options)
+    grid = (num_groups * num_kv_heads,)
+    _route_count_kernel[grid](selected, counts, *sizes, **shape, BLOCK=1024, num_warps=4)
+    _route_sum_kernel[(triton.cdiv(num_chunks, 32) * num_kv_heads,)](
+        counts, starts, num_chunks, num_groups, num_kv_heads, BLOCK_G=64, BLOCK_C=32, BLOCK=2048, num_warps=8)
+    _route_place_kernel[grid](selected, counts, starts, entries, *sizes, **shape, **options)
     return Routing(entries, starts)
 
 
@@ -140,6 +138,8 @@ def _route_count_kernel(selected, counts, total, tokens, num_chunks, num_groups,
     lane = tl.arange(0, BLOCK)
     for first in range(0, num_chunks, BLOCK):
         tl.store(row + first + lane, 0, mask=first + lane < num_chunks)
+    if tl.program_id(0) == tl.num_programs(0) - 1:
+        tl.store(row + num_chunks, 0)  # the ticket of _route_sum_kernel
     tl.debug_barrier()
     num_choices = tl.minimum(tokens, total - first_token) * (G * KS)
     base = selected + (first_token.to(tl.int64) * H + kv_head * G) * KS
@@ -150,13 +150,17 @@ def _route_count_kernel(selected, counts, total, tokens, num_chunks, num_groups,
         tl.atomic_add(row + chunk, 1, mask=chunk >= 0, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["num_chunks", "num_groups"])
-def _route_sum_kernel(counts, starts, num_chunks, num_groups, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Turns counts into the counts of earlier groups, in place; writes the totals to ``starts``."""
+@triton.jit(do_not_specialize=["num_chunks", "num_groups", "num_kv_heads"])
+def _route_sum_kernel(counts, starts, num_chunks, num_groups, num_kv_heads, BLOCK_G: tl.constexpr,
+                      BLOCK_C: tl.constexpr, BLOCK: tl.constexpr):
+    """Turns counts into the counts of earlier groups, in place, and totals into the first entry of each bucket.
+
+    The program that finishes last, by the ticket behind the counts, has all totals in sight and adds them up.
+    """
     blocks = tl.cdiv(num_chunks, BLOCK_C)
     kv_head = tl.program_id(0) // blocks
     chunk = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    before = tl.zeros([BLOCK_C], tl.int32)
+    before = tl.zeros([BLOCK_C], counts.dtype.element_ty)
     for first in range(0, num_groups, BLOCK_G):
         group = first + tl.arange(0, BLOCK_G)
         at = (kv_head.to(tl.int64) * num_groups + group)[:, None] * num_chunks + chunk[None, :]
@@ -166,47 +170,52 @@ def _route_sum_kernel(counts, starts, num_chunks, num_groups, BLOCK_G: tl.conste
         before += tl.sum(count, 0)
     tl.store(starts + kv_head.to(tl.int64) * num_chunks + chunk, before, mask=chunk < num_chunks)
 
-
-@triton.jit(do_not_specialize=["num_buckets"])
-def _route_scan_kernel(starts, num_buckets, BLOCK: tl.constexpr):
-    """Turns the totals of buckets into the first entry of each, in place."""
-    before = tl.zeros([], starts.dtype.element_ty)
-    for first in range(0, num_buckets, BLOCK):
-        bucket = first + tl.arange(0, BLOCK)
-        count = tl.load(starts + bucket, mask=bucket < num_buckets, other=0)
-        tl.store(starts + bucket, before + tl.cumsum(count, 0) - count, mask=bucket < num_buckets)
-        before += tl.sum(count, 0)
-    tl.store(starts + num_buckets, before)
+    tl.debug_barrier()
+    num_buckets = num_kv_heads * num_chunks
+    ticket = counts + num_buckets.to(tl.int64) * num_groups
+    if tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        start = tl.zeros([], starts.dtype.element_ty)
+        for first in range(0, num_buckets, BLOCK):
+            bucket = first + tl.arange(0, BLOCK)
+            count = tl.load(starts + bucket, mask=bucket < num_buckets, other=0, cache_modifier=".cg")
+            tl.store(starts + bucket, start + tl.cumsum(count, 0) - count, mask=bucket < num_buckets)
+            start += tl.sum(count, 0)
+        tl.store(starts + num_buckets, start)
 
 
 @triton.jit(do_not_specialize=["total", "tokens", "num_chunks", "num_groups"])
 def _route_place_kernel(selected, counts, starts, entries, total, tokens, num_chunks, num_groups,
                         H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, BLOCK: tl.constexpr):
-    """Writes the choices of one group of tokens and one kv head to their places, BLOCK rows of one column at a time."""
+    """Writes the choices of one group of tokens and one kv head to their places, BLOCK at a time, in order."""
     kv_head = tl.program_id(0) // num_groups
     first_token = tl.program_id(0) % num_groups * tokens
-    row_counts = counts + tl.program_id(0).to(tl.int64) * num_chunks
-    bucket_starts = starts + kv_head.to(tl.int64) * num_chunks
-    num_rows = tl.minimum(tokens, total - first_token) * G
+    row = counts + tl.program_id(0).to(tl.int64) * num_chunks
+    wide = tl.arange(0, 256)
+    for first in range(0, num_chunks, 256):  # the program's counters become the places of its next entries
+        keep = first + wide < num_chunks
+        start = tl.load(starts + kv_head.to(tl.int64) * num_chunks + first + wide, mask=keep, other=0)
+        tl.store(row + first + wide, start + tl.load(row + first + wide, mask=keep, other=0), mask=keep)
+    tl.debug_barrier()
+    num_choices = tl.minimum(tokens, total - first_token) * (G * KS)
     base = (first_token.to(tl.int64) * H + kv_head * G) * KS
     lane = tl.arange(0, BLOCK)
     earlier = lane[None, :] < lane[:, None]
-    at = lane // G * (H * KS) + lane % G * KS
-    chunk = tl.load(selected + base + at, mask=lane < num_rows, other=-1)
-    for step in range(0, tl.cdiv(num_rows, BLOCK) * KS):
-        keep = chunk >= 0
-        start = tl.load(bucket_starts + chunk, mask=keep, other=0)
-        count = tl.load(row_counts + chunk, mask=keep, other=0)
+    at = lane // (G * KS) * (H * KS) + lane % (G * KS)
+    chunk = tl.load(selected + base + at, mask=lane < num_choices, other=-1)
+    for first in range(0, num_choices, BLOCK):
+        next_choice = first + BLOCK + lane
+        next_at = next_choice // (G * KS) * (H * KS) + next_choice % (G * KS)
+        next_chunk = tl.load(selected + base + next_at, mask=next_choice < num_choices, other=-1)
+        place = tl.load(row + chunk, mask=chunk >= 0, other=0)
         # one sum counts the equal chunks of this step (low half) and those of earlier lanes (high half)
         same = tl.sum(tl.where(chunk[:, None] == chunk[None, :], tl.where(earlier, 65537, 1), 0), 1)
-        rank = same >> 16
-        tl.store(entries + start + count + rank, (base + at).to(entries.dtype.element_ty), mask=keep)
+        place += same >> 16
+        tl.store(entries + place, (base + at).to(entries.dtype.element_ty), mask=chunk >= 0)
         tl.debug_barrier()
-        tl.store(row_counts + chunk, count + rank + 1, mask=keep & (rank + 1 == same & 65535))
-        row = (step + 1) // KS * BLOCK + lane
-        at = row // G * (H * KS) + row % G * KS + (step + 1) % KS
-        chunk = tl.load(selected + base + at, mask=row < num_rows, other=-1)
+        tl.store(row + chunk, place + 1, mask=(chunk >= 0) & ((same >> 16) + 1 == (same & 65535)))
         tl.debug_barrier()
+        chunk = next_chunk
+        at = next_at
 
 
 @triton.jit(do_not_specialize=["num_tiles", "num_buckets"])
