@@ -8,7 +8,10 @@ for _message in (
     "Transformer Engine and Apex are not installed",
     "Apex is not installed",
     "full scope is deprecated",
+    "MimoModelConfig is experimental",
     "The .grad attribute of a Tensor that is not a leaf",
+    "torch.distributed is disabled, unavailable or uninitialized",
+    "The argument order of load has been changed",
 ):
     warnings.filterwarnings("ignore", message=_message)
 warnings.filterwarnings("ignore", category=FutureWarning)

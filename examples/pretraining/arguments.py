@@ -12,7 +12,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message):
         if int(os.environ.get("RANK", 0)) == 0:
             self.print_usage(sys.stderr)
-            print(f"{self.prog}: error: {message}", file=sys.stderr, flush=True)
+            print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
@@ -22,8 +22,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     Returns:
         the flags as attributes; `moba_config` is the MoBAConfig of --attention and the --moba-* flags.
     """
-    parser = _Parser(description="Pretrains a GPT with MoBA on megatron.core; start it with torchrun.",
-                     fromfile_prefix_chars="@")
+    parser = _Parser(description="Pretrains a GPT with MoBA on megatron.core.", fromfile_prefix_chars="@",
+                     usage="torchrun --nproc-per-node N examples/pretrain_gpt.py FLAGS   (--help lists them)")
     _add_model_args(parser)
     _add_parallel_args(parser)
     _add_training_args(parser)

@@ -8,7 +8,6 @@ from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import get_blend_from_list
-from megatron.core.utils import get_batch_on_this_cp_rank
 
 
 class DataTokenizer:
@@ -107,4 +106,16 @@ def batches(args, dataset, first_iteration: int, last_iteration: int) -> Iterato
     device = torch.cuda.current_device()
     for batch in loader:
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-        yield get_batch_on_this_cp_rank(batch)
+        yield {name: _part_of_sequence(tensor) for name, tensor in batch.items()}
+
+
+def _part_of_sequence(x: torch.Tensor) -> torch.Tensor:
+    """Pieces r and 2P-1-r of the sequence [b, seq_length] for rank r of P: the layout that Megatron prescribes.
+
+    Megatron's own function for it has changed its signature; the layout has not.
+    """
+    size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+    if size == 1:
+        return x
+    pieces = x.chunk(2 * size, dim=1)
+    return torch.cat((pieces[rank], pieces[2 * size - 1 - rank]), dim=1)
