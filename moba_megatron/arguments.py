@@ -61,7 +61,7 @@ def _step_of_last_fraction(fraction: float, args: argparse.Namespace, from_step:
     if not 0 <= fraction <= 1:
         raise ValueError(f"{flag} must be from 0 to 1, got {fraction}")
     if from_step is not None:
-        raise ValueError(f"{flag} and --moba-full-attention-from-step exclude each other, got {fraction} and {from_step}")
+        raise ValueError(f"{flag} and --moba-full-attention-from-step exclude each other, got {fraction}, {from_step}")
     train_iters = getattr(args, "train_iters", None)
     if train_iters is None:
         raise ValueError(f"{flag} needs --train-iters; with --train-samples give --moba-full-attention-from-step")

@@ -200,10 +200,11 @@ class MoBACoreAttention(MegatronModule):
 class MoBAOrTEDotProductAttention:
     """For Transformer Engine layers: MoBACoreAttention, or Transformer Engine's own attention in layers that are dense.
 
-    Which one is decided by the layer's number, and only there: the switch by iteration happens inside MoBACoreAttention.
+    Which one is decided by the layer's number, and only that: the switch by iteration is inside MoBACoreAttention.
     """
 
-    def __new__(cls, config: TransformerConfig, layer_number: int, *args, moba_config: MoBAConfig | None = None, **kwargs):
+    def __new__(cls, config: TransformerConfig, layer_number: int, *args, moba_config: MoBAConfig | None = None,
+                **kwargs):
         moba_config, last = _resolve_config(moba_config), config.num_layers
         if not moba_config.is_full_attention(min(layer_number, last), last):
             return MoBACoreAttention(config, layer_number, *args, moba_config=moba_config, **kwargs)

@@ -87,13 +87,14 @@ def report_megatron() -> None:
         _line("megatron.core", f"unusable: {problem}")
         return
     version = megatron_version()
-    known = "known" if is_known_version(version) else f"not checked (checked: {CHECKED_VERSIONS[0]} to {CHECKED_VERSIONS[-1]})"
+    checked = f"{CHECKED_VERSIONS[0]} to {CHECKED_VERSIONS[-1]}"
+    known = "known" if is_known_version(version) else f"not checked (checked: {checked})"
     _line("megatron.core", f"{version}, {known}, from {os.path.dirname(sys.modules['megatron.core'].__file__)}")
     training = importlib.util.find_spec("megatron.training")
     _line("megatron.training", "found: python -m moba_megatron.launch works from anywhere" if training else
           "not here: run python -m moba_megatron.launch with the path of a script in a Megatron-LM checkout")
     problem = _import_problem("transformer_engine.pytorch")
-    _line("layer specs", "local, Transformer Engine" if not problem else f"local (Transformer Engine unusable: {problem})")
+    _line("layer specs", f"local (Transformer Engine unusable: {problem})" if problem else "local, Transformer Engine")
 
 
 def report_backends() -> None:
@@ -194,7 +195,8 @@ def check_core_attention() -> str:
 
     from .core_attention import MoBACoreAttention
 
-    config = TransformerConfig(num_layers=2, hidden_size=64, num_attention_heads=4, num_query_groups=2, attention_dropout=0.0)
+    config = TransformerConfig(num_layers=2, hidden_size=64, num_attention_heads=4, num_query_groups=2,
+                               attention_dropout=0.0)
     core = MoBACoreAttention(config=config, layer_number=1, attn_mask_type=AttnMaskType.causal, attention_type="self",
                              moba_config=MoBAConfig(chunk_size=16, topk=3))
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -207,9 +209,10 @@ def check_core_attention() -> str:
 def _inputs(tokens: int, dtype: torch.dtype, device: str, head_dim: int = 16):
     """q of 4 heads, k and v of 2, all needing gradients, and cu_seqlens of one sequence."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(tokens, heads, head_dim, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_()
+    q, k, v = (torch.randn(tokens, heads, head_dim, generator=generator, dtype=torch.float64).to(device, dtype)
                for heads in (4, 2, 2))
-    return q, k, v, torch.tensor([0, tokens], dtype=torch.int32, device=device)
+    cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device=device)
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), cu_seqlens
 
 
 def _error(ours: torch.Tensor, expected: torch.Tensor) -> float:

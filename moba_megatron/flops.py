@@ -1,8 +1,8 @@
 """Floating-point operations of MoBA attention, in the terms in which Megatron-LM counts dense causal attention.
 
 Megatron-LM's throughput line counts ``3 * 2 * H * (DQK + DV) * L^2 / 2`` for the core attention of one layer over one
-sequence of length L: two products, a multiply and an add each, forward once and backward twice, half of the square. MoBA
-replaces ``L^2 / 2`` by the pairs of query and key that it attends to, and adds the gate's products, forward only.
+sequence of length L: two products, a multiply and an add each, forward once and backward twice, half of the square.
+MoBA replaces ``L^2 / 2`` by the pairs of query and key that it attends to, and adds the gate's products, forward only.
 """
 from __future__ import annotations
 
@@ -34,11 +34,13 @@ def scored_pairs(seqlen: float, chunk_size: int, topk: int) -> float:
     return chunk_size * chunks + (rest * full if full > topk - 1 else 0)
 
 
-def attention_flops(seqlen: float, num_heads: int, qk_head_dim: int, v_head_dim: int, chunk_size: int, topk: int) -> float:
+def attention_flops(seqlen: float, num_heads: int, qk_head_dim: int, v_head_dim: int, chunk_size: int,
+                    topk: int) -> float:
     """Forward and backward operations of one MoBA layer's core attention over one sequence, the gate included."""
     products = FORWARD_AND_BACKWARD * MULTIPLY_AND_ADD * (qk_head_dim + v_head_dim)
-    gate = MULTIPLY_AND_ADD * qk_head_dim
-    return num_heads * (products * attended_pairs(seqlen, chunk_size, topk) + gate * scored_pairs(seqlen, chunk_size, topk))
+    products *= attended_pairs(seqlen, chunk_size, topk)
+    gate = MULTIPLY_AND_ADD * qk_head_dim * scored_pairs(seqlen, chunk_size, topk)
+    return num_heads * (products + gate)
 
 
 def dense_attention_flops(seqlen: float, num_heads: int, qk_head_dim: int, v_head_dim: int) -> float:

@@ -19,7 +19,8 @@ from . import megatron_lm
 from .arguments import add_moba_arguments, config_from_args
 from .megatron_host import print_once
 
-USAGE = "usage: python -m moba_megatron.launch SCRIPT [--attention moba --moba-chunk-size N --moba-topk K] [SCRIPT's flags]"
+USAGE = ("usage: python -m moba_megatron.launch SCRIPT [--attention moba --moba-chunk-size N --moba-topk K] "
+         "[SCRIPT's flags]")
 CHECKED_VERSIONS = ("0.13", "0.14", "0.15", "0.16", "0.17", "0.18", "0.19", "0.20")
 
 ARGUMENTS_HOOK = ("megatron.training.arguments", "add_megatron_arguments", megatron_lm.moba_arguments)
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         attention = check_flags(flags)
-        sys.path.insert(0, os.path.dirname(os.path.abspath(script)))  # as `python SCRIPT` does; finds the checkout's megatron
+        sys.path.insert(0, os.path.dirname(os.path.abspath(script)))  # as `python SCRIPT` does
         install(attention)
     except (TypeError, ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -93,14 +94,14 @@ def install(attention: str = "moba") -> list[str]:
         importlib.import_module("megatron.training")
     except ImportError as error:
         raise ImportError(
-            f"megatron.training cannot be imported ({error}): give the path of a script in a Megatron-LM checkout, or set "
-            "PYTHONPATH to one. (megatron-core's wheels have it from 0.17.1 on.)") from error
+            f"megatron.training cannot be imported ({error}): give the path of a script in a Megatron-LM checkout, or "
+            "set PYTHONPATH to one. (megatron-core's wheels have it from 0.17.1 on.)") from error
     required = [ARGUMENTS_HOOK, *(HOOKS if attention == "moba" else ())]
     missing = [f"{module}.{name}" for module, name, _ in required if _owner(module, name) is None]
     version = _warn_of_unknown_version(missing)
     if missing:
-        raise ImportError(f"megatron-core {version} has no {', '.join(missing)}: --attention moba cannot be hooked in. Use "
-                          "--spec moba_megatron.layer_specs moba_layer_spec with MOBA_* environment variables")
+        raise ImportError(f"megatron-core {version} has no {', '.join(missing)}: --attention moba cannot be hooked in. "
+                          "Use --spec moba_megatron.layer_specs moba_layer_spec with MOBA_* environment variables")
     hooked = []
     for module, name, hook in [*required, *(OPTIONAL_HOOKS if attention == "moba" else ())]:
         owner, attribute = _owner(module, name), name.rpartition(".")[2]

@@ -51,7 +51,8 @@ def with_moba_core_attention(layer_spec: ModuleSpec, moba_config: MoBAConfig | N
     submodules = getattr(attention, "submodules", None) or getattr(attention, "keywords", {}).get("submodules")
     if not hasattr(submodules, "core_attention"):
         raise ValueError(f"layer_spec must have submodules.self_attention with a core_attention, got {layer_spec}")
-    submodules.core_attention = ModuleSpec(core_attention_beside(submodules.core_attention), params={"moba_config": moba_config})
+    submodules.core_attention = ModuleSpec(core_attention_beside(submodules.core_attention),
+                                           params={"moba_config": moba_config})
     return layer_spec
 
 

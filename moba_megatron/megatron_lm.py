@@ -1,6 +1,6 @@
-"""Hooks into Megatron-LM's training loop, the same for `moba_megatron.launch` (installed at start) and `patches/` (in its source).
+"""Hooks into Megatron-LM's training scripts: `moba_megatron.launch` installs them at start, `patches/` in the source.
 
-Each hook decorates one function of Megatron-LM. With ``--attention full``, the default, every one of them passes the call
+Each hook decorates one function of Megatron-LM. With ``--attention full``, the default, every one passes the call
 through. Nothing of Megatron is imported here before a hook runs, so its modules may import this one.
 """
 from __future__ import annotations
@@ -85,7 +85,7 @@ def moba_flops(original, args, batch_size, *sums, **named_sums):
 
 @_hook
 def moba_model_check(original, *args, **kwargs):
-    """On ``setup_model_and_optimizer``: a model that took no notice of ``--attention moba`` is an error, not a dense run."""
+    """On ``setup_model_and_optimizer``: a model that took no notice of ``--attention moba`` is an error, not dense."""
     result = original(*args, **kwargs)
     if is_active():
         check_model(result[0], host_config())
@@ -103,12 +103,13 @@ def check_model(model, config: MoBAConfig) -> None:
     layers = [module for part in model for module in part.modules() if hasattr(module, "core_attention")]
     for layer in layers:
         core, last = layer.core_attention, layer.config.num_layers
-        if not isinstance(core, MoBACoreAttention) and not config.is_full_attention(min(layer.layer_number, last), last):
-            raise ValueError(
-                f"--attention moba: layer {layer.layer_number} attends through {type(core).__name__}. Its spec names its core "
-                "attention itself, past the spec providers (encoders, T5, heterogeneous layers, --transformer-impl "
-                "inference_optimized, --attention-backend local do). Build the spec with moba_megatron.layer_specs."
-                "with_moba_core_attention, or name the layer in --moba-full-attention-layers")
+        if isinstance(core, MoBACoreAttention) or config.is_full_attention(min(layer.layer_number, last), last):
+            continue
+        raise ValueError(
+            f"--attention moba: layer {layer.layer_number} attends through {type(core).__name__}. Its spec names its "
+            "core attention itself, past the spec providers (encoders, T5, heterogeneous layers, --transformer-impl "
+            "inference_optimized, --attention-backend local do). Build the spec with moba_megatron.layer_specs."
+            "with_moba_core_attention, or name the layer in --moba-full-attention-layers")
     sparse = sum(isinstance(layer.core_attention, MoBACoreAttention) and not layer.core_attention.full_attention
                  for layer in layers)
     print_once(f"> MoBA attention in {sparse} of {len(layers)} attention layers of rank 0")

@@ -33,7 +33,7 @@ command -v git >/dev/null || fail "git is not installed: it applies the patch"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 info=$checkout/megatron/core/package_info.py
 [[ -f $info ]] || fail "$checkout is no Megatron-LM checkout: it has no megatron/core/package_info.py"
-[[ -f $checkout/megatron/training/arguments.py ]] || fail "$checkout has no megatron/training: patch a checkout of Megatron-LM"
+[[ -f $checkout/megatron/training/arguments.py ]] || fail "$checkout is no Megatron-LM checkout: no megatron/training"
 
 number() { sed -nE "s/^$1 *= *([0-9]+).*/\1/p" "$info" | head -n 1; }
 version=$(number MAJOR).$(number MINOR)
@@ -41,7 +41,7 @@ case $version in
     0.13 | 0.14 | 0.15 | 0.16 | 0.17 | 0.18 | 0.19) patch=$here/megatron-lm-$version.patch ;;
     0.20) patch=$here/megatron-lm-main.patch ;;
     *) patch=$here/megatron-lm-main.patch
-       echo "warning: Megatron-LM $version is not a version that was checked (0.13 to 0.20); trying the patch for main" >&2 ;;
+       echo "warning: Megatron-LM $version is not a version that was checked (0.13 to 0.20); trying main's patch" >&2 ;;
 esac
 patch_name=patches/$(basename "$patch")
 
@@ -50,19 +50,19 @@ try() { (cd "$checkout" && GIT_CEILING_DIRECTORIES=$(cd .. && pwd) git apply --c
 change() { (cd "$checkout" && GIT_CEILING_DIRECTORIES=$(cd .. && pwd) git apply "$@" "$patch"); }
 files() { sed -n 's|^+++ b/|    |p' "$patch"; }
 
-if try --reverse >/dev/null; then state=applied
-elif problem=$(try); then state=applicable
-else state=neither
+if try --reverse >/dev/null; then state="applied"
+elif problem=$(try); then state="not applied, and fits"
+else state="not applied, and does not fit"
 fi
 
-echo "Megatron-LM $version in $checkout: $patch_name is $(
-    case $state in applied) echo applied ;; applicable) echo "not applied, and fits" ;; neither) echo "not applied, and does not fit" ;; esac)"
-if [[ $state == neither ]]; then
+echo "Megatron-LM $version in $checkout: $patch_name is $state"
+if [[ $state == *"does not fit" ]]; then
     echo "$problem" >&2
-    fail "another version, or these lines were changed. Without a patch: python -m moba_megatron.launch $checkout/pretrain_gpt.py"
+    fail "another version, or these lines were changed." \
+        "Without a patch: python -m moba_megatron.launch $checkout/pretrain_gpt.py"
 fi
 [[ $action != check ]] || exit 0
-if [[ $action == apply && $state == applied || $action == revert && $state == applicable ]]; then
+if [[ $action == apply && $state == applied || $action == revert && $state != applied ]]; then
     echo "nothing to do"
     exit 0
 fi

@@ -1,4 +1,4 @@
-"""MoBA has no parameters: checkpoints of dense GPT models and of MoBA ones are the same, in both directions and formats."""
+"""MoBA has no parameters: checkpoints of dense GPT models and of MoBA ones are the same, both ways, both formats."""
 import sys
 from pathlib import Path
 
@@ -28,12 +28,13 @@ def build(kind, tp=1, pp=1):
     parallel_state.initialize_model_parallel(tp, pp)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     torch.manual_seed(3 if kind == "moba" else 4)
-    config = TransformerConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2, attention_dropout=0.0,
-                               use_cpu_initialization=True, pipeline_dtype=torch.float32, tensor_model_parallel_size=tp,
-                               pipeline_model_parallel_size=pp)
+    config = TransformerConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2,
+                               attention_dropout=0.0, use_cpu_initialization=True, pipeline_dtype=torch.float32,
+                               tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
     spec = get_moba_layer_local_spec(MoBAConfig(16, 2)) if kind == "moba" else get_gpt_layer_local_spec()
-    return GPTModel(config, spec, 64, 64, position_embedding_type="rope", pre_process=parallel_state.is_pipeline_first_stage(),
-                    post_process=parallel_state.is_pipeline_last_stage(), share_embeddings_and_output_weights=False)
+    return GPTModel(config, spec, 64, 64, position_embedding_type="rope", share_embeddings_and_output_weights=False,
+                    pre_process=parallel_state.is_pipeline_first_stage(),
+                    post_process=parallel_state.is_pipeline_last_stage())
 
 
 def interchange(rank, size, directory):

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 import pytest
 
 from moba_megatron import MoBAConfig
-from moba_megatron.flops import attended_pairs, attention_flops, attention_layers, correction, dense_attention_flops, scored_pairs
+from moba_megatron.flops import (attended_pairs, attention_flops, attention_layers, correction, dense_attention_flops,
+                                 scored_pairs)
 
 
 def count(seqlen, chunk_size, topk):
@@ -20,7 +21,8 @@ def count(seqlen, chunk_size, topk):
 @pytest.mark.parametrize("topk", [1, 2, 3, 5, 40])
 @pytest.mark.parametrize("seqlen, chunk_size", [(1, 4), (7, 4), (64, 4), (63, 8), (100, 7), (16, 64), (96, 32)])
 def test_pairs_are_those_counted_query_by_query(seqlen, chunk_size, topk):
-    assert (attended_pairs(seqlen, chunk_size, topk), scored_pairs(seqlen, chunk_size, topk)) == count(seqlen, chunk_size, topk)
+    case = seqlen, chunk_size, topk
+    assert (attended_pairs(*case), scored_pairs(*case)) == count(*case)
 
 
 @pytest.mark.parametrize("seqlen", [1, 100, 512, 4095, 4096])

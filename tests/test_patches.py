@@ -1,6 +1,6 @@
 """The Megatron-LM patches: what they change, apply.sh on small trees, and the tags of a real repository.
 
-Set MEGATRON_LM_REPO to a git clone of Megatron-LM to check every patch against the commits that it names and their tags.
+Set MEGATRON_LM_REPO to a git clone of Megatron-LM to check every patch against the commit that it names, and tags.
 """
 import ast
 import os
@@ -51,7 +51,8 @@ def make_checkout(root, line, version=None):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
     major, minor = (version or line).split(".")
-    (root / "megatron/core/package_info.py").write_text(f"MAJOR = {major}\nMINOR = {minor}\nPATCH = 0\nPRE_RELEASE = ''\n")
+    version = f"MAJOR = {major}\nMINOR = {minor}\nPATCH = 0\nPRE_RELEASE = ''\n"
+    (root / "megatron/core/package_info.py").write_text(version)
     return root
 
 
@@ -65,7 +66,8 @@ def apply(*arguments):
 
 @pytest.mark.parametrize("line", LINES)
 def test_patch_calls_what_the_package_has(line):
-    added = [text[1:] for text in patch_of(line).read_text().splitlines() if text.startswith("+") and text[:3] != "+++"]
+    lines = patch_of(line).read_text().splitlines()
+    added = [text[1:] for text in lines if text.startswith("+") and text[:3] != "+++"]
     names = {name.strip() for text in added if text.startswith("from moba_megatron.megatron_lm import ")
              for name in text.split("import ")[1].split(",")}
     assert names == {"moba_arguments", "core_attention_for", "moba_hybrid_stack", "moba_flops", "moba_model_check"}
@@ -77,7 +79,8 @@ def test_apply_and_revert(checkout):
     original = contents(checkout)
     assert "not applied, and fits" in apply("--check", checkout).stdout
     done = apply("--dry-run", checkout)
-    assert "would apply patches/megatron-lm-0.19.patch" in done.stdout and "megatron/training/arguments.py" in done.stdout
+    assert "would apply patches/megatron-lm-0.19.patch" in done.stdout
+    assert "    megatron/training/arguments.py\n" in done.stdout
     assert contents(checkout) == original
 
     assert apply(checkout).returncode == 0
@@ -133,8 +136,8 @@ def test_patch_applies_to_megatron_lm(tmp_path, line):
         for name in [*changed_files(line), "megatron/core/package_info.py"]:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_bytes(git("show", f"{revision}:{name}"))
-        check = subprocess.run(["git", "apply", "--check", str(patch_of(line))], cwd=root, capture_output=True, text=True,
-                               env={**os.environ, "GIT_CEILING_DIRECTORIES": str(root.parent)})
+        check = subprocess.run(["git", "apply", "--check", str(patch_of(line))], cwd=root, capture_output=True,
+                               text=True, env={**os.environ, "GIT_CEILING_DIRECTORIES": str(root.parent)})
         assert check.returncode == 0, f"{revision}: {check.stderr}"
         done = apply(root)
         assert done.returncode == 0 and patch_of(line).name in done.stdout, f"{revision}: {done.stdout}{done.stderr}"

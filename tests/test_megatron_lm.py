@@ -1,0 +1,326 @@
+"""`python -m moba_megatron.launch` and the hooks under it, on hosts that imitate megatron.training, and on a real one.
+
+The imitation has Megatron-LM's names and calling order and nothing else; megatron.core below it is the installed one.
+Set MEGATRON_LM_PATH to a Megatron-LM checkout to hook into that as well.
+"""
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("megatron.core")
+
+from moba_megatron import MoBAConfig, MoBACoreAttention, core_attention, launch, megatron_host, megatron_lm
+from moba_megatron.arguments import add_moba_arguments, config_from_args
+from moba_megatron.core_attention import MoBAOrTEDotProductAttention
+
+ROOT = Path(__file__).parents[1]
+
+ARGUMENTS = """
+    import argparse
+    from megatron.training import global_vars
+
+    def add_megatron_arguments(parser):
+        sizes = {"num-layers": 3, "seq-length": 64, "train-iters": 3, "num-attention-heads": 2, "kv-channels": 8}
+        for name, default in sizes.items():
+            parser.add_argument("--" + name, type=int, default=default)
+        parser.add_argument("--spec", nargs="*")
+        return parser
+
+    def parse_args(extra_args_provider=None, ignore_unknown_args=False):
+        parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+        return parser.parse_args()
+
+    def parse_and_validate_args(extra_args_provider=None, args_defaults={}):
+        global_vars._GLOBAL_ARGS = parse_args(extra_args_provider)
+        return global_vars._GLOBAL_ARGS
+"""
+TRAINING = {
+    "0.13": """
+        from megatron.training import arguments, global_vars
+
+        def num_floating_point_operations(args, batch_size):
+            return 1e9
+
+        def setup_model_and_optimizer(model_provider):
+            return [model_provider()], None, None
+
+        def pretrain(model_provider, train_step, args_defaults={}):
+            args = global_vars._GLOBAL_ARGS = arguments.parse_args()
+            model, _, _ = setup_model_and_optimizer(model_provider)
+            for args.curr_iteration in range(args.train_iters):
+                train_step(model[0])
+            return num_floating_point_operations(args, 2)
+    """,
+    "0.18": """
+        from megatron.training import global_vars
+
+        PARSED_BY_SCRIPT = True
+
+        def num_floating_point_operations(args, batch_size, seqlen_squared_sum_in_batch=None,
+                                          total_real_tokens_in_batch=None):
+            return 1e9
+
+        def setup_model_and_optimizer(model_cfg, model_type=None):
+            return [model_cfg()], None, None
+
+        def pretrain(model_provider, train_step):
+            args = global_vars._GLOBAL_ARGS
+            args.curr_iteration = 0
+            model, _, _ = setup_model_and_optimizer(model_provider)
+            for args.curr_iteration in range(args.train_iters):
+                train_step(model[0])
+            return num_floating_point_operations(args, 2, 2 * 64 * 64, 2 * 64)
+    """,
+}
+SCRIPT = """
+    import json
+    import torch
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.spec_utils import build_module, import_module
+    from megatron.training import arguments, global_vars, training
+    from moba_megatron.core_attention import get_iteration
+
+    report = {"iterations": []}
+
+    def model_provider():
+        args = global_vars._GLOBAL_ARGS
+        config = TransformerConfig(num_layers=args.num_layers, hidden_size=16, num_attention_heads=2,
+                                   attention_dropout=0.0)
+        spec = import_module(args.spec) if args.spec else get_gpt_layer_local_spec()
+        core = spec.submodules.self_attention.submodules.core_attention
+        report["spec"] = getattr(core, "module", core).__name__
+        model = torch.nn.ModuleList(torch.nn.Module() for _ in range(args.num_layers))
+        for number, layer in enumerate(model, 1):
+            layer.config, layer.layer_number = config, number
+            if report["spec"] != "DotProductAttention":  # which needs process groups
+                layer.core_attention = build_module(core, config=config, layer_number=number,
+                                                    attn_mask_type=AttnMaskType.causal, attention_type="self")
+        report["dense"] = [layer.core_attention.full_attention for layer in model if hasattr(layer, "core_attention")]
+        return model
+
+    def train_step(model):
+        report["iterations"].append(get_iteration())
+
+    if __name__ == "__main__":
+        if hasattr(training, "PARSED_BY_SCRIPT"):
+            arguments.parse_and_validate_args()
+        report["flops"] = training.pretrain(model_provider, train_step)
+        report["from_step"] = getattr(global_vars._GLOBAL_ARGS, "moba_full_attention_from_step", "no such flag")
+        print("REPORT " + json.dumps(report))
+"""
+DENSE_FLOPS = 3 * 2 * 2 * (8 + 8) * 64**2 / 2  # one layer, one sequence
+MOBA_FLOPS = 3 * 2 * 2 * (8 + 8) * (8 * 8**2 / 2 + 7 * 8**2) + 2 * 2 * 8 * 8 * (7 * 8 / 2 - 1)  # chunk 8, topk 2
+
+
+def make_host(directory, family):
+    package = directory / "megatron" / "training"
+    package.mkdir(parents=True)
+    for name, text in (("__init__", ""), ("global_vars", "_GLOBAL_ARGS = None"), ("arguments", ARGUMENTS),
+                       ("training", TRAINING[family])):
+        (package / f"{name}.py").write_text(textwrap.dedent(text))
+    script = directory / "pretrain_gpt.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    return script
+
+
+def run(*arguments, module="moba_megatron.launch", **environment):
+    command = [sys.executable, *(["-m", module] if module else []), *map(str, arguments)]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def report_of(done):
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(next(line[7:] for line in done.stdout.splitlines() if line.startswith("REPORT ")))
+
+
+@pytest.mark.parametrize("family", TRAINING)
+def test_launch_switches_moba_on(tmp_path, family):
+    done = run(make_host(tmp_path, family), "--attention", "moba", "--moba-chunk-size", "8", "--moba-topk", "2",
+               "--moba-full-attention-layers", "last:1", "--seq-length", "64")
+    report = report_of(done)
+    assert report["spec"] == "MoBACoreAttention" and report["dense"] == [False, False, True]
+    assert report["iterations"] == [0, 1, 2]
+    assert report["flops"] == 1e9 - 2 * 2 * (DENSE_FLOPS - MOBA_FLOPS)  # two sparse layers, two sequences
+    assert "> MoBA: chunk_size=8, topk=2, full_attention_layers=last:1" in done.stdout
+    assert "> MoBA attention in 2 of 3 attention layers of rank 0" in done.stdout
+
+
+def test_launch_without_moba_leaves_megatron_alone(tmp_path):
+    done = run(make_host(tmp_path, "0.13"), "--moba-topk", "3")
+    report = report_of(done)
+    assert report["spec"] == "DotProductAttention" and report["flops"] == 1e9
+    assert "no effect without --attention moba" in done.stdout
+
+
+def test_spec_alone_reads_the_environment_and_follows_the_iteration(tmp_path):
+    script = make_host(tmp_path, "0.13")
+    done = run(script, "--spec", "moba_megatron.layer_specs", "moba_layer_spec", module=None, MOBA_CHUNK_SIZE="8",
+               MOBA_FULL_ATTENTION_LAYERS="1")
+    report = report_of(done)
+    assert report["spec"] == "MoBACoreAttention" and report["dense"] == [True, False, False]
+    assert report["iterations"] == [0, 1, 2] and report["from_step"] == "no such flag"
+    assert "> MoBA: chunk_size=8, topk=8, full_attention_layers=1" in done.stdout
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "usage: python -m moba_megatron.launch"),
+    (["nowhere.py"], "no file nowhere.py: give the path of Megatron-LM's pretrain_gpt.py"),
+    ([__file__, "--attention", "moba", "--moba-topk", "0"], "MoBAConfig.topk must be at least 1, got 0"),
+    ([__file__, "--attention", "sparse"], "invalid choice: 'sparse'"),
+    ([__file__, "--attention", "moba", "--yaml-cfg", "x.yaml"], "--yaml-cfg replaces all flags"),
+    ([__file__, "--attention", "moba", "--moba-full-attention-last-fraction", "0.1"], "needs --train-iters"),
+], ids=["no script", "no file", "topk", "attention", "yaml", "last fraction"])
+def test_launch_refuses(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["launch"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    try:
+        assert launch.main(arguments) == 2
+    except SystemExit as stop:  # argparse
+        assert stop.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("megatron.training") is not None, reason="megatron.training is installed")
+def test_launch_says_that_megatron_training_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert launch.main([__file__, "--attention", "moba"]) == 2
+    assert "give the path of a script in a Megatron-LM checkout" in capsys.readouterr().err
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """Megatron-LM's parsed arguments, as of --attention moba; the test may change them."""
+    args = add_moba_arguments(launch.argparse.ArgumentParser(), "full", "full").parse_args(["--attention", "moba"])
+    monkeypatch.setitem(sys.modules, "megatron.training.global_vars", SimpleNamespace(_GLOBAL_ARGS=args))
+    monkeypatch.setattr(core_attention, "_iteration", None)
+    return args
+
+
+class TEDotProductAttention:
+    pass
+
+
+def test_hook_of_a_spec_provider(host):
+    class Provider:
+        @megatron_lm.moba_core_attention
+        def core_attention(self):
+            return TEDotProductAttention
+
+    assert Provider().core_attention() is MoBAOrTEDotProductAttention
+    once = Provider.core_attention
+    assert megatron_lm.moba_core_attention(once) is once
+    host.attention = "full"
+    assert Provider().core_attention() is TEDotProductAttention
+
+
+@pytest.mark.parametrize("dense", [MoBACoreAttention, MoBAOrTEDotProductAttention])
+def test_patched_and_launched_is_patched(host, dense):
+    assert megatron_lm.core_attention_for(dense) is dense
+
+
+def test_hook_of_the_hybrid_stack(host):
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    class Stack:
+        @megatron_lm.moba_hybrid_stack
+        def __init__(self, config, submodules, layers=None):
+            self.submodules = submodules
+
+    shared = SimpleNamespace(attention_layer=get_gpt_layer_local_spec(), mamba_layer=None, mla_layer=None)
+
+    def core(submodules):
+        return submodules.attention_layer.submodules.self_attention.submodules.core_attention
+
+    before = core(shared)
+    assert core(Stack(None, submodules=shared).submodules).module is MoBACoreAttention
+    assert core(shared) is before
+    host.attention = "full"
+    assert Stack(None, shared).submodules is shared
+
+
+def test_a_model_that_ignores_moba_is_an_error(host):
+    layer = launch_layer(2, TEDotProductAttention())
+    hooked = megatron_lm.moba_model_check(lambda: ([layer], None, None))
+    with pytest.raises(ValueError, match="layer 2 attends through TEDotProductAttention"):
+        hooked()
+    host.moba_full_attention_layers = "2"
+    assert hooked()[0] == [layer]
+
+
+def launch_layer(number, core):
+    layer = SimpleNamespace(layer_number=number, core_attention=core, config=SimpleNamespace(num_layers=4))
+    layer.modules = lambda: [layer]
+    return layer
+
+
+def test_iteration_comes_from_the_host_until_it_is_set(host):
+    assert core_attention.get_iteration() == 0
+    host.iteration = 7  # where a checkpoint was loaded, and nothing trained yet
+    assert core_attention.get_iteration() == 7
+    host.curr_iteration = 8
+    assert core_attention.get_iteration() == 8
+    core_attention.set_iteration(3)
+    assert core_attention.get_iteration() == 3
+
+
+def test_host_config_serves_a_moba_spec_whatever_attention_says(host):
+    host.attention, host.moba_chunk_size = "full", 64
+    assert megatron_host.host_config() == MoBAConfig(chunk_size=64)
+
+
+@pytest.mark.parametrize("fraction, step", [(0.1, 90), (0.0, 100), (1.0, 0), (0.333, 67)])
+def test_last_fraction(fraction, step):
+    config = parsed("--moba-full-attention-last-fraction", str(fraction), train_iters=100)
+    assert config.full_attention_from_step == step
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["1.5"], "must be from 0 to 1, got 1.5"),
+    (["0.1", "--moba-full-attention-from-step", "5"], "exclude each other"),
+])
+def test_last_fraction_refuses(flags, message):
+    with pytest.raises(ValueError, match=message):
+        parsed("--moba-full-attention-last-fraction", *flags, train_iters=100)
+
+
+def parsed(*flags, **others):
+    args = add_moba_arguments(launch.argparse.ArgumentParser()).parse_args(flags)
+    return config_from_args(launch.argparse.Namespace(**vars(args), **others))
+
+
+def test_unknown_version_is_said(monkeypatch):
+    monkeypatch.setattr(launch, "megatron_version", lambda: "0.42.0")
+    with pytest.warns(UserWarning, match=r"megatron-core 0.42.0 was not checked .*0.13 to 0.20.*not found: a.b"):
+        launch._warn_of_unknown_version(["a.b"])
+
+
+@pytest.mark.skipif("MEGATRON_LM_PATH" not in os.environ, reason="set MEGATRON_LM_PATH to a Megatron-LM checkout")
+def test_hooks_exist_in_a_real_checkout():
+    program = """
+        import sys, typing
+        if not hasattr(typing, "override"):
+            typing.override = lambda function: function  # Megatron-LM 0.19 wants Python 3.12
+        from moba_megatron import launch
+        hooked = launch.install()
+        assert launch.install() == hooked
+        from megatron.training import arguments
+        assert arguments.add_megatron_arguments.moba_hook == "moba_arguments"
+        sys.argv = ["x", "--attention", "moba", "--moba-topk", "5", "--micro-batch-size", "1"]
+        args = arguments.parse_args()
+        assert (args.attention, args.moba_topk) == ("moba", 5)
+        print("REPORT", len(hooked))
+    """
+    path = os.pathsep.join([str(ROOT), os.environ["MEGATRON_LM_PATH"], os.environ.get("PYTHONPATH", "")])
+    done = run("-c", textwrap.dedent(program), module=None, PYTHONPATH=path)
+    assert report_of(done) >= 5
