@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pretrains a GPT of 350 million parameters with MoBA at 32K tokens on one GPU.
+# Pretrains a GPT of 24 layers with MoBA, on sequences of 32K tokens, on one GPU.
 #   DATA_PATH=prefix   data from examples/prepare_data.py (default: 38 plays as bytes, for a trial)
 #   bash launch/pretrain_single_gpu.sh --seq-length 65536     flags are added last and so win
 source "$(dirname "$0")/common.sh"

@@ -12,6 +12,8 @@ for _message in (
     "The .grad attribute of a Tensor that is not a leaf",
     "torch.distributed is disabled, unavailable or uninitialized",
     "The argument order of load has been changed",
+    r"barrier\(\): using the device under current context",
+    "invalid escape sequence",
 ):
     warnings.filterwarnings("ignore", message=_message)
 warnings.filterwarnings("ignore", category=FutureWarning)
