@@ -15,6 +15,9 @@ from ..segments import SUM_BLOCK, Segments
 from . import tuning
 from .jit_helpers import _chunk_keys
 
+PROGRAMS = 2048
+"""Programs that fill a card."""
+
 
 def chunk_means(k: Tensor, segments: Segments) -> Tensor:
     """Mean key of every full chunk (arXiv 2502.13189, equation 6): fp32 sums, divided and rounded once.
@@ -31,7 +34,7 @@ def chunk_means(k: Tensor, segments: Segments) -> Tensor:
     means = torch.empty(num_chunks, num_kv_heads, head_dim, dtype=k.dtype, device=k.device)
     columns = num_kv_heads * head_dim
     num_blocks = triton.cdiv(segments.chunk_size, SUM_BLOCK)
-    options = _config(k, columns, num_blocks)
+    options = _config(k, columns, num_chunks, num_blocks)
     _chunk_means_kernel[(num_chunks * triton.cdiv(columns, options["BLOCK_C"]),)](
         k, segments.cu_seqlens_k, means, segments.num_sequences, segments.chunk_size, num_blocks, *k.stride(),
         HK=num_kv_heads, D=head_dim, SUM_BLOCK=SUM_BLOCK, **options)
@@ -54,7 +57,7 @@ def block_sums(k: Tensor, starts: Tensor, counts: Tensor) -> Tensor:
     sums = torch.empty(num_runs, num_kv_heads, head_dim, dtype=torch.float32, device=k.device)
     if num_runs == 0:
         return sums
-    options = _config(k, columns, num_runs)
+    options = _config(k, columns, num_runs, 1)
     grid = (triton.cdiv(num_runs, options["BLOCK_B"]) * triton.cdiv(columns, options["BLOCK_C"]),)
     _block_sums_kernel[grid](
         k, starts, counts, sums, num_runs, *k.stride(), HK=num_kv_heads, D=head_dim, SUM_BLOCK=SUM_BLOCK, **options)
@@ -82,13 +85,16 @@ def means_from_block_sums(sums: Tensor, chunk_size: int, dtype: torch.dtype) -> 
     return means
 
 
-def _config(k: Tensor, columns: int, num_blocks: int) -> dict[str, int]:
-    """BLOCK_C columns (heads x dims) and BLOCK_B blocks of a tile of running sums; the table gives its size."""
+def _config(k: Tensor, columns: int, num_items: int, num_blocks: int) -> dict[str, int]:
+    """BLOCK_C columns (heads x dims) and BLOCK_B blocks of rows of a tile of running sums; the table gives its size.
+
+    Wide tiles read long runs; where they leave the card idle, blocks of rows go side by side instead.
+    """
     options = tuning.config("chunk_means", k.device, itemsize=k.element_size())
-    tile = options.pop("BLOCK")
-    options["BLOCK_B"] = min(triton.next_power_of_2(num_blocks), 8)
-    options["BLOCK_C"] = min(triton.next_power_of_2(columns), tile // options["BLOCK_B"])
-    return options
+    block_c, block_b = min(triton.next_power_of_2(columns), options.pop("BLOCK")), 1
+    while num_items * triton.cdiv(columns, block_c) < PROGRAMS and block_b < min(8, num_blocks):
+        block_b, block_c = 2 * block_b, max(block_c // 2, 64)
+    return {**options, "BLOCK_B": block_b, "BLOCK_C": block_c}
 
 
 @triton.jit

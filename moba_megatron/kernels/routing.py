@@ -15,10 +15,11 @@ from torch import Tensor
 from . import tuning
 from .jit_helpers import _find_piece, _piece_items
 
-PROGRAMS = 2048
-"""Programs that count and place: enough to fill any card, one warp each."""
+PROGRAMS = 8192
+"""Programs that count and place. More than a card holds at once: they then write to a few kv heads' buckets at a time,
+which the second-level cache holds until its lines are full."""
 COUNTER_BYTES = 32 << 20
-"""Bound of the counters' memory; fewer groups of tokens keep to it."""
+"""Bound of the counters' memory, or half of the entries' where that is more; fewer groups of tokens keep to it."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +83,16 @@ def route(selected: Tensor, num_kv_heads: int, num_chunks: int) -> Routing:
     total, num_heads, choices = selected.shape
     selected = selected.contiguous()
     device = selected.device
-    dtype = torch.int32 if selected.numel() < 2 ** 31 else torch.int64
+    dtype = entry_dtype(selected.numel())
     entries = torch.empty(selected.numel(), dtype=dtype, device=device)
     starts = torch.empty(num_kv_heads * num_chunks + 1, dtype=dtype, device=device)
     if selected.numel() == 0:
         return Routing(entries, starts.zero_())
     group = num_heads // num_kv_heads
     options = tuning.config("route", device)
-    num_groups, tokens = token_groups(total, triton.cdiv(options["BLOCK"], group * choices), num_kv_heads, num_chunks)
+    limit = max(COUNTER_BYTES, entries.nbytes // 2) // (entries.element_size() * num_kv_heads * num_chunks)
+    num_groups, tokens = token_groups(total, triton.cdiv(options["BLOCK"], group * choices),
+                                      max(1, min(PROGRAMS // num_kv_heads, limit)))
     counts = torch.empty(num_kv_heads * num_groups * num_chunks + 1, dtype=dtype, device=device)  # and a ticket
     sizes = (total, tokens, num_chunks, num_groups)
     shape = dict(H=num_heads, G=group, KS=choices)
@@ -118,13 +121,14 @@ def make_tiles(routing: Routing, block: int) -> Tiles:
     return tiles
 
 
-def token_groups(total: int, least_tokens: int, num_kv_heads: int, num_chunks: int) -> tuple[int, int]:
-    """The number of groups of tokens, and the tokens in each (the last may have fewer).
+def entry_dtype(num_choices: int) -> torch.dtype:
+    """int32 while it holds every choice's number: up to 1M tokens with 32 heads and topk 64."""
+    return torch.int32 if num_choices < 2 ** 31 else torch.int64
 
-    As many groups as give PROGRAMS programs, of at least ``least_tokens``, their counters within COUNTER_BYTES.
-    """
-    most = max(1, min(PROGRAMS // num_kv_heads, COUNTER_BYTES // (4 * num_kv_heads * num_chunks)))
-    tokens = max(triton.cdiv(total, most), least_tokens)
+
+def token_groups(total: int, least_tokens: int, most_groups: int) -> tuple[int, int]:
+    """The number of groups of tokens, and the tokens in each (the last may have fewer)."""
+    tokens = max(triton.cdiv(total, most_groups), least_tokens)
     return triton.cdiv(total, tokens), tokens
 
 
@@ -190,8 +194,8 @@ def _route_place_kernel(selected, counts, starts, entries, total, tokens, num_ch
     kv_head = tl.program_id(0) // num_groups
     first_token = tl.program_id(0) % num_groups * tokens
     row = counts + tl.program_id(0).to(tl.int64) * num_chunks
-    wide = tl.arange(0, 256)
-    for first in range(0, num_chunks, 256):  # the program's counters become the places of its next entries
+    wide = tl.arange(0, 512)
+    for first in range(0, num_chunks, 512):  # the program's counters become the places of its next entries
         keep = first + wide < num_chunks
         start = tl.load(starts + kv_head.to(tl.int64) * num_chunks + first + wide, mask=keep, other=0)
         tl.store(row + first + wide, start + tl.load(row + first + wide, mask=keep, other=0), mask=keep)

@@ -1,0 +1,84 @@
+"""Routing under the interpreter: every choice once, in the right bucket, in order; tiles cover every bucket once."""
+import pytest
+import torch
+
+from moba_megatron.kernels import routing
+from moba_megatron.kernels.routing import make_tiles, route, token_groups
+
+CASES = {
+    "uniform": dict(tokens=100, heads=2, kv_heads=2, choices=3, num_chunks=7),
+    "gqa": dict(tokens=133, heads=4, kv_heads=2, choices=7, num_chunks=40),
+    "group of three": dict(tokens=65, heads=6, kv_heads=2, choices=2, num_chunks=5),
+    "mqa": dict(tokens=50, heads=4, kv_heads=1, choices=9, num_chunks=70),
+    "one choice": dict(tokens=1, heads=1, kv_heads=1, choices=1, num_chunks=1),
+    "more chunks than a step is wide": dict(tokens=40, heads=1, kv_heads=1, choices=4, num_chunks=1100),
+    "everybody picks the first chunk": dict(tokens=150, heads=2, kv_heads=2, choices=3, num_chunks=9, skewed=True),
+    "nobody picks any": dict(tokens=30, heads=2, kv_heads=1, choices=2, num_chunks=4, none=True),
+}
+
+
+def choose(tokens, heads, kv_heads, choices, num_chunks, skewed=False, none=False):
+    selected = torch.randint(-1, num_chunks, (tokens, heads, choices), dtype=torch.int32)
+    if skewed:
+        selected[:, :, 0] = 0
+    return selected.fill_(-1) if none else selected
+
+
+def expected(selected, kv_heads, num_chunks):
+    """Entries by a stable sort, and where buckets start."""
+    head = torch.arange(selected.shape[1])[None, :, None] // (selected.shape[1] // kv_heads)
+    bucket = torch.where(selected < 0, kv_heads * num_chunks, head * num_chunks + selected).flatten()
+    order = torch.sort(bucket, stable=True)[1]
+    counts = torch.bincount(bucket, minlength=kv_heads * num_chunks + 1)[:-1]
+    starts = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+    return order[:int(starts[-1])].int(), starts.int()
+
+
+@pytest.mark.parametrize("groups", [1, 3, 1000], ids=lambda n: f"{n} groups at most")
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_stable_sort(case, groups, monkeypatch):
+    monkeypatch.setattr(routing, "PROGRAMS", groups * case["kv_heads"])
+    selected = choose(**case)
+    entries, starts = expected(selected, case["kv_heads"], case["num_chunks"])
+    result = route(selected, case["kv_heads"], case["num_chunks"])
+    assert torch.equal(result.starts, starts)
+    assert torch.equal(result.entries[:entries.numel()], entries)
+
+
+@pytest.mark.parametrize("block", [16, 48, 4096])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_tiles_cover_each_bucket_once(case, block):
+    result = route(choose(**case), case["kv_heads"], case["num_chunks"])
+    tiles = make_tiles(result, block)
+    starts = result.starts.tolist()
+    covered = torch.zeros(starts[-1], dtype=torch.int32)
+    for tile, (bucket, begin, end) in enumerate(zip(tiles.bucket.tolist(), tiles.begin.tolist(), tiles.end.tolist())):
+        if begin < end:
+            assert starts[bucket] <= begin and end <= starts[bucket + 1] and end - begin <= block
+            assert tiles.starts[bucket] <= tile < tiles.starts[bucket + 1]
+            covered[begin:end] += 1
+    assert (covered == 1).all()
+    assert tiles.num_tiles == result.entries.numel() // block + result.num_buckets >= tiles.starts[-1]
+
+
+def test_no_choices_at_all():
+    result = route(torch.empty(10, 2, 0, dtype=torch.int32), 2, 3)
+    assert result.entries.numel() == 0 and result.starts.tolist() == [0] * 7
+    tiles = make_tiles(result, 64)
+    assert (tiles.begin >= tiles.end).all()
+
+
+@pytest.mark.parametrize("tokens, kv_heads, num_chunks", [(1 << 20, 32, 8193), (1 << 17, 16, 1025), (8192, 1, 17)])
+def test_counters_stay_small(tokens, kv_heads, num_chunks):
+    limit = (64 << 20) // (4 * kv_heads * num_chunks)
+    groups, size = token_groups(tokens, 10, min(routing.PROGRAMS // kv_heads, limit))
+    assert groups * size >= tokens > (groups - 1) * size
+    assert groups * kv_heads * num_chunks * 4 <= 64 << 20
+
+
+def test_numbers_of_choices_beyond_32_bits():
+    """The entries' dtype follows from the shape; meta tensors hold no memory."""
+    tokens, heads, choices = 1 << 21, 32, 63
+    assert tokens * heads * choices >= 2 ** 31
+    assert routing.entry_dtype(tokens * heads * choices) == torch.int64
+    assert routing.entry_dtype((1 << 20) * heads * choices) == torch.int32
