@@ -77,8 +77,8 @@ def _check(q: Tensor, v: Tensor, selected: Tensor, segments: Segments) -> None:
         raise TypeError("q must be bfloat16, float16 or float32 for the Triton kernels, got float64: "
                         "use backend='reference'")
     if max(q.shape[2], v.shape[2]) > MAX_HEAD_DIM:
-        raise ValueError(f"head_dim must be at most {MAX_HEAD_DIM} for the Triton kernels, got {q.shape[2]} for q and k, "
-                         f"{v.shape[2]} for v: use backend='reference'")
+        raise ValueError(f"head_dim must be at most {MAX_HEAD_DIM} for the Triton kernels, got {q.shape[2]} for q and "
+                         f"k, {v.shape[2]} for v: use backend='reference'")
     if segments.chunk_size < 16 and selected.shape[2]:
         raise ValueError(f"chunk_size must be at least 16 for the Triton kernels, got {segments.chunk_size}: "
                          "use backend='reference'")
@@ -89,9 +89,9 @@ def sparse_config(q: Tensor, v: Tensor, chunk_size: int) -> dict[str, int]:
     options = tuning.config("attention_fwd", q.device, head_dim=max(q.shape[2], v.shape[2]), chunk_size=chunk_size,
                             itemsize=q.element_size())
     options["RESIDENT"] = options["BLOCK_N"] >= chunk_size
-    if not options["RESIDENT"]:
-        options["SPLIT"] = options["BLOCK_M"]
-    return {"SPLIT": options["BLOCK_M"], **options}
+    if options["RESIDENT"]:
+        return {"SPLIT": 16 * options["BLOCK_M"], "ROW_STAGES": options["num_stages"], **options}
+    return {**options, "SPLIT": options["BLOCK_M"]}
 
 
 def tma_available(device: torch.device) -> bool:
@@ -268,8 +268,9 @@ def _gather_queries(q, entries, begin, end, first_head, group_heads, stride_qt, 
 def _store_slots(o_slots, lse_slots, slot, valid, acc, m, l, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
     """Writes the normalised partial results."""
     cols = tl.arange(0, BLOCK_DV)
-    pointers = o_slots + slot[:, None] * DV + cols[None, :]
-    tl.store(pointers, (acc * (1.0 / l)[:, None]).to(o_slots.dtype.element_ty), mask=valid[:, None] & (cols[None, :] < DV))
+    o = acc * (1.0 / l)[:, None]
+    tl.store(o_slots + slot[:, None] * DV + cols[None, :], o.to(o_slots.dtype.element_ty),
+             mask=valid[:, None] & (cols[None, :] < DV))
     tl.store(lse_slots + slot, m + tl.log2(l), mask=valid)
 
 
@@ -280,7 +281,7 @@ def _attention_fwd_resident_kernel(
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr,
-    USE_TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    USE_TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, ROW_STAGES: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """A run of entries of one (chunk, kv head): the chunk's keys and values stay, the query rows stream past."""
@@ -300,7 +301,8 @@ def _attention_fwd_resident_kernel(
                         PARTIAL)
     v_rows = _load_keys(v, first_key, first_key + CHUNK, kv_head, stride_vt, stride_vh, DV, BLOCK_N, BLOCK_DV, USE_TMA,
                         PARTIAL)
-    for first in range(begin, end, BLOCK_M):
+    # the stages by name: else only what feeds a dot is loaded ahead, and not the entries that the stores need
+    for first in tl.range(begin, end, BLOCK_M, num_stages=ROW_STAGES):
         q_rows, slot, valid = _gather_queries(q, entries, first, end, kv_head_begin * G, group_heads, stride_qt,
                                               stride_qh, H, KS, D, BLOCK_M, BLOCK_D, WIDE)
         s = tl.dot(q_rows, tl.trans(k_rows), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]

@@ -1,7 +1,8 @@
 """Where MoBA is plain causal attention: the fastest dense kernel inside torch, as a pair of stage functions.
 
 cuDNN for sequences of one length, flash attention 2 (torch's own build) for packed ones. A function that returns None
-declines, and the caller goes on with the project's kernels: forward and backward may be mixed, since both speak o and lse.
+declines, and the caller goes on with the project's kernels; forward and backward may be mixed, since both take o and
+lse.
 """
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def dense_causal(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen
         batch = cu_seqlens.numel() - 1
         o, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             *(_batched(x, batch) for x in (q, k, v)), None, True, 0.0, True, False, scale=scale)
-        return _packed(o).contiguous(), lse.reshape(batch, q.shape[1], max_seqlen).transpose(1, 2).flatten(0, 1).contiguous()
+        lse = lse.reshape(batch, q.shape[1], max_seqlen).transpose(1, 2).flatten(0, 1)
+        return _packed(o).contiguous(), lse.contiguous()
     o, lse, *_ = torch.ops.aten._flash_attention_forward(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, True, False, scale=scale)
     return o, lse.t().contiguous()

@@ -1,4 +1,4 @@
-"""Attention forward on a GPU: o and lse against fp64 in every dtype, large offsets, groups of heads, the dense kernels."""
+"""Attention forward on a GPU: o and lse against fp64 in every dtype, large offsets, groups of heads, dense kernels."""
 import pytest
 import torch
 
@@ -21,7 +21,8 @@ CASES = {
     "D 80, DV 96": dict(lengths=[700], chunk=48, topk=3, dim=80, dim_v=96),
     "D 192, DV 128": dict(lengths=[1100], chunk=256, topk=3, dim=192, dim_v=128),
     "D 256": dict(lengths=[900], chunk=128, topk=3, dim=256),
-    "parts with offsets": dict(lengths=[1500, 900], chunk=128, topk=4, parts=[(0, 400, 500), (1, 3, 700), (0, 1200, 300)]),
+    "parts with offsets": dict(lengths=[1500, 900], chunk=128, topk=4,
+                               parts=[(0, 400, 500), (1, 3, 700), (0, 1200, 300)]),
 }
 
 

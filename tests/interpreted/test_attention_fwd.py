@@ -1,4 +1,4 @@
-"""Attention forward, interpreted: o and lse of every path of its kernels against fp64, for selections drawn at random."""
+"""Attention forward, interpreted: o and lse of every path of its kernels against fp64, for selections at random."""
 import importlib
 
 import pytest
@@ -27,7 +27,8 @@ CASES = {
     "topk 1": dict(lengths=[70, 33], chunk=32, topk=1),
     "chunk as long as the sequence": dict(lengths=[70, 5], chunk=128, topk=1),
     "topk beyond the chunks": dict(lengths=[70], chunk=32, topk=6),
-    "parts with offsets": dict(lengths=[150, 90], chunk=32, topk=3, parts=[(0, 40, 50), (1, 3, 70), (0, 120, 30), (1, 90, 0)]),
+    "parts with offsets": dict(lengths=[150, 90], chunk=32, topk=3,
+                               parts=[(0, 40, 50), (1, 3, 70), (0, 120, 30), (1, 90, 0)]),
     "fp16": dict(lengths=[130], chunk=32, topk=3, dtype=torch.float16),
     "fp16, chunk 48": dict(lengths=[130], chunk=48, topk=2, dtype=torch.float16),
 }
