@@ -34,8 +34,8 @@ MULTIPROCESSORS = 132
 """Of the card that launchers are told they run on, where they ask; an H200's."""
 ONE_OF_EACH_CLASS = (80, 86, 90, 100)
 """One card of each class of the tuning tables; 89 and 120 share 86's rows."""
-BEYOND = {"chunk_size": 4096, "choices": 63}
-"""Values of a row's key that no bound in the tables exceeds."""
+BEYOND = {"chunk_size": 4096, "choices": 63, "slots": 63}
+"""Values that exceed every bound of a row's key in the tables."""
 EVERY_HEAD_DIM = (86, 90)
 """The card with the least shared memory, and the one the kernels are tuned on."""
 
@@ -158,7 +158,10 @@ def run_stages(problem: Problem) -> None:
     cu_seqlens = torch.empty(problem.sequences + 1, dtype=torch.int32, device="meta")
     segments = Segments.from_cu_seqlens(cu_seqlens, problem.tokens, problem.chunk_size)
     means = kernels.chunk_means(k, segments)
-    selected = kernels.gate(q, means, segments, problem.topk)
+    if problem.topk > 1:
+        selected = kernels.gate(q, means, segments, problem.topk)
+    else:
+        selected = torch.empty(problem.tokens, problem.heads, 0, dtype=torch.int32, device="meta")
     scale = problem.head_dim ** -0.5
     o, lse = kernels.attention_fwd(q, k, v, selected, segments, scale)
     dlse = torch.empty_like(lse) if problem.lse_gradient else None
@@ -225,7 +228,7 @@ def problems_for(capability: int, head_dims: list[int] | None = None) -> list[Pr
         problems += [Problem(dim, 512) for dim in (32, 80, 96)]
         problems += [Problem(192, 512, head_dim_v=128), Problem(64, 128), Problem(128, 128, dtype=torch.float16),
                      Problem(128, 500, topk=3, heads=16, kv_heads=16),
-                     Problem(128, 512, deterministic=True, lse_gradient=True)]
+                     Problem(128, 512, topk=64, deterministic=True, lse_gradient=True)]
     if capability in ONE_OF_EACH_CLASS:
         problems += _problems_for_other_rows(capability, problems)
     return problems
@@ -263,7 +266,8 @@ def _problems_for_other_rows(capability: int, problems: list[Problem]) -> list[P
         if row in used:
             continue
         dtype = torch.float32 if key["itemsize"] == 4 else torch.bfloat16
-        problem = Problem(key["head_dim"], key["chunk_size"], topk=key.get("choices", 7) + 1, dtype=dtype)
+        earlier = key.get("choices", key.get("slots", 7))
+        problem = Problem(key["head_dim"], key["chunk_size"], topk=earlier + 1, dtype=dtype)
         now = used_rows(problem, capability)
         if now - used:
             added.append(problem)
@@ -308,10 +312,11 @@ def as_dicts(rows: list[Compiled]) -> list[dict]:
 
 def as_text(rows: list[Compiled]) -> str:
     """The report as an aligned table."""
-    lines = [["sm", "kernel", "shared KiB", "limit", "registers", "stack", "spills", "config", "first problem"]]
+    lines = [["sm", "kernel", "shared KiB", "limit", "tensor memory", "registers", "stack", "spills", "config",
+              "first problem", ""]]
     for row in rows:
-        lines.append([str(row.capability), row.kernel, f"{row.shared / 1024:.1f}" + ("" if row.fits else " TOO MUCH"),
-                      str(SHARED_LIMIT_KIB[row.capability]), str(row.registers), str(row.stack), str(row.spills),
-                      row.config, row.problem])
+        lines.append([str(row.capability), row.kernel, f"{row.shared / 1024:.1f}",
+                      str(SHARED_LIMIT_KIB[row.capability]), str(row.tensor_memory or ""), str(row.registers),
+                      str(row.stack), str(row.spills), row.config, row.problem, "" if row.fits else "DOES NOT FIT"])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
