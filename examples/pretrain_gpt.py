@@ -24,6 +24,7 @@ megatron_on_cpu.enable()  # before Megatron-Core is imported; does nothing where
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from pretraining import checkpointing, data  # noqa: E402
+from pretraining.agreement import SharedError, abort, gather, on_all_ranks  # noqa: E402
 from pretraining.arguments import parse_args  # noqa: E402
 from pretraining.evaluation import evaluate  # noqa: E402
 from pretraining.model import build_config, build_model, build_optimizer  # noqa: E402
@@ -39,6 +40,8 @@ def main(argv=None) -> int:
     initialize(args)
     try:
         pretrain(args)
+    except SharedError as error:
+        abort(f"error: {error}", 2, shared=True)
     except ValueError as error:
         abort(f"error: {error}", 2)
     except Exception:
@@ -67,55 +70,17 @@ def initialize(args) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
-def abort(message: str, status: int) -> None:
-    """Ends this process at once, whatever the others wait for; torchrun then ends them.
-
-    What every rank would say is said by rank 0 alone.
-    """
-    rank = torch.distributed.get_rank()
-    if status != 2 or rank == 0 or not message.endswith(_ON_ALL_RANKS):
-        print(f"[rank {rank}] {message.removesuffix(_ON_ALL_RANKS)}", file=sys.stderr, flush=True)
-    os._exit(status)
-
-
-_ON_ALL_RANKS = "\0"  # marks a message that every rank has
-
-
-def on_all_ranks(function, *args):
-    """Calls the function on every rank; where it fails on one, it fails on all, with that one's message.
-
-    Returns:
-        the function's value on this rank.
-
-    Raises:
-        ValueError: the function raised ValueError or OSError on some rank, or its values differ between ranks.
-    """
-    value = problem = None
-    try:
-        value = function(*args)
-    except (ValueError, OSError) as error:
-        problem = str(error)
-    gathered = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, problem)
-    for found in gathered:
-        if found is not None:
-            raise ValueError(found + _ON_ALL_RANKS)
-    return value
-
-
 def find_checkpoint(args) -> int:
     """The iteration to resume from, 0 to start afresh; the same on all ranks.
 
     Raises:
-        ValueError: the ranks see different checkpoints.
+        SharedError: the ranks see different checkpoints.
     """
-    found = on_all_ranks(checkpointing.latest_iteration, args.load) if args.load else None
-    gathered = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, found)
-    if len(set(gathered)) > 1:
-        raise ValueError(f"--load {args.load}: the ranks see different checkpoints, {gathered}; every machine must see "
-                         f"the same directory{_ON_ALL_RANKS}")
-    return found or 0
+    found = gather(on_all_ranks(checkpointing.latest_iteration, args.load) if args.load else None)
+    if len(set(found)) > 1:
+        raise SharedError(f"--load {args.load}: the ranks see different checkpoints, {found}; every machine must see "
+                          "the same directory")
+    return found[0] or 0
 
 
 def pretrain(args) -> None:
@@ -136,8 +101,8 @@ def pretrain(args) -> None:
     for iteration, report in steps(args, config, model, optimizer, scheduler, train_data, first):
         if report is not None:
             if not math.isfinite(report["loss"]):
-                raise ValueError(f"the loss is {report['loss']} at step {iteration}: lower --lr, or resume from an "
-                                 f"earlier checkpoint{_ON_ALL_RANKS}")
+                raise SharedError(f"the loss is {report['loss']} at step {iteration}: lower --lr, or resume from an "
+                                  "earlier checkpoint")
             monitor.step(iteration, **report)
         stop = args.exit_interval and iteration % args.exit_interval == 0
         due = args.save_interval and iteration % args.save_interval == 0

@@ -205,6 +205,12 @@ class TestBadInput:
         assert result.returncode != 0
         assert result.stderr.count("there is no file") == 1
 
+    def test_another_architecture_is_refused(self, data_path, stopped):
+        result = torchrun(1, *MODEL, *TRAINING, "--data-path", str(data_path), "--use-distributed-optimizer",
+                          "--load", str(stopped / "checkpoints"), "--ffn-hidden-size", "128", timeout=100)
+        assert result.returncode != 0
+        assert "--ffn-hidden-size 192, this run has 128" in result.stderr
+
     @pytest.mark.parametrize("world, flags, message", [
         pytest.param(3, ["--context-parallel-size", "2"], "multiple of tensor x pipeline x context", id="world size"),
         pytest.param(2, ["--context-parallel-size", "2", "--seq-length", "126"], "--seq-length must be a multiple of 4",

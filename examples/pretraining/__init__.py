@@ -1,4 +1,4 @@
-"""The parts of `examples/pretrain_gpt.py`: arguments, data, model, checkpointing, evaluation, selection, monitor.
+"""The parts of `examples/pretrain_gpt.py`, one file each.
 
 Importing it first silences what Megatron-Core says in each module and on each rank and nobody can act on.
 """

@@ -9,6 +9,8 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from .agreement import SharedError
+
 # What must agree between a checkpoint and the run that loads it, or the weights mean something else.
 _ARCHITECTURE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
                  "kv_channels", "rotary_base", "qk_layernorm", "untie_embeddings_and_output_weights",
@@ -67,7 +69,7 @@ def load_checkpoint(args, iteration: int, model, optimizer, scheduler) -> None:
     """Restores model, optimizer and schedule from the checkpoint of `iteration`; called by all ranks.
 
     Raises:
-        ValueError: the checkpoint is of another architecture, or its optimizer cannot be cut as this run needs it.
+        SharedError: the checkpoint is of another architecture, or its optimizer cannot be cut as this run needs it.
     """
     directory = str(Path(args.load) / f"iter_{iteration:07d}")
     saved = dist_checkpointing.load_common_state_dict(directory)["run"]
@@ -76,8 +78,8 @@ def load_checkpoint(args, iteration: int, model, optimizer, scheduler) -> None:
         names += _OPTIMIZER_LAYOUT
     for name in names:
         if saved[name] != getattr(args, name):
-            raise ValueError(f"--load {args.load}: the checkpoint was written with --{name.replace('_', '-')} "
-                             f"{saved[name]}, this run has {getattr(args, name)}: give the checkpoint's value")
+            raise SharedError(f"--load {args.load}: the checkpoint was written with --{name.replace('_', '-')} "
+                              f"{saved[name]}, this run has {getattr(args, name)}: give the checkpoint's value")
     _allocate_optimizer_state(optimizer)
     state = dist_checkpointing.load(_sharded_state(args, model, optimizer, is_loading=True), directory)
     _unwrap(model).load_state_dict(state["model"])

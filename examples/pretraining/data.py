@@ -9,6 +9,8 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import get_blend_from_list
 
+from .agreement import SharedError
+
 
 class DataTokenizer:
     """What Megatron's dataset asks of a tokenizer once the text is tokens: the size of the vocabulary and two ids."""
@@ -54,7 +56,7 @@ def build_datasets(args, blend, tokenizer) -> tuple[GPTDataset, GPTDataset | Non
     """Training and validation samples of `seq_length` tokens; rank 0 builds the index maps, the others read them.
 
     Raises:
-        ValueError: the data is too short for one sequence of a split that is needed.
+        SharedError: the data is too short for one sequence of a split that is needed.
     """
     config = GPTDatasetConfig(
         random_seed=args.seed, sequence_length=args.seq_length, blend=blend, split=args.split,
@@ -65,8 +67,8 @@ def build_datasets(args, blend, tokenizer) -> tuple[GPTDataset, GPTDataset | Non
     train, valid, _ = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
     for name, dataset, needed in (("training", train, True), ("validation", valid, eval_samples > 0)):
         if needed and (dataset is None or len(dataset) == 0):
-            raise ValueError(f"--split {args.split} of --data-path leaves the {name} split no sequence of "
-                             f"--seq-length {args.seq_length} tokens: give it more documents or weight")
+            raise SharedError(f"--split {args.split} of --data-path leaves the {name} split no sequence of "
+                              f"--seq-length {args.seq_length} tokens: give it more documents or weight")
     return train, valid
 
 
