@@ -98,9 +98,9 @@ def _column_maxima(best, q_rows, means, earlier, limit, begin, end, MASKED: tl.c
 
 
 @triton.jit
-def _warm_threshold(q_rows, means, earlier, every, limit, KS: tl.constexpr, HK: tl.constexpr, D: tl.constexpr,
-                    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-                    WARM: tl.constexpr):
+def _warm_threshold(q_rows, means, earlier, every, limit, KS: tl.constexpr, BLOCK_KS: tl.constexpr, HK: tl.constexpr,
+                    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                    PRECISION: tl.constexpr, WARM: tl.constexpr):
     """A value below the KS-th best score of each row: from the KS-th best maximum of the columns of some tiles.
 
     Each column's maximum over the tiles is the score of another chunk, so KS chunks reach the KS-th of them.
@@ -111,6 +111,8 @@ def _warm_threshold(q_rows, means, earlier, every, limit, KS: tl.constexpr, HK: 
     middle = tl.maximum(every // BLOCK_N * BLOCK_N, begin)  # up to here every row may choose every chunk
     best = _column_maxima(best, q_rows, means, earlier, limit, begin, middle, False, HK, D, BLOCK_D, BLOCK_N, PRECISION)
     best = _column_maxima(best, q_rows, means, earlier, limit, middle, end, True, HK, D, BLOCK_D, BLOCK_N, PRECISION)
+    if BLOCK_N > 2 * BLOCK_KS:  # fewer columns: a slightly lower bound at half the work
+        best = tl.max(tl.reshape(best, [BLOCK_M, 2, BLOCK_N // 2]), 1)
     bound = tl.max(best, 1)
     for _ in range(KS - 1):
         best = tl.where(best == bound[:, None], -float("inf"), best)
@@ -130,8 +132,8 @@ def _deal(s, LANES: tl.constexpr):
 def _pack(hits, WIDTH: tl.constexpr):
     """Hits ``[BLOCK_M, LANES, WIDTH]`` as bits ``[BLOCK_M, LANES]``, the first column in the top one, and their number."""
     bits = (tl.full([WIDTH], 1, tl.int32) << (WIDTH - 1 - tl.arange(0, WIDTH)))[None, None, :]
-    if WIDTH <= 16:  # one sum yields both
-        both = tl.sum(tl.where(hits, bits + 65536, 0), 2)
+    if WIDTH <= 16:  # one sum yields both, exactly, on the units for fp32 products, which have nothing else to do
+        both = tl.sum(hits.to(tl.float32) * (bits + 65536).to(tl.float32), 2).to(tl.int32)
         word, count = both & 65535, both >> 16
     else:
         word = tl.sum(tl.where(hits, bits, 0), 2)
@@ -246,8 +248,8 @@ def _gate_kernel(
     WIDTH: tl.constexpr = BLOCK_N // LANES
     threshold = tl.full([BLOCK_M], -float("inf"), tl.float32)
     if WARM > 0:
-        threshold = _warm_threshold(q_rows, means, earlier, every, limit, KS, HK, D, BLOCK_D, BLOCK_M, BLOCK_N,
-                                    PRECISION, WARM)
+        threshold = _warm_threshold(q_rows, means, earlier, every, limit, KS, BLOCK_KS, HK, D, BLOCK_D, BLOCK_M,
+                                    BLOCK_N, PRECISION, WARM)
     if LANES > 1:
         values = (tl.full([BLOCK_M, LANES], -float("inf"), tl.float32),) * KS
         chunks = (tl.full([BLOCK_M, LANES], -1, tl.int32),) * KS
