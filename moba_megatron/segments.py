@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 SUM_BLOCK = 64
-"""Rows in one partial sum of keys, counted from the chunk's start: the leaf of the summation tree behind a chunk's mean."""
+"""Rows in one partial sum of keys, counted from the chunk's start: the leaf of the tree of sums behind a chunk's mean."""
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,8 @@ def test_cp_comm_type_accepted():
     (lambda a: a.update(query=a["query"][:, 0]), r"query must have shape \[s, b, h, d\]"),
     (lambda a: a.update(value=None), "value must have shape .* got NoneType"),
     (lambda a: a.update(key=a["key"][:20], value=a["value"][:20]), "key must have at least query's 40 tokens"),
-    (lambda a: a.update(packed_seq_params=PackedSeqParams(qkv_format="thd")), r"query must have shape \[t, h, d\] for packed_seq_params"),
+    (lambda a: a.update(packed_seq_params=PackedSeqParams(qkv_format="thd")),
+     r"query must have shape \[t, h, d\] for packed_seq_params"),
 ])
 def test_forward_refuses(change, text):
     arguments = dict(zip(("query", "key", "value"), fused_qkv(40, 2)), attention_mask=None)

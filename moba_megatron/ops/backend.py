@@ -47,7 +47,7 @@ def _stages(backend: str, device_type: str) -> ModuleType:
     else:
         from .. import kernels as stages
         if device_type != "cuda" and not stages.INTERPRETED:
-            raise ValueError(f"backend='triton' needs CUDA tensors, got a tensor on {device_type}: move the tensors to a "
-                             "GPU, use backend='reference', or set TRITON_INTERPRET=1 before the first import to debug")
+            raise ValueError(f"backend='triton' needs CUDA tensors, got a tensor on {device_type}: move the tensors to "
+                             "a GPU, use backend='reference', or set TRITON_INTERPRET=1 before the first import to debug")
     logger.info("moba_megatron: %s kernels on %s (%s)", name, device_type, reason)
     return stages

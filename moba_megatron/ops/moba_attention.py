@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..segments import Segments
 from .backend import check_backend, get_stages
+from .dense import dense_causal, dense_causal_bwd
 from .validation import check_cu_seqlens, check_flag, check_qkv, check_scale, check_segments, check_whole
 
 
@@ -82,9 +83,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, topk: int, soft
     check_flag("deterministic", deterministic)
     check_flag("return_lse", return_lse)
     check_backend(backend)
+    chunk_size = segments.chunk_size
+    if segments.max_seqlen_k <= topk * chunk_size:  # every earlier chunk is chosen: causal attention, one chunk
+        chunk_size, topk = max(chunk_size, segments.max_seqlen_k), 1
     o, lse, _ = _forward(q, k, v, segments.cu_seqlens_q, segments.cu_seqlens_k, segments.seq_ids, segments.offsets,
-                         segments.max_seqlen_q, segments.max_seqlen_k, segments.chunk_size, segments.packed, topk,
-                         scale, deterministic, backend)
+                         segments.max_seqlen_q, segments.max_seqlen_k, chunk_size, segments.packed, topk, scale,
+                         deterministic, backend)
     return (o, lse) if return_lse else o
 
 
@@ -92,6 +96,9 @@ def causal_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_
                        softmax_scale: float | None = None, deterministic: bool = False, backend: str = "auto",
                        return_lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """Dense causal attention over packed sequences: MoBA with one chunk as long as the longest sequence.
+
+    On CUDA ``backend="auto"`` takes cuDNN or flash attention where they fit (``ops/dense.py``), as it does wherever
+    MoBA is causal attention; ``triton`` always takes the project's own kernels.
 
     Args, Returns, Raises: as :func:`moba_attn_varlen`.
     """
@@ -111,8 +118,17 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k
         selected = stages.gate(q, stages.chunk_means(k, segments), segments, earlier + 1)
     else:
         selected = torch.empty(*q.shape[:2], 0, dtype=torch.int32, device=q.device)
+        if _may_be_dense(backend, packed, max_seqlen_k, chunk_size):
+            dense = dense_causal(q, k, v, cu_seqlens_k, max_seqlen_k, softmax_scale)
+            if dense is not None:
+                return *dense, selected
     o, lse = stages.attention_fwd(q, k, v, selected, segments, softmax_scale)
     return o, lse, selected
+
+
+def _may_be_dense(backend: str, packed: bool, max_seqlen_k: int, chunk_size: int) -> bool:
+    """Whether this is causal self-attention for which the backend may be a dense kernel."""
+    return backend == "auto" and packed and max_seqlen_k <= chunk_size
 
 
 @_forward.register_fake
@@ -129,6 +145,11 @@ def _backward(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, 
               selected: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, seq_ids: Tensor, offsets: Tensor,
               max_seqlen_q: int, max_seqlen_k: int, chunk_size: int, packed: bool, softmax_scale: float,
               deterministic: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    if selected.shape[2] == 0 and _may_be_dense(backend, packed, max_seqlen_k, chunk_size):
+        dense = dense_causal_bwd(do, dlse, q, k, v, o, lse, cu_seqlens_k, max_seqlen_k, softmax_scale,
+                                 deterministic=deterministic)
+        if dense is not None:
+            return dense
     segments = Segments(cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_seqlen_k, chunk_size, packed)
     return get_stages(backend, q.device).attention_bwd(do, dlse, q, k, v, o, lse, selected, segments, softmax_scale,
                                                        deterministic=deterministic)
