@@ -1,7 +1,7 @@
 """Gate and top-k in one kernel: scores of a tile of queries against tiles of chunk means, and a streaming selection.
 
-Nothing of the size queries x chunks is stored. Tiles of chunks are walked from the latest back, so that among equals the
-later chunk is met first and stays. What makes it fast:
+Nothing of the size queries x chunks is stored. Tiles of chunks are walked from the latest back, so that among equals
+the later chunk is met first and stays. What makes it fast:
 - the k-th best of column maxima over the latest WARM tiles is a lower bound of the k-th best score, so hardly anything
   that is not chosen in the end passes the comparison;
 - what passes is packed into bits, and the most crowded row of a tile says how often the insertion runs: no thread waits
@@ -130,7 +130,7 @@ def _deal(s, LANES: tl.constexpr):
 
 @triton.jit
 def _pack(hits, WIDTH: tl.constexpr):
-    """Hits ``[BLOCK_M, LANES, WIDTH]`` as bits ``[BLOCK_M, LANES]``, the first column in the top one, and their number."""
+    """Hits ``[BLOCK_M, LANES, WIDTH]`` as bits, the first column in the top one, and their number: ``[.., LANES]``."""
     bits = (tl.full([WIDTH], 1, tl.int32) << (WIDTH - 1 - tl.arange(0, WIDTH)))[None, None, :]
     if WIDTH <= 16:  # one sum yields both, exactly, on the units for fp32 products, which have nothing else to do
         both = tl.sum(hits.to(tl.float32) * (bits + 65536).to(tl.float32), 2).to(tl.int32)
@@ -151,7 +151,7 @@ def _count_bits(word):
 
 @triton.jit
 def _allowed(count, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    """Bits ``[BLOCK_M, LANES]`` of the dealt columns below ``count`` ``[BLOCK_M]``; the first column has the top bit."""
+    """Bits ``[BLOCK_M, LANES]`` of dealt columns below ``count`` ``[BLOCK_M]``; the first column has the top bit."""
     count = tl.maximum(count, 0)[:, None]
     rest = count % (2 * LANES) - 2 * tl.arange(0, LANES)[None, :]
     below = tl.minimum(count // (2 * LANES) * 2 + tl.minimum(tl.maximum(rest, 0), 2), WIDTH)
@@ -212,7 +212,7 @@ def _take_best(values, chunks, KS: tl.constexpr):
 
 @triton.jit
 def _replace_worst(values, chunks, value, chunk):
-    """Puts a better entry in place of the worst one, of equals the earliest chunk, of unsorted rows ``[BLOCK_M, KP]``."""
+    """Puts a better entry in place of the worst, of equals the earliest chunk, of unsorted rows ``[BLOCK_M, KP]``."""
     worst = tl.min(values, 1)[:, None]
     earliest = tl.min(tl.where(values == worst, chunks, 2147483647), 1)[:, None]
     replaced = (values == worst) & (chunks == earliest) & (value > worst)

@@ -1,7 +1,7 @@
 """Routing: from each query's chunks to each chunk's queries, by a stable counting sort on the device.
 
-Three passes over ``selected``: count, for each group of consecutive tokens; add up, over groups and over buckets; place.
-A program places the choices of its group alone, in order, with counters of its own: the result is always the same.
+Three launches: count, for each group of consecutive tokens; add up, over groups and over buckets; place. A program
+places the choices of its group alone, in order, with counters of its own: the result is always the same.
 """
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Routing:
 class Tiles:
     """Buckets cut into tiles of ``block`` entries. The tiles of a bucket follow each other, buckets are in order.
 
-    Tile ``i`` of bucket ``b`` has the number ``starts[b] // block + b + i`` (``starts`` of the routing), so a bucket may
+    Tile ``i`` of bucket ``b`` has the number ``starts[b] // block + b + i`` (``starts`` of the routing): a bucket may
     have one number too many: there begin >= end, and a program leaves.
 
     Args:

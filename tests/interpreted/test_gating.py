@@ -1,4 +1,4 @@
-"""Gate under the interpreter: the same chunks as the reference, ties included; near-ties alone where scores are real."""
+"""Gate under the interpreter: the reference's chunks, ties included; near-ties alone where scores are real."""
 import pytest
 import torch
 
