@@ -1,5 +1,6 @@
 """What a run says about itself, on rank 0: the live line, JSON lines (and how to read them back) and TensorBoard."""
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -30,7 +31,7 @@ class Monitor:
                 self.say("--tensorboard-dir is ignored: the package tensorboard is missing (pip install -e '.[plot]')")
             else:
                 self.board = SummaryWriter(args.tensorboard_dir, purge_step=first_iteration + 1)
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0:
             try:
                 from tqdm import tqdm
             except ImportError:
