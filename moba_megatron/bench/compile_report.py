@@ -227,6 +227,7 @@ def problems_for(capability: int, head_dims: list[int] | None = None) -> list[Pr
     if capability in EVERY_HEAD_DIM:
         problems += [Problem(dim, 512) for dim in (32, 80, 96)]
         problems += [Problem(192, 512, head_dim_v=128), Problem(64, 128), Problem(128, 128, dtype=torch.float16),
+                     Problem(128, 64), Problem(256, 32),
                      Problem(128, 500, topk=3, heads=16, kv_heads=16),
                      Problem(128, 512, topk=64, deterministic=True, lse_gradient=True)]
     if capability in ONE_OF_EACH_CLASS:
