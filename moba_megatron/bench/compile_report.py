@@ -36,8 +36,9 @@ ONE_OF_EACH_CLASS = (80, 86, 90, 100)
 """One card of each class of the tuning tables; 89 and 120 share 86's rows."""
 BEYOND = {"chunk_size": 4096, "choices": 63, "slots": 63}
 """Values that exceed every bound of a row's key in the tables."""
-EVERY_HEAD_DIM = (86, 90)
+MORE_SHAPES = (86, 90)
 """The card with the least shared memory, and the one the kernels are tuned on."""
+LEAST_SHARED_MEMORY = 86
 
 
 @dataclass(frozen=True)
@@ -220,16 +221,16 @@ def _spills(ptx: str, capability: int) -> int:
 
 def problems_for(capability: int, head_dims: list[int] | None = None) -> list[Problem]:
     """What is compiled for an architecture: the usual head dims; for one card of each class whatever it takes to use
-    every row of its tuning tables; for two of them every head dim."""
+    every row of its tuning tables; for two of them further shapes; every head dim where shared memory is least."""
     if head_dims is not None:
         return [Problem(dim, size) for dim in head_dims for size in (128, 512, 2048)]
     problems = [Problem(128, 128), Problem(128, 512), Problem(64, 512), Problem(256, 512)]
-    if capability in EVERY_HEAD_DIM:
-        problems += [Problem(dim, 512) for dim in (32, 80, 96)]
-        problems += [Problem(192, 512, head_dim_v=128), Problem(64, 128), Problem(128, 128, dtype=torch.float16),
-                     Problem(128, 64), Problem(256, 32),
-                     Problem(128, 500, topk=3, heads=16, kv_heads=16),
+    if capability in MORE_SHAPES:
+        problems += [Problem(80, 512), Problem(192, 512, head_dim_v=128), Problem(64, 128), Problem(128, 64),
+                     Problem(128, 500, topk=3, heads=16, kv_heads=16, dtype=torch.float16),
                      Problem(128, 512, topk=64, deterministic=True, lse_gradient=True)]
+    if capability == LEAST_SHARED_MEMORY:
+        problems += [Problem(32, 512), Problem(96, 512)]
     if capability in ONE_OF_EACH_CLASS:
         problems += _problems_for_other_rows(capability, problems)
     return problems
