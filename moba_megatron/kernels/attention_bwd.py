@@ -8,18 +8,17 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..segments import Segments
 from . import tuning
 from .attention_bwd_dkdv import _attention_bwd_dkv_kernel, _attention_bwd_dkv_sum_kernel
 from .attention_bwd_dq import _attention_bwd_dq_kernel, _attention_bwd_dq_own_kernel
-from .attention_fwd import _check, _describable, _key_source, _precision, tma_available
+from .attention_fwd import _check, _describable, _key_source, tma_available
 from .routing import Routing, Tiles, make_tiles, route
 from .workspace import head_groups, workspace_limit
 
-FUSED_CHUNK = 128
-"""Up to this chunk size the dk, dv kernel also writes the dq slots: there traffic rules, beyond it the products."""
-PARTIALS_SHARE = 8
+PARTIALS_SHARE = 32
 """The partials of cut lists may take this fraction of the workspace; lists are cut later where they would take more."""
 MIN_PIECES = 32
 """At least so many extra pieces of cut lists are allowed, whatever memory their partials take."""
@@ -36,7 +35,7 @@ def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tens
     Args:
         do: ``[T, H, DV]``, gradient of o; any strides.
         dlse: ``[T, H]``, gradient of lse, or None.
-        q, k, v, selected, segments, softmax_scale: as forward.
+        q, k, v, selected, segments, softmax_scale: as forward; fp32 products are IEEE here.
         o, lse: forward's results; lse decides the weights.
         deterministic: no effect: every sum has a fixed order.
         kv_grad_dtype: dtype of dk and dv; k's and v's own by default.
@@ -64,7 +63,8 @@ def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tens
     slot_bytes = x.rows_per_kv_head * x.slots * q.shape[2] * q.element_size()
     groups = head_groups(x.kv_heads, slot_bytes)
     together = groups[0][1] - groups[0][0]
-    fused = segments.chunk_size <= FUSED_CHUNK
+    # one tile holds the chunk: its program writes the slots of dq too, and traffic is what it saves
+    fused = segments.chunk_size <= x.config("attention_bwd_dkv")["BLOCK_N"]
     cuts = _cuts(x, routing, together if fused else x.kv_heads)
     partials = torch.empty(cuts.partial_floats, dtype=torch.float32, device=q.device)
     if not fused:
@@ -127,7 +127,7 @@ class _Inputs:
         d, dv = self.q.shape[2], self.v.shape[2]
         return {"H": self.q.shape[1], "G": self.heads_per_kv, "KS": self.slots, "D": d, "DV": dv,
                 "BLOCK_D": triton.next_power_of_2(d), "BLOCK_DV": triton.next_power_of_2(dv),
-                "PRECISION": _precision(self.q.dtype)}
+                "PRECISION": "ieee"}  # fp32: tf32x3 would cost a weight its last three bits
 
     def config(self, stage: str) -> dict[str, int]:
         return tuning.config(stage, self.q.device, head_dim=max(self.q.shape[2], self.v.shape[2]),
@@ -210,6 +210,15 @@ def _cuts(x: _Inputs, routing: Routing | None, kv_heads_together: int) -> _Cuts:
     return _Cuts(split, num_extra, extra_buckets, num_extra * floats)
 
 
+def _segments_by_sequence(segments: Segments) -> tuple[Tensor, ...]:
+    """Sequence, first and last (exclusive) row, and offset of the segments, those of a sequence side by side."""
+    begin, end = segments.cu_seqlens_q[:-1], segments.cu_seqlens_q[1:]
+    if segments.packed:
+        return segments.seq_ids, begin, end, segments.offsets
+    seq_ids, order = torch.sort(segments.seq_ids)
+    return seq_ids, begin[order], end[order], segments.offsets[order]
+
+
 def _dkv(x: _Inputs, routing: Routing | None, dk: Tensor, dv: Tensor, slots: Tensor | None, cuts: _Cuts,
          partials: Tensor | None, group: tuple[int, int]) -> None:
     """Writes dk and dv of one group of kv heads, and with ``slots`` the slots of their dq."""
@@ -231,10 +240,8 @@ def _dkv(x: _Inputs, routing: Routing | None, dk: Tensor, dv: Tensor, slots: Ten
         routing and routing.entries,
         routing and routing.starts,
         cuts.extra_buckets,
-        x.segments.cu_seqlens_q,
         x.segments.cu_seqlens_k,
-        x.segments.seq_ids,
-        x.segments.offsets,
+        *_segments_by_sequence(x.segments),
         dk,
         dv,
         partials,
@@ -301,6 +308,7 @@ def _dq_sparse(x: _Inputs, routing: Routing, tiles: Tiles, slots: Tensor, group:
         x.segments.cu_seqlens_k,
         slots,
         *x.scales,
+        1.0,
         size,
         x.num_chunks,
         x.segments.num_sequences,
@@ -318,6 +326,12 @@ def _dq_own(x: _Inputs, slots: Tensor | None, dq: Tensor, group: tuple[int, int]
     options = x.config("attention_bwd_dq_own")
     num_tiles = x.q.shape[0] // options["BLOCK_M"] + x.segments.num_segments
     group_heads = (group[1] - group[0]) * x.heads_per_kv
+    dim = x.q.shape[2]
+    use_tma = slots is not None and dim % 8 == 0 and slots.element_size() == 2 and tma_available(x.q.device)
+    if use_tma:
+        width = x.slots * dim
+        slots = TensorDescriptor(slots, [x.q.shape[0], group_heads, width], [group_heads * width, width, 1],
+                                 [options["BLOCK_M"], 1, triton.next_power_of_2(dim)])
     _attention_bwd_dq_own_kernel[(num_tiles * group_heads,)](
         x.q,
         x.k,
@@ -338,6 +352,7 @@ def _dq_own(x: _Inputs, slots: Tensor | None, dq: Tensor, group: tuple[int, int]
         group[0] * x.heads_per_kv,
         group_heads,
         *x.strides,
+        USE_TMA=use_tma,
         **x.constants,
         **options,
     )

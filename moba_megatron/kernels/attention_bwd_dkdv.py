@@ -1,8 +1,8 @@
 """Attention backward, dk and dv: a tile of keys stays, the rows that attend to it stream past; dq slots on the way.
 
-A program owns BLOCK_N keys of one (chunk, kv head). It streams the chunk's list of gathered (query, head) rows, then the
-queries whose own chunk it is, so that dk and dv are complete and are written once. A list longer than ``split`` entries is
-cut: every piece writes fp32 partials, bucket a second kernel adds in order. Nothing is atomic.
+A program owns BLOCK_N keys of one (chunk, kv head). It streams the chunk's list of gathered (query, head) rows, then
+the queries whose own chunk it is, so that dk and dv are complete and are written once. A list longer than ``split``
+entries is cut: every piece writes fp32 partials, which a second kernel adds in order. Nothing is atomic.
 """
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ from .jit_helpers import _chunk_keys, _find_piece, _piece_items
 
 
 @triton.jit
-def _load_rows(pointer, offsets, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows at int64 ``offsets``, zero beyond D."""
+def _gather_rows(pointer, token, head, stride_t, stride_h, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of tokens and heads (int64; a scalar head if G is 1), zero beyond D."""
     cols = tl.arange(0, BLOCK_D)
-    if D < BLOCK_D:
-        x = tl.load(pointer + offsets[:, None] + cols[None, :], mask=cols[None, :] < D, other=0.0)
+    if G == 1:
+        rows = (pointer + head * stride_h) + (token * stride_t)[:, None]
     else:
-        x = tl.load(pointer + offsets[:, None] + cols[None, :])
+        rows = pointer + (token * stride_t + head * stride_h)[:, None]
+    if D < BLOCK_D:
+        x = tl.load(rows + cols[None, :], mask=cols[None, :] < D, other=0.0)
+    else:
+        x = tl.load(rows + cols[None, :])
     return x
 
 
@@ -34,13 +38,22 @@ def _load_rows_where(pointer, offsets, keep, D: tl.constexpr, BLOCK_D: tl.conste
 
 
 @triton.jit
-def _unsigned(x):
-    """x, which is not negative, in a dtype whose divisions by powers of two are shifts."""
-    if x.dtype == tl.int64:
-        y = x.to(tl.uint64)
+def _entry_row(entry, kv_head, H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr):
+    """Row (token * H + head) of entries, int32; token and head, int64; head is a scalar where it can only be one.
+
+    Divisions are unsigned (shifts, where they can be), and what is multiplied by a stride is a signed 32-bit number
+    until then: one instruction each.
+    """
+    if entry.dtype == tl.int64:
+        row = (entry.to(tl.uint64) // KS).to(tl.uint32)
     else:
-        y = x.to(tl.uint32)
-    return y
+        row = entry.to(tl.uint32) // KS
+    token = (row // H).to(tl.int32).to(tl.int64)
+    if G == 1:
+        head = kv_head.to(tl.int64)
+    else:
+        head = (row % H).to(tl.int32).to(tl.int64)
+    return row.to(tl.int32), token, head
 
 
 @triton.jit
@@ -58,26 +71,24 @@ def _load_terms(terms, row, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _dkv_step(dk, dv, k, v, q, do, lse, delta, keep, qk_scale, HAS_KEEP: tl.constexpr, PRECISION: tl.constexpr):
-    """One block of rows; returns dk, dv and ds ``[BLOCK_N, BLOCK_M]``."""
+def _weights(k, v, q, do, lse, delta, keep, qk_scale, HAS_KEEP: tl.constexpr, PRECISION: tl.constexpr):
+    """p and ds of one block of rows, ``[BLOCK_N, BLOCK_M]``, in the operands' dtype."""
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     p = tl.exp2(s * qk_scale - lse[None, :])
     if HAS_KEEP:
         p = tl.where(keep, p, 0.0)
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-    ds = (p * (dp - delta[None, :])).to(q.dtype)
-    dk = tl.dot(ds, q, dk, input_precision=PRECISION)
-    return dk, dv, ds
+    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # runs while the weights are computed
+    ds = p * (dp - delta[None, :])
+    return p.to(do.dtype), ds.to(q.dtype)
 
 
 @triton.jit
 def _extra_piece(extra_buckets, starts, first_bucket, end_bucket, extra, split):
-    """Extra piece number ``extra`` of the lists ``first_bucket .. end_bucket``: its bucket, and which piece of it (from 1).
+    """Extra piece number ``extra`` of the buckets ``first_bucket .. end_bucket``: its bucket, and which piece it is there.
 
-    A list's first ``split`` entries are piece 0. Piece i > 0 of list l has the number ``starts[l] // split + i - 1``,
-    here counted from the first list's; lists of up to ``split`` entries have none, so numbers are unique. Piece 0 where
-    the number is not used.
+    A bucket's first ``split`` entries are piece 0. Piece i > 0 of bucket b has the number ``starts[b] // split + i - 1``,
+    here counted from the first bucket's; buckets of up to ``split`` entries have none, so numbers are unique. Piece 0
+    where the number is not used.
     """
     number = extra + (tl.load(starts + first_bucket) // split).to(tl.int32)
     bucket = tl.load(extra_buckets + number) - 1
@@ -92,7 +103,7 @@ def _extra_piece(extra_buckets, starts, first_bucket, end_bucket, extra, split):
                                "split", "kv_head_begin", "kv_head_end"])
 def _attention_bwd_dkv_kernel(
     q, k, v, do, terms, entries, starts, extra_buckets,
-    cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, dk, dv, partials, slots,
+    cu_seqlens_k, seq_ids, segment_begin, segment_end, offsets, dk, dv, partials, slots,
     qk_scale, softmax_scale, num_rows, chunk_size, num_key_tiles, num_chunks, num_sequences, num_segments, num_extra, split,
     kv_head_begin, kv_head_end,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,
@@ -107,10 +118,11 @@ def _attention_bwd_dkv_kernel(
     first_bucket = kv_head_begin * num_chunks
     bucket = first_bucket + item - num_extra
     piece = item * 0
-    if item < num_extra:
-        bucket, piece = _extra_piece(extra_buckets, starts, first_bucket, kv_head_end * num_chunks, item, split)
-        if piece == 0:
-            return
+    if extra_buckets is not None:
+        if item < num_extra:
+            bucket, piece = _extra_piece(extra_buckets, starts, first_bucket, kv_head_end * num_chunks, item, split)
+            if piece == 0:
+                return
     kv_head = bucket // num_chunks
     chunk = bucket % num_chunks
     sequence = _find_piece(cu_seqlens_k, num_sequences, chunk_size, chunk)
@@ -133,7 +145,7 @@ def _attention_bwd_dkv_kernel(
         bucket_end = tl.load(starts + bucket + 1)
         begin = bucket_begin + piece.to(tl.int64) * split
         end = tl.minimum(bucket_end, begin + split)
-        if num_extra > 0:
+        if extra_buckets is not None:
             if piece > 0:
                 partial = item.to(tl.int64)
             elif end < bucket_end:
@@ -145,36 +157,39 @@ def _attention_bwd_dkv_kernel(
         lane = tl.arange(0, BLOCK_M)
         entry = tl.load(listed + tl.minimum(lane, count - 1), mask=count > 0, other=0)  # the last entry fills up
         for first_entry in range(0, count, BLOCK_M):
-            row = _unsigned(entry) // KS
-            token = (row // H).to(tl.int64)
-            head = (row % H).to(tl.int64)
+            row, token, head = _entry_row(entry, kv_head, H, G, KS)
             valid = first_entry + lane < count
-            q_rows = _load_rows(q, token * stride_qt + head * stride_qh, D, BLOCK_D)
-            do_rows = _load_rows(do, token * stride_dot + head * stride_doh, DV, BLOCK_DV)
+            q_rows = _gather_rows(q, token, head, stride_qt, stride_qh, G, D, BLOCK_D)
+            do_rows = _gather_rows(do, token, head, stride_dot, stride_doh, G, DV, BLOCK_DV)
             row_lse, row_delta = _load_terms(terms, tl.where(valid, row, num_rows).to(tl.int64), BLOCK_M)
-            slot = (token * group_heads + head - kv_head_begin * G) * KS + entry % KS
+            this_entry = entry
             # the next rows are looked up one block ahead: their gathers then need not wait for their numbers
             entry = tl.load(listed + tl.minimum(first_entry + BLOCK_M + lane, count - 1))
-            dk_acc, dv_acc, ds = _dkv_step(dk_acc, dv_acc, k_rows, v_rows, q_rows, do_rows, row_lse, row_delta,
-                                           key_valid[:, None], qk_scale, HAS_KEEP=HAS_SLOTS and PARTIAL, PRECISION=PRECISION)
+            p, ds = _weights(k_rows, v_rows, q_rows, do_rows, row_lse, row_delta, key_valid[:, None], qk_scale,
+                             HAS_KEEP=HAS_SLOTS and PARTIAL, PRECISION=PRECISION)
+            dv_acc = tl.dot(p, do_rows, dv_acc, input_precision=PRECISION)
+            dk_acc = tl.dot(ds, q_rows, dk_acc, input_precision=PRECISION)
             if HAS_SLOTS:
                 dq = tl.dot(tl.trans(ds), k_rows, input_precision=PRECISION) * softmax_scale
                 cols = tl.arange(0, BLOCK_D)
+                row, token, head = _entry_row(this_entry, kv_head, H, G, KS)
+                slot = (token * group_heads + head - kv_head_begin * G) * KS + this_entry % KS
                 tl.store(slots + slot[:, None] * D + cols[None, :], dq.to(slots.dtype.element_ty),
                          mask=valid[:, None] & (cols[None, :] < D))
 
     if piece == 0:
         first_position = first_row - tl.load(cu_seqlens_k + sequence)
         segment = sequence
-        segment_end = sequence + 1
+        last_segment = sequence
         if not PACKED:
             segment = _lower_bound(seq_ids, num_segments, sequence)
-            segment_end = _lower_bound(seq_ids, num_segments, sequence + 1)
-        while segment < segment_end:
-            row_begin = tl.load(cu_seqlens_q + segment)
+            last_segment = _lower_bound(seq_ids, num_segments, sequence + 1) - 1
+        while segment <= last_segment:
+            row_begin = tl.load(segment_begin + segment)
             origin = tl.load(offsets + segment)
             low = tl.maximum(origin, first_position)
-            high = tl.minimum(origin + tl.load(cu_seqlens_q + segment + 1) - row_begin, first_position - tile * BLOCK_N + chunk_size)
+            high = tl.minimum(origin + tl.load(segment_end + segment) - row_begin,
+                              first_position - tile * BLOCK_N + chunk_size)
             blocks = tl.maximum(tl.cdiv(high - low, BLOCK_M), 0)
             for i in range(0, blocks * G):
                 head = (kv_head * G + i // blocks).to(tl.int64)
@@ -184,9 +199,11 @@ def _attention_bwd_dkv_kernel(
                 q_rows = _load_rows_where(q + head * stride_qh, token * stride_qt, valid, D, BLOCK_D)
                 do_rows = _load_rows_where(do + head * stride_doh, token * stride_dot, valid, DV, BLOCK_DV)
                 row_lse, row_delta = _load_terms(terms, tl.where(valid, token * H + head, num_rows), BLOCK_M)
-                dk_acc, dv_acc, ds = _dkv_step(dk_acc, dv_acc, k_rows, v_rows, q_rows, do_rows, row_lse, row_delta,
-                                              key_position[:, None] <= query_position[None, :], qk_scale,
-                                              HAS_KEEP=True, PRECISION=PRECISION)
+                p, ds = _weights(k_rows, v_rows, q_rows, do_rows, row_lse, row_delta,
+                                 key_position[:, None] <= query_position[None, :], qk_scale, HAS_KEEP=True,
+                                 PRECISION=PRECISION)
+                dv_acc = tl.dot(p, do_rows, dv_acc, input_precision=PRECISION)
+                dk_acc = tl.dot(ds, q_rows, dk_acc, input_precision=PRECISION)
             segment += 1
 
     dk_acc *= softmax_scale
@@ -194,14 +211,14 @@ def _attention_bwd_dkv_kernel(
     cols_v = tl.arange(0, BLOCK_DV)
     keep = key_valid[:, None] & (cols[None, :] < D)
     keep_v = key_valid[:, None] & (cols_v[None, :] < DV)
-    if partial >= 0:
-        to = partials + (partial * chunk_size + rows - chunk_row)[:, None] * (D + DV)
-        tl.store(to + cols[None, :], dk_acc, mask=keep)
-        tl.store(to + D + cols_v[None, :], dv_acc, mask=keep_v)
-    else:
-        row = (key_row * HK + kv_head)[:, None]
-        tl.store(dk + row * D + cols[None, :], dk_acc.to(dk.dtype.element_ty), mask=keep)
-        tl.store(dv + row * DV + cols_v[None, :], dv_acc.to(dv.dtype.element_ty), mask=keep_v)
+    if extra_buckets is not None:
+        if partial >= 0:
+            to = partials + (partial * chunk_size + rows - chunk_row)[:, None] * (D + DV)
+            tl.store(to + cols[None, :], dk_acc, mask=keep)
+            tl.store(to + D + cols_v[None, :], dv_acc, mask=keep_v)
+    row = (key_row * HK + kv_head)[:, None]
+    tl.store(dk + row * D + cols[None, :], dk_acc.to(dk.dtype.element_ty), mask=keep & (partial < 0))
+    tl.store(dv + row * DV + cols_v[None, :], dv_acc.to(dv.dtype.element_ty), mask=keep_v & (partial < 0))
 
 
 @triton.jit

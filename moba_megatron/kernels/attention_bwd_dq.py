@@ -1,21 +1,21 @@
-"""Attention backward, dq: gathered rows against selected chunks into slots, then the own chunk and the sum of the slots."""
+"""Attention backward, dq: gathered rows against selected chunks into slots, then the own chunk and the slots' sum."""
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .attention_bwd_dkdv import _load_rows_where
+from .attention_bwd_dkdv import _entry_row, _gather_rows, _load_rows_where
 from .jit_helpers import _chunk_keys, _query_tile
 
 
 @triton.jit(do_not_specialize=["num_chunks", "num_sequences", "kv_head_begin", "kv_head_end"])
 def _attention_bwd_dq_kernel(
     q, k, v, do, terms, entries, tile_bucket, tile_begin, tile_end, tile_starts, cu_seqlens_k, slots,
-    qk_scale, softmax_scale, chunk_size, num_chunks, num_sequences, kv_head_begin, kv_head_end,
+    qk_scale, softmax_scale, one, chunk_size, num_chunks, num_sequences, kv_head_begin, kv_head_end,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,
     H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, USE_TMA: tl.constexpr, PARTIAL: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IN_REGISTERS: tl.constexpr = False,
 ):
     """BLOCK_M entries of one (chunk, kv head): the rows stay, the chunk's keys and values stream past."""
     tile = tl.program_id(0) + tl.load(tile_starts + kv_head_begin * num_chunks)
@@ -26,14 +26,15 @@ def _attention_bwd_dq_kernel(
     index = tl.load(tile_begin + tile) + tl.arange(0, BLOCK_M)
     valid = index < end
     entry = tl.load(entries + index, mask=valid, other=0)
-    row = entry // KS
-    token = (row // H).to(tl.int64)
-    head = (row % H).to(tl.int64)
     kv_head = bucket // num_chunks
     first_key, _ = _chunk_keys(cu_seqlens_k, num_sequences, chunk_size, bucket % num_chunks)
 
-    q_rows = _load_rows_where(q, token * stride_qt + head * stride_qh, valid, D, BLOCK_D)
-    do_rows = _load_rows_where(do, token * stride_dot + head * stride_doh, valid, DV, BLOCK_DV)
+    row, token, head = _entry_row(entry, kv_head, H, G, KS)
+    q_rows = _gather_rows(q, token, head, stride_qt, stride_qh, G, D, BLOCK_D)  # entry 0 stands in beyond the end
+    do_rows = _gather_rows(do, token, head, stride_dot, stride_doh, G, DV, BLOCK_DV)
+    if IN_REGISTERS:  # what was just loaded would be multiplied out of shared memory, again for every tile of keys
+        q_rows = (q_rows.to(tl.float32) * one).to(q_rows.dtype)
+        do_rows = (do_rows.to(tl.float32) * one).to(do_rows.dtype)
     row_lse = tl.load(terms + row.to(tl.int64) * 4, mask=valid, other=float("inf"))
     row_delta = tl.load(terms + row.to(tl.int64) * 4 + 1, mask=valid, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -99,8 +100,8 @@ def _attention_bwd_dq_own_kernel(
     qk_scale, softmax_scale, num_tiles, num_segments, chunk_size, first_head, group_heads,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,
     H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """BLOCK_M queries of one segment and head: their own chunks up to themselves, then their slots in order."""
     tile = num_tiles - 1 - tl.program_id(0) // group_heads  # later tiles may have more keys: they start first
@@ -137,10 +138,18 @@ def _attention_bwd_dq_own_kernel(
                            BLOCK_DV, PRECISION, MASKED=True)
     acc *= softmax_scale
     cols = tl.arange(0, BLOCK_D)
-    slot_row = row * group_heads + head_in_group
-    for j in range(KS):
-        chosen = tl.load(selected + (row * H + head) * KS + j, mask=valid, other=-1) >= 0
-        acc += tl.load(slots + (slot_row * KS + j)[:, None] * D + cols[None, :],
-                       mask=chosen[:, None] & (cols[None, :] < D), other=0.0).to(tl.float32)
+    if KS > 0:
+        slot_row = row * group_heads + head_in_group
+        total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # apart from acc, which lies in registers as the products do
+        for j in tl.range(0, KS, num_stages=3):  # without a count of stages only loads for a dot are pipelined
+            chosen = tl.load(selected + (row * H + head) * KS + j, mask=valid, other=-1) >= 0
+            if USE_TMA:
+                slot = slots.load([first_row, head_in_group, j * D]).reshape(BLOCK_M, BLOCK_D)
+                slot = tl.where(chosen[:, None], slot, 0.0)  # an empty slot may hold anything
+            else:
+                slot = tl.load(slots + (slot_row * KS + j)[:, None] * D + cols[None, :],
+                               mask=chosen[:, None] & (cols[None, :] < D), other=0.0)
+            total += slot.to(tl.float32)
+        acc += total
     tl.store(dq + (row * H + head)[:, None] * D + cols[None, :], acc.to(dq.dtype.element_ty),
              mask=valid[:, None] & (cols[None, :] < D))
