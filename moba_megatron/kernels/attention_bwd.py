@@ -18,7 +18,7 @@ from .attention_fwd import _check, _describable, _key_source, tma_available
 from .routing import Routing, Tiles, make_tiles, route
 from .workspace import head_groups, workspace_limit
 
-PARTIALS_SHARE = 32
+PARTIALS_SHARE = 16
 """The partials of cut lists may take this fraction of the workspace; lists are cut later where they would take more."""
 MIN_PIECES = 32
 """At least so many extra pieces of cut lists are allowed, whatever memory their partials take."""

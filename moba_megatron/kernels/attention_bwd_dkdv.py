@@ -84,11 +84,11 @@ def _weights(k, v, q, do, lse, delta, keep, qk_scale, HAS_KEEP: tl.constexpr, PR
 
 @triton.jit
 def _extra_piece(extra_buckets, starts, first_bucket, end_bucket, extra, split):
-    """Extra piece number ``extra`` of the buckets ``first_bucket .. end_bucket``: its bucket, and which piece it is there.
+    """Extra piece number ``extra`` of the buckets ``first_bucket .. end_bucket``: its bucket, and its number there.
 
-    A bucket's first ``split`` entries are piece 0. Piece i > 0 of bucket b has the number ``starts[b] // split + i - 1``,
-    here counted from the first bucket's; buckets of up to ``split`` entries have none, so numbers are unique. Piece 0
-    where the number is not used.
+    A bucket's first ``split`` entries are piece 0. Piece i > 0 of bucket b has the number
+    ``starts[b] // split + i - 1``, here counted from the first bucket's; buckets of up to ``split`` entries have none,
+    so numbers are unique. Piece 0 where the number is not used.
     """
     number = extra + (tl.load(starts + first_bucket) // split).to(tl.int32)
     bucket = tl.load(extra_buckets + number) - 1
@@ -99,13 +99,13 @@ def _extra_piece(extra_buckets, starts, first_bucket, end_bucket, extra, split):
     return bucket, tl.where(used, piece, 0)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_key_tiles", "num_chunks", "num_sequences", "num_segments", "num_extra",
-                               "split", "kv_head_begin", "kv_head_end"])
+@triton.jit(do_not_specialize=["num_rows", "num_key_tiles", "num_chunks", "num_sequences", "num_segments",
+                               "num_extra", "split", "kv_head_begin", "kv_head_end"])
 def _attention_bwd_dkv_kernel(
     q, k, v, do, terms, entries, starts, extra_buckets,
     cu_seqlens_k, seq_ids, segment_begin, segment_end, offsets, dk, dv, partials, slots,
-    qk_scale, softmax_scale, num_rows, chunk_size, num_key_tiles, num_chunks, num_sequences, num_segments, num_extra, split,
-    kv_head_begin, kv_head_end,
+    qk_scale, softmax_scale, num_rows, chunk_size, num_key_tiles, num_chunks, num_sequences, num_segments,
+    num_extra, split, kv_head_begin, kv_head_end,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,
     H: tl.constexpr, HK: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PACKED: tl.constexpr, HAS_SLOTS: tl.constexpr,
