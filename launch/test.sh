@@ -14,7 +14,8 @@ pytest() {
     run "$@" || code=$?
     [ "$code" = 0 ] || [ "$code" = 5 ] || status=$code # 5: the arguments select no test of this part
 }
-pytest "$PY" -m pytest --numprocesses "$workers" --dist loadfile --timeout 600 tests --ignore tests/interpreted "$@"
+workers=(--numprocesses "$workers" --dist loadfile --timeout 1200)
+pytest "$PY" -m pytest "${workers[@]}" tests --ignore tests/interpreted "$@"
 # Triton decides once a process whether it compiles or interprets.
-pytest env TRITON_INTERPRET=1 "$PY" -m pytest --numprocesses "$workers" --dist loadfile --timeout 600 tests/interpreted "$@"
+pytest env TRITON_INTERPRET=1 "$PY" -m pytest "${workers[@]}" tests/interpreted "$@"
 exit "$status"

@@ -92,12 +92,12 @@ class TestDryRun:
 
 class TestMissingThings:
     def test_no_python(self, bare_path):
-        result = launch("test.sh", path=str(bare_path))
+        result = launch("test.sh", path=str(bare_path), VENV=str(bare_path / "venv"))
         assert result.returncode == 1 and "needs Python 3.10 to 3.13" in result.stderr
 
     def test_old_python_is_named(self, bare_path):
         command("python3", bare_path, 'case "$2" in pass) ;; *platform*) echo 3.8.10 ;; *) exit 1 ;; esac\n')
-        result = launch("test.sh", path=str(bare_path))
+        result = launch("test.sh", path=str(bare_path), VENV=str(bare_path / "venv"))
         assert result.returncode == 1 and "python3 is 3.8.10" in result.stderr
 
     def test_python_without_venv(self, bare_path):
