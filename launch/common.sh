@@ -93,7 +93,7 @@ setup() {
         need_room 4
         run "$base" -m venv --clear "$VENV"
     fi
-    "$PY" -c 'import torch' 2>/dev/null || install_torch
+    install_torch
     run "$PY" -m pip install --quiet --prefer-binary --editable ".[$1]" || die "pip could not install the package;" \
         "its message is above. Without network access, let PIP_FIND_LINKS or PIP_INDEX_URL point to a local copy."
     # 38 plays as Markdown, read as files and never imported: its dependencies and its bound on Python do not matter.
