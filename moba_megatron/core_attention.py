@@ -184,6 +184,7 @@ class MoBACoreAttention(MegatronModule):
                 agreement.signature += f", {cu_seqlens.numel() - 1} sequences, max_seqlen {seqlen}"
                 if q.device.type == "cpu" or agreement.is_new():
                     agreement.signature += _check_packed_zigzag(cu_seqlens, q.shape[0] * size, size)
+        dense = dense or seqlen <= moba.topk * moba.chunk_size  # every earlier chunk would be chosen
         chunk_size = max(1, seqlen) if dense else moba.chunk_size
         if packed is None:
             layout = zigzag_uniform(seqlen, query.shape[1], size, rank, chunk_size, q.device)

@@ -1,4 +1,4 @@
-"""Segments: which contiguous queries meet which packed keys, and the numbering of chunks that every stage shares."""
+"""What every stage shares: segments of queries over packed keys, the numbering of chunks, lists of routed choices."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 SUM_BLOCK = 64
-"""Rows in one partial sum of keys, counted from the chunk's start: the leaf of the tree of sums behind a chunk's mean."""
+"""Rows in one partial sum of keys, counted from the chunk's start: a leaf of the tree of sums behind its mean."""
 
 
 @dataclass(frozen=True)
@@ -86,3 +86,25 @@ class Segments:
         row = torch.arange(total_k, device=cu.device)
         sequence = torch.searchsorted(cu, row, right=True) - 1
         return sequence, row - cu[sequence]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """One bucket for each (kv head, chunk), ``kv_head * num_chunks + chunk``: the choices that fell on the chunk.
+
+    A choice has the number ``(token * H + head) * (topk - 1) + j``: its place in ``selected``, flattened.
+
+    Args:
+        entries: ``[T * H * (topk - 1)]``, numbers of choices, bucket after bucket, ascending within a bucket; not
+            written from ``starts[-1]`` on.
+        starts: ``[HK * num_chunks + 1]``, the first entry of each bucket, and the number of entries last.
+
+    Both are int32, or int64 where the numbers of choices need it.
+    """
+
+    entries: Tensor
+    starts: Tensor
+
+    @property
+    def num_buckets(self) -> int:
+        return self.starts.numel() - 1

@@ -288,8 +288,8 @@ def test_opcheck_forward():
 @pytest.mark.parametrize("with_dlse", (False, True))
 def test_opcheck_backward(with_dlse):
     q, k, v, *segments = operator_arguments(requires_grad=False)
-    o, lse, selected = torch.ops.moba_megatron.attention_fwd(q, k, v, *segments, 2, 0.3, False, "reference")
-    arguments = (torch.randn_like(o), torch.randn_like(lse) if with_dlse else None, q, k, v, o, lse, selected,
+    o, lse, *integers = torch.ops.moba_megatron.attention_fwd(q, k, v, *segments, 2, 0.3, False, "reference")
+    arguments = (torch.randn_like(o), torch.randn_like(lse) if with_dlse else None, q, k, v, o, lse, *integers,
                  *segments,
                  0.3, False, "reference")
     torch.library.opcheck(torch.ops.moba_megatron.attention_bwd.default, arguments)

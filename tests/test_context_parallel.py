@@ -110,7 +110,7 @@ def compare_with_single_rank(rank, size):
             views = [torch.cat((x[rows], x[rows]), dim=2)[:, :, :x.shape[2]].requires_grad_() for x in (q, k, v)]
             got = context_parallel_attention(*views, layout, topk, group, backend="reference")
             got_grads = torch.autograd.grad(got, views, do[rows])
-            _, _, got_selected = schedule._forward(reference, *(x.detach() for x in views), layout, topk, group, 0.5)
+            _, _, got_selected, _ = schedule._forward(reference, *(x.detach() for x in views), layout, topk, group, 0.5)
             assert torch.equal(got_selected.sort(2)[0], selected[rows].sort(2)[0]), f"{name}: selection differs"
             if layout.blocks is not None and got_selected.shape[2]:
                 messages = schedule._send_sums(reference, views[1].detach(), layout.blocks, group).wait()

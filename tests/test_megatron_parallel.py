@@ -10,7 +10,7 @@ pytest.importorskip("megatron.core")
 
 LAYOUTS = ["cp1", "cp2", "cp4", "tp2", "tp2_sp", "tp2_cp2", "tp2_cp2_sp", "pp2", "pp2_cp2", "cp2_recompute",
            "cp2_selective"]
-PACKED = [8 * 9, 8 * 2, 8 * 8]
+PACKED = [8 * 12, 8 * 2, 8 * 9]  # the first is longer than topk chunks: only there is something to select
 # Sums of some thousand products in another order: errors of 1e-16 grow a little through four layers.
 TOLERANCE = 1e-12
 
@@ -143,7 +143,8 @@ def compare_packed(weights):
     for cp in (2, 4):
         loss, grads, selections, rows = packed_under_cp(weights, cp)
         same = all(torch.equal(a, b[rows]) for a, b in zip(selections, whole_selections))
-        result[cp] = dict(loss=abs(loss / whole_loss - 1), selection=same and len(selections) == len(whole_selections),
+        same = same and len(selections) == len(whole_selections) == 3  # the MoBA layers
+        result[cp] = dict(loss=abs(loss / whole_loss - 1), selection=same,
                           grads={name: relative(grads[name], grad) for name, grad in whole_grads.items()})
     return result
 

@@ -387,3 +387,15 @@ def test_halving_sum_ignores_padding_and_batch(n):
     padded = [torch.cat((x, torch.zeros(size - n, 7))) for size in (64, 1 << (n - 1).bit_length())]
     assert torch.equal(halving_sum(padded[0], 0), halving_sum(padded[1], 0))
     assert torch.equal(halving_sum(x, 0)[3], halving_sum(x[:, 3:4].clone(), 0)[0])
+
+
+def test_routing_lists_each_choice_once_in_order():
+    selected = torch.randint(-1, 5, (40, 4, 3), dtype=torch.int32)
+    routing = reference.route(selected, 2, 5)
+    starts, entries = routing.starts.tolist(), routing.entries.tolist()
+    flat = selected.flatten().tolist()
+    for bucket in range(10):
+        kv_head, chunk = divmod(bucket, 5)
+        wanted = [i for i, chosen in enumerate(flat) if chosen == chunk and i // 3 % 4 // 2 == kv_head]
+        assert entries[starts[bucket]:starts[bucket + 1]] == wanted
+    assert starts[-1] == int((selected >= 0).sum())

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..ops import get_stages
 from ..ops.validation import check_scale
-from ..segments import Segments
+from ..segments import Routing, Segments
 from .comm import Pending, all_gather, reduce_scatter
 from .layout import BlockExchange, ZigzagLayout
 
@@ -47,15 +47,19 @@ def context_parallel_attention(q: Tensor, k: Tensor, v: Tensor, layout: ZigzagLa
 
 
 class _ContextParallelAttention(torch.autograd.Function):
-    """Saves the local q, k, v, o, lse and the selection; the gathered K and V live in forward and in backward only."""
+    """Saves the local q, k, v, o, lse, the selection and its routing.
+
+    The gathered K and V live in forward and in backward only.
+    """
 
     @staticmethod
     def forward(ctx, q, k, v, layout, topk, group, softmax_scale, deterministic, backend):
         stages = get_stages(backend, q.device)
-        o, lse, selected = _forward(stages, q, k, v, layout, topk, group, softmax_scale)
+        o, lse, selected, routing = _forward(stages, q, k, v, layout, topk, group, softmax_scale)
         s = layout.segments
-        ctx.save_for_backward(q, k, v, o, lse, selected, layout.global_rows, layout.rank_rows, s.cu_seqlens_q,
-                              s.cu_seqlens_k, s.seq_ids, s.offsets)
+        entries, starts = (routing.entries, routing.starts) if routing else (None, None)
+        ctx.save_for_backward(q, k, v, o, lse, selected, entries, starts, layout.global_rows, layout.rank_rows,
+                              s.cu_seqlens_q, s.cu_seqlens_k, s.seq_ids, s.offsets)
         ctx.bounds = (s.max_seqlen_q, s.max_seqlen_k, s.chunk_size)
         ctx.stages, ctx.group, ctx.softmax_scale, ctx.deterministic = stages, group, softmax_scale, deterministic
         return o
@@ -63,18 +67,20 @@ class _ContextParallelAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do):
-        q, k, v, o, lse, selected, global_rows, rank_rows, *segment_tensors = ctx.saved_tensors
+        q, k, v, o, lse, selected, entries, starts, global_rows, rank_rows, *segment_tensors = ctx.saved_tensors
+        routing = Routing(entries, starts) if entries is not None else None
         segments = Segments(*segment_tensors, *ctx.bounds)
         k_all, v_all = all_gather(k, ctx.group), all_gather(v, ctx.group)
         dq, dk, dv = ctx.stages.attention_bwd(
             do.contiguous(), None, q, k_all.wait()[global_rows], v_all.wait()[global_rows], o, lse, selected, segments,
-            ctx.softmax_scale, deterministic=ctx.deterministic, kv_grad_dtype=_sum_dtype(k.dtype))
+            ctx.softmax_scale, deterministic=ctx.deterministic, kv_grad_dtype=_sum_dtype(k.dtype),
+            routing=routing)
         dk, dv = reduce_scatter(dk[rank_rows], ctx.group), reduce_scatter(dv[rank_rows], ctx.group)
         return dq, dk.wait().to(k.dtype), dv.wait().to(v.dtype), *(None,) * 6
 
 
 def _forward(stages: ModuleType, q: Tensor, k: Tensor, v: Tensor, layout: ZigzagLayout, topk: int,
-             group: dist.ProcessGroup, softmax_scale: float) -> tuple[Tensor, Tensor, Tensor]:
+             group: dist.ProcessGroup, softmax_scale: float) -> tuple[Tensor, Tensor, Tensor, Routing | None]:
     segments = layout.segments
     earlier = min(topk - 1, max(0, (segments.max_seqlen_k - 1) // segments.chunk_size))
     sums = _send_sums(stages, k, layout.blocks, group) if earlier and layout.blocks else None
@@ -90,8 +96,10 @@ def _forward(stages: ModuleType, q: Tensor, k: Tensor, v: Tensor, layout: Zigzag
         k_global = k_all.wait()[layout.global_rows]
         selected = stages.gate(q, stages.chunk_means(k_global, segments), segments, earlier + 1)
     del k_all
-    o, lse = stages.attention_fwd(q, k_global, v_all.wait()[layout.global_rows], selected, segments, softmax_scale)
-    return o, lse, selected
+    routing = stages.route(selected, k.shape[1], segments.num_chunks(k_global.shape[0])) if earlier else None
+    o, lse = stages.attention_fwd(q, k_global, v_all.wait()[layout.global_rows], selected, segments, softmax_scale,
+                                  routing)
+    return o, lse, selected, routing
 
 
 def _send_sums(stages: ModuleType, k: Tensor, blocks: BlockExchange, group: dist.ProcessGroup) -> Pending:

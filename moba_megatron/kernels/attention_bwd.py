@@ -10,12 +10,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..segments import Segments
+from ..segments import Routing, Segments
 from . import tuning
 from .attention_bwd_dkdv import _attention_bwd_dkv_kernel, _attention_bwd_dkv_sum_kernel
 from .attention_bwd_dq import _attention_bwd_dq_kernel, _attention_bwd_dq_own_kernel
 from .attention_fwd import _check, _describable, _key_source, tma_available
-from .routing import Routing, Tiles, make_tiles, route
+from .routing import Tiles, make_tiles, route
 from .workspace import head_groups, workspace_limit
 
 PARTIALS_SHARE = 16
@@ -26,7 +26,8 @@ MIN_PIECES = 32
 
 def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
                   selected: Tensor, segments: Segments, softmax_scale: float, *, deterministic: bool = False,
-                  kv_grad_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
+                  kv_grad_dtype: torch.dtype | None = None,
+                  routing: Routing | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`attention_fwd`.
 
     With ``p = exp(scale <q, k> - lse)`` and ``delta = <do, o> - dlse``: ``dv = p^T do``, ``ds = p * (do v^T - delta)``,
@@ -39,6 +40,7 @@ def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tens
         o, lse: forward's results; lse decides the weights.
         deterministic: no effect: every sum has a fixed order.
         kv_grad_dtype: dtype of dk and dv; k's and v's own by default.
+        routing: of ``selected``, as forward used it; None to make it again.
 
     Returns:
         dq ``[T, H, D]``, dk ``[S, HK, D]``, dv ``[S, HK, DV]``.
@@ -59,7 +61,8 @@ def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tens
         _dkv(x, None, dk, dv, None, _cuts(x, None, x.kv_heads), None, everything)
         _dq_own(x, None, dq, everything)
         return dq, dk, dv
-    routing = route(x.selected, x.kv_heads, x.num_chunks)
+    if routing is None:
+        routing = route(x.selected, x.kv_heads, x.num_chunks)
     slot_bytes = x.rows_per_kv_head * x.slots * q.shape[2] * q.element_size()
     groups = head_groups(x.kv_heads, slot_bytes)
     together = groups[0][1] - groups[0][0]

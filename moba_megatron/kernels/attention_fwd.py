@@ -13,17 +13,17 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..segments import Segments
+from ..segments import Routing, Segments
 from . import INTERPRETED, tuning
 from .jit_helpers import _chunk_keys, _query_tile
-from .routing import Routing, Tiles, make_tiles, route
+from .routing import Tiles, make_tiles, route
 from .workspace import head_groups
 
 MAX_HEAD_DIM = 256
 
 
-def attention_fwd(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: Segments,
-                  softmax_scale: float) -> tuple[Tensor, Tensor]:
+def attention_fwd(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: Segments, softmax_scale: float,
+                  routing: Routing | None = None) -> tuple[Tensor, Tensor]:
     """Softmax attention over the own chunk and the selected ones, keys at or before the query.
 
     With ``(o_j, lse_j)`` the attention over one chunk alone: ``lse = log sum_j exp(lse_j)`` and
@@ -36,6 +36,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: S
         selected: int32 ``[T, H, topk - 1]``, ids of full, earlier chunks, -1 for none.
         segments: places the queries among the keys.
         softmax_scale: multiplies the scores.
+        routing: of ``selected``; None to make it here.
 
     Returns:
         o ``[T, H, DV]`` in q's dtype; lse ``[T, H]``, fp32, natural log.
@@ -59,7 +60,8 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: S
         return o, lse
     selected = selected.contiguous()
     options = sparse_config(q, v, segments.chunk_size)
-    routing = route(selected, num_kv_heads, segments.num_chunks(k.shape[0]))
+    if routing is None:
+        routing = route(selected, num_kv_heads, segments.num_chunks(k.shape[0]))
     tiles = make_tiles(routing, options["SPLIT"])
     rows_per_head = total_q * (num_heads // num_kv_heads) * slots
     groups = head_groups(num_kv_heads, rows_per_head * (v.shape[2] * q.element_size() + 4))

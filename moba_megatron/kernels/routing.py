@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..segments import Routing
 from . import tuning
 from .jit_helpers import _find_piece, _piece_items
 
@@ -20,28 +21,6 @@ PROGRAMS = 8192
 which the second-level cache holds until its lines are full."""
 COUNTER_BYTES = 32 << 20
 """Bound of the counters' memory, or half of the entries' where that is more; fewer groups of tokens keep to it."""
-
-
-@dataclass(frozen=True)
-class Routing:
-    """One bucket for each (kv head, chunk), ``kv_head * num_chunks + chunk``: the choices that fell on the chunk.
-
-    A choice has the number ``(token * H + head) * (topk - 1) + j``: its place in ``selected``, flattened.
-
-    Args:
-        entries: ``[T * H * (topk - 1)]``, numbers of choices, bucket after bucket, ascending within a bucket; not
-            written from ``starts[-1]`` on.
-        starts: ``[HK * num_chunks + 1]``, the first entry of each bucket, and the number of entries last.
-
-    Both are int32, or int64 where the numbers of choices need it.
-    """
-
-    entries: Tensor
-    starts: Tensor
-
-    @property
-    def num_buckets(self) -> int:
-        return self.starts.numel() - 1
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,6 @@ def _stages(backend: str, device_type: str) -> ModuleType:
         from .. import kernels as stages
         if device_type != "cuda" and not stages.INTERPRETED:
             raise ValueError(f"backend='triton' needs CUDA tensors, got a tensor on {device_type}: move the tensors to "
-                             "a GPU, use backend='reference', or set TRITON_INTERPRET=1 before the first import to debug")
+                             "a GPU, use backend='reference', or set TRITON_INTERPRET=1 before the first import")
     logger.info("moba_megatron: %s kernels on %s (%s)", name, device_type, reason)
     return stages

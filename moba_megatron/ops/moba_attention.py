@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..segments import Segments
+from ..segments import Routing, Segments
 from .backend import check_backend, get_stages
 from .dense import dense_causal, dense_causal_bwd
 from .validation import check_cu_seqlens, check_flag, check_qkv, check_scale, check_segments, check_whole
@@ -86,7 +86,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, topk: int, soft
     chunk_size = segments.chunk_size
     if segments.max_seqlen_k <= topk * chunk_size:  # every earlier chunk is chosen: causal attention, one chunk
         chunk_size, topk = max(chunk_size, segments.max_seqlen_k), 1
-    o, lse, _ = _forward(q, k, v, segments.cu_seqlens_q, segments.cu_seqlens_k, segments.seq_ids, segments.offsets,
+    o, lse, *_ = _forward(q, k, v, segments.cu_seqlens_q, segments.cu_seqlens_k, segments.seq_ids, segments.offsets,
                          segments.max_seqlen_q, segments.max_seqlen_k, chunk_size, segments.packed, topk, scale,
                          deterministic, backend)
     return (o, lse) if return_lse else o
@@ -110,20 +110,24 @@ def causal_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_
 @torch.library.custom_op("moba_megatron::attention_fwd", mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, seq_ids: Tensor,
              offsets: Tensor, max_seqlen_q: int, max_seqlen_k: int, chunk_size: int, packed: bool, topk: int,
-             softmax_scale: float, deterministic: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+             softmax_scale: float, deterministic: bool, backend: str
+             ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o, lse, and the integers that backward wants: the selection, and its routing's entries and starts."""
     stages = get_stages(backend, q.device)
     segments = Segments(cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_seqlen_k, chunk_size, packed)
     earlier = min(topk - 1, max(0, (max_seqlen_k - 1) // chunk_size))  # no query has more earlier chunks than this
     if earlier:
         selected = stages.gate(q, stages.chunk_means(k, segments), segments, earlier + 1)
-    else:
-        selected = torch.empty(*q.shape[:2], 0, dtype=torch.int32, device=q.device)
-        if _may_be_dense(backend, packed, max_seqlen_k, chunk_size):
-            dense = dense_causal(q, k, v, cu_seqlens_k, max_seqlen_k, softmax_scale)
-            if dense is not None:
-                return *dense, selected
-    o, lse = stages.attention_fwd(q, k, v, selected, segments, softmax_scale)
-    return o, lse, selected
+        routing = stages.route(selected, k.shape[1], segments.num_chunks(k.shape[0]))
+        o, lse = stages.attention_fwd(q, k, v, selected, segments, softmax_scale, routing)
+        return o, lse, selected, routing.entries, routing.starts
+    nothing = [torch.empty(shape, dtype=torch.int32, device=q.device) for shape in ((*q.shape[:2], 0), (0,), (0,))]
+    result = None
+    if _may_be_dense(backend, packed, max_seqlen_k, chunk_size):
+        result = dense_causal(q, k, v, cu_seqlens_k, max_seqlen_k, softmax_scale)
+    if result is None:
+        result = stages.attention_fwd(q, k, v, nothing[0], segments, softmax_scale)
+    return *result, *nothing
 
 
 def _may_be_dense(backend: str, packed: bool, max_seqlen_k: int, chunk_size: int) -> bool:
@@ -136,23 +140,28 @@ def _(q, k, v, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_s
       softmax_scale, deterministic, backend):
     earlier = min(topk - 1, max(0, (max_seqlen_k - 1) // chunk_size))
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    choices = q.shape[0] * q.shape[1] * earlier
+    buckets = k.shape[1] * (k.shape[0] // chunk_size + cu_seqlens_k.shape[0] - 1) + 1 if earlier else 0
+    wide = torch.int32 if choices < 2 ** 31 else torch.int64
     return (q.new_empty(q.shape[0], q.shape[1], v.shape[2]), q.new_empty(q.shape[:2], dtype=lse_dtype),
-            q.new_empty(q.shape[0], q.shape[1], earlier, dtype=torch.int32))
+            q.new_empty(q.shape[0], q.shape[1], earlier, dtype=torch.int32), q.new_empty(choices, dtype=wide),
+            q.new_empty(buckets, dtype=wide))
 
 
 @torch.library.custom_op("moba_megatron::attention_bwd", mutates_args=())
 def _backward(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
-              selected: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, seq_ids: Tensor, offsets: Tensor,
-              max_seqlen_q: int, max_seqlen_k: int, chunk_size: int, packed: bool, softmax_scale: float,
-              deterministic: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+              selected: Tensor, entries: Tensor, starts: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+              seq_ids: Tensor, offsets: Tensor, max_seqlen_q: int, max_seqlen_k: int, chunk_size: int, packed: bool,
+              softmax_scale: float, deterministic: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     if selected.shape[2] == 0 and _may_be_dense(backend, packed, max_seqlen_k, chunk_size):
         dense = dense_causal_bwd(do, dlse, q, k, v, o, lse, cu_seqlens_k, max_seqlen_k, softmax_scale,
                                  deterministic=deterministic)
         if dense is not None:
             return dense
     segments = Segments(cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_seqlen_k, chunk_size, packed)
+    routing = Routing(entries, starts) if selected.shape[2] else None
     return get_stages(backend, q.device).attention_bwd(do, dlse, q, k, v, o, lse, selected, segments, softmax_scale,
-                                                       deterministic=deterministic)
+                                                       deterministic=deterministic, routing=routing)
 
 
 @_backward.register_fake
@@ -163,18 +172,18 @@ def _(do, dlse, q, k, v, o, lse, selected, *_):
 def _setup_context(ctx, inputs, output):
     (q, k, v, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_seqlen_k, chunk_size, packed, _,
      softmax_scale, deterministic, backend) = inputs
-    o, lse, selected = output
-    ctx.save_for_backward(q, k, v, o, lse, selected, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets)
+    o, lse, *integers = output
+    ctx.save_for_backward(q, k, v, o, lse, *integers, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets)
     ctx.constants = (max_seqlen_q, max_seqlen_k, chunk_size, packed, softmax_scale, deterministic, backend)
-    ctx.mark_non_differentiable(selected)
+    ctx.mark_non_differentiable(*integers)
     ctx.set_materialize_grads(False)
 
 
-def _autograd_backward(ctx, do, dlse, _):
-    q, k, v, o, lse, selected, *segment_tensors = ctx.saved_tensors
+def _autograd_backward(ctx, do, dlse, *_):
+    q, k, v, o, lse, *integers = ctx.saved_tensors
     if do is None:
         do = torch.zeros_like(o)
-    grads = _backward(do, dlse, q, k, v, o, lse, selected, *segment_tensors, *ctx.constants)
+    grads = _backward(do, dlse, q, k, v, o, lse, *integers, *ctx.constants)
     return (*grads, *(None,) * 12)
 
 

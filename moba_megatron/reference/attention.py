@@ -6,15 +6,15 @@ import math
 import torch
 from torch import Tensor
 
-from ..segments import Segments
+from ..segments import Routing, Segments
 from .chunk_means import accumulate_dtype
 
 SCORE_ELEMENTS = 1 << 24
 """Attention scores held at once: bounds the memory of a block of queries."""
 
 
-def attention_fwd(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: Segments,
-                  softmax_scale: float) -> tuple[Tensor, Tensor]:
+def attention_fwd(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: Segments, softmax_scale: float,
+                  routing: Routing | None = None) -> tuple[Tensor, Tensor]:
     """Softmax attention over the own chunk and the selected ones, keys at or before the query.
 
     Args:
@@ -24,6 +24,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: S
         selected: int32 ``[T, H, topk - 1]`` chunk ids, -1 for none.
         segments: places the queries among the keys.
         softmax_scale: multiplies the scores.
+        routing: of ``selected``; not needed here, the kernels gather by it.
 
     Returns:
         o ``[T, H, DV]`` in q's dtype; lse ``[T, H]``, natural log, fp32 (fp64 for fp64).
@@ -41,7 +42,8 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: S
 
 def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
                   selected: Tensor, segments: Segments, softmax_scale: float, *, deterministic: bool = False,
-                  kv_grad_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
+                  kv_grad_dtype: torch.dtype | None = None,
+                  routing: Routing | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`attention_fwd`, one block of queries at a time.
 
     With ``p`` the softmax weights and ``delta = <do, o> - dlse``: ``dv = p^T do``, ``ds = p * (do v^T - delta)``,
@@ -54,6 +56,7 @@ def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tens
         o, lse: forward's results; lse decides the weights.
         deterministic: no effect here, the reference always is.
         kv_grad_dtype: dtype of dk and dv; k's and v's own by default.
+        routing: of ``selected``; not needed here.
 
     Returns:
         dq ``[T, H, D]``, dk ``[S, HK, D]``, dv ``[S, HK, DV]``.
