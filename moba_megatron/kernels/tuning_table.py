@@ -24,7 +24,9 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("sm_90", {"head_dim": 128, "itemsize": 2, "choices": 15}, _c(64, 64, 4, 2, WARM=8, LANES=4), UNTUNED),
         Row("*", {"head_dim": 128, "itemsize": 2, "choices": 8}, _c(64, 64, 4, 2, WARM=8, LANES=4), UNTUNED),
         Row("*", {"choices": 8}, _c(32, 32, 4, 1, WARM=4, LANES=4), UNTUNED),
-        Row("*", {}, _c(32, 32, 4, 1, WARM=0, LANES=1), UNTUNED),
+        # without maxnreg ptxas falls back to 32 registers on sm_80 and sm_100, and spills 8 to 24 KB a thread
+        Row("*", {"head_dim": 128, "itemsize": 2}, _c(32, 32, 4, 1, WARM=0, LANES=1, maxnreg=255), UNTUNED),
+        Row("*", {}, _c(16, 32, 4, 1, WARM=0, LANES=1, maxnreg=255), UNTUNED),
     ),
     # BLOCK rows of one column of `selected` that a program places at a time
     "route": (
