@@ -11,38 +11,17 @@ import contextlib
 import functools
 import json
 import os
-from dataclasses import dataclass
 
 import torch
 
 from . import INTERPRETED
+from .tuning_table import TABLE, Row
 
 ARCHS = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227}
 """Architecture classes and a block's shared memory in KiB. sm_86 stands for every card with 99 KiB: 86, 89, 120."""
 INTERPRETER = "interpreter"
 INTERPRETER_BLOCK = 32
 """Under the interpreter tiles are cut to this: small shapes then still have several tiles in each direction."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: this configuration, on these architectures, where no key exceeds its bound.
-
-    Args:
-        archs: names of ``ARCHS`` (or ``interpreter``), separated by blanks; ``*`` for every one.
-        upto: largest value of each key that the row is for; a key that is not named may have any value.
-        config: constexprs and launch options, passed to the launch as they are.
-        why: the measurement that chose it, or "untuned: fits by the compile report".
-    """
-
-    archs: str
-    upto: dict[str, int]
-    config: dict[str, int]
-    why: str
-
-    def fits(self, arch: str, key: dict[str, int]) -> bool:
-        return ((self.archs == "*" or arch in self.archs.split())
-                and all(key.get(name, 0) <= bound for name, bound in self.upto.items()))
 
 
 def config(stage: str, device: torch.device | None = None, **key: int) -> dict[str, int]:
@@ -81,7 +60,6 @@ def _lookup(stage: str, arch: str, key: tuple[tuple[str, int], ...]) -> dict[str
 
 def rows(stage: str) -> tuple[Row, ...]:
     """The rows of a stage in the order in which they are tried: MOBA_TUNING_FILE's, then the packaged ones."""
-    from .tuning_table import TABLE
     if stage not in TABLE:
         raise KeyError(f"no stage {stage!r} in the tuning table; stages: {', '.join(TABLE)}")
     return (*_file_rows(os.environ.get("MOBA_TUNING_FILE", "")).get(stage, ()), *TABLE[stage])

@@ -2,9 +2,30 @@
 
 ``why`` names the measurement. "sketch" is DESIGN's sketch on an H200 (bf16, D = 128, Triton 3.6).
 """
-from .tuning import Row
+from dataclasses import dataclass
 
 UNTUNED = "untuned: fits by the compile report"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: this configuration, on these architectures, where no key exceeds its bound.
+
+    Args:
+        archs: names in ``tuning.ARCHS`` (or ``interpreter``), separated by blanks; ``*`` for every one.
+        upto: largest value of each key that the row is for; a key that is not named may have any value.
+        config: constexprs and launch options, passed to the launch as they are.
+        why: the measurement that chose it, or "untuned: fits by the compile report".
+    """
+
+    archs: str
+    upto: dict[str, int]
+    config: dict[str, int]
+    why: str
+
+    def fits(self, arch: str, key: dict[str, int]) -> bool:
+        return ((self.archs == "*" or arch in self.archs.split())
+                and all(key.get(name, 0) <= bound for name, bound in self.upto.items()))
 
 
 def _c(block_m: int, block_n: int, warps: int, stages: int, **more: int) -> dict[str, int]:
