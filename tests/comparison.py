@@ -2,6 +2,8 @@
 import torch
 
 import oracle
+from moba_megatron import kernels, moba_attn_varlen
+from moba_megatron.segments import Segments
 
 
 def dense_mask(selected, segments, total_q, total_k):
@@ -52,3 +54,20 @@ def assert_as_good_as_eager(got, exact, eager, dtype):
         errors[name] = f"{error:.2e} (limit {limit:.2e})"
         assert error <= limit, f"{name} is wrong: {errors}"
     return errors
+
+
+def selection(q, k, cu_seqlens, max_seqlen, chunk, topk):
+    """What the kernels' gate chooses, and the segments."""
+    segments = Segments.from_cu_seqlens(cu_seqlens, max_seqlen, chunk)
+    return kernels.gate(q, kernels.chunk_means(k, segments), segments, topk), segments
+
+
+def check_operator(q, k, v, do, dlse, arguments, **options):
+    """o, lse, dq, dk, dv of the Triton operator against fp64 attention over what its gate chose."""
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    o, lse = moba_attn_varlen(*leaves, *arguments, backend="triton", return_lse=True, **options)
+    grads = torch.autograd.grad((o, lse), leaves, (do, dlse))
+    selected, segments = selection(q.detach(), k.detach(), *arguments)
+    mask = dense_mask(selected, segments, q.shape[0], k.shape[0])
+    exact, eager = (attend(q, k, v, do, dlse, mask, q.shape[2] ** -0.5, dtype) for dtype in (torch.float64, q.dtype))
+    assert_as_good_as_eager(dict(zip(("o", "lse", "dq", "dk", "dv"), (o, lse, *grads))), exact, eager, q.dtype)

@@ -99,7 +99,7 @@ class _CompileOnlyDriver(DriverBase):
         return False
 
     def map_python_to_cpp_type(self, ty: str) -> str:
-        raise NotImplementedError
+        raise NotImplementedError("nothing is launched or timed here")
 
     def get_current_target(self) -> GPUTarget:
         return self.target
@@ -114,7 +114,7 @@ class _CompileOnlyDriver(DriverBase):
         return torch.device("meta")
 
     def get_benchmarker(self):
-        raise NotImplementedError
+        raise NotImplementedError("nothing is launched or timed here")
 
 
 @contextlib.contextmanager

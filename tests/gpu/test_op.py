@@ -4,9 +4,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import comparison
-from moba_megatron import kernels, moba_attn_varlen
+from moba_megatron import moba_attn_varlen
 from moba_megatron.bench import oracle
-from moba_megatron.segments import Segments
 
 pytestmark = pytest.mark.gpu
 GIB = 2 ** 30
@@ -57,24 +56,10 @@ def gradients(q, k, v, do, arguments, **options):
     return o.detach(), *torch.autograd.grad(o, leaves, do)
 
 
-def selection(q, k, cu_seqlens, max_seqlen, chunk, topk):
-    segments = Segments.from_cu_seqlens(cu_seqlens, max_seqlen, chunk)
-    return kernels.gate(q, kernels.chunk_means(k, segments), segments, topk), segments
-
-
 @pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_values_and_gradients(case, deterministic):
-    q, k, v, do, dlse, arguments = make(**case)
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    o, lse = moba_attn_varlen(*leaves, *arguments, backend="triton", deterministic=deterministic, return_lse=True)
-    grads = torch.autograd.grad((o, lse), leaves, (do, dlse))
-    selected, segments = selection(q.detach(), k.detach(), *arguments)
-    mask = comparison.dense_mask(selected, segments, q.shape[0], k.shape[0])
-    exact, eager = (comparison.attend(q, k, v, do, dlse, mask, q.shape[2] ** -0.5, dtype)
-                    for dtype in (torch.float64, q.dtype))
-    got = dict(zip(("o", "lse", "dq", "dk", "dv"), (o, lse, *grads)))
-    comparison.assert_as_good_as_eager(got, exact, eager, q.dtype)
+    comparison.check_operator(*make(**case), deterministic=deterministic)
 
 
 @pytest.mark.parametrize("chunk, topk, tokens", [(16, 8, 1 << 16), (128, 8, 1 << 16), (512, 3, 1 << 15)],
@@ -82,7 +67,7 @@ def test_values_and_gradients(case, deterministic):
 def test_selection_and_values_at_length(chunk, topk, tokens):
     q, k, v, do, _, arguments = make([tokens], chunk, topk, heads=4, kv_heads=2, dim=128)
     o, *grads = gradients(q, k, v, do, arguments)
-    problem = oracle.Problem(q, k, v, do, selection(q, k, *arguments)[0], chunk, 128 ** -0.5)
+    problem = oracle.Problem(q, k, v, do, comparison.selection(q, k, *arguments)[0], chunk, 128 ** -0.5)
     assert oracle.check_selection(problem, topk)["wrong"] == 0
     for name, error in oracle.check_values(problem, o, None, *grads).items():
         assert error["error"] <= error["limit"], f"{name}: {error}"
@@ -237,7 +222,7 @@ def test_one_million_tokens():
         pytest.skip("needs about 80 GiB")
     q, k, v, do, _, arguments = make([tokens], chunk, topk, heads=32, kv_heads=8, dim=128)
     o, *grads = gradients(q, k, v, do, arguments)
-    selected = selection(q, k, *arguments)[0]
+    selected = comparison.selection(q, k, *arguments)[0]
     problem = oracle.Problem(q, k, v, do, selected, chunk, 128 ** -0.5)
     assert oracle.check_selection(problem, topk)["wrong"] == 0
     for name, error in oracle.check_values(problem, o, None, *grads, chunks=[230, 255]).items():

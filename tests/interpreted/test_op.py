@@ -5,8 +5,7 @@ import pytest
 import torch
 
 import comparison
-from moba_megatron import kernels, moba_attn_varlen
-from moba_megatron.segments import Segments
+from moba_megatron import moba_attn_varlen
 
 CASES = {
     "one sequence, gqa": dict(lengths=[150], chunk=32, topk=3, heads=4, kv_heads=2),
@@ -31,23 +30,9 @@ def make(lengths, chunk, topk, heads=2, kv_heads=1, dim=16, dim_v=None, dtype=to
     return q, k, v, do, torch.randn(total, heads), (cu_seqlens, max(lengths), chunk, topk)
 
 
-def selection(q, k, cu_seqlens, max_seqlen, chunk, topk):
-    segments = Segments.from_cu_seqlens(cu_seqlens, max_seqlen, chunk)
-    return kernels.gate(q, kernels.chunk_means(k, segments), segments, topk), segments
-
-
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_values_and_gradients(case):
-    q, k, v, do, dlse, arguments = make(**case)
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    o, lse = moba_attn_varlen(*leaves, *arguments, backend="triton", return_lse=True)
-    grads = torch.autograd.grad((o, lse), leaves, (do, dlse))
-    selected, segments = selection(q.detach(), k.detach(), *arguments)
-    mask = comparison.dense_mask(selected, segments, q.shape[0], k.shape[0])
-    exact, eager = (comparison.attend(q, k, v, do, dlse, mask, q.shape[2] ** -0.5, dtype)
-                    for dtype in (torch.float64, q.dtype))
-    got = dict(zip(("o", "lse", "dq", "dk", "dv"), (o, lse, *grads)))
-    comparison.assert_as_good_as_eager(got, exact, eager, q.dtype)
+    comparison.check_operator(*make(**case))
 
 
 def test_gradient_against_finite_differences():
@@ -62,14 +47,14 @@ def test_gradient_against_finite_differences():
 
     grads = dict(zip(inputs, torch.autograd.grad(loss(*leaves), leaves)))
     inputs = {name: x.detach() for name, x in inputs.items()}
-    chosen = selection(inputs["q"], inputs["k"], *arguments)[0].sort(2).values
+    chosen = comparison.selection(inputs["q"], inputs["k"], *arguments)[0].sort(2).values
     for name, x in inputs.items():
         direction = torch.randn_like(x)
         direction /= direction.norm()
         values = []
         for sign in (1, -1):
             moved = {**inputs, name: x + sign * step * direction}
-            assert torch.equal(selection(moved["q"], moved["k"], *arguments)[0].sort(2).values, chosen)
+            assert torch.equal(comparison.selection(moved["q"], moved["k"], *arguments)[0].sort(2).values, chosen)
             values.append(loss(**moved))
         slope = ((values[0] - values[1]) / (2 * step)).item()
         # the rounding of fp32 results over the step, and the third derivative
