@@ -6,7 +6,7 @@ import sys
 from moba_megatron.arguments import add_moba_arguments, config_from_args
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Says what is wrong once, not once a rank; every rank ends with status 2."""
 
     def error(self, message):
@@ -22,14 +22,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     Returns:
         the flags as attributes; `moba_config` is the MoBAConfig of --attention and the --moba-* flags.
     """
-    parser = _Parser(description="Pretrains a GPT with MoBA on megatron.core.", fromfile_prefix_chars="@",
-                     usage="torchrun --nproc-per-node N examples/pretrain_gpt.py FLAGS   (--help lists them)")
+    parser = Parser(description="Pretrains a GPT with MoBA on megatron.core.", fromfile_prefix_chars="@",
+                    usage="torchrun --nproc-per-node N examples/pretrain_gpt.py FLAGS   (--help lists them)")
     _add_model_args(parser)
     _add_parallel_args(parser)
     _add_training_args(parser)
-    _add_data_args(parser)
+    add_data_args(parser)
     _add_checkpoint_args(parser)
-    _add_logging_args(parser)
+    add_logging_args(parser)
     add_moba_arguments(parser)
     args = parser.parse_args(argv)
     args.world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -98,7 +98,8 @@ def _add_training_args(parser):
     group.add_argument("--seed", type=int, default=1234)
 
 
-def _add_data_args(parser):
+def add_data_args(parser):
+    """What to read: --data-path, --split, --seq-length and how."""
     group = parser.add_argument_group("data")
     group.add_argument("--data-path", nargs="+", required=True, metavar="PREFIX",
                        help="a prefix made by examples/prepare_data.py, or a blend: WEIGHT PREFIX WEIGHT PREFIX ...")
@@ -117,21 +118,22 @@ def _add_checkpoint_args(parser):
     group.add_argument("--eval-iters", type=int, default=100, help="global batches in a validation; 0: none")
     group.add_argument("--loss-position-bins", type=int, default=16,
                        help="parts of the sequence whose loss the validation reports, the trailing loss last")
-
-
-def _add_logging_args(parser):
-    group = parser.add_argument_group("logging")
-    group.add_argument("--log-interval", type=int, default=10)
-    group.add_argument("--log-jsonl", metavar="FILE", help="JSON lines, continued when a run resumes")
-    group.add_argument("--tensorboard-dir", metavar="DIR")
     group.add_argument("--save-selection", metavar="FILE.npz",
                        help="at the end, write which chunks the queries of a validation text chose")
 
 
+def add_logging_args(parser):
+    """What a run writes down besides checkpoints."""
+    group = parser.add_argument_group("logging")
+    group.add_argument("--log-interval", type=int, default=10)
+    group.add_argument("--log-jsonl", metavar="FILE", help="JSON lines, continued when a run resumes")
+    group.add_argument("--tensorboard-dir", metavar="DIR")
+
+
 def _derive_and_validate(args):
-    _require_positive(args, "num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size",
-                      "train_iters", "tensor_model_parallel_size", "pipeline_model_parallel_size",
-                      "context_parallel_size", "log_interval", "eval_interval", "loss_position_bins")
+    require_positive(args, "num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size",
+                     "train_iters", "tensor_model_parallel_size", "pipeline_model_parallel_size",
+                     "context_parallel_size", "log_interval", "eval_interval", "loss_position_bins")
     model_parallel = (args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size)
     if args.world_size % model_parallel:
         raise ValueError(f"the number of processes must be a multiple of tensor x pipeline x context parallel size = "
@@ -201,7 +203,8 @@ def _derive_batch(args):
     args.num_microbatches = args.global_batch_size // samples
 
 
-def _require_positive(args, *names):
+def require_positive(args, *names):
+    """Raises ValueError unless each of these flags is at least 1."""
     for name in names:
         if getattr(args, name) < 1:
             raise ValueError(f"{_flag(name)} must be at least 1, got {getattr(args, name)}")

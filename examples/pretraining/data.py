@@ -72,15 +72,20 @@ def build_datasets(args, blend, tokenizer) -> tuple[GPTDataset, GPTDataset | Non
     return train, valid
 
 
-class _Samples(torch.utils.data.Sampler):
+class Samples(torch.utils.data.Sampler):
     """Sample numbers of one data parallel rank, micro batch by micro batch.
 
     They depend on the iteration alone, so a resumed run reads on where the other stopped, whatever its parallel sizes.
+
+    Args:
+        args: the flags `micro_batch_size` and `global_batch_size`, and `data_parallel_size`.
+        rank: of the data parallel group.
+        first_iteration, last_iteration: the first to read for, and the one to stop before.
     """
 
-    def __init__(self, args, first_iteration: int, last_iteration: int):
+    def __init__(self, args, rank: int, first_iteration: int, last_iteration: int):
         self.iterations = range(first_iteration, last_iteration)
-        self.rank = parallel_state.get_data_parallel_rank()
+        self.rank = rank
         self.micro, self.batch = args.micro_batch_size, args.global_batch_size
         self.stride = args.micro_batch_size * args.data_parallel_size
 
@@ -102,9 +107,9 @@ def batches(args, dataset, first_iteration: int, last_iteration: int) -> Iterato
     Yields:
         tokens, labels, position_ids [b, s] int64, loss_mask [b, s] fp32, with s = seq_length / context parallel size.
     """
-    loader = torch.utils.data.DataLoader(
-        dataset, batch_sampler=_Samples(args, first_iteration, last_iteration), num_workers=args.num_workers,
-        pin_memory=torch.cuda.is_available())
+    samples = Samples(args, parallel_state.get_data_parallel_rank(), first_iteration, last_iteration)
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=samples, num_workers=args.num_workers,
+                                         pin_memory=torch.cuda.is_available())
     device = torch.cuda.current_device()
     for batch in loader:
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
