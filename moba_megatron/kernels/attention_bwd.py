@@ -16,6 +16,7 @@ from .attention_bwd_dkdv import _attention_bwd_dkv_kernel, _attention_bwd_dkv_su
 from .attention_bwd_dq import _attention_bwd_dq_kernel, _attention_bwd_dq_own_kernel
 from .attention_fwd import _check, _describable, _key_source, tma_available
 from .routing import Tiles, make_tiles, route
+from .sizes import cdiv, next_power_of_2
 from .workspace import head_groups, workspace_limit
 
 PARTIALS_SHARE = 16
@@ -129,7 +130,7 @@ class _Inputs:
     def constants(self) -> dict[str, int]:
         d, dv = self.q.shape[2], self.v.shape[2]
         return {"H": self.q.shape[1], "G": self.heads_per_kv, "KS": self.slots, "D": d, "DV": dv,
-                "BLOCK_D": triton.next_power_of_2(d), "BLOCK_DV": triton.next_power_of_2(dv),
+                "BLOCK_D": next_power_of_2(d), "BLOCK_DV": next_power_of_2(dv),
                 "PRECISION": "ieee"}  # fp32: tf32x3 would cost a weight its last three bits
 
     def config(self, stage: str) -> dict[str, int]:
@@ -145,7 +146,7 @@ def _row_terms(do: Tensor, o: Tensor, dlse: Tensor | None, lse: Tensor) -> Tenso
     total, heads, dim = o.shape
     terms = torch.empty(total * heads + 1, 4, dtype=torch.float32, device=o.device)
     options = tuning.config("attention_bwd_delta", o.device, head_dim=dim, itemsize=o.element_size())
-    _attention_bwd_delta_kernel[(triton.cdiv(total * heads + 1, options["BLOCK_M"]),)](
+    _attention_bwd_delta_kernel[(cdiv(total * heads + 1, options["BLOCK_M"]),)](
         do,
         o,
         dlse if dlse is None else dlse.contiguous(),
@@ -158,7 +159,7 @@ def _row_terms(do: Tensor, o: Tensor, dlse: Tensor | None, lse: Tensor) -> Tenso
         o.stride(1),
         H=heads,
         DV=dim,
-        BLOCK_DV=triton.next_power_of_2(dim),
+        BLOCK_DV=next_power_of_2(dim),
         **options,
     )
     return terms
@@ -206,8 +207,8 @@ def _cuts(x: _Inputs, routing: Routing | None, kv_heads_together: int) -> _Cuts:
     floats = 2 * x.segments.chunk_size * (x.q.shape[2] + x.v.shape[2])  # a cut list's first piece has a partial too
     entries = x.rows_per_kv_head * x.slots * kv_heads_together
     allowed = max(MIN_PIECES, workspace_limit() // PARTIALS_SHARE // (4 * floats))
-    split = max(split, triton.cdiv(entries, allowed))
-    num_extra = triton.cdiv(entries, split)
+    split = max(split, cdiv(entries, allowed))
+    num_extra = cdiv(entries, split)
     numbers = torch.arange(routing.entries.numel() // split + 2, dtype=routing.starts.dtype, device=x.q.device)
     extra_buckets = torch.searchsorted(routing.starts[:-1] // split, numbers, right=True, out_int32=True)
     return _Cuts(split, num_extra, extra_buckets, num_extra * floats)
@@ -229,9 +230,9 @@ def _dkv(x: _Inputs, routing: Routing | None, dk: Tensor, dv: Tensor, slots: Ten
     del options["SPLIT"]
     size = x.segments.chunk_size
     if slots is not None:
-        options["BLOCK_N"] = max(16, triton.next_power_of_2(size))
+        options["BLOCK_N"] = max(16, next_power_of_2(size))
     kv_heads, constants = group[1] - group[0], x.constants
-    num_key_tiles = triton.cdiv(min(size, x.segments.max_seqlen_k), options["BLOCK_N"])
+    num_key_tiles = cdiv(min(size, x.segments.max_seqlen_k), options["BLOCK_N"])
     if num_key_tiles == 0:
         return
     _attention_bwd_dkv_kernel[((cuts.num_extra + x.num_chunks * kv_heads) * num_key_tiles,)](
@@ -270,7 +271,7 @@ def _dkv(x: _Inputs, routing: Routing | None, dk: Tensor, dv: Tensor, slots: Ten
     if cuts.num_extra == 0:
         return
     del constants["H"], constants["G"], constants["KS"], constants["PRECISION"]
-    _attention_bwd_dkv_sum_kernel[(cuts.num_extra, triton.cdiv(size, 16))](
+    _attention_bwd_dkv_sum_kernel[(cuts.num_extra, cdiv(size, 16))](
         routing.starts,
         cuts.extra_buckets,
         x.segments.cu_seqlens_k,
@@ -334,7 +335,7 @@ def _dq_own(x: _Inputs, slots: Tensor | None, dq: Tensor, group: tuple[int, int]
     if use_tma:
         width = x.slots * dim
         slots = TensorDescriptor(slots, [x.q.shape[0], group_heads, width], [group_heads * width, width, 1],
-                                 [options["BLOCK_M"], 1, triton.next_power_of_2(dim)])
+                                 [options["BLOCK_M"], 1, next_power_of_2(dim)])
     _attention_bwd_dq_own_kernel[(num_tiles * group_heads,)](
         x.q,
         x.k,

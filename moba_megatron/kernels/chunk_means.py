@@ -14,6 +14,7 @@ from torch import Tensor
 from ..segments import SUM_BLOCK, Segments
 from . import tuning
 from .jit_helpers import _chunk_keys
+from .sizes import cdiv, next_power_of_2
 
 PROGRAMS = 2048
 """Programs that fill a card."""
@@ -33,9 +34,9 @@ def chunk_means(k: Tensor, segments: Segments) -> Tensor:
     num_chunks = segments.num_chunks(k.shape[0])
     means = torch.empty(num_chunks, num_kv_heads, head_dim, dtype=k.dtype, device=k.device)
     columns = num_kv_heads * head_dim
-    num_blocks = triton.cdiv(segments.chunk_size, SUM_BLOCK)
+    num_blocks = cdiv(segments.chunk_size, SUM_BLOCK)
     options = _config(k, columns, num_chunks, num_blocks)
-    _chunk_means_kernel[(num_chunks * triton.cdiv(columns, options["BLOCK_C"]),)](
+    _chunk_means_kernel[(num_chunks * cdiv(columns, options["BLOCK_C"]),)](
         k, segments.cu_seqlens_k, means, segments.num_sequences, segments.chunk_size, num_blocks, *k.stride(),
         HK=num_kv_heads, D=head_dim, SUM_BLOCK=SUM_BLOCK, **options)
     return means
@@ -58,7 +59,7 @@ def block_sums(k: Tensor, starts: Tensor, counts: Tensor) -> Tensor:
     if num_runs == 0:
         return sums
     options = _config(k, columns, num_runs, 1)
-    grid = (triton.cdiv(num_runs, options["BLOCK_B"]) * triton.cdiv(columns, options["BLOCK_C"]),)
+    grid = (cdiv(num_runs, options["BLOCK_B"]) * cdiv(columns, options["BLOCK_C"]),)
     _block_sums_kernel[grid](
         k, starts, counts, sums, num_runs, *k.stride(), HK=num_kv_heads, D=head_dim, SUM_BLOCK=SUM_BLOCK, **options)
     return sums
@@ -80,7 +81,7 @@ def means_from_block_sums(sums: Tensor, chunk_size: int, dtype: torch.dtype) -> 
     means = torch.empty(num_chunks, num_kv_heads, head_dim, dtype=dtype, device=sums.device)
     columns = num_kv_heads * head_dim
     if means.numel():
-        _means_from_block_sums_kernel[(triton.cdiv(means.numel(), 1024),)](
+        _means_from_block_sums_kernel[(cdiv(means.numel(), 1024),)](
             sums, means, means.numel(), columns, num_blocks, chunk_size, BLOCK=1024, num_warps=4)
     return means
 
@@ -91,8 +92,8 @@ def _config(k: Tensor, columns: int, num_items: int, num_blocks: int) -> dict[st
     Wide tiles read long runs; where they leave the card idle, blocks of rows go side by side instead.
     """
     options = tuning.config("chunk_means", k.device, itemsize=k.element_size())
-    block_c, block_b = min(triton.next_power_of_2(columns), options.pop("BLOCK")), 1
-    while num_items * triton.cdiv(columns, block_c) < PROGRAMS and block_b < min(8, num_blocks):
+    block_c, block_b = min(next_power_of_2(columns), options.pop("BLOCK")), 1
+    while num_items * cdiv(columns, block_c) < PROGRAMS and block_b < min(8, num_blocks):
         block_b, block_c = 2 * block_b, max(block_c // 2, 64)
     return {**options, "BLOCK_B": block_b, "BLOCK_C": block_c}
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..segments import Segments
 from . import tuning
 from .jit_helpers import _query_tile
+from .sizes import next_power_of_2
 
 
 def gate(q: Tensor, means: Tensor, segments: Segments, topk: int) -> Tensor:
@@ -63,8 +64,8 @@ def gate(q: Tensor, means: Tensor, segments: Segments, topk: int) -> Tensor:
         HK=means.shape[1],
         D=head_dim,
         KS=choices,
-        BLOCK_KS=triton.next_power_of_2(choices),
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_KS=next_power_of_2(choices),
+        BLOCK_D=max(16, next_power_of_2(head_dim)),
         PRECISION="ieee",
         **options,
     )

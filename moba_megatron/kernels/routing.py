@@ -15,6 +15,7 @@ from torch import Tensor
 from ..segments import Routing
 from . import tuning
 from .jit_helpers import _find_piece, _piece_items
+from .sizes import cdiv
 
 PROGRAMS = 8192
 """Programs that count and place. More than a card holds at once: they then write to a few kv heads' buckets at a time,
@@ -70,14 +71,14 @@ def route(selected: Tensor, num_kv_heads: int, num_chunks: int) -> Routing:
     group = num_heads // num_kv_heads
     options = tuning.config("route", device)
     limit = max(COUNTER_BYTES, entries.nbytes // 2) // (entries.element_size() * num_kv_heads * num_chunks)
-    num_groups, tokens = token_groups(total, triton.cdiv(options["BLOCK"], group * choices),
+    num_groups, tokens = token_groups(total, cdiv(options["BLOCK"], group * choices),
                                       max(1, min(PROGRAMS // num_kv_heads, limit)))
     counts = torch.empty(num_kv_heads * num_groups * num_chunks + 1, dtype=dtype, device=device)  # and a ticket
     sizes = (total, tokens, num_chunks, num_groups)
     shape = dict(H=num_heads, G=group, KS=choices)
     grid = (num_groups * num_kv_heads,)
     _route_count_kernel[grid](selected, counts, *sizes, **shape, BLOCK=1024, num_warps=4)
-    _route_sum_kernel[(triton.cdiv(num_chunks, 32) * num_kv_heads,)](
+    _route_sum_kernel[(cdiv(num_chunks, 32) * num_kv_heads,)](
         counts, starts, num_chunks, num_groups, num_kv_heads, BLOCK_G=64, BLOCK_C=32, BLOCK=2048, num_warps=8)
     _route_place_kernel[grid](selected, counts, starts, entries, *sizes, **shape, **options)
     return Routing(entries, starts)
@@ -94,7 +95,7 @@ def make_tiles(routing: Routing, block: int) -> Tiles:
         starts=torch.empty(num_buckets + 1, dtype=torch.int32, device=starts.device),
         block=block)
     items = max(num_tiles, num_buckets + 1)
-    _make_tiles_kernel[(triton.cdiv(items, 256),)](
+    _make_tiles_kernel[(cdiv(items, 256),)](
         starts, tiles.bucket, tiles.begin, tiles.end, tiles.starts, num_tiles, num_buckets, block, BLOCK=256,
         num_warps=4)
     return tiles
@@ -107,8 +108,8 @@ def entry_dtype(num_choices: int) -> torch.dtype:
 
 def token_groups(total: int, least_tokens: int, most_groups: int) -> tuple[int, int]:
     """The number of groups of tokens, and the tokens in each (the last may have fewer)."""
-    tokens = max(triton.cdiv(total, most_groups), least_tokens)
-    return triton.cdiv(total, tokens), tokens
+    tokens = max(cdiv(total, most_groups), least_tokens)
+    return cdiv(total, tokens), tokens
 
 
 @triton.jit(do_not_specialize=["total", "tokens", "num_chunks", "num_groups"])

@@ -71,18 +71,18 @@ def arch_of(device: torch.device | None = None) -> str:
         return _forced["arch"]
     if INTERPRETED:
         return INTERPRETER
-    return _arch_of_device(os.environ.get("MOBA_TUNING_ARCH", ""), str(device or "cuda"))
+    return _arch_of_device(os.environ.get("MOBA_TUNING_ARCH", ""), device)
 
 
 @functools.lru_cache(maxsize=None)
-def _arch_of_device(override: str, device: str) -> str:
+def _arch_of_device(override: str, device: torch.device | None) -> str:
     if override:
         if override not in ARCHS:
             raise ValueError(f"MOBA_TUNING_ARCH must be one of {', '.join(ARCHS)}; got {override!r}")
         return override
     if not torch.cuda.is_available():
         return "sm_86"
-    return arch_of_capability(*torch.cuda.get_device_capability(device))
+    return arch_of_capability(*torch.cuda.get_device_capability(device or "cuda"))
 
 
 def arch_of_capability(major: int, minor: int) -> str:

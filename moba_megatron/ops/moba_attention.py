@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..segments import Routing, Segments
 from .backend import check_backend, get_stages
@@ -86,9 +87,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, topk: int, soft
     chunk_size = segments.chunk_size
     if segments.max_seqlen_k <= topk * chunk_size:  # every earlier chunk is chosen: causal attention, one chunk
         chunk_size, topk = max(chunk_size, segments.max_seqlen_k), 1
-    o, lse, *_ = _forward(q, k, v, segments.cu_seqlens_q, segments.cu_seqlens_k, segments.seq_ids, segments.offsets,
-                         segments.max_seqlen_q, segments.max_seqlen_k, chunk_size, segments.packed, topk, scale,
-                         deterministic, backend)
+    attend = _Attention.apply if _is_plain_eager(q, k, v) else _forward
+    o, lse, *_ = attend(q, k, v, segments.cu_seqlens_q, segments.cu_seqlens_k, segments.seq_ids, segments.offsets,
+                        segments.max_seqlen_q, segments.max_seqlen_k, chunk_size, segments.packed, topk, scale,
+                        deterministic, backend)
     return (o, lse) if return_lse else o
 
 
@@ -107,11 +109,20 @@ def causal_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_
                             deterministic=deterministic, backend=backend, return_lse=return_lse)
 
 
-@torch.library.custom_op("moba_megatron::attention_fwd", mutates_args=())
-def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, seq_ids: Tensor,
-             offsets: Tensor, max_seqlen_q: int, max_seqlen_k: int, chunk_size: int, packed: bool, topk: int,
-             softmax_scale: float, deterministic: bool, backend: str
-             ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _is_plain_eager(*tensors: Tensor) -> bool:
+    """Whether nothing but autograd looks on: then a Function does the custom operators' work at less cost to the host.
+
+    Compilers, fake and meta tensors, dispatch modes (as selective checkpointing) and transforms get the operators.
+    """
+    return (not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+            and not torch._C._are_functorch_transforms_active()
+            and all(type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta for x in tensors))
+
+
+def _attention_fwd(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, seq_ids: Tensor,
+                   offsets: Tensor, max_seqlen_q: int, max_seqlen_k: int, chunk_size: int, packed: bool, topk: int,
+                   softmax_scale: float, deterministic: bool, backend: str
+                   ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, lse, and the integers that backward wants: the selection, and its routing's entries and starts."""
     stages = get_stages(backend, q.device)
     segments = Segments(cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_seqlen_k, chunk_size, packed)
@@ -135,6 +146,9 @@ def _may_be_dense(backend: str, packed: bool, max_seqlen_k: int, chunk_size: int
     return backend == "auto" and packed and max_seqlen_k <= chunk_size
 
 
+_forward = torch.library.custom_op("moba_megatron::attention_fwd", _attention_fwd, mutates_args=())
+
+
 @_forward.register_fake
 def _(q, k, v, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_seqlen_k, chunk_size, packed, topk,
       softmax_scale, deterministic, backend):
@@ -148,11 +162,11 @@ def _(q, k, v, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_s
             q.new_empty(buckets, dtype=wide))
 
 
-@torch.library.custom_op("moba_megatron::attention_bwd", mutates_args=())
-def _backward(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
-              selected: Tensor, entries: Tensor, starts: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
-              seq_ids: Tensor, offsets: Tensor, max_seqlen_q: int, max_seqlen_k: int, chunk_size: int, packed: bool,
-              softmax_scale: float, deterministic: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
+                   selected: Tensor, entries: Tensor, starts: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+                   seq_ids: Tensor, offsets: Tensor, max_seqlen_q: int, max_seqlen_k: int, chunk_size: int,
+                   packed: bool, softmax_scale: float, deterministic: bool, backend: str
+                   ) -> tuple[Tensor, Tensor, Tensor]:
     if selected.shape[2] == 0 and _may_be_dense(backend, packed, max_seqlen_k, chunk_size):
         dense = dense_causal_bwd(do, dlse, q, k, v, o, lse, cu_seqlens_k, max_seqlen_k, softmax_scale,
                                  deterministic=deterministic)
@@ -162,6 +176,9 @@ def _backward(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, 
     routing = Routing(entries, starts) if selected.shape[2] else None
     return get_stages(backend, q.device).attention_bwd(do, dlse, q, k, v, o, lse, selected, segments, softmax_scale,
                                                        deterministic=deterministic, routing=routing)
+
+
+_backward = torch.library.custom_op("moba_megatron::attention_bwd", _attention_bwd, mutates_args=())
 
 
 @_backward.register_fake
@@ -179,12 +196,27 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _autograd_backward(ctx, do, dlse, *_):
+def _gradients(backward, ctx, do, dlse):
     q, k, v, o, lse, *integers = ctx.saved_tensors
     if do is None:
         do = torch.zeros_like(o)
-    grads = _backward(do, dlse, q, k, v, o, lse, *integers, *ctx.constants)
-    return (*grads, *(None,) * 12)
+    return (*backward(do, dlse, q, k, v, o, lse, *integers, *ctx.constants), *(None,) * 12)
 
 
-_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+_forward.register_autograd(lambda ctx, do, dlse, *_: _gradients(_backward, ctx, do, dlse),
+                           setup_context=_setup_context)
+
+
+class _Attention(torch.autograd.Function):
+    """The custom operators without their dispatch."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _attention_fwd(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, dlse, *_):
+        return _gradients(_attention_bwd, ctx, do, dlse)
