@@ -27,6 +27,23 @@ from .segments import Segments
 
 SUPPORTED_CP_COMM_TYPES = ("all_gather", "allgather")
 _iteration: int | None = None
+_observer = None
+
+
+def set_observer(observer):
+    """Has every layer that attends sparsely call ``observer`` before it attends; None, the default, ends that.
+
+    Args:
+        observer: called as ``observer(module, q, k, segments)``, under context parallelism with two more arguments:
+            the group, and for each key in global order its row among the gathered ones. q ``[T, H, D]`` and k
+            ``[S, HK, D]`` are this rank's. It must not change them, nor wait for the device.
+
+    Returns:
+        the observer before.
+    """
+    global _observer
+    before, _observer = _observer, observer
+    return before
 
 
 def set_iteration(iteration: int | None) -> None:
@@ -120,9 +137,13 @@ class MoBACoreAttention(MegatronModule):
         check = functools.partial(self._check_call, attn_mask_type or self.attn_mask_type, attention_bias, packed)
         if group is None:
             check(query, key, value)
-            o = moba_attention(*_to_thd(query, key, value), self._segments(query, key, packed, dense),
-                               1 if dense else self.moba_config.topk, softmax_scale=self.softmax_scale,
-                               deterministic=self.deterministic, backend=self.moba_config.backend)
+            q, k, v = _to_thd(query, key, value)
+            segments = self._segments(query, key, packed, dense)
+            if _observer is not None and not dense:
+                _observer(self, q, k, segments)
+            o = moba_attention(q, k, v, segments, 1 if dense else self.moba_config.topk,
+                               softmax_scale=self.softmax_scale, deterministic=self.deterministic,
+                               backend=self.moba_config.backend)
         else:
             o = self._context_parallel(query, key, value, packed, dense, group, check)
         return _from_thd(o, query)
@@ -190,6 +211,8 @@ class MoBACoreAttention(MegatronModule):
             layout = zigzag_uniform(seqlen, query.shape[1], size, rank, chunk_size, q.device)
         else:
             layout = zigzag_packed(cu_seqlens, seqlen, q.shape[0] * size, size, rank, chunk_size)
+        if _observer is not None and not dense:
+            _observer(self, q, k, layout.segments, group, layout.global_rows)
         return context_parallel_attention(q, k, v, layout, 1 if dense else moba.topk, group,
                                           softmax_scale=self.softmax_scale, deterministic=self.deterministic,
                                           backend=moba.backend)
