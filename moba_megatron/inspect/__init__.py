@@ -1,0 +1,13 @@
+"""Looking at the router: statistics in training logs, pictures of the chosen chunks, traces for simulation.
+
+| module | what it has |
+|---|---|
+| ``choices`` | which chunks the queries of a layer choose, seen from inside a forward pass |
+| ``statistics`` | first-chunk share, load imbalance, entropy, recall: their definitions |
+| ``router_log`` | the statistics of every N-th training step, over all parallel ranks |
+| ``trace``, ``recorder`` | RoutingTrace and its file; recording one from a forward pass |
+| ``checkpoint`` | a model for inspection from a checkpoint of examples/pretrain_gpt.py |
+| ``picture``, ``page`` | a trace as PNG and as a self-contained HTML page |
+
+``python -m moba_megatron.inspect`` is the command. Only ``trace`` can do without Megatron-Core.
+"""
