@@ -15,6 +15,7 @@ from . import tuning
 from .attention_bwd_dkdv import _attention_bwd_dkv_kernel, _attention_bwd_dkv_sum_kernel
 from .attention_bwd_dq import _attention_bwd_dq_kernel, _attention_bwd_dq_own_kernel
 from .attention_fwd import _check, _describable, _key_source, tma_available
+from .launcher import launch
 from .routing import Tiles, make_tiles, route
 from .sizes import cdiv, next_power_of_2
 from .workspace import head_groups, workspace_limit
@@ -146,7 +147,7 @@ def _row_terms(do: Tensor, o: Tensor, dlse: Tensor | None, lse: Tensor) -> Tenso
     total, heads, dim = o.shape
     terms = torch.empty(total * heads + 1, 4, dtype=torch.float32, device=o.device)
     options = tuning.config("attention_bwd_delta", o.device, head_dim=dim, itemsize=o.element_size())
-    _attention_bwd_delta_kernel[(cdiv(total * heads + 1, options["BLOCK_M"]),)](
+    launch(_attention_bwd_delta_kernel, (cdiv(total * heads + 1, options["BLOCK_M"]),),
         do,
         o,
         dlse if dlse is None else dlse.contiguous(),
@@ -235,7 +236,7 @@ def _dkv(x: _Inputs, routing: Routing | None, dk: Tensor, dv: Tensor, slots: Ten
     num_key_tiles = cdiv(min(size, x.segments.max_seqlen_k), options["BLOCK_N"])
     if num_key_tiles == 0:
         return
-    _attention_bwd_dkv_kernel[((cuts.num_extra + x.num_chunks * kv_heads) * num_key_tiles,)](
+    launch(_attention_bwd_dkv_kernel, ((cuts.num_extra + x.num_chunks * kv_heads) * num_key_tiles,),
         x.q,
         x.k,
         x.v,
@@ -271,7 +272,7 @@ def _dkv(x: _Inputs, routing: Routing | None, dk: Tensor, dv: Tensor, slots: Ten
     if cuts.num_extra == 0:
         return
     del constants["H"], constants["G"], constants["KS"], constants["PRECISION"]
-    _attention_bwd_dkv_sum_kernel[(cuts.num_extra, cdiv(size, 16))](
+    launch(_attention_bwd_dkv_sum_kernel, (cuts.num_extra, cdiv(size, 16)),
         routing.starts,
         cuts.extra_buckets,
         x.segments.cu_seqlens_k,
@@ -298,7 +299,7 @@ def _dq_sparse(x: _Inputs, routing: Routing, tiles: Tiles, slots: Tensor, group:
     partial = size % block_n != 0
     use_tma = not partial and tma_available(x.q.device) and _describable(x.k) and _describable(x.v)
     bound = x.rows_per_kv_head * kv_heads * x.slots // tiles.block + x.num_chunks * kv_heads + 1
-    _attention_bwd_dq_kernel[(bound,)](
+    launch(_attention_bwd_dq_kernel, (bound,),
         x.q,
         _key_source(x.k, block_n, use_tma),
         _key_source(x.v, block_n, use_tma),
@@ -336,7 +337,7 @@ def _dq_own(x: _Inputs, slots: Tensor | None, dq: Tensor, group: tuple[int, int]
         width = x.slots * dim
         slots = TensorDescriptor(slots, [x.q.shape[0], group_heads, width], [group_heads * width, width, 1],
                                  [options["BLOCK_M"], 1, next_power_of_2(dim)])
-    _attention_bwd_dq_own_kernel[(num_tiles * group_heads,)](
+    launch(_attention_bwd_dq_own_kernel, (num_tiles * group_heads,),
         x.q,
         x.k,
         x.v,

@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..segments import Routing, Segments
 from . import INTERPRETED, tuning
 from .jit_helpers import _chunk_keys, _query_tile
+from .launcher import launch
 from .routing import Tiles, make_tiles, route
 from .sizes import next_power_of_2
 from .workspace import head_groups
@@ -137,7 +138,7 @@ def _sparse(q: Tensor, k: Tensor, v: Tensor, routing: Routing, tiles: Tiles, o_s
     use_tma = (size % options["BLOCK_N"] == 0 and tma_available(q.device) and _describable(k) and _describable(v))
     kernel = _attention_fwd_resident_kernel if resident else _attention_fwd_sparse_kernel
     bound = q.shape[0] * heads_per_kv * kv_heads * slots // split + num_chunks * kv_heads + 1
-    kernel[(bound,)](
+    launch(kernel, (bound,),
         q,
         _key_source(k, options["BLOCK_N"], use_tma),
         _key_source(v, options["BLOCK_N"], use_tma),
@@ -187,7 +188,7 @@ def _own_merge(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, o_slots: Tenso
         width = slots * v.shape[2]
         o_slots = TensorDescriptor(o_slots, [q.shape[0], group_heads, width], [group_heads * width, width, 1],
                                    [options["BLOCK_M"], 1, next_power_of_2(v.shape[2])])
-    _attention_fwd_own_kernel[(num_tiles * group_heads,)](
+    launch(_attention_fwd_own_kernel, (num_tiles * group_heads,),
         q,
         k,
         v,

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..segments import SUM_BLOCK, Segments
 from . import tuning
 from .jit_helpers import _chunk_keys
+from .launcher import launch
 from .sizes import cdiv, next_power_of_2
 
 PROGRAMS = 2048
@@ -36,7 +37,7 @@ def chunk_means(k: Tensor, segments: Segments) -> Tensor:
     columns = num_kv_heads * head_dim
     num_blocks = cdiv(segments.chunk_size, SUM_BLOCK)
     options = _config(k, columns, num_chunks, num_blocks)
-    _chunk_means_kernel[(num_chunks * cdiv(columns, options["BLOCK_C"]),)](
+    launch(_chunk_means_kernel, (num_chunks * cdiv(columns, options["BLOCK_C"]),),
         k, segments.cu_seqlens_k, means, segments.num_sequences, segments.chunk_size, num_blocks, *k.stride(),
         HK=num_kv_heads, D=head_dim, SUM_BLOCK=SUM_BLOCK, **options)
     return means
@@ -60,7 +61,7 @@ def block_sums(k: Tensor, starts: Tensor, counts: Tensor) -> Tensor:
         return sums
     options = _config(k, columns, num_runs, 1)
     grid = (cdiv(num_runs, options["BLOCK_B"]) * cdiv(columns, options["BLOCK_C"]),)
-    _block_sums_kernel[grid](
+    launch(_block_sums_kernel, grid,
         k, starts, counts, sums, num_runs, *k.stride(), HK=num_kv_heads, D=head_dim, SUM_BLOCK=SUM_BLOCK, **options)
     return sums
 
@@ -81,7 +82,7 @@ def means_from_block_sums(sums: Tensor, chunk_size: int, dtype: torch.dtype) -> 
     means = torch.empty(num_chunks, num_kv_heads, head_dim, dtype=dtype, device=sums.device)
     columns = num_kv_heads * head_dim
     if means.numel():
-        _means_from_block_sums_kernel[(cdiv(means.numel(), 1024),)](
+        launch(_means_from_block_sums_kernel, (cdiv(means.numel(), 1024),),
             sums, means, means.numel(), columns, num_blocks, chunk_size, BLOCK=1024, num_warps=4)
     return means
 

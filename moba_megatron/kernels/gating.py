@@ -20,6 +20,7 @@ from torch import Tensor
 from ..segments import Segments
 from . import tuning
 from .jit_helpers import _query_tile
+from .launcher import launch
 from .sizes import next_power_of_2
 
 
@@ -47,7 +48,7 @@ def gate(q: Tensor, means: Tensor, segments: Segments, topk: int) -> Tensor:
     means = means.contiguous()
     options = tuning.config("gate", q.device, head_dim=head_dim, itemsize=q.element_size(), choices=choices)
     num_tiles = total // options["BLOCK_M"] + segments.num_segments
-    _gate_kernel[(num_tiles * num_heads,)](
+    launch(_gate_kernel, (num_tiles * num_heads,),
         q,
         means,
         selected,

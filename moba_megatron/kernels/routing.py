@@ -15,6 +15,7 @@ from torch import Tensor
 from ..segments import Routing
 from . import tuning
 from .jit_helpers import _find_piece, _piece_items
+from .launcher import launch
 from .sizes import cdiv
 
 PROGRAMS = 8192
@@ -77,10 +78,10 @@ def route(selected: Tensor, num_kv_heads: int, num_chunks: int) -> Routing:
     sizes = (total, tokens, num_chunks, num_groups)
     shape = dict(H=num_heads, G=group, KS=choices)
     grid = (num_groups * num_kv_heads,)
-    _route_count_kernel[grid](selected, counts, *sizes, **shape, BLOCK=1024, num_warps=4)
-    _route_sum_kernel[(cdiv(num_chunks, 32) * num_kv_heads,)](
+    launch(_route_count_kernel, grid, selected, counts, *sizes, **shape, BLOCK=1024, num_warps=4)
+    launch(_route_sum_kernel, (cdiv(num_chunks, 32) * num_kv_heads,),
         counts, starts, num_chunks, num_groups, num_kv_heads, BLOCK_G=64, BLOCK_C=32, BLOCK=2048, num_warps=8)
-    _route_place_kernel[grid](selected, counts, starts, entries, *sizes, **shape, **options)
+    launch(_route_place_kernel, grid, selected, counts, starts, entries, *sizes, **shape, **options)
     return Routing(entries, starts)
 
 
@@ -95,7 +96,7 @@ def make_tiles(routing: Routing, block: int) -> Tiles:
         starts=torch.empty(num_buckets + 1, dtype=torch.int32, device=starts.device),
         block=block)
     items = max(num_tiles, num_buckets + 1)
-    _make_tiles_kernel[(cdiv(items, 256),)](
+    launch(_make_tiles_kernel, (cdiv(items, 256),),
         starts, tiles.bucket, tiles.begin, tiles.end, tiles.starts, num_tiles, num_buckets, block, BLOCK=256,
         num_warps=4)
     return tiles

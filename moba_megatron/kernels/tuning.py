@@ -3,7 +3,7 @@
 A kernel asks ``config(stage, device, head_dim=..., chunk_size=..., itemsize=...)`` and gets a dict of constexprs and
 launch options. The rows are in ``tuning_table.py``; ``python -m moba_megatron.bench tune`` writes more of them for an
 unknown card, which ``MOBA_TUNING_FILE`` puts in front of the packaged ones. ``MOBA_TUNING_ARCH`` (``sm_86``) chooses
-another architecture's rows.
+another architecture's rows. Both are read once a process.
 """
 from __future__ import annotations
 
@@ -71,11 +71,12 @@ def arch_of(device: torch.device | None = None) -> str:
         return _forced["arch"]
     if INTERPRETED:
         return INTERPRETER
-    return _arch_of_device(os.environ.get("MOBA_TUNING_ARCH", ""), device)
+    return _arch_of_device(device)
 
 
 @functools.lru_cache(maxsize=None)
-def _arch_of_device(override: str, device: torch.device | None) -> str:
+def _arch_of_device(device: torch.device | None) -> str:
+    override = os.environ.get("MOBA_TUNING_ARCH", "")
     if override:
         if override not in ARCHS:
             raise ValueError(f"MOBA_TUNING_ARCH must be one of {', '.join(ARCHS)}; got {override!r}")
@@ -95,6 +96,11 @@ def arch_of_capability(major: int, minor: int) -> str:
 
 
 _forced: dict[str, object] = {}
+
+
+def is_forced() -> bool:
+    """Whether the caller is within a block of :func:`forced`."""
+    return bool(_forced)
 
 
 @contextlib.contextmanager

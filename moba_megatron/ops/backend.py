@@ -1,6 +1,7 @@
 """The one place where a backend is chosen: Triton kernels or the reference, said once a process."""
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from types import ModuleType
@@ -34,6 +35,14 @@ def get_stages(backend: str, device: torch.device) -> ModuleType:
     """
     check_backend(backend)
     return _stages(backend, torch.device(device).type)
+
+
+def repeated(stages: ModuleType, options: tuple, *tensors: torch.Tensor | None) -> contextlib.AbstractContextManager:
+    """Within the block the kernels may take it that what they launch is decided by the options and the tensors' layout.
+
+    The reference launches nothing.
+    """
+    return stages.repeated(options, *tensors) if hasattr(stages, "repeated") else contextlib.nullcontext()
 
 
 @functools.lru_cache(maxsize=None)

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..segments import Routing, Segments
-from .backend import check_backend, get_stages
+from .backend import check_backend, get_stages, repeated
 from .dense import dense_causal, dense_causal_bwd
 from .validation import check_cu_seqlens, check_flag, check_qkv, check_scale, check_segments, check_whole
 
@@ -128,9 +128,11 @@ def _attention_fwd(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seq
     segments = Segments(cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_seqlen_k, chunk_size, packed)
     earlier = min(topk - 1, max(0, (max_seqlen_k - 1) // chunk_size))  # no query has more earlier chunks than this
     if earlier:
-        selected = stages.gate(q, stages.chunk_means(k, segments), segments, earlier + 1)
-        routing = stages.route(selected, k.shape[1], segments.num_chunks(k.shape[0]))
-        o, lse = stages.attention_fwd(q, k, v, selected, segments, softmax_scale, routing)
+        options = ("forward", max_seqlen_q, max_seqlen_k, chunk_size, packed, earlier, softmax_scale, deterministic)
+        with repeated(stages, options, q, k, v, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets):
+            selected = stages.gate(q, stages.chunk_means(k, segments), segments, earlier + 1)
+            routing = stages.route(selected, k.shape[1], segments.num_chunks(k.shape[0]))
+            o, lse = stages.attention_fwd(q, k, v, selected, segments, softmax_scale, routing)
         return o, lse, selected, routing.entries, routing.starts
     nothing = [torch.empty(shape, dtype=torch.int32, device=q.device) for shape in ((*q.shape[:2], 0), (0,), (0,))]
     result = None
@@ -174,8 +176,12 @@ def _attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Ten
             return dense
     segments = Segments(cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_seqlen_k, chunk_size, packed)
     routing = Routing(entries, starts) if selected.shape[2] else None
-    return get_stages(backend, q.device).attention_bwd(do, dlse, q, k, v, o, lse, selected, segments, softmax_scale,
-                                                       deterministic=deterministic, routing=routing)
+    stages = get_stages(backend, q.device)
+    options = ("backward", max_seqlen_q, max_seqlen_k, chunk_size, packed, softmax_scale, deterministic)
+    with repeated(stages, options, do, dlse, q, k, v, o, lse, selected, entries, starts, cu_seqlens_q, cu_seqlens_k,
+                  seq_ids, offsets):
+        return stages.attention_bwd(do, dlse, q, k, v, o, lse, selected, segments, softmax_scale,
+                                    deterministic=deterministic, routing=routing)
 
 
 _backward = torch.library.custom_op("moba_megatron::attention_bwd", _attention_bwd, mutates_args=())

@@ -6,6 +6,7 @@ from torch.utils.checkpoint import checkpoint
 import comparison
 from moba_megatron import moba_attn_varlen
 from moba_megatron.bench import oracle
+from moba_megatron.kernels import launcher
 
 pytestmark = pytest.mark.gpu
 GIB = 2 ** 30
@@ -89,6 +90,31 @@ def test_twenty_deterministic_runs_are_bitwise_equal(chunk, topk):
     for _ in range(19):
         for a, b in zip(first, gradients(q, k, v, do, arguments, deterministic=True)):
             assert torch.equal(a, b)
+
+
+def test_calls_in_turn_give_what_each_gives_alone():
+    """Launches are taken from a record where a call repeats an earlier one (kernels/launcher.py)."""
+    q, k, v, do, _, arguments = make([300, 724], 64, 3, heads=4, kv_heads=2, dim=128)
+
+    def shifted(x):  # no longer aligned to 16 bytes
+        return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
+
+    calls = {
+        "plain": (q, k, v, do, arguments),
+        "unaligned": (*(shifted(x) for x in (q, k, v, do)), arguments),
+        "q unaligned": (shifted(q), k, v, do, arguments),
+        "other strides": (q.transpose(0, 1).contiguous().transpose(0, 1), k, v, do, arguments),
+        "other lengths": (q, k, v, do, (torch.tensor([0, 1000, 1024], dtype=torch.int32, device="cuda"), 1000, 64, 3)),
+        "other chunks": (q, k, v, do, (arguments[0], 724, 48, 4)),
+    }
+    alone = {}
+    for name, call in calls.items():
+        launcher._records.clear()
+        alone[name] = gradients(*call, deterministic=True)
+    for _ in range(3):
+        for name, call in calls.items():
+            for a, b in zip(alone[name], gradients(*call, deterministic=True)):
+                assert torch.equal(a, b), name
 
 
 class Layer(torch.nn.Module):
