@@ -1,0 +1,107 @@
+"""What the queries of a layer choose, seen from inside a forward pass: watching core attention, redoing its gate."""
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..context_parallel.comm import all_gather
+from ..core_attention import MoBACoreAttention, set_observer
+from ..ops import get_stages
+from ..segments import Segments
+
+
+@contextlib.contextmanager
+def watching(observer):
+    """Has sparse layers call ``observer`` inside the block, besides one that watches already.
+
+    What it is called with: see :func:`moba_megatron.core_attention.set_observer`.
+    """
+    before = set_observer(observer)
+    if before is not None:
+        set_observer(lambda *args: (before(*args), observer(*args)))
+    try:
+        yield observer
+    finally:
+        set_observer(before)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A layer's choices in one micro batch, for this rank's queries and heads.
+
+    Args:
+        layer_number: 1-based, global.
+        q: ``[T, H, D]``, the local queries.
+        k: ``[S, HK, D]``, the keys of all context parallel ranks, sequence after sequence.
+        selected: int32 ``[T, H, topk - 1]``, ids of the chosen earlier chunks, -1 for none.
+        segments: places the queries among the keys.
+        topk: chunks a query attends to, its own included.
+        softmax_scale: of the attention scores.
+    """
+
+    layer_number: int
+    q: Tensor
+    k: Tensor
+    selected: Tensor
+    segments: Segments
+    topk: int
+    softmax_scale: float
+
+    @property
+    def num_chunks(self) -> int:
+        """Bound of the chunk ids."""
+        return self.segments.num_chunks(self.k.shape[0])
+
+    def own_chunks(self) -> tuple[Tensor, Tensor]:
+        """For each query the id of its own chunk and the number of earlier ones: two int64 ``[T]``."""
+        sequence, position = self.segments.query_positions(self.q.shape[0])
+        earlier = position // self.segments.chunk_size
+        return self.segments.first_chunk()[sequence] + earlier, earlier
+
+    def counts(self, rows: Tensor, keep: Tensor, num_rows: int) -> Tensor:
+        """How often each chunk was chosen, by groups of queries.
+
+        Args:
+            rows: int64 ``[T]``, the group of each query, from 0.
+            keep: bool ``[T]``, queries to count.
+            num_rows: groups.
+
+        Returns:
+            int64 ``[H, num_rows, num_chunks]``.
+        """
+        heads = torch.arange(self.q.shape[1], device=self.q.device)
+        first = (heads[None, :] * num_rows + rows[:, None]) * self.num_chunks
+        spare = self.q.shape[1] * num_rows * self.num_chunks  # where that lands which is not counted
+        table = torch.zeros(spare + 1, dtype=torch.int64, device=self.q.device)
+        one = torch.ones((), dtype=torch.int64, device=self.q.device).expand(first.numel())
+        for chosen in self.selected.unbind(2):  # one by one, to bound the memory
+            index = torch.where((chosen >= 0) & keep[:, None], first + chosen, spare)
+            table.index_add_(0, index.flatten(), one)
+        return table[:-1].view(self.q.shape[1], num_rows, self.num_chunks)
+
+
+@torch.no_grad()
+def look(module: MoBACoreAttention, q: Tensor, k: Tensor, segments: Segments, group: dist.ProcessGroup | None = None,
+         global_rows: Tensor | None = None) -> Choices | None:
+    """The choices of a layer, from what it hands to an observer.
+
+    The gate runs once more: its result depends on nothing but q and k, so it is what the layer chooses itself. Under
+    context parallelism K is gathered once more for it, by all ranks of the group. The host does not wait.
+
+    Returns:
+        None where there is nothing to choose: ``topk`` is 1 or covers every sequence.
+    """
+    moba = module.moba_config
+    if moba.topk == 1 or segments.max_seqlen_k <= moba.topk * segments.chunk_size:
+        return None
+    q, k = q.detach(), k.detach()
+    if group is not None:
+        k = all_gather(k, group).wait()[global_rows]
+    stages = get_stages(moba.backend, q.device)
+    selected = stages.gate(q, stages.chunk_means(k, segments), segments, moba.topk)
+    scale = q.shape[2] ** -0.5 if module.softmax_scale is None else module.softmax_scale
+    return Choices(module.layer_number, q, k, selected, segments, moba.topk, scale)

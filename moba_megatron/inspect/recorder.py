@@ -1,0 +1,98 @@
+"""TraceRecorder: a RoutingTrace of one forward pass, joined over all parallel ranks."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from .choices import Choices, look
+from .trace import RoutingTrace
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """What every layer and rank has in common."""
+
+    chunk_size: int
+    topk: int
+    seq_length: int
+    num_heads: int
+    num_kv_heads: int
+    sequences: int
+
+
+class TraceRecorder:
+    """An observer for :func:`~moba_megatron.inspect.choices.watching`: counts each layer's choices in its first run.
+
+    Watch one forward pass on all ranks, then call :meth:`trace`. The sequences must have one length.
+    """
+
+    def __init__(self):
+        self._tables: dict[int, Tensor] = {}
+        self._numbers: _Numbers | None = None
+
+    def __call__(self, module, q: Tensor, k: Tensor, segments, group=None, global_rows=None) -> None:
+        layer = module.layer_number
+        choices = None if layer in self._tables else look(module, q, k, segments, group, global_rows)
+        if choices is None:
+            return
+        length, sequences = segments.max_seqlen_k, segments.num_sequences
+        if length * sequences != choices.k.shape[0]:
+            raise ValueError(f"a routing trace must be of sequences of one length, got {sequences} packed sequences of "
+                             f"at most {length} and together {choices.k.shape[0]} tokens")
+        config = module.config
+        self._numbers = _Numbers(segments.chunk_size, choices.topk, length, config.num_attention_heads,
+                                 config.num_query_groups, sequences)
+        self._tables[layer] = _pair_counts(choices)
+
+    def trace(self, about: Mapping | None = None) -> RoutingTrace:
+        """The trace of all layers, heads and sequences; called by all ranks of the world, the same on all.
+
+        Args:
+            about: where it comes from, JSON values.
+
+        Raises:
+            ValueError: no layer had a choice, on any rank.
+        """
+        data_parallel, tensor_rank = 1, 0
+        if parallel_state.model_parallel_is_initialized():
+            data_parallel = parallel_state.get_data_parallel_world_size()
+            tensor_rank = parallel_state.get_tensor_model_parallel_rank()
+        found = [(self._numbers, sorted(self._tables))]
+        if dist.is_initialized():
+            found = [None] * dist.get_world_size()
+            dist.all_gather_object(found, (self._numbers, sorted(self._tables)))
+        numbers = next((n for n, _ in found if n is not None), None)
+        if numbers is None:
+            raise ValueError("no layer has a choice: topk * chunk_size covers the sequence, or all layers are dense")
+        size = -(-numbers.seq_length // numbers.chunk_size)
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+        counts = {}
+        for layer in sorted({layer for _, layers in found for layer in layers}):
+            table = torch.zeros(numbers.num_heads, size, size, dtype=torch.int64, device=device)
+            if layer in self._tables:
+                mine = self._tables[layer]
+                table[tensor_rank * mine.shape[0]:][:mine.shape[0]] = mine
+            if dist.is_initialized():
+                dist.all_reduce(table)
+            counts[layer] = table.cpu().numpy()
+        return RoutingTrace.from_counts(
+            chunk_size=numbers.chunk_size, topk=numbers.topk, seq_length=numbers.seq_length,
+            num_kv_heads=numbers.num_kv_heads, counts=counts, sequences=numbers.sequences * data_parallel, about=about)
+
+
+def _pair_counts(choices: Choices) -> Tensor:
+    """Int64 ``[H, N, N]``: local queries of a chunk that chose a chunk, numbered within their sequence, all added."""
+    segments = choices.segments
+    size = -(-segments.max_seqlen_k // segments.chunk_size)
+    _, earlier = choices.own_chunks()
+    counts = choices.counts(earlier, torch.ones_like(earlier, dtype=torch.bool), size)
+    first = segments.first_chunk()
+    ids = torch.arange(choices.num_chunks, device=first.device)
+    number = ids - first[torch.searchsorted(first, ids, right=True) - 1]  # N for the id that a sequence leaves unused
+    table = counts.new_zeros(counts.shape[0], size, size + 1)
+    return table.index_add_(2, number.clamp(max=size), counts)[..., :size]
