@@ -1,9 +1,11 @@
 """Operators on ``[tokens, heads, head_dim]`` tensors: validation, backend choice, custom operators, gradients.
 
 ``moba_attn_varlen`` is self-attention over packed sequences; ``moba_attention`` takes query segments over packed keys;
-``causal_attn_varlen`` is dense; ``get_stages`` gives the stage functions themselves.
+``causal_attn_varlen`` is dense; ``get_stages`` gives the stage functions themselves;
+``key_convolution`` prepares keys.
 """
 from .backend import get_stages
+from .key_convolution import key_convolution
 from .moba_attention import causal_attn_varlen, moba_attention, moba_attn_varlen
 
-__all__ = ["causal_attn_varlen", "get_stages", "moba_attention", "moba_attn_varlen"]
+__all__ = ["causal_attn_varlen", "get_stages", "key_convolution", "moba_attention", "moba_attn_varlen"]

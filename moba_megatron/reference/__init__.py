@@ -1,12 +1,13 @@
 """The stages in plain torch: any device, fp64-capable, readable. The oracle's twin and the kernels' yardstick.
 
 Stages, as in ``moba_megatron.kernels``: ``chunk_means`` (and its halves ``block_sums``, ``means_from_block_sums``),
-``gate``, ``route``, ``attention_fwd``, ``attention_bwd``.
+``gate``, ``route``, ``attention_fwd``, ``attention_bwd``. ``key_convolution`` may come before them.
 """
 from .attention import attention_bwd, attention_fwd
 from .chunk_means import block_sums, chunk_means, means_from_block_sums
 from .gating import gate
+from .key_convolution import key_convolution
 from .routing import route
 
-__all__ = ["attention_bwd", "attention_fwd", "block_sums", "chunk_means", "gate", "means_from_block_sums",
-           "route"]
+__all__ = ["attention_bwd", "attention_fwd", "block_sums", "chunk_means", "gate", "key_convolution",
+           "means_from_block_sums", "route"]

@@ -1,0 +1,85 @@
+"""The public operator: a short causal convolution over keys, before MoBA forms their means (arXiv 2511.11571)."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .backend import get_stages
+from .validation import FLOAT_DTYPES, check_cu_seqlens
+
+WIDTHS = (3, 5)
+
+
+def key_convolution(k: Tensor, weight: Tensor, cu_seqlens: Tensor, halo: Tensor | None = None, *,
+                    backend: str = "auto") -> Tensor:
+    """Depthwise causal convolution of the keys with a residual: ``k'[t] = k[t] + silu(sum_l w[l] * k[t - l])``.
+
+    Neighbouring keys leave their mark on each other, so a chunk's mean says more about what is in the chunk. With a
+    weight of zeros it is the identity. Runs do not see each other.
+
+    Args:
+        k: ``[S, HK, D]``, packed keys; any strides.
+        weight: ``[HK, W, D]``, W of 3 or 5, any float dtype; tap l meets the key l rows before.
+        cu_seqlens: int32 ``[N + 1]`` on k's device, 0 to S: runs of rows that follow one another.
+        halo: ``[N, W - 1, HK, D]``, the keys before each run where it does not start a sequence; None for zeros.
+        backend: ``auto``, ``triton`` or ``reference``.
+
+    Returns:
+        ``[S, HK, D]`` in k's dtype; differentiable in k, weight and halo.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or device; the message names it.
+
+    Source: arXiv 2511.11571, section on key convolution.
+    """
+    _check(k, weight, halo)
+    cu_seqlens = check_cu_seqlens(cu_seqlens, k.shape[0], k.shape[0], k.device)
+    if halo is not None and halo.shape[0] != cu_seqlens.numel() - 1:
+        raise ValueError(f"halo must have one entry for each of the {cu_seqlens.numel() - 1} runs of cu_seqlens, got "
+                         f"{halo.shape[0]}")
+    stages = get_stages(backend, k.device)
+    if hasattr(stages, "key_convolution_fwd"):
+        return _KeyConvolution.apply(k, weight, cu_seqlens, halo, stages)
+    return stages.key_convolution(k, weight, cu_seqlens, halo)  # the reference, differentiable as it is
+
+
+def _check(k: Tensor, weight: Tensor, halo: Tensor | None) -> None:
+    for name, x, dims in (("k", k, 3), ("weight", weight, 3), ("halo", halo, 4)):
+        if x is None and name == "halo":
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.dim() != dims:
+            raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(x.shape)}")
+        if x.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"{name} must be bfloat16, float16, float32 or float64, got {x.dtype}")
+        if x.device != k.device:
+            raise ValueError(f"{name} must be on k's device {k.device}, got {x.device}")
+    if weight.shape[1] not in WIDTHS or weight.shape[::2] != k.shape[1:]:
+        raise ValueError(f"weight must have shape [{k.shape[1]}, W, {k.shape[2]}] (k's heads and head_dim) with W of "
+                         f"{' or '.join(map(str, WIDTHS))}, got {tuple(weight.shape)}")
+    if halo is not None and (halo.shape[1:] != (weight.shape[1] - 1, *k.shape[1:]) or halo.dtype != k.dtype):
+        raise ValueError(f"halo must have shape [runs, {weight.shape[1] - 1}, {k.shape[1]}, {k.shape[2]}] and k's dtype "
+                         f"{k.dtype}, got {tuple(halo.shape)} and {halo.dtype}")
+
+
+class _KeyConvolution(torch.autograd.Function):
+    """The kernels' forward and backward; keeps its inputs only."""
+
+    @staticmethod
+    def forward(ctx, k, weight, cu_seqlens, halo, stages):
+        ctx.save_for_backward(k, weight, cu_seqlens, halo)
+        ctx.stages = stages
+        return stages.key_convolution_fwd(k, weight.contiguous(), cu_seqlens, _contiguous(halo))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        k, weight, cu_seqlens, halo = ctx.saved_tensors
+        dk, dweight, dhalo = ctx.stages.key_convolution_bwd(dout, k, weight.contiguous(), cu_seqlens, _contiguous(halo))
+        return dk, dweight.to(weight.dtype), None, dhalo, None
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return x if x is None else x.contiguous()

@@ -1,0 +1,33 @@
+"""Key convolution in plain torch, differentiable by autograd."""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def key_convolution(k: Tensor, weight: Tensor, cu_seqlens: Tensor, halo: Tensor | None) -> Tensor:
+    """``k[t] + silu(sum_l weight[l] * k[t - l])`` within each run of rows, computed in at least fp32, rounded once.
+
+    Args:
+        k: ``[S, HK, D]``.
+        weight: ``[HK, W, D]``; tap l meets the key l rows before.
+        cu_seqlens: int32 ``[N + 1]``, the rows at which runs begin, and S last.
+        halo: ``[N, W - 1, HK, D]``, the keys before each run; None for zeros.
+
+    Returns:
+        ``[S, HK, D]`` in k's dtype.
+    """
+    total, taps = k.shape[0], weight.shape[1]
+    wide = torch.promote_types(k.dtype, torch.float32)
+    if halo is None:
+        halo = k.new_zeros(cu_seqlens.numel() - 1, taps - 1, *k.shape[1:])
+    rows = torch.cat((k, halo.flatten(0, 1))).to(wide)
+    row = torch.arange(total, device=k.device)
+    run = torch.searchsorted(cu_seqlens.long(), row, right=True) - 1
+    place = row - cu_seqlens.long()[run]
+    filtered = torch.zeros(k.shape, dtype=wide, device=k.device)
+    for tap in range(taps):
+        in_halo = total + run * (taps - 1) + taps - 1 + place - tap
+        filtered = filtered + weight[:, tap].to(wide) * rows[torch.where(place >= tap, row - tap, in_halo)]
+    return (rows[:total] + F.silu(filtered)).to(k.dtype)
