@@ -1,0 +1,36 @@
+"""The program that compute-sanitizer watches: every kernel once at awkward shapes. Run by launch/sanitize.sh."""
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).parents[i]) for i in (0, 1, 2)]
+import test_op
+
+from moba_megatron import kernels, moba_attn_varlen
+
+NAMES = ["packed, ragged, empty", "gqa", "chunk not a power of two", "smallest chunk", "large chunk", "D 80",
+         "D 128, chunk 512", "D 192, DV 128", "fp32", "own chunk only", "shorter than a chunk"]
+CASES = {name: test_op.CASES[name] for name in NAMES}
+CASES["cut lists"] = dict(lengths=[2500], chunk=64, topk=3, heads=16, kv_heads=1, dim=128)
+
+
+def run(lengths, **case) -> None:
+    q, k, v, do, dlse, arguments = test_op.make(lengths, **case)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    results = moba_attn_varlen(*leaves, *arguments, backend="triton", return_lse=True)
+    grads = torch.autograd.grad(results, leaves, (do, dlse))
+    starts = torch.arange(0, k.shape[0] - 64, 61, dtype=torch.int32, device="cuda")
+    sums = kernels.block_sums(k.detach(), starts, torch.full_like(starts, 61))
+    means = kernels.means_from_block_sums(sums[:len(starts) // 2 * 2].unflatten(0, (-1, 2)), 122, k.dtype)
+    torch.cuda.synchronize()
+    assert all(x.isfinite().all() for x in (*results, *grads, means))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), metavar="NAME")
+    for name in parser.parse_args().cases:
+        run(**CASES[name])
+        print(name, flush=True)
