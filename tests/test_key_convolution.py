@@ -63,7 +63,7 @@ def test_gradients_by_finite_differences():
     (dict(weight=None), TypeError, "weight must be a torch.Tensor, got NoneType"),
     (dict(k=torch.zeros(40, 2, 4).int()), TypeError, "k must be bfloat16"),
     (dict(k=torch.zeros(40, 8)), ValueError, "k must have 3 dimensions"),
-    (dict(halo=torch.zeros(5, 3, 2, 4)), ValueError, r"halo must have shape \[runs, 2, 2, 4\]"),
+    (dict(halo=torch.zeros(5, 3, 2, 4)), ValueError, r"halo must have shape \[runs, 2"),
     (dict(halo=torch.zeros(4, 2, 2, 4)), ValueError, "one entry for each of the 5 runs"),
     (dict(halo=torch.zeros(5, 2, 2, 4).double()), ValueError, "k's dtype torch.float32"),
     (dict(cu_seqlens=torch.tensor([0, 41], dtype=torch.int32)), ValueError, "cu_seqlens must run from 0"),

@@ -60,7 +60,7 @@ def _check(k: Tensor, weight: Tensor, halo: Tensor | None) -> None:
         raise ValueError(f"weight must have shape [{k.shape[1]}, W, {k.shape[2]}] (k's heads and head_dim) with W of "
                          f"{' or '.join(map(str, WIDTHS))}, got {tuple(weight.shape)}")
     if halo is not None and (halo.shape[1:] != (weight.shape[1] - 1, *k.shape[1:]) or halo.dtype != k.dtype):
-        raise ValueError(f"halo must have shape [runs, {weight.shape[1] - 1}, {k.shape[1]}, {k.shape[2]}] and k's dtype "
+        raise ValueError(f"halo must have shape [runs, {weight.shape[1] - 1}, *{tuple(k.shape[1:])}] and k's dtype "
                          f"{k.dtype}, got {tuple(halo.shape)} and {halo.dtype}")
 
 
