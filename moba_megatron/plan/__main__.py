@@ -1,0 +1,171 @@
+"""The planner's command line: ``python -m moba_megatron.plan --seq 1M --model 8b --gpus 64 --card h100``."""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from ..bench.report import as_text
+from ..config import MoBAConfig
+from . import calibration, cards, check, command
+from .models import MODELS, Model, Run, default_batch, parse_size
+from .search import plan
+from .step import Prediction
+
+SIZES = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocabulary")
+GIB = 1 << 30
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m moba_megatron.plan", description=__doc__)
+    p.add_argument("--seq", type=_size, metavar="N", help="tokens of a sequence, such as 131072, 128K or 1M")
+    p.add_argument("--model", choices=list(MODELS), default="8b", help="a preset; its sizes can be changed below")
+    p.add_argument("--gpus", type=int, default=8)
+    p.add_argument("--card", default="h100", help=", ".join(cards.CARDS))
+    p.add_argument("--batch", type=int, metavar="N", help="sequences a step (default: about 4M tokens)")
+    p.add_argument("--attention", choices=("moba", "full"), default="moba")
+    p.add_argument("--chunk-size", type=int, default=MoBAConfig.chunk_size)
+    p.add_argument("--topk", type=int, default=MoBAConfig.topk, help="chunks a query attends to, its own included")
+    p.add_argument("--full-attention-layers", default="none", help="none, last:N, every:N or numbers")
+    p.add_argument("--no-distributed-optimizer", action="store_true")
+    for name in SIZES:
+        p.add_argument("--" + name.replace("_", "-"), type=int, metavar="N", help="instead of the preset's")
+    for name in ("tp", "cp", "pp", "dp"):
+        p.add_argument("--" + name, type=int, metavar="N", help="only layouts with this size")
+    p.add_argument("--cp-comm-type", help="only layouts with this")
+    p.add_argument("--recompute", choices=("none", "full"), help="only layouts with this")
+    p.add_argument("--network", type=float, metavar="GB/s", help="a GPU's share of the network, one direction")
+    p.add_argument("--link", type=float, metavar="GB/s", help="between GPUs of a machine, one direction")
+    p.add_argument("--node", type=int, metavar="N", help="GPUs in a machine")
+    p.add_argument("--top", type=int, default=15, metavar="N", help="rows of the table (15)")
+    p.add_argument("--why", action="store_true", help="also the layouts that cannot be, with the reason")
+    p.add_argument("--json", type=Path, metavar="PATH", help="write every layout that fits, part by part")
+    p.add_argument("--picture", type=Path, metavar="PATH", help="time against sequence length, as .png or .svg")
+    p.add_argument("--cards", action="store_true", help="print the card table with its sources, and end")
+    p.add_argument("--check", action="store_true", help="predictions beside every stored measurement, and end")
+    return p
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0; 1 where nothing fits or a check misses its goal; 2 for a wrong argument."""
+    p = parser()
+    arguments = p.parse_args(argv)
+    if arguments.cards:
+        print(as_text(cards.as_rows()))
+        return 0
+    if arguments.check:
+        return _check()
+    if arguments.seq is None:
+        p.error("--seq is needed, such as --seq 1M")
+    try:
+        card, run = _card(arguments), _run(arguments)
+    except (TypeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return _plan(arguments, run, card)
+
+
+def _card(arguments: argparse.Namespace) -> cards.Card:
+    card = cards.find_card(arguments.card)
+    given = {"network": (arguments.network, 1e9), "link": (arguments.link, 1e9), "node": (arguments.node, 1)}
+    changes = {name: cards.Figure(value * unit, cards.ASSUMED, f"--{name}")
+               for name, (value, unit) in given.items() if value is not None}
+    if any(figure.value <= 0 for figure in changes.values()):
+        raise ValueError("--network, --link and --node must be positive")
+    return replace(card, **changes)
+
+
+def _run(arguments: argparse.Namespace) -> Run:
+    sizes = {name: getattr(arguments, name) for name in SIZES if getattr(arguments, name) is not None}
+    model: Model = replace(MODELS[arguments.model], **sizes)
+    moba = MoBAConfig(arguments.chunk_size, arguments.topk, arguments.full_attention_layers)
+    moba.is_full_attention(model.layers, model.layers)  # a listed layer may be beyond the model
+    batch = default_batch(arguments.seq) if arguments.batch is None else arguments.batch
+    return Run(model, arguments.seq, arguments.gpus, batch, moba, not arguments.no_distributed_optimizer,
+               arguments.attention)
+
+
+def _plan(arguments: argparse.Namespace, run: Run, card: cards.Card) -> int:
+    fitted = calibration.stored()
+    names = {"tp": "tp", "cp": "cp", "pp": "pp", "dp": "dp", "cp_comm_type": "comm_type", "recompute": "recompute"}
+    fixed = {field: getattr(arguments, flag) for flag, field in names.items() if getattr(arguments, flag) is not None}
+    fit, out = plan(run, card, fitted, fixed)
+    print(headline(run, card, fitted), end="\n\n")
+    if fit:
+        print(as_text([row_of(p) for p in fit[:arguments.top]]), end="\n\n")
+    print(f"{len(fit)} layouts fit, {len(out)} do not" + ("" if arguments.why else " (--why says why)"))
+    if arguments.why:
+        print(as_text([{"layout": layout.name(), "reason": "; ".join(why)} for layout, why in out]))
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps([as_dict(p) for p in fit], indent=1) + "\n")
+    if not fit:
+        return 1
+    runnable = [p for p in fit if p.layout.comm_type in ("-", *command.RUNNABLE)]
+    if runnable:
+        print(f"\nThe best that this release runs, {runnable[0].layout.name()} (add your own {command.YOUR_OWN}):\n")
+        print(command.as_text(command.torchrun(run, runnable[0].layout, card)))
+    if arguments.picture:
+        from . import pictures
+        pictures.time_against_length(run, card, fitted, arguments.picture)
+    return 0
+
+
+def headline(run: Run, card: cards.Card, fitted: calibration.Calibration) -> str:
+    """What was asked, and what the predictions rest on."""
+    m = run.model
+    moba = "full attention" if run.attention == "full" else (
+        f"MoBA chunk {run.moba.chunk_size} topk {run.moba.topk}, {run.dense_layers} of {m.layers} layers full")
+    return (f"{m.parameters / 1e9:.2f}B parameters, {run.seqlen:,} tokens a sequence, {run.batch} sequences "
+            f"({run.tokens:,} tokens) a step, {run.gpus} x {card.name}, {moba}\n"
+            f"Predicted, not measured: attention by {fitted.source}, the rest by the card's figures (--cards)")
+
+
+def row_of(p: Prediction) -> dict[str, str]:
+    """A line of the table; times in seconds a step, traffic in GB a GPU and step."""
+    comm = p.layout.comm_type + ("" if p.layout.comm_type != "a2a+all_gather" else f" {p.layout.inner}")
+    traffic = [part.traffic for part in p.parts.values()]
+    mark = "" if p.layout.comm_type in ("-", *command.RUNNABLE) else " *"
+    return {"TP": str(p.layout.tp), "CP": str(p.layout.cp), "PP": str(p.layout.pp), "DP": str(p.layout.dp),
+            "comm": comm + mark, "recompute": p.layout.recompute, "GPU s/Mtok": f"{p.cost:.1f}",
+            "s/step": f"{p.seconds:.3g}", "tokens/s": f"{p.tokens_per_second:,.0f}",
+            "MFU full": f"{p.mfu:.0%}", "MFU": f"{p.mfu_moba:.0%}", "GiB": f"{p.memory.total / GIB:.0f}",
+            "matrices": _s(p, "matrices", "output"), "attention": _s(p, "attention"),
+            "other": _s(p, "elementwise", "optimizer", "host"), "exposed CP": _s(p, "context"),
+            "TP ": _s(p, "tensor"), "PP ": _s(p, "pipeline"), "DP ": _s(p, "data"), "hidden": f"{p.hidden:.2g}",
+            "link GB": f"{sum(t.link for t in traffic) / 1e9:.0f}",
+            "net GB": f"{sum(t.network for t in traffic) / 1e9:.0f}"}
+
+
+def _s(p: Prediction, *names: str) -> str:
+    return f"{sum(p.parts[name].seconds for name in names):.2g}"
+
+
+def as_dict(p: Prediction) -> dict:
+    """Everything of a prediction, for JSON: seconds, bytes."""
+    return {"layout": asdict(p.layout), "step_s": p.seconds, "tokens_per_s": p.tokens_per_second,
+            "gpu_seconds_per_million_tokens": p.cost, "mfu_as_if_full": p.mfu, "mfu": p.mfu_moba,
+            "exposed_s": p.exposed, "hidden_s": p.hidden, "memory_bytes": {**asdict(p.memory), "total": p.memory.total},
+            "parts": {name: asdict(part) for name, part in p.parts.items()}}
+
+
+def _check() -> int:
+    missed = 0
+    for section in check.sections():
+        verdict = "" if section.median <= check.GOAL else f", above {check.GOAL:.0%}"
+        missed += bool(verdict)
+        print(f"{section.title}\n\n{as_text(section.table())}\nmedian error {section.median:.1%}{verdict}\n")
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

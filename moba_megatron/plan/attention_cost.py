@@ -1,0 +1,133 @@
+"""Time of one attention call as a sum of terms: operations, bytes and choices, each over a rate of the card.
+
+A term's physics gives the seconds that the card would need at its best; the fitted coefficient of
+:class:`~moba_megatron.plan.calibration.Calibration` says how many times longer the kernels take.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..flops import attended_pairs, scored_pairs
+from .cards import Card
+
+BACKWARD_PRODUCTS = 2.5
+"""Backward over forward: five matrix products against two."""
+BF16 = 2
+FP32 = 4
+
+STAGES = {
+    "means": ("means bytes", "launch"),
+    "gate": ("gate scores", "gate choices", "launch"),
+    "route": ("route choices", "launch"),
+    "sparse": ("sparse products", "sparse bytes", "launch"),
+    "own": ("own products", "own bytes", "launch"),
+    "bwd": ("bwd products", "bwd own products", "bwd bytes", "bwd launches"),
+}
+"""Stage -> its terms. ``own`` includes the merge of the slots."""
+FORWARD = ("means", "gate", "route", "sparse", "own")
+TERMS = tuple(dict.fromkeys(term for terms in STAGES.values() for term in terms))
+LAUNCH_SECONDS = 10e-6
+"""What one kernel takes before and after its work, at best; the backward pass has about ten."""
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """One call: ``batch`` sequences; under context parallelism the queries of one rank.
+
+    Args:
+        seqlen: keys of the sequence, tokens.
+        chunk_size, topk: as in MoBAConfig.
+        heads, kv_heads, head_dim: on this GPU.
+        share: of the queries that this GPU has, 1 over the ranks that split them. Zigzag makes the work even.
+        key_share: of the keys whose sums this GPU makes; it reads all keys that it attends to.
+    """
+
+    seqlen: int
+    chunk_size: int
+    topk: int
+    heads: float
+    kv_heads: float
+    head_dim: int
+    share: float = 1.0
+    key_share: float = 1.0
+
+    @property
+    def choices(self) -> float:
+        """(query, head, earlier chunk) triples that are selected, counted by their bound."""
+        return self.seqlen * self.share * self.heads * min(self.topk - 1, max(0, (self.seqlen - 1) // self.chunk_size))
+
+    @property
+    def own_pairs(self) -> float:
+        full, rest = divmod(self.seqlen, self.chunk_size)
+        return (full * self.chunk_size**2 + rest**2) / 2 * self.share * self.heads
+
+    @property
+    def earlier_pairs(self) -> float:
+        every = attended_pairs(self.seqlen, self.chunk_size, self.topk) * self.share * self.heads
+        return every - self.own_pairs
+
+    @property
+    def scores(self) -> float:
+        """(query, head, chunk) triples that the gate scores."""
+        return scored_pairs(self.seqlen, self.chunk_size, self.topk) * self.share * self.heads
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one head of one token."""
+        return self.head_dim * BF16
+
+
+def term_seconds(shape: AttentionShape, card: Card) -> dict[str, float]:
+    """What every term would take at the card's best rate."""
+    q_rows = shape.seqlen * shape.share * shape.heads
+    kv_bytes = 2 * shape.seqlen * shape.kv_heads * shape.row_bytes
+    slot = shape.row_bytes + FP32
+    per_product = 2 * shape.head_dim
+    operations = {
+        "gate scores": per_product * shape.scores,
+        "sparse products": 2 * per_product * shape.earlier_pairs,
+        "own products": 2 * per_product * shape.own_pairs,
+        "bwd products": 2 * per_product * shape.earlier_pairs * BACKWARD_PRODUCTS,
+        "bwd own products": 2 * per_product * shape.own_pairs * BACKWARD_PRODUCTS,
+    }
+    moved = {
+        "means bytes": shape.seqlen * shape.key_share * shape.kv_heads * shape.row_bytes,
+        "sparse bytes": shape.choices * (shape.row_bytes + slot) + kv_bytes,
+        "own bytes": 2 * q_rows * shape.row_bytes + shape.choices * slot + kv_bytes,
+        # gathers of q and do, one slot of dq written and read, for a choice; q, o, do, dq and k, v, dk, dv once
+        "bwd bytes": 4 * (shape.choices + q_rows) * shape.row_bytes + 2 * kv_bytes,
+    }
+    issued = {"gate choices": shape.choices, "route choices": shape.choices}
+    return {**{name: x / card.flops for name, x in operations.items()},
+            **{name: x / card.bytes_per_second for name, x in moved.items()},
+            **{name: x / card.issue.value for name, x in issued.items()},
+            "launch": LAUNCH_SECONDS, "bwd launches": 10 * LAUNCH_SECONDS}
+
+
+def dense_seconds(shape: AttentionShape, card: Card) -> tuple[float, float]:
+    """Full causal attention at the card's best rate: forward, backward."""
+    forward = 4 * shape.head_dim * shape.heads * shape.share * shape.seqlen**2 / 2 / card.flops
+    return forward, BACKWARD_PRODUCTS * forward
+
+
+@dataclass(frozen=True)
+class AttentionTime:
+    """Seconds of one call, by stage; ``host`` is what launching alone would take, forward and backward."""
+
+    stages: dict[str, float]
+    host_forward: float = 0.0
+    host_backward: float = 0.0
+
+    @property
+    def forward(self) -> float:
+        """On the device."""
+        return sum(self.stages[name] for name in FORWARD)
+
+    @property
+    def backward(self) -> float:
+        return self.stages["bwd"]
+
+    @property
+    def alone(self) -> float:
+        """Forward and backward called by themselves: the device waits where the host is slower."""
+        return max(self.forward, self.host_forward) + max(self.backward, self.host_backward)

@@ -1,0 +1,145 @@
+"""Bytes that context parallelism moves in one attention layer, for each comm type; selective under uniform routing.
+
+``selective`` comes in two ways. *Chunks travel*: owners send the chunks that any query of a rank chose. *Queries
+travel*: a query goes to the owners of its chunks, as a token goes to experts, and partial (o, lse) come back. Other
+routings than uniform are in ``simulate``.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .attention_cost import BF16, FP32
+from .cards import Card
+from .links import NOTHING, Group, Traffic, all_gather, all_to_all
+
+COMM_TYPES = ("all_gather", "a2a", "a2a+all_gather", "selective")
+
+
+@dataclass(frozen=True)
+class LocalShape:
+    """What one rank brings to an attention layer.
+
+    Args:
+        tokens: queries of this rank.
+        seqlen: tokens of the whole sequence.
+        heads, kv_heads: after tensor parallelism.
+        head_dim: of q, k and v.
+        chunk_size, topk: as in MoBAConfig.
+    """
+
+    tokens: int
+    seqlen: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    chunk_size: int
+    topk: int
+
+    @property
+    def kv_bytes(self) -> int:
+        """K and V of this rank's tokens in bf16."""
+        return 2 * self.tokens * self.kv_heads * self.head_dim * BF16
+
+    @property
+    def q_bytes(self) -> int:
+        """One tensor of q's shape in bf16."""
+        return self.tokens * self.heads * self.head_dim * BF16
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Collectives of one layer, in the order of forward and backward.
+
+    Args:
+        first, rest: before attention: what must be there to begin, and what may come while it runs.
+        after: when attention is done.
+        backward_first, backward_rest, backward_after: the same for the backward pass.
+    """
+
+    first: Traffic = NOTHING
+    rest: Traffic = NOTHING
+    after: Traffic = NOTHING
+    backward_first: Traffic = NOTHING
+    backward_rest: Traffic = NOTHING
+    backward_after: Traffic = NOTHING
+
+    @property
+    def forward(self) -> Traffic:
+        return self.first + self.rest + self.after
+
+    @property
+    def backward(self) -> Traffic:
+        return self.backward_first + self.backward_rest + self.backward_after
+
+
+def exchange(comm_type: str, x: LocalShape, size: int, stride: int, inner: int, card: Card) -> Exchange:
+    """Collectives of a layer.
+
+    Args:
+        comm_type: one of COMM_TYPES.
+        x: this rank's part.
+        size, stride: of the context parallel group.
+        inner: for ``a2a+all_gather``, ranks that exchange heads; the others gather.
+        card: with its links.
+    """
+    if size == 1:
+        return Exchange()
+    if comm_type == "all_gather":
+        return _by_head_groups(Group(size, stride), x.kv_bytes, x.kv_heads, card)
+    if comm_type == "a2a":
+        return _heads_for_sequence(Group(size, stride), x, card)
+    if comm_type == "a2a+all_gather":
+        heads = _heads_for_sequence(Group(inner, stride), x, card)
+        kv_heads = max(1, x.kv_heads // inner)
+        kv_bytes = x.kv_bytes * kv_heads * inner // x.kv_heads
+        keys = _by_head_groups(Group(size // inner, stride * inner), kv_bytes, kv_heads, card)
+        return Exchange(heads.first + keys.first, keys.rest, heads.after, heads.backward_first + keys.backward_first,
+                        keys.backward_rest, keys.backward_after + heads.backward_after)
+    if comm_type == "selective":
+        return min(_chunks_travel(Group(size, stride), x, card), _queries_travel(Group(size, stride), x, card),
+                   key=lambda e: e.forward.seconds + e.backward.seconds)
+    raise ValueError(f"comm_type must be one of {', '.join(COMM_TYPES)}, got {comm_type!r}")
+
+
+def _by_head_groups(group: Group, kv_bytes: float, kv_heads: int, card: Card) -> Exchange:
+    """K and V gathered one kv head after the other; backward gathers again and scatters fp32 sums of dk and dv."""
+    one = all_gather(group, kv_bytes / kv_heads, card)
+    back = all_gather(group, kv_bytes / kv_heads * FP32 / BF16, card)
+    return Exchange(first=one, rest=one * (kv_heads - 1), backward_first=one,
+                    backward_rest=one * (kv_heads - 1) + back * (kv_heads - 1), backward_after=back)
+
+
+def _heads_for_sequence(group: Group, x: LocalShape, card: Card) -> Exchange:
+    """q, k, v out and o back; backward do out, dq, dk, dv back. Fewer kv heads than ranks are repeated."""
+    kv_bytes = x.kv_bytes * max(1, group.size / x.kv_heads)
+    inputs, output = all_to_all(group, x.q_bytes + kv_bytes, card), all_to_all(group, x.q_bytes, card)
+    return Exchange(first=inputs, after=output, backward_first=output, backward_after=inputs)
+
+
+def union_share(x: LocalShape) -> float:
+    """Part of a kv head's chunks that some query of the rank chooses, if all choose uniformly and independently."""
+    chunks = max(1, x.seqlen // x.chunk_size)
+    choices = x.tokens * (x.heads / x.kv_heads) * (x.topk - 1)
+    return 1 - math.exp(-choices / chunks)
+
+
+def owners_of_a_query(topk: int, size: int) -> float:
+    """Other ranks that own one of ``topk - 1`` uniformly chosen chunks: expected number."""
+    return (size - 1) * (1 - (1 - 1 / size) ** (topk - 1))
+
+
+def query_bytes(head_dim: int) -> tuple[int, int]:
+    """Bytes of one (query, head) that visits one owner: forward (q; o, lse), backward (q, do, lse, delta; dq)."""
+    row = head_dim * BF16
+    return 2 * row + FP32, 3 * row + 2 * FP32
+
+
+def _chunks_travel(group: Group, x: LocalShape, card: Card) -> Exchange:
+    return _by_head_groups(group, x.kv_bytes * union_share(x), x.kv_heads, card)
+
+
+def _queries_travel(group: Group, x: LocalShape, card: Card) -> Exchange:
+    rows = x.tokens * x.heads * owners_of_a_query(x.topk, group.size) * group.size / (group.size - 1)
+    forward, backward = (all_to_all(group, rows * size, card) for size in query_bytes(x.head_dim))
+    return Exchange(rest=forward, backward_rest=backward)

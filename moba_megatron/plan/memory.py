@@ -1,0 +1,115 @@
+"""Memory of the fullest GPU of a layout, part by part, in bytes."""
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from .attention_cost import BF16, FP32
+from .layout import Layout
+from .models import Model, Run
+
+RESERVED = 5 << 30
+"""CUDA context, NCCL buffers, fragmentation of the allocator (assumed)."""
+WORKSPACE = 1 << 30
+"""Default of MOBA_WORKSPACE_MIB: what one group of kv heads may take for slots."""
+ADAM = 12
+"""Bytes of optimizer state a parameter: master weight and two moments in fp32."""
+LOGIT = 10
+"""Bytes an entry of the logits: bf16, fp32 for the loss, gradient."""
+HEADS_IN_FLIGHT = 2
+"""kv heads whose gathered K and V exist at a time: one is attended to, the next arrives."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one GPU.
+
+    Args:
+        weights: bf16.
+        gradients: fp32, as Megatron accumulates them.
+        optimizer: Adam in fp32.
+        activations: kept for backward, of all micro batches in flight.
+        working: the layer that is computed: attention's workspace, recomputed activations, or the logits.
+        gathered: K, V, dK, dV of other ranks.
+        reserved: what no tensor accounts for.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    working: float
+    gathered: float
+    reserved: float = RESERVED
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, f.name) for f in fields(self))
+
+
+def rank_parameters(run: Run, layout: Layout) -> float:
+    """Parameters of one GPU of the first or last pipeline stage, the larger ones."""
+    m = run.model
+    embedding = m.padded_vocabulary(layout.tp) * m.hidden / layout.tp
+    embeddings = embedding * (1 if m.tied or layout.pp > 1 else 2)
+    return m.layers / layout.pp * (m.matrix_parameters / layout.tp + 2 * m.hidden) + embeddings + m.hidden
+
+
+def layer_activations(model: Model, run: Run, layout: Layout) -> float:
+    """Bytes that one layer keeps for backward, for one micro batch (one sequence).
+
+    bf16: the two norms' inputs and outputs, q, k, v, o, both halves of SwiGLU and their product; attention keeps lse in
+    fp32 and, where it is sparse, the selection and its routing, 4 bytes a choice each. Dropout is off.
+    """
+    tokens = run.seqlen / layout.cp / layout.tp  # with sequence parallelism everything is cut by tensor parallelism
+    if layout.recompute == "full":
+        return tokens * model.hidden * BF16
+    heads, kv_heads = model.heads, model.kv_heads
+    per_token = BF16 * (4 * model.hidden + (2 * heads + 2 * kv_heads) * model.head_dim + 3 * model.ffn)
+    if layout.recompute == "none":
+        per_token += heads * (FP32 + 8 * (run.moba.topk - 1))
+    return tokens * per_token
+
+
+def attention_working(run: Run, layout: Layout) -> float:
+    """Bytes of one attention call beyond q, k, v: results, selection, routing, slots.
+
+    The largest of the passes is backward: dq, dk, dv, and slots of dq for as many kv heads as fit the workspace.
+    """
+    m, ranks = run.model, layout.cp * layout.tp
+    tokens = run.seqlen / ranks  # times heads; all-to-all trades one for the other
+    q = tokens * m.heads * m.head_dim * BF16
+    kv = tokens * m.kv_heads * m.head_dim * BF16
+    if run.attention == "full":
+        return 2 * q + 2 * kv
+    choices = tokens * m.heads * (run.moba.topk - 1)
+    slots = choices * (m.head_dim * BF16 + FP32)
+    least = slots / max(1, m.kv_heads / layout.tp / layout.heads_split)  # one kv head runs even where it needs more
+    return 2 * q + 2 * kv + 8 * choices + min(slots, max(WORKSPACE, least))
+
+
+def gathered(run: Run, layout: Layout) -> float:
+    """Bytes of other ranks' K and V and of the sums that go back to them."""
+    m = run.model
+    if layout.cp == 1 or layout.comm_type == "a2a":
+        return 0.0
+    if layout.comm_type == "selective":
+        return 2 * WORKSPACE
+    kv_heads = max(1, m.kv_heads / layout.tp / layout.heads_split)
+    in_flight = min(HEADS_IN_FLIGHT, kv_heads)
+    return in_flight * run.seqlen * 2 * m.head_dim * (BF16 + FP32)
+
+
+def estimate(run: Run, layout: Layout) -> Memory:
+    """Memory of the fullest GPU."""
+    m = run.model
+    parameters = rank_parameters(run, layout)
+    shards = layout.dp * layout.cp if run.distributed_optimizer else 1
+    in_flight = min(layout.pp, run.batch // layout.dp)
+    kept = layer_activations(m, run, layout) * (m.layers / layout.pp) * in_flight
+    tokens = run.seqlen / layout.cp
+    # a recomputed layer exists in full while its backward runs
+    recomputed = layer_activations(m, run, layout.with_recompute("none")) if layout.recompute != "none" else 0.0
+    logits = tokens * m.padded_vocabulary(layout.tp) / layout.tp * LOGIT
+    working = max(attention_working(run, layout) + recomputed, logits)
+    return Memory(BF16 * parameters, FP32 * parameters, ADAM * parameters / shards, kept, working,
+                  gathered(run, layout))

@@ -1,0 +1,147 @@
+"""Model shapes and the run's settings: what the command line says, as numbers."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..config import MoBAConfig
+from ..flops import attention_flops, dense_attention_flops
+
+VOCABULARY_MULTIPLE = 128
+"""Megatron pads the vocabulary to a multiple of this times the tensor parallel size."""
+DEFAULT_BATCH_TOKENS = 4 << 20
+"""Tokens of a step where the user names no batch size."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A Llama-like transformer: RMSNorm, RoPE, grouped queries, SwiGLU, no biases.
+
+    Args:
+        layers, hidden, heads, kv_heads, head_dim, ffn, vocabulary: sizes; ``ffn`` is one of SwiGLU's two halves.
+        tied: the output layer shares the embedding.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocabulary: int
+    tied: bool = False
+
+    def __post_init__(self):
+        for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocabulary"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model {name} must be at least 1, got {getattr(self, name)}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads must be a multiple of kv_heads = {self.kv_heads}, got {self.heads}")
+
+    @property
+    def matrix_parameters(self) -> int:
+        """Of one layer: the weights that multiply tokens."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return attention + 3 * self.hidden * self.ffn
+
+    @property
+    def layer_parameters(self) -> int:
+        return self.matrix_parameters + 2 * self.hidden
+
+    def padded_vocabulary(self, tensor_parallel: int = 1) -> int:
+        multiple = VOCABULARY_MULTIPLE * tensor_parallel
+        return -(-self.vocabulary // multiple) * multiple
+
+    @property
+    def parameters(self) -> int:
+        """All of them, without the vocabulary's padding."""
+        embeddings = (1 if self.tied else 2) * self.vocabulary * self.hidden
+        return self.layers * self.layer_parameters + embeddings + self.hidden
+
+
+MODELS = {
+    "350m": Model(24, 1024, 8, 2, 128, 2816, 256, tied=True),
+    "1b": Model(16, 2048, 32, 8, 64, 8192, 128256, tied=True),
+    "8b": Model(32, 4096, 32, 8, 128, 14336, 128256),
+    "70b": Model(80, 8192, 64, 8, 128, 28672, 128256),
+}
+"""350m is the byte-level GPT of this project's measurements; the others have the sizes of the Llama 3 family."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained, whatever the layout.
+
+    Args:
+        model: its shape.
+        seqlen: tokens of a sequence.
+        gpus: in all.
+        batch: sequences in a step.
+        moba: chunk size, topk, dense layers.
+        distributed_optimizer: optimizer state is spread over data and context parallel ranks.
+        attention: ``moba`` or ``full``.
+    """
+
+    model: Model
+    seqlen: int
+    gpus: int
+    batch: int
+    moba: MoBAConfig
+    distributed_optimizer: bool = True
+    attention: str = "moba"
+
+    def __post_init__(self):
+        for name in ("seqlen", "gpus", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.attention not in ("moba", "full"):
+            raise ValueError(f"attention must be moba or full, got {self.attention!r}")
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.seqlen * self.batch
+
+    def is_dense(self, layer_number: int) -> bool:
+        """Whether the layer (1-based) costs what full attention costs."""
+        if self.attention == "full" or self.seqlen <= self.moba.chunk_size * self.moba.topk:
+            return True
+        return self.moba.is_full_attention(layer_number, self.model.layers)
+
+    @property
+    def dense_layers(self) -> int:
+        return sum(self.is_dense(number) for number in range(1, self.model.layers + 1))
+
+    def step_flops(self, dense: bool) -> float:
+        """Operations of a step, forward and backward, without recompute, as Megatron-LM counts them.
+
+        Args:
+            dense: every layer counts as full attention (what MFU is usually quoted against), whatever it does.
+        """
+        m = self.model
+        matrices = 6 * self.tokens * (m.layers * m.matrix_parameters + m.hidden * m.padded_vocabulary())
+        full = dense_attention_flops(self.seqlen, m.heads, m.head_dim, m.head_dim)
+        sparse = attention_flops(self.seqlen, m.heads, m.head_dim, m.head_dim, self.moba.chunk_size, self.moba.topk)
+        full_layers = m.layers if dense else self.dense_layers
+        return matrices + self.batch * (full_layers * full + (m.layers - full_layers) * sparse)
+
+
+def parse_size(text: str) -> int:
+    """``4096``, ``128K`` (times 1024), ``1M`` (times 1024 squared).
+
+    Raises:
+        ValueError: anything else.
+    """
+    units = {"K": 1 << 10, "M": 1 << 20}
+    unit = units.get(text[-1:].upper(), 1)
+    try:
+        value = float(text[:-1] if unit > 1 else text) * unit
+    except ValueError:
+        value = 0.0
+    if not value >= 1 or value % 1:
+        raise ValueError(f"a size must be a number of tokens such as 4096, 128K or 1M, got {text!r}")
+    return int(value)
+
+
+def default_batch(seqlen: int) -> int:
+    """Sequences of a step of about four million tokens."""
+    return max(1, DEFAULT_BATCH_TOKENS // seqlen)

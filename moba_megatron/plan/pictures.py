@@ -1,0 +1,85 @@
+"""Pictures of predictions: time against sequence length, bytes and scaling against ranks."""
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from .calibration import Calibration
+from .cards import Card
+from .models import Run, default_batch
+from .search import plan
+
+SHORTEST = 1 << 15
+
+
+def lengths_around(seqlen: int) -> list[int]:
+    """Powers of two from 32K to four times the run's length, and the length itself."""
+    found = {seqlen}
+    length = SHORTEST
+    while length <= 4 * seqlen:
+        found.add(length)
+        length *= 2
+    return sorted(found)
+
+
+def costs_by_length(run: Run, card: Card, calibration: Calibration) -> dict[str, list[tuple[int, float]]]:
+    """For MoBA and for full attention: (sequence length, GPU seconds a million tokens) of the cheapest layout.
+
+    The batch is about four million tokens at each length. Comm types that this release does not run count too.
+    """
+    found: dict[str, list[tuple[int, float]]] = {"moba": [], "full": []}
+    for seqlen in lengths_around(run.seqlen):
+        for attention, points in found.items():
+            batch = run.batch if seqlen == run.seqlen else default_batch(seqlen)
+            fit, _ = plan(replace(run, seqlen=seqlen, batch=batch, attention=attention), card, calibration)
+            if fit:
+                points.append((seqlen, fit[0].cost))
+    return found
+
+
+def time_against_length(run: Run, card: Card, calibration: Calibration, path: Path) -> None:
+    """Draws :func:`costs_by_length` into ``path`` (.png or .svg)."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    names = {"moba": f"MoBA, chunk {run.moba.chunk_size}, topk {run.moba.topk}, full layers: "
+                     f"{run.moba.full_attention_layers}", "full": "full attention"}
+    for attention, points in costs_by_length(run, card, calibration).items():
+        if points:
+            axes.plot(*zip(*points), marker="o", label=names[attention])
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter(lambda tokens, _: _short(tokens))
+    axes.set_xlabel("tokens of a sequence")
+    axes.set_ylabel("GPU seconds a million tokens")
+    axes.set_title(f"Predicted, {run.model.parameters / 1e9:.2g}B parameters on {run.gpus} x {card.name}, best layout",
+                   fontsize=10)
+    _finish(pyplot, figure, axes, path)
+
+
+def _short(tokens: float) -> str:
+    return f"{tokens / 2**20:g}M" if tokens >= 1 << 20 else f"{tokens / 2**10:g}K"
+
+
+def _finish(pyplot, figure, axes, path: Path) -> None:
+    axes.grid(True, which="major", alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _pyplot():
+    """matplotlib without a display.
+
+    Raises:
+        ImportError: it is not installed; says how.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install 'moba_megatron[plot]'") from error
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    return pyplot

@@ -1,0 +1,270 @@
+"""Time of one training step of a layout: matrix products, attention, collectives, what hides what, the pipeline."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from ..config import MoBAConfig
+from . import links, measured
+from .attention_cost import BF16, FP32, AttentionShape
+from .calibration import Calibration
+from .cards import Card, find_card
+from .exchange import COMM_TYPES, Exchange, LocalShape, exchange
+from .layout import Layout
+from .links import NOTHING, Group, Traffic
+from .memory import Memory, estimate, rank_parameters
+from .models import MODELS, Run
+
+HALF_SPEED_DIM = 256
+"""A product whose narrowest matrix has this side reaches half of what large ones do (assumed: 0.8 at 1024)."""
+HOST_LAYER = 1e-3
+"""Seconds of launching one layer without its attention, one pass (assumed)."""
+OPTIMIZER_BYTES = 30
+"""Read and written by Adam for a parameter."""
+LOSS_BYTES = 16
+"""Read and written for an entry of the logits, forward and backward."""
+RING_SECONDS = 1.6e-3
+"""What p2p adds to a layer's forward, and to its backward, in Transformer Engine on two H200s beside half of one GPU's
+time (a row of ``measured.END_TO_END``)."""
+GATHERED_DENSE = 1.16
+"""Full attention on gathered keys over a fourth of one GPU's time, in Transformer Engine on four H200s (same)."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Seconds and traffic of one thing in a step, on the busiest GPU.
+
+    Args:
+        seconds: that nothing else hides.
+        hidden: seconds of communication that computation hides.
+        traffic: of a step; its seconds are those of the links, hidden or not.
+    """
+
+    seconds: float = 0.0
+    hidden: float = 0.0
+    traffic: Traffic = NOTHING
+
+    def __add__(self, other: "Part") -> "Part":
+        return Part(self.seconds + other.seconds, self.hidden + other.hidden, self.traffic + other.traffic)
+
+    def __mul__(self, times: float) -> "Part":
+        return Part(self.seconds * times, self.hidden * times, self.traffic * times)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a layout is expected to cost.
+
+    Args:
+        run, layout: what was asked.
+        memory: of the fullest GPU.
+        parts: ``matrices``, ``elementwise``, ``attention``, ``output``, ``context``, ``tensor``, ``pipeline``,
+            ``data``, ``optimizer``, ``host``: they add up to the step.
+        mfu: operations as if every layer attended fully, over the card's peak. Above 1 where MoBA saves that much.
+        mfu_moba: the same with the operations that are done.
+        refused: why it would not run; empty where it would.
+    """
+
+    run: Run
+    layout: Layout
+    memory: Memory
+    parts: dict[str, Part]
+    mfu: float
+    mfu_moba: float
+    refused: list[str] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """Of a step."""
+        return sum(part.seconds for part in self.parts.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.run.tokens / self.seconds
+
+    @property
+    def cost(self) -> float:
+        """GPU seconds a million tokens."""
+        return 1e6 * self.seconds * self.layout.gpus / self.run.tokens
+
+    @property
+    def exposed(self) -> float:
+        """Seconds of communication that nothing hides."""
+        return sum(self.parts[name].seconds for name in ("context", "tensor", "pipeline", "data"))
+
+    @property
+    def hidden(self) -> float:
+        return sum(part.hidden for part in self.parts.values())
+
+
+def predict(run: Run, layout: Layout, card: Card, calibration: Calibration, optimizer: bool = True) -> Prediction:
+    """Memory and time of one step.
+
+    Args:
+        run, layout: what and how.
+        card: the GPUs.
+        calibration: of attention.
+        optimizer: the step of the optimizer and its communication count.
+    """
+    micro_batches = run.batch // layout.dp
+    dense, sparse = (_layer(run, layout, card, calibration, is_dense) for is_dense in (True, False))
+    stages = []
+    per_stage = run.model.layers // layout.pp
+    for stage in range(layout.pp):
+        numbers = range(stage * per_stage + 1, (stage + 1) * per_stage + 1)
+        full = sum(run.is_dense(number) for number in numbers)
+        parts = _merge(_scaled(dense, full), _scaled(sparse, per_stage - full))
+        if stage == layout.pp - 1:
+            parts["output"] = _output(run, layout, card)
+        stages.append(parts)
+    seconds = [sum(part.seconds for part in parts.values()) for parts in stages]
+    slowest = max(range(layout.pp), key=seconds.__getitem__)
+    parts = _scaled(stages[slowest], micro_batches)
+    bubble = sum(seconds) - seconds[slowest]  # the first micro batch passes every other stage too
+    parts["pipeline"] = _pipeline(run, layout, card, micro_batches) + Part(bubble)
+    if optimizer:
+        parts |= _update(run, layout, card, seconds[slowest])
+    names = ("matrices", "elementwise", "attention", "output", "context", "tensor", "pipeline", "data", "optimizer",
+             "host")
+    parts = {name: parts.get(name, Part()) for name in names}
+    total = sum(part.seconds for part in parts.values())
+    rate = layout.gpus * card.peak.value * total
+    return Prediction(run, layout, estimate(run, layout), parts, run.step_flops(dense=True) / rate,
+                      run.step_flops(dense=False) / rate)
+
+
+def _merge(a: dict[str, Part], b: dict[str, Part]) -> dict[str, Part]:
+    return {name: a.get(name, Part()) + b.get(name, Part()) for name in {**a, **b}}
+
+
+def _scaled(parts: dict[str, Part], times: float) -> dict[str, Part]:
+    return {name: part * times for name, part in parts.items()}
+
+
+def _layer(run: Run, layout: Layout, card: Card, calibration: Calibration, dense: bool) -> dict[str, Part]:
+    """One layer, one micro batch, forward and backward."""
+    model, again = run.model, layout.recompute == "full"
+    tokens = run.seqlen / layout.cp
+    matrices = 2 * tokens * model.matrix_parameters / layout.tp / (card.flops * _matrix_share(run, layout))
+    elementwise = _elementwise_bytes(run) * _elementwise_passes(calibration) * tokens / layout.tp
+    elementwise /= card.bytes_per_second
+    forward, backward, host = _attention(run, layout, card, calibration, dense)
+    moved = Exchange()
+    if layout.comm_type in COMM_TYPES:  # the ring of p2p is part of the time of attention
+        moved = exchange(layout.comm_type, local_shape(run, layout), layout.cp, layout.tp, layout.inner, card)
+    context = _hide(moved, forward, backward, again)
+    passes = 4 if again else 3
+    device = passes * (matrices + elementwise) + forward * (2 if again else 1) + backward
+    waiting = (host[0] + HOST_LAYER) * (2 if again else 1) + host[1] + HOST_LAYER
+    tensor = links.all_gather(Group(layout.tp), tokens * model.hidden * BF16 / layout.tp, card)
+    return {
+        "matrices": Part(matrices * passes), "elementwise": Part(elementwise * passes),
+        "attention": Part(forward * (2 if again else 1) + backward), "context": context,
+        # two gathers and two scatters a pass; backward's further two gathers run beside products
+        "tensor": Part(tensor.seconds * (12 if again else 8), tensor.seconds * 2, tensor * (14 if again else 10)),
+        "host": Part(max(0.0, waiting - device)),
+    }
+
+
+def local_shape(run: Run, layout: Layout) -> LocalShape:
+    """A rank's part of an attention layer."""
+    m = run.model
+    return LocalShape(run.seqlen // layout.cp, run.seqlen, m.heads // layout.tp, m.kv_heads // layout.tp, m.head_dim,
+                      run.moba.chunk_size, run.moba.topk)
+
+
+def _attention(run: Run, layout: Layout, card: Card, calibration: Calibration,
+               dense: bool) -> tuple[float, float, tuple[float, float]]:
+    """Seconds forward, backward, and of launching both."""
+    m, split = run.model, layout.tp * layout.heads_split
+    shape = AttentionShape(run.seqlen, run.moba.chunk_size, run.moba.topk, m.heads / split, max(1, m.kv_heads / split),
+                           m.head_dim, 1 / layout.sequence_split, 1 / layout.sequence_split)
+    if not dense:
+        time = calibration.moba(shape, card)
+        return time.forward, time.backward, (time.host_forward, time.host_backward)
+    forward, backward = calibration.full(shape, card)
+    if layout.comm_type == "p2p":
+        return forward + RING_SECONDS, backward + RING_SECONDS, (0.0, 0.0)
+    slower = GATHERED_DENSE if layout.sequence_split > 1 else 1.0
+    return forward * slower, backward * slower, (0.0, 0.0)
+
+
+def _hide(moved: Exchange, forward: float, backward: float, again: bool) -> Part:
+    """Exposed and hidden communication of a layer: what comes while attention runs is exposed where it takes longer."""
+    passes = [(moved.first, moved.rest, moved.after, forward)] * (2 if again else 1)
+    passes.append((moved.backward_first, moved.backward_rest, moved.backward_after, backward))
+    part = Part()
+    for first, rest, after, compute in passes:
+        late = max(0.0, rest.seconds - compute)
+        part += Part(first.seconds + late + after.seconds, rest.seconds - late, first + rest + after)
+    return part
+
+
+def _matrix_share(run: Run, layout: Layout) -> float:
+    """Part of the card's reachable rate that the layer's products get: their narrowest side decides."""
+    narrow = min(run.model.hidden, run.model.ffn / layout.tp)
+    return narrow / (narrow + HALF_SPEED_DIM)
+
+
+def _elementwise_bytes(run: Run) -> float:
+    """Bytes a token that one layer's forward reads and writes outside of products and attention, each once.
+
+    Two norms (read, write), two residual additions (read two, write one), rotation of q and k, SwiGLU (read two halves,
+    write one), the layout changes of q, k, v and o.
+    """
+    m = run.model
+    rotated = (m.heads + m.kv_heads) * m.head_dim
+    return BF16 * (4 * m.hidden + 6 * m.hidden + 2 * rotated + 3 * m.ffn)
+
+
+@lru_cache(maxsize=None)
+def _elementwise_passes(calibration: Calibration) -> float:
+    """Times longer than those bytes that everything beside products and attention takes, by the 1-GPU figures."""
+    card = find_card("h200")
+    model = MODELS["350m"]
+    found = []
+    for gpus, seqlen, _, seconds, _ in measured.END_TO_END:
+        if gpus > 1:
+            continue
+        run, layout = Run(model, seqlen, 1, 1, MoBAConfig(), attention="full"), Layout(1, 1, 1, 1)
+        forward, backward, _ = _attention(run, layout, card, calibration, dense=True)
+        matrices = 6 * seqlen * model.matrix_parameters / (card.flops * _matrix_share(run, layout))
+        rest = seconds / model.layers - forward - backward - matrices
+        found.append(rest / (3 * _elementwise_bytes(run) * seqlen / card.bytes_per_second))
+    return max(1.0, min(found))
+
+
+def _output(run: Run, layout: Layout, card: Card) -> Part:
+    """Output layer and loss of one micro batch."""
+    entries = run.seqlen / layout.cp * run.model.padded_vocabulary(layout.tp) / layout.tp
+    return Part(6 * entries * run.model.hidden / card.flops + entries * LOSS_BYTES / card.bytes_per_second)
+
+
+def _pipeline(run: Run, layout: Layout, card: Card, micro_batches: int) -> Part:
+    """Activations to the next stage and gradients back, none hidden."""
+    if layout.pp == 1:
+        return Part()
+    one = links.point_to_point(layout.gpus // layout.pp, run.seqlen / layout.cp * run.model.hidden * BF16 / layout.tp,
+                               card)
+    both = one * (2 * (micro_batches + layout.pp - 1))
+    return Part(both.seconds, 0.0, both)
+
+
+def _update(run: Run, layout: Layout, card: Card, micro_batch_seconds: float) -> dict[str, Part]:
+    """The optimizer, and gradients and weights over data and context parallel ranks.
+
+    Megatron's --overlap-grad-reduce and --overlap-param-gather hide them behind the last backward (two thirds of a
+    micro batch) and the first forward.
+    """
+    ranks = Group(layout.dp * layout.cp, layout.tp)
+    parameters = rank_parameters(run, layout)
+    gradients = links.all_gather(ranks, FP32 * parameters / ranks.size, card)
+    weights = links.all_gather(ranks, BF16 * parameters / ranks.size, card)
+    if not run.distributed_optimizer:  # an all-reduce: scatter and gather of gradients
+        weights = gradients
+    late = max(0.0, gradients.seconds - micro_batch_seconds * 2 / 3)
+    late += max(0.0, weights.seconds - micro_batch_seconds / 3)
+    both = gradients + weights
+    shards = ranks.size if run.distributed_optimizer else 1
+    return {"data": Part(late, both.seconds - late, both),
+            "optimizer": Part(OPTIMIZER_BYTES * parameters / shards / card.bytes_per_second)}
