@@ -1,0 +1,161 @@
+"""Tables of the 50M model's training runs (`examples/compare_50m.py`): how fast, and how well it learns."""
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+
+from . import environment
+from .report import as_markdown
+
+MUST = {8192: 130, 32768: 140}
+STRETCH = {8192: 115, 32768: 120}
+"""ms per 65,536 tokens with MoBA, chunk 512, topk 3, on an H200: this project's goals."""
+KNOWN = {
+    "MoBA on flash-attn": {8192: 309, 32768: 371}, "Triton-MoBA": {8192: 259, 32768: 350},
+    "FlashMoBA": {8192: 156, 32768: 180}, "flash attention 2": {8192: 180, 32768: 492},
+    "cuDNN": {8192: 141, 32768: 358},
+}
+"""The same on the same model, in plain torch without compilation, measured before this package existed."""
+A6000, A6000_GB = "NVIDIA RTX A6000", 48
+
+
+def name_of(row: dict) -> str:
+    """An attention's name in a table, with its dense kernel."""
+    return f"{row['attention']} ({row['dense_kernel']})" if row.get("dense_kernel") else row["attention"]
+
+
+def job_table(rows: list[dict]) -> list[dict[str, str]]:
+    """Every run in a line: what `launch/smoke_a6000.sh` prints."""
+    full = {(row["seq_length"], row["seed"]): row["step_ms"]["median"] for row in rows
+            if row["attention"] == "full" and row["status"] == "ok"}
+    lines = []
+    for row in rows:
+        line = {"attention": name_of(row), "sequence": f"{row['seq_length']:,}", "ms a step": "-", "tokens/s": "-",
+                "1000 steps": "-", "against full": "", "peak GiB": "", "loss": "", "note": row["status"] if row["status"] == "absent" else row.get("reason", "")}
+        if row["status"] == "ok":
+            ms, dense = row["step_ms"]["median"], full.get((row["seq_length"], row["seed"]))
+            line |= {"ms a step": f"{ms:.1f}", "tokens/s": f"{row['tokens_per_s']:,.0f}",
+                     "1000 steps": f"{row['minutes_per_1000_steps']:.1f} min",
+                     "against full": f"{dense / ms:.2f}x as fast" if dense else "",
+                     "peak GiB": f"{row['peak_memory_gib']:.1f}" if row["peak_memory_gib"] else "",
+                     "loss": f"{row['losses'][-1]:.3f} after {len(row['losses'])} steps"}
+        lines.append(line)
+    return lines
+
+
+def beside_a6000(result: dict) -> str:
+    """Which card ran, what differs from an RTX A6000, and what is published for that one."""
+    about = result["environment"]
+    rows = [row for row in result["rows"] if row["status"] == "ok"]
+    if about.get("capability") is None:
+        said = "No GPU: a toy model on the CPU, whose times mean nothing."
+    elif A6000 in about["device"]:
+        said = f"This is an {A6000}."
+    else:
+        said = (f"This is an {about['device']} (compute capability {about['capability']}, {about['device_memory_gib']} "
+                f"GiB), not an {A6000} (8.6, {A6000_GB} GB), which is slower: the times above are not that card's.")
+    if rows and about.get("capability"):
+        limit = rows[0]["memory_limit_gb"]
+        said += (f"\nLaunch configurations of {rows[0]['tuning_arch']}; "
+                 f"{f'torch may have {limit:g} GB' if limit else 'no limit on memory'}; dense layers by "
+                 f"{', '.join(sorted({row['dense_kernel'] for row in rows if row['dense_kernel']})) or 'nothing'}.")
+    return said + (f"\nPublished for an {A6000}, 1000 steps (Triton-MoBA's README, its sequence length is not given): "
+                   "original MoBA about 85 min, Triton-MoBA about 30, flash attention about 13.")
+
+
+def speed_table(rows: list[dict]) -> list[dict[str, str]]:
+    """An attention a line, ms per 65,536 tokens at each sequence length, then what was known before."""
+    lengths = sorted({row["seq_length"] for row in rows})
+    by_name: dict[str, dict[int, dict]] = defaultdict(dict)
+    for row in rows:
+        by_name[name_of(row)][row["seq_length"]] = row
+    longest = max((n for n in lengths if any(row["status"] == "ok" for row in rows if row["seq_length"] == n)),
+                  default=None)
+    lines = []
+    for name, found in by_name.items():
+        line = {"attention": name}
+        for n in lengths:
+            line[f"{n // 1024}K"] = _milliseconds(found.get(n))
+        at = found.get(longest)
+        ok = at is not None and at["status"] == "ok"
+        line[f"tokens/s at {longest // 1024}K" if longest else "tokens/s"] = f"{at['tokens_per_s']:,.0f}" if ok else ""
+        line["peak GiB"] = ", ".join(f"{row['peak_memory_gib']:.1f}" for n, row in sorted(found.items())
+                                     if row["status"] == "ok" and row["peak_memory_gib"])
+        line["note"] = _verdict(found) if name == "moba" else ""
+        lines.append(line)
+    for name, known in KNOWN.items():
+        line = dict.fromkeys(lines[0] if lines else (), "")
+        line |= {"attention": name, "note": "measured before, without compilation"}
+        lines.append(line | {f"{n // 1024}K": str(known[n]) for n in lengths if n in known})
+    return lines
+
+
+def _milliseconds(row: dict | None) -> str:
+    if row is None:
+        return ""
+    return f"{row['ms_per_65536_tokens']:.1f}" if row["status"] == "ok" else row["status"]
+
+
+def _verdict(found: dict[int, dict]) -> str:
+    """What the goals say of MoBA's rows."""
+    missed, stretched = [], True
+    for n, must in MUST.items():
+        row = found.get(n)
+        if row is None or row["status"] != "ok":
+            missed.append(f"no time at {n // 1024}K")
+            continue
+        ms = row["ms_per_65536_tokens"]
+        stretched &= ms < STRETCH[n]
+        if ms >= must:
+            missed.append(f"{ms:.0f} ms >= {must} at {n // 1024}K")
+    return "missed: " + ", ".join(missed) if missed else "stretch" if stretched else "must"
+
+
+def learning_table(rows: list[dict]) -> list[dict[str, str]]:
+    """An attention a line: validation losses at the end, over seeds, and the difference to full attention."""
+    by_name: dict[str, dict[int, dict]] = defaultdict(dict)
+    for row in rows:
+        if row["status"] == "ok":
+            by_name[row["attention"]][row["seed"]] = row
+    full = by_name.get("full", {})
+    lines = []
+    for name, runs in by_name.items():
+        final = [run["validations"][-1] for run in runs.values()]
+        any_run = next(iter(runs.values()))
+        pairs = [run["validations"][-1]["loss"] - full[seed]["validations"][-1]["loss"]
+                 for seed, run in runs.items() if seed in full]
+        tail = [run["validations"][-1]["by_position"][-1][2] - full[seed]["validations"][-1]["by_position"][-1][2]
+                for seed, run in runs.items() if seed in full]
+        lines.append({
+            "attention": name_of(any_run), "seeds": str(len(runs)),
+            "tokens": f"{any_run['steps'] * any_run['tokens_per_step'] / 1e6:.0f}M",
+            "validation loss": _spread([v["loss"] for v in final]),
+            "last 1/16 of the sequence": _spread([v["by_position"][-1][2] for v in final]),
+            "minus full": _spread(pairs, "+") if name != "full" else "",
+            "minus full, last 1/16": _spread(tail, "+") if name != "full" else "",
+        })
+    return lines
+
+
+def _spread(values: list[float], sign: str = "") -> str:
+    """Mean and, from two values on, half of the range."""
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):{sign}.4f}"
+    return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:.4f}"
+
+
+def _markdown(table, result: dict) -> str:
+    about, row = result["environment"], result["rows"][0]
+    return (f"{as_markdown(table(result['rows']))}\n\n{environment.line(about)}. Chunk {row['chunk_size']}, topk "
+            f"{row['topk']}, {row['tokens_per_step']:,} tokens a step. Made by `{about['command']}`.")
+
+
+def speed_markdown(result: dict) -> str:
+    """The README's table of end-to-end times."""
+    return _markdown(speed_table, result)
+
+
+def learning_markdown(result: dict) -> str:
+    """The README's table of final losses."""
+    return _markdown(learning_table, result)
