@@ -1,6 +1,7 @@
-"""Runs a function in several processes joined over loopback, with a time limit."""
+"""Runs a function, or an example under torchrun, in several processes joined over loopback, with a time limit."""
 import os
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -9,6 +10,28 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def torchrun(processes, example, *flags, timeout=150, environment=None, options=()):
+    """Runs examples/<example>.py under torchrun on CPU; returns the CompletedProcess with stdout and stderr as text.
+
+    ``environment`` is added to this process's, ``options`` are torchrun's.
+    """
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
+                   "PYTHONPATH": str(ROOT), **(environment or {})}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
+               "--nproc-per-node", str(processes), *options, str(ROOT / f"examples/{example}.py"), *flags]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun ends its workers
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def run_ranks(function, size, directory, *args, seconds=300, backend="gloo"):

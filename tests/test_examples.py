@@ -1,8 +1,6 @@
 """The pretraining example end to end on CPU: data, training on two ranks, stop and resume, other layouts, bad input."""
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,8 +13,8 @@ from plot_run import attended_share
 from plot_run import main as plot_run
 from pretraining.arguments import parse_args
 from pretraining.monitor import Monitor, read_log
+from ranks import torchrun
 
-ROOT = Path(__file__).parent.parent
 MODEL = ["--num-layers", "3", "--hidden-size", "64", "--num-attention-heads", "4", "--group-query-attention",
          "--num-query-groups", "2", "--seq-length", "128", "--moba-chunk-size", "16", "--moba-topk", "3",
          "--moba-full-attention-layers", "last:1"]
@@ -25,25 +23,10 @@ TRAINING = ["--train-iters", "6", "--lr", "1e-2", "--lr-warmup-iters", "1", "--g
             "--split", "50,50,0"]
 
 
-def torchrun(processes: int, *flags: str, timeout: int = 150) -> subprocess.CompletedProcess:
-    """examples/pretrain_gpt.py under torchrun, on CPU and the loopback interface."""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
-                   "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
-               "--nproc-per-node", str(processes), str(ROOT / "examples/pretrain_gpt.py"), *flags]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
-        try:
-            out, err = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            process.terminate()  # torchrun ends its workers
-            raise
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
-
-
 def train(processes: int, log: Path, data_path: Path, *flags: str) -> dict:
     """Trains and returns the log's records."""
-    result = torchrun(processes, *MODEL, *TRAINING, "--data-path", str(data_path), "--log-jsonl", str(log), *flags)
+    result = torchrun(processes, "pretrain_gpt", *MODEL, *TRAINING, "--data-path", str(data_path),
+                      "--log-jsonl", str(log), *flags)
     assert result.returncode == 0, result.stderr[-4000:]
     return read_log(log)
 
@@ -200,13 +183,13 @@ class TestTraining:
 
 class TestBadInput:
     def test_missing_data_ends_all_ranks_with_one_message(self, tmp_path):
-        result = torchrun(2, *MODEL, *TRAINING, "--context-parallel-size", "2",
+        result = torchrun(2, "pretrain_gpt", *MODEL, *TRAINING, "--context-parallel-size", "2",
                           "--data-path", str(tmp_path / "nothing"), timeout=100)
         assert result.returncode != 0
         assert result.stderr.count("there is no file") == 1
 
     def test_another_architecture_is_refused(self, data_path, stopped):
-        result = torchrun(1, *MODEL, *TRAINING, "--data-path", str(data_path), "--use-distributed-optimizer",
+        result = torchrun(1, "pretrain_gpt", *MODEL, *TRAINING, "--data-path", str(data_path), "--use-distributed-optimizer",
                           "--load", str(stopped / "checkpoints"), "--ffn-hidden-size", "128", timeout=100)
         assert result.returncode != 0
         assert "--ffn-hidden-size 192, this run has 128" in result.stderr

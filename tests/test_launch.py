@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ["quickstart.sh", "test.sh", "pretrain_single_gpu.sh", "pretrain_multi_gpu.sh", "pretrain_multi_node.sh"]
+SCRIPTS = ["quickstart.sh", "test.sh", "pretrain_single_gpu.sh", "pretrain_multi_gpu.sh", "pretrain_multi_node.sh",
+           "pretrain_deepspeed.sh"]
 TOOLS = ["bash", "awk", "cat", "cksum", "cut", "df", "dirname", "grep", "head", "mkdir", "rm"]
 
 
@@ -49,7 +50,8 @@ class TestDryRun:
         commands = [line for line in result.stderr.splitlines() if line.startswith("+ ")]
         assert any("-m venv" in line for line in commands)
         assert any("pip install" in line and "--editable" in line for line in commands)
-        goal = "-m pytest" if script == "test.sh" else "examples/pretrain_gpt.py"
+        goal = {"test.sh": "-m pytest", "pretrain_deepspeed.sh": "examples/pretrain_deepspeed.py"}.get(
+            script, "examples/pretrain_gpt.py")
         assert any(goal in line for line in commands)
         assert not (tmp_path / "venv").exists()
 

@@ -1,0 +1,276 @@
+"""MoBA for DeepSpeed: attention whose sequence is spread over ranks, by Ulysses or by the package's own schedule.
+
+| name | what it is |
+|---|---|
+| ``init_distributed`` | joins the ranks of torchrun or the deepspeed launcher; compiles nothing |
+| ``SequenceParallel`` | the ranks that share a sequence, how, and which part of it this rank reads |
+| ``MoBAAttention`` | attention on ``[b, s, h, d]`` for a model of one's own |
+| ``mean_over_ranks`` | the loss whose gradients DeepSpeed averages into those of the mean over all tokens |
+| ``load_checkpoint`` | ``engine.load_checkpoint``, right for universal checkpoints under ZeRO-3 too |
+| ``set_iteration`` | for ``MoBAConfig.full_attention_from_step`` |
+
+ZeRO of every stage works unchanged: MoBA has no parameters. ZeRO should shard over *all* ranks, those of a sequence
+included, so ``deepspeed.initialize`` gets neither ``mpu`` nor ``mesh_param``: with them its stages 0 to 2 add gradients
+over the ranks of a sequence while stage 3 averages them (DeepSpeed 0.19.8), and no loss suits both.
+"""
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..config import MoBAConfig
+from ..context_parallel import Agreement, check_zigzag, context_parallel_attention, zigzag_uniform
+from ..ops import causal_attn_varlen, moba_attn_varlen
+from ..ops.validation import check_qkv
+
+METHODS = ("none", "ulysses", "zigzag")
+
+
+def init_distributed(timeout_minutes: float = 10) -> torch.device:
+    """Joins the processes that torchrun or the deepspeed launcher started; call it before ``deepspeed.initialize``.
+
+    NCCL with a GPU, gloo without one. On the CPU DeepSpeed would compile an operator for shared memory at its first
+    start (a minute, and a lock that an ended run leaves behind hangs the next one); gloo serves without it.
+
+    Args:
+        timeout_minutes: after which a collective that a rank does not join fails.
+
+    Returns:
+        this rank's device.
+    """
+    import deepspeed.comm
+    import deepspeed.ops
+
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"),
+                        ("MASTER_PORT", "29512")):
+        os.environ.setdefault(name, value)  # started without a launcher: one process
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        backend = "nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.comm.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False,
+                                    timeout=timedelta(minutes=timeout_minutes))
+    return device
+
+
+@dataclass(frozen=True)
+class SequenceParallel:
+    """The ranks that share each sequence. Make it with :meth:`over_ranks`, on all ranks.
+
+    ``ulysses`` is DeepSpeed's: a rank holds one run of positions, and an all-to-all gives it whole sequences for a part
+    of the heads. ``zigzag`` is the package's context parallelism: rank r of P holds pieces r and 2P-1-r of 2P with all
+    heads, and gathers keys and values, so heads need not divide by the ranks.
+
+    Args:
+        method: ``none``, ``ulysses`` or ``zigzag``.
+        size: ranks that share a sequence.
+        rank: this one's number among them.
+        group: theirs; None for a size of 1.
+    """
+
+    method: str = "none"
+    size: int = 1
+    rank: int = 0
+    group: dist.ProcessGroup | None = None
+
+    @classmethod
+    def over_ranks(cls, method: str, size: int) -> SequenceParallel:
+        """Groups of ``size`` consecutive ranks of the default process group.
+
+        Raises:
+            ValueError: the method is unknown, or the size does not divide the number of ranks.
+        """
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
+        world = dist.get_world_size()
+        if size < 1 or world % size:
+            raise ValueError(f"size must divide the {world} ranks, got {size}")
+        if method == "none" and size > 1:
+            raise ValueError(f"method must be ulysses or zigzag for sequences over {size} ranks, got 'none'")
+        if size == 1:
+            return cls()
+        rank, mine = dist.get_rank(), None
+        for first in range(0, world, size):
+            group = dist.new_group(range(first, first + size))
+            if first <= rank < first + size:
+                mine = group
+        return cls(method, size, rank % size, mine)
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the groups this rank is in: the number that chooses its samples."""
+        return dist.get_rank() // self.size
+
+    @property
+    def data_size(self) -> int:
+        """Groups: how many samples are read at a time."""
+        return dist.get_world_size() // self.size
+
+    def part(self, x: Tensor, dim: int = 1) -> Tensor:
+        """This rank's part of whole sequences, for tokens, labels, masks and position ids alike.
+
+        Args:
+            x: the sequences, on every rank of the group.
+            dim: the dimension of positions, divisible by ``size`` (``2 * size`` for zigzag).
+        """
+        length = x.shape[dim]
+        if self.method == "zigzag":
+            check_zigzag(length, self.size, "the sequence length")
+            pieces = x.chunk(2 * self.size, dim)
+            return torch.cat((pieces[self.rank], pieces[2 * self.size - 1 - self.rank]), dim)
+        if length % self.size:
+            raise ValueError(f"the sequence length must be a multiple of the {self.size} ranks that share it, "
+                             f"got {length}")
+        return x.chunk(self.size, dim)[self.rank]
+
+
+class MoBAAttention(nn.Module):
+    """Causal MoBA (or dense attention, by layer and iteration) on this rank's part of the sequences.
+
+    Args:
+        config: chunk size, topk, dense layers and the rest.
+        layer_number: 1-based.
+        num_layers: of the model.
+        parallel: who shares a sequence; None for whole sequences.
+        softmax_scale: None for ``1/sqrt(head_dim)``.
+
+    Raises:
+        ValueError: ``layer_number`` is out of range.
+    """
+
+    def __init__(self, config: MoBAConfig, layer_number: int, num_layers: int,
+                 parallel: SequenceParallel | None = None, softmax_scale: float | None = None):
+        super().__init__()
+        self.config = config
+        self.parallel = parallel or SequenceParallel()
+        self.softmax_scale = softmax_scale
+        self.full_attention = config.is_full_attention(layer_number, num_layers)
+        self.iteration = 0
+        self.ulysses = None
+        if self.parallel.method == "ulysses":
+            from deepspeed.sequence.layer import DistributedAttention
+
+            self.ulysses = DistributedAttention(self._whole_sequences, self.parallel.group, scatter_idx=2,
+                                                gather_idx=1)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention after rotary embedding.
+
+        Args:
+            q: ``[b, s, h, d]``, s positions of this rank.
+            k: ``[b, s, hk, d]``, h a multiple of hk.
+            v: ``[b, s, hk, dv]``.
+
+        Returns:
+            ``[b, s, h, dv]``.
+
+        Raises:
+            ValueError: heads or lengths that the method cannot split.
+        """
+        if self.parallel.method == "zigzag":
+            return self._zigzag(q, k, v)
+        if self.ulysses is None:
+            return self._whole_sequences(q, k, v)
+        size, heads, kv_heads = self.parallel.size, q.shape[2], k.shape[2]
+        if heads % size or kv_heads % size and size % kv_heads:
+            raise ValueError(f"Ulysses over {size} ranks needs query heads that are a multiple of them and key/value "
+                             f"heads that are a multiple or a divisor, got {heads} and {kv_heads}: use zigzag")
+        if kv_heads < size:
+            k, v = (x.repeat_interleave(size // kv_heads, dim=2) for x in (k, v))
+        return self.ulysses(q, k, v, 0)
+
+    def _is_dense(self) -> bool:
+        return self.full_attention or self.config.is_full_step(self.iteration)
+
+    def _whole_sequences(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch, length = q.shape[:2]
+        cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * length
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        options = {"softmax_scale": self.softmax_scale, "deterministic": self.config.deterministic,
+                   "backend": self.config.backend}
+        if self._is_dense():
+            o = causal_attn_varlen(q, k, v, cu_seqlens, length, **options)
+        else:
+            o = moba_attn_varlen(q, k, v, cu_seqlens, length, self.config.chunk_size, self.config.topk, **options)
+        return o.unflatten(0, (batch, length))
+
+    def _zigzag(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parallel, config = self.parallel, self.config
+        batch, length = q.shape[0], q.shape[1] * parallel.size
+        dense = self._is_dense() or length <= config.topk * config.chunk_size  # every earlier chunk would be chosen
+        chunk_size, topk = (length, 1) if dense else (config.chunk_size, config.topk)
+        with Agreement(parallel.group) as agreement:  # a rank with bad input ends all of them, with one message
+            packed = tuple(x.flatten(0, 1) for x in (q, k, v))
+            check_qkv(*packed)
+            check_zigzag(length, parallel.size, "the sequence length")
+            agreement.signature = (f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, {q.dtype}, "
+                                   f"chunk_size {chunk_size}, topk {topk}")
+        layout = zigzag_uniform(length, batch, parallel.size, parallel.rank, chunk_size, q.device)
+        o = context_parallel_attention(*packed, layout, topk, parallel.group, softmax_scale=self.softmax_scale,
+                                       deterministic=config.deterministic, backend=config.backend)
+        return o.unflatten(0, q.shape[:2])
+
+    def extra_repr(self) -> str:
+        what = "dense" if self.full_attention else self.config.describe()
+        return f"{what}, sequence parallel: {self.parallel.method} over {self.parallel.size}"
+
+
+def mean_over_ranks(losses: Tensor, mask: Tensor) -> Tensor:
+    """This rank's share of the mean loss of a micro batch, for ``engine.backward``.
+
+    The sum of this rank's losses, times the number of ranks, over the number of tokens of all ranks: DeepSpeed averages
+    gradients over all ranks, which makes it the mean over tokens, however many each rank has.
+
+    Args:
+        losses: ``[b, s]`` or any shape, of this rank's tokens.
+        mask: the same shape, 1 where a token counts.
+
+    Returns:
+        a scalar in fp32 whose average over the ranks is the mean loss.
+    """
+    count = mask.sum().float()
+    dist.all_reduce(count)
+    return (losses.float() * mask).sum() * dist.get_world_size() / count.clamp(min=1)
+
+
+def load_checkpoint(engine, directory: str, tag: str | None = None) -> dict | None:
+    """``engine.load_checkpoint``, and what it leaves wrong with a universal checkpoint under ZeRO-3 (DeepSpeed 0.19.8).
+
+    There all parts of the model get one tensor for Adam's count of steps, which each of them then advances, and the
+    first parameter group's settings, its weight decay among them.
+
+    Args:
+        engine: of ``deepspeed.initialize``.
+        directory: that ``engine.save_checkpoint`` or DeepSpeed's converter wrote to.
+        tag: of the checkpoint; None for the last.
+
+    Returns:
+        the client state, or None where the directory holds no checkpoint.
+    """
+    universal = engine.load_universal_checkpoint() and engine.zero_optimization_stage() == 3
+    settings = [dict(group) for group in engine.optimizer.param_groups] if universal else []
+    path, client_state = engine.load_checkpoint(directory, tag=tag)
+    if path is None:
+        return None
+    if universal:
+        for group, before in zip(engine.optimizer.param_groups, settings):
+            group.update({name: value for name, value in before.items() if name not in ("params", "lr", "initial_lr")})
+        for state in engine.optimizer.optimizer.state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].clone()
+    return client_state
+
+
+def set_iteration(model: nn.Module, iteration: int) -> None:
+    """Tells every MoBAAttention of a model the iteration (0-based), before each step."""
+    for module in model.modules():
+        if isinstance(module, MoBAAttention):
+            module.iteration = iteration

@@ -1,0 +1,226 @@
+"""DeepSpeed on two CPU ranks: ZeRO, Ulysses and context parallelism train as plain torch does, resume, convert."""
+import argparse
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks, torchrun
+
+pytest.importorskip("deepspeed")
+import pretrain_deepspeed as job  # noqa: E402
+from prepare_data import main as prepare_data  # noqa: E402
+from pretraining import data  # noqa: E402
+from pretraining.agreement import SharedError  # noqa: E402
+from pretraining.monitor import read_log  # noqa: E402
+from pretraining.torch_gpt import GPT, GPTConfig  # noqa: E402
+
+from moba_megatron import MoBAConfig  # noqa: E402
+from moba_megatron.integrations.deepspeed import MoBAAttention, SequenceParallel  # noqa: E402
+
+# Four sequences a step: two micro batches for each of two ranks, four where both share each sequence.
+FLAGS = ["--num-layers", "3", "--hidden-size", "32", "--num-attention-heads", "4", "--num-query-groups", "2",
+         "--seq-length", "128", "--moba-chunk-size", "16", "--moba-topk", "3", "--moba-full-attention-layers", "last:1",
+         "--train-iters", "4", "--lr", "1e-2", "--lr-warmup-iters", "1", "--weight-decay", "0.1", "--log-interval", "1",
+         "--split", "1,0,0"]
+SHARED = {"ulysses": ["--sequence-parallel", "ulysses", "--sequence-parallel-size", "2"],
+          "zigzag": ["--sequence-parallel", "zigzag", "--sequence-parallel-size", "2"]}
+RECOMPUTE = ["--activation-checkpointing"]
+RUNS = {
+    "zero0": ["--zero-stage", "0"],
+    "zero1": ["--zero-stage", "1"],
+    "zero2": ["--zero-stage", "2", *RECOMPUTE],
+    "zero3": ["--zero-stage", "3"],
+    "zero1-ulysses": ["--zero-stage", "1", *SHARED["ulysses"]],
+    "zero3-ulysses": ["--zero-stage", "3", *SHARED["ulysses"], *RECOMPUTE],
+    "zero2-zigzag": ["--zero-stage", "2", *SHARED["zigzag"]],
+    "zero3-zigzag": ["--zero-stage", "3", *SHARED["zigzag"], *RECOMPUTE],
+}
+RESUMED = ("zero1-ulysses", "zero2-zigzag", "zero3-zigzag")
+UNIVERSAL = {"zero1-ulysses": "zero2-zigzag", "zero3-zigzag": "zero3"}  # saved as: loaded as
+BF16 = ("zero2-zigzag", "zero3-ulysses")
+
+
+@pytest.fixture(scope="module")
+def data_path(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("data")
+    words = "the quick brown fox jumps over the lazy dog and the dog sleeps on".split()
+    (directory / "words.txt").write_text(" ".join(np.random.default_rng(0).choice(words, 1500)))
+    prefix = directory / "words"
+    assert prepare_data(["--input", str(directory / "words.txt"), "--output-prefix", str(prefix)]) == 0
+    return prefix
+
+
+def flags(data_path: Path, *more: str) -> list[str]:
+    return [*FLAGS, "--data-path", str(data_path), "--global-batch-size", "4", *more]
+
+
+def train(rank, size, data_path, directory):
+    """All runs, one after the other in the same two processes; what they did is in their logs."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    device = job.moba_deepspeed.init_distributed()
+
+    def run(name, *more):
+        log = ["--log-jsonl", f"{directory}/{name}.jsonl"]
+        job.pretrain(job.parse_args(flags(data_path, *log, *more)), device)
+
+    for name, settings in RUNS.items():
+        run(name, *settings)
+    for name in BF16:
+        run(f"bf16-{name}", *RUNS[name], "--bf16")
+    for name in RESUMED:
+        place = f"{directory}/{name}"
+        run(f"resumed-{name}", *RUNS[name], "--save", place, "--exit-interval", "2")
+        run(f"resumed-{name}", *RUNS[name], "--load", place)
+    with pytest.raises(SharedError, match="--ffn-hidden-size 128, this run has 64"):
+        run("other", *RUNS["zero1"], "--load", f"{directory}/{RESUMED[0]}", "--ffn-hidden-size", "64")
+    for saved, loaded in UNIVERSAL.items():
+        place = f"{directory}/{saved}"
+        if rank == 0:
+            ds_to_universal.main(argparse.Namespace(
+                input_folder=f"{place}/iter_0000002", output_folder=f"{place}/universal", num_extract_workers=1,
+                num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=False))
+        dist.barrier()
+        run(f"universal-{saved}", *RUNS[loaded], "--load", place, "--universal-checkpoint")
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory, data_path) -> Path:
+    directory = tmp_path_factory.mktemp("logs")
+    run_ranks(train, 2, tmp_path_factory.mktemp("ranks"), data_path, str(directory))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def plain(data_path) -> list[tuple]:
+    """The same training in one process by torch alone: (loss, gradient norm, learning rate) of each step."""
+    args = job.parse_args(flags(data_path, "--micro-batch-size", "4"))
+    blend, tokenizer = data.read_tokenizer(args.data_path)
+    dataset, _ = data.build_datasets(args, blend, tokenizer)
+    torch.manual_seed(args.seed)
+    sizes = GPTConfig(vocab_size=tokenizer.vocab_size, **{name: getattr(args, name) for name in job.ARCHITECTURE})
+    model = GPT(sizes, partial(MoBAAttention, args.moba_config, num_layers=args.num_layers))
+    groups = [{"params": [p for name, p in model.named_parameters() if ("norm" in name) == norm],
+               "weight_decay": 0.0 if norm else args.weight_decay} for norm in (False, True)]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(args.adam_beta1, args.adam_beta2))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: job._lr_factor(args, step))
+    curve = []
+    for batch in torch.utils.data.DataLoader(dataset, batch_sampler=data.Samples(args, 0, 0, args.train_iters)):
+        loss = model(batch["tokens"], batch["position_ids"], batch["labels"]).mean()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        curve.append((loss.item(), norm.item(), optimizer.param_groups[0]["lr"]))
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return curve
+
+
+def curve(logs: Path, name: str) -> list[tuple]:
+    return [(r["loss"], r["grad_norm"], r["lr"]) for r in read_log(logs / f"{name}.jsonl")["step"]]
+
+
+class TestTraining:
+    def test_plain_torch_learns(self, plain):
+        assert len(plain) == 4 and plain[-1][0] < plain[0][0] - 0.5
+
+    @pytest.mark.parametrize("name", RUNS)
+    def test_loss_and_gradient_equal_plain_torch(self, logs, plain, name):
+        # Sums in another order differ by fp32 rounding, which Adam enlarges where a gradient is near zero.
+        assert np.array(curve(logs, name)) == pytest.approx(np.array(plain), rel=1e-4)
+
+    @pytest.mark.parametrize("name", BF16)
+    def test_bf16_follows(self, logs, plain, name):
+        got, want = ([loss for loss, _, _ in c] for c in (curve(logs, f"bf16-{name}"), plain))
+        assert got == pytest.approx(want, rel=2e-2)  # the weights are rounded to 2^-9
+
+    @pytest.mark.parametrize("name", RESUMED)
+    def test_resumed_run_is_bitwise_the_uninterrupted_one(self, logs, name):
+        records = read_log(logs / f"resumed-{name}.jsonl")
+        assert [r["iteration"] for r in records["start"]] == [0, 2]
+        assert curve(logs, f"resumed-{name}") == curve(logs, name)
+
+    @pytest.mark.parametrize("name", UNIVERSAL)
+    def test_universal_checkpoint_resumes_otherwise(self, logs, plain, name):
+        assert np.array(curve(logs, f"universal-{name}")) == pytest.approx(np.array(plain[2:]), rel=1e-4)
+
+    def test_universal_checkpoint_resumes_on_one_rank_under_torchrun(self, logs, plain, data_path):
+        log = logs / "one.jsonl"
+        result = torchrun(1, "pretrain_deepspeed", *flags(
+            data_path, "--zero-stage", "2", "--log-jsonl", str(log), "--load", str(logs / "zero1-ulysses"),
+            "--universal-checkpoint"))
+        assert result.returncode == 0, result.stderr[-4000:]
+        assert np.array(curve(logs, "one")) == pytest.approx(np.array(plain[2:]), rel=1e-4)
+
+
+def attend(rank, size):
+    """Outputs and gradients of whole sequences and of sequences over two ranks, this rank's part of them."""
+    job.moba_deepspeed.init_distributed()
+    config, found = MoBAConfig(8, 2, full_attention_from_step=5), {}
+    for method in SHARED:
+        parallel = SequenceParallel.over_ranks(method, size)
+        for kv_heads, iteration in ((1, 0), (2, 0), (4, 0), (2, 5)):
+            torch.manual_seed(0)
+            qkv = [torch.randn(2, 64, heads, dim, dtype=torch.float64)
+                   for heads, dim in ((4, 16), (kv_heads, 16), (kv_heads, 8))]
+            do = torch.randn(2, 64, 4, 8, dtype=torch.float64)
+            found[method, kv_heads, iteration] = [
+                _attend(config, who, iteration, qkv, do, parallel) for who in (SequenceParallel(), parallel)]
+    return found
+
+
+def _attend(config, who, iteration, qkv, do, parallel):
+    qkv = [x.clone().requires_grad_() for x in qkv]
+    module = MoBAAttention(config, 1, 2, who)
+    module.iteration = iteration
+    o = module(*(who.part(x) for x in qkv))
+    o.backward(who.part(do))
+    if who is not parallel:
+        return [parallel.part(x) for x in (o.detach(), *(x.grad for x in qkv))]
+    return [o.detach(), *(parallel.part(x.grad) for x in qkv)]
+
+
+def test_sequences_over_ranks_equal_whole_ones(tmp_path):
+    for result in run_ranks(attend, 2, tmp_path):
+        assert len(result) == 8
+        for whole, shared in result.values():
+            for want, got in zip(whole, shared):
+                assert got.shape == want.shape and torch.allclose(got, want, rtol=1e-9, atol=1e-12)
+
+
+class TestBadInput:
+    def test_heads_that_ulysses_cannot_split(self):
+        module = MoBAAttention(MoBAConfig(8, 2), 1, 1)
+        object.__setattr__(module, "parallel", SequenceParallel("ulysses", 2))
+        module.ulysses = object
+        with pytest.raises(ValueError, match="got 3 and 3: use zigzag"):
+            module(*(torch.randn(1, 8, 3, 4) for _ in range(3)))
+
+    @pytest.mark.parametrize("method, length, message", [
+        pytest.param("ulysses", 9, "multiple of the 2 ranks", id="ulysses"),
+        pytest.param("zigzag", 10, "multiple of 2 \\* context_parallel_size", id="zigzag")])
+    def test_lengths_that_do_not_divide(self, method, length, message):
+        with pytest.raises(ValueError, match=message):
+            SequenceParallel(method, 2).part(torch.zeros(1, length))
+
+    @pytest.mark.parametrize("more, message", [
+        pytest.param(["--sequence-parallel-size", "2"], "goes with --sequence-parallel-size", id="size without method"),
+        pytest.param([*SHARED["zigzag"], "--seq-length", "126"], "--seq-length must be a multiple of 4", id="length"),
+        pytest.param([*SHARED["ulysses"][:3], "3"], "must divide the 2 processes", id="processes"),
+        pytest.param(["--num-query-groups", "3"], "--num-query-groups must divide", id="groups"),
+        pytest.param(["--hidden-size", "36"], "--hidden-size must be an even multiple", id="hidden size"),
+        pytest.param(["--global-batch-size", "3"], "--global-batch-size must be a multiple", id="batch"),
+        pytest.param(["--zero-stage", "0", "--bf16"], "--bf16 needs --zero-stage", id="bf16 without ZeRO"),
+        pytest.param(["--save-interval", "2"], "needs --save", id="save interval"),
+        pytest.param(["--min-lr", "1"], "--min-lr must be between", id="lr"),
+        pytest.param(["--lr-warmup-iters", "4"], "--lr-warmup-iters must be below", id="warmup"),
+    ])
+    def test_flags_are_judged_before_anything_starts(self, monkeypatch, capsys, more, message):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", "0")
+        with pytest.raises(SystemExit) as exit:
+            job.parse_args(flags(Path("x"), *more))
+        assert exit.value.code == 2 and message in capsys.readouterr().err
