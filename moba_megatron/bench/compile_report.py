@@ -23,7 +23,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
 from .. import kernels
-from ..kernels import tuning
+from ..kernels import decode, tuning
 from ..kernels.tuning_table import TABLE
 from ..segments import Segments
 
@@ -56,10 +56,12 @@ class Problem:
     sequences: int = 2
     deterministic: bool = False
     lse_gradient: bool = False
+    decode: bool = False
 
     def __str__(self) -> str:
-        dims = f"{self.head_dim}" + (f"/{self.head_dim_v}" if self.head_dim_v else "")
-        return (f"D{dims} chunk{self.chunk_size} topk{self.topk} {str(self.dtype)[6:]}"
+        dims = ("decode " if self.decode else "") + f"D{self.head_dim}" + (
+            f"/{self.head_dim_v}" if self.head_dim_v else "")
+        return (f"{dims} chunk{self.chunk_size} topk{self.topk} {str(self.dtype)[6:]}"
                 + (" deterministic" if self.deterministic else "") + (" dlse" if self.lse_gradient else ""))
 
 
@@ -149,7 +151,11 @@ def compiling(capability: int, dry: bool = False):
 
 
 def run_stages(problem: Problem) -> None:
-    """Every stage of forward and backward, on meta tensors."""
+    """Every stage of forward and backward, or of decoding, on meta tensors."""
+    if problem.decode:
+        _run_decode(problem)
+        return
+
     def empty(heads, dim, dtype=problem.dtype):
         return torch.empty(problem.tokens, heads, dim, dtype=dtype, device="meta")
 
@@ -170,6 +176,25 @@ def run_stages(problem: Problem) -> None:
                           deterministic=problem.deterministic)
     blocks = torch.empty(64, dtype=torch.int32, device="meta")
     kernels.block_sums(k, blocks, blocks)
+
+
+def _run_decode(problem: Problem) -> None:
+    """The stages of decoding, on a contiguous cache, or for one query head a kv head on pages and with left padding."""
+    batch, size, dim_v = problem.sequences, problem.chunk_size, problem.head_dim_v or problem.head_dim
+
+    def empty(*shape, dtype=problem.dtype):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    q, lengths = empty(batch, problem.heads, problem.head_dim), empty(batch, dtype=torch.int32)
+    means = empty(batch, problem.tokens // size, problem.kv_heads, problem.head_dim)
+    rows, places = (batch, problem.tokens), {}
+    if problem.heads == problem.kv_heads:
+        rows = batch * problem.tokens // 64, 64
+        places = {"block_table": empty(batch, problem.tokens // 64, dtype=torch.int32), "cache_starts": lengths}
+    k, v = (empty(*rows, problem.kv_heads, dim) for dim in (problem.head_dim, dim_v))
+    decode.cache_means(k, means, lengths, size, **places)
+    selected = decode.decode_gate(q, k, means, lengths, size, problem.topk, **places)
+    decode.decode_attention(q, k, v, selected, lengths, size, problem.head_dim ** -0.5, **places)
 
 
 def report(capability: int, problems: list[Problem], record: list | None = None) -> list[Compiled]:
@@ -224,14 +249,17 @@ def problems_for(capability: int, head_dims: list[int] | None = None) -> list[Pr
     every row of its tuning tables; for two of them further shapes; every head dim where shared memory is least."""
     if head_dims is not None:
         return [Problem(dim, size) for dim in head_dims for size in (128, 512, 2048)]
-    problems = [Problem(128, 128), Problem(128, 512), Problem(64, 512), Problem(256, 512)]
+    problems = [Problem(128, 128), Problem(128, 512), Problem(64, 512), Problem(256, 512),
+                Problem(128, 512, decode=True)]
     if capability in MORE_SHAPES:
         problems += [Problem(80, 512), Problem(192, 512, head_dim_v=128), Problem(64, 128), Problem(128, 64),
                      Problem(128, 500, topk=3, heads=16, kv_heads=16, dtype=torch.float16),
                      Problem(128, 512, topk=64, deterministic=True, lse_gradient=True)]
     if capability == LEAST_SHARED_MEMORY:
-        problems += [Problem(32, 512), Problem(96, 512)]
+        problems += [Problem(32, 512), Problem(96, 512), Problem(256, 512, dtype=torch.float32, decode=True)]
     if capability in ONE_OF_EACH_CLASS:
+        problems.append(Problem(192, 512, topk=64, heads=4, kv_heads=4, head_dim_v=128, dtype=torch.float16,
+                                decode=True))
         problems += _problems_for_other_rows(capability, problems)
     return problems
 

@@ -64,22 +64,23 @@ def cells(row: dict, verdict: str, times: dict[str, float]) -> dict[str, str]:
     return {
         "row": case.name,
         "heads x D": f"{case.heads}:{case.kv_heads} x {case.head_dim}",
-        "ms": _number(ms["median"]) if ms else "-",
-        "p20-p80": f"{_number(ms['p20'])}-{_number(ms['p80'])}" if ms else "-",
-        "forward": _number(forward["median"]) if forward else "-",
-        "graph": _number(row["graph_ms"]["median"]) if "graph_ms" in row else "",
-        "floor": _number(row["floor_ms"]),
+        "ms": number(ms["median"]) if ms else "-",
+        "p20-p80": f"{number(ms['p20'])}-{number(ms['p80'])}" if ms else "-",
+        "forward": number(forward["median"]) if forward else "-",
+        "graph": number(row["graph_ms"]["median"]) if "graph_ms" in row else "",
+        "floor": number(row["floor_ms"]),
         "x floor": f"{ms['median'] / row['floor_ms']:.1f}" if ms else "-",
-        "must": _number(case.must), "stretch": _number(case.stretch),
-        "FlashMoBA": _number(case.flash_moba),
-        "cuDNN full": _number(cudnn["median"]) if cudnn else "",
+        "must": number(case.must), "stretch": number(case.stretch),
+        "FlashMoBA": number(case.flash_moba),
+        "cuDNN full": number(cudnn["median"]) if cudnn else "",
         "extra GiB": f"{row['extra_peak_bytes'] / GIB:.2f}" if row.get("extra_peak_bytes") else "",
         "error o, dq, dk, dv": _errors(row),
         "note": "; ".join(x for x in (verdict, beside) if x),
     }
 
 
-def _number(x: float | None) -> str:
+def number(x: float | None) -> str:
+    """A time with about three digits; nothing for None."""
     if x is None:
         return ""
     return f"{x:.0f}" if x >= 200 else f"{x:.1f}" if x >= 20 else f"{x:.2f}"

@@ -1,0 +1,388 @@
+"""Decoding: one query a sequence over a key/value cache, contiguous or paged; gate, attention to pieces, merge.
+
+Three launches, none of which asks the host anything, so that a step captures into a CUDA graph:
+1. a program for each (sequence, query head): scores of the means, exact top-k; where the query opens a new chunk, the
+   mean of the chunk before it, which its last key has completed;
+2. a program for each (sequence, kv head, choice of one of its query heads, piece of the chunk). Query heads that share
+   a kv head and chose the same chunk are served by the first of them: a chunk is read once, not once a head;
+3. a program for each (sequence, query head): the merge of its pieces.
+"""
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..segments import SUM_BLOCK
+from . import INTERPRETED, tuning
+from .chunk_means import _mean
+from .launcher import launch
+from .sizes import cdiv, next_power_of_2
+
+MEAN_LANES = 8
+"""Blocks of SUM_BLOCK rows that a program sums side by side for a mean."""
+INTERPRETER_PROCESSORS = 4
+
+
+def cache_means(k_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor, chunk_size: int, *,
+                block_table: Tensor | None = None, cache_starts: Tensor | None = None) -> None:
+    """Writes the mean of every full chunk, the same bits as ``chunk_means``; rows of other chunks stay as they are.
+
+    Args:
+        k_cache: ``[B, S, HK, D]``, or pages ``[pages, page_size, HK, D]`` with a block table; any strides.
+        means_cache: ``[B, chunks, HK, D]`` in k's dtype.
+        cache_seqlens: int32 ``[B]``, keys of each sequence.
+        chunk_size: keys in a chunk.
+        block_table: int32 ``[B, pages a sequence]``, the pages of each sequence.
+        cache_starts: int32 ``[B]``, the row of each sequence's first key; None for 0.
+    """
+    num_chunks = min(means_cache.shape[1], _rows_a_sequence(k_cache, block_table) // chunk_size)
+    if 0 in (num_chunks, means_cache.shape[0]):
+        return
+    num_kv_heads, head_dim = k_cache.shape[2:]
+    launch(_decode_means_kernel, (means_cache.shape[0] * num_chunks * num_kv_heads,),
+        k_cache, means_cache, cache_seqlens, *_places(cache_seqlens, block_table, cache_starts), num_chunks, chunk_size,
+        *k_cache.stride(), *means_cache.stride()[:3], _table_stride(block_table),
+        HK=num_kv_heads, D=head_dim, BLOCK_D=next_power_of_2(head_dim), SUM_BLOCK=SUM_BLOCK,
+        MEAN_LANES=MEAN_LANES, HAS_STARTS=cache_starts is not None, PAGE_SIZE=_page_size(k_cache, block_table),
+        num_warps=4)
+
+
+def decode_gate(q: Tensor, k_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor, chunk_size: int, topk: int, *,
+                block_table: Tensor | None = None, cache_starts: Tensor | None = None) -> Tensor:
+    """The ``topk - 1`` best earlier chunks of each sequence's last position; completes ``means_cache`` on the way.
+
+    The query stands at the last key. Where it opens a chunk, the mean of the chunk before is computed and stored.
+    Ties go to the later chunk. A chunk whose score is NaN or -inf is never selected.
+
+    Args:
+        q: ``[B, H, D]``.
+        k_cache, means_cache, cache_seqlens, chunk_size, block_table, cache_starts: as :func:`cache_means`.
+        topk: chunks a query attends to, its own included, at least 2.
+
+    Returns:
+        int32 ``[B, H, topk - 1]``: chunk numbers within the sequence in no particular order, -1 where fewer exist.
+    """
+    batch, num_heads, head_dim = q.shape
+    selected = torch.empty(batch, num_heads, topk - 1, dtype=torch.int32, device=q.device)
+    if selected.numel() == 0:
+        return selected
+    options = tuning.config("decode_gate", q.device, head_dim=head_dim, itemsize=q.element_size())
+    launch(_decode_gate_kernel, (batch * num_heads,),
+        q, k_cache, means_cache, selected, cache_seqlens, *_places(cache_seqlens, block_table, cache_starts),
+        chunk_size, *q.stride(), *k_cache.stride(), *means_cache.stride()[:3], _table_stride(block_table),
+        H=num_heads, HK=k_cache.shape[2], D=head_dim, KS=topk - 1, BLOCK_KS=next_power_of_2(topk - 1),
+        BLOCK_D=next_power_of_2(head_dim), SUM_BLOCK=SUM_BLOCK, MEAN_LANES=MEAN_LANES,
+        HAS_STARTS=cache_starts is not None, PAGE_SIZE=_page_size(k_cache, block_table), **options)
+    return selected
+
+
+def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, selected: Tensor, cache_seqlens: Tensor,
+                     chunk_size: int, softmax_scale: float, *, block_table: Tensor | None = None,
+                     cache_starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Attention of each sequence's last position to its own chunk and the selected ones.
+
+    Args:
+        q: ``[B, H, D]``, bf16, fp16 or fp32 (products in tf32x3).
+        k_cache, cache_seqlens, chunk_size, block_table, cache_starts: as :func:`cache_means`.
+        v_cache: as k_cache, head dim DV.
+        selected: int32 ``[B, H, topk - 1]`` from :func:`decode_gate`.
+        softmax_scale: multiplies the scores.
+
+    Returns:
+        o ``[B, H, DV]`` in q's dtype; lse ``[B, H]``, fp32, natural log (o is 0 and lse -inf where there is no key).
+    """
+    batch, num_heads, head_dim = q.shape
+    num_kv_heads, dim_v, choices = k_cache.shape[2], v_cache.shape[3], selected.shape[2]
+    o = torch.empty(batch, num_heads, dim_v, dtype=q.dtype, device=q.device)
+    lse = torch.empty(batch, num_heads, dtype=torch.float32, device=q.device)
+    if batch == 0:
+        return o, lse
+    group = num_heads // num_kv_heads
+    options = tuning.config("decode", q.device, head_dim=max(head_dim, dim_v), itemsize=q.element_size())
+    lists = batch * num_kv_heads
+    pieces, piece_keys = _pieces(lists * (group * choices + 1), chunk_size, options.pop("PROGRAMS"), options["BLOCK_N"],
+                                 q.device)
+    slots = (choices + 1) * pieces
+    o_slots = torch.empty(batch * num_heads * slots, dim_v, dtype=torch.float32, device=q.device)
+    lse_slots = torch.empty(batch * num_heads * slots, dtype=torch.float32, device=q.device)
+    launch(_decode_attention_kernel, (lists * (group * choices + 1) * pieces,),
+        q, k_cache, v_cache, selected, o_slots, lse_slots, cache_seqlens,
+        *_places(cache_seqlens, block_table, cache_starts), softmax_scale * math.log2(math.e), chunk_size, pieces,
+        piece_keys, *q.stride(), *k_cache.stride(), *v_cache.stride(), _table_stride(block_table),
+        HK=num_kv_heads, G=group, KS=choices, BLOCK_G=max(16, next_power_of_2(group)),
+        BLOCK_KS=next_power_of_2(max(1, choices)), D=head_dim, DV=dim_v,
+        BLOCK_D=max(16, next_power_of_2(head_dim)), BLOCK_DV=max(16, next_power_of_2(dim_v)),
+        PRECISION="tf32x3" if q.dtype == torch.float32 and not INTERPRETED else "ieee",
+        HAS_STARTS=cache_starts is not None, PAGE_SIZE=_page_size(k_cache, block_table), **options)
+    launch(_decode_merge_kernel, (batch * num_heads,),
+        selected, o_slots, lse_slots, o, lse, pieces, KS=choices, DV=dim_v, BLOCK_DV=next_power_of_2(dim_v),
+        BLOCK_S=min(32, max(2, next_power_of_2(slots))), num_warps=4)
+    return o, lse
+
+
+def _pieces(programs: int, chunk_size: int, wanted: int, block_n: int, device: torch.device) -> tuple[int, int]:
+    """How many pieces a chunk is cut into so that ``wanted`` programs a processor exist, and the keys of a piece."""
+    processors = (INTERPRETER_PROCESSORS if INTERPRETED
+                  else torch.cuda.get_device_properties(device).multi_processor_count)
+    pieces = min(max(1, wanted * processors // max(1, programs)), cdiv(chunk_size, block_n))
+    keys = cdiv(cdiv(chunk_size, pieces), block_n) * block_n
+    return cdiv(chunk_size, keys), keys
+
+
+def _rows_a_sequence(cache: Tensor, block_table: Tensor | None) -> int:
+    return cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+
+
+def _page_size(cache: Tensor, block_table: Tensor | None) -> int:
+    """Rows of a page; 0 for a contiguous cache."""
+    return 0 if block_table is None else cache.shape[1]
+
+
+def _table_stride(block_table: Tensor | None) -> int:
+    return 0 if block_table is None else block_table.stride(0)
+
+
+def _places(cache_seqlens: Tensor, block_table: Tensor | None, cache_starts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Pointers for the kernels; those that a kernel does not read are any."""
+    return (cache_seqlens if block_table is None else block_table,
+            cache_seqlens if cache_starts is None else cache_starts)
+
+
+@triton.jit
+def _row_offsets(block_table, sequence, row, stride_b, stride_t, stride_table, PAGE_SIZE: tl.constexpr):
+    """Offsets, in elements, of rows of one sequence's part of a cache; int64."""
+    if PAGE_SIZE > 0:
+        page = tl.load(block_table + sequence.to(tl.int64) * stride_table + row // PAGE_SIZE)
+        offsets = page.to(tl.int64) * stride_b + (row % PAGE_SIZE).to(tl.int64) * stride_t
+    else:
+        offsets = sequence.to(tl.int64) * stride_b + row.to(tl.int64) * stride_t
+    return offsets
+
+
+@triton.jit
+def _chunk_mean(k, block_table, sequence, first, chunk_size, kv_head, stride_b, stride_t, stride_h, stride_d,
+                stride_table, D: tl.constexpr, BLOCK_D: tl.constexpr, SUM_BLOCK: tl.constexpr,
+                MEAN_LANES: tl.constexpr, PAGE_SIZE: tl.constexpr):
+    """Mean ``[BLOCK_D]``, fp32, of ``chunk_size`` keys from row ``first``, added as ``chunk_means`` adds them."""
+    col = tl.arange(0, BLOCK_D)
+    lane = tl.arange(0, MEAN_LANES)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    k += kv_head.to(tl.int64) * stride_h
+    for begin in range(0, chunk_size, MEAN_LANES * SUM_BLOCK):
+        sums = tl.zeros([MEAN_LANES, BLOCK_D], tl.float32)
+        for i in tl.range(0, tl.minimum(SUM_BLOCK, chunk_size), loop_unroll_factor=8):
+            row = begin + lane * SUM_BLOCK + i
+            inside = row < chunk_size
+            at = _row_offsets(block_table, sequence, tl.where(inside, first + row, first), stride_b, stride_t,
+                              stride_table, PAGE_SIZE)
+            sums += tl.load(k + at[:, None] + (col * stride_d)[None, :], mask=inside[:, None] & (col < D)[None, :],
+                            other=0.0).to(tl.float32)
+        for i in tl.static_range(MEAN_LANES):
+            total += tl.sum(tl.where((lane == i)[:, None], sums, 0.0), 0)  # picks out one row, exactly
+    return _mean(total, chunk_size)
+
+
+@triton.jit(do_not_specialize=["num_chunks", "chunk_size", "stride_table"])
+def _decode_means_kernel(
+    k, means, cache_seqlens, block_table, cache_starts, num_chunks, chunk_size,
+    stride_kb, stride_kt, stride_kh, stride_kd, stride_mb, stride_mt, stride_mh, stride_table,
+    HK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SUM_BLOCK: tl.constexpr, MEAN_LANES: tl.constexpr,
+    HAS_STARTS: tl.constexpr, PAGE_SIZE: tl.constexpr,
+):
+    """The mean of one chunk of one sequence and kv head, if the chunk is full."""
+    kv_head = tl.program_id(0) % HK
+    chunk = tl.program_id(0) // HK % num_chunks
+    sequence = tl.program_id(0) // HK // num_chunks
+    if (chunk + 1) * chunk_size > tl.load(cache_seqlens + sequence):
+        return
+    first = chunk * chunk_size
+    if HAS_STARTS:
+        first += tl.load(cache_starts + sequence)
+    mean = _chunk_mean(k, block_table, sequence, first, chunk_size, kv_head, stride_kb, stride_kt, stride_kh, stride_kd,
+                       stride_table, D, BLOCK_D, SUM_BLOCK, MEAN_LANES, PAGE_SIZE)
+    col = tl.arange(0, BLOCK_D)
+    tl.store(means + sequence.to(tl.int64) * stride_mb + chunk.to(tl.int64) * stride_mt + kv_head * stride_mh + col,
+             mean.to(means.dtype.element_ty), mask=col < D)
+
+
+@triton.jit
+def _sort_keys(score, chunk):
+    """int64 that order as (score, chunk); the smallest of all where a score is NaN or -inf."""
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)  # -0.0 is 0.0
+    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return tl.where(score > -float("inf"), (bits.to(tl.int64) << 32) | chunk.to(tl.int64), -0x7FFFFFFFFFFFFFFF)
+
+
+@triton.jit(do_not_specialize=["chunk_size", "stride_table"])
+def _decode_gate_kernel(
+    q, k, means, selected, cache_seqlens, block_table, cache_starts, chunk_size,
+    stride_qb, stride_qh, stride_qd, stride_kb, stride_kt, stride_kh, stride_kd, stride_mb, stride_mt, stride_mh,
+    stride_table,
+    H: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, KS: tl.constexpr, BLOCK_KS: tl.constexpr,
+    BLOCK_D: tl.constexpr, SUM_BLOCK: tl.constexpr, MEAN_LANES: tl.constexpr, HAS_STARTS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr,
+):
+    """One query head of one sequence against the means of all earlier chunks, TILES tiles of BLOCK_C at a time."""
+    head = tl.program_id(0) % H
+    sequence = tl.program_id(0) // H
+    kv_head = head // (H // HK)
+    position = tl.load(cache_seqlens + sequence) - 1
+    own = tl.maximum(position, 0) // chunk_size
+    # a chunk whose last key came with the query before this one; with no position before, there is none
+    fresh = tl.where((position > 0) & (position == own * chunk_size), own - 1, -1)
+    col = tl.arange(0, BLOCK_D)
+    q_row = tl.load(q + sequence.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh + col * stride_qd,
+                    mask=col < D, other=0.0).to(tl.float32)
+    means += sequence.to(tl.int64) * stride_mb + kv_head.to(tl.int64) * stride_mh
+    fresh_mean = tl.zeros([BLOCK_D], tl.float32)
+    if fresh >= 0:
+        first = fresh * chunk_size
+        if HAS_STARTS:
+            first += tl.load(cache_starts + sequence)
+        fresh_mean = _chunk_mean(k, block_table, sequence, first, chunk_size, kv_head, stride_kb, stride_kt, stride_kh,
+                                 stride_kd, stride_table, D, BLOCK_D, SUM_BLOCK, MEAN_LANES, PAGE_SIZE)
+        fresh_mean = fresh_mean.to(means.dtype.element_ty).to(tl.float32)
+        tl.store(means + fresh.to(tl.int64) * stride_mt + col, fresh_mean.to(means.dtype.element_ty),
+                 mask=(col < D) & (head % (H // HK) == 0))
+
+    NONE: tl.constexpr = -0x7FFFFFFFFFFFFFFF
+    place = tl.arange(0, BLOCK_KS)
+    best = tl.where(place < KS, NONE, 0x7FFFFFFFFFFFFFFF).to(tl.int64)
+    for first in range(0, own, TILES * BLOCK_C):
+        scores = tl.full([TILES, BLOCK_C], -float("inf"), tl.float32)
+        for tile in tl.range(0, tl.cdiv(tl.minimum(own - first, TILES * BLOCK_C), BLOCK_C), num_stages=3):
+            chunk = first + tile * BLOCK_C + tl.arange(0, BLOCK_C)
+            rows = tl.load(means + chunk.to(tl.int64)[:, None] * stride_mt + col[None, :],
+                           mask=(chunk < own)[:, None] & (col < D)[None, :], other=0.0).to(tl.float32)
+            # another program may be storing this row: it has the same mean, but perhaps not in memory yet
+            rows = tl.where((chunk == fresh)[:, None], fresh_mean[None, :], rows)
+            score = tl.where(chunk < own, tl.sum(rows * q_row[None, :], 1), -float("inf"))
+            scores = tl.where((tl.arange(0, TILES) == tile)[:, None], score[None, :], scores)
+        chunks = first + tl.arange(0, TILES)[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+        keys = tl.reshape(_sort_keys(scores, chunks), [TILES * BLOCK_C])
+        found = tl.max(keys, 0)
+        worst = tl.min(best, 0)
+        while found > worst:  # KS times at most for the first tiles, seldom later
+            at = tl.min(tl.where(best == worst, place, BLOCK_KS), 0)
+            best = tl.where(place == at, found, best)
+            keys = tl.where(keys == found, NONE, keys)
+            found = tl.max(keys, 0)
+            worst = tl.min(best, 0)
+    chosen = tl.where(best == NONE, -1, best & 0x7FFFFFFF).to(tl.int32)
+    tl.store(selected + (sequence * H + head) * KS + place, chosen, mask=place < KS)
+
+
+@triton.jit
+def _choice(selected, list_id, candidate, own, G: tl.constexpr, KS: tl.constexpr, BLOCK_G: tl.constexpr,
+            BLOCK_KS: tl.constexpr):
+    """A candidate of a kv head's list: its chunk, -1 if another program has it; and each head's slot, -1 for none.
+
+    Candidates ``0 .. G * KS`` are the heads' choices, of which the first of equals counts; the last is the own chunk.
+    """
+    head = tl.arange(0, BLOCK_G)
+    chunk = own
+    slot = tl.where(head < G, KS, -1)
+    if KS > 0:
+        if candidate < G * KS:
+            j = tl.arange(0, BLOCK_KS)
+            selected += list_id.to(tl.int64) * (G * KS)
+            table = tl.load(selected + head[:, None] * KS + j[None, :], mask=(head < G)[:, None] & (j < KS)[None, :],
+                            other=-1)
+            chunk = tl.load(selected + candidate)
+            slot = tl.max(tl.where(table == chunk, j[None, :], -1), 1)
+            leader = tl.min(tl.where(slot >= 0, head, BLOCK_G), 0)
+            chunk = tl.where(leader == candidate // KS, chunk, -1)
+    return chunk, slot
+
+
+@triton.jit(do_not_specialize=["chunk_size", "pieces", "piece_keys", "stride_table"])
+def _decode_attention_kernel(
+    q, k, v, selected, o_slots, lse_slots, cache_seqlens, block_table, cache_starts,
+    qk_scale, chunk_size, pieces, piece_keys,
+    stride_qb, stride_qh, stride_qd, stride_kb, stride_kt, stride_kh, stride_kd,
+    stride_vb, stride_vt, stride_vh, stride_vd, stride_table,
+    HK: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_KS: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_STARTS: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """A piece of one chunk for the query heads of one kv head that chose it."""
+    piece = tl.program_id(0) % pieces
+    candidate = tl.program_id(0) // pieces % (G * KS + 1)
+    list_id = tl.program_id(0) // pieces // (G * KS + 1)
+    sequence = list_id // HK
+    kv_head = list_id % HK
+    length = tl.load(cache_seqlens + sequence)
+    chunk, slot = _choice(selected, list_id, candidate, tl.maximum(length - 1, 0) // chunk_size, G, KS, BLOCK_G,
+                          BLOCK_KS)
+    if chunk < 0:
+        return
+    begin = chunk * chunk_size + piece * piece_keys
+    end = tl.minimum(tl.minimum(begin + piece_keys, (chunk + 1) * chunk_size), length)
+    start = 0
+    if HAS_STARTS:
+        start = tl.load(cache_starts + sequence)
+    head = tl.arange(0, BLOCK_G)
+    col, col_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    q_rows = tl.load(q + sequence.to(tl.int64) * stride_qb + (kv_head * G + head).to(tl.int64)[:, None] * stride_qh
+                     + (col * stride_qd)[None, :], mask=(head < G)[:, None] & (col < D)[None, :], other=0.0)
+    k += kv_head.to(tl.int64) * stride_kh
+    v += kv_head.to(tl.int64) * stride_vh
+    m = tl.full([BLOCK_G], -float("inf"), tl.float32)
+    l = tl.zeros([BLOCK_G], tl.float32)
+    acc = tl.zeros([BLOCK_G, BLOCK_DV], tl.float32)
+    for first in range(begin, end, BLOCK_N):
+        row = first + tl.arange(0, BLOCK_N)
+        inside = row < end
+        row = start + tl.where(inside, row, begin)
+        k_at = _row_offsets(block_table, sequence, row, stride_kb, stride_kt, stride_table, PAGE_SIZE)
+        k_rows = tl.load(k + k_at[:, None] + (col * stride_kd)[None, :], mask=inside[:, None] & (col < D)[None, :],
+                         other=0.0)
+        s = tl.dot(q_rows, tl.trans(k_rows), input_precision=PRECISION) * qk_scale  # [BLOCK_G, BLOCK_N]
+        s = tl.where(inside[None, :], s, -float("inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))
+        shift = tl.where(m_new == -float("inf"), 0.0, m_new)
+        p = tl.exp2(s - shift[:, None])
+        alpha = tl.exp2(m - shift)
+        l = l * alpha + tl.sum(p, 1)
+        v_at = _row_offsets(block_table, sequence, row, stride_vb, stride_vt, stride_table, PAGE_SIZE)
+        v_rows = tl.load(v + v_at[:, None] + (col_v * stride_vd)[None, :],
+                         mask=inside[:, None] & (col_v < DV)[None, :], other=0.0)
+        acc = tl.dot(p.to(v_rows.dtype), v_rows, acc * alpha[:, None], input_precision=PRECISION)
+        m = m_new
+    to = ((list_id * G + head).to(tl.int64) * (KS + 1) + slot) * pieces + piece
+    tl.store(lse_slots + to, tl.where(l > 0, m + tl.log2(l), l - float("inf")), mask=slot >= 0)
+    tl.store(o_slots + to[:, None] * DV + col_v[None, :], acc / tl.where(l == 0, 1.0, l)[:, None],
+             mask=(slot >= 0)[:, None] & (col_v < DV)[None, :])
+
+
+@triton.jit(do_not_specialize=["pieces"])
+def _decode_merge_kernel(selected, o_slots, lse_slots, o, lse, pieces, KS: tl.constexpr, DV: tl.constexpr,
+                         BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Adds the pieces of one (sequence, query head), BLOCK_S at a time, in order."""
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, BLOCK_DV)
+    slots = (KS + 1) * pieces
+    m = -float("inf")
+    l = 0.0
+    acc = tl.zeros([BLOCK_DV], tl.float32)
+    for first in range(0, slots, BLOCK_S):
+        slot = first + tl.arange(0, BLOCK_S)
+        j = slot // pieces
+        chosen = tl.load(selected + row * KS + j, mask=j < KS, other=0)
+        valid = (slot < slots) & (chosen >= 0)
+        slot_lse = tl.load(lse_slots + row * slots + slot, mask=valid, other=-float("inf"))
+        o_rows = tl.load(o_slots + (row * slots + slot)[:, None] * DV + col[None, :],
+                         mask=valid[:, None] & (col < DV)[None, :], other=0.0)
+        m_new = tl.maximum(m, tl.max(slot_lse, 0))
+        shift = tl.where(m_new == -float("inf"), 0.0, m_new)
+        p = tl.exp2(slot_lse - shift)
+        alpha = tl.exp2(m - shift)
+        l = l * alpha + tl.sum(p, 0)
+        acc = acc * alpha + tl.sum(p[:, None] * o_rows, 0)
+        m = m_new
+    tl.store(o + row * DV + col, (acc / tl.where(l == 0, 1.0, l)).to(o.dtype.element_ty), mask=col < DV)
+    tl.store(lse + row, tl.where(l == 0, -float("inf"), (m + tl.log2(l)) * 0.6931471805599453))

@@ -1,0 +1,185 @@
+"""Decoding operators: one query a sequence over a key/value cache, with the means of its chunks beside it."""
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .backend import check_backend, get_stages, repeated
+from .validation import FLOAT_DTYPES, check_flag, check_scale, check_whole
+
+
+def moba_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor,
+                chunk_size: int, topk: int, *, block_table: Tensor | None = None, cache_starts: Tensor | None = None,
+                softmax_scale: float | None = None, backend: str = "auto",
+                return_lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    """MoBA for the last position of each sequence; its key and value must be in the caches already. No gradient.
+
+    The query attends to its own chunk and to the ``topk - 1`` earlier chunks with the largest ``<q, mean key>``, as
+    :func:`moba_megatron.moba_attn_varlen` at that position does. On CUDA nothing waits for the host: a step captures
+    into a CUDA graph.
+
+    Args:
+        q: ``[B, H, D]``, bf16, fp16, fp32 (or fp64: reference only).
+        k_cache: ``[B, S, HK, D]``, any strides; with a block table, pages ``[pages, page_size, HK, D]``.
+        v_cache: as k_cache, with a head dim DV of its own.
+        means_cache: ``[B, chunks, HK, D]`` in k's dtype, contiguous in its last dimension, ``chunks`` at least the rows
+            of a sequence // chunk_size. Must hold the means of all full chunks but the one that may have ended with the
+            key before the query's: that one is written here. So after :func:`fill_chunk_means` every next step finds
+            what it needs.
+        cache_seqlens: int32 ``[B]``, keys of each sequence, the query's own included.
+        chunk_size: keys in a chunk (Triton: any).
+        topk: chunks a query attends to, its own included, at least 1.
+        block_table: int32 ``[B, pages a sequence]``: row ``r`` of a sequence is in page ``block_table[b, r //
+            page_size]``.
+        cache_starts: int32 ``[B]``, the row of each sequence's first key (left padding); None for 0. Chunks are counted
+            from there.
+        softmax_scale: multiplies the scores; None for ``1/sqrt(D)``.
+        backend: ``auto`` (Triton on CUDA, the reference elsewhere), ``triton`` or ``reference``.
+        return_lse: also return the log-sum-exp of the attended scores.
+
+    Returns:
+        o ``[B, H, DV]`` in q's dtype, 0 where a sequence has no key; with return_lse also lse ``[B, H]``, natural log.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.
+
+    Source: arXiv 2502.13189, section 2.2, for one query.
+    """
+    _check_caches(k_cache, means_cache, cache_seqlens, chunk_size, block_table, cache_starts)
+    _check_query(q, k_cache, v_cache)
+    check_whole("topk", topk, 1)
+    check_flag("return_lse", return_lse)
+    check_backend(backend)
+    scale = check_scale(softmax_scale, q.shape[2])
+    run = _decode_op if torch.compiler.is_compiling() else _decode
+    o, lse = run(q, k_cache, v_cache, means_cache, cache_seqlens, chunk_size, topk, block_table, cache_starts, scale,
+                 backend)
+    return (o, lse) if return_lse else o
+
+
+def decode_selection(q: Tensor, k_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor, chunk_size: int,
+                     topk: int, *, block_table: Tensor | None = None, cache_starts: Tensor | None = None,
+                     backend: str = "auto") -> Tensor:
+    """The earlier chunks that :func:`moba_decode` attends to: what the router of a generation did.
+
+    Args, Raises: as :func:`moba_decode`.
+
+    Returns:
+        int32 ``[B, H, topk - 1]``: chunk numbers within each sequence in no particular order, -1 where fewer exist.
+    """
+    _check_caches(k_cache, means_cache, cache_seqlens, chunk_size, block_table, cache_starts)
+    _check_query(q, k_cache, k_cache)
+    check_whole("topk", topk, 1)
+    check_backend(backend)
+    return _stages(backend, q.device).decode_gate(q, k_cache, means_cache, cache_seqlens, chunk_size, topk,
+                                                  block_table=block_table, cache_starts=cache_starts)
+
+
+def fill_chunk_means(k_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor, chunk_size: int, *,
+                     block_table: Tensor | None = None, cache_starts: Tensor | None = None,
+                     backend: str = "auto") -> None:
+    """Writes the means of all full chunks of a cache, as after a prefill; other rows of ``means_cache`` stay.
+
+    Args, Raises: as :func:`moba_decode`, with ``cache_seqlens`` the keys that are in the cache.
+    """
+    _check_caches(k_cache, means_cache, cache_seqlens, chunk_size, block_table, cache_starts)
+    check_backend(backend)
+    run = _means_op if torch.compiler.is_compiling() else _means
+    run(k_cache, means_cache, cache_seqlens, chunk_size, block_table, cache_starts, backend)
+
+
+def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor, chunk_size: int,
+            topk: int, block_table: Tensor | None, cache_starts: Tensor | None, softmax_scale: float,
+            backend: str) -> tuple[Tensor, Tensor]:
+    stages = _stages(backend, q.device)
+    topk = min(topk, 1 + means_cache.shape[1])
+    places = {"block_table": block_table, "cache_starts": cache_starts}
+    with repeated(get_stages(backend, q.device), ("decode", chunk_size, topk, softmax_scale), q, k_cache, v_cache,
+                  means_cache, cache_seqlens, block_table, cache_starts):
+        selected = stages.decode_gate(q, k_cache, means_cache, cache_seqlens, chunk_size, topk, **places)
+        return stages.decode_attention(q, k_cache, v_cache, selected, cache_seqlens, chunk_size, softmax_scale,
+                                       **places)
+
+
+def _means(k_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor, chunk_size: int, block_table: Tensor | None,
+           cache_starts: Tensor | None, backend: str) -> None:
+    _stages(backend, k_cache.device).cache_means(k_cache, means_cache, cache_seqlens, chunk_size,
+                                                 block_table=block_table, cache_starts=cache_starts)
+
+
+def _stages(backend: str, device: torch.device) -> ModuleType:
+    """``moba_megatron.kernels.decode`` or ``moba_megatron.reference.decode``."""
+    return importlib.import_module(".decode", get_stages(backend, device).__name__)
+
+
+_decode_op = torch.library.custom_op("moba_megatron::decode", _decode, mutates_args=("means_cache",))
+_means_op = torch.library.custom_op("moba_megatron::cache_means", _means, mutates_args=("means_cache",))
+
+
+@_decode_op.register_fake
+def _(q, k_cache, v_cache, means_cache, cache_seqlens, chunk_size, topk, block_table, cache_starts, softmax_scale,
+      backend):
+    return (q.new_empty(*q.shape[:2], v_cache.shape[3]),
+            q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32)))
+
+
+def _check_caches(k_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor, chunk_size: int,
+                  block_table: Tensor | None, cache_starts: Tensor | None) -> None:
+    check_whole("chunk_size", chunk_size, 1)
+    for name, x in (("k_cache", k_cache), ("means_cache", means_cache)):
+        _check_4d(name, x)
+    batch = means_cache.shape[0]
+    _check_ints("cache_seqlens", cache_seqlens, (batch,), k_cache.device)
+    if cache_starts is not None:
+        _check_ints("cache_starts", cache_starts, (batch,), k_cache.device)
+    if block_table is not None:
+        _check_ints("block_table", block_table, (batch, None), k_cache.device)
+    elif k_cache.shape[0] != batch:
+        raise ValueError(f"k_cache must have the {batch} sequences of means_cache, got {k_cache.shape[0]}: for a paged "
+                         "cache give block_table")
+    rows = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    if means_cache.shape[2:] != k_cache.shape[2:] or means_cache.shape[1] < rows // chunk_size:
+        raise ValueError(f"means_cache must have shape [B, at least {rows // chunk_size}, {k_cache.shape[2]}, "
+                         f"{k_cache.shape[3]}] (a mean for each {chunk_size} of {rows} rows), got "
+                         f"{tuple(means_cache.shape)}")
+    if means_cache.dtype != k_cache.dtype or means_cache.device != k_cache.device:
+        raise ValueError(f"means_cache must be {k_cache.dtype} on {k_cache.device} as k_cache, got {means_cache.dtype} "
+                         f"on {means_cache.device}")
+    if means_cache.stride(3) != 1:
+        raise ValueError(f"means_cache must be contiguous in its last dimension, got strides {means_cache.stride()}")
+
+
+def _check_query(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+    _check_4d("v_cache", v_cache)
+    if v_cache.shape[:3] != k_cache.shape[:3]:
+        raise ValueError(f"v_cache must have k_cache's first dimensions {tuple(k_cache.shape[:3])}, got "
+                         f"{tuple(v_cache.shape[:3])}")
+    if not isinstance(q, Tensor) or q.dim() != 3:
+        raise ValueError("q must be a tensor [sequences, heads, head_dim], got "
+                         f"{tuple(q.shape) if isinstance(q, Tensor) else type(q).__name__}")
+    if q.shape[2] != k_cache.shape[3] or q.shape[1] % k_cache.shape[2] or q.shape[1] == 0:
+        raise ValueError(f"q must have k_cache's head_dim {k_cache.shape[3]} and a positive multiple of its "
+                         f"{k_cache.shape[2]} heads, got {q.shape[1]} heads of {q.shape[2]}")
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name} must be {q.dtype} on {q.device} as q, got {x.dtype} on {x.device}")
+
+
+def _check_4d(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor) or x.dim() != 4:
+        raise ValueError(f"{name} must be a tensor of 4 dimensions (sequences, rows, heads, head_dim), got "
+                         f"{tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}")
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be bfloat16, float16, float32 or float64, got {x.dtype}")
+
+
+def _check_ints(name: str, x: Tensor, shape: tuple[int | None, ...], device: torch.device) -> None:
+    if not isinstance(x, Tensor) or x.dtype != torch.int32:
+        raise TypeError(f"{name} must be an int32 tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
+    if x.dim() != len(shape) or any(n is not None and n != m for n, m in zip(shape, x.shape)):
+        raise ValueError(f"{name} must have shape {list(shape)}, got {tuple(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"{name} must be on the caches' device {device}, got {x.device}")

@@ -1,0 +1,134 @@
+"""The benchmarks that run under torchrun, tried on gloo with tiny shapes; their tables and refusals."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moba_megatron.bench import cp, cp_cases, cp_speed, distributed, gpt, gpt_cases
+from moba_megatron.bench.__main__ import main
+from moba_megatron.bench.cases import K
+
+ROOT = Path(__file__).parent.parent
+
+
+TINY = ("--rows", "tiny", "--backend", "reference", "--device", "cpu")
+
+
+def torchrun(size, *arguments):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}"}
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size),
+                           "-m", "moba_megatron.bench", *map(str, arguments)], env=environment, capture_output=True,
+                          text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_cp_on_gloo(tmp_path):
+    path = tmp_path / "cp.json"
+    out = torchrun(2, "cp", *TINY, "--repeats", 2, "--json", path)
+    stored = json.loads(path.read_text())
+    assert [row["name"] for row in stored["rows"]] == [f"tiny/{comm}" for comm in cp_cases.COMMS]
+    *measured, hierarchical = stored["rows"]
+    assert hierarchical["status"] == "not run" and "2 ranks are not 2 times 2" in hierarchical["reason"]
+    for row in measured:
+        assert row["status"] == "ok" and row["ms"]["runs"] == 2 and row["efficiency"] > 0
+        assert max(row["errors"].values()) < 1e-5
+        assert row["exposed"] and row["sent_bytes"] > 0 and row["quarter_link_ms"] > row["ms"]["median"]
+    assert "a2a+all_gather" in out
+    assert cp.markdown_of(stored).startswith("| row |")
+
+
+def test_gpt_on_gloo(tmp_path):
+    path = tmp_path / "gpt.json"
+    torchrun(2, "gpt", "--device", "cpu", "--repeats", 2, "--json", path)
+    stored = json.loads(path.read_text())
+    rows = {row["name"]: row for row in stored["rows"]}
+    moba, full, hybrid = (rows[row.name] for row in gpt_cases.TINY)
+    assert [row["attention"]["sparse_calls"] for row in (moba, full, hybrid)] == [2, 0, 2]
+    assert moba["loss"] == pytest.approx(full["loss"], rel=1e-3) and moba["loss"] != full["loss"]
+    assert moba["tokens_per_s"] > 0 and gpt.markdown_of(stored).startswith("| row |")
+
+
+def test_no_speed_for_a_wrong_result(monkeypatch):
+    row, = cp_cases.find_rows(["tiny"], ["all_gather"])
+    right = cp_speed._one_gpu(row.case, "reference")
+
+    def call(q, k, v):
+        return right(q, k, v) * 1.01
+
+    call.rows = torch.arange(row.case.tokens)
+    monkeypatch.setattr(cp_speed, "_call", lambda *arguments: call)
+    ranks = distributed.join("cpu")
+    try:
+        result = cp_speed.measure_row(row, ranks, cp_speed.Settings("reference"))
+    finally:
+        distributed.leave()
+    assert result["status"] == "wrong" and "ms" not in result
+    assert result["reason"].startswith("differs from one GPU: o 1.0e-02")
+    assert "wrong: differs" in cp.progress(result) and cp.cells(result)["ms"] == "-"
+
+
+def test_one_rank_is_refused(capsys):
+    assert main(["cp", *TINY]) == 2
+    assert "torchrun --nproc-per-node" in capsys.readouterr().err
+
+
+def scaled_row(efficiency):
+    case, = (c for c in cp_cases.SHAPES if c.name == "128K-512-8")
+    times = {"median": 10.0, "p20": 9.0, "p80": 11.0}
+    return {"name": "128K-512-8/a2a", "case": case.as_dict(), "comm": "a2a", "ranks": 2, "goal": 0.9, "status": "ok",
+            "ms": times, "forward_ms": times, "one_gpu_ms": {"median": 16.0}, "efficiency": efficiency,
+            "errors": dict.fromkeys(("o", "dq", "dk", "dv"), 1e-3), "extra_peak_bytes": 2 ** 30}
+
+
+@pytest.mark.parametrize("efficiency, note", [(0.95, ""), (0.80, "missed")])
+def test_efficiency_is_held_against_its_goal(efficiency, note):
+    cells = cp.cells(scaled_row(efficiency))
+    assert (cells["efficiency"], cells["goal"], cells["note"]) == (f"{efficiency:.3f}", "0.90", note)
+
+
+@pytest.mark.parametrize("tokens, size, least", [(128 * K, 2, 0.90), (512 * K, 2, 0.95), (512 * K, 4, 0.92),
+                                                 (1024 * K, 4, None), (128 * K, 8, None)])
+def test_goals(tokens, size, least):
+    row = next(row for row in cp_cases.find_rows(None, ["a2a"]) if row.case.tokens == tokens)
+    assert cp_cases.goal(row, size) == least
+
+
+@pytest.mark.parametrize("size, inner, sizes", [(4, 2, (2, 2)), (8, 4, (4, 2)), (2, 2, None), (6, 4, None),
+                                                (4, 1, None)])
+def test_hierarchy(size, inner, sizes):
+    assert cp_cases.hierarchy(size, inner) == sizes
+
+
+def test_unknown_rows_are_refused():
+    with pytest.raises(ValueError, match="--rows must name rows of the table, got 'nonsense'"):
+        cp_cases.find_rows(["nonsense"], ["a2a"])
+    with pytest.raises(ValueError, match="--rows must name rows for 2 ranks, got '1024K'"):
+        gpt_cases.rows_for(2, ["1024K"], tiny=False)
+
+
+def test_gpt_rows_have_names_of_their_own():
+    for size in (1, 2, 4, 8):
+        names = [row.name for row in gpt_cases.rows_for(size, None, tiny=False)]
+        assert len(set(names)) == len(names)
+    assert [row.must for row in gpt_cases.rows_for(4, ["128K/moba-512-8/a2a"], tiny=False)][0] == 400
+    assert gpt_cases.SHAPE.linear_parameters == pytest.approx(271e6, rel=0.01)
+
+
+def gpt_row(name, tokens, attention, ms):
+    row = gpt_cases.Row(tokens, attention, must=400 if attention == "moba" else None, stretch=330)
+    return {"name": name, "row": row.as_dict(), "ranks": 4, "status": "ok", "tokens_per_s": 1.0, "loss": 5.5,
+            "ms": dict.fromkeys(("median", "p20", "p80"), ms), "linear_floor_ms": 1.0, "peak_bytes": 2 ** 30,
+            "grad_norm": 0.5,
+            "attention": {"sparse_calls": 24}}
+
+
+def test_gpt_is_compared_with_the_fastest_full_attention():
+    lines = gpt.table([gpt_row("m", 128 * K, "moba", 500.0), gpt_row("f", 128 * K, "full", 1600.0),
+                       gpt_row("g", 128 * K, "full", 1500.0), gpt_row("l", 32 * K, "full", 200.0)])
+    assert lines[0]["x full"] == "3.00" and lines[0]["note"] == "missed: 500 > 400"
+    assert [line["x full"] for line in lines[1:]] == ["", "", ""]
