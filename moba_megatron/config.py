@@ -60,6 +60,8 @@ class MoBAConfig:
         full_attention_from_step: first training iteration (0-based) with dense attention everywhere; None for never.
         deterministic: bitwise reproducible gradients.
         backend: ``auto`` (Triton on CUDA, the reference elsewhere), ``triton`` or ``reference``.
+        cp_head_groups: under context parallelism, groups of kv heads that travel and are computed one after the other;
+            more need less memory. None: by size.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range; the message names it.
@@ -72,12 +74,16 @@ class MoBAConfig:
     full_attention_from_step: int | None = _flag(None, "iteration from which every layer attends densely; unset: never")
     deterministic: bool = _flag(False, "bitwise reproducible gradients")
     backend: str = _flag("auto", "auto, triton or reference")
+    cp_head_groups: int | None = _flag(None, "groups of kv heads that context parallelism sends one after the other, "
+                                             "to overlap and to save memory; unset: by size")
 
     def __post_init__(self):
         _whole("chunk_size", self.chunk_size, 1)
         _whole("topk", self.topk, 1)
         if self.full_attention_from_step is not None:
             _whole("full_attention_from_step", self.full_attention_from_step, 0)
+        if self.cp_head_groups is not None:
+            _whole("cp_head_groups", self.cp_head_groups, 1)
         if not isinstance(self.deterministic, bool):
             raise TypeError(f"MoBAConfig.deterministic must be a bool, got {self.deterministic!r}")
         if self.backend not in BACKENDS:

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from .arguments import config_from_environment
 from .config import MoBAConfig, get_default_config
-from .context_parallel import Agreement, check_zigzag, context_parallel_attention, zigzag_packed, zigzag_uniform
+from .context_parallel import (Agreement, Sequences, canonical_comm_type, check_groups, check_zigzag,
+                               context_parallel_attention)
 from .megatron_host import host_config, host_iteration, print_once
 from .ops import moba_attention
 from .ops.validation import check_cu_seqlens, check_qkv
 from .segments import Segments
 
-SUPPORTED_CP_COMM_TYPES = ("all_gather", "allgather")
+HIERARCHICAL = "a2a+all_gather"
 _iteration: int | None = None
 _observer = None
 
@@ -75,8 +76,10 @@ class MoBACoreAttention(MegatronModule):
         attention_type: ``"self"``.
         attention_dropout: None for ``config.attention_dropout``, which must be 0.
         softmax_scale: None for ``1/sqrt(head_dim)``.
-        cp_comm_type: ``"all_gather"`` (or ``"allgather"``, or None), or a list with one for each layer.
-        pg_collection: process groups (0.15 and later); ``tp`` is not used, ``cp`` is the context parallel group.
+        cp_comm_type: ``"all_gather"`` (or ``"allgather"``, or None), ``"a2a"`` or ``"a2a+all_gather"``, or a list with
+            one for each layer.
+        pg_collection: process groups (0.15 and later); ``tp`` is not used, ``cp`` is the context parallel group and
+            ``hcp`` its two levels for ``"a2a+all_gather"`` (``--hierarchical-context-parallel-sizes``).
         model_comm_pgs: the same for 0.13 and 0.14. Without either, Megatron's ``parallel_state``.
         moba_config: None for the default set by :func:`~moba_megatron.config.set_default_config`, else Megatron-LM's
             ``--moba-*`` flags (where it was patched or launched for MoBA), else the ``MOBA_*`` environment variables.
@@ -99,10 +102,12 @@ class MoBACoreAttention(MegatronModule):
         self.deterministic = self.moba_config.deterministic or config.deterministic_mode
         last = config.num_layers
         self.full_attention = self.moba_config.is_full_attention(min(layer_number, last), last)
-        self.cp_group = None
+        self.cp_group, self.cp_comm_type, self.cp_levels = None, None, None
         if config.context_parallel_size > 1:
-            check_cp_comm_type(cp_comm_type, config, layer_number)
+            self.cp_comm_type = resolve_cp_comm_type(cp_comm_type, config, layer_number)
             self.cp_group = _context_parallel_group(pg_collection or model_comm_pgs)
+            if self.cp_comm_type == HIERARCHICAL:
+                self.cp_levels = _hierarchical_groups(pg_collection, layer_number)
         _guard_paths_around_core_attention()
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
@@ -186,7 +191,9 @@ class MoBACoreAttention(MegatronModule):
 
     def _context_parallel(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams | None, dense: bool,
                           group: dist.ProcessGroup, check) -> Tensor:
-        size, rank, moba = group.size(), dist.get_rank(group), self.moba_config
+        size, moba, comm_type, levels = group.size(), self.moba_config, self.cp_comm_type or "all_gather", group
+        if comm_type == HIERARCHICAL:  # a group that came with the batch has no levels
+            comm_type, levels = (HIERARCHICAL, self.cp_levels) if group is self.cp_group else ("all_gather", group)
         with Agreement(group) as agreement:
             check(query, key, value)
             q, k, v = _to_thd(query, key, value)
@@ -194,28 +201,27 @@ class MoBACoreAttention(MegatronModule):
             if q.shape[0] != k.shape[0]:
                 raise ValueError(f"key must have query's {query.shape[0]} tokens under context parallelism, got "
                                  f"{key.shape[0]}: a key/value cache is not supported with --context-parallel-size > 1")
+            check_groups(levels, comm_type, q.shape[1], k.shape[1])
             agreement.signature = (
                 f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}, {q.dtype}, "
-                + ("dense" if dense else f"chunk_size {moba.chunk_size}, topk {moba.topk}"))
+                f"{comm_type}, " + ("dense" if dense else f"chunk_size {moba.chunk_size}, topk {moba.topk}"))
             if packed is None:
                 seqlen = query.shape[0] * size
                 check_zigzag(seqlen, size, "the sequence length")
+                sequences = Sequences.uniform(seqlen, query.shape[1], q.device)
             else:
                 cu_seqlens, seqlen = _packed_lengths(packed, q.shape[0] * size, q.device)
                 agreement.signature += f", {cu_seqlens.numel() - 1} sequences, max_seqlen {seqlen}"
                 if q.device.type == "cpu" or agreement.is_new():
                     agreement.signature += _check_packed_zigzag(cu_seqlens, q.shape[0] * size, size)
-        dense = dense or seqlen <= moba.topk * moba.chunk_size  # every earlier chunk would be chosen
-        chunk_size = max(1, seqlen) if dense else moba.chunk_size
-        if packed is None:
-            layout = zigzag_uniform(seqlen, query.shape[1], size, rank, chunk_size, q.device)
-        else:
-            layout = zigzag_packed(cu_seqlens, seqlen, q.shape[0] * size, size, rank, chunk_size)
-        if _observer is not None and not dense:
-            _observer(self, q, k, layout.segments, group, layout.global_rows)
-        return context_parallel_attention(q, k, v, layout, 1 if dense else moba.topk, group,
-                                          softmax_scale=self.softmax_scale, deterministic=self.deterministic,
-                                          backend=moba.backend)
+                sequences = Sequences.packed(cu_seqlens, seqlen, q.shape[0] * size)
+        if _observer is not None and not dense and seqlen > moba.topk * moba.chunk_size:
+            layout = sequences.zigzag(size, dist.get_rank(group), moba.chunk_size)
+            _observer(self, q, k, layout.segments, group, layout.rows.global_rows)
+        return context_parallel_attention(
+            q, k, v, sequences, max(1, seqlen) if dense else moba.chunk_size, 1 if dense else moba.topk, levels,
+            comm_type=comm_type, head_groups=moba.cp_head_groups, softmax_scale=self.softmax_scale,
+            deterministic=self.deterministic, backend=moba.backend)
 
     def extra_repr(self) -> str:
         return f"layer_number={self.layer_number}, " + ("dense" if self.full_attention else self.moba_config.describe())
@@ -277,10 +283,13 @@ _UNSUPPORTED_FIELDS = (
 """Fields of TransformerConfig, where this version has them, with the value that MoBA works with and why no other."""
 
 
-def check_cp_comm_type(cp_comm_type: str | list[str] | None, config: TransformerConfig, layer_number: int) -> None:
-    """Raises ValueError unless this layer's context parallel communication is one that MoBA has.
+def resolve_cp_comm_type(cp_comm_type: str | list[str] | None, config: TransformerConfig, layer_number: int) -> str:
+    """How this layer's context parallel ranks communicate: one of ``context_parallel.COMM_TYPES``.
 
     A per-layer list is read from ``config`` by ``layer_number - 1``: Megatron up to 0.16 passes its neighbour's entry.
+
+    Raises:
+        ValueError: a type that MoBA does not have (the message lists those it has), or a list of another length.
     """
     listed = config.cp_comm_type if isinstance(config.cp_comm_type, (list, tuple)) else cp_comm_type
     if isinstance(listed, (list, tuple)):
@@ -291,15 +300,28 @@ def check_cp_comm_type(cp_comm_type: str | list[str] | None, config: Transformer
                              f"{layer_number}")
         else:
             cp_comm_type = listed[layer_number - 1]
-    if cp_comm_type is not None and cp_comm_type not in SUPPORTED_CP_COMM_TYPES:
-        raise ValueError(f"--cp-comm-type must be one of {', '.join(SUPPORTED_CP_COMM_TYPES)} for MoBA attention, got "
-                         f"{cp_comm_type!r} for layer {layer_number}: pass --cp-comm-type all_gather")
+    try:
+        return canonical_comm_type("all_gather" if cp_comm_type is None else cp_comm_type)
+    except ValueError as error:
+        raise ValueError(f"--cp-comm-type, layer {layer_number}: {error}: pass --cp-comm-type all_gather, or a2a where "
+                         "heads can be dealt out to the ranks") from None
 
 
 def _context_parallel_group(groups) -> dist.ProcessGroup:
     if getattr(groups, "cp", None) is not None:
         return groups.cp
     return parallel_state.get_context_parallel_group()
+
+
+def _hierarchical_groups(groups, layer_number: int) -> list[dist.ProcessGroup]:
+    levels = getattr(groups, "hcp", None)
+    if levels is None:
+        levels = parallel_state.get_hierarchical_context_parallel_groups(check_initialized=False)
+    if levels is None or len(levels) != 2:
+        raise ValueError(f"--hierarchical-context-parallel-sizes must have two sizes for --cp-comm-type {HIERARCHICAL} "
+                         f"(layer {layer_number}), got {0 if levels is None else len(levels)}: ranks that exchange "
+                         "heads, such as a node's, and how many of those gather keys")
+    return list(levels)
 
 
 def _resolve_config(moba_config: MoBAConfig | None) -> MoBAConfig:

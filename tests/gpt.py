@@ -34,6 +34,8 @@ class Layout:
     pp: int = 1
     sp: bool = False
     recompute: str | None = None
+    comm: str | list[str] = "all_gather"
+    levels: tuple[int, ...] | None = None
 
 
 class RMSNorm(torch.nn.Module):
@@ -52,7 +54,8 @@ class RMSNorm(torch.nn.Module):
 def build(layout):
     """Initialises Megatron's process groups and builds this rank's part of the model."""
     parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(layout.tp, layout.pp, context_parallel_size=layout.cp)
+    parallel_state.initialize_model_parallel(layout.tp, layout.pp, context_parallel_size=layout.cp,
+                                             hierarchical_context_parallel_sizes=layout.levels)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     recompute = {"full": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
                  "selective": dict(recompute_granularity="selective", recompute_modules=["core_attn"])}
@@ -62,7 +65,9 @@ def build(layout):
         activation_func=torch.nn.functional.silu, add_bias_linear=False, use_cpu_initialization=True,
         params_dtype=torch.float64, pipeline_dtype=torch.float64, tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp, context_parallel_size=layout.cp, sequence_parallel=layout.sp,
-        cp_comm_type="all_gather" if layout.cp > 1 else None, **recompute.get(layout.recompute, {}))
+        cp_comm_type=layout.comm if layout.cp > 1 else None, **recompute.get(layout.recompute, {}))
+    if isinstance(layout.comm, list):  # Megatron up to 0.16 reads one entry too far
+        config.cp_comm_type = [*layout.comm, "p2p"]
     layer = get_moba_layer_local_spec(MOBA, normalization="RMSNorm")
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()

@@ -1,5 +1,6 @@
 """MoBACoreAttention's contract with Megatron: layouts, dense layers and steps, inference, refusals. One process."""
 import argparse
+import re
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from moba_megatron import MoBAConfig, MoBACoreAttention, core_attention, layer_specs, moba_attn_varlen
 from moba_megatron.arguments import add_moba_arguments, config_from_args, config_from_environment
 from moba_megatron.config import set_default_config
-from moba_megatron.core_attention import check_cp_comm_type, set_iteration
+from moba_megatron.core_attention import resolve_cp_comm_type, set_iteration
 from moba_megatron.ops import causal_attn_varlen
 
 MOBA = MoBAConfig(chunk_size=16, topk=2)
@@ -170,23 +171,25 @@ def test_constructor_refuses(arguments, text):
         make_core(**arguments)
 
 
-@pytest.mark.parametrize("given", ["p2p", "a2a", "a2a+p2p", "nonsense"])
+@pytest.mark.parametrize("given", ["p2p", "a2a+p2p", "nonsense"])
 def test_cp_comm_type_refused(given):
-    with pytest.raises(ValueError, match="--cp-comm-type must be one of all_gather, allgather"):
-        check_cp_comm_type(given, make_config(), 1)
+    with pytest.raises(ValueError, match=r"--cp-comm-type, layer 1: cp_comm_type must be one of all_gather, a2a, "
+                                         r"a2a\+all_gather for MoBA attention, got '" + re.escape(given)):
+        resolve_cp_comm_type(given, make_config(), 1)
 
 
 def test_cp_comm_type_accepted():
     for given in (None, "all_gather", "allgather", ["all_gather"]):
-        check_cp_comm_type(given, make_config(), 1)
+        assert resolve_cp_comm_type(given, make_config(), 1) == "all_gather"
+    assert resolve_cp_comm_type("a2a", make_config(), 1) == "a2a"
     config = make_config()
-    config.cp_comm_type = ["all_gather", "p2p", "allgather", "all_gather"]
-    check_cp_comm_type("p2p", config, 1)  # Megatron up to 0.16 passes the next layer's entry
-    check_cp_comm_type("p2p", config, 3)
-    with pytest.raises(ValueError, match="'p2p' for layer 2"):
-        check_cp_comm_type("allgather", config, 2)
+    config.cp_comm_type = ["all_gather", "p2p", "a2a+allgather", "a2a"]
+    assert resolve_cp_comm_type("p2p", config, 1) == "all_gather"  # Megatron up to 0.16 passes the next layer's entry
+    assert resolve_cp_comm_type("p2p", config, 3) == "a2a+all_gather"
+    with pytest.raises(ValueError, match="layer 2: .* got 'p2p'"):
+        resolve_cp_comm_type("allgather", config, 2)
     with pytest.raises(ValueError, match="one for each layer, got 4 for layer 5"):
-        check_cp_comm_type("allgather", config, 5)
+        resolve_cp_comm_type("allgather", config, 5)
 
 
 @pytest.mark.parametrize("change, text", [

@@ -9,7 +9,8 @@ from ranks import run_ranks
 pytest.importorskip("megatron.core")
 
 LAYOUTS = ["cp1", "cp2", "cp4", "tp2", "tp2_sp", "tp2_cp2", "tp2_cp2_sp", "pp2", "pp2_cp2", "cp2_recompute",
-           "cp2_selective"]
+           "cp2_selective", "cp2_a2a", "cp4_by_layer"]
+BY_LAYER = ["a2a+all_gather", "allgather", "a2a", "all_gather"]
 PACKED = [8 * 12, 8 * 2, 8 * 9]  # the first is longer than topk chunks: only there is something to select
 # Sums of some thousand products in another order: errors of 1e-16 grow a little through four layers.
 TOLERANCE = 1e-12
@@ -64,11 +65,16 @@ def expected_selection(whole, layout):
     from gpt import BATCH, NUM_LAYERS, SEQLEN, local_positions
     from megatron.core import parallel_state
 
-    rows = local_positions([SEQLEN], layout.cp, parallel_state.get_context_parallel_rank())
+    cp_rank = parallel_state.get_context_parallel_rank()
     tp_rank, stage = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
     per_stage = NUM_LAYERS // layout.pp
-    layers = whole[stage * per_stage:(stage + 1) * per_stage]
-    chosen = [s.unflatten(0, (BATCH, SEQLEN))[:, rows].chunk(layout.tp, 2)[tp_rank] for s in layers]
+    chosen = []
+    for number in range(stage * per_stage, min((stage + 1) * per_stage, len(whole))):
+        comm = layout.comm if isinstance(layout.comm, str) else layout.comm[number]
+        heads = {"a2a": layout.cp, "a2a+all_gather": layout.levels and layout.levels[0]}.get(comm, 1)
+        rows = local_positions([SEQLEN], layout.cp // heads, cp_rank // heads)
+        selected = whole[number].unflatten(0, (BATCH, SEQLEN))[:, rows]
+        chosen.append(selected.chunk(layout.tp, 2)[tp_rank].chunk(heads, 2)[cp_rank % heads])
     if layout.pp == 1:
         return [s.flatten(0, 1) for s in chosen]
     return [s[i] for i in range(BATCH) for s in chosen]  # a microbatch is one sequence; 1F1B keeps their order
@@ -198,19 +204,24 @@ def dynamic_groups():
 
     if "cp_group" not in PackedSeqParams.__dataclass_fields__:
         return None
-    core = build(Layout("dynamic", cp=2)).decoder.layers[0].self_attention.core_attention
     lengths = [40, 88]
     cu_seqlens = torch.tensor([0, 40, 128], dtype=torch.int32)
     generator = torch.Generator().manual_seed(6)
     q, k, v = (torch.randn(128, heads, 8, dtype=torch.float64, generator=generator) for heads in (4, 2, 2))
-
-    def attend(rows, **groups):
-        packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, max_seqlen_q=88, **groups)
-        return core(q[rows], k[rows], v[rows], None, packed_seq_params=packed)
-
-    alone = attend(torch.arange(128), local_cp_size=1)
     rows = local_positions(lengths, 4, dist.get_rank())
-    return relative(attend(rows, local_cp_size=4, cp_group=dist.group.WORLD), alone[rows])
+    errors = {}
+    for comm in ("all_gather", "a2a", "a2a+all_gather"):
+        cp, levels = (4, (2, 2)) if comm == "a2a+all_gather" else (2, None)
+        model = build(Layout("dynamic", cp=cp, comm=comm, levels=levels))
+        core = model.decoder.layers[0].self_attention.core_attention
+
+        def attend(rows, **groups):
+            packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, max_seqlen_q=88, **groups)
+            return core(q[rows], k[rows], v[rows], None, packed_seq_params=packed)
+
+        alone = attend(torch.arange(128), local_cp_size=1)
+        errors[comm] = relative(attend(rows, local_cp_size=4, cp_group=dist.group.WORLD), alone[rows])
+    return errors
 
 
 def static_inference(weights):
@@ -242,7 +253,8 @@ def everything(rank, size):
                Layout("tp2_sp", tp=2, sp=True), Layout("tp2_cp2", tp=2, cp=2),
                Layout("tp2_cp2_sp", tp=2, cp=2, sp=True), Layout("pp2", pp=2), Layout("pp2_cp2", pp=2, cp=2),
                Layout("cp2_recompute", cp=2, recompute="full"),
-               Layout("cp2_selective", cp=2, recompute="selective")]
+               Layout("cp2_selective", cp=2, recompute="selective"), Layout("cp2_a2a", cp=2, comm="a2a"),
+               Layout("cp4_by_layer", cp=4, comm=BY_LAYER, levels=(2, 2))]
     assert [layout.name for layout in layouts] == LAYOUTS
     weights, batch = common_weights(), make_batch()
     model = build(layouts[0])
@@ -293,7 +305,8 @@ def test_packed_equals_one_rank(results, cp):
 def test_dynamic_context_parallel_groups(results):
     if results[0]["dynamic"] is None:
         pytest.skip("this Megatron-Core has no groups in PackedSeqParams")
-    assert max(result["dynamic"] for result in results) <= TOLERANCE
+    for result in results:
+        assert len(result["dynamic"]) == 3 and max(result["dynamic"].values()) <= TOLERANCE, result["dynamic"]
 
 
 def test_static_inference(results):

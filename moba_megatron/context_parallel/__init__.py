@@ -1,10 +1,14 @@
-"""Context parallelism: each rank keeps two pieces of every sequence and attends to the gathered keys.
+"""Context parallelism: each rank keeps two pieces of every sequence; keys travel to queries, or heads are exchanged.
 
-``layout`` says which rows a rank holds, ``comm`` moves tensors and detects ranks that disagree, ``attention`` is the
-schedule with its gradient. Selection and result equal those of a single rank.
+``layout`` and ``rows`` say which rows a rank holds and move them, ``comm`` has collectives that are awaited late,
+``agreement`` detects ranks that disagree. Schedules: ``gather`` (keys and values travel), ``heads`` (heads for rows),
+``whole`` (nothing travels; the inner part of ``heads``); ``attention`` chooses one by name and gives it a gradient.
+Selection and result equal those of a single rank.
 """
-from .attention import context_parallel_attention
-from .comm import Agreement
-from .layout import ZigzagLayout, check_zigzag, zigzag_packed, zigzag_uniform
+from .agreement import Agreement
+from .attention import COMM_TYPES, canonical_comm_type, check_groups, context_parallel_attention
+from .comm import WaitRecord, record_waits
+from .layout import Sequences, check_zigzag
 
-__all__ = ["Agreement", "ZigzagLayout", "check_zigzag", "context_parallel_attention", "zigzag_packed", "zigzag_uniform"]
+__all__ = ["COMM_TYPES", "Agreement", "Sequences", "WaitRecord", "canonical_comm_type", "check_groups",
+           "check_zigzag", "context_parallel_attention", "record_waits"]

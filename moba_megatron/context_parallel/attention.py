@@ -1,127 +1,139 @@
-"""The all-gather schedule: partial sums, gate beside the key/value gather, attention on local queries, gradient.
-
-1. Sums of whole blocks of local keys, and the rows of blocks that a piece boundary cuts, are gathered (small). Every
-   rank then has the same chunk means, bit for bit those of a single rank, so it selects the same chunks.
-2. The gathers of K and V are issued right behind and awaited only after the gate: they overlap.
-3. Local queries attend to the gathered keys. Backward gathers K and V again rather than keeping them, and
-   reduce-scatters dK and dV in fp32.
-"""
+"""Attention over sequences whose rows are spread over ranks: the public function, its schedules by name, its gradient."""
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..ops import get_stages
-from ..ops.validation import check_scale
-from ..segments import Routing, Segments
-from .comm import Pending, all_gather, reduce_scatter
-from .layout import BlockExchange, ZigzagLayout
+from ..ops.validation import check_flag, check_scale, check_whole
+from .gather import Gathered
+from .heads import Exchanged, check_heads
+from .layout import Sequences
+from .whole import Method, Whole
+
+COMM_TYPES = ("all_gather", "a2a", "a2a+all_gather")
+"""How ranks communicate, by Megatron's ``cp_comm_type``; ``allgather`` is understood too."""
+
+Groups = dist.ProcessGroup | Sequence[dist.ProcessGroup]
 
 
-def context_parallel_attention(q: Tensor, k: Tensor, v: Tensor, layout: ZigzagLayout, topk: int,
-                               group: dist.ProcessGroup, *, softmax_scale: float | None = None,
-                               deterministic: bool = False, backend: str = "auto") -> Tensor:
-    """MoBA over sequences whose rows are spread over the ranks of a group; dense with topk 1 and one chunk a sequence.
+def canonical_comm_type(name: str) -> str:
+    """One of COMM_TYPES.
+
+    Raises:
+        ValueError: a type that is not supported; the message lists those that are.
+    """
+    canonical = name.replace("allgather", "all_gather") if isinstance(name, str) else name
+    if canonical not in COMM_TYPES:
+        raise ValueError(f"cp_comm_type must be one of {', '.join(COMM_TYPES)} for MoBA attention, got {name!r}")
+    return canonical
+
+
+def context_parallel_attention(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, chunk_size: int, topk: int,
+                               group: Groups, *, comm_type: str = "all_gather", head_groups: int | None = None,
+                               softmax_scale: float | None = None, deterministic: bool = False,
+                               backend: str = "auto") -> Tensor:
+    """MoBA over sequences whose rows are spread over the ranks of a group, with gradients for q, k and v.
 
     The inputs must fit together on all ranks: check them under :class:`~moba_megatron.context_parallel.Agreement`.
+    Selection and result equal those of one rank: chunk means bit for bit, o and gradients up to the order of sums.
 
     Args:
         q: ``[T, H, D]``, this rank's rows of every sequence in zigzag order.
         k: ``[T, HK, D]``.
         v: ``[T, HK, DV]``.
-        layout: this rank's place, for the layout's own chunk size.
+        sequences: the whole sequences, ``T * P`` rows, each a multiple of ``2 P`` long.
+        chunk_size: keys in a chunk.
         topk: chunks a query attends to, its own included.
-        group: the context parallel group, any backend.
+        group: the context parallel group; for ``a2a+all_gather`` two groups: of ranks in a row (heads are exchanged
+            among them), and of the ranks with the same place in each of those (keys are gathered among them).
+        comm_type: one of COMM_TYPES.
+        head_groups: groups of kv heads that travel and are computed one after the other; None: by size.
         softmax_scale: None for ``1/sqrt(D)``.
-        deterministic: bitwise reproducible gradients, as far as the backend's reduce-scatter is.
+        deterministic: bitwise reproducible gradients.
         backend: ``auto``, ``triton`` or ``reference``.
 
     Returns:
         o ``[T, H, DV]``, what a single rank would compute for these rows.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range, or heads cannot be dealt out.
     """
-    scale = check_scale(softmax_scale, q.shape[2])
-    return _ContextParallelAttention.apply(q, k, v, layout, topk, group, scale, deterministic, backend)
+    check_flag("deterministic", deterministic)
+    if head_groups is not None:
+        check_whole("head_groups", head_groups, 1)
+    if sequences.max_seqlen <= topk * chunk_size:  # every earlier chunk is chosen: causal attention, one chunk
+        chunk_size, topk = max(chunk_size, sequences.max_seqlen), 1
+    method = Method(get_stages(backend, q.device), topk, check_scale(softmax_scale, q.shape[2]), deterministic,
+                    backend == "auto")
+    comm_type = canonical_comm_type(comm_type)
+    check_groups(group, comm_type, q.shape[1], k.shape[1])
+    schedule = _schedule(comm_type, method, sequences, chunk_size, group, head_groups)
+    return _ContextParallelAttention.apply(q, k, v, schedule)
+
+
+def check_groups(group: Groups, comm_type: str, heads: int, kv_heads: int) -> None:
+    """Raises ValueError or TypeError unless the group or groups fit the communication type and the heads."""
+    hierarchical = comm_type == "a2a+all_gather"
+    if hierarchical and not (isinstance(group, Sequence) and len(group) == 2):
+        got = f"{len(group)} groups" if isinstance(group, Sequence) else type(group).__name__
+        raise ValueError(f"group must be two groups, inner and outer, for cp_comm_type {comm_type!r}, got {got}: pass "
+                         "two sizes to --hierarchical-context-parallel-sizes")
+    if not hierarchical and isinstance(group, Sequence):
+        raise TypeError(f"group must be one group for cp_comm_type {comm_type!r}, got {len(group)}")
+    if comm_type != "all_gather":
+        check_heads(heads, kv_heads, (group[0] if hierarchical else group).size(), comm_type)
+
+
+def _schedule(comm_type: str, method: Method, sequences: Sequences, chunk_size: int, group: Groups,
+              head_groups: int | None) -> Gathered | Exchanged:
+    if comm_type == "a2a+all_gather":
+        group, outer = group
+        inner = Gathered(method, sequences.zigzag(outer.size(), dist.get_rank(outer), chunk_size), outer, head_groups)
+        sequences, head_groups = sequences.part(outer.size()), 1  # the slower part is pipelined
+    size, rank = group.size(), dist.get_rank(group)
+    if comm_type == "all_gather":
+        return Gathered(method, sequences.zigzag(size, rank, chunk_size), group, head_groups)
+    if comm_type == "a2a":
+        inner = Whole(method, sequences.whole(chunk_size))
+    return Exchanged(inner, sequences.rows(size, rank), group, head_groups)
 
 
 class _ContextParallelAttention(torch.autograd.Function):
-    """Saves the local q, k, v, o, lse, the selection and its routing.
-
-    The gathered K and V live in forward and in backward only.
-    """
+    """Runs a schedule and keeps what its backward asks for."""
 
     @staticmethod
-    def forward(ctx, q, k, v, layout, topk, group, softmax_scale, deterministic, backend):
-        stages = get_stages(backend, q.device)
-        o, lse, selected, routing = _forward(stages, q, k, v, layout, topk, group, softmax_scale)
-        s = layout.segments
-        entries, starts = (routing.entries, routing.starts) if routing else (None, None)
-        ctx.save_for_backward(q, k, v, o, lse, selected, entries, starts, layout.global_rows, layout.rank_rows,
-                              s.cu_seqlens_q, s.cu_seqlens_k, s.seq_ids, s.offsets)
-        ctx.bounds = (s.max_seqlen_q, s.max_seqlen_k, s.chunk_size)
-        ctx.stages, ctx.group, ctx.softmax_scale, ctx.deterministic = stages, group, softmax_scale, deterministic
+    def forward(ctx, q, k, v, schedule):
+        o, saved = schedule.forward(q, k, v)
+        tensors = []
+        ctx.saved, ctx.schedule, ctx.kv_dtype = _set_aside(saved, tensors), schedule, k.dtype
+        ctx.save_for_backward(*tensors)
         return o
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do):
-        q, k, v, o, lse, selected, entries, starts, global_rows, rank_rows, *segment_tensors = ctx.saved_tensors
-        routing = Routing(entries, starts) if entries is not None else None
-        segments = Segments(*segment_tensors, *ctx.bounds)
-        k_all, v_all = all_gather(k, ctx.group), all_gather(v, ctx.group)
-        dq, dk, dv = ctx.stages.attention_bwd(
-            do.contiguous(), None, q, k_all.wait()[global_rows], v_all.wait()[global_rows], o, lse, selected, segments,
-            ctx.softmax_scale, deterministic=ctx.deterministic, kv_grad_dtype=_sum_dtype(k.dtype),
-            routing=routing)
-        dk, dv = reduce_scatter(dk[rank_rows], ctx.group), reduce_scatter(dv[rank_rows], ctx.group)
-        return dq, dk.wait().to(k.dtype), dv.wait().to(v.dtype), *(None,) * 6
+        saved = _put_back(ctx.saved, ctx.saved_tensors)
+        return *ctx.schedule.backward(do.contiguous(), saved, ctx.kv_dtype), None
 
 
-def _forward(stages: ModuleType, q: Tensor, k: Tensor, v: Tensor, layout: ZigzagLayout, topk: int,
-             group: dist.ProcessGroup, softmax_scale: float) -> tuple[Tensor, Tensor, Tensor, Routing | None]:
-    segments = layout.segments
-    earlier = min(topk - 1, max(0, (segments.max_seqlen_k - 1) // segments.chunk_size))
-    sums = _send_sums(stages, k, layout.blocks, group) if earlier and layout.blocks else None
-    k_all, v_all = all_gather(k, group), all_gather(v, group)
-    if not earlier:
-        selected = torch.empty(*q.shape[:2], 0, dtype=torch.int32, device=q.device)
-        k_global = k_all.wait()[layout.global_rows]
-    elif sums is not None:
-        means = _receive_means(stages, sums.wait(), layout.blocks, segments.chunk_size, k.dtype)
-        selected = stages.gate(q, means, segments, earlier + 1)
-        k_global = k_all.wait()[layout.global_rows]
-    else:  # the boundaries of pieces are on the device only: the same sums from the gathered keys, while V travels
-        k_global = k_all.wait()[layout.global_rows]
-        selected = stages.gate(q, stages.chunk_means(k_global, segments), segments, earlier + 1)
-    del k_all
-    routing = stages.route(selected, k.shape[1], segments.num_chunks(k_global.shape[0])) if earlier else None
-    o, lse = stages.attention_fwd(q, k_global, v_all.wait()[layout.global_rows], selected, segments, softmax_scale,
-                                  routing)
-    return o, lse, selected, routing
+class _Place(int):
+    """Where a tensor of a nested list is kept."""
 
 
-def _send_sums(stages: ModuleType, k: Tensor, blocks: BlockExchange, group: dist.ProcessGroup) -> Pending:
-    """Starts the gather of this rank's block sums and of its rows in cut blocks."""
-    message = torch.zeros(blocks.send_rows, *k.shape[1:], dtype=_sum_dtype(k.dtype), device=k.device)
-    whole = blocks.starts.numel()
-    message[:whole] = stages.block_sums(k, blocks.starts, blocks.counts)
-    message[whole:whole + blocks.cut_rows.numel()] = k[blocks.cut_rows]
-    return all_gather(message, group)
+def _set_aside(saved, tensors: list[Tensor]):
+    """A nested list with its tensors moved to ``tensors``."""
+    if isinstance(saved, Tensor):
+        tensors.append(saved)
+        return _Place(len(tensors) - 1)
+    return [_set_aside(x, tensors) for x in saved] if isinstance(saved, list) else saved
 
 
-def _receive_means(stages: ModuleType, messages: Tensor, blocks: BlockExchange, chunk_size: int,
-                   dtype: torch.dtype) -> Tensor:
-    """Chunk means ``[num_chunks, HK, D]`` from the gathered messages."""
-    num_chunks, per_chunk = blocks.table_shape
-    table = torch.zeros(num_chunks * per_chunk, *messages.shape[1:], dtype=messages.dtype, device=messages.device)
-    table[blocks.sum_target] = messages[blocks.sum_source]
-    if blocks.cut_target.numel():
-        cut = messages[blocks.cut_source].to(dtype)  # exact: they were keys of this dtype
-        table[blocks.cut_target] = stages.block_sums(cut, blocks.cut_starts, blocks.cut_counts)
-    return stages.means_from_block_sums(table.unflatten(0, (num_chunks, per_chunk)), chunk_size, dtype)
-
-
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _put_back(saved, tensors: Sequence[Tensor]):
+    """The nested list again."""
+    if isinstance(saved, _Place):
+        return tensors[saved]
+    return [_put_back(x, tensors) for x in saved] if isinstance(saved, list) else saved

@@ -1,35 +1,112 @@
-"""Collectives with an explicit wait, and the header by which ranks notice that one of them got different input."""
+"""Collectives with an explicit wait, and a record of how long the compute stream stood still for them."""
 from __future__ import annotations
 
-import functools
-from collections import deque
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
+class WaitRecord:
+    """What :func:`record_waits` saw: for each stage its waits, their time, and the bytes sent."""
+
+    def __init__(self):
+        self._waits: list[tuple[str, Any, Any]] = []
+        self._sent: dict[str, int] = {}
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """By stage: ``calls``, ``exposed_ms`` and ``sent_bytes``, all added up. On CUDA call it after a synchronize.
+
+        ``exposed_ms`` is the time between reaching the waits and passing them, on the compute stream (on CPU tensors
+        the host's time); ``sent_bytes`` is what this rank handed to other ranks.
+        """
+        stages = {stage: dict(calls=0, exposed_ms=0.0, sent_bytes=sent) for stage, sent in self._sent.items()}
+        for stage, before, after in self._waits:
+            entry = stages[stage]
+            entry["calls"] += 1
+            entry["exposed_ms"] += (after - before) * 1e3 if isinstance(before, float) else before.elapsed_time(after)
+        return stages
+
+    def sent(self, stage: str, size: int) -> None:
+        self._sent[stage] = self._sent.get(stage, 0) + size
+
+    def waited(self, stage: str, on_cuda: bool, wait: Callable[[], None]) -> None:
+        """Calls ``wait`` between two points in time of the current stream."""
+        with torch.profiler.record_function("moba_cp " + stage):
+            before = _now(on_cuda)
+            wait()
+            self._waits.append((stage, before, _now(on_cuda)))
+
+
+_record: WaitRecord | None = None
+
+
+@contextmanager
+def record_waits() -> Iterator[WaitRecord]:
+    """Records the waits for collectives of everything inside, forward and backward; not inside CUDA graph capture."""
+    global _record
+    outer, _record = _record, WaitRecord()
+    try:
+        yield _record
+    finally:
+        _record = outer
+
+
+def _now(on_cuda: bool) -> float | torch.cuda.Event:
+    if not on_cuda:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
 class Pending:
-    """The result of a collective that was issued and may still be under way.
+    """The result of collectives that were issued and may still be under way.
 
     Args:
-        output: filled by the collective.
-        work: its handle.
-        source: what it reads; kept until the wait.
+        works: their handles.
+        output: what they fill.
+        keep: tensors that they read; kept until the wait, after which the current stream may reuse their memory.
+        stage: name for :func:`record_waits`.
+        finish: makes the result of the output, after the wait; None for the output itself.
     """
 
-    def __init__(self, output: Tensor, work, source: Tensor):
-        self._output, self._work, self._source = output, work, source
+    def __init__(self, works: Sequence[Any], output: Tensor, keep: Any, stage: str,
+                 finish: Callable[[Tensor], Any] | None = None):
+        self._works, self._output, self._keep, self._stage, self._finish = works, output, keep, stage, finish
 
-    def wait(self) -> Tensor:
-        """The output. On CUDA this makes the current stream wait, not the host."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = self._source = None
-        return self._output
+    def wait(self) -> Any:
+        """The result, once: this then holds nothing any more. On CUDA the current stream waits, not the host."""
+        if _record is not None:
+            _record.waited(self._stage, self._output.is_cuda, self._wait)
+        else:
+            self._wait()
+        output, finish = self._output, self._finish
+        self._works = self._output = self._keep = self._finish = None
+        return output if finish is None else finish(output)
+
+    def then(self, function: Callable[[Any], Any]) -> "Pending":
+        """This, with one more function that makes its result."""
+        finish = self._finish
+        self._finish = function if finish is None else lambda output: function(finish(output))
+        return self
+
+    def _wait(self) -> None:
+        for work in self._works:
+            work.wait()
 
 
-def all_gather(x: Tensor, group: dist.ProcessGroup) -> Pending:
+def _count(stage: str, *sent: Tensor, times: int = 1) -> None:
+    if _record is not None:
+        _record.sent(stage, times * sum(x.nbytes for x in sent))
+
+
+def all_gather(x: Tensor, group: dist.ProcessGroup, stage: str = "gather",
+               finish: Callable[[Tensor], Any] | None = None) -> Pending:
     """Starts to gather ``[T, ...]`` from every rank.
 
     Returns:
@@ -37,10 +114,12 @@ def all_gather(x: Tensor, group: dist.ProcessGroup) -> Pending:
     """
     x = x.contiguous()
     output = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
-    return Pending(output, dist.all_gather_into_tensor(output, x, group=group, async_op=True), x)
+    _count(stage, x, times=group.size() - 1)
+    return Pending([dist.all_gather_into_tensor(output, x, group=group, async_op=True)], output, x, stage, finish)
 
 
-def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Pending:
+def reduce_scatter(x: Tensor, group: dist.ProcessGroup, stage: str,
+                   finish: Callable[[Tensor], Any] | None = None) -> Pending:
     """Starts to add ``[P * T, ...]`` over the ranks and to give each rank its part.
 
     Returns:
@@ -48,107 +127,27 @@ def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Pending:
     """
     x = x.contiguous()
     output = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
-    return Pending(output, dist.reduce_scatter_tensor(output, x, group=group, async_op=True), x)
+    _count(stage, x[:(group.size() - 1) * output.shape[0]])
+    return Pending([dist.reduce_scatter_tensor(output, x, group=group, async_op=True)], output, x, stage, finish)
 
 
-class Agreement:
-    """Checks inputs on every rank of a group, so that a rank with bad input ends all ranks rather than hanging them.
+def exchange(outputs: list[Tensor | None], inputs: list[Tensor | None], group: dist.ProcessGroup, stage: str) -> list:
+    """Starts to send ``inputs[r]`` to each rank r and to receive ``outputs[r]`` from it, contiguous; None for nothing.
 
-    Inside the ``with`` block a rank checks its own input and sets ``signature`` to a text of everything that the
-    following collectives depend on (shapes, dtypes, chunk size). At its end the ranks exchange that text, or the text
-    of the error that was raised, in a message of fixed size: it cannot itself fail to match, whatever the inputs are.
-
-    Cost: with gloo one all-gather of 512 bytes a call, read at once. With NCCL the host reads the message at once only
-    where this rank has a signature that the group has not yet agreed on (the first call, a new sequence length).
-    Otherwise neither the host nor the compute stream waits: a side stream copies the message to pinned memory, and it
-    is looked at when the next attention call begins. A rank whose input changed alone is on the reading side and
-    raises immediately; its peers raise at their next call. In a CUDA graph under capture nothing is exchanged.
-
-    Args:
-        group: the context parallel group.
-
-    Raises:
-        ValueError: at the end of the block, with the same text on every rank, where a rank raised TypeError or
-            ValueError in the block or where the signatures differ.
+    Returns:
+        Handles, for a :class:`Pending`.
     """
-
-    HEADER_BYTES = 512
-    _agreed: set[tuple[str, str]] = set()
-    _unread: dict[str, deque] = {}
-
-    def __init__(self, group: dist.ProcessGroup):
-        self.group = group
-        self.signature = ""
-
-    def __enter__(self) -> "Agreement":
-        self._read_finished()
-        return self
-
-    def __exit__(self, exc_type, error, traceback) -> bool:
-        if error is not None and not isinstance(error, (TypeError, ValueError)):
-            return False
-        if _capturing():
-            return False
-        text = "!" + str(error) if error is not None else self.signature
-        device = _group_device(self.group)
-        headers = all_gather(_header(text, device, self.HEADER_BYTES), self.group)
-        key = (self.group.group_name, text)
-        if device.type == "cuda" and key in self._agreed:
-            self._read_later(headers, device)
-        else:
-            self._check(headers.wait(), error)
-            self._agreed.add(key)
-        return False
-
-    def is_new(self) -> bool:
-        """Whether the exchange at the end of the block will make the host wait anyway: costly checks may go with it."""
-        return (self.group.group_name, self.signature) not in self._agreed
-
-    def _check(self, headers: Tensor, error: Exception | None = None) -> None:
-        rows = headers.view(self.group.size(), self.HEADER_BYTES).cpu()
-        texts = [bytes(row.tolist()).rstrip(b"\0").decode("utf-8", "ignore") for row in rows]
-        problems = [f"context parallel rank {rank}: {t[1:]}" for rank, t in enumerate(texts) if t.startswith("!")]
-        if problems:
-            raise ValueError("; ".join(problems)) from error
-        if len(set(texts)) > 1:
-            each = "; ".join(f"rank {rank}: {t}" for rank, t in enumerate(texts))
-            raise ValueError("all ranks of a context parallel group must call attention with the same shapes, dtypes "
-                             f"and MoBA settings, got {each}. Check the lengths that the data loader gives each rank")
-
-    def _read_later(self, pending: Pending, device: torch.device) -> None:
-        with torch.cuda.stream(_side_stream(device)):
-            headers = pending.wait()
-            copy = torch.empty(headers.shape, dtype=headers.dtype, pin_memory=True)
-            copy.copy_(headers, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        # the device tensor is kept too: its memory must not be reused before the copy is done
-        self._unread.setdefault(self.group.group_name, deque()).append((event, copy, headers))
-
-    def _read_finished(self) -> None:
-        unread = self._unread.get(self.group.group_name)
-        while unread and not _capturing() and unread[0][0].query():
-            self._check(unread.popleft()[1])
-
-
-@functools.lru_cache(maxsize=64)
-def _header(text: str, device: torch.device, size: int) -> Tensor:
-    raw = text.encode()[:size]
-    with torch.inference_mode(False):
-        return torch.tensor(list(raw.ljust(size, b"\0")), dtype=torch.uint8).to(device)
-
-
-def _group_device(group: dist.ProcessGroup) -> torch.device:
-    """The device of the group's small messages: the CPU with gloo, else this rank's GPU."""
-    if dist.get_backend(group) == "gloo" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-@functools.lru_cache(maxsize=None)
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    _count(stage, *(x for x in inputs if x is not None))
+    some = next(x for x in (*outputs, *inputs) if x is not None)
+    if some.is_cuda:
+        nothing = some.new_empty(0)
+        return [dist.all_to_all([nothing if x is None else x for x in outputs],
+                                [nothing if x is None else x for x in inputs], group=group, async_op=True)]
+    works = []  # gloo's all_to_all wants all messages of one size
+    for rank, (output, message) in enumerate(zip(outputs, inputs)):
+        peer = dist.get_global_rank(group, rank)
+        if message is not None:
+            works.append(dist.isend(message, peer, group=group))
+        if output is not None:
+            works.append(dist.irecv(output, peer, group=group))
+    return works

@@ -1,4 +1,4 @@
-"""Zigzag layout: which rows of which sequences a context parallel rank holds, and where gathered rows belong.
+"""Sequences that are spread over ranks: which rows a rank holds (zigzag), and how partial sums of keys travel.
 
 Megatron cuts every sequence into ``2 P`` equal pieces and gives rank ``r`` the pieces ``r`` and ``2 P - 1 - r``, in
 this order, so that causal work is even. Gathered tensors come "rank-major" (all rows of rank 0, then of rank 1, ...);
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..segments import SUM_BLOCK, Segments
+from .rows import MAX_RUNS, Rows
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,69 @@ class ZigzagLayout:
 
     Args:
         segments: the rank's queries over the keys in global order: two segments a sequence.
-        global_rows: int64 ``[S]``, for each key in global order its row in the rank-major gathered tensor.
-        rank_rows: int64 ``[S]``, the inverse.
+        rows: the rank's rows among all.
         blocks: the exchange of partial sums, or None where piece boundaries are known only on the device.
     """
 
     segments: Segments
-    global_rows: Tensor
-    rank_rows: Tensor
+    rows: Rows
     blocks: BlockExchange | None
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Whole sequences, the rows of all ranks together.
+
+    Args:
+        cu_seqlens: int32 ``[B + 1]``, from 0 to ``total``, each length a multiple of ``2 * size``.
+        max_seqlen: upper bound of a length.
+        total: rows of all sequences.
+        batch: number of sequences if they are all ``max_seqlen`` long, else None: lengths are on the device only.
+    """
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    total: int
+    batch: int | None
+
+    @classmethod
+    def uniform(cls, seqlen: int, batch: int, device: torch.device) -> "Sequences":
+        """``batch`` sequences of ``seqlen`` tokens. Everything is known on the host: layouts are made once and kept."""
+        return _uniform(seqlen, batch, torch.device(device))
+
+    @classmethod
+    def packed(cls, cu_seqlens: Tensor, max_seqlen: int, total: int) -> "Sequences":
+        """Sequences whose lengths are known on the device only; nothing is read back."""
+        return cls(cu_seqlens.int(), max_seqlen, total, None)
+
+    def part(self, size: int) -> "Sequences":
+        """What one of ``size`` ranks holds, joined up: every sequence ``size`` times shorter."""
+        if self.batch is not None:
+            return _uniform(self.max_seqlen // size, self.batch, self.cu_seqlens.device)
+        return Sequences(self.cu_seqlens // size, self.max_seqlen // size, self.total // size, None)
+
+    def whole(self, chunk_size: int) -> Segments:
+        """Every sequence as one segment: attention on a single rank."""
+        if self.batch is not None:
+            return _whole_uniform(self.max_seqlen, self.batch, chunk_size, self.cu_seqlens.device)
+        return Segments.from_cu_seqlens(self.cu_seqlens, self.max_seqlen, chunk_size)
+
+    def rows(self, size: int, rank: int) -> Rows:
+        """The rows of one of ``size`` ranks."""
+        if self.batch is not None:
+            return _rows_uniform(self.max_seqlen, self.batch, size, rank, self.cu_seqlens.device)
+        return _rows(self.cu_seqlens, self.total, size, rank, None)
+
+    def local_rows(self, size: int, rank: int) -> Tensor:
+        """Global rows of one of ``size`` ranks, in its own order: int64 ``[total / size]``."""
+        return self.rows(size, rank).rank_rows.unflatten(0, (size, -1))[rank]
+
+    def zigzag(self, size: int, rank: int, chunk_size: int) -> ZigzagLayout:
+        """The layout of one of ``size`` ranks."""
+        if self.batch is not None:
+            return _zigzag_uniform(self.max_seqlen, self.batch, size, rank, chunk_size, self.cu_seqlens.device)
+        segments = _segments(self.cu_seqlens, self.max_seqlen, size, rank, chunk_size)
+        return ZigzagLayout(segments, self.rows(size, rank), None)
 
 
 def check_zigzag(length: int, size: int, name: str) -> None:
@@ -71,60 +126,65 @@ def check_zigzag(length: int, size: int, name: str) -> None:
                          "--seq-length, or pad each packed sequence")
 
 
+# what follows keeps tensors: they must be fit for training, whoever asks first, hence inference_mode(False)
+
+@functools.lru_cache(maxsize=64)
+def _uniform(seqlen: int, batch: int, device: torch.device) -> Sequences:
+    with torch.inference_mode(False):
+        return Sequences(torch.arange(batch + 1, dtype=torch.int32, device=device) * seqlen, seqlen, batch * seqlen,
+                         batch)
+
+
+@functools.lru_cache(maxsize=64)
+def _whole_uniform(seqlen: int, batch: int, chunk_size: int, device: torch.device) -> Segments:
+    with torch.inference_mode(False):
+        return Segments.from_cu_seqlens(_uniform(seqlen, batch, device).cu_seqlens, seqlen, chunk_size)
+
+
+@functools.lru_cache(maxsize=64)
+def _rows_uniform(seqlen: int, batch: int, size: int, rank: int, device: torch.device) -> Rows:
+    with torch.inference_mode(False):
+        piece = seqlen // (2 * size)
+        runs = tuple(tuple(sequence * seqlen + (2 * size - 1 - r if second else r) * piece for r in range(size))
+                     for sequence in range(batch) for second in (False, True))
+        return _rows(_uniform(seqlen, batch, device).cu_seqlens, batch * seqlen, size, rank,
+                     runs if len(runs) <= MAX_RUNS else None)
+
+
 @functools.lru_cache(maxsize=16)
-def zigzag_uniform(seqlen: int, batch: int, size: int, rank: int, chunk_size: int,
-                   device: torch.device) -> ZigzagLayout:
-    """The layout of ``batch`` sequences of ``seqlen`` tokens, local rows packed sequence after sequence.
-
-    Everything is known on the host, so it is made once a shape and kept.
-
-    Args:
-        seqlen: tokens of each whole sequence, a multiple of ``2 * size``.
-        batch: sequences.
-        size, rank: of the context parallel group.
-        chunk_size: keys in a chunk.
-        device: of the tensors.
-    """
-    with torch.inference_mode(False):  # the cached tensors must be fit for training, whoever asks first
-        cu_seqlens = torch.arange(batch + 1, dtype=torch.int32) * seqlen
-        layout = _zigzag(cu_seqlens, seqlen, batch * seqlen, size, rank, chunk_size)
-        blocks = _block_exchange(layout, seqlen, batch, size, rank)
-        return ZigzagLayout(_to(layout.segments, device), layout.global_rows.to(device), layout.rank_rows.to(device),
+def _zigzag_uniform(seqlen: int, batch: int, size: int, rank: int, chunk_size: int,
+                    device: torch.device) -> ZigzagLayout:
+    with torch.inference_mode(False):
+        cpu = torch.device("cpu")
+        segments = _segments(_uniform(seqlen, batch, cpu).cu_seqlens, seqlen, size, rank, chunk_size)
+        blocks = _block_exchange(segments, _rows_uniform(seqlen, batch, size, rank, cpu), seqlen, batch)
+        return ZigzagLayout(_to(segments, device), _rows_uniform(seqlen, batch, size, rank, device),
                             _to(blocks, device))
 
 
-def zigzag_packed(cu_seqlens: Tensor, max_seqlen: int, total: int, size: int, rank: int,
-                  chunk_size: int) -> ZigzagLayout:
-    """The layout of packed sequences whose lengths are known on the device only; nothing is read back.
-
-    Args:
-        cu_seqlens: int32 ``[B + 1]`` of the whole sequences, each a multiple of ``2 * size`` long.
-        max_seqlen: upper bound of a whole sequence's length.
-        total: tokens of all sequences, all ranks.
-        size, rank, chunk_size: as :func:`zigzag_uniform`.
-    """
-    return _zigzag(cu_seqlens, max_seqlen, total, size, rank, chunk_size)
-
-
-def _zigzag(cu_seqlens: Tensor, max_seqlen: int, total: int, size: int, rank: int, chunk_size: int) -> ZigzagLayout:
+def _segments(cu_seqlens: Tensor, max_seqlen: int, size: int, rank: int, chunk_size: int) -> Segments:
     cu = cu_seqlens.long()
-    device = cu.device
     pieces = (cu[1:] - cu[:-1]) // (2 * size)
     local = cu // size
     starts = torch.stack((local[:-1], local[:-1] + pieces), dim=1).flatten()
-    segments = Segments(
-        cu_seqlens_q=torch.cat((starts, local[-1:])).int(), cu_seqlens_k=cu_seqlens.int(),
-        seq_ids=torch.arange(pieces.numel(), device=device, dtype=torch.int32).repeat_interleave(2),
+    return Segments(
+        cu_seqlens_q=torch.cat((starts, local[-1:])).int(), cu_seqlens_k=cu_seqlens,
+        seq_ids=torch.arange(pieces.numel(), device=cu.device, dtype=torch.int32).repeat_interleave(2),
         offsets=torch.stack((rank * pieces, (2 * size - 1 - rank) * pieces), dim=1).flatten().int(),
         max_seqlen_q=-(-max_seqlen // (2 * size)), max_seqlen_k=max_seqlen, chunk_size=chunk_size)
-    row = torch.arange(total, device=device)
+
+
+def _rows(cu_seqlens: Tensor, total: int, size: int, rank: int, runs: tuple[tuple[int, ...], ...] | None) -> Rows:
+    cu = cu_seqlens.long()
+    pieces, local = (cu[1:] - cu[:-1]) // (2 * size), cu // size
+    row = torch.arange(total, device=cu.device)
     sequence = torch.searchsorted(cu, row, right=True) - 1
     piece, within = _divide(row - cu[sequence], pieces[sequence])
     owner = torch.where(piece < size, piece, 2 * size - 1 - piece)
     second = (piece >= size) * pieces[sequence]
     global_rows = owner * (total // size) + local[sequence] + second + within
     rank_rows = torch.empty_like(row).scatter_(0, global_rows, row)
-    return ZigzagLayout(segments, global_rows, rank_rows, None)
+    return Rows(size, rank, global_rows, rank_rows, runs)
 
 
 def _divide(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,10 +192,10 @@ def _divide(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return quotient, x - quotient * y
 
 
-def _block_exchange(layout: ZigzagLayout, seqlen: int, batch: int, size: int, rank: int) -> BlockExchange:
-    chunk = layout.segments.chunk_size
+def _block_exchange(segments: Segments, rows: Rows, seqlen: int, batch: int) -> BlockExchange:
+    chunk, size, rank = segments.chunk_size, rows.size, rows.rank
     per_chunk = -(-chunk // SUM_BLOCK)
-    num_chunks = layout.segments.num_chunks(batch * seqlen)
+    num_chunks = segments.num_chunks(batch * seqlen)
     local_total, piece = batch * seqlen // size, seqlen // (2 * size)
     # every block of every full chunk: its row in the table, its first global row, its rows
     chunks = torch.arange(seqlen // chunk)
@@ -143,15 +203,15 @@ def _block_exchange(layout: ZigzagLayout, seqlen: int, batch: int, size: int, ra
     count = torch.clamp(chunk - torch.arange(per_chunk) * SUM_BLOCK, max=SUM_BLOCK).repeat(chunks.numel())
     is_cut = first // piece != (first + count - 1) // piece
     sequence = torch.arange(batch)[:, None]
-    ids = layout.segments.first_chunk()[:, None] + chunks
+    ids = segments.first_chunk()[:, None] + chunks
     target = (ids[:, :, None] * per_chunk + torch.arange(per_chunk)).flatten()
     first, count, is_cut = (sequence * seqlen + first).flatten(), count.repeat(batch), is_cut.repeat(batch)
 
-    whole_at = layout.global_rows[first[~is_cut]]
+    whole_at = rows.global_rows[first[~is_cut]]
     cut_first, cut_count = first[is_cut], count[is_cut]
     cut_begin = torch.cumsum(cut_count, 0) - cut_count
     cut_global = torch.repeat_interleave(cut_first - cut_begin, cut_count) + torch.arange(int(cut_count.sum()))
-    cut_at = layout.global_rows[cut_global]
+    cut_at = rows.global_rows[cut_global]
     # a message holds a rank's whole blocks, then its rows of cut blocks, both in global order
     at = torch.cat((whole_at, cut_at))
     owner = at // local_total

@@ -1,5 +1,4 @@
-"""Context parallel attention on NCCL and the Triton kernels: two GPUs against one, and bad input on one of them."""
-import itertools
+"""Context parallel attention on NCCL and the Triton kernels: two and four GPUs against one, every communication type."""
 import sys
 import time
 from pathlib import Path
@@ -10,59 +9,68 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from ranks import run_ranks
-from test_context_parallel import zigzag_rows
+from test_context_parallel import RecordedGate, cu_seqlens_of, selecting_rows_and_heads, zigzag_rows
 
 from moba_megatron import kernels
-from moba_megatron.context_parallel import Agreement, context_parallel_attention
-from moba_megatron.context_parallel import attention as schedule
+from moba_megatron.context_parallel import Agreement, Sequences, context_parallel_attention, record_waits
 from moba_megatron.ops import moba_attention
 from moba_megatron.segments import Segments
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
 
-# (lengths, uniform, chunk size, topk, heads, kv heads, D, dtype)
+# (lengths, uniform, chunk size, topk, heads, kv heads, D, head groups, dtype); lengths are multiples of 8
 CASES = {
-    "aligned": ([8192], True, 128, 8, 16, 16, 128, torch.bfloat16),
-    "cut": ([4 * 1501], True, 200, 4, 8, 2, 64, torch.bfloat16),
-    "batch_fp32": ([4 * 333] * 2, True, 96, 3, 4, 2, 64, torch.float32),
-    "packed": ([4 * 300, 4, 4 * 1000], False, 128, 4, 8, 8, 128, torch.bfloat16),
-    "dense": ([4096], True, 4096, 1, 8, 8, 128, torch.bfloat16),
+    "mha": ([8192], True, 128, 8, 16, 16, 128, 4, torch.bfloat16),
+    "gqa": ([8192], True, 512, 4, 32, 8, 128, None, torch.bfloat16),
+    "cut": ([8 * 751], True, 200, 4, 8, 2, 64, 2, torch.bfloat16),
+    "batch_fp32": ([8 * 167] * 2, True, 96, 3, 8, 4, 64, 2, torch.float32),
+    "one_kv_head": ([4096], True, 128, 4, 8, 1, 64, None, torch.float16),
+    "packed_mha": ([8 * 150, 8, 8 * 500], False, 128, 4, 16, 16, 128, 2, torch.bfloat16),
+    "packed_gqa": ([8 * 150, 8, 8 * 500], False, 128, 4, 32, 8, 128, 3, torch.bfloat16),
+    "dense": ([4096], True, 4096, 1, 8, 8, 128, 2, torch.bfloat16),
 }
 
 
 def parity(rank, size):
-    results = {}
-    for name, (lengths, uniform, chunk_size, topk, heads, kv_heads, d, dtype) in CASES.items():
-        generator = torch.Generator(device="cuda").manual_seed(5)
-        total = sum(lengths)
-        q, k, v, do = (torch.randn(total, h, d, device="cuda", generator=generator).to(dtype)
-                       for h in (heads, kv_heads, kv_heads, heads))
-        cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
-        segments = Segments.from_cu_seqlens(cu_seqlens, max(lengths), chunk_size)
-        rows = zigzag_rows(lengths, size, rank).cuda()
-        layout = on_cuda(lengths, uniform, size, rank, chunk_size)
-        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        o = moba_attention(*leaves, segments, topk)
-        expected = [x[rows] for x in (o, *torch.autograd.grad(o, leaves, do))]
-        local = [x[rows].requires_grad_() for x in (q, k, v)]
-        got = context_parallel_attention(*local, layout, topk, dist.group.WORLD)
-        got = [got, *torch.autograd.grad(got, local, do[rows])]
-        earlier = min(topk - 1, (max(lengths) - 1) // chunk_size)
-        same = True
-        if earlier:
-            selected = kernels.gate(q, kernels.chunk_means(k, segments), segments, earlier + 1)[rows]
-            chosen = schedule._forward(kernels, *(x.detach() for x in local), layout, topk, dist.group.WORLD, 0.1)[2]
-            same = torch.equal(selected.sort(2)[0], chosen.sort(2)[0])
-        results[name] = same, [((a - b).float().norm() / b.float().norm()).item() for a, b in zip(got, expected)]
-    return results, bad_input(rank)
+    groups = {"all_gather": dist.group.WORLD, "a2a": dist.group.WORLD}
+    if size == 4:
+        inner, outer = ([dist.new_group(ranks) for ranks in both] for both in (([0, 1], [2, 3]), ([0, 2], [1, 3])))
+        groups["a2a+all_gather"] = [inner[rank // 2], outer[rank % 2]]
+    results = {(name, comm_type): compare(*case, comm_type, group, size, rank)
+               for name, case in CASES.items() for comm_type, group in groups.items()}
+    return results, bad_input(rank), sorted(groups)
 
 
-def on_cuda(lengths, uniform, size, rank, chunk_size):
-    from moba_megatron.context_parallel import zigzag_packed, zigzag_uniform
+def compare(lengths, uniform, chunk_size, topk, heads, kv_heads, d, head_groups, dtype, comm_type, group, size, rank):
+    """Whether the selection is the same, whether two runs are, and relative errors of o, dq, dk, dv."""
+    generator = torch.Generator(device="cuda").manual_seed(5)
+    total = sum(lengths)
+    q, k, v, do = (torch.randn(total, h, d, device="cuda", generator=generator).to(dtype)
+                   for h in (heads, kv_heads, kv_heads, heads))
+    cu_seqlens = cu_seqlens_of(lengths).cuda()
+    segments = Segments.from_cu_seqlens(cu_seqlens, max(lengths), chunk_size)
+    rows = zigzag_rows(lengths, size, rank).cuda()
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    o = moba_attention(*leaves, segments, topk)
+    expected = [x[rows] for x in (o, *torch.autograd.grad(o, leaves, do))]
+    sequences = Sequences.packed(cu_seqlens, max(lengths), total)
     if uniform:
-        return zigzag_uniform(lengths[0], len(lengths), size, rank, chunk_size, torch.device("cuda", rank))
-    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
-    return zigzag_packed(cu_seqlens, max(lengths), sum(lengths), size, rank, chunk_size)
+        sequences = Sequences.uniform(lengths[0], len(lengths), torch.device("cuda", rank))
+    runs = []
+    for _ in range(2):
+        local = [x[rows].requires_grad_() for x in (q, k, v)]
+        with RecordedGate(kernels) as recorded:
+            got = context_parallel_attention(*local, sequences, chunk_size, topk, group, comm_type=comm_type,
+                                             head_groups=head_groups, deterministic=dtype != torch.bfloat16)
+        runs.append([got.detach(), *torch.autograd.grad(got, local, do[rows])])
+    same = True
+    if topk > 1:
+        selected = kernels.gate(q, kernels.chunk_means(k, segments), segments, topk)
+        chosen_rows, chosen_heads = selecting_rows_and_heads(lengths, comm_type, group, heads)
+        same = torch.equal(torch.cat(recorded.selected, 1).sort(2)[0],
+                           selected[chosen_rows.cuda()][:, chosen_heads].sort(2)[0])
+    reproducible = dtype == torch.bfloat16 or all(torch.equal(a, b) for a, b in zip(*runs))
+    return same, reproducible, [((a - b).float().norm() / b.float().norm()).item() for a, b in zip(runs[1], expected)]
 
 
 def bad_input(rank):
@@ -82,20 +90,64 @@ def bad_input(rank):
     return texts
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    return run_ranks(parity, 2, tmp_path_factory.mktemp("ranks"), backend="nccl")
+def captured(rank, size):
+    """Forward and backward replayed from a CUDA graph against the same computed eagerly: equal or not, by type."""
+    results = {}
+    sequences = Sequences.uniform(4096, 1, torch.device("cuda", rank))
+    local = [torch.randn(4096 // size, 8, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+             for _ in range(3)]
+
+    def step(comm_type):
+        o = context_parallel_attention(*local, sequences, 128, 4, dist.group.WORLD, comm_type=comm_type, head_groups=2,
+                                       deterministic=True)
+        return [o, *torch.autograd.grad(o.float().square().sum(), local)]
+
+    for comm_type in ("all_gather", "a2a"):
+        with record_waits() as record:
+            expected = step(comm_type)
+        torch.cuda.synchronize()
+        assert all(entry["exposed_ms"] >= 0 for entry in record.summary().values())
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step(comm_type)
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            got = step(comm_type)
+        graph.replay()
+        torch.cuda.synchronize()
+        results[comm_type] = all(torch.equal(a, b) for a, b in zip(expected, got))
+        del got, graph
+    return results
 
 
+@pytest.fixture(scope="module", params=[2, 4])
+def results(tmp_path_factory, request):
+    if torch.cuda.device_count() < request.param:
+        pytest.skip(f"needs {request.param} GPUs")
+    return run_ranks(parity, request.param, tmp_path_factory.mktemp("ranks"), backend="nccl")
+
+
+@pytest.mark.parametrize("comm_type", ["all_gather", "a2a", "a2a+all_gather"])
 @pytest.mark.parametrize("name", CASES)
-def test_equals_one_gpu(results, name):
-    bound = 1e-5 if CASES[name][-1] == torch.float32 else 5e-3  # bf16 results are rounded once more, or differently
-    for result, _ in results:
-        same, errors = result[name]
+def test_equals_one_gpu(results, name, comm_type):
+    if comm_type not in results[0][2]:
+        pytest.skip("needs four GPUs")
+    # 16-bit results are rounded once more, or differently
+    bound = 1e-5 if CASES[name][-1] == torch.float32 else 5e-3
+    for result, *_ in results:
+        same, reproducible, errors = result[name, comm_type]
         assert same, "a rank selected other chunks"
+        assert reproducible, "two runs in deterministic mode differ"
         assert max(errors) <= bound, errors
 
 
-def test_bad_input_raises_on_both(results):
-    texts = [texts for _, texts in results]
-    assert texts[0] == texts[1] and "rank 0: agreed; rank 1: changed" in texts[0][0]
+def test_bad_input_raises_everywhere(results):
+    texts = [texts for _, texts, *_ in results]
+    assert all(t == texts[0] for t in texts) and "rank 0: agreed; rank 1: changed" in texts[0][0]
+
+
+def test_cuda_graph(tmp_path):
+    for by_type in run_ranks(captured, 2, tmp_path, backend="nccl", seconds=120):
+        assert by_type == {"all_gather": True, "a2a": True}

@@ -1,0 +1,141 @@
+"""The all-gather schedule: queries stay where they are, keys and values travel, one group of kv heads at a time.
+
+Forward: sums of whole blocks of local keys, and the rows of blocks that a piece boundary cuts, are gathered first
+(small). Every rank then has the same chunk means, bit for bit those of a single rank, and selects the same chunks; the
+first groups' K and V travel meanwhile, later ones' while their predecessors are computed. Backward gathers again
+rather than keeping K and V, and adds dK and dV over the ranks in fp32 while the next group is computed.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..segments import Routing
+from .comm import Pending, all_gather
+from .head_groups import Prefetch, number_of_groups, split_heads
+from .layout import BlockExchange, ZigzagLayout
+from .rows import reduce_to_local, to_global
+from .whole import Grads, Method, Saved
+
+GROUPS = 6
+"""Groups of kv heads where the user names no number: about a tenth of the traffic is then hidden by nothing."""
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Attention of a rank's queries over the keys of all ranks of ``group``."""
+
+    method: Method
+    layout: ZigzagLayout
+    group: dist.ProcessGroup
+    head_groups: int | None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
+        """q ``[T, H, D]``, k ``[T, HK, D]``, v ``[T, HK, DV]``, the rank's rows: o and what backward needs."""
+        groups = self._groups(q, k, v)
+        sums = None
+        if self.method.earlier(self.layout.segments) and self.layout.blocks is not None:
+            sums = self._send_sums(k)
+        gathered = self._gather(k, v, groups, "fwd gather")
+        choices = [(None, None)] * len(groups)
+        if sums is not None:
+            means = self._receive_means(sums, k.dtype)
+            choices = [self._choose(q[:, heads], means[:, kv_heads]) for heads, kv_heads in groups]
+        o = q.new_empty(*q.shape[:2], v.shape[2]) if len(groups) > 1 else None
+        saved = []
+        for (heads, _), choice in zip(groups, choices):
+            part, rest = self._attend(q[:, heads], gathered, choice)
+            if o is None:
+                o = part
+            else:
+                o[:, heads] = part
+            saved.append(rest)
+        return o, [q, k, v, o, groups, saved]
+
+    def _attend(self, q: Tensor, gathered: Prefetch, choice: tuple[Tensor | None, Routing | None]):
+        """o and what is saved of the next group of heads."""
+        segments = self.layout.segments
+        k_all, v_all = gathered.take()
+        k_all = k_all.wait()
+        selected, routing = choice
+        if selected is None and self.method.earlier(segments):
+            # the boundaries of pieces are on the device only: the same means from all keys, while V travels
+            selected, routing = self._choose(q, self.method.stages.chunk_means(k_all, segments))
+        return self.method.attend(q, k_all, v_all.wait(), selected, routing, segments)
+
+    def backward(self, do: Tensor, saved: Saved, kv_grad_dtype: torch.dtype) -> Grads:
+        """dq, dk, dv of the rank's rows; dk and dv in ``kv_grad_dtype``, rounded once."""
+        q, k, v, o, groups, saved = saved
+        wide = sum_dtype(k.dtype)
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if len(groups) > 1 else None
+        dk, dv = (torch.empty(x.shape, dtype=kv_grad_dtype, device=x.device) for x in (k, v))
+        gathered, reducing = self._gather(k, v, groups, "bwd gather"), []
+        for (heads, kv_heads), rest in zip(groups, saved):
+            part, *grads = self.method.attend_bwd(
+                do[:, heads], q[:, heads], *(x.wait() for x in gathered.take()), o[:, heads],
+                rest, self.layout.segments, wide)
+            started = [self._reduce(x, out[:, kv_heads]) for x, out in zip(grads, (dk, dv))]
+            del grads
+            if dq is None:
+                dq = part
+            else:
+                dq[:, heads] = part
+            for pending in reducing:
+                pending.wait()
+            reducing = started
+        for pending in reducing:
+            pending.wait()
+        return dq, dk, dv
+
+    def _groups(self, q: Tensor, k: Tensor, v: Tensor) -> list[tuple[slice, slice]]:
+        travelling = (k.nbytes + v.nbytes) * self.layout.rows.size
+        return split_heads(q.shape[1], k.shape[1], number_of_groups(self.head_groups, k.shape[1], travelling, GROUPS))
+
+    def _gather(self, k: Tensor, v: Tensor, groups: list[tuple[slice, slice]], stage: str) -> Prefetch:
+        def start(i: int) -> tuple[Pending, Pending]:
+            kv_heads = groups[i][1]
+            return tuple(to_global(self.layout.rows, x[:, kv_heads], None, self.group, stage) for x in (k, v))
+
+        return Prefetch(start, [kv_heads.stop - kv_heads.start for _, kv_heads in groups])
+
+    def _reduce(self, x: Tensor, out: Tensor) -> Pending:
+        return reduce_to_local(self.layout.rows, x, out, self.group, "bwd reduce", self.method.deterministic)
+
+    def _choose(self, q: Tensor, means: Tensor) -> tuple[Tensor, Routing]:
+        stages, segments = self.method.stages, self.layout.segments
+        selected = stages.gate(q, means, segments, self.method.earlier(segments) + 1)
+        return selected, stages.route(selected, means.shape[1], segments.num_chunks(self.layout.rows.total))
+
+    def _send_sums(self, k: Tensor) -> Pending:
+        """Starts the gather of this rank's block sums and of its rows in cut blocks."""
+        blocks = self.layout.blocks
+        message = torch.zeros(blocks.send_rows, *k.shape[1:], dtype=sum_dtype(k.dtype), device=k.device)
+        whole = blocks.starts.numel()
+        message[:whole] = self.method.stages.block_sums(k, blocks.starts, blocks.counts)
+        message[whole:whole + blocks.cut_rows.numel()] = k[blocks.cut_rows]
+        return all_gather(message, self.group, "fwd sums")
+
+    def _receive_means(self, sums: Pending, dtype: torch.dtype) -> Tensor:
+        """Chunk means ``[num_chunks, HK, D]`` from the gathered messages."""
+        return means_from_messages(self.method.stages, sums.wait(), self.layout.blocks,
+                                   self.layout.segments.chunk_size, dtype)
+
+
+def means_from_messages(stages, messages: Tensor, blocks: BlockExchange, chunk_size: int,
+                        dtype: torch.dtype) -> Tensor:
+    """Chunk means ``[num_chunks, HK, D]`` of all sequences from what every rank sent."""
+    num_chunks, per_chunk = blocks.table_shape
+    table = torch.zeros(num_chunks * per_chunk, *messages.shape[1:], dtype=messages.dtype, device=messages.device)
+    table[blocks.sum_target] = messages[blocks.sum_source]
+    if blocks.cut_target.numel():
+        cut = messages[blocks.cut_source].to(dtype)  # exact: they were keys of this dtype
+        table[blocks.cut_target] = stages.block_sums(cut, blocks.cut_starts, blocks.cut_counts)
+    return stages.means_from_block_sums(table.unflatten(0, (num_chunks, per_chunk)), chunk_size, dtype)
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What is added up over the ranks: fp32, fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,173 @@
+"""Rows of one rank among the rows of all: how tensors go from every rank's own order to the global order, and back.
+
+Where a rank's rows are a few runs whose places the host knows (one long sequence), messages are received and sent in
+place: nothing is permuted. Otherwise messages are whole ranks' rows, permuted by an index before or after.
+"""
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .comm import Pending, all_gather, exchange, reduce_scatter
+
+MAX_RUNS = 4
+"""Runs of a rank that are exchanged in place, one collective each; where there are more, rows are permuted instead."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a group's ranks in "global" order (sequence after sequence) and in "rank-major" order.
+
+    Args:
+        size, rank: of the group.
+        global_rows: int64 ``[S]``, for each row in global order its row in rank-major order.
+        rank_rows: int64 ``[S]``, the inverse.
+        runs: ``runs[i][r]`` is the first global row of run i of rank r, all runs of one length; None where unknown.
+    """
+
+    size: int
+    rank: int
+    global_rows: Tensor
+    rank_rows: Tensor
+    runs: tuple[tuple[int, ...], ...] | None
+
+    @property
+    def total(self) -> int:
+        return self.global_rows.numel()
+
+    @property
+    def local(self) -> int:
+        """Rows of one rank."""
+        return self.total // self.size
+
+    def local_run(self, run: int) -> slice:
+        """A run's rows among this rank's own."""
+        length = self.local // len(self.runs)
+        return slice(run * length, (run + 1) * length)
+
+    def global_run(self, run: int, rank: int) -> slice:
+        """A run's rows among all, for any rank."""
+        first = self.runs[run][rank]
+        return slice(first, first + self.local // len(self.runs))
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """What reached this rank: its rows as every rank computed them.
+
+    Args:
+        others: ``[P - 1, T, h, D]``, from the other ranks in order.
+        own: (rows of T, this rank's own ``[rows, h, D]``), one or several.
+    """
+
+    others: Tensor
+    own: list[tuple[slice, Tensor]]
+
+
+def to_global(rows: Rows, own: Tensor, messages: Sequence[Tensor | None] | None, group: dist.ProcessGroup,
+              stage: str) -> Pending:
+    """Starts to collect what every rank has for this one, in global order.
+
+    Args:
+        own: ``[T, h, D]``, this rank's message to itself, any strides.
+        messages: for each rank ``[T, h, D]``, contiguous; None as a whole: ``own`` goes to every rank (a gather).
+
+    Returns:
+        Pending ``[S, h, D]``, contiguous.
+    """
+    in_place = rows.runs is not None and not (messages is None and crowds_the_network(group))
+    if not in_place and messages is None:
+        return all_gather(own, group, stage, lambda x: x.index_select(0, rows.global_rows))
+    output = own.new_empty(rows.total, *own.shape[1:])
+    if not in_place:
+        ranked = output.unflatten(0, (rows.size, rows.local))
+        ranked[rows.rank].copy_(own)
+        works = exchange(_without(ranked, rows.rank), _without(messages, rows.rank), group, stage)
+        return Pending(works, output, messages, stage, lambda x: x.index_select(0, rows.global_rows))
+    works = []
+    for run in range(len(rows.runs)):
+        mine, local = output[rows.global_run(run, rows.rank)], rows.local_run(run)
+        mine.copy_(own[local])
+        sent = [mine] * rows.size if messages is None else [None if x is None else x[local] for x in messages]
+        received = [output[rows.global_run(run, rank)] for rank in range(rows.size)]
+        works += exchange(_without(received, rows.rank), _without(sent, rows.rank), group, stage)
+    return Pending(works, output, messages, stage)
+
+
+def to_local(rows: Rows, x: Tensor, group: dist.ProcessGroup, stage: str) -> Pending:
+    """Starts to send every rank its rows of ``x`` ``[S, h, D]``, in global order, contiguous.
+
+    Returns:
+        Pending :class:`Arrived`.
+    """
+    others = x.new_empty(rows.size - 1, rows.local, *x.shape[1:])
+    if rows.runs is None:
+        ranked = x.index_select(0, rows.rank_rows).unflatten(0, (rows.size, rows.local))
+        works = exchange(_around(others, rows.rank), _without(ranked, rows.rank), group, stage)
+        own = [(slice(None), ranked[rows.rank])]
+        return Pending(works, others, ranked, stage, lambda output: Arrived(output, own))
+    works, own = [], []
+    for run in range(len(rows.runs)):
+        local = rows.local_run(run)
+        sent = [x[rows.global_run(run, rank)] for rank in range(rows.size)]
+        works += exchange(_around(others[:, local], rows.rank), _without(sent, rows.rank), group, stage)
+        own.append((local, sent[rows.rank]))
+    return Pending(works, others, x, stage, lambda output: Arrived(output, own))
+
+
+def reduce_to_local(rows: Rows, x: Tensor, out: Tensor, group: dist.ProcessGroup, stage: str,
+                    deterministic: bool) -> Pending:
+    """Starts to add ``x`` ``[S, h, D]`` over the ranks; the wait writes this rank's rows to ``out`` ``[T, h, D]``.
+
+    Rows are added in the order of the ranks, in x's dtype, and rounded once to out's. The library's reduce-scatter,
+    which orders sums as it likes, is used only where it saves traffic between nodes, and never if ``deterministic``.
+    """
+    if crowds_the_network(group) and not deterministic:
+        return reduce_scatter(x.index_select(0, rows.rank_rows), group, stage, out.copy_)
+
+    def add(arrived: Arrived) -> Tensor:
+        for local, own in arrived.own:
+            parts = [*arrived.others[:rows.rank, local], own, *arrived.others[rows.rank:, local]]
+            add_in_order(parts, out[local])
+        return out
+
+    return to_local(rows, x, group, stage).then(add)
+
+
+def add_in_order(parts: list[Tensor], out: Tensor) -> None:
+    """Writes the sum of tensors of one shape, added one by one, to ``out``; the first ones serve as scratch."""
+    total = parts[0]
+    for part in parts[1:-1]:
+        total.add_(part)
+    if len(parts) == 1:
+        out.copy_(total)
+    else:
+        torch.add(total, parts[-1], out=out)
+
+
+@functools.lru_cache(maxsize=None)
+def crowds_the_network(group: dist.ProcessGroup) -> bool:
+    """Whether several members of the group share a node while others are on other nodes.
+
+    Sending to each member on its own would then carry the same bytes between nodes several times.
+    """
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or max(1, torch.cuda.device_count())
+    ranks = dist.get_process_group_ranks(group)
+    nodes = {rank // per_node for rank in ranks}
+    return torch.cuda.is_available() and 1 < len(nodes) < len(ranks)
+
+
+def _without(tensors: Sequence[Tensor | None], rank: int) -> list[Tensor | None]:
+    """One entry a rank, None for this one's."""
+    return [None if r == rank else x for r, x in enumerate(tensors)]
+
+
+def _around(others: Tensor, rank: int) -> list[Tensor | None]:
+    """The other ranks' entries with None in between for this one."""
+    return [*others[:rank], None, *others[rank:]]

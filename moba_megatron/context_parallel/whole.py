@@ -1,0 +1,93 @@
+"""Attention over whole sequences on one rank, and what every schedule knows of the attention it computes."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..ops.dense import dense_causal, dense_causal_bwd
+from ..segments import Routing, Segments
+
+Saved = list  # of tensors, of what the host knows, and of such lists
+Grads = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Method:
+    """How to attend, apart from where the rows are.
+
+    Args:
+        stages: ``moba_megatron.kernels`` or ``moba_megatron.reference``.
+        topk: chunks a query attends to, its own included.
+        softmax_scale: multiplies the scores.
+        deterministic: bitwise reproducible gradients.
+        may_be_dense: dense kernels of torch may take over where MoBA is causal attention.
+    """
+
+    stages: ModuleType
+    topk: int
+    softmax_scale: float
+    deterministic: bool
+    may_be_dense: bool
+
+    def earlier(self, segments: Segments) -> int:
+        """Earlier chunks that a query can select: no sequence has more than its bound says."""
+        return min(self.topk - 1, max(0, (segments.max_seqlen_k - 1) // segments.chunk_size))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, selected: Tensor | None, routing: Routing | None,
+               segments: Segments) -> tuple[Tensor, Saved]:
+        """o, and lse, the selection and its lists for :meth:`attend_bwd`; causal attention without a selection."""
+        if selected is None:
+            selected = torch.empty(*q.shape[:2], 0, dtype=torch.int32, device=q.device)
+        o, lse = self.stages.attention_fwd(q, k, v, selected, segments, self.softmax_scale, routing)
+        return o, [lse, selected, routing and routing.entries, routing and routing.starts]
+
+    def attend_bwd(self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, saved: Saved, segments: Segments,
+                   kv_grad_dtype: torch.dtype) -> Grads:
+        """dq, dk, dv."""
+        lse, selected, entries, starts = saved
+        routing = Routing(entries, starts) if entries is not None else None
+        return self.stages.attention_bwd(do, None, q, k, v, o, lse, selected, segments, self.softmax_scale,
+                                         deterministic=self.deterministic, kv_grad_dtype=kv_grad_dtype,
+                                         routing=routing)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """All rows of the sequences are here, as the inner part of a schedule that spreads heads."""
+
+    method: Method
+    segments: Segments
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
+        """q ``[S, H, D]``, k ``[S, HK, D]``, v ``[S, HK, DV]`` in global order: o and what backward needs."""
+        stages, segments, earlier = self.method.stages, self.segments, self.method.earlier(self.segments)
+        if earlier:
+            selected = stages.gate(q, stages.chunk_means(k, segments), segments, earlier + 1)
+            routing = stages.route(selected, k.shape[1], segments.num_chunks(k.shape[0]))
+            o, saved = self.method.attend(q, k, v, selected, routing, segments)
+            return o, [q, k, v, o, *saved]
+        dense = self._dense(dense_causal, q, k, v)
+        if dense is not None:
+            return dense[0], [q, k, v, *dense, q.new_empty(*q.shape[:2], 0, dtype=torch.int32), None, None]
+        o, saved = self.method.attend(q, k, v, None, None, segments)
+        return o, [q, k, v, o, *saved]
+
+    def backward(self, do: Tensor, saved: Saved, kv_grad_dtype: torch.dtype) -> Grads:
+        """dq, dk, dv; dk and dv in ``kv_grad_dtype``."""
+        q, k, v, o, *rest = saved
+        if rest[1].shape[2] == 0 and kv_grad_dtype == k.dtype:
+            dense = self._dense(dense_causal_bwd, do, None, q, k, v, o, rest[0],
+                                deterministic=self.method.deterministic)
+            if dense is not None:
+                return dense
+        return self.method.attend_bwd(do, q, k, v, o, rest, self.segments, kv_grad_dtype)
+
+    def _dense(self, function, *tensors: Tensor, **options):
+        """The result of torch's dense kernels, or None where they may not or cannot."""
+        s = self.segments
+        if not self.method.may_be_dense:
+            return None
+        return function(*tensors, s.cu_seqlens_k, s.max_seqlen_k, self.method.softmax_scale, **options)
