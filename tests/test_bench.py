@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moba_megatron import reference
-from moba_megatron.bench import cases, dense, environment, oracle, report
+from moba_megatron.bench import cases, dense, environment, oracle, report, tables
 from moba_megatron.bench.__main__ import main
 from moba_megatron.ops import causal_attn_varlen
 from moba_megatron.segments import Segments
@@ -138,13 +138,11 @@ def test_verdicts():
         "d64-32K-512-3": "missed: 3.50x cuDNN < 4", "128K-128-8": "missed: 4.00 GiB > 3.1"}
 
 
-@pytest.mark.skipif(not (report.RESULTS / report.README_TABLE).exists(), reason="no stored results yet")
-def test_readme_has_the_stored_table():
+@pytest.mark.parametrize("name", [name for name, table in tables.TABLES.items() if table.path.exists()])
+def test_readme_has_the_stored_table(name):
     text = README.read_text()
-    begin, end = report.between_markers(text, "kernels")
-    stored = report.load(report.RESULTS / report.README_TABLE)
-    assert text[begin:end].strip() == report.markdown_of(stored).strip(), \
-        "write it with: python -m moba_megatron.bench table --write README.md"
+    assert text == tables.written(name, text), \
+        f"write it with: python -m moba_megatron.bench table --name {name} --write README.md"
 
 
 def test_environment_names_the_commit_and_the_versions():

@@ -1,13 +1,14 @@
 """The command line of the benchmarks: one subcommand a job."""
 import argparse
 
-from . import cli, decode
+from . import cli, comparison, decode, plot
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m moba_megatron.bench", description=cli.__doc__)
     subcommands = parser.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
-    for add in (cli.add_kernels, cli.add_table, cli.add_tune, cli.add_compile, decode.add_decode):
+    for add in (cli.add_kernels, cli.add_table, cli.add_tune, cli.add_compile, comparison.add_readme,
+                plot.add_plot, decode.add_decode):
         add(subcommands)
     arguments = parser.parse_args(argv)
     return arguments.run(arguments)

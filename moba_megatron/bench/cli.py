@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from . import environment, report
+from . import environment, report, tables
 from .cases import find_cases
 
 
@@ -99,20 +99,19 @@ def _isolated(name: str, arguments: argparse.Namespace) -> dict:
 
 def add_table(subcommands) -> None:
     p = subcommands.add_parser("table", help="stored results as a markdown table; --write puts it into a file")
-    p.add_argument("path", nargs="?", type=Path, default=report.RESULTS / report.README_TABLE, help="JSON of `kernels`")
+    p.add_argument("path", nargs="?", type=Path, help="JSON of a measurement (default: the stored one)")
+    p.add_argument("--name", default="kernels", choices=tables.TABLES, help="which table (kernels)")
     p.add_argument("--write", type=Path, metavar="README.md", help="replace what is between the file's markers")
     p.set_defaults(run=run_table)
 
 
 def run_table(arguments: argparse.Namespace) -> int:
     """Prints or writes the markdown table."""
-    markdown = report.markdown_of(report.load(arguments.path))
+    table = tables.TABLES[arguments.name]
     if arguments.write is None:
-        print(markdown)
-        return 0
-    text = arguments.write.read_text()
-    begin, end = report.between_markers(text, "kernels")
-    arguments.write.write_text(text[:begin] + markdown + "\n" + text[end:])
+        print(table.markdown(report.load(arguments.path or table.path)))
+    else:
+        arguments.write.write_text(tables.written(arguments.name, arguments.write.read_text(), arguments.path))
     return 0
 
 

@@ -1,0 +1,35 @@
+"""Which stored result makes which table of the README, and the writing of it between the table's markers."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import comparison, report, training
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table: the file below ``results/`` that holds its figures, and what turns it into markdown."""
+
+    stored: str
+    markdown: Callable[[dict], str]
+
+    @property
+    def path(self) -> Path:
+        return report.RESULTS / self.stored
+
+
+TABLES = {
+    "kernels": Table(report.README_TABLE, report.markdown_of),
+    "comparison": Table("h200/comparison.json", comparison.markdown),
+    "training-speed": Table("h200/training_speed.json", training.speed_markdown),
+    "learning": Table("h200/learning.json", training.learning_markdown),
+}
+
+
+def written(name: str, text: str, path: Path | None = None) -> str:
+    """The text with the table between its markers replaced by what is stored (or by the result in ``path``)."""
+    begin, end = report.between_markers(text, name)
+    table = TABLES[name]
+    return text[:begin] + table.markdown(report.load(path or table.path)) + "\n" + text[end:]
