@@ -22,8 +22,10 @@ def _attention_bwd_dq_kernel(
     if tile >= tl.load(tile_starts + kv_head_end * num_chunks):
         return
     bucket = tl.load(tile_bucket + tile)
-    end = tl.load(tile_end + tile)
-    index = tl.load(tile_begin + tile) + tl.arange(0, BLOCK_M)
+    begin, end = tl.load(tile_begin + tile), tl.load(tile_end + tile)
+    if begin >= end:  # nothing of the list is here; its chunk may even reach beyond the keys
+        return
+    index = begin + tl.arange(0, BLOCK_M)
     valid = index < end
     entry = tl.load(entries + index, mask=valid, other=0)
     kv_head = bucket // num_chunks
