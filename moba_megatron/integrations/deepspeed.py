@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import MoBAConfig
-from ..context_parallel import Agreement, check_zigzag, context_parallel_attention, zigzag_uniform
+from ..context_parallel import Agreement, Sequences, check_zigzag, context_parallel_attention
 from ..ops import causal_attn_varlen, moba_attn_varlen
 from ..ops.validation import check_qkv
 
@@ -205,17 +205,17 @@ class MoBAAttention(nn.Module):
     def _zigzag(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         parallel, config = self.parallel, self.config
         batch, length = q.shape[0], q.shape[1] * parallel.size
-        dense = self._is_dense() or length <= config.topk * config.chunk_size  # every earlier chunk would be chosen
-        chunk_size, topk = (length, 1) if dense else (config.chunk_size, config.topk)
+        chunk_size, topk = (length, 1) if self._is_dense() else (config.chunk_size, config.topk)
         with Agreement(parallel.group) as agreement:  # a rank with bad input ends all of them, with one message
             packed = tuple(x.flatten(0, 1) for x in (q, k, v))
             check_qkv(*packed)
             check_zigzag(length, parallel.size, "the sequence length")
             agreement.signature = (f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, {q.dtype}, "
                                    f"chunk_size {chunk_size}, topk {topk}")
-        layout = zigzag_uniform(length, batch, parallel.size, parallel.rank, chunk_size, q.device)
-        o = context_parallel_attention(*packed, layout, topk, parallel.group, softmax_scale=self.softmax_scale,
-                                       deterministic=config.deterministic, backend=config.backend)
+        sequences = Sequences.uniform(length, batch, q.device)
+        o = context_parallel_attention(*packed, sequences, chunk_size, topk, parallel.group,
+                                       softmax_scale=self.softmax_scale, deterministic=config.deterministic,
+                                       backend=config.backend)
         return o.unflatten(0, q.shape[:2])
 
     def extra_repr(self) -> str:
