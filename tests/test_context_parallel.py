@@ -11,6 +11,7 @@ from moba_megatron import reference
 from moba_megatron.context_parallel import (COMM_TYPES, Agreement, Sequences, canonical_comm_type, check_groups,
                                             check_zigzag, context_parallel_attention, record_waits)
 from moba_megatron.context_parallel.head_groups import MOST_BYTES, number_of_groups, split_heads
+from moba_megatron.context_parallel.rows import copy_rows
 from moba_megatron.ops import moba_attention
 from moba_megatron.segments import Segments
 
@@ -99,10 +100,23 @@ def test_head_groups(kv_heads, number, sizes):
 
 
 def test_number_of_groups():
-    assert number_of_groups(9, 4, 1, 2) == 4
-    assert number_of_groups(None, 8, 1 << 20, 4) == 1, "little travels: one group"
-    assert number_of_groups(None, 8, 1 << 29, 4) == 4
-    assert number_of_groups(None, 8, 7 * MOST_BYTES, 4) == 7, "memory asks for more"
+    little, much = 1 << 20, 1 << 29
+    assert number_of_groups(9, 4, little, little, 2) == 4
+    assert number_of_groups(None, 8, little, little, 4) == 1, "little travels: one group"
+    assert number_of_groups(None, 8, much, much, 4) == 4
+    assert number_of_groups(None, 8, much, 7 * MOST_BYTES, 4) == 7, "memory asks for more"
+
+
+@pytest.mark.parametrize("dtype, d", [(torch.bfloat16, 16), (torch.bfloat16, 4), (torch.float64, 6), (torch.float32, 3)])
+def test_copy_rows(dtype, d):
+    """Slices of heads, aligned and not, to and from."""
+    x = torch.randn(5, 6, d).to(dtype)
+    for heads, wanted in itertools.product((slice(0, 3), slice(2, 5)), (slice(1, 4), slice(3, 6))):
+        out = torch.zeros_like(x)
+        copy_rows(out[1:, wanted].transpose(0, 1), x[:4, heads].transpose(0, 1))
+        expected = torch.zeros_like(x)
+        expected[1:, wanted] = x[:4, heads]
+        assert torch.equal(out, expected)
 
 
 def whole_inputs(case):

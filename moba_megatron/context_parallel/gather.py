@@ -17,7 +17,7 @@ from ..segments import Routing
 from .comm import Pending, all_gather
 from .head_groups import Prefetch, number_of_groups, split_heads
 from .layout import BlockExchange, ZigzagLayout
-from .rows import reduce_to_local, to_global
+from .rows import copy_rows, reduce_to_local, to_global
 from .whole import Grads, Method, Saved
 
 GROUPS = 6
@@ -51,7 +51,7 @@ class Gathered:
             if o is None:
                 o = part
             else:
-                o[:, heads] = part
+                copy_rows(o[:, heads], part)
             saved.append(rest)
         return o, [q, k, v, o, groups, saved]
 
@@ -82,7 +82,7 @@ class Gathered:
             if dq is None:
                 dq = part
             else:
-                dq[:, heads] = part
+                copy_rows(dq[:, heads], part)
             for pending in reducing:
                 pending.wait()
             reducing = started
@@ -91,8 +91,9 @@ class Gathered:
         return dq, dk, dv
 
     def _groups(self, q: Tensor, k: Tensor, v: Tensor) -> list[tuple[slice, slice]]:
-        travelling = (k.nbytes + v.nbytes) * self.layout.rows.size
-        return split_heads(q.shape[1], k.shape[1], number_of_groups(self.head_groups, k.shape[1], travelling, GROUPS))
+        sent, kv_heads = k.nbytes + v.nbytes, k.shape[1]
+        number = number_of_groups(self.head_groups, kv_heads, sent, sent * self.layout.rows.size, GROUPS)
+        return split_heads(q.shape[1], kv_heads, number)
 
     def _gather(self, k: Tensor, v: Tensor, groups: list[tuple[slice, slice]], stage: str) -> Prefetch:
         def start(i: int) -> tuple[Pending, Pending]:

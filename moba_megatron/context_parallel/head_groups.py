@@ -7,21 +7,22 @@ from collections.abc import Callable
 from .comm import Pending
 
 LEAST_BYTES = 64 << 20
-"""What travels of a group, at least: below it launches cost more than overlap saves. Reckoned, not measured."""
+"""What a rank sends of a group, at least: below it launches cost more than overlap saves. Reckoned, not measured."""
 MOST_BYTES = 1 << 30
-"""What travels of a group, at most, while groups have several kv heads."""
+"""What a rank holds of a group, at most, while groups have several kv heads."""
 
 
-def number_of_groups(asked: int | None, kv_heads: int, travelling: int, usual: int) -> int:
+def number_of_groups(asked: int | None, kv_heads: int, sent: int, held: int, usual: int) -> int:
     """How many groups to make of ``kv_heads``.
 
     Args:
         asked: the user's number, or None.
-        travelling: bytes that travel in the forward pass, all heads together.
+        sent: bytes that a rank has to send in the forward pass, all heads together: its work grows with them.
+        held: bytes that it then holds.
         usual: enough to hide most of it.
     """
     if asked is None:
-        asked = max(min(usual, travelling // LEAST_BYTES), -(-travelling // MOST_BYTES))
+        asked = max(min(usual, sent // LEAST_BYTES), -(-held // MOST_BYTES))
     return max(1, min(asked, kv_heads))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from .comm import Pending
 from .gather import Gathered, sum_dtype
 from .head_groups import Prefetch, number_of_groups, split_heads
-from .rows import Rows, add_in_order, to_global, to_local
+from .rows import Rows, add_in_order, copy_rows, to_global, to_local
 from .whole import Grads, Saved, Whole
 
 GROUPS = 4
@@ -90,7 +90,8 @@ class Exchanged:
     def _groups(self, q: Tensor, k: Tensor, v: Tensor) -> list[tuple[slice, slice]]:
         """Groups of the heads that one rank gets."""
         kv_heads = max(1, k.shape[1] // self.rows.size)
-        number = number_of_groups(self.head_groups, kv_heads, q.nbytes + k.nbytes + v.nbytes, GROUPS)
+        sent = q.nbytes + k.nbytes + v.nbytes
+        number = number_of_groups(self.head_groups, kv_heads, sent, sent, GROUPS)
         return split_heads(q.shape[1] // self.rows.size, kv_heads, number)
 
     def _keys_and_values(self, *tensors: Tensor) -> list[tuple[Tensor, int, int]]:
@@ -112,8 +113,8 @@ class Exchanged:
             messages = [packed[rank * parts // size] for rank in range(size)]
         else:
             packed = x.new_empty(parts - 1, *view.shape[1:])
-            packed[:me] = view[:me]
-            packed[me:] = view[me + 1:]
+            copy_rows(packed[:me], view[:me])
+            copy_rows(packed[me:], view[me + 1:])
             messages = [*packed[:me], None, *packed[me:]]
         return to_global(self.rows, view[me * parts // size], messages, self.group, stage)
 
@@ -124,10 +125,10 @@ class Exchanged:
             arrived = x.pending.wait()
             out = x.out.unflatten(1, (x.parts, -1))[:, :, x.heads].transpose(0, 1)  # [parts, T, heads, D]
             if x.parts == size:
-                out[:me] = arrived.others[:me]
-                out[me + 1:] = arrived.others[me:]
+                copy_rows(out[:me], arrived.others[:me])
+                copy_rows(out[me + 1:], arrived.others[me:])
                 for local, own in arrived.own:
-                    out[me, local] = own
+                    copy_rows(out[me, local], own)
                 continue
             copies = size // x.parts
             for local, own in arrived.own:
