@@ -7,8 +7,9 @@
 | ``MoBAConfig`` | chunk size, topk, which layers and steps are dense |
 | ``MoBACoreAttention`` | Megatron-Core's core attention: SBHD and THD, context parallel |
 | ``get_moba_layer_local_spec``, ``get_moba_layer_with_transformer_engine_spec`` | Megatron layer specs |
+| ``register_moba`` | MoBA for Transformers' models: ``attn_implementation="moba"`` |
 
-The names that need megatron-core are imported on first use.
+The names that need megatron-core or transformers are imported on first use.
 """
 import importlib
 
@@ -16,17 +17,18 @@ from .config import MoBAConfig
 from .moba_triton import moba_attn_varlen_triton
 from .ops import moba_attn_varlen
 
-_MEGATRON_NAMES = {
+_LAZY_NAMES = {
     "MoBACoreAttention": "core_attention",
     "get_moba_layer_local_spec": "layer_specs",
     "get_moba_layer_with_transformer_engine_spec": "layer_specs",
+    "register_moba": "integrations.huggingface",
 }
 
 __version__ = "0.1.0"
-__all__ = ["MoBAConfig", "moba_attn_varlen", "moba_attn_varlen_triton", *_MEGATRON_NAMES]
+__all__ = ["MoBAConfig", "moba_attn_varlen", "moba_attn_varlen_triton", *_LAZY_NAMES]
 
 
 def __getattr__(name: str):
-    if name not in _MEGATRON_NAMES:
+    if name not in _LAZY_NAMES:
         raise AttributeError(f"module 'moba_megatron' has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_MEGATRON_NAMES[name]}", __name__), name)
+    return getattr(importlib.import_module(f".{_LAZY_NAMES[name]}", __name__), name)

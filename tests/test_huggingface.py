@@ -1,0 +1,238 @@
+"""MoBA in Transformers: training, packing, padding, prefill and generation against the oracle's dense masks."""
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+import huggingface_models as hf
+from moba_megatron import MoBAConfig, register_moba
+from moba_megatron.integrations import huggingface_cache
+
+CONFIG = MoBAConfig(chunk_size=hf.CHUNK, topk=hf.TOPK)
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    register_moba(CONFIG)
+
+
+def train(model, sequences=(), **inputs):
+    """Loss and gradients."""
+    model.train()
+    with hf.oracle_attention(sequences):
+        loss = model(**inputs).loss
+        loss.backward()
+    return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
+
+
+def assert_same(got, expected):
+    assert got.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], msg=lambda text: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("family", hf.FAMILIES)
+def test_training(family):
+    ids = hf.tokens(2, 21)
+    got = train(hf.model(family), input_ids=ids, labels=ids)
+    assert_same(got, train(hf.model(family, "moba_oracle"), [(0, 0, 21), (1, 0, 21)], input_ids=ids, labels=ids))
+    dense = train(hf.model(family, "sdpa"), input_ids=ids, labels=ids)
+    assert (got["loss"] - dense["loss"]).abs() > 1e-4  # so the comparison above means something
+
+
+@pytest.mark.parametrize("name", ["moba_reference", "naive_moba", "moba_naive", "efficient_moba", "triton_moba"])
+def test_names(name):
+    ids = hf.tokens(1, 30)
+    with torch.no_grad():
+        assert torch.equal(hf.model(attention=name)(ids).logits, hf.model()(ids).logits)
+
+
+@pytest.mark.parametrize("given", ["cu_seq_lens", "position_ids"])
+def test_packing(given):
+    """Three sequences in one row train as they would alone; the labels of first tokens do not count."""
+    lengths = [13, 1, 22]
+    ids, cu = hf.tokens(1, 36), torch.tensor([0, 13, 14, 36])
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    labels = ids.masked_fill(positions == 0, -100)
+    packed = {"position_ids": positions}
+    if given == "cu_seq_lens":
+        packed |= dict(cu_seq_lens_q=cu.int(), cu_seq_lens_k=cu.int(), max_length_q=22, max_length_k=22)
+    expected = train(hf.model(attention="moba_oracle"), [(0, 0, 13), (0, 13, 14), (0, 14, 36)], input_ids=ids,
+                     labels=labels, position_ids=positions)
+    assert_same(train(hf.model(), input_ids=ids, labels=labels, use_cache=False, **packed), expected)
+
+
+@pytest.mark.parametrize("side", ["right", "left", "both"])
+def test_padding(side):
+    """Rows of 23, 9 and 5 tokens among padding: values and gradients of the tokens that count."""
+    first = {"right": [0, 0, 0], "left": [0, 14, 18], "both": [0, 6, 9]}[side]
+    sequences = [(row, begin, begin + n) for row, (begin, n) in enumerate(zip(first, (23, 9, 5)))]
+    mask = torch.zeros(3, 23, dtype=torch.long)
+    for row, begin, end in sequences:
+        mask[row, begin:end] = 1
+    ids = hf.tokens(3, 23)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    labels = ids.masked_fill((mask == 0) | (mask.cumsum(1) == 1), -100)  # the first token is predicted from padding
+    inputs = dict(input_ids=ids, labels=labels, attention_mask=mask, position_ids=positions)
+    expected = train(hf.model(attention="moba_oracle"), sequences, **inputs)
+    assert_same(train(hf.model(), **inputs), expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant):
+    ids = hf.tokens(2, 21)
+    mask = (torch.arange(21) >= torch.tensor([[0], [7]])).long()
+    inputs = dict(input_ids=ids, labels=ids.masked_fill(mask == 0, -100), attention_mask=mask)
+    model = hf.model()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert_same(train(model, use_cache=False, **inputs), train(hf.model(), **inputs))
+
+
+def test_dense_layers():
+    """A layer that the config names attends as torch does; all of them make another model of it."""
+    ids = hf.tokens(1, 30)
+    expected = hf.model(attention="sdpa").generate(ids, max_new_tokens=6, do_sample=False)
+    for decode in ("dense", "moba"):
+        register_moba(MoBAConfig(hf.CHUNK, hf.TOPK, full_attention_layers="all"), decode=decode)
+        assert torch.equal(hf.model().generate(ids, max_new_tokens=6, do_sample=False), expected)
+    register_moba(MoBAConfig(hf.CHUNK, hf.TOPK, full_attention_layers="2"))
+    with torch.no_grad():
+        logits = hf.model()(ids).logits
+    assert not torch.allclose(logits, hf.model(attention="sdpa")(ids).logits)
+
+
+def cache_for(kind, model, batch):
+    if kind == "dynamic":
+        return DynamicCache(config=model.config)
+    return StaticCache(config=model.config, max_cache_len=40)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("padding", [0, 5])
+def test_prefill_in_pieces(kind, padding):
+    """A prompt in three parts over a cache, one row padded on the left, as in one part."""
+    model, ids = hf.model(), hf.tokens(2, 31)
+    mask = (torch.arange(31) >= torch.tensor([[0], [padding]])).long()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        cache, parts = cache_for(kind, model, 2), []
+        for begin, end in ((0, 10), (10, 13), (13, 31)):
+            parts.append(model(ids[:, begin:end], attention_mask=mask[:, :end] if padding else None,
+                               position_ids=positions[:, begin:end], past_key_values=cache).logits)
+    got = torch.cat(parts, 1)
+    torch.testing.assert_close(got[0], expected[0])
+    torch.testing.assert_close(got[1, padding:], expected[1, padding:])
+
+
+@pytest.mark.parametrize("kind", [None, "static"], ids=["dynamic", "static"])
+@pytest.mark.parametrize("decode", ["dense", "moba"])
+def test_generate(decode, kind, monkeypatch):
+    """A batch padded on the left generates, row by row, what the oracle does by recomputing the prefix, in fp32."""
+    register_moba(CONFIG, decode=decode)
+    filled = []
+    fill = huggingface_cache.fill_chunk_means
+    monkeypatch.setattr(huggingface_cache, "fill_chunk_means", lambda *x, **y: (filled.append(1), fill(*x, **y)))
+    ids, lengths, steps = hf.tokens(2, 23), (23, 14), 10
+    mask = torch.arange(23)[None] >= 23 - torch.tensor(lengths)[:, None]
+    model = hf.model(dtype=torch.float32).eval()
+    got = model.generate(ids.masked_fill(~mask, 0), attention_mask=mask.long(), max_new_tokens=steps, do_sample=False,
+                         cache_implementation=kind)[:, 23:]
+    assert len(filled) == (2 if decode == "moba" else 0)  # once a layer, not once a step
+    reference = hf.model(attention="moba_oracle", dtype=torch.float32).eval()
+    for row, length in enumerate(lengths):
+        prompt = ids[row, 23 - length:]
+        expected = hf.greedy(reference, prompt, steps, length if decode == "dense" else None)
+        assert got[row].tolist() == expected.tolist()
+
+
+def test_decoded_tokens_depend_on_how_they_attend():
+    """Sparse decoding is not dense decoding on these models, so that the test above means something."""
+    results = []
+    for decode in ("dense", "moba"):
+        register_moba(CONFIG, decode=decode)
+        model = hf.model().eval()
+        with torch.no_grad():
+            cache = model(hf.tokens(1, 30), use_cache=True).past_key_values
+            results.append(model(hf.tokens(1, 1), past_key_values=cache).logits)
+    assert (results[0] - results[1]).abs().max() > 1e-3
+
+
+def step_logits(model, ids, cache):
+    with torch.no_grad():
+        return model(ids, past_key_values=cache).logits[:, -1]
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_cache_that_was_changed(kind):
+    """Means are made anew for a cache that was cropped or reset, and two caches in turns do not mix."""
+    register_moba(CONFIG, decode="moba")
+    model, ids, other = hf.model().eval(), hf.tokens(1, 36), hf.tokens(1, 36, seed=9)
+    caches = [cache_for(kind, model, 1) for _ in range(2)]
+    for cache, x in zip(caches, (ids, other)):
+        step_logits(model, x[:, :22], cache)
+    for i in range(22, 30):
+        for cache, x in zip(caches, (ids, other)):
+            got = step_logits(model, x[:, i:i + 1], cache)
+            with torch.no_grad():
+                torch.testing.assert_close(got, model(x[:, :i + 1], use_cache=False).logits[:, -1])
+    cache = caches[0]
+    mixed = torch.cat((ids[:, :19], other[:, :9]), 1)
+    if kind == "dynamic":
+        cache.crop(19 - 30)
+        begin = 19
+    else:
+        cache.reset()
+        begin = 20
+        step_logits(model, mixed[:, :20], cache)
+    for i in range(begin, 28):
+        got = step_logits(model, mixed[:, i:i + 1], cache)
+        with torch.no_grad():
+            torch.testing.assert_close(got, model(mixed[:, :i + 1], use_cache=False).logits[:, -1])
+
+
+def test_beams():
+    """Beams that change places in the cache find what recomputing the prefix finds."""
+    register_moba(CONFIG, decode="moba")
+    model, ids = hf.model().eval(), hf.tokens(1, 22)
+    cached, recomputed = (model.generate(ids, max_new_tokens=8, num_beams=3, do_sample=False, use_cache=use)
+                          for use in (True, False))
+    assert torch.equal(cached, recomputed)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(attention_dropout=0.1), "attention_dropout is not supported by MoBA attention, got 0.1: set config"),
+    (dict(family="mistral", sliding_window=16), "sliding_window .* is not supported by MoBA attention, got 16"),
+], ids=str)
+def test_refused_models(changes, message):
+    with pytest.raises(ValueError, match=message):
+        hf.model(**changes).train()(hf.tokens(1, 9))
+
+
+def test_refused_layers():
+    model = hf.model()
+    model.model.layers[1].self_attn.is_causal = False
+    with pytest.raises(ValueError, match="is_causal must be True for MoBA attention, got False in LlamaAttention"):
+        model(hf.tokens(1, 9))
+
+
+@pytest.mark.parametrize("given, message", [
+    (dict(attention_mask=torch.tensor([[1, 1, 0, 1, 1]])), "attention_mask must be 1 in one run .* in row 0"),
+    (dict(attention_mask=torch.ones(1, 1, 5, 5, dtype=torch.bool)), "attention_mask must be a 2-dimensional padding"),
+    (dict(output_attentions=True), "output_attentions is not supported"),
+    (dict(softcap=3.0), "softcap is not supported by MoBA attention, got 3.0"),
+    (dict(s_aux=torch.zeros(4)), "sinks.* is not supported"),
+    (dict(cu_seq_lens_q=torch.tensor([0, 5]), attention_mask=torch.tensor([[1, 1, 1, 0, 0]])), "cu_seq_lens_q must"),
+], ids=lambda x: next(iter(x)) if isinstance(x, dict) else "")
+def test_refused_calls(given, message):
+    with pytest.raises(ValueError, match=message):
+        hf.model()(hf.tokens(1, 5), **given)
+
+
+@pytest.mark.parametrize("call, error, message", [
+    (lambda: register_moba(512), TypeError, "config must be a MoBAConfig, got int"),
+    (lambda: register_moba(decode="sparse"), ValueError, "decode must be one of dense, moba; got 'sparse'"),
+    (lambda: register_moba(MoBAConfig(full_attention_from_step=3)), ValueError, "full_attention_from_step must be None"),
+], ids=["config", "decode", "step"])
+def test_refused_registrations(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
