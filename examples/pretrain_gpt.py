@@ -8,6 +8,7 @@
 Flags are spelled as Megatron-LM spells them; `--attention full` trains the same model densely, for comparison. With a
 GPU it runs on NCCL, without one on gloo. The parts lie in `examples/pretraining/`.
 """
+import contextlib
 import math
 import os
 import sys
@@ -27,11 +28,12 @@ from pretraining import checkpointing, data  # noqa: E402
 from pretraining.agreement import SharedError, abort, gather, on_all_ranks  # noqa: E402
 from pretraining.arguments import parse_args  # noqa: E402
 from pretraining.evaluation import evaluate  # noqa: E402
-from pretraining.model import build_config, build_model, build_optimizer  # noqa: E402
+from pretraining.model import build_config, build_model, build_optimizer, describe_model  # noqa: E402
 from pretraining.monitor import Monitor  # noqa: E402
 from pretraining.selection import save_selection  # noqa: E402
 
 from moba_megatron.core_attention import set_iteration  # noqa: E402
+from moba_megatron.inspect.router_log import RouterLog  # noqa: E402
 
 
 def main(argv=None) -> int:
@@ -88,8 +90,9 @@ def pretrain(args) -> None:
     rank = torch.distributed.get_rank()
     blend, tokenizer = on_all_ranks(data.read_tokenizer, args.data_path)
     first = find_checkpoint(args)
+    args.model_description = describe_model(args, tokenizer)
     config = build_config(args)
-    model = build_model(args, config, tokenizer.vocab_size)
+    model = build_model(args, config)
     optimizer, scheduler = build_optimizer(args, config, model)
     train_data, valid_data = data.build_datasets(args, blend, tokenizer)
     if first:
@@ -98,12 +101,17 @@ def pretrain(args) -> None:
     describe(args, monitor, model, first)
 
     last_saved = first
-    for iteration, report in steps(args, config, model, optimizer, scheduler, train_data, first):
+    router = None
+    if args.router_log_interval:
+        router = RouterLog(args.router_log_interval, args.num_layers, args.num_attention_heads)
+    for iteration, report in steps(args, config, model, optimizer, scheduler, train_data, first, router):
         if report is not None:
             if not math.isfinite(report["loss"]):
                 raise SharedError(f"the loss is {report['loss']} at step {iteration}: lower --lr, or resume from an "
                                   "earlier checkpoint")
             monitor.step(iteration, **report)
+        if router is not None and router.report is not None:
+            monitor.router(iteration, router.report)
         stop = args.exit_interval and iteration % args.exit_interval == 0
         due = args.save_interval and iteration % args.save_interval == 0
         if args.save and (stop or due):
@@ -127,12 +135,12 @@ def finish(args, monitor, model, optimizer, scheduler, valid_data, iteration: in
     if args.eval_iters and iteration % args.eval_interval:
         monitor.validation(iteration, evaluate(args, model, valid_data))
     if args.save_selection and args.attention == "moba" and valid_data is not None:
-        save_selection(args, model, valid_data)
+        save_selection(args, model, valid_data, iteration)
         monitor.say(f"wrote {args.save_selection}")
 
 
-def steps(args, config, model, optimizer, scheduler, dataset, first: int):
-    """Training steps after the first ones.
+def steps(args, config, model, optimizer, scheduler, dataset, first: int, router: RouterLog | None):
+    """Training steps after the first ones; `router` watches those that it is due at.
 
     Yields:
         (iteration, report): steps done, and the step's loss (mean over the batch's tokens), grad_norm, lr and
@@ -146,15 +154,16 @@ def steps(args, config, model, optimizer, scheduler, dataset, first: int):
         set_iteration(iteration - 1)
         model.zero_grad_buffer()
         optimizer.zero_grad()
-        losses = forward_backward(
-            forward_step_func=forward_step,
-            data_iterator=iterator,
-            model=[model],
-            num_microbatches=args.num_microbatches,
-            seq_length=args.seq_length,
-            micro_batch_size=args.micro_batch_size,
-            forward_only=False,
-        )
+        with router.watch(iteration) if router else contextlib.nullcontext():
+            losses = forward_backward(
+                forward_step_func=forward_step,
+                data_iterator=iterator,
+                model=[model],
+                num_microbatches=args.num_microbatches,
+                seq_length=args.seq_length,
+                micro_batch_size=args.micro_batch_size,
+                forward_only=False,
+            )
         lr = optimizer.param_groups[0]["lr"]
         updated, grad_norm, _ = optimizer.step()
         if updated:

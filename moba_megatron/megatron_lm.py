@@ -12,7 +12,7 @@ import inspect
 from .arguments import add_moba_arguments
 from .config import MoBAConfig
 from .flops import correction
-from .megatron_host import host_config, host_iteration, is_active, print_once
+from .megatron_host import host_args, host_config, host_iteration, is_active, print_once
 
 FULL_MEANING = "full: Megatron-LM's own attention, untouched"
 
@@ -38,7 +38,13 @@ def _hook(wrap):
 @_hook
 def moba_arguments(original, parser):
     """On ``add_megatron_arguments``: adds ``--attention`` and ``--moba-*``."""
-    return add_moba_arguments(original(parser), default="full", full_meaning=FULL_MEANING)
+    parser = add_moba_arguments(original(parser), default="full", full_meaning=FULL_MEANING)
+    group = parser.add_argument_group("moba logs")
+    group.add_argument("--moba-log-router-interval", type=int, metavar="N",
+                       help="every N iterations log, to TensorBoard and as a line, each layer's share of queries on the "
+                            "first chunk, load imbalance, selection entropy and recall; unset: never")
+    group.add_argument("--moba-log-router-file", metavar="FILE", help="and to this file, as JSON lines")
+    return parser
 
 
 def core_attention_for(dense):
@@ -85,10 +91,17 @@ def moba_flops(original, args, batch_size, *sums, **named_sums):
 
 @_hook
 def moba_model_check(original, *args, **kwargs):
-    """On ``setup_model_and_optimizer``: a model that took no notice of ``--attention moba`` is an error, not dense."""
+    """On ``setup_model_and_optimizer``: a model that took no notice of ``--attention moba`` is an error, not dense.
+
+    With ``--moba-log-router-interval`` the training steps that follow are watched.
+    """
     result = original(*args, **kwargs)
     if is_active():
         check_model(result[0], host_config())
+        if getattr(host_args(), "moba_log_router_interval", None) is not None:
+            from .inspect.megatron_log import watch_training
+
+            watch_training()
     return result
 
 

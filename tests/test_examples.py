@@ -1,6 +1,8 @@
 """The pretraining example end to end on CPU: data, training on two ranks, stop and resume, other layouts, bad input."""
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,11 +11,13 @@ import prepare_data
 import pytest
 from check_run import check
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from plot_run import attended_share
 from plot_run import main as plot_run
 from pretraining.arguments import parse_args
 from pretraining.monitor import Monitor, read_log
 from ranks import torchrun
+
+from moba_megatron.inspect.checkpoint import find_checkpoint
+from moba_megatron.inspect.trace import load_trace
 
 MODEL = ["--num-layers", "3", "--hidden-size", "64", "--num-attention-heads", "4", "--group-query-attention",
          "--num-query-groups", "2", "--seq-length", "128", "--moba-chunk-size", "16", "--moba-topk", "3",
@@ -56,7 +60,8 @@ def uninterrupted(tmp_path_factory, data_path) -> tuple[dict, Path]:
     """Six steps on two context parallel ranks; (records, directory)."""
     run = tmp_path_factory.mktemp("uninterrupted")
     records = train(2, run / "log.jsonl", data_path, "--context-parallel-size", "2", "--use-distributed-optimizer",
-                    "--save-selection", str(run / "selection.npz"), "--tensorboard-dir", str(run / "tensorboard"))
+                    "--save-selection", str(run / "selection.npz"), "--tensorboard-dir", str(run / "tensorboard"),
+                    "--router-log-interval", "3")
     return records, run
 
 
@@ -128,14 +133,23 @@ class TestTraining:
         assert np.mean([part[2] for part in parts]) == pytest.approx(result["loss"], rel=1e-6)
         assert result["trailing_loss"] == parts[-1][2]
 
-    def test_selection_names_earlier_chunks_of_sparse_layers(self, uninterrupted):
-        with np.load(uninterrupted[1] / "selection.npz") as file:
-            assert sorted(file.files) == ["chunk_size", "layer_1", "layer_2"]
-            selected = file["layer_2"]
-        assert selected.shape == (128, 4, 2)
-        own = (np.arange(128) // 16)[:, None]
-        assert np.array_equal((selected >= 0).sum(-1), np.broadcast_to(np.minimum(own, 2), (128, 4)))
-        assert (selected < own[:, None]).all()
+    def test_selection_counts_every_choice_of_sparse_layers(self, uninterrupted):
+        trace = load_trace(uninterrupted[1] / "selection.npz")
+        assert trace.layers == (1, 2) and (trace.num_heads, trace.num_kv_heads) == (4, 2)
+        assert (trace.seq_length, trace.sequences, trace.about["iteration"]) == (128, 1, 6)
+        expected = 16 * np.minimum(np.arange(8), 2)
+        assert all((trace.counts(layer).sum(2) == expected).all() for layer in trace.layers)
+
+    def test_router_is_logged_every_third_step(self, uninterrupted):
+        records, run = uninterrupted
+        assert [record["iteration"] for record in records["router"]] == [3, 6]
+        for record in records["router"]:
+            assert sorted(record["layers"]) == ["1", "2"]
+            for layer in record["layers"].values():
+                assert 0 < layer["recall"] <= layer["best_recall"] <= 1
+                assert np.mean(layer["heads"]["recall"]) == pytest.approx(layer["recall"], rel=1e-3)
+        [events] = (run / "tensorboard").glob("events.*")
+        assert b"router-recall/layer-002" in events.read_bytes()
 
     def test_plots_and_tensorboard_are_written(self, uninterrupted):
         pytest.importorskip("matplotlib")
@@ -172,13 +186,47 @@ class TestTraining:
         records = train(2, tmp_path / "log.jsonl", data_path, *flags)
         assert [r["iteration"] for r in records["step"]] == [1, 2, 3, 4, 5, 6]
         assert records["step"][-1]["loss"] < records["step"][0]["loss"] - 1
-        with np.load(tmp_path / "s.npz") as file:
-            assert {"layer_1", "layer_2", "layer_3"} <= set(file.files)
+        assert load_trace(tmp_path / "s.npz").layers == (1, 2, 3)
 
     def _assert_close(self, records, expected):
         got, want = ([r["loss"] for r in x["step"] + x["validation"]] for x in (records, expected))
         # Sums in another order differ by fp32 rounding, which six steps of Adam enlarge.
         assert got == pytest.approx(want, rel=2e-4)
+
+
+class TestInspect:
+    def test_a_checkpoint_shows_what_the_run_itself_recorded(self, tmp_path):
+        # Every sample is the same text: the documents repeat it, and its length is the sequence's.
+        pytest.importorskip("matplotlib")
+        text = "".join(np.random.default_rng(0).choice(list("abcdefgh "), 128))
+        (tmp_path / "text.txt").write_text(text)
+        for i in range(2):
+            (tmp_path / f"{i}.txt").write_text(20 * text)
+        assert prepare_data.main(["--input", str(tmp_path / "0.txt"), str(tmp_path / "1.txt"),
+                                  "--output-prefix", str(tmp_path / "data")]) == 0
+        train(2, tmp_path / "log.jsonl", tmp_path / "data", "--tensor-model-parallel-size", "2", "--qk-layernorm",
+              "--train-iters", "3", "--global-batch-size", "1", "--eval-iters", "1", "--save", str(tmp_path / "c"),
+              "--save-selection", str(tmp_path / "run.npz"))
+        command = [sys.executable, "-m", "moba_megatron.inspect", "--load", str(tmp_path / "c"),
+                   "--text", str(tmp_path / "text.txt"), "--trace", str(tmp_path / "trace.npz"),
+                   "--output", str(tmp_path / "look"), "--device", "cpu"]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=150, cwd=Path(__file__).parent.parent,
+                                env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
+        assert result.returncode == 0, result.stderr[-4000:]
+        of_run, of_checkpoint = load_trace(tmp_path / "run.npz"), load_trace(tmp_path / "trace.npz")
+        assert of_run.layers == of_checkpoint.layers == (1, 2)
+        for layer in of_run.layers:
+            # A score may round otherwise where the sums of two tensor parallel ranks are added.
+            assert np.abs(of_run.counts(layer) - of_checkpoint.counts(layer)).sum() <= 4
+        for name in ("router.html", "selection.png", "statistics.png"):
+            assert (tmp_path / "look" / name).stat().st_size > 5000
+        layers = json.loads((tmp_path / "look" / "statistics.json").read_text())["layers"]
+        assert sorted(layers) == ["1", "2"] and 0 < layers["1"]["recall"] <= 1
+        assert text[16:32] in (tmp_path / "look" / "router.html").read_text()
+
+    def test_a_directory_without_a_checkpoint_is_refused(self, tmp_path):
+        with pytest.raises(ValueError, match="--load must be a distributed checkpoint"):
+            find_checkpoint(tmp_path)
 
 
 class TestBadInput:
@@ -212,6 +260,8 @@ class TestBadInput:
         pytest.param(1, ["--loss-position-bins", "7"], "--loss-position-bins must divide", id="bins"),
         pytest.param(1, ["--moba-topk", "0"], "topk must be at least 1", id="topk"),
         pytest.param(1, ["--moba-full-attention-layers", "9"], "names layer 9", id="layer beyond the model"),
+        pytest.param(1, ["--router-log-interval", "0"], "--router-log-interval must be at least 1", id="router log"),
+        pytest.param(1, ["--router-log-interval", "5", "--attention", "full"], "there is no router", id="no router"),
         pytest.param(1, ["--overlap-param-gather"], "--overlap-param-gather needs", id="overlap"),
         pytest.param(1, ["--no-such-flag"], "unrecognized", id="unknown flag"),
     ])
@@ -269,12 +319,3 @@ class TestLogs:
         records = {"step": [{"iteration": i, "loss": 5.0} for i in range(1, 41)], "start": [{"iteration": 20}],
                    "validation": []}
         assert any("fell too little" in p for p in check(records))
-
-    def test_attended_share_counts_own_and_chosen_chunks(self):
-        selected = np.array([[-1], [-1], [0], [0], [1], [0]])
-        share = attended_share(selected, 2)
-        assert share.tolist() == [[1, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 0], [0, 1, 1], [1, 0, 1]]
-
-    def test_attended_share_averages_long_sequences(self):
-        share = attended_share(np.full((1000, 1), -1), 2)
-        assert share.shape == (250, 250) and share.sum() == pytest.approx(250 * 0.5)

@@ -30,6 +30,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_data_args(parser)
     _add_checkpoint_args(parser)
     add_logging_args(parser)
+    _add_router_args(parser)
     add_moba_arguments(parser)
     args = parser.parse_args(argv)
     args.world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -118,8 +119,6 @@ def _add_checkpoint_args(parser):
     group.add_argument("--eval-iters", type=int, default=100, help="global batches in a validation; 0: none")
     group.add_argument("--loss-position-bins", type=int, default=16,
                        help="parts of the sequence whose loss the validation reports, the trailing loss last")
-    group.add_argument("--save-selection", metavar="FILE.npz",
-                       help="at the end, write which chunks the queries of a validation text chose")
 
 
 def add_logging_args(parser):
@@ -128,6 +127,15 @@ def add_logging_args(parser):
     group.add_argument("--log-interval", type=int, default=10)
     group.add_argument("--log-jsonl", metavar="FILE", help="JSON lines, continued when a run resumes")
     group.add_argument("--tensorboard-dir", metavar="DIR")
+
+
+def _add_router_args(parser):
+    group = parser.add_argument_group("looking at the router")
+    group.add_argument("--router-log-interval", type=int, metavar="N",
+                       help="every N steps log each layer's share of queries on the first chunk, load imbalance, "
+                            "selection entropy and recall; unset: never")
+    group.add_argument("--save-selection", metavar="FILE.npz",
+                       help="at the end, write a routing trace: which chunks the queries of a validation text chose")
 
 
 def _derive_and_validate(args):
@@ -162,6 +170,10 @@ def _derive_and_validate(args):
     if not 0 <= args.lr_warmup_iters < args.lr_decay_iters:
         raise ValueError(f"--lr-warmup-iters must be below the decay's {args.lr_decay_iters} iterations, "
                          f"got {args.lr_warmup_iters}")
+    if args.router_log_interval is not None:
+        require_positive(args, "router_log_interval")
+        if args.attention != "moba":
+            raise ValueError("--router-log-interval needs --attention moba, got --attention full: there is no router")
     if args.save_interval and not args.save:
         raise ValueError("--save-interval needs --save, the directory for checkpoints")
     if args.overlap_param_gather and not (args.use_distributed_optimizer and args.overlap_grad_reduce):

@@ -9,6 +9,8 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from moba_megatron.inspect.checkpoint import DESCRIPTION
+
 from .agreement import SharedError
 
 # What must agree between a checkpoint and the run that loads it, or the weights mean something else.
@@ -36,6 +38,7 @@ def save_checkpoint(args, iteration: int, model, optimizer, scheduler) -> Path:
     state["iteration"] = iteration
     state["run"] = {name: getattr(args, name)
                     for name in (*_ARCHITECTURE, *_OPTIMIZER_LAYOUT, "use_distributed_optimizer", "bf16")}
+    state[DESCRIPTION] = args.model_description
     dist_checkpointing.save(state, str(directory))
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:

@@ -1,4 +1,6 @@
 """The GPT (RoPE, GQA, RMSNorm, SwiGLU), its layer specs with MoBA, and Megatron's optimizer and schedule around it."""
+from dataclasses import asdict
+
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
@@ -33,35 +35,59 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+def describe_model(args, tokenizer) -> dict:
+    """What the model is, as plain values: it is built from this, and checkpoints keep it.
+
+    Returns:
+        `transformer` and `gpt`, arguments of TransformerConfig and GPTModel; `moba`; `tokenizer`. The keys are those
+        that `python -m moba_megatron.inspect` reads.
+    """
+    return {
+        "transformer": dict(
+            num_layers=args.num_layers,
+            hidden_size=args.hidden_size,
+            num_attention_heads=args.num_attention_heads,
+            num_query_groups=args.num_query_groups,
+            kv_channels=args.kv_channels,
+            ffn_hidden_size=args.ffn_hidden_size,
+            normalization="RMSNorm",
+            layernorm_epsilon=args.norm_epsilon,
+            qk_layernorm=args.qk_layernorm,
+            gated_linear_unit=True,
+            activation_func="silu",
+            add_bias_linear=False,
+            attention_dropout=0.0,
+            hidden_dropout=0.0,
+            bf16=args.bf16,
+        ),
+        "gpt": dict(
+            vocab_size=padded_vocab_size(args, tokenizer.vocab_size),
+            max_sequence_length=args.seq_length,
+            share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+            position_embedding_type="rope",
+            rotary_base=args.rotary_base,
+        ),
+        "moba": asdict(args.moba_config),
+        "tokenizer": tokenizer.name,
+    }
+
+
 def build_config(args) -> TransformerConfig:
     """The TransformerConfig of the flags."""
+    model = args.model_description["transformer"]
     on_cpu = not torch.cuda.is_available()
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     recompute = {}
     if args.recompute_granularity == "full":
         recompute = {"recompute_method": args.recompute_method, "recompute_num_layers": args.recompute_num_layers}
     return TransformerConfig(
-        num_layers=args.num_layers,
-        hidden_size=args.hidden_size,
-        num_attention_heads=args.num_attention_heads,
-        num_query_groups=args.num_query_groups,
-        kv_channels=args.kv_channels,
-        ffn_hidden_size=args.ffn_hidden_size,
+        **{**model, "activation_func": getattr(F, model["activation_func"])},
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         context_parallel_size=args.context_parallel_size,
         cp_comm_type=args.cp_comm_type,
         sequence_parallel=args.sequence_parallel,
-        normalization="RMSNorm",
-        layernorm_epsilon=args.norm_epsilon,
-        qk_layernorm=args.qk_layernorm,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
         init_method_std=args.init_method_std,
-        bf16=args.bf16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         use_cpu_initialization=on_cpu,
@@ -92,7 +118,7 @@ def padded_vocab_size(args, vocab_size: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-def build_model(args, config: TransformerConfig, vocab_size: int) -> DistributedDataParallel:
+def build_model(args, config: TransformerConfig) -> DistributedDataParallel:
     """This rank's stage of the GPT inside Megatron's DistributedDataParallel."""
     spec = build_layer_spec(args)
     if args.transformer_impl == "local":
@@ -101,13 +127,9 @@ def build_model(args, config: TransformerConfig, vocab_size: int) -> Distributed
     model = GPTModel(
         config=config,
         transformer_layer_spec=spec,
-        vocab_size=padded_vocab_size(args, vocab_size),
-        max_sequence_length=args.seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
-        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
-        position_embedding_type="rope",
-        rotary_base=args.rotary_base,
+        **args.model_description["gpt"],
     )
     model.cuda(torch.cuda.current_device())
     if args.bf16:

@@ -5,6 +5,8 @@ import sys
 import time
 from pathlib import Path
 
+from moba_megatron.inspect.report import as_record, as_scalars, summary
+
 
 class Monitor:
     """Reports steps and validations; every method does nothing on ranks other than 0.
@@ -87,6 +89,16 @@ class Monitor:
         self.say(f"validation after step {iteration}: loss {result.loss:.4f}, at positions {first}-{last - 1} "
                  f"(trailing) {result.trailing_loss:.4f}")
 
+    def router(self, iteration: int, report) -> None:
+        """The router's statistics of a step: a RouterLog's report."""
+        if not self.enabled:
+            return
+        self.record("router", iteration=iteration, layers=as_record(report))
+        if self.board is not None:
+            for name, value in as_scalars(report).items():
+                self.board.add_scalar(name, value, iteration)
+        self.say(f"step {iteration} | {summary(report)}")
+
     def close(self) -> None:
         """Flushes and closes what is open."""
         for thing in (self.bar, self.board, self.file):
@@ -120,14 +132,14 @@ def _clock(seconds: float) -> str:
 
 
 def read_log(path: Path) -> dict[str, list[dict]]:
-    """The records of a JSON log by kind: "start", "step", "validation", each in the order of the run.
+    """The records of a JSON log by kind: "start", "step", "validation", "router", each in the order of the run.
 
     Raises:
         ValueError: there is no such file, or it holds no training step.
     """
     if not path.is_file():
         raise ValueError(f"there is no log {path}; train with --log-jsonl {path}")
-    records = {"start": [], "step": [], "validation": []}
+    records = {"start": [], "step": [], "validation": [], "router": []}
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         records[record["kind"]].append(record)

@@ -5,9 +5,12 @@
 | ``choices`` | which chunks the queries of a layer choose, seen from inside a forward pass |
 | ``statistics`` | first-chunk share, load imbalance, entropy, recall: their definitions |
 | ``router_log`` | the statistics of every N-th training step, over all parallel ranks |
+| ``megatron_log`` | the same inside Megatron-LM's training loop |
+| ``report`` | the statistics as JSON, scalars and text |
 | ``trace``, ``recorder`` | RoutingTrace and its file; recording one from a forward pass |
 | ``checkpoint`` | a model for inspection from a checkpoint of examples/pretrain_gpt.py |
 | ``picture``, ``page`` | a trace as PNG and as a self-contained HTML page |
 
-``python -m moba_megatron.inspect`` is the command. Only ``trace`` can do without Megatron-Core.
+``python -m moba_megatron.inspect`` is the command. Reading and drawing (trace, report, picture,
+page) can do without Megatron-Core.
 """

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..context_parallel.comm import all_gather
 from ..core_attention import MoBACoreAttention, set_observer
 from ..ops import get_stages
 from ..segments import Segments
@@ -100,7 +99,9 @@ def look(module: MoBACoreAttention, q: Tensor, k: Tensor, segments: Segments, gr
         return None
     q, k = q.detach(), k.detach()
     if group is not None:
-        k = all_gather(k, group).wait()[global_rows]
+        ranks = k.new_empty(group.size() * k.shape[0], *k.shape[1:])
+        dist.all_gather_into_tensor(ranks, k.contiguous(), group=group)
+        k = ranks[global_rows]
     stages = get_stages(moba.backend, q.device)
     selected = stages.gate(q, stages.chunk_means(k, segments), segments, moba.topk)
     scale = q.shape[2] ** -0.5 if module.softmax_scale is None else module.softmax_scale

@@ -2,18 +2,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from torch import Tensor
 
 from .choices import look, watching
+from .report import Report
 from .statistics import NAMES, Tally, layer_statistics, tally
-
-Report = Mapping[int, Mapping[str, list[float]]]
-"""For each layer that has a choice, by number: each statistic of NAMES, a value a head."""
 
 
 class RouterLog:
@@ -112,32 +109,3 @@ def _tensor_parallel() -> tuple[int, int]:
     if not parallel_state.model_parallel_is_initialized():
         return 1, 0
     return parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
-
-
-def as_record(report: Report) -> dict:
-    """The report for a line of JSON: for each layer the mean over its heads, and under ``heads`` each head's value."""
-    return {str(layer): {**{name: _round(sum(values) / len(values)) for name, values in heads.items()},
-                         "heads": {name: [_round(value) for value in values] for name, values in heads.items()}}
-            for layer, heads in report.items()}
-
-
-def as_scalars(report: Report) -> dict[str, float]:
-    """The report for TensorBoard: each statistic's mean over heads by layer, and over all layers."""
-    scalars = {}
-    for name in NAMES if report else ():
-        layers = {layer: sum(heads[name]) / len(heads[name]) for layer, heads in report.items()}
-        scalars[f"router/{name}"] = sum(layers.values()) / len(layers)
-        scalars.update({f"router-{name}/layer-{layer:03d}": value for layer, value in layers.items()})
-    return scalars
-
-
-def summary(report: Report) -> str:
-    """The report in a line: means over all layers and heads."""
-    if not report:
-        return "router: no query has a choice, since topk chunks cover every sequence or every layer attends densely"
-    means = as_scalars(report)
-    return "router: " + ", ".join(f"{name.replace('_', ' ')} {means[f'router/{name}']:.3f}" for name in NAMES)
-
-
-def _round(x: float) -> float:
-    return float(f"{x:.4g}")

@@ -1,0 +1,143 @@
+"""Which chunks does each layer and head choose? Pictures, a page and a trace from a checkpoint and a text.
+
+    python -m moba_megatron.inspect --load runs/quickstart/checkpoints --text play.txt --output look
+    python -m moba_megatron.inspect --load runs/quickstart/checkpoints --text play.txt --trace routing.npz
+    python -m moba_megatron.inspect --from-trace routing.npz --output look
+
+The checkpoint is one of examples/pretrain_gpt.py, of any parallel size. In the output directory:
+
+    router.html       the chosen chunks of each layer and head, to point at; one file, loads nothing
+    selection.png     the same as heat maps
+    statistics.json   first-chunk share, load imbalance, entropy, recall of each layer and head (inspect/statistics.py)
+    statistics.png    the same as heat maps
+
+The trace is what a simulation of the exchange needs (inspect/trace.py).
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from .page import write_page
+from .report import as_record, as_table
+from .trace import RoutingTrace, load_trace, save_trace
+
+EXCERPT = 120
+"""Characters of a chunk's text that the page shows."""
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m moba_megatron.inspect", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--load", metavar="DIR", help="directory of checkpoints, or one checkpoint")
+    source.add_argument("--from-trace", metavar="FILE.npz", help="draw a trace that was made before")
+    parser.add_argument("--text", metavar="FILE", help="its first tokens are what the model reads")
+    parser.add_argument("--output", metavar="DIR", help="where pictures, page and statistics go")
+    parser.add_argument("--trace", metavar="FILE.npz", help="also write the routing trace")
+    parser.add_argument("--seq-length", type=int, help="tokens to read; default: what the model was trained on")
+    parser.add_argument("--tokenizer-model", metavar="DIR", help="where the checkpoint needs a Hugging Face tokenizer")
+    parser.add_argument("--moba-chunk-size", type=int, help="instead of the checkpoint's")
+    parser.add_argument("--moba-topk", type=int, help="instead of the checkpoint's")
+    parser.add_argument("--moba-full-attention-layers",
+                        help="instead of the checkpoint's; with 'none', layers that were trained densely are looked at")
+    parser.add_argument("--samples", type=int, default=512, help="queries whose recall is computed (default: 512)")
+    parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
+    args = parser.parse_args(argv)
+    if args.load and not args.text:
+        parser.error("--load needs --text")
+    if not args.output and not args.trace:
+        parser.error("--output or --trace must say where the result goes")
+    return args
+
+
+def look(args: argparse.Namespace) -> tuple[RoutingTrace, dict, list[str]]:
+    """The trace, the statistics and each chunk's first characters of a checkpoint's model that reads the text.
+
+    Raises:
+        ValueError: a flag, the checkpoint or the text does not serve; the message says why.
+    """
+    import torch
+
+    from ..bench.environment import describe
+    from ..config import MoBAConfig
+    from .checkpoint import find_checkpoint, load_model, read_description, single_process
+    from .choices import watching
+    from .recorder import TraceRecorder
+    from .router_log import RouterLog
+    from .text import tokenizer
+
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    checkpoint = find_checkpoint(args.load)
+    with single_process(device):
+        description = read_description(checkpoint)
+        given = {name: getattr(args, f"moba_{name}") for name in ("chunk_size", "topk", "full_attention_layers")}
+        moba = dataclasses.replace(MoBAConfig(**description["moba"]), full_attention_from_step=None,
+                                   **{name: value for name, value in given.items() if value is not None})
+        words = tokenizer(description["tokenizer"], args.tokenizer_model)
+        length = args.seq_length or description["gpt"]["max_sequence_length"]
+        ids = words.encode(Path(args.text).read_text(encoding="utf-8"))[:length]
+        if len(ids) <= moba.topk * moba.chunk_size:
+            raise ValueError(f"--text must have more than topk * chunk_size = {moba.topk * moba.chunk_size} tokens, or "
+                             f"there is nothing to choose; read {len(ids)} of at most {length} (--seq-length)")
+        model = load_model(checkpoint, description, moba, device)
+        tokens = torch.tensor([ids], device=device)
+        recorder, log = TraceRecorder(), RouterLog(1, model.config.num_layers, model.config.num_attention_heads,
+                                                   args.samples)
+        with torch.no_grad(), watching(recorder), log.watch(1):
+            model(tokens, torch.arange(len(ids), device=device)[None], None)
+        about = {"checkpoint": str(args.load), "iteration": description["iteration"], "text": Path(args.text).name,
+                 **describe(device), "command": "python -m moba_megatron.inspect " + " ".join(sys.argv[1:])}
+        trace = recorder.trace(about)
+    size = trace.chunk_size
+    excerpts = [words.decode(ids[i * size:(i + 1) * size])[:EXCERPT] for i in range(trace.num_chunks)]
+    return trace, log.report, excerpts
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 on success, 2 with a message on bad input."""
+    args = parse_args(argv)
+    try:
+        report, excerpts = {}, []
+        if args.from_trace:
+            trace = load_trace(args.from_trace)
+        else:
+            trace, report, excerpts = look(args)
+            print(as_table(report))
+        if args.trace:
+            save_trace(trace, args.trace)
+            print(args.trace)
+        if args.output:
+            for path in write(Path(args.output), trace, report, excerpts):
+                print(path)
+    except ImportError as error:
+        print(f"error: {error}; pictures need matplotlib: pip install -e '.[plot]'", file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def write(directory: Path, trace: RoutingTrace, report: dict, excerpts: list[str]) -> list[Path]:
+    """Writes page, pictures and statistics; returns what was written."""
+    from .picture import draw_report, draw_trace
+
+    directory.mkdir(parents=True, exist_ok=True)
+    page, selection = directory / "router.html", directory / "selection.png"
+    write_page(trace, page, report, excerpts)
+    draw_trace(trace, selection)
+    written = [page, selection]
+    if report:
+        numbers, picture = directory / "statistics.json", directory / "statistics.png"
+        numbers.write_text(json.dumps({"about": dict(trace.about), "layers": as_record(report)}, indent=1) + "\n")
+        draw_report(report, picture)
+        written += [numbers, picture]
+    return written
+
+
+if __name__ == "__main__":
+    sys.exit(main())

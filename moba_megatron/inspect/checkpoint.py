@@ -1,0 +1,114 @@
+"""A model for inspection from a checkpoint that says what it is: one process, forward only, CPU or one GPU.
+
+examples/pretrain_gpt.py saves with each checkpoint (in its common part, under DESCRIPTION) what it takes to build the
+model again, as plain values:
+
+=================  ==================================================================================================
+transformer        arguments of Megatron's TransformerConfig that shape the model; activation_func by its name in
+                   torch.nn.functional
+gpt                arguments of Megatron's GPTModel
+moba               fields of MoBAConfig
+tokenizer          name of the tokenizer: ByteLevel or HuggingFaceTokenizer
+=================  ==================================================================================================
+
+So this module knows no training script, and another that saves the same can be inspected too.
+"""
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from ..config import MoBAConfig
+from ..layer_specs import get_moba_layer_local_spec
+
+DESCRIPTION = "model_description"
+LATEST = "latest_checkpointed_iteration.txt"
+
+
+@contextlib.contextmanager
+def single_process(device: torch.device):
+    """Megatron's process groups for one process; on a machine without a GPU the CPU is the current device."""
+    stands_in = contextlib.nullcontext()
+    if device.type == "cpu":  # rotary embeddings move to the current CUDA device
+        stands_in = mock.patch.object(torch.cuda, "current_device", lambda: torch.device("cpu"))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        parallel_state.initialize_model_parallel()
+        with stands_in:
+            yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def find_checkpoint(directory: str | Path) -> Path:
+    """The checkpoint in a directory of checkpoints (the last complete one), or the directory itself where it is one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    directory = Path(directory)
+    latest = directory / LATEST
+    if latest.is_file():
+        directory = directory / f"iter_{int(latest.read_text()):07d}"
+    if not (directory / "metadata.json").is_file():
+        raise ValueError(f"--load must be a distributed checkpoint of Megatron-Core, or a directory with {LATEST} and "
+                         f"iter_* in it, got {directory}")
+    return directory
+
+
+def read_description(checkpoint: Path) -> dict:
+    """The description of the checkpoint's model, and under ``iteration`` the steps it was trained.
+
+    Raises:
+        ValueError: the checkpoint holds none.
+    """
+    common = dist_checkpointing.load_common_state_dict(str(checkpoint))
+    if DESCRIPTION not in common:
+        raise ValueError(f"{checkpoint} does not say what its model is (its common part has no {DESCRIPTION!r}): it "
+                         "must be written by this version's examples/pretrain_gpt.py")
+    return {**common[DESCRIPTION], "iteration": common["iteration"]}
+
+
+def load_model(checkpoint: Path, description: dict, moba: MoBAConfig, device: torch.device) -> GPTModel:
+    """The whole model with the checkpoint's weights, in evaluation mode; inside :func:`single_process`.
+
+    On the CPU it computes in fp32, else in the dtype that it was trained in.
+
+    Args:
+        checkpoint: from :func:`find_checkpoint`.
+        description: from :func:`read_description`.
+        moba: how to attend, usually the description's own.
+        device: where to.
+    """
+    options = dict(description["transformer"])
+    dtype = torch.bfloat16 if options.get("bf16") else torch.float32
+    config = TransformerConfig(**{**options, "activation_func": getattr(F, options["activation_func"])},
+                               use_cpu_initialization=True, perform_initialization=False, params_dtype=dtype,
+                               bias_activation_fusion=False, masked_softmax_fusion=False)
+    # torch's norms rather than Megatron's choice, which depends on what else is installed
+    spec = get_moba_layer_local_spec(moba, qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = WrappedTorchNorm
+    if config.qk_layernorm:
+        attention = spec.submodules.self_attention.submodules
+        attention.q_layernorm = attention.k_layernorm = WrappedTorchNorm
+    block = TransformerBlockSubmodules(layer_specs=[spec] * config.num_layers, layer_norm=WrappedTorchNorm)
+    # without the head: nobody looks at logits, which would be seq_length x vocabulary
+    model = GPTModel(config=config, transformer_layer_spec=block, post_process=False, **description["gpt"])
+    state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(checkpoint))
+    model.load_state_dict(state["model"])
+    if device.type == "cpu":
+        config.bf16, config.params_dtype = False, torch.float32
+        model.float()
+    return model.to(device).eval()
