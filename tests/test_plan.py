@@ -9,7 +9,10 @@ from pretraining.arguments import parse_args
 
 from moba_megatron import MoBAConfig
 from moba_megatron.arguments import add_moba_arguments, config_from_args
+from moba_megatron.bench import report
 from moba_megatron.bench.cases import CASES, flops
+from moba_megatron.bench.cp_cases import find_rows
+from moba_megatron.bench.gpt_cases import rows_for
 from moba_megatron.launch import check_flags
 from moba_megatron.plan import CARDS, MODELS, Model, Run, check, find_card, parse_size, plan, predict
 from moba_megatron.plan.__main__ import main
@@ -288,6 +291,26 @@ def test_predictions_hold_against_the_stored_measurements():
         assert any(not row["fitted"] for row in section.rows)
 
 
+def test_results_of_several_ranks_are_read(tmp_path):
+    """Rows as `bench cp` and `bench gpt` write them, with what the planner predicts as the measured value."""
+    report.save(tmp_path / "kernels.json", report.load(report.RESULTS / "h200" / "kernels.json"))
+    timed = {"status": "ok", "ms": {"median": 10.0}, "ranks": 2}
+    rows = [{**timed, "name": row.name, "case": row.case.as_dict(), "comm": row.comm,
+             "exposed": {"fwd gather": {"ms": 1.0, "sent_bytes": 2 ** 28}}}
+            for row in find_rows(None, ["all_gather", "a2a"])]
+    report.save(tmp_path / "cp.json", {"rows": [*rows, {"status": "failed", "reason": "x"}]})
+    steps = [{**timed, "name": row.name, "row": row.as_dict(), "peak_bytes": 2 ** 36}
+             for row in rows_for(2, None, tiny=False)]
+    report.save(tmp_path / "gpt.json", {"rows": steps})
+    times, sent, step_times, peaks = check.sections(tmp_path)[3:]
+    assert len(times.rows) == len(sent.rows) == len(rows)
+    whole = next(row for row in sent.rows if row["row"].startswith("128K-512-8/all_gather"))
+    assert whole["predicted"] == pytest.approx(0.5 + 0.5 + 1.0)  # GiB: K and V of half the tokens, twice, and in fp32
+    assert len(step_times.rows) == len(peaks.rows) == len([s for s in steps if not s["row"]["fp8"]])
+    faster = {row["row"]: row["predicted"] for row in step_times.rows}
+    assert faster["128K/moba-512-8/all_gather on 2"] < faster["128K/full/p2p on 2"]
+
+
 def test_command_line(capsys, tmp_path):
     picture, everything = tmp_path / "time.png", tmp_path / "plan.json"
     assert main(["--seq", "128K", "--model", "1b", "--gpus", "8", "--card", "a100", "--batch", "4", "--why",
@@ -295,10 +318,11 @@ def test_command_line(capsys, tmp_path):
     out = capsys.readouterr().out
     assert "8 x A100" in out and "GPU s/Mtok" in out and "moba_megatron.launch" in out and "do not divide" in out
     assert picture.stat().st_size > 1000
-    rows = json.loads(everything.read_text())
+    rows = json.loads(everything.read_text())["layouts"]
     assert rows[0]["step_s"] == pytest.approx(sum(part["seconds"] for part in rows[0]["parts"].values()))
     assert main(["--cards"]) == 0 and "vendor" in capsys.readouterr().out
-    assert main(["--check"]) == 0 and "median error" in capsys.readouterr().out
+    assert main(["--check", "--json", str(everything)]) == 0 and "median error" in capsys.readouterr().out
+    assert json.loads(everything.read_text())["sections"][0]["median_error"] < check.GOAL
 
 
 @pytest.mark.parametrize("words, message", [

@@ -2,14 +2,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from ..bench.report import as_text
+from ..bench.report import as_text, save
 from ..config import MoBAConfig
-from . import calibration, cards, check, command
+from . import calibration, cards, check, command, scenarios, simulate
 from .models import MODELS, Model, Run, default_batch, parse_size
 from .search import plan
 from .step import Prediction
@@ -41,10 +40,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--node", type=int, metavar="N", help="GPUs in a machine")
     p.add_argument("--top", type=int, default=15, metavar="N", help="rows of the table (15)")
     p.add_argument("--why", action="store_true", help="also the layouts that cannot be, with the reason")
-    p.add_argument("--json", type=Path, metavar="PATH", help="write every layout that fits, part by part")
+    p.add_argument("--json", type=Path, metavar="PATH",
+                   help="write every layout that fits, part by part; with --check its tables")
     p.add_argument("--picture", type=Path, metavar="PATH", help="time against sequence length, as .png or .svg")
     p.add_argument("--cards", action="store_true", help="print the card table with its sources, and end")
     p.add_argument("--check", action="store_true", help="predictions beside every stored measurement, and end")
+    p.add_argument("--simulate", type=Path, metavar="DIR",
+                   help="what context parallelism moves up to 1024 ranks and 10M tokens: JSON and pictures, and end")
+    p.add_argument("--trace", type=Path, metavar="FILE.npz", help="a routing trace to simulate as well")
     return p
 
 
@@ -63,7 +66,9 @@ def main(argv: list[str] | None = None) -> int:
         print(as_text(cards.as_rows()))
         return 0
     if arguments.check:
-        return _check()
+        return _check(arguments.json)
+    if arguments.simulate:
+        return _simulate(arguments)
     if arguments.seq is None:
         p.error("--seq is needed, such as --seq 1M")
     try:
@@ -106,8 +111,7 @@ def _plan(arguments: argparse.Namespace, run: Run, card: cards.Card) -> int:
     if arguments.why:
         print(as_text([{"layout": layout.name(), "reason": "; ".join(why)} for layout, why in out]))
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps([as_dict(p) for p in fit], indent=1) + "\n")
+        save(arguments.json, {"environment": scenarios.about(), "layouts": [as_dict(p) for p in fit]})
     if not fit:
         return 1
     runnable = [p for p in fit if p.layout.comm_type in ("-", *command.RUNNABLE)]
@@ -158,13 +162,23 @@ def as_dict(p: Prediction) -> dict:
             "parts": {name: asdict(part) for name, part in p.parts.items()}}
 
 
-def _check() -> int:
-    missed = 0
-    for section in check.sections():
+def _check(path: Path | None) -> int:
+    missed, found = 0, check.sections()
+    if path:
+        about = scenarios.about()
+        save(path, {"environment": about, "sections": [{**asdict(s), "median_error": s.median} for s in found]})
+    for section in found:
         verdict = "" if section.median <= check.GOAL else f", above {check.GOAL:.0%}"
         missed += bool(verdict)
         print(f"{section.title}\n\n{as_text(section.table())}\nmedian error {section.median:.1%}{verdict}\n")
     return int(missed > 0)
+
+
+def _simulate(arguments: argparse.Namespace) -> int:
+    card, lengths = _card(arguments), [arguments.seq] if arguments.seq else list(scenarios.LENGTHS)
+    layer = simulate.Layer(arguments.chunk_size, arguments.topk)
+    print(as_text(scenarios.write(arguments.simulate, layer, lengths, card, arguments.trace)))
+    return 0
 
 
 if __name__ == "__main__":

@@ -9,15 +9,19 @@ from ..bench.cases import Case
 from ..bench.report import GIB, RESULTS, load
 from ..config import MoBAConfig
 from . import measured
-from .calibration import Calibration, calibrate, leave_one_out, median_error, shape_of
+from .calibration import Calibration, calibrate, leave_one_out, median_error
 from .cards import Card, find_card
 from .layout import Layout
 from .memory import attention_working
 from .models import MODELS, Model, Run
-from .step import predict
+from .step import Prediction, predict
 
 GOAL = 0.15
 """Largest median of the absolute relative errors that a section may have."""
+
+
+INNER = 2
+"""Ranks that exchange heads in the benchmarks' a2a+all_gather."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +59,10 @@ def sections(folder: Path = RESULTS / "h200") -> list[Section]:
     kernels = load(folder / "kernels.json")["rows"]
     calibration = calibrate(kernels, card, "kernels.json")
     found = [_kernels(kernels, card), _memory(kernels), _end_to_end(card, calibration)]
-    for name, read in (("cp.json", _context_parallel), ("gpt.json", _gpt)):
-        if (folder / name).exists():
-            section = read(load(folder / name), card, calibration)
-            found += [section] if section.rows else []
+    for pattern, readers in (("cp*.json", (_context_parallel, _sent)), ("gpt*.json", (_gpt, _gpt_memory))):
+        results = [load(path) for path in sorted(folder.glob(pattern))]
+        sections_of = [read(results, card, calibration) for read in readers] if results else []
+        found += [section for section in sections_of if section.rows]
     return found
 
 
@@ -94,32 +98,66 @@ def _end_to_end(card: Card, calibration: Calibration) -> Section:
     return Section("Full attention in Transformer Engine, 350M GPT, forward and backward (plan/measured.py)", found)
 
 
-def _context_parallel(result: dict, card: Card, calibration: Calibration) -> Section:
-    """One attention layer over several ranks (`bench cp`)."""
-    found = []
-    for row in result["rows"]:
-        if row["status"] != "ok":
-            continue
-        case, size = Case(**row["case"]), row["ranks"]
-        run = Run(_model_of(case), case.tokens, size, 1, MoBAConfig(case.chunk_size, case.topk))
-        layout = Layout(1, size, 1, 1, row["comm"] if size > 1 else "-", row.get("inner", 1))
-        parts = predict(run, layout, card, calibration, optimizer=False).parts
-        predicted = 1e3 * (parts["attention"].seconds + parts["context"].seconds)
-        found.append(_row(f"{case.name} {row['comm']} on {size}", row["ms"]["median"], predicted))
-    return Section("Context parallel MoBA layer (cp.json)", found)
+def _rows(results: list[dict]) -> list[dict]:
+    """Those that were measured."""
+    return [row for result in results for row in result["rows"] if row["status"] == "ok"]
 
 
-def _gpt(result: dict, card: Card, calibration: Calibration) -> Section:
-    """Steps of the 350M GPT (`bench gpt`)."""
+def _layer(row: dict, card: Card, calibration: Calibration) -> tuple[str, Prediction]:
+    """A row of `bench cp` and its prediction: a model of one layer, of which attention and exchange count."""
+    case, size = Case(**row["case"]), row["ranks"]
+    run = Run(_model_of(case), case.tokens, size, 1, MoBAConfig(case.chunk_size, case.topk))
+    layout = Layout(1, size, 1, 1, row["comm"], INNER if "+" in row["comm"] else 1)
+    return f"{row['name']} on {size}", predict(run, layout, card, calibration, optimizer=False)
+
+
+def _context_parallel(results: list[dict], card: Card, calibration: Calibration) -> Section:
     found = []
-    for row in result["rows"]:
-        if row["status"] != "ok":
-            continue
-        run = Run(MODELS["350m"], row["seqlen"], row["ranks"], 1, MoBAConfig(row["chunk_size"], row["topk"]),
-                  attention=row["attention"])
-        layout = Layout(1, row["ranks"], 1, 1, row["comm"] if row["ranks"] > 1 else "-", row.get("inner", 1),
-                        row.get("recompute", "none"))
-        predicted = 1e3 * predict(run, layout, card, calibration, optimizer=False).seconds
-        found.append(_row(f"{row['attention']} {row['seqlen'] // 1024}K {row['comm']} on {row['ranks']}",
-                          row["ms"]["median"], predicted))
-    return Section("350M GPT in Megatron-Core with Transformer Engine, forward and backward (gpt.json)", found)
+    for row in _rows(results):
+        name, p = _layer(row, card, calibration)
+        found.append(_row(name, row["ms"]["median"], 1e3 * (p.parts["attention"].seconds + p.parts["context"].seconds)))
+    return Section("Context parallel attention (cp*.json): nothing fitted to it", found)
+
+
+def _sent(results: list[dict], card: Card, calibration: Calibration) -> Section:
+    found = []
+    for row in _rows(results):
+        sent = sum(stage["sent_bytes"] for stage in row.get("exposed", {}).values())
+        if sent:
+            name, p = _layer(row, card, calibration)
+            traffic = p.parts["context"].traffic
+            found.append(_row(name, sent / GIB, (traffic.link + traffic.network) / GIB))
+    return Section("Bytes that a rank sends in context parallel attention (cp*.json): counted", found, "GiB")
+
+
+def _step(row: dict, card: Card, calibration: Calibration) -> tuple[str, Prediction] | None:
+    """A row of `bench gpt` and its prediction; None where the planner does not know the setting."""
+    about, size = row["row"], row["ranks"]
+    if about["fp8"]:
+        return None
+    cp = size // about["tp"]
+    run = Run(MODELS["350m"], about["tokens"], size, 1,
+              MoBAConfig(about["chunk_size"], about["topk"], about["full_layers"]), attention=about["attention"])
+    comm = (about["comm"] or "p2p") if cp > 1 else "-"
+    layout = Layout(about["tp"], cp, 1, 1, comm, INNER if "+" in comm else 1, "full" if about["recompute"] else "none")
+    return f"{row['name']} on {size}", predict(run, layout, card, calibration, optimizer=False)
+
+
+def _gpt(results: list[dict], card: Card, calibration: Calibration) -> Section:
+    found = []
+    for row in _rows(results):
+        step = _step(row, card, calibration)
+        if step:
+            found.append(_row(step[0], row["ms"]["median"], 1e3 * step[1].seconds))
+    return Section("350M GPT in Megatron-Core, forward and backward (gpt*.json): nothing fitted to it", found)
+
+
+def _gpt_memory(results: list[dict], card: Card, calibration: Calibration) -> Section:
+    found = []
+    for row in _rows(results):
+        step = _step(row, card, calibration) if row.get("peak_bytes") else None
+        if step:
+            m = step[1].memory  # bf16 gradients beside the weights, no optimizer, nothing reserved
+            predicted = 2 * m.weights + m.activations + m.working + m.gathered
+            found.append(_row(step[0], row["peak_bytes"] / GIB, predicted / GIB))
+    return Section("Peak memory of the same (gpt*.json)", found, "GiB")

@@ -56,6 +56,43 @@ def time_against_length(run: Run, card: Card, calibration: Calibration, path: Pa
     _finish(pyplot, figure, axes, path)
 
 
+def scaling(rows: list[dict], title: str, path: Path) -> None:
+    """Draws simulated rows of one length: received bytes and efficiency of a layer against ranks.
+
+    Args:
+        rows: of ``simulate.sweep``.
+        title: above the picture.
+        path: .png or .svg.
+    """
+    pyplot = _pyplot()
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 4.8))
+    lines: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        lines.setdefault((row["comm"], row["routing"]), []).append(row)
+    routings = list(dict.fromkeys(routing for _, routing in lines))
+    styles = {"all_gather": "k-", "a2a": "k:", "chunks travel": "--", "queries travel": "-.",
+              "selective": "-"}
+    for (comm, routing), points in lines.items():
+        color = {} if styles[comm].startswith("k") else {"color": f"C{routings.index(routing)}"}
+        name = comm if routing == "any" else f"{comm}, {routing}"
+        ranks = [row["ranks"] for row in points]
+        left.plot(ranks, [row["worst_bytes"] / 1e9 for row in points], styles[comm], label=name, **color)
+        right.plot(ranks, [row["efficiency"] for row in points], styles[comm], label=name, **color)
+    for axes, label in ((left, "GB received by the busiest rank, a layer and step"),
+                        (right, "efficiency of the attention layer")):
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("ranks")
+        axes.set_ylabel(label)
+        axes.xaxis.set_major_formatter("{x:g}")
+    left.set_yscale("log")
+    right.set_ylim(0, 1.05)
+    right.grid(True, alpha=0.3)
+    figure.suptitle(title, fontsize=10)
+    left.grid(True, alpha=0.3)
+    right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _save(pyplot, figure, path)
+
+
 def _short(tokens: float) -> str:
     return f"{tokens / 2**20:g}M" if tokens >= 1 << 20 else f"{tokens / 2**10:g}K"
 
@@ -63,6 +100,10 @@ def _short(tokens: float) -> str:
 def _finish(pyplot, figure, axes, path: Path) -> None:
     axes.grid(True, which="major", alpha=0.3)
     axes.legend(fontsize=8)
+    _save(pyplot, figure, path)
+
+
+def _save(pyplot, figure, path: Path) -> None:
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

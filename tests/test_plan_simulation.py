@@ -1,0 +1,150 @@
+"""The simulation of what context parallelism moves: expected values against counts on selections that were drawn."""
+import json
+
+import numpy
+import pytest
+
+from moba_megatron.inspect.trace import RoutingTrace, save_trace
+from moba_megatron.plan.__main__ import main
+from moba_megatron.plan.exchange import query_bytes
+from moba_megatron.plan.routing import SYNTHETIC, inclusion_of, of_trace, sink, uniform
+from moba_megatron.plan.simulate import (OVERLOAD, Layer, RankTraffic, chunks_travel, exchanged, gathered, homes,
+                                         limits, queries_travel, selective, spread, traffic_of_selection,
+                                         zigzag_tokens)
+
+SMALL = Layer(chunk_size=2, topk=2, heads=4, kv_heads=2, head_dim=16)
+KEY_ROW = 2 * 16 * 2
+"""Bytes of one key and value of one kv head of SMALL."""
+
+
+def draw(layer, chunks, seed):
+    """A selection ``[T, H, topk - 1]`` that is uniform over earlier chunks."""
+    generator = numpy.random.default_rng(seed)
+    selected = numpy.full((chunks * layer.chunk_size, layer.heads, layer.topk - 1), -1)
+    for token in range(len(selected)):
+        earlier = token // layer.chunk_size
+        for head in range(layer.heads):
+            chosen = generator.permutation(earlier)[:layer.topk - 1]
+            selected[token, head, :len(chosen)] = chosen
+    return selected
+
+
+def rank_of_tokens(chunks, layer, ranks):
+    pieces = numpy.arange(chunks * layer.chunk_size) // (chunks * layer.chunk_size // (2 * ranks))
+    return numpy.where(pieces < ranks, pieces, 2 * ranks - 1 - pieces)
+
+
+@pytest.mark.parametrize("make", SYNTHETIC)
+def test_rows_of_a_routing_add_up_to_the_choices(make):
+    routing = make(40, 5)
+    assert routing.inclusion.sum(1) == pytest.approx(numpy.minimum(numpy.arange(40), 4))
+    assert not numpy.triu(routing.inclusion).any() and routing.inclusion.max() <= 1
+
+
+def test_uniform_and_sink():
+    assert uniform(40, 5).inclusion[30, :30] == pytest.approx(numpy.full(30, 4 / 30))
+    assert (sink(40, 5).inclusion[5:, 0] > 0.99).all()
+    weights = numpy.ones((8, 8))
+    weights[:, 2] = 3.0
+    missed = 1 - inclusion_of(weights, 3)[7]
+    assert missed[2] == pytest.approx(missed[0] ** 3)
+
+
+def test_zigzag_cuts_chunks():
+    assert zigzag_tokens(3, 4, 2).tolist() == [[3, 0, 3], [1, 4, 1]]  # pieces of three: 0 3 | 1 2
+    assert homes(zigzag_tokens(3, 4, 2)).tolist() == [[1, 0, 1], [0, 1, 0]]
+    for ranks in (2, 4, 16):
+        tokens = zigzag_tokens(32, 8, ranks)
+        assert (tokens.sum(0) == 8).all() and (tokens.sum(1) == 32 * 8 / ranks).all()
+    with pytest.raises(ValueError, match="multiple of 2 \\* ranks = 10"):
+        zigzag_tokens(3, 4, 5)
+
+
+def test_counts_by_hand():
+    """Two ranks, four chunks of two tokens, one head: rank 0 has chunks 0 and 3, rank 1 the others."""
+    selected = numpy.array([-1, -1, 0, 0, 1, -1, 2, 0]).reshape(8, 1, 1)
+    rank = rank_of_tokens(4, Layer(2, 2, 1, 1, 8), 2)
+    assert rank.tolist() == [0, 0, 1, 1, 1, 1, 0, 0]
+    found = traffic_of_selection(selected, rank, rank, 2, 1, 2)
+    assert found["keys"].tolist() == [2, 2]  # chunk 2 to rank 0; chunk 0 to rank 1
+    assert found["visits"].tolist() == [[0, 1], [2, 0]]
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_expected_bytes_are_what_drawn_selections_move(ranks):
+    chunks, seeds = 48, 12
+    rank = rank_of_tokens(chunks, SMALL, ranks)
+    found = [traffic_of_selection(draw(SMALL, chunks, seed), rank, rank, 2, 2, ranks) for seed in range(seeds)]
+    keys = numpy.mean([f["keys"] for f in found], 0) * KEY_ROW
+    visits = numpy.mean([f["visits"] for f in found], 0)
+    forward, backward = query_bytes(16)
+    assert chunks_travel(SMALL, uniform(chunks, 2), ranks).forward == pytest.approx(keys, rel=0.1, abs=KEY_ROW)
+    travel = queries_travel(SMALL, uniform(chunks, 2), ranks)
+    received = visits.sum(0) * 32 + visits.sum(1) * (forward - 32)
+    assert travel.forward == pytest.approx(received, rel=0.1, abs=150)
+    assert travel.backward == pytest.approx(visits.sum(0) * (backward - 32) + visits.sum(1) * 32, rel=0.1, abs=150)
+
+
+def test_what_does_not_depend_on_routing():
+    layer = Layer(16, 4, 8, 4, 32)
+    kv, q = 64 * 16 * 4 * 2 * 32 * 2, 64 * 16 * 8 * 32 * 2
+    assert gathered(layer, 64, 4).forward.tolist() == [kv * 3 / 4] * 4
+    assert gathered(layer, 64, 4).backward.tolist() == [3 * kv * 3 / 4] * 4
+    assert exchanged(layer, 64, 4).forward.tolist() == [(2 * q + kv) / 4 * 3 / 4] * 4
+    with pytest.raises(ValueError, match="8 heads and 16 ranks"):
+        exchanged(layer, 64, 16)
+
+
+@pytest.mark.parametrize("make", SYNTHETIC)
+@pytest.mark.parametrize("ranks", [4, 32, 128])
+def test_selective_takes_the_better_of_both_ways(make, ranks):
+    layer = Layer(256, 4, 8, 4, 64)
+    routing = make(256, 4)
+    ways = [chunks_travel(layer, routing, ranks), queries_travel(layer, routing, ranks)]
+    both = selective(layer, routing, ranks)
+    assert both.worst < 1.35 * min(way.worst for way in ways)
+    assert both.work.max() < 1.5 * ways[1].work.max() and both.work.mean() == pytest.approx(1)
+
+
+def test_many_ranks_move_less_than_a_gather():
+    layer, ranks = Layer(256, 4, 8, 4, 64), 128
+    assert selective(layer, uniform(256, 4), ranks).worst < 0.3 * gathered(layer, 256, ranks).worst
+
+
+def test_hot_chunks_are_shared_out():
+    load, home = numpy.array([90.0, 1, 1, 1, 1, 1, 1, 1]), numpy.eye(8)
+    served, copies = spread(load, home, numpy.zeros(8))
+    assert served.sum(0) == pytest.approx(numpy.ones(8))
+    assert (served @ load).max() <= OVERLOAD * (served @ load).mean() + 1e-9
+    assert copies[0] == 0 and copies.sum() == 7
+    assert spread(numpy.ones(8), home, numpy.zeros(8))[1].sum() == 0
+
+
+def test_a_trace_keeps_its_routing_when_it_is_stretched(tmp_path):
+    chunks, topk, queries = 32, 4, 64
+    made = sink(chunks, topk)
+    counts = numpy.rint(made.inclusion * queries).astype(numpy.int64)[None].repeat(4, 0)
+    trace = RoutingTrace.from_counts(chunk_size=queries, topk=topk, seq_length=chunks * queries, num_kv_heads=2,
+                                     counts={3: counts})
+    routing = of_trace(trace, 3, 128, topk)
+    assert routing.chunks == 128 and routing.name == "layer 3"
+    assert routing.inclusion.sum(1) == pytest.approx(numpy.minimum(numpy.arange(128), topk - 1))
+    assert routing.inclusion[8:, 0].mean() > 0.95
+    assert routing.inclusion[100, 30:60].mean() == pytest.approx(2 / 99, rel=0.4)
+    assert routing.coherence >= 1
+    save_trace(trace, tmp_path / "trace.npz")
+    assert main(["--simulate", str(tmp_path / "out"), "--seq", "32K", "--chunk-size", "1024", "--topk", "4", "--trace",
+                 str(tmp_path / "trace.npz")]) == 0
+    result = json.loads((tmp_path / "out" / "exchange.json").read_text())
+    assert {row["routing"] for row in result["rows"]} == {"any", "uniform", "local", "sink", "layer 3"}
+    assert result["simulated"] and (tmp_path / "out" / "exchange_0.03125M.png").stat().st_size > 1000
+
+
+def test_the_limit_is_the_last_efficient_number_of_ranks():
+    rows = [{"tokens": 1, "comm": "a", "routing": "x", "ranks": p, "efficiency": e}
+            for p, e in ((8, 1.0), (16, 0.5), (32, 0.4))]
+    assert limits(rows) == [{"tokens": 1, "comm": "a", "routing": "x", "ranks": 16}]
+
+
+def test_worst_is_the_busiest_rank():
+    assert RankTraffic(numpy.array([1.0, 5.0]), numpy.array([2.0, 0.0]), numpy.ones(2)).worst == 5.0
