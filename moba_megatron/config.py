@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 
 BACKENDS = ("auto", "triton", "reference")
+KEY_CONV_WIDTHS = (0, 3, 5)
 
 
 def _flag(default, help: str):
@@ -63,6 +64,9 @@ class MoBAConfig:
         cp_head_groups: under context parallelism, groups of kv heads that travel and are computed one after the other;
             more need less memory. None: by size.
 
+        key_conv: taps of the key convolution (arXiv 2511.11571) in MoBA layers, 3 or 5; 0 for none. It has parameters,
+            zeros at first, where it changes nothing.
+
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range; the message names it.
     """
@@ -76,6 +80,7 @@ class MoBAConfig:
     backend: str = _flag("auto", "auto, triton or reference")
     cp_head_groups: int | None = _flag(None, "groups of kv heads that context parallelism sends one after the other, "
                                              "to overlap and to save memory; unset: by size")
+    key_conv: int = _flag(0, "taps of the convolution over keys in MoBA layers, 3 or 5; 0: none")
 
     def __post_init__(self):
         _whole("chunk_size", self.chunk_size, 1)
@@ -84,6 +89,9 @@ class MoBAConfig:
             _whole("full_attention_from_step", self.full_attention_from_step, 0)
         if self.cp_head_groups is not None:
             _whole("cp_head_groups", self.cp_head_groups, 1)
+        if _whole("key_conv", self.key_conv, 0) not in KEY_CONV_WIDTHS:
+            raise ValueError(f"MoBAConfig.key_conv must be one of {', '.join(map(str, KEY_CONV_WIDTHS))}; got "
+                             f"{self.key_conv}")
         if not isinstance(self.deterministic, bool):
             raise TypeError(f"MoBAConfig.deterministic must be a bool, got {self.deterministic!r}")
         if self.backend not in BACKENDS:

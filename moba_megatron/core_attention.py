@@ -1,7 +1,8 @@
 """MoBACoreAttention: MoBA as Megatron-Core's core attention. The one place where Megatron's layouts become THD.
 
 Works with megatron-core 0.13 and later: process groups arrive as ``pg_collection``, ``model_comm_pgs`` or neither.
-The module has no parameters and keeps no state between calls, so recompute may rerun it and checkpoints do not change.
+The module keeps no state between calls, so recompute may rerun it. Without the key convolution it has no parameters and
+checkpoints do not change.
 """
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ from .arguments import config_from_environment
 from .config import MoBAConfig, get_default_config
 from .context_parallel import (Agreement, Sequences, canonical_comm_type, check_groups, check_zigzag,
                                context_parallel_attention)
+from .key_convolution import KeyConvolution
 from .megatron_host import host_config, host_iteration, print_once
 from .ops import moba_attention
 from .ops.validation import check_cu_seqlens, check_qkv
@@ -108,6 +110,11 @@ class MoBACoreAttention(MegatronModule):
             self.cp_group = _context_parallel_group(pg_collection or model_comm_pgs)
             if self.cp_comm_type == HIERARCHICAL:
                 self.cp_levels = _hierarchical_groups(pg_collection, layer_number)
+        self.key_convolution = None
+        if self.moba_config.key_conv and not self.full_attention:
+            self.key_convolution = KeyConvolution(config, self.moba_config.key_conv, kwargs.get("k_channels"),
+                                                  self.moba_config.backend,
+                                                  getattr(pg_collection or model_comm_pgs, "tp", None))
         _guard_paths_around_core_attention()
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
@@ -144,6 +151,8 @@ class MoBACoreAttention(MegatronModule):
             check(query, key, value)
             q, k, v = _to_thd(query, key, value)
             segments = self._segments(query, key, packed, dense)
+            if self.key_convolution is not None:
+                k = self.key_convolution(k, segments.cu_seqlens_k)
             if _observer is not None and not dense:
                 _observer(self, q, k, segments)
             o = moba_attention(q, k, v, segments, 1 if dense else self.moba_config.topk,
@@ -215,6 +224,8 @@ class MoBACoreAttention(MegatronModule):
                 if q.device.type == "cpu" or agreement.is_new():
                     agreement.signature += _check_packed_zigzag(cu_seqlens, q.shape[0] * size, size)
                 sequences = Sequences.packed(cu_seqlens, seqlen, q.shape[0] * size)
+        if self.key_convolution is not None:
+            k = self.key_convolution(k, sequences.cu_seqlens, group)
         if _observer is not None and not dense and seqlen > moba.topk * moba.chunk_size:
             layout = sequences.zigzag(size, dist.get_rank(group), moba.chunk_size)
             _observer(self, q, k, layout.segments, group, layout.rows.global_rows)

@@ -21,7 +21,7 @@ from moba_megatron import MoBAConfig, get_moba_layer_local_spec, reference  # no
 NUM_LAYERS, VOCAB, BATCH = 4, 64, 2
 SEQLEN = 8 * 19
 # pieces of 19 and 38 do not divide into chunks
-MOBA = MoBAConfig(chunk_size=24, topk=3, full_attention_layers="last:1")
+MOBA = MoBAConfig(chunk_size=24, topk=3, full_attention_layers="last:1", key_conv=5)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""MoBA has no parameters: checkpoints of dense GPT models and of MoBA ones are the same, both ways, both formats."""
+"""Without the key convolution MoBA has no parameters: its checkpoints are those of dense GPT models, both ways.
+
+With it, a dense checkpoint takes it on unchanged, and its filters are resharded with the kv heads.
+"""
 import sys
 from pathlib import Path
 
@@ -31,7 +34,8 @@ def build(kind, tp=1, pp=1):
     config = TransformerConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2,
                                attention_dropout=0.0, use_cpu_initialization=True, pipeline_dtype=torch.float32,
                                tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
-    spec = get_moba_layer_local_spec(MoBAConfig(16, 2)) if kind == "moba" else get_gpt_layer_local_spec()
+    spec = get_gpt_layer_local_spec() if kind == "dense" else get_moba_layer_local_spec(
+        MoBAConfig(16, 2, key_conv=3 if kind == "convolution" else 0))
     return GPTModel(config, spec, 64, 64, position_embedding_type="rope", share_embeddings_and_output_weights=False,
                     pre_process=parallel_state.is_pipeline_first_stage(),
                     post_process=parallel_state.is_pipeline_last_stage())
@@ -59,6 +63,52 @@ def interchange(rank, size, directory):
     moba.load_state_dict(dense.state_dict(), strict=True)
     sharded = [{getattr(value, "key", name) for name, value in m.sharded_state_dict().items()} for m in (moba, dense)]
     return wholes, [list(plain), list(dense.state_dict())], sharded
+
+
+def convolution(rank, size, directory):
+    """A dense model takes on the key convolution, which learns at TP 2; saved, and loaded unspread.
+
+    Returns:
+        logits of the dense model, with the fresh convolution, and with what it learnt before and after resharding.
+    """
+    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+
+    tokens = torch.arange(64)[None] * 7 % 64
+    positions = torch.arange(64)[None]
+    logits = []
+    if rank == 0:
+        Path(f"{directory}/dense").mkdir()
+        Path(f"{directory}/learnt").mkdir()
+    moba = build("moba", 2)
+    torch.distributed.barrier()
+    dist_checkpointing.save({"model": moba.sharded_state_dict()}, f"{directory}/dense")
+    model = build("convolution", 2)
+    missing, _ = model.load_state_dict(dist_checkpointing.load(
+        {"model": model.sharded_state_dict()}, f"{directory}/dense", strict=StrictHandling.LOG_UNEXPECTED)["model"],
+        strict=False)
+    for m in (moba, model):
+        logits.append(m.eval()(tokens, positions, None, runtime_gather_output=True))
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(9)
+        for layer in model.decoder.layers:
+            weight = layer.self_attention.core_attention.key_convolution.weight
+            whole = torch.randn(2 * weight.numel(), generator=generator)
+            weight.copy_(whole.chunk(2)[parallel_state.get_tensor_model_parallel_rank()])
+    logits.append(model(tokens, positions, None, runtime_gather_output=True))
+    dist_checkpointing.save({"model": model.sharded_state_dict()}, f"{directory}/learnt")
+    whole = build("convolution")
+    whole.load_state_dict(dist_checkpointing.load({"model": whole.sharded_state_dict()}, f"{directory}/learnt")["model"])
+    logits.append(whole.eval()(tokens, positions, None))
+    return [x.detach() for x in logits], sorted(missing)
+
+
+def test_the_key_convolution_is_taken_on_and_resharded(tmp_path):
+    for (before, fresh, learnt, resharded), missing in run_ranks(convolution, 2, tmp_path, str(tmp_path), seconds=240):
+        assert missing == [f"decoder.layers.{i}.self_attention.core_attention.key_convolution.weight" for i in (0, 1)]
+        assert torch.equal(before, fresh)
+        assert (learnt - fresh).abs().max() > 1e-3
+        assert torch.allclose(resharded, learnt, rtol=1e-4, atol=1e-5)
 
 
 def test_dense_and_moba_checkpoints_are_the_same(tmp_path):

@@ -293,6 +293,7 @@ def test_equals_one_rank(results, name):
 
 
 def test_the_model_selects(results):
+    assert sum("key_convolution.weight" in name for name in results[0]["names"]) == 3  # compared as all the others
     assert len(results[0]["chosen"]) == 3 and min(results[0]["chosen"]) > 0.5  # three MoBA layers, the last is dense
 
 

@@ -1,0 +1,107 @@
+"""KeyConvolution: the key convolution as a Megatron module, its filter sharded with the kv heads, halos exchanged."""
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+
+from .ops import key_convolution
+
+
+class KeyConvolution(MegatronModule):
+    """``k'[t] = k[t] + silu(sum_l w[l] * k[t - l])``, each kv head and dimension with a filter of its own.
+
+    The weight begins as zeros, where the module is the identity: a trained model can take it on without a jump. It is
+    one flat vector of ``[HK, width, D]``: optimizers that spare one-dimensional parameters from weight decay spare it,
+    and tensor parallel ranks hold consecutive parts.
+
+    Args:
+        config: Megatron's.
+        width: taps, 3 or 5.
+        head_dim: of the keys; None for ``config.kv_channels``.
+        backend: of the operator.
+        tp_group: tensor parallel group; None for Megatron's ``parallel_state``.
+
+    Raises:
+        ValueError: kv heads are repeated on tensor parallel ranks, whose filters would grow apart.
+    """
+
+    def __init__(self, config: TransformerConfig, width: int, head_dim: int | None = None, backend: str = "auto",
+                 tp_group: dist.ProcessGroup | None = None):
+        super().__init__(config=config)
+        self.width, self.backend = width, backend
+        self.head_dim = head_dim or config.kv_channels
+        self.tp_group = tp_group or parallel_state.get_tensor_model_parallel_group()
+        heads = config.num_query_groups or config.num_attention_heads
+        size = config.tensor_model_parallel_size
+        if heads % size:
+            raise ValueError(f"--moba-key-conv needs kv heads (--num-query-groups) that are a multiple of the tensor "
+                             f"model parallel size, got {heads} and {size}: repeated heads' filters would differ")
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = torch.nn.Parameter(torch.zeros(heads // size * width * self.head_dim, dtype=config.params_dtype,
+                                                     device=device))
+        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
+
+    def forward(self, k: Tensor, cu_seqlens: Tensor, cp_group: dist.ProcessGroup | None = None) -> Tensor:
+        """Convolves each sequence's keys.
+
+        Args:
+            k: ``[T, HK, D]``, this rank's rows, in zigzag order under context parallelism.
+            cu_seqlens: int32 ``[B + 1]``, the whole sequences, the rows of all context parallel ranks together.
+            cp_group: the ranks that share the sequences.
+        """
+        weight = self.weight.view(-1, self.width, self.head_dim)
+        if cp_group is None:
+            return key_convolution(k, weight, cu_seqlens, backend=self.backend)
+        lengths = (cu_seqlens.diff() // (2 * cp_group.size())).repeat_interleave(2, output_size=2 * len(cu_seqlens) - 2)
+        runs = torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).int()
+        halo = _halo(k, runs, self.width - 1, cp_group)
+        return key_convolution(k, weight, runs, halo, backend=self.backend)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """The weight, cut along its only axis by tensor parallel rank."""
+        return make_sharded_tensors_for_checkpoint(self.state_dict(prefix="", keep_vars=True), prefix, {"weight": 0},
+                                                   sharded_offsets)
+
+
+def _halo(k: Tensor, runs: Tensor, width: int, group: dist.ProcessGroup) -> Tensor:
+    """The ``width`` keys before each run of this rank's zigzag, ``[runs, width, HK, D]``; 0 before a sequence.
+
+    Every rank sends the last keys of its runs. A run's halo reaches into several runs where those are shorter.
+    """
+    size, rank = group.size(), dist.get_rank(group)
+    back = torch.arange(-width, 0, device=k.device)
+    rows = runs[1:, None] + back
+    own = rows >= runs[:-1, None]
+    tails = torch.where(own[..., None, None], k[rows.clamp(min=0)], 0)
+    gathered = _GatherTails.apply(tails, group)  # [P * runs, width, HK, D], rank after rank
+    number = torch.arange(len(runs) - 1, device=k.device)
+    piece = torch.where(number % 2 == 0, rank, 2 * size - 1 - rank)[:, None]
+    length = runs.diff()[:, None].clamp(min=1)
+    position = piece * length + back  # in the sequence
+    piece = position.clamp(min=0) // length
+    holder = torch.where(piece < size, piece, 2 * size - 1 - piece)
+    tail = holder * len(number) + number[:, None] // 2 * 2 + (piece >= size)
+    place = width - length + position % length
+    return torch.where((position >= 0)[..., None, None], gathered[tail, place.clamp(min=0)], 0)
+
+
+class _GatherTails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        gathered = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
+        dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
+        return gathered
+
+    @staticmethod
+    def backward(ctx, grad):
+        out = torch.empty(grad.shape[0] // ctx.group.size(), *grad.shape[1:], dtype=torch.promote_types(
+            grad.dtype, torch.float32), device=grad.device)
+        dist.reduce_scatter_tensor(out, grad.to(out.dtype).contiguous(), group=ctx.group)
+        return out.to(grad.dtype), None
