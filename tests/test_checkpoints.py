@@ -98,7 +98,8 @@ def convolution(rank, size, directory):
     logits.append(model(tokens, positions, None, runtime_gather_output=True))
     dist_checkpointing.save({"model": model.sharded_state_dict()}, f"{directory}/learnt")
     whole = build("convolution")
-    whole.load_state_dict(dist_checkpointing.load({"model": whole.sharded_state_dict()}, f"{directory}/learnt")["model"])
+    state = dist_checkpointing.load({"model": whole.sharded_state_dict()}, f"{directory}/learnt")
+    whole.load_state_dict(state["model"])
     logits.append(whole.eval()(tokens, positions, None))
     return [x.detach() for x in logits], sorted(missing)
 
