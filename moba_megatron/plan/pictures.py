@@ -106,7 +106,7 @@ def _finish(pyplot, figure, axes, path: Path) -> None:
 def _save(pyplot, figure, path: Path) -> None:
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=90)
     pyplot.close(figure)
 
 
