@@ -8,8 +8,10 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from moba_megatron import reference
+from moba_megatron.context_parallel import selective
 from moba_megatron.context_parallel import (COMM_TYPES, Agreement, Sequences, canonical_comm_type, check_groups,
                                             check_zigzag, context_parallel_attention, record_waits)
+from moba_megatron.context_parallel.attention import check_sequences
 from moba_megatron.context_parallel.head_groups import MOST_BYTES, number_of_groups, split_heads
 from moba_megatron.context_parallel.rows import copy_rows
 from moba_megatron.ops import moba_attention
@@ -164,7 +166,7 @@ class RecordedGate:
 
 def selecting_rows_and_heads(lengths, comm_type, group, heads):
     """Global rows and heads whose chunks this rank selects."""
-    if comm_type == "all_gather":
+    if comm_type in ("all_gather", "selective"):
         return zigzag_rows(lengths, group.size(), dist.get_rank(group)), slice(None)
     inner, outer = (group, None) if comm_type == "a2a" else group
     part = heads // inner.size()
@@ -201,6 +203,8 @@ def compare(case, expected, comm_type, group, rows):
 def compare_with_single_rank(rank, size):
     """Runs every case on groups of 2, 3 and 4 ranks; returns errors by (case, P, communication type)."""
     errors = {}
+    selective.GATHER_SHARE = 2  # rows are picked out although nearly all are chosen
+    torch.use_deterministic_algorithms(True)  # fills what is not written with NaN
     expected = {case[0]: single_rank(case) for case in CASES}
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     strided = [dist.new_group([0, 2]), dist.new_group([1, 3])]
@@ -212,10 +216,11 @@ def compare_with_single_rank(rank, size):
                 continue
             flat = four if isinstance(group, list) else group
             rows = zigzag_rows(lengths, flat.size(), dist.get_rank(flat))
-            for comm_type in ["a2a+all_gather"] if isinstance(group, list) else ["all_gather", "a2a"]:
+            for comm_type in COMM_TYPES:
                 try:
                     check_groups(group, comm_type, heads, kv_heads)
-                except ValueError:
+                    check_sequences(make_sequences(lengths, case[2]), comm_type)
+                except (TypeError, ValueError):
                     continue
                 errors[case[0], flat.size(), comm_type] = compare(case, expected[case[0]], comm_type, group, rows)
     return errors
@@ -239,6 +244,9 @@ def properties(rank, size):
         assert all(torch.equal(a, b) for a, b in zip(*runs)), "not reproducible"
         results[comm_type] = {stage: entry["sent_bytes"] for stage, entry in record.summary().items()}
         assert all(entry["calls"] > 0 and entry["exposed_ms"] >= 0 for entry in record.summary().values())
+    results["selective"] = selective_bytes(q, k, v, do, sequences, group)
+    with pytest.raises(ValueError, match="cp_comm_type 'selective' needs sequences of one length"):
+        context_parallel_attention(q, k, v, make_sequences([64], False), 8, 3, group, comm_type="selective")
     with pytest.raises(ValueError, match="cp_comm_type 'a2a' exchanges heads among 4 ranks: key's heads must be a "
                                          "multiple of 4, or divide it with .* got 9 query and 3 key heads"):
         context_parallel_attention(torch.ones(16, 9, 8), torch.ones(16, 3, 8), torch.ones(16, 3, 8), sequences, 8, 3,
@@ -250,6 +258,27 @@ def properties(rank, size):
     with pytest.raises(ValueError, match="head_groups must be at least 1, got 0"):
         context_parallel_attention(q, k, v, sequences, 8, 3, group, head_groups=0)
     return results
+
+
+def selective_bytes(q, k, v, do, sequences, group):
+    """Bytes sent where all queries choose the first chunk, and where they choose everything; the former checked."""
+    selective.GATHER_SHARE = 0.5
+    rank, sink = dist.get_rank(group), torch.ones(8)
+    k, q = k.clone(), q * 0.1 + sink
+    k[:8] += sink if rank == 0 else 0  # the first chunk is the first piece of rank 0
+    sent = {}
+    for name, topk in (("sink", 2), ("everything", 7)):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        with record_waits() as record:
+            o = context_parallel_attention(*leaves, sequences, 8, topk, group, comm_type="selective", head_groups=2,
+                                           backend="reference")
+            grads = torch.autograd.grad(o, leaves, do)
+        sent[name] = {stage: entry["sent_bytes"] for stage, entry in record.summary().items()}
+        again = [x.clone().requires_grad_() for x in (q, k, v)]
+        gathered = context_parallel_attention(*again, sequences, 8, topk, group, backend="reference")
+        for a, b in zip((o, *grads), (gathered, *torch.autograd.grad(gathered, again, do))):
+            assert ((a - b).norm() / b.norm()).item() <= 1e-6
+    return sent
 
 
 def bad_input_everywhere(rank, size):
@@ -291,6 +320,7 @@ def test_equals_single_rank(results, case):
     errors = {key: value for result, *_ in results for key, value in result.items() if key[0] == case[0]}
     ran = {key[1:] for key in errors}
     assert ran >= {(size, "all_gather") for size in (2, 3, 4)} | {(2, "a2a")}
+    assert not case[2] or (3, "selective") in ran
     if case[6] in (1, 12):
         assert ran >= {(3, "a2a"), (4, "a2a"), (4, "a2a+all_gather")}
     for key, values in errors.items():
@@ -311,6 +341,18 @@ def test_bytes_sent(results):
                                "bwd exchange out": inside}
 
 
+def test_selective_sends_what_was_chosen(results):
+    """A sink goes from its owner to all others, and its gradients back; nothing else does."""
+    row = 8 * 4
+    sink = 8 * 4 * row * 2  # rows of a chunk, kv heads, K and V
+    for rank, (_, _, sent) in enumerate(results):
+        sent = sent["selective"]
+        assert sent["sink"]["fwd gather"] == sent["sink"]["bwd gather"] == (3 * sink if rank == 0 else 0)
+        assert sent["sink"]["bwd reduce"] == (0 if rank == 0 else sink)
+        whole = 3 * 2 * 4 * 16 * row
+        assert [sent["everything"][stage] for stage in ("fwd gather", "bwd gather", "bwd reduce")] == [whole] * 3
+
+
 def test_bad_input_raises_on_every_rank(results):
     for texts in zip(*(texts for _, texts, _ in results)):
         assert texts[0] is not None and len(set(texts)) == 1, texts
@@ -327,5 +369,5 @@ def test_comm_types(given, expected):
 
 @pytest.mark.parametrize("given", ["p2p", "a2a+p2p", "ring", 3])
 def test_comm_type_refused(given):
-    with pytest.raises(ValueError, match=r"must be one of all_gather, a2a, a2a\+all_gather .* got"):
+    with pytest.raises(ValueError, match=r"must be one of all_gather, a2a, a2a\+all_gather, selective .* got"):
         canonical_comm_type(given)

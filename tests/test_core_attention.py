@@ -174,7 +174,7 @@ def test_constructor_refuses(arguments, text):
 @pytest.mark.parametrize("given", ["p2p", "a2a+p2p", "nonsense"])
 def test_cp_comm_type_refused(given):
     with pytest.raises(ValueError, match=r"--cp-comm-type, layer 1: cp_comm_type must be one of all_gather, a2a, "
-                                         r"a2a\+all_gather for MoBA attention, got '" + re.escape(given)):
+                                         r"a2a\+all_gather, selective for MoBA attention, got '" + re.escape(given)):
         resolve_cp_comm_type(given, make_config(), 1)
 
 

@@ -1,8 +1,9 @@
 """Context parallelism: each rank keeps two pieces of every sequence; keys travel to queries, or heads are exchanged.
 
 ``layout`` and ``rows`` say which rows a rank holds and move them, ``comm`` has collectives that are awaited late,
-``agreement`` detects ranks that disagree. Schedules: ``gather`` (keys and values travel), ``heads`` (heads for rows),
-``whole`` (nothing travels; the inner part of ``heads``); ``attention`` chooses one by name and gives it a gradient.
+``agreement`` detects ranks that disagree. Schedules: ``gather`` (keys and values travel), ``selective`` (those that
+were chosen do), ``heads`` (heads for rows), ``whole`` (nothing travels; the inner part of ``heads``); ``attention``
+chooses one by name and gives it a gradient.
 Selection and result equal those of a single rank.
 """
 from .agreement import Agreement

@@ -12,10 +12,13 @@ from ..ops.validation import check_flag, check_scale, check_whole
 from .gather import Gathered
 from .heads import Exchanged, check_heads
 from .layout import Sequences
+from .selective import Selective
 from .whole import Method, Whole
 
-COMM_TYPES = ("all_gather", "a2a", "a2a+all_gather")
+COMM_TYPES = ("all_gather", "a2a", "a2a+all_gather", "selective")
 """How ranks communicate, by Megatron's ``cp_comm_type``; ``allgather`` is understood too."""
+
+KEYS_TRAVEL = {"all_gather": Gathered, "selective": Selective}
 
 Groups = dist.ProcessGroup | Sequence[dist.ProcessGroup]
 
@@ -71,6 +74,7 @@ def context_parallel_attention(q: Tensor, k: Tensor, v: Tensor, sequences: Seque
                     backend == "auto")
     comm_type = canonical_comm_type(comm_type)
     check_groups(group, comm_type, q.shape[1], k.shape[1])
+    check_sequences(sequences, comm_type)
     schedule = _schedule(comm_type, method, sequences, chunk_size, group, head_groups)
     return _ContextParallelAttention.apply(q, k, v, schedule)
 
@@ -84,8 +88,15 @@ def check_groups(group: Groups, comm_type: str, heads: int, kv_heads: int) -> No
                          "two sizes to --hierarchical-context-parallel-sizes")
     if not hierarchical and isinstance(group, Sequence):
         raise TypeError(f"group must be one group for cp_comm_type {comm_type!r}, got {len(group)}")
-    if comm_type != "all_gather":
+    if "a2a" in comm_type:
         check_heads(heads, kv_heads, (group[0] if hierarchical else group).size(), comm_type)
+
+
+def check_sequences(sequences: Sequences, comm_type: str) -> None:
+    """Raises ValueError unless the communication type can serve such sequences."""
+    if comm_type == "selective" and sequences.batch is None:
+        raise ValueError("cp_comm_type 'selective' needs sequences of one length, got packed sequences: which chunks a "
+                         "rank holds would be known on the device only. Use all_gather or a2a")
 
 
 def _schedule(comm_type: str, method: Method, sequences: Sequences, chunk_size: int, group: Groups,
@@ -95,8 +106,8 @@ def _schedule(comm_type: str, method: Method, sequences: Sequences, chunk_size: 
         inner = Gathered(method, sequences.zigzag(outer.size(), dist.get_rank(outer), chunk_size), outer, head_groups)
         sequences, head_groups = sequences.part(outer.size()), 1  # the slower part is pipelined
     size, rank = group.size(), dist.get_rank(group)
-    if comm_type == "all_gather":
-        return Gathered(method, sequences.zigzag(size, rank, chunk_size), group, head_groups)
+    if comm_type in KEYS_TRAVEL:
+        return KEYS_TRAVEL[comm_type](method, sequences.zigzag(size, rank, chunk_size), group, head_groups)
     if comm_type == "a2a":
         inner = Whole(method, sequences.whole(chunk_size))
     return Exchanged(inner, sequences.rows(size, rank), group, head_groups)

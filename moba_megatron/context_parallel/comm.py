@@ -131,16 +131,22 @@ def reduce_scatter(x: Tensor, group: dist.ProcessGroup, stage: str,
     return Pending([dist.reduce_scatter_tensor(output, x, group=group, async_op=True)], output, x, stage, finish)
 
 
-def exchange(outputs: list[Tensor | None], inputs: list[Tensor | None], group: dist.ProcessGroup, stage: str) -> list:
-    """Starts to send ``inputs[r]`` to each rank r and to receive ``outputs[r]`` from it, contiguous; None for nothing.
+def exchange(outputs: list[Tensor | None], inputs: list[Tensor | None], device: torch.device,
+             group: dist.ProcessGroup, stage: str) -> list:
+    """Starts to send ``inputs[r]`` to each rank r and to receive ``outputs[r]`` from it.
+
+    Args:
+        outputs, inputs: contiguous, on ``device``; None where nothing travels.
+        group: every rank of it must call this.
+        stage: name for :func:`record_waits`.
 
     Returns:
         Handles, for a :class:`Pending`.
     """
     _count(stage, *(x for x in inputs if x is not None))
-    some = next(x for x in (*outputs, *inputs) if x is not None)
-    if some.is_cuda:
-        nothing = some.new_empty(0)
+    if device.type == "cuda":
+        dtype = next((x.dtype for x in (*outputs, *inputs) if x is not None), torch.uint8)
+        nothing = torch.empty(0, dtype=dtype, device=device)
         return [dist.all_to_all([nothing if x is None else x for x in outputs],
                                 [nothing if x is None else x for x in inputs], group=group, async_op=True)]
     works = []  # gloo's all_to_all wants all messages of one size

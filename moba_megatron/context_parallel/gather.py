@@ -7,6 +7,7 @@ rather than keeping K and V, and adds dK and dV over the ranks in fp32 while the
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..segments import Routing
 from .comm import Pending, all_gather
-from .head_groups import Prefetch, number_of_groups, split_heads
+from .head_groups import HeadGroups, Prefetch, number_of_groups, split_heads
 from .layout import BlockExchange, ZigzagLayout
 from .rows import copy_rows, reduce_to_local, to_global
 from .whole import Grads, Method, Saved
@@ -35,17 +36,19 @@ class Gathered:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
         """q ``[T, H, D]``, k ``[T, HK, D]``, v ``[T, HK, DV]``, the rank's rows: o and what backward needs."""
-        groups = self._groups(q, k, v)
+        groups = self.groups(q, k, v)
         sums = None
         if self.method.earlier(self.layout.segments) and self.layout.blocks is not None:
-            sums = self._send_sums(k)
+            sums = self.send_sums(k)
         gathered = self._gather(k, v, groups, "fwd gather")
-        choices = [(None, None)] * len(groups)
-        if sums is not None:
-            means = self._receive_means(sums, k.dtype)
-            choices = [self._choose(q[:, heads], means[:, kv_heads]) for heads, kv_heads in groups]
-        o = q.new_empty(*q.shape[:2], v.shape[2]) if len(groups) > 1 else None
-        saved = []
+        choices = [(None, None)] * len(groups) if sums is None else self.choose_by_sums(q, k.dtype, sums, groups)
+        o, saved = self.attend(q, v.shape[2], groups, gathered, choices)
+        return o, [q, k, v, o, groups, saved]
+
+    def attend(self, q: Tensor, v_dim: int, groups: HeadGroups, gathered: Prefetch,
+               choices: list) -> tuple[Tensor, Saved]:
+        """o, and what is saved of each group, from keys and values that are on their way."""
+        o, saved = q.new_empty(*q.shape[:2], v_dim) if len(groups) > 1 else None, []
         for (heads, _), choice in zip(groups, choices):
             part, rest = self._attend(q[:, heads], gathered, choice)
             if o is None:
@@ -53,7 +56,7 @@ class Gathered:
             else:
                 copy_rows(o[:, heads], part)
             saved.append(rest)
-        return o, [q, k, v, o, groups, saved]
+        return o, saved
 
     def _attend(self, q: Tensor, gathered: Prefetch, choice: tuple[Tensor | None, Routing | None]):
         """o and what is saved of the next group of heads."""
@@ -69,15 +72,26 @@ class Gathered:
     def backward(self, do: Tensor, saved: Saved, kv_grad_dtype: torch.dtype) -> Grads:
         """dq, dk, dv of the rank's rows; dk and dv in ``kv_grad_dtype``, rounded once."""
         q, k, v, o, groups, saved = saved
-        wide = sum_dtype(k.dtype)
+        gathered = self._gather(k, v, groups, "bwd gather")
+
+        def reduce(i: int, x: Tensor, out: Tensor) -> Pending:
+            return reduce_to_local(self.layout.rows, x, out, self.group, "bwd reduce", self.method.deterministic)
+
+        return self.attend_bwd(do, (q, k, v, o), groups, saved, gathered, reduce, kv_grad_dtype)
+
+    def attend_bwd(self, do: Tensor, tensors: tuple[Tensor, ...], groups: HeadGroups, saved: Saved,
+                   gathered: Prefetch, reduce: Callable[[int, Tensor, Tensor], Pending],
+                   kv_grad_dtype: torch.dtype) -> Grads:
+        """dq, dk, dv; ``reduce(i, x, out)`` starts to add group i's ``x [S, h, D]`` over the ranks into ``out``."""
+        q, k, v, o = tensors
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if len(groups) > 1 else None
         dk, dv = (torch.empty(x.shape, dtype=kv_grad_dtype, device=x.device) for x in (k, v))
-        gathered, reducing = self._gather(k, v, groups, "bwd gather"), []
-        for (heads, kv_heads), rest in zip(groups, saved):
+        reducing = []
+        for i, ((heads, kv_heads), rest) in enumerate(zip(groups, saved)):
             part, *grads = self.method.attend_bwd(
                 do[:, heads], q[:, heads], *(x.wait() for x in gathered.take()), o[:, heads],
-                rest, self.layout.segments, wide)
-            started = [self._reduce(x, out[:, kv_heads]) for x, out in zip(grads, (dk, dv))]
+                rest, self.layout.segments, sum_dtype(k.dtype))
+            started = [reduce(i, x, out[:, kv_heads]) for x, out in zip(grads, (dk, dv))]
             del grads
             if dq is None:
                 dq = part
@@ -90,27 +104,29 @@ class Gathered:
             pending.wait()
         return dq, dk, dv
 
-    def _groups(self, q: Tensor, k: Tensor, v: Tensor) -> list[tuple[slice, slice]]:
+    def groups(self, q: Tensor, k: Tensor, v: Tensor) -> HeadGroups:
         sent, kv_heads = k.nbytes + v.nbytes, k.shape[1]
         number = number_of_groups(self.head_groups, kv_heads, sent, sent * self.layout.rows.size, GROUPS)
         return split_heads(q.shape[1], kv_heads, number)
 
-    def _gather(self, k: Tensor, v: Tensor, groups: list[tuple[slice, slice]], stage: str) -> Prefetch:
+    def _gather(self, k: Tensor, v: Tensor, groups: HeadGroups, stage: str) -> Prefetch:
         def start(i: int) -> tuple[Pending, Pending]:
             kv_heads = groups[i][1]
             return tuple(to_global(self.layout.rows, x[:, kv_heads], None, self.group, stage) for x in (k, v))
 
         return Prefetch(start, [kv_heads.stop - kv_heads.start for _, kv_heads in groups])
 
-    def _reduce(self, x: Tensor, out: Tensor) -> Pending:
-        return reduce_to_local(self.layout.rows, x, out, self.group, "bwd reduce", self.method.deterministic)
+    def choose_by_sums(self, q: Tensor, dtype: torch.dtype, sums: Pending, groups: HeadGroups) -> list:
+        """(selected, routing) of each group, from the sums of all ranks' keys."""
+        means = self.receive_means(sums, dtype)
+        return [self._choose(q[:, heads], means[:, kv_heads]) for heads, kv_heads in groups]
 
     def _choose(self, q: Tensor, means: Tensor) -> tuple[Tensor, Routing]:
         stages, segments = self.method.stages, self.layout.segments
         selected = stages.gate(q, means, segments, self.method.earlier(segments) + 1)
         return selected, stages.route(selected, means.shape[1], segments.num_chunks(self.layout.rows.total))
 
-    def _send_sums(self, k: Tensor) -> Pending:
+    def send_sums(self, k: Tensor) -> Pending:
         """Starts the gather of this rank's block sums and of its rows in cut blocks."""
         blocks = self.layout.blocks
         message = torch.zeros(blocks.send_rows, *k.shape[1:], dtype=sum_dtype(k.dtype), device=k.device)
@@ -119,7 +135,7 @@ class Gathered:
         message[whole:whole + blocks.cut_rows.numel()] = k[blocks.cut_rows]
         return all_gather(message, self.group, "fwd sums")
 
-    def _receive_means(self, sums: Pending, dtype: torch.dtype) -> Tensor:
+    def receive_means(self, sums: Pending, dtype: torch.dtype) -> Tensor:
         """Chunk means ``[num_chunks, HK, D]`` from the gathered messages."""
         return means_from_messages(self.method.stages, sums.wait(), self.layout.blocks,
                                    self.layout.segments.chunk_size, dtype)

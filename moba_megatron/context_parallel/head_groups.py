@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from .comm import Pending
 
+HeadGroups = list[tuple[slice, slice]]
+"""Query heads and kv heads of each group."""
 LEAST_BYTES = 64 << 20
 """What a rank sends of a group, at least: below it launches cost more than overlap saves. Reckoned, not measured."""
 MOST_BYTES = 1 << 30
@@ -26,7 +28,7 @@ def number_of_groups(asked: int | None, kv_heads: int, sent: int, held: int, usu
     return max(1, min(asked, kv_heads))
 
 
-def split_heads(heads: int, kv_heads: int, number: int) -> list[tuple[slice, slice]]:
+def split_heads(heads: int, kv_heads: int, number: int) -> HeadGroups:
     """The query heads and kv heads of each group; the first and the last group are the smallest.
 
     What the first one waits for and what the last one leaves behind is all that nothing hides.

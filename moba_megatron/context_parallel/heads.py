@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .comm import Pending
 from .gather import Gathered, sum_dtype
-from .head_groups import Prefetch, number_of_groups, split_heads
+from .head_groups import HeadGroups, Prefetch, number_of_groups, split_heads
 from .rows import Rows, add_in_order, copy_rows, to_global, to_local
 from .whole import Grads, Saved, Whole
 
@@ -87,7 +87,7 @@ class Exchanged:
         self._place(leaving)
         return dq, dk, dv
 
-    def _groups(self, q: Tensor, k: Tensor, v: Tensor) -> list[tuple[slice, slice]]:
+    def _groups(self, q: Tensor, k: Tensor, v: Tensor) -> HeadGroups:
         """Groups of the heads that one rank gets."""
         kv_heads = max(1, k.shape[1] // self.rows.size)
         sent = q.nbytes + k.nbytes + v.nbytes
@@ -97,7 +97,7 @@ class Exchanged:
     def _keys_and_values(self, *tensors: Tensor) -> list[tuple[Tensor, int, int]]:
         return [(x, min(self.rows.size, x.shape[1]), 1) for x in tensors]
 
-    def _fetch(self, groups: list[tuple[slice, slice]], sources: list[tuple[Tensor, int, int]], stage: str) -> Prefetch:
+    def _fetch(self, groups: HeadGroups, sources: list[tuple[Tensor, int, int]], stage: str) -> Prefetch:
         """Exchanges the sources' heads: (tensor, parts that its heads are dealt out in, which slice of a group)."""
         def start(i: int) -> tuple[Pending, ...]:
             return tuple(self._send(x, parts, groups[i][which], stage) for x, parts, which in sources)

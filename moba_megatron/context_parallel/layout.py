@@ -109,7 +109,7 @@ class Sequences:
 
     def local_rows(self, size: int, rank: int) -> Tensor:
         """Global rows of one of ``size`` ranks, in its own order: int64 ``[total / size]``."""
-        return self.rows(size, rank).rank_rows.unflatten(0, (size, -1))[rank]
+        return self.rows(size, rank).own_rows
 
     def zigzag(self, size: int, rank: int, chunk_size: int) -> ZigzagLayout:
         """The layout of one of ``size`` ranks."""

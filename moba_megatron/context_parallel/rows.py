@@ -46,6 +46,11 @@ class Rows:
         """Rows of one rank."""
         return self.total // self.size
 
+    @property
+    def own_rows(self) -> Tensor:
+        """Global rows of this rank, int64 ``[T]``."""
+        return self.rank_rows[self.rank * self.local:(self.rank + 1) * self.local]
+
     def local_run(self, run: int) -> slice:
         """A run's rows among this rank's own."""
         length = self.local // len(self.runs)
@@ -88,15 +93,15 @@ def to_global(rows: Rows, own: Tensor, messages: Sequence[Tensor | None] | None,
     if not in_place:
         ranked = output.unflatten(0, (rows.size, rows.local))
         copy_rows(ranked[rows.rank], own)
-        works = exchange(_without(ranked, rows.rank), _without(messages, rows.rank), group, stage)
+        works = exchange(_without(ranked, rows.rank), _without(messages, rows.rank), own.device, group, stage)
         return Pending(works, output, messages, stage, lambda x: x.index_select(0, rows.global_rows))
     works = []
+    place_own(rows, output, own)
     for run in range(len(rows.runs)):
         mine, local = output[rows.global_run(run, rows.rank)], rows.local_run(run)
-        copy_rows(mine, own[local])
         sent = [mine] * rows.size if messages is None else [None if x is None else x[local] for x in messages]
         received = [output[rows.global_run(run, rank)] for rank in range(rows.size)]
-        works += exchange(_without(received, rows.rank), _without(sent, rows.rank), group, stage)
+        works += exchange(_without(received, rows.rank), _without(sent, rows.rank), own.device, group, stage)
     return Pending(works, output, messages, stage)
 
 
@@ -109,16 +114,32 @@ def to_local(rows: Rows, x: Tensor, group: dist.ProcessGroup, stage: str) -> Pen
     others = x.new_empty(rows.size - 1, rows.local, *x.shape[1:])
     if rows.runs is None:
         ranked = x.index_select(0, rows.rank_rows).unflatten(0, (rows.size, rows.local))
-        works = exchange(_around(others, rows.rank), _without(ranked, rows.rank), group, stage)
+        works = exchange(_around(others, rows.rank), _without(ranked, rows.rank), x.device, group, stage)
         own = [(slice(None), ranked[rows.rank])]
         return Pending(works, others, ranked, stage, lambda output: Arrived(output, own))
     works, own = [], []
     for run in range(len(rows.runs)):
         local = rows.local_run(run)
         sent = [x[rows.global_run(run, rank)] for rank in range(rows.size)]
-        works += exchange(_around(others[:, local], rows.rank), _without(sent, rows.rank), group, stage)
+        works += exchange(_around(others[:, local], rows.rank), _without(sent, rows.rank), x.device, group, stage)
         own.append((local, sent[rows.rank]))
     return Pending(works, others, x, stage, lambda output: Arrived(output, own))
+
+
+def place_own(rows: Rows, out: Tensor, own: Tensor) -> None:
+    """Writes this rank's rows ``own`` ``[T, h, D]`` to their places in ``out`` ``[S, h, D]``."""
+    if rows.runs is None:
+        out.index_copy_(0, rows.own_rows, own)
+        return
+    for run in range(len(rows.runs)):
+        copy_rows(out[rows.global_run(run, rows.rank)], own[rows.local_run(run)])
+
+
+def take_own(rows: Rows, x: Tensor) -> Tensor:
+    """A copy of this rank's rows of ``x`` ``[S, h, D]``."""
+    if rows.runs is None:
+        return x.index_select(0, rows.own_rows)
+    return torch.cat([x[rows.global_run(run, rows.rank)] for run in range(len(rows.runs))])
 
 
 def reduce_to_local(rows: Rows, x: Tensor, out: Tensor, group: dist.ProcessGroup, stage: str,

@@ -1,0 +1,169 @@
+"""The selective schedule: as the all-gather one, but of keys and values only chunks that were chosen travel.
+
+After the gate every rank tells the others, one bit a (kv head, chunk), which chunks its queries chose; owners send the
+rows of those chunks, to each rank its own choice, and rows of dK and dV come back the same way and are added in fp32.
+A chunk that every rank chose (a sink) reaches every rank, as in a gather. Nothing has a capacity, so nothing is dropped.
+
+How much travels is known once the choices are: the host reads a table of P x P numbers a group of heads, its only wait.
+A layer whose choices cover nearly everything is gathered whole instead. K and V still have a row for every token where
+they are read, one group of heads at a time; rows that did not travel are never touched.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..segments import Routing
+from .comm import Pending, all_gather, exchange
+from .gather import Gathered
+from .head_groups import HeadGroups, Prefetch
+from .rows import place_own, take_own
+from .whole import Grads, Saved
+
+GATHER_SHARE = 0.5
+"""From this share of the rows on, the whole is gathered: picking rows out and putting them in costs extra copies. The
+zigzag's causal order alone leaves 3/4. Reckoned, not measured."""
+
+
+@dataclass(frozen=True)
+class Travel:
+    """Which rows of one group of kv heads travel; a row here is one (token, kv head).
+
+    Args:
+        send: int64 ``[n]``, rows of this rank's ``[T, h, D]``, flattened to ``[T * h, D]``: for rank 0, rank 1, ...
+        send_counts: how many go to each rank.
+        take: int64 ``[m]``, rows of ``[S, h, D]``, flattened: what comes from rank 0, rank 1, ...
+        take_counts: how many come from each rank.
+    """
+
+    send: Tensor
+    send_counts: tuple[int, ...]
+    take: Tensor
+    take_counts: tuple[int, ...]
+
+
+class Selective(Gathered):
+    """Attention of a rank's queries over chosen chunks of all ranks of ``group``; sequences of one length."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
+        """As :meth:`Gathered.forward`."""
+        if not self.method.earlier(self.layout.segments):  # every row is attended to
+            o, saved = super().forward(q, k, v)
+            return o, [None, *saved]
+        groups = self.groups(q, k, v)
+        choices = self.choose_by_sums(q, k.dtype, self.send_sums(k), groups)
+        travels = self._travels([routing for _, routing in choices], groups)
+        gathered = self._fetch(k, v, groups, travels, "fwd gather")
+        o, saved = self.attend(q, v.shape[2], groups, gathered, choices)
+        kept = [[x.send, x.send_counts, x.take, x.take_counts] for x in travels] if travels else None
+        return o, [kept, q, k, v, o, groups, saved]
+
+    def backward(self, do: Tensor, saved: Saved, kv_grad_dtype: torch.dtype) -> Grads:
+        """As :meth:`Gathered.backward`."""
+        kept, *saved = saved
+        if kept is None:
+            return super().backward(do, saved, kv_grad_dtype)
+        q, k, v, o, groups, saved = saved
+        travels = [Travel(*x) for x in kept]
+        gathered = self._fetch(k, v, groups, travels, "bwd gather")
+
+        def reduce(i: int, x: Tensor, out: Tensor) -> Pending:
+            return self._return(x, out, travels[i])
+
+        return self.attend_bwd(do, (q, k, v, o), groups, saved, gathered, reduce, kv_grad_dtype)
+
+    def _fetch(self, k: Tensor, v: Tensor, groups: HeadGroups, travels: list[Travel] | None, stage: str) -> Prefetch:
+        if travels is None:
+            return self._gather(k, v, groups, stage)
+
+        def start(i: int) -> tuple[Pending, Pending]:
+            return tuple(self._send(x[:, groups[i][1]], travels[i], stage) for x in (k, v))
+
+        return Prefetch(start, [kv_heads.stop - kv_heads.start for _, kv_heads in groups])
+
+    def _travels(self, routings: Sequence[Routing], groups: HeadGroups) -> list[Travel] | None:
+        """What travels for each group of heads; None where the whole might as well. The same answer on every rank."""
+        size, me, rows = self.layout.rows.size, self.layout.rows.rank, self.layout.rows
+        chunks = self.layout.segments.num_chunks(rows.total)
+        chosen = torch.cat([(r.starts[1:] > r.starts[:-1]).unflatten(0, (-1, chunks)) for r in routings])
+        chunk_of = self._chunk_of_rows()  # of rows, rank after rank
+        own = torch.zeros(chunks, dtype=torch.bool, device=chosen.device)
+        own[chunk_of.unflatten(0, (size, -1))[me]] = True  # cut chunks: their other rows
+        needed = all_gather((chosen | own).to(torch.uint8), self.group, "fwd choices").wait()
+        needed = needed.unflatten(0, (size, -1)).bool()  # [rank, kv head, chunk]
+        owned = torch.zeros(size, chunks, dtype=torch.float64, device=chosen.device)
+        owned.scatter_add_(1, chunk_of.unflatten(0, (size, -1)), owned.new_ones(()).expand(size, rows.local))
+        tables = torch.stack([needed[:, kv_heads].sum(1).double() @ owned.T for _, kv_heads in groups])
+        counts = tables.long().tolist()  # [group][to rank][from rank], rows; the host waits here
+        moved = sum(n for table in counts for to, line in enumerate(table) for by, n in enumerate(line) if to != by)
+        if moved > GATHER_SHARE * (size - 1) * rows.total * chosen.shape[0]:
+            return None
+        return [self._travel(needed[:, kv_heads], chunk_of, table) for (_, kv_heads), table in zip(groups, counts)]
+
+    def _travel(self, needed: Tensor, chunk_of: Tensor, counts: list[list[int]]) -> Travel:
+        """Lists of rows from ``needed`` ``[rank, h, chunk]``; both sides list a rank's rows head after head."""
+        rows, heads = self.layout.rows, needed.shape[1]
+        me, size, local = rows.rank, rows.size, rows.local
+        send_counts = tuple(counts[to][me] * (to != me) for to in range(size))
+        take_counts = tuple(counts[me][by] * (by != me) for by in range(size))
+        sent = needed[:, :, chunk_of[me * local:(me + 1) * local]]  # [to, h, T]
+        sent[me] = False
+        number = _true_numbers(sent, sum(send_counts)) % (heads * local)
+        send = number % local * heads + number // local
+        taken = needed[me][:, chunk_of].unflatten(1, (size, local)).transpose(0, 1).contiguous()  # [from, h, T]
+        taken[me] = False
+        number = _true_numbers(taken, sum(take_counts))
+        by, within = number // (heads * local), number % (heads * local)
+        take = rows.rank_rows[by * local + within % local] * heads + within // local
+        return Travel(send, send_counts, take, take_counts)
+
+    def _chunk_of_rows(self) -> Tensor:
+        """The chunk of each row, rank after rank: int64 ``[S]``."""
+        sequence, position = self.layout.segments.key_positions(self.layout.rows.total)
+        chunk = self.layout.segments.first_chunk()[sequence] + position // self.layout.segments.chunk_size
+        return chunk[self.layout.rows.rank_rows]
+
+    def _send(self, x: Tensor, travel: Travel, stage: str) -> Pending:
+        """Starts to send rows of ``x`` ``[T, h, D]``; pending: ``[S, h, D]`` with this rank's rows and those sent."""
+        heads, rows = x.shape[1], self.layout.rows
+        message = x[travel.send // heads, travel.send % heads]
+        arrived = message.new_empty(travel.take.numel(), x.shape[2])
+        works = exchange(_parts(arrived, travel.take_counts), _parts(message, travel.send_counts), x.device,
+                         self.group, stage)
+
+        def finish(arrived: Tensor) -> Tensor:
+            out = x.new_empty(rows.total, *x.shape[1:])
+            place_own(rows, out, x)
+            out.flatten(0, 1).index_copy_(0, travel.take, arrived)
+            return out
+
+        return Pending(works, arrived, message, stage, finish)
+
+    def _return(self, x: Tensor, out: Tensor, travel: Travel) -> Pending:
+        """Starts to send rows of ``x`` ``[S, h, D]`` to their owners; the wait writes the rank's sums to ``out``."""
+        rows, stage = self.layout.rows, "bwd reduce"
+        message = x.flatten(0, 1).index_select(0, travel.take)
+        arrived = message.new_empty(travel.send.numel(), x.shape[2])
+        works = exchange(_parts(arrived, travel.send_counts), _parts(message, travel.take_counts), x.device,
+                         self.group, stage)
+        total = take_own(rows, x)
+
+        def finish(arrived: Tensor) -> Tensor:
+            for to, part in zip(travel.send.split(travel.send_counts), arrived.split(travel.send_counts)):
+                total.flatten(0, 1).index_add_(0, to, part)  # a row occurs once: the order of sums is the ranks'
+            return out.copy_(total)
+
+        return Pending(works, arrived, message, stage, finish)
+
+
+def _true_numbers(mask: Tensor, count: int) -> Tensor:
+    """Numbers of the ``count`` elements that are True, in order, int64; the host, which knows the count, need not wait."""
+    return torch.nonzero_static(mask.flatten(), size=count).flatten()
+
+
+def _parts(x: Tensor, counts: tuple[int, ...]) -> list[Tensor | None]:
+    """``x`` cut up by counts; None for parts without rows."""
+    return [part if part.shape[0] else None for part in x.split(counts)]
