@@ -65,7 +65,7 @@ class RouterLog:
         for layer, seen in observer.tallies.items():
             values = layer_statistics(seen)
             valid = ~values.isnan().any(1, keepdim=True)
-            sums[layer - 1, heads] = torch.cat((values.masked_fill(~valid, 0), valid.double()), dim=1)
+            sums[layer - 1, heads] = torch.cat((values.masked_fill(~valid, 0), valid.double()), dim=1).to(device)
         if dist.is_initialized():
             dist.all_reduce(sums)
         *totals, ranks = sums.unbind(2)

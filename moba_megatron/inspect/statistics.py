@@ -21,7 +21,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..segments import Segments
 from .choices import Choices
 
 NAMES = ("first_chunk", "imbalance", "entropy", "recall", "best_recall")
@@ -37,14 +36,14 @@ class Tally:
         chosen: fp64 ``[H, num_chunks]``, queries that chose the chunk.
         choosers: fp64 ``[num_chunks]``, queries with a choice, by their own chunk.
         recalled: fp64 ``[H, 2]``, recall and best recall, times this rank's queries with a choice.
-        segments: gives sequences and chunk size.
+        first: int64 ``[B]``, the first chunk of each sequence.
         topk: chunks a query attends to, its own included.
     """
 
     chosen: Tensor
     choosers: Tensor
     recalled: Tensor
-    segments: Segments
+    first: Tensor
     topk: int
 
 
@@ -64,23 +63,24 @@ def tally(choices: Choices, samples: int) -> Tally:
     rows, weight = _sample(has_choice, samples)
     recall = torch.stack(recalls(choices, rows, own[rows]), dim=-1).double()  # [n, H, 2]
     mean = (recall * weight[:, None, None]).sum(0) / weight.sum().clamp(min=1)
-    return Tally(chosen.double(), choosers, mean * choosers.sum(), choices.segments, choices.topk)
+    return Tally(chosen.double(), choosers, mean * choosers.sum(), choices.segments.first_chunk(), choices.topk)
 
 
 def layer_statistics(tally: Tally) -> Tensor:
-    """The statistics of a layer from the tally of all its queries: fp64 ``[H, len(NAMES)]``.
+    """The statistics of a layer from the tally of all its queries: fp64 ``[H, len(NAMES)]``, on the CPU.
 
-    NaN where no query has a choice.
+    NaN where no query has a choice. The host waits for the tally: sums along small tables are quicker here, and CUDA's
+    cumulative ones refuse to run where a program asks for deterministic algorithms.
     """
-    first = tally.segments.first_chunk()
-    even, choosable = _even_shares(tally.choosers, first, tally.topk)
-    number = tally.choosers.sum()
-    load = torch.where(choosable, tally.chosen / torch.where(choosable, even, 1), 0)
-    mean_load = tally.chosen.sum(1) / even.sum()
+    chosen, choosers, recalled, first = (x.cpu() for x in (tally.chosen, tally.choosers, tally.recalled, tally.first))
+    even, choosable = _even_shares(choosers, first, tally.topk)
+    number = choosers.sum()
+    load = torch.where(choosable, chosen / torch.where(choosable, even, 1), 0)
+    mean_load = chosen.sum(1) / even.sum()
     part = load / load.sum(1, keepdim=True)
     entropy = -torch.special.xlogy(part, part).sum(1) / choosable.double().sum().log()
-    first_chunk = tally.chosen[:, first].sum(1) / number
-    return torch.stack((first_chunk, load.amax(1) / mean_load, entropy, *(tally.recalled / number).unbind(1)), dim=1)
+    first_chunk = chosen[:, first].sum(1) / number
+    return torch.stack((first_chunk, load.amax(1) / mean_load, entropy, *(recalled / number).unbind(1)), dim=1)
 
 
 def recalls(choices: Choices, rows: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
