@@ -166,18 +166,17 @@ def _times(row: Row, ranks: Ranks, call, settings: Settings) -> dict:
         with torch.no_grad():
             return call(*leaves)
 
-    first = ranks.measure(both, 1, warmup=1)[0]
-    repeats = FEW if first > SLOW_MS else settings.repeats
-    times = ranks.measure(both, repeats, warmup=0 if first > SLOW_MS else 2)
+    slow = ranks.measure(both, 1, warmup=1)[0] > SLOW_MS
+    times = ranks.measure(both, FEW if slow else settings.repeats, warmup=0 if slow else 2)
     result |= {"ms": timing.summary(times), "times_ms": times,
-               "forward_ms": timing.summary(ranks.measure(forward, min(repeats, 5), warmup=1))}
+               "forward_ms": timing.summary(ranks.measure(forward, 1 if slow else FEW, warmup=1))}
     gc.collect()
     peaks = ranks.all_values(timing.extra_peak_bytes(both, ranks.device))
     result["extra_peak_bytes"] = max(peaks) if None not in peaks else None
     if "one_gpu_ms" in result:
         result["efficiency"] = result["one_gpu_ms"]["median"] / (ranks.size * result["ms"]["median"])
     if ranks.size > 1:
-        result |= _communication(both, ranks, result["ms"]["median"], settings.link)
+        result |= _communication(both, ranks, result["ms"]["median"], settings.link, 1 if slow else FEW)
     return result
 
 
@@ -223,20 +222,20 @@ def _full_ms(case: Case, ranks: Ranks) -> float:
     return ranks.on_first(measure)
 
 
-def _communication(both, ranks: Ranks, ms: float, link: float | None) -> dict:
+def _communication(both, ranks: Ranks, ms: float, link: float, steps: int) -> dict:
     """Per stage and step: how long the compute stream stood still for it (slowest rank), and the bytes sent.
 
     ``quarter_link_ms`` is computed: over a link with a quarter of the measured bytes a second the bytes sent take three
     more times as long as now, and at worst nothing of that hides behind computation.
     """
     with record_waits() as record:
-        for _ in range(FEW):
+        for _ in range(steps):
             both()
         if ranks.device.type == "cuda":
             torch.cuda.synchronize()
     everyone = ranks.all_values(record.summary())
-    exposed = {stage: {"ms": max(each[stage]["exposed_ms"] for each in everyone) / FEW,
-                       "sent_bytes": max(each[stage]["sent_bytes"] for each in everyone) / FEW}
+    exposed = {stage: {"ms": max(each[stage]["exposed_ms"] for each in everyone) / steps,
+                       "sent_bytes": max(each[stage]["sent_bytes"] for each in everyone) / steps}
                for stage in everyone[0] if stage != OFF_STREAM and all(stage in each for each in everyone)}
     sent = sum(x["sent_bytes"] for x in exposed.values())
     return {"exposed": exposed, "sent_bytes": sent, "link_bytes_per_s": link,
