@@ -231,7 +231,7 @@ def test_refused_calls(given, message):
 @pytest.mark.parametrize("call, error, message", [
     (lambda: register_moba(512), TypeError, "config must be a MoBAConfig, got int"),
     (lambda: register_moba(decode="sparse"), ValueError, "decode must be one of dense, moba; got 'sparse'"),
-    (lambda: register_moba(MoBAConfig(full_attention_from_step=3)), ValueError, "full_attention_from_step must be None"),
+    (lambda: register_moba(MoBAConfig(full_attention_from_step=3)), ValueError, "full_attention_from_step must be"),
 ], ids=["config", "decode", "step"])
 def test_refused_registrations(call, error, message):
     with pytest.raises(error, match=message):

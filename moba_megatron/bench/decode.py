@@ -92,6 +92,12 @@ def step(case: DecodeCase, inputs: Inputs, i: int) -> tuple[Tensor, Tensor]:
                        case.topk, block_table=inputs.block_table, return_lse=True)
 
 
+def select(case: DecodeCase, inputs: Inputs, i: int) -> Tensor:
+    """The first part of a step: the chunks that the i-th queries choose."""
+    return decode_selection(inputs.q[i % len(inputs.q)], inputs.k, inputs.means, inputs.lengths, case.chunk_size,
+                            case.topk, block_table=inputs.block_table)
+
+
 def dense_step(case: DecodeCase, inputs: Inputs, backend: SDPBackend | None, i: int) -> Tensor:
     """Dense attention of the i-th queries over all rows of a contiguous cache."""
     q = inputs.q[i % len(inputs.q)][:, :, None]
@@ -113,7 +119,7 @@ def measure_case(case: DecodeCase, device: torch.device, repeats: int, dense: di
         row |= check(case, sets[0])
         if row["status"] == "ok":
             row["ms"] = _times(lambda i: step(case, sets[i % len(sets)], i), device, repeats)
-            row["kernels_ms"] = timing.kernel_times(lambda: step(case, sets[0], 0), device)
+            row["gate_ms"] = _times(lambda i: select(case, sets[i % len(sets)], i), device, repeats)
             row["dense_ms"] = dense or ({} if case.page else _dense(case, sets, device, repeats))
     except Exception as error:  # the other rows shall still be measured; a row says what happened to it
         row |= {"status": "failed", "reason": f"{type(error).__name__}: {str(error).strip()[:400]}",
@@ -136,12 +142,13 @@ def _times(run: Callable[[int], object], device: torch.device, repeats: int) -> 
 
 def _dense(case: DecodeCase, sets: list[Inputs], device: torch.device, repeats: int) -> dict[str, dict]:
     """Times by kernel of torch, those that take the case; ``torch`` is torch's own choice."""
-    found = {"torch": _times(lambda i: dense_step(case, sets[i % len(sets)], None, i), device, repeats)}
-    for backend in DENSE_BACKENDS if device.type == "cuda" else ():
+    found = {}
+    for backend in (None, *DENSE_BACKENDS) if device.type == "cuda" else (None,):
+        name = "torch" if backend is None else backend.name
         try:
-            found[backend.name] = _times(lambda i: dense_step(case, sets[i % len(sets)], backend, i), device, repeats)
+            found[name] = _times(lambda i: dense_step(case, sets[i % len(sets)], backend, i), device, repeats)
         except RuntimeError as error:
-            found[backend.name] = {"refused": str(error).strip()[:200]}
+            found[name] = {"refused": str(error).strip()[:200]}
     return found
 
 
@@ -154,8 +161,7 @@ def check(case: DecodeCase, inputs: Inputs) -> dict:
         rounding; ``floor_ms`` from the bytes of the distinct (kv head, chunk) pairs; ``status``.
     """
     o, lse = step(case, inputs, 0)
-    selected = decode_selection(inputs.q[0], inputs.k, inputs.means, inputs.lengths, case.chunk_size, case.topk,
-                                block_table=inputs.block_table).long()
+    selected = select(case, inputs, 0).long()
     got, exact, eager, wrong = [], [], [], 0
     for b in sorted({0, case.batch - 1})[:CHECKED_SEQUENCES]:
         k, v = (_rows(x, b, inputs) for x in (inputs.k, inputs.v))
@@ -235,6 +241,8 @@ def lines(rows: list[dict]) -> list[dict[str, str]]:
             line[f"{kind} ms"] = f"{ms[kind]['median']:.4f}" if kind in ms else ""
             line[f"dense {kind} ms"] = f"{dense[kind]:.4f}" if dense[kind] else ""
             line[f"x dense {kind}"] = f"{dense[kind] / ms[kind]['median']:.2f}" if dense[kind] and kind in ms else ""
+        gate = row.get("gate_ms", {}).get("graph")
+        line["gate ms"] = f"{gate['median']:.4f}" if gate else ""
         line["floor ms"] = f"{row['floor_ms']['moba']:.4f}" if "floor_ms" in row else ""
         line["must"] = f"{case['must']:g}x" if case["must"] else ""
         errors = row.get("errors", {})
@@ -272,7 +280,7 @@ def run_decode(arguments: argparse.Namespace) -> int:
         else:
             row = measure_case(case, device, arguments.repeats, _same_dense(case, result["rows"]))
         result["rows"].append(row)
-        print(f"{case.name}: {row['status']}, {row.get('wall_s', 0):.0f} s", row.get("kernels_ms", ""), flush=True)
+        print(f"{case.name}: {row['status']}, {row.get('wall_s', 0):.0f} s", row.get("reason", ""), flush=True)
         if arguments.json:
             report.save(arguments.json, result)
     print(report.as_text(lines(result["rows"])), flush=True)

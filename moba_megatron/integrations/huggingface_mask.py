@@ -23,8 +23,8 @@ def moba_mask(batch_size: int, q_length: int | None = None, kv_length: int | Non
 
     Args:
         batch_size, q_length, kv_length: rows, queries a row, slots of keys a row.
-        q_offset: slot of the first query; a tensor for static caches. Transformers 4 gives ``cache_position``, the slots
-            of all queries, instead.
+        q_offset: slot of the first query; a tensor for static caches. Transformers 4 gives ``cache_position`` instead,
+            the slots of all queries.
         kv_offset: slots that a sliding cache has dropped; must be 0.
         mask_function: must be plain causal, or causal within packed rows.
         attention_mask: bool ``[B, slots]``, False for padding; a row's True must be in one run.
