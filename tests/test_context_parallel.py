@@ -92,8 +92,9 @@ def test_zigzag_length_refused():
         check_zigzag(6, 2, "the sequence length")
 
 
-@pytest.mark.parametrize("kv_heads, number, sizes", [(16, 4, [2, 6, 6, 2]), (8, 4, [1, 3, 3, 1]), (8, 3, [2, 4, 2]),
-                                                     (4, 4, [1] * 4), (5, 2, [3, 2]), (3, 1, [3])])
+@pytest.mark.parametrize("kv_heads, number, sizes", [(16, 5, [2, 4, 4, 4, 2]), (8, 5, [1, 2, 2, 2, 1]),
+                                                     (8, 3, [2, 4, 2]), (4, 4, [1] * 4), (5, 2, [3, 2]), (3, 1, [3]),
+                                                     (12, 4, [2, 4, 4, 2]), (1, 1, [1])])
 def test_head_groups(kv_heads, number, sizes):
     groups = split_heads(2 * kv_heads, kv_heads, number)
     assert [kv.stop - kv.start for _, kv in groups] == sizes
@@ -103,10 +104,11 @@ def test_head_groups(kv_heads, number, sizes):
 
 def test_number_of_groups():
     little, much = 1 << 20, 1 << 29
-    assert number_of_groups(9, 4, little, little, 2) == 4
-    assert number_of_groups(None, 8, little, little, 4) == 1, "little travels: one group"
-    assert number_of_groups(None, 8, much, much, 4) == 4
-    assert number_of_groups(None, 8, much, 7 * MOST_BYTES, 4) == 7, "memory asks for more"
+    little, much = 1 << 20, 1 << 29
+    assert number_of_groups(9, 4, little, little) == 4
+    assert number_of_groups(None, 8, little, little) == 1, "little work: one group"
+    assert number_of_groups(None, 8, much, much) == 5
+    assert number_of_groups(None, 8, much, 7 * MOST_BYTES) == 7, "memory asks for more"
 
 
 @pytest.mark.parametrize("dtype, d", [(torch.bfloat16, 16), (torch.bfloat16, 4), (torch.float64, 6), (torch.float32, 3)])

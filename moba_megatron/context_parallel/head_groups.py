@@ -8,39 +8,37 @@ from .comm import Pending
 
 HeadGroups = list[tuple[slice, slice]]
 """Query heads and kv heads of each group."""
-LEAST_BYTES = 64 << 20
-"""What a rank sends of a group, at least: below it launches cost more than overlap saves. Reckoned, not measured."""
+LEAST_BYTES = 32 << 20
+"""Bytes of a rank's queries in a group, at least: below it launches cost more than overlap saves. Reckoned."""
 MOST_BYTES = 1 << 30
-"""What a rank holds of a group, at most, while groups have several kv heads."""
+"""Bytes that a rank holds of a group, at most, while groups have several kv heads."""
 
 
-def number_of_groups(asked: int | None, kv_heads: int, sent: int, held: int, usual: int) -> int:
+def number_of_groups(asked: int | None, kv_heads: int, queries: int, held: int) -> int:
     """How many groups to make of ``kv_heads``.
 
     Args:
-        asked: the user's number, or None.
-        sent: bytes that a rank has to send in the forward pass, all heads together: its work grows with them.
-        held: bytes that it then holds.
-        usual: enough to hide most of it.
+        asked: the user's number, or None: 5 where there is enough work, which leaves an eighth of what travels first
+            and last for nothing to hide, and makes groups of powers of two (in two sizes: kernels are compiled twice).
+        queries: bytes of the rank's queries, a measure of its work.
+        held: bytes of what has travelled, all heads together.
     """
     if asked is None:
-        asked = max(min(usual, sent // LEAST_BYTES), -(-held // MOST_BYTES))
+        fitting = queries // LEAST_BYTES
+        asked = max(5 if fitting >= 5 else min(fitting, 3), -(-held // MOST_BYTES))
     return max(1, min(asked, kv_heads))
 
 
 def split_heads(heads: int, kv_heads: int, number: int) -> HeadGroups:
-    """The query heads and kv heads of each group; the first and the last group are the smallest.
+    """The query heads and kv heads of each group; the first and the last group are half as large as the others.
 
     What the first one waits for and what the last one leaves behind is all that nothing hides.
     """
-    if number > 2:
-        end = max(1, kv_heads // (2 * number - 2))
-        size, larger = divmod(kv_heads - 2 * end, number - 2)
-        sizes = [end, *(size + (i < larger) for i in range(number - 2)), end]
-    else:
-        sizes = [kv_heads - kv_heads // number * (number - 1), *[kv_heads // number] * (number - 1)]
+    end = max(1, kv_heads // (2 * number - 2)) if number > 2 else -(-kv_heads // number)
+    inner, rest = max(0, number - 2), kv_heads - 2 * end
+    sizes = [end, *(rest // inner + (i < rest % inner) for i in range(inner)), end] if inner else [end, kv_heads - end]
     per_kv, groups, begin = heads // kv_heads, [], 0
-    for size in sizes:
+    for size in sizes[:number]:
         groups.append((slice(begin * per_kv, (begin + size) * per_kv), slice(begin, begin + size)))
         begin += size
     return groups

@@ -21,9 +21,6 @@ from .head_groups import HeadGroups, Prefetch, number_of_groups, split_heads
 from .rows import Rows, add_in_order, copy_rows, to_global, to_local
 from .whole import Grads, Saved, Whole
 
-GROUPS = 4
-"""Groups of a rank's kv heads where the user names no number."""
-
 
 def check_heads(heads: int, kv_heads: int, size: int, comm_type: str) -> None:
     """Raises ValueError unless heads can be dealt out to ``size`` ranks."""
@@ -90,8 +87,7 @@ class Exchanged:
     def _groups(self, q: Tensor, k: Tensor, v: Tensor) -> HeadGroups:
         """Groups of the heads that one rank gets."""
         kv_heads = max(1, k.shape[1] // self.rows.size)
-        sent = q.nbytes + k.nbytes + v.nbytes
-        number = number_of_groups(self.head_groups, kv_heads, sent, sent, GROUPS)
+        number = number_of_groups(self.head_groups, kv_heads, q.nbytes, q.nbytes + k.nbytes + v.nbytes)
         return split_heads(q.shape[1] // self.rows.size, kv_heads, number)
 
     def _keys_and_values(self, *tensors: Tensor) -> list[tuple[Tensor, int, int]]:
