@@ -83,6 +83,13 @@ class Choices:
         return table[:-1].view(self.q.shape[1], num_rows, self.num_chunks)
 
 
+def message_device() -> torch.device:
+    """Where tensors must be that all ranks of the world add up."""
+    if dist.is_initialized() and "nccl" in dist.get_backend():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
 @torch.no_grad()
 def look(module: MoBACoreAttention, q: Tensor, k: Tensor, segments: Segments, group: dist.ProcessGroup | None = None,
          global_rows: Tensor | None = None) -> Choices | None:

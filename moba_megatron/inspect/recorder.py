@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from .choices import Choices, look
+from .choices import Choices, look, message_device
 from .trace import RoutingTrace
 
 
@@ -70,10 +70,9 @@ class TraceRecorder:
         if numbers is None:
             raise ValueError("no layer has a choice: topk * chunk_size covers the sequence, or all layers are dense")
         size = -(-numbers.seq_length // numbers.chunk_size)
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
         counts = {}
         for layer in sorted({layer for _, layers in found for layer in layers}):
-            table = torch.zeros(numbers.num_heads, size, size, dtype=torch.int64, device=device)
+            table = torch.zeros(numbers.num_heads, size, size, dtype=torch.int64, device=message_device())
             if layer in self._tables:
                 mine = self._tables[layer]
                 table[tensor_rank * mine.shape[0]:][:mine.shape[0]] = mine

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from .choices import look, watching
+from .choices import look, message_device, watching
 from .report import Report
 from .statistics import NAMES, Tally, layer_statistics, tally
 
@@ -57,7 +57,7 @@ class RouterLog:
 
     def _join(self, observer: _Observer) -> Report:
         _add_context_parallel(observer.tallies, observer.group)
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+        device = message_device()
         size, rank = _tensor_parallel()
         heads = slice(rank * self.num_heads // size, (rank + 1) * self.num_heads // size)
         # for each layer and head: the sums of the statistics over the ranks, and how many ranks there are
