@@ -24,7 +24,7 @@ def describe(device: torch.device) -> dict[str, str | int | None]:
         "device_memory_gib": round(properties.total_memory / 2 ** 30, 1) if cuda else None,
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "cudnn": _cudnn_version() if cuda else None,
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
@@ -33,6 +33,14 @@ def describe(device: torch.device) -> dict[str, str | int | None]:
         "command": "python -m moba_megatron.bench " + " ".join(sys.argv[1:]),
         "when": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
+
+
+def _cudnn_version() -> int | None:
+    """torch's; None where another library loaded another cuDNN first, which torch then refuses."""
+    try:
+        return torch.backends.cudnn.version()
+    except RuntimeError:
+        return None
 
 
 def commit() -> str | None:
