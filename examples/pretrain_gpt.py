@@ -135,8 +135,11 @@ def finish(args, monitor, model, optimizer, scheduler, valid_data, iteration: in
     if args.eval_iters and iteration % args.eval_interval:
         monitor.validation(iteration, evaluate(args, model, valid_data))
     if args.save_selection and args.attention == "moba" and valid_data is not None:
-        save_selection(args, model, valid_data, iteration)
-        monitor.say(f"wrote {args.save_selection}")
+        try:
+            save_selection(args, model, valid_data, iteration)
+            monitor.say(f"wrote {args.save_selection}")
+        except ValueError as error:  # on every rank; the run itself is done and saved
+            monitor.say(f"no {args.save_selection}: {error}")
 
 
 def steps(args, config, model, optimizer, scheduler, dataset, first: int, router: RouterLog | None):

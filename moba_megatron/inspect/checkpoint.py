@@ -41,8 +41,7 @@ def single_process(device: torch.device):
     stands_in = contextlib.nullcontext()
     if device.type == "cpu":  # rotary embeddings move to the current CUDA device
         stands_in = mock.patch.object(torch.cuda, "current_device", lambda: torch.device("cpu"))
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         parallel_state.initialize_model_parallel()
         with stands_in:
