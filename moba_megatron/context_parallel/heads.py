@@ -9,6 +9,7 @@ and k and v are kept as they came and exchanged again in backward: that saves th
 """
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from .comm import Pending
 from .gather import Gathered, sum_dtype
 from .head_groups import HeadGroups, Prefetch, number_of_groups, split_heads
-from .rows import Rows, add_in_order, copy_rows, to_global, to_local
+from .rows import Rows, copy_rows, to_global, to_local
 from .whole import Grads, Saved, Whole
 
 
@@ -130,7 +131,8 @@ class Exchanged:
             for local, own in arrived.own:
                 by_rank = [*arrived.others[:me, local], own, *arrived.others[me:, local]]
                 for part in range(x.parts):
-                    add_in_order(by_rank[part * copies:(part + 1) * copies], out[part, local])
+                    *first, last = by_rank[part * copies:(part + 1) * copies]
+                    torch.add(functools.reduce(torch.add, first), last, out=out[part, local])
 
 
 @dataclass(frozen=True)

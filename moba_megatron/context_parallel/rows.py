@@ -146,16 +146,17 @@ def reduce_to_local(rows: Rows, x: Tensor, out: Tensor, group: dist.ProcessGroup
                     deterministic: bool) -> Pending:
     """Starts to add ``x`` ``[S, h, D]`` over the ranks; the wait writes this rank's rows to ``out`` ``[T, h, D]``.
 
-    Rows are added in the order of the ranks, in x's dtype, and rounded once to out's. The library's reduce-scatter,
-    which orders sums as it likes, is used only where it saves traffic between nodes, and never if ``deterministic``.
+    The others' rows are added in a fixed order and the rank's own last, in x's dtype, and rounded once to out's. The
+    library's reduce-scatter, which orders sums as it likes, is used only where it saves traffic between nodes, and
+    never if ``deterministic``.
     """
     if crowds_the_network(group) and not deterministic:
         return reduce_scatter(x.index_select(0, rows.rank_rows), group, stage, out.copy_)
 
     def add(arrived: Arrived) -> Tensor:
         for local, own in arrived.own:
-            parts = [*arrived.others[:rows.rank, local], own, *arrived.others[rows.rank:, local]]
-            add_in_order(parts, out[local])
+            others = arrived.others[:, local]
+            torch.add(others[0] if rows.size == 2 else others.sum(0), own, out=out[local])
         return out
 
     return to_local(rows, x, group, stage).then(add)
@@ -178,17 +179,6 @@ def _lies_in_units(x: Tensor, size: int) -> bool:
         return False
     steps = (x.shape[-1], x.storage_offset(), *x.stride()[:-1])
     return all(step * x.element_size() % size == 0 for step in steps) and x.data_ptr() % size == 0
-
-
-def add_in_order(parts: list[Tensor], out: Tensor) -> None:
-    """Writes the sum of tensors of one shape, added one by one, to ``out``; the first ones serve as scratch."""
-    total = parts[0]
-    for part in parts[1:-1]:
-        total.add_(part)
-    if len(parts) == 1:
-        out.copy_(total)
-    else:
-        torch.add(total, parts[-1], out=out)
 
 
 @functools.lru_cache(maxsize=None)
