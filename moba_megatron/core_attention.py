@@ -78,8 +78,8 @@ class MoBACoreAttention(MegatronModule):
         attention_type: ``"self"``.
         attention_dropout: None for ``config.attention_dropout``, which must be 0.
         softmax_scale: None for ``1/sqrt(head_dim)``.
-        cp_comm_type: ``"all_gather"`` (or ``"allgather"``, or None), ``"a2a"``, ``"a2a+all_gather"`` or ``"selective"``,
-            or a list with one for each layer.
+        cp_comm_type: ``"all_gather"`` (or ``"allgather"``, or None), ``"a2a"``, ``"a2a+all_gather"`` or
+            ``"selective"``, or a list with one for each layer.
         pg_collection: process groups (0.15 and later); ``tp`` is not used, ``cp`` is the context parallel group and
             ``hcp`` its two levels for ``"a2a+all_gather"`` (``--hierarchical-context-parallel-sizes``).
         model_comm_pgs: the same for 0.13 and 0.14. Without either, Megatron's ``parallel_state``.

@@ -111,7 +111,8 @@ def test_number_of_groups():
     assert number_of_groups(None, 8, much, 7 * MOST_BYTES) == 7, "memory asks for more"
 
 
-@pytest.mark.parametrize("dtype, d", [(torch.bfloat16, 16), (torch.bfloat16, 4), (torch.float64, 6), (torch.float32, 3)])
+@pytest.mark.parametrize("dtype, d", [(torch.bfloat16, 16), (torch.bfloat16, 4), (torch.float64, 6),
+                                      (torch.float32, 3)])
 def test_copy_rows(dtype, d):
     """Slices of heads, aligned and not, to and from."""
     x = torch.randn(5, 6, d).to(dtype)

@@ -1,4 +1,4 @@
-"""Attention over sequences whose rows are spread over ranks: the public function, its schedules by name, its gradient."""
+"""Attention over sequences whose rows are spread over ranks: the public function, schedules by name, the gradient."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -75,7 +75,7 @@ def context_parallel_attention(q: Tensor, k: Tensor, v: Tensor, sequences: Seque
     comm_type = canonical_comm_type(comm_type)
     check_groups(group, comm_type, q.shape[1], k.shape[1])
     check_sequences(sequences, comm_type)
-    schedule = _schedule(comm_type, method, sequences, chunk_size, group, head_groups)
+    schedule = make_schedule(comm_type, method, sequences, chunk_size, group, head_groups)
     return _ContextParallelAttention.apply(q, k, v, schedule)
 
 
@@ -99,8 +99,9 @@ def check_sequences(sequences: Sequences, comm_type: str) -> None:
                          "rank holds would be known on the device only. Use all_gather or a2a")
 
 
-def _schedule(comm_type: str, method: Method, sequences: Sequences, chunk_size: int, group: Groups,
-              head_groups: int | None) -> Gathered | Exchanged:
+def make_schedule(comm_type: str, method: Method, sequences: Sequences, chunk_size: int, group: Groups,
+                  head_groups: int | None) -> Gathered | Exchanged:
+    """The schedule of a communication type: ``forward(q, k, v)`` and ``backward(do, saved, kv_grad_dtype)``."""
     if comm_type == "a2a+all_gather":
         group, outer = group
         inner = Gathered(method, sequences.zigzag(outer.size(), dist.get_rank(outer), chunk_size), outer, head_groups)

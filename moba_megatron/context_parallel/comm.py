@@ -1,4 +1,7 @@
-"""Collectives with an explicit wait, and a record of how long the compute stream stood still for them."""
+"""Collectives with an explicit wait, and a record of how long the compute stream stood still for them.
+
+With meta tensors nothing travels: a schedule run on them compiles what it will launch.
+"""
 from __future__ import annotations
 
 import time
@@ -115,7 +118,8 @@ def all_gather(x: Tensor, group: dist.ProcessGroup, stage: str = "gather",
     x = x.contiguous()
     output = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
     _count(stage, x, times=group.size() - 1)
-    return Pending([dist.all_gather_into_tensor(output, x, group=group, async_op=True)], output, x, stage, finish)
+    works = [] if x.is_meta else [dist.all_gather_into_tensor(output, x, group=group, async_op=True)]
+    return Pending(works, output, x, stage, finish)
 
 
 def reduce_scatter(x: Tensor, group: dist.ProcessGroup, stage: str,
@@ -128,7 +132,8 @@ def reduce_scatter(x: Tensor, group: dist.ProcessGroup, stage: str,
     x = x.contiguous()
     output = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
     _count(stage, x[:(group.size() - 1) * output.shape[0]])
-    return Pending([dist.reduce_scatter_tensor(output, x, group=group, async_op=True)], output, x, stage, finish)
+    works = [] if x.is_meta else [dist.reduce_scatter_tensor(output, x, group=group, async_op=True)]
+    return Pending(works, output, x, stage, finish)
 
 
 def exchange(outputs: list[Tensor | None], inputs: list[Tensor | None], device: torch.device,
@@ -149,7 +154,10 @@ def exchange(outputs: list[Tensor | None], inputs: list[Tensor | None], device: 
         nothing = torch.empty(0, dtype=dtype, device=device)
         return [dist.all_to_all([nothing if x is None else x for x in outputs],
                                 [nothing if x is None else x for x in inputs], group=group, async_op=True)]
-    works = []  # gloo's all_to_all wants all messages of one size
+    works = []
+    if device.type == "meta":
+        return works
+    # gloo's all_to_all wants all messages of one size
     for rank, (output, message) in enumerate(zip(outputs, inputs)):
         peer = dist.get_global_rank(group, rank)
         if message is not None:

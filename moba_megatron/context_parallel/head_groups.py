@@ -1,4 +1,4 @@
-"""Groups of heads that travel and are computed one after the other, so that one hides the other and memory is bounded."""
+"""Groups of heads that travel and are computed one after the other: one hides the other, and memory is bounded."""
 from __future__ import annotations
 
 from collections import deque

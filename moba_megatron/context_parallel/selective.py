@@ -2,7 +2,7 @@
 
 After the gate every rank tells the others, one bit a (kv head, chunk), which chunks its queries chose; owners send the
 rows of those chunks, to each rank its own choice, and rows of dK and dV come back the same way and are added in fp32.
-A chunk that every rank chose (a sink) reaches every rank, as in a gather. Nothing has a capacity, so nothing is dropped.
+A chunk that every rank chose (a sink) reaches every rank, as in a gather. Nothing has a capacity: nothing is dropped.
 
 How much travels is known once the choices are: the host reads a table of P x P numbers a group of heads, its only wait.
 A layer whose choices cover nearly everything is gathered whole instead. K and V still have a row for every token where
@@ -160,7 +160,7 @@ class Selective(Gathered):
 
 
 def _true_numbers(mask: Tensor, count: int) -> Tensor:
-    """Numbers of the ``count`` elements that are True, in order, int64; the host, which knows the count, need not wait."""
+    """Numbers of the ``count`` elements that are True, in order, int64; the host knows the count and need not wait."""
     return torch.nonzero_static(mask.flatten(), size=count).flatten()
 
 

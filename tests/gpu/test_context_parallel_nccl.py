@@ -1,6 +1,8 @@
-"""Context parallel attention on NCCL and the Triton kernels: two and four GPUs against one, every communication type."""
+"""Context parallel attention on NCCL and the Triton kernels: 2 and 4 GPUs against one, every communication type."""
+import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from ranks import run_ranks
 from test_context_parallel import RecordedGate, cu_seqlens_of, selecting_rows_and_heads, zigzag_rows
 
 from moba_megatron import kernels
+from moba_megatron.bench.cp_compile import Job, compile_schedules
 from moba_megatron.context_parallel import selective
 from moba_megatron.context_parallel import Agreement, Sequences, context_parallel_attention, record_waits
 from moba_megatron.ops import moba_attention
@@ -21,15 +24,25 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2,
 
 # (lengths, uniform, chunk size, topk, heads, kv heads, D, head groups, dtype); lengths are multiples of 8
 CASES = {
-    "mha": ([8192], True, 128, 8, 16, 16, 128, 4, torch.bfloat16),
-    "gqa": ([8192], True, 512, 4, 32, 8, 128, None, torch.bfloat16),
-    "cut": ([8 * 751], True, 200, 4, 8, 2, 64, 2, torch.bfloat16),
-    "batch_fp32": ([8 * 167] * 2, True, 96, 3, 8, 4, 64, 2, torch.float32),
-    "one_kv_head": ([4096], True, 128, 4, 8, 1, 64, None, torch.float16),
+    "mha": ([8192], True, 128, 4, 16, 16, 128, 2, torch.bfloat16),
     "packed_mha": ([8 * 150, 8, 8 * 500], False, 128, 4, 16, 16, 128, 2, torch.bfloat16),
-    "packed_gqa": ([8 * 150, 8, 8 * 500], False, 128, 4, 32, 8, 128, 3, torch.bfloat16),
+    "gqa": ([8192], True, 512, 3, 32, 8, 128, 2, torch.bfloat16),
+    "packed_gqa": ([8 * 300, 8, 8 * 500], False, 512, 3, 32, 8, 128, 2, torch.bfloat16),
+    "one_kv_head_cut_chunks": ([8 * 751], True, 200, 4, 8, 1, 64, None, torch.float16),
+    "batch_fp32": ([8 * 167] * 2, True, 96, 3, 8, 4, 64, None, torch.float32),
     "dense": ([4096], True, 4096, 1, 8, 8, 128, 2, torch.bfloat16),
 }
+
+
+def compile_everything(size):
+    """Fills Triton's cache in parallel: the ranks would compile the same kernels one after the other."""
+    jobs = []
+    for lengths, uniform, chunk_size, topk, heads, kv_heads, d, head_groups, dtype in CASES.values():
+        job = Job("a2a", 1, 8 * max(lengths), chunk_size, topk, heads, kv_heads, d, dtype, head_groups=1)
+        jobs += [job, *(replace(job, comm_type=comm_type, size=size, packed=not uniform, head_groups=head_groups)
+                        for comm_type in ("all_gather", "a2a", "a2a+all_gather")[:3 if size == 4 else 2])]
+    major, minor = torch.cuda.get_device_capability()
+    print(f"compiled in {compile_schedules(jobs, 10 * major + minor, min(12, os.cpu_count())):.0f} s")
 
 
 def parity(rank, size):
@@ -129,6 +142,7 @@ def captured(rank, size):
 def results(tmp_path_factory, request):
     if torch.cuda.device_count() < request.param:
         pytest.skip(f"needs {request.param} GPUs")
+    compile_everything(request.param)
     return run_ranks(parity, request.param, tmp_path_factory.mktemp("ranks"), backend="nccl")
 
 
