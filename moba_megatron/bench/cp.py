@@ -54,13 +54,16 @@ def run_cp(arguments: argparse.Namespace) -> int:
 
 
 def _measure(rows: list[Row], ranks: Ranks, arguments: argparse.Namespace) -> dict:
-    from . import cp_speed, precompile
+    from . import cp_compile, cp_speed, precompile
     begin = time.perf_counter()
     result = {"environment": environment.describe(ranks.device) | {"ranks": ranks.size}, "rows": []}
     ranks.say(environment.line(result["environment"]), f"- {ranks.size} ranks")
     if arguments.precompile and ranks.rank == 0 and ranks.device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(ranks.device)
-        seconds = precompile.precompile(compiled_cases(rows, ranks.size), 10 * major + minor, arguments.precompile)
+        capability, workers = 10 * major + minor, arguments.precompile
+        seconds = precompile.precompile(compiled_cases(rows), capability, workers)
+        jobs = [cp_compile.job_of(row.case, row.comm, ranks.size, arguments.inner) for row in rows]
+        seconds += cp_compile.compile_schedules(jobs, capability, workers)
         ranks.say(f"compiled in {seconds:.0f} s")
     ranks.barrier()
     result["link_bytes_per_s"] = link_bytes_per_s(ranks)
@@ -79,13 +82,10 @@ def _measure(rows: list[Row], ranks: Ranks, arguments: argparse.Namespace) -> di
     return result
 
 
-def compiled_cases(rows: list[Row], size: int) -> list[Case]:
-    """What the ranks will compile: whole shapes, a kv head alone (the check), the heads that a2a leaves a rank."""
-    found = []
-    for case in (row.case for row in rows):
-        found += [replace(case, heads=case.heads // n, kv_heads=case.kv_heads // n) for n in (1, case.kv_heads, size)
-                  if case.kv_heads % n == 0]
-    return found
+def compiled_cases(rows: list[Row]) -> list[Case]:
+    """What one GPU will compile: whole shapes, and a kv head alone (the check)."""
+    return [replace(case, heads=case.heads // n, kv_heads=case.kv_heads // n)
+            for case in (row.case for row in rows) for n in (1, case.kv_heads)]
 
 
 def _save(path: Path | None, result: dict, ranks: Ranks) -> None:

@@ -17,11 +17,12 @@ from ..context_parallel.attention import make_schedule
 from ..context_parallel.whole import Method
 from ..kernels import tuning
 from . import compile_report
+from .cases import Case
 
 
 @dataclass(frozen=True)
 class Job:
-    """A schedule to compile: one of COMM_TYPES over ``size`` ranks, ``inner`` of which exchange heads in a hierarchy."""
+    """A schedule to compile: one of COMM_TYPES over ``size`` ranks, ``inner`` of which exchange heads in a level."""
 
     comm_type: str
     size: int
@@ -36,6 +37,12 @@ class Job:
     head_groups: int | None = None
     deterministic: bool = False
     packed: bool = False
+
+
+def job_of(case: Case, comm_type: str, size: int, inner: int = 2) -> Job:
+    """What ``size`` ranks compile for a case."""
+    return Job(comm_type, size, case.tokens, case.chunk_size, case.topk, case.heads, case.kv_heads, case.head_dim,
+               case.torch_dtype, inner, deterministic=case.deterministic)
 
 
 def compile_schedule(job: Job, capability: int) -> None:

@@ -73,10 +73,18 @@ def _measure(rows: list[Row], ranks: Ranks, arguments: argparse.Namespace) -> di
 
 def _precompile(rows: list[Row], shape, ranks: Ranks, workers: int) -> None:
     if workers and ranks.rank == 0 and ranks.device.type == "cuda":
-        from . import precompile
+        from . import cp_compile, precompile
         major, minor = torch.cuda.get_device_capability(ranks.device)
-        cases = [compiled_case(row, shape, ranks.size) for row in rows if row.moba]
-        ranks.say(f"compiled in {precompile.precompile(cases, 10 * major + minor, workers):.0f} s")
+        cases, jobs = [], []
+        for row in (row for row in rows if row.moba):
+            case, size = compiled_case(row, shape), ranks.size // row.tp
+            if size > 1:
+                jobs.append(cp_compile.job_of(case, row.comm or "all_gather", size))
+            else:
+                cases.append(case)
+        seconds = precompile.precompile(cases, 10 * major + minor, workers)
+        seconds += cp_compile.compile_schedules(jobs, 10 * major + minor, workers)
+        ranks.say(f"compiled in {seconds:.0f} s")
     ranks.barrier()
 
 

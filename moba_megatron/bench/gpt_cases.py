@@ -124,8 +124,7 @@ def rows_for(size: int, names: list[str] | None, tiny: bool) -> list[Row]:
     return found
 
 
-def compiled_case(row: Row, shape: Shape, size: int) -> Case:
+def compiled_case(row: Row, shape: Shape) -> Case:
     """The attention of a layer as the kernels' benchmark describes it: what its rank will compile."""
-    parallel = row.tp * (size // row.tp if row.comm == "a2a" else 1)
-    return Case(row.name, row.tokens, row.chunk_size, row.topk, heads=max(1, shape.heads // parallel),
-                kv_heads=max(1, shape.groups // parallel), head_dim=shape.head_dim)
+    return Case(row.name, row.tokens, row.chunk_size, row.topk, heads=max(1, shape.heads // row.tp),
+                kv_heads=max(1, shape.groups // row.tp), head_dim=shape.head_dim)
