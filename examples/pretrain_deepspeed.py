@@ -32,7 +32,7 @@ from deepspeed.checkpoint.constants import (
     UNIVERSAL_CHECKPOINT_VERSION_VALUE,
 )
 from pretraining import data
-from pretraining.agreement import SharedError, abort, gather, on_all_ranks
+from pretraining.agreement import SharedError, abort, gather, lost_rank, on_all_ranks
 from pretraining.arguments import Parser, add_data_args, add_logging_args, require_positive
 from pretraining.monitor import Monitor
 from pretraining.torch_gpt import GPT, GPTConfig
@@ -136,8 +136,8 @@ def _derive_and_validate(args):
         raise ValueError(f"--lr-warmup-iters must be below --train-iters ({args.train_iters}), "
                          f"got {args.lr_warmup_iters}")
     if args.bf16 and args.zero_stage == 0:
-        raise ValueError("--bf16 needs --zero-stage 1, 2 or 3, got 0: DeepSpeed keeps fp32 weights beside the bf16 ones "
-                         "only under ZeRO")
+        raise ValueError("--bf16 needs --zero-stage 1, 2 or 3, got 0: DeepSpeed keeps fp32 weights beside the bf16 "
+                         "ones only under ZeRO")
     if args.save_interval and not args.save:
         raise ValueError("--save-interval needs --save, the directory for checkpoints")
     args.eval_iters = 0  # the data set builder's name for "no validation samples"
@@ -204,6 +204,12 @@ def save_checkpoint(args, engine, iteration: int) -> Path:
     return Path(args.save) / tag
 
 
+def is_saved(args, iteration: int) -> bool:
+    """Whether there is a checkpoint after this many steps."""
+    return bool(args.save) and (iteration == args.train_iters or any(
+        interval and iteration % interval == 0 for interval in (args.exit_interval, args.save_interval)))
+
+
 def load_checkpoint(args, engine) -> int:
     """Restores everything from the last checkpoint in --load; returns its iteration, 0 where there is none.
 
@@ -257,9 +263,14 @@ def steps(args, engine, iterator, first: int, device: torch.device):
             grad_norm = _norm_of_plain_gradients(engine)
             engine.step()
         report = None
-        if iteration % args.log_interval == 0 or iteration == args.train_iters:
+        is_logged = iteration % args.log_interval == 0 or iteration == args.train_iters
+        if is_logged or is_saved(args, iteration):
             dist.all_reduce(total)
             mean = total.item() / (dist.get_world_size() * engine.gradient_accumulation_steps())
+            if not math.isfinite(mean):
+                raise SharedError(f"step {iteration} has loss {mean}; nothing of it was saved: lower --lr, or resume "
+                                  "from the last checkpoint")
+        if is_logged:
             now = time.perf_counter()
             tokens = (iteration - counted) * args.global_batch_size * args.seq_length
             grad_norm = engine.get_global_grad_norm() if grad_norm is None else grad_norm
@@ -292,15 +303,10 @@ def pretrain(args, device: torch.device) -> None:
     iterator = batches(args, dataset, parallel, first, device)
     for iteration, report in steps(args, engine, iterator, first, device):
         if report is not None:
-            if not math.isfinite(report["loss"]):
-                raise SharedError(f"the loss is {report['loss']} at step {iteration}: lower --lr, or resume from an "
-                                  "earlier checkpoint")
             monitor.step(iteration, **report)
-        stop = bool(args.exit_interval) and iteration % args.exit_interval == 0
-        last = iteration == args.train_iters
-        if args.save and (stop or last or args.save_interval and iteration % args.save_interval == 0):
+        if is_saved(args, iteration):
             monitor.say(f"saved {save_checkpoint(args, engine, iteration)}")
-        if stop and not last:
+        if args.exit_interval and iteration % args.exit_interval == 0 and iteration < args.train_iters:
             monitor.say(f"stopped after step {iteration} (--exit-interval {args.exit_interval})")
             break
     monitor.close()
@@ -317,7 +323,10 @@ def main(argv=None) -> int:
         abort(f"error: {error}", 2, shared=True)
     except ValueError as error:
         abort(f"error: {error}", 2)
-    except Exception:
+    except Exception as error:
+        lost = lost_rank(error, args.distributed_timeout_minutes)
+        if lost:
+            abort(f"error: {lost}", 1, patience=3)
         abort(traceback.format_exc(), 1)
     dist.barrier()
     dist.destroy_process_group()

@@ -25,7 +25,7 @@ megatron_on_cpu.enable()  # before Megatron-Core is imported; does nothing where
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from pretraining import checkpointing, data  # noqa: E402
-from pretraining.agreement import SharedError, abort, gather, on_all_ranks  # noqa: E402
+from pretraining.agreement import RunError, SharedError, abort, gather, lost_rank, on_all_ranks  # noqa: E402
 from pretraining.arguments import parse_args  # noqa: E402
 from pretraining.evaluation import evaluate  # noqa: E402
 from pretraining.model import build_config, build_model, build_optimizer, describe_model  # noqa: E402
@@ -34,10 +34,11 @@ from pretraining.selection import save_selection  # noqa: E402
 
 from moba_megatron.core_attention import set_iteration  # noqa: E402
 from moba_megatron.inspect.router_log import RouterLog  # noqa: E402
+from moba_megatron.rendezvous import init_process_group  # noqa: E402
 
 
 def main(argv=None) -> int:
-    """Trains; returns the exit status. Bad input ends all ranks with a message and status 2."""
+    """Trains; returns the exit status. Bad input ends all ranks with a message and status 2, a broken run with 1."""
     args = parse_args(argv)
     initialize(args)
     try:
@@ -46,7 +47,12 @@ def main(argv=None) -> int:
         abort(f"error: {error}", 2, shared=True)
     except ValueError as error:
         abort(f"error: {error}", 2)
-    except Exception:
+    except RunError as error:
+        abort(f"error: {error}", 1)
+    except Exception as error:
+        lost = lost_rank(error, args.distributed_timeout_minutes)
+        if lost:
+            abort(f"error: {lost}", 1, patience=3)
         abort(traceback.format_exc(), 1)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -57,14 +63,12 @@ def initialize(args) -> None:
     """Process groups, seeds, and this process's device."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29511")):
-        os.environ.setdefault(name, value)  # started without torchrun: one process
-    torch.distributed.init_process_group(megatron_on_cpu.distributed_backend(),
-                                         timeout=timedelta(minutes=args.distributed_timeout_minutes))
+    init_process_group(megatron_on_cpu.distributed_backend(), timedelta(minutes=args.distributed_timeout_minutes))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         context_parallel_size=args.context_parallel_size,
+        distributed_timeout_minutes=args.distributed_timeout_minutes,
     )
     # As Megatron-LM does: pipeline stages start differently, everything else from the same seed.
     seed = args.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
@@ -78,11 +82,14 @@ def find_checkpoint(args) -> int:
     Raises:
         SharedError: the ranks see different checkpoints.
     """
-    found = gather(on_all_ranks(checkpointing.latest_iteration, args.load) if args.load else None)
+    whole, warning = on_all_ranks(checkpointing.last_whole_checkpoint, args.load) if args.load else (None, None)
+    found = gather(whole)
+    if warning and torch.distributed.get_rank() == 0:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
     if len(set(found)) > 1:
         raise SharedError(f"--load {args.load}: the ranks see different checkpoints, {found}; every machine must see "
                           "the same directory")
-    return found[0] or 0
+    return whole or 0
 
 
 def pretrain(args) -> None:
@@ -106,15 +113,11 @@ def pretrain(args) -> None:
         router = RouterLog(args.router_log_interval, args.num_layers, args.num_attention_heads)
     for iteration, report in steps(args, config, model, optimizer, scheduler, train_data, first, router):
         if report is not None:
-            if not math.isfinite(report["loss"]):
-                raise SharedError(f"the loss is {report['loss']} at step {iteration}: lower --lr, or resume from an "
-                                  "earlier checkpoint")
             monitor.step(iteration, **report)
         if router is not None and router.report is not None:
             monitor.router(iteration, router.report)
         stop = args.exit_interval and iteration % args.exit_interval == 0
-        due = args.save_interval and iteration % args.save_interval == 0
-        if args.save and (stop or due):
+        if is_saved(args, iteration):
             directory = checkpointing.save_checkpoint(args, iteration, model, optimizer, scheduler)
             monitor.say(f"saved {directory}")
             last_saved = iteration
@@ -126,6 +129,12 @@ def pretrain(args) -> None:
             return
     finish(args, monitor, model, optimizer, scheduler, valid_data, max(first, args.train_iters), last_saved)
     monitor.close()
+
+
+def is_saved(args, iteration: int) -> bool:
+    """Whether there is a checkpoint after this many steps, but for the last."""
+    return bool(args.save) and any(interval and iteration % interval == 0
+                                   for interval in (args.exit_interval, args.save_interval))
 
 
 def finish(args, monitor, model, optimizer, scheduler, valid_data, iteration: int, last_saved: int) -> None:
@@ -172,8 +181,11 @@ def steps(args, config, model, optimizer, scheduler, dataset, first: int, router
         if updated:
             scheduler.step(increment=1)
         report = None
-        if iteration % args.log_interval == 0 or iteration == args.train_iters:
-            report = {"loss": mean_loss(losses), "grad_norm": float(grad_norm), "lr": float(lr)}
+        is_logged = iteration % args.log_interval == 0 or iteration == args.train_iters
+        loss = mean_loss(losses) if is_logged or is_saved(args, iteration) else None
+        check_finite(iteration, loss, grad_norm, losses)
+        if is_logged:
+            report = {"loss": loss, "grad_norm": float(grad_norm), "lr": float(lr)}
             now = time.perf_counter()
             tokens = (iteration - counted) * args.global_batch_size * args.seq_length
             report["tokens_per_second"] = tokens / (now - clock)
@@ -205,6 +217,28 @@ def mean_loss(losses: list[dict]) -> float:
                                 group=parallel_state.get_pipeline_model_parallel_group())
     total, count = sums.tolist()
     return total / max(count, 1)
+
+
+def check_finite(iteration: int, loss: float | None, grad_norm: float, losses: list[dict]) -> None:
+    """Ends the run at the first step whose loss or gradient is not a number, before a checkpoint can hold it.
+
+    Args:
+        iteration: the step.
+        loss: of the global batch, None where it is not known; like grad_norm the same on all ranks.
+        grad_norm: of all gradients; 0 without clipping.
+        losses: this rank's own micro batches.
+
+    Raises:
+        SharedError: on all ranks, with the ranks whose own loss is not a number.
+    """
+    if math.isfinite(grad_norm) and (loss is None or math.isfinite(loss)):
+        return
+    own = gather(all(bool(torch.isfinite(part["sums"]).all()) for part in losses))
+    where = ", ".join(str(rank) for rank, finite in enumerate(own) if not finite) or "none"
+    loss = mean_loss(losses) if loss is None else loss
+    raise SharedError(f"step {iteration} has loss {loss} and gradient norm {float(grad_norm)} (ranks whose own loss is "
+                      f"not finite: {where}). Nothing of it was saved. Resume from the last checkpoint; if it comes "
+                      "again, look at the data of that step or lower --lr")
 
 
 def describe(args, monitor, model, first: int) -> None:

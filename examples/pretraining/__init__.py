@@ -1,7 +1,12 @@
 """The parts of `examples/pretrain_gpt.py`, one file each.
 
-Importing it first silences what Megatron-Core says in each module and on each rank and nobody can act on.
+Importing it first silences what Megatron-Core says in each module and on each rank and nobody can act on, and makes the
+processes that a rank starts to write checkpoints end with it.
 """
+import ctypes
+import multiprocessing
+import signal
+import sys
 import warnings
 
 for _message in (
@@ -17,3 +22,7 @@ for _message in (
 ):
     warnings.filterwarnings("ignore", message=_message)
 warnings.filterwarnings("ignore", category=FutureWarning)
+
+if multiprocessing.current_process().name != "MainProcess" and sys.platform == "linux":
+    # A helper of a checkpoint's writers, which imports the main module again: a rank that is killed cannot end it.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -75,7 +75,8 @@ def _add_parallel_args(parser):
     group.add_argument("--recompute-granularity", choices=("full", "selective"))
     group.add_argument("--recompute-method", choices=("uniform", "block"), default="uniform")
     group.add_argument("--recompute-num-layers", type=int, default=1)
-    group.add_argument("--distributed-timeout-minutes", type=int, default=10)
+    group.add_argument("--distributed-timeout-minutes", type=float, default=10,
+                       help="after which a collective that a rank does not join ends the run")
 
 
 def _add_training_args(parser):

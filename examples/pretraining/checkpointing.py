@@ -2,16 +2,21 @@
 
     SAVE/latest_checkpointed_iteration.txt     the last complete checkpoint, as Megatron-LM writes it
     SAVE/iter_0000120/                         one checkpoint: sharded weights and optimizer state, and the common part
+    SAVE/iter_0000120/files.json               the size of each of its files, written last
+    SAVE/iter_0000240.partial/                 one that is being written, or was when the run ended
 """
+import json
+import shutil
 from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch.distributed.checkpoint import CheckpointException
 
 from moba_megatron.inspect.checkpoint import DESCRIPTION
 
-from .agreement import SharedError
+from .agreement import RunError, SharedError, on_first_rank
 
 # What must agree between a checkpoint and the run that loads it, or the weights mean something else.
 _ARCHITECTURE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
@@ -20,52 +25,105 @@ _ARCHITECTURE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_
 # The distributed optimizer's flat buffers are cut anew for another data or context parallel size, but not for another
 # tensor or pipeline parallel size.
 _OPTIMIZER_LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+_FILES = "files.json"
 _METADATA = {"distrib_optim_sharding_type": "dp_reshardable"}
 
 
 def save_checkpoint(args, iteration: int, model, optimizer, scheduler) -> Path:
     """Writes the state after `iteration` steps; called by all ranks.
 
+    It is written beside its place and moved there whole, so that a run may end at any moment of it.
+
     Returns:
         the checkpoint's directory.
+
+    Raises:
+        RunError: it could not be written; earlier checkpoints are as they were.
     """
     directory = Path(args.save) / f"iter_{iteration:07d}"
-    if torch.distributed.get_rank() == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-    torch.distributed.barrier()
+    partial = directory.with_suffix(".partial")
+    on_first_rank(_make_empty, partial)
     state = _sharded_state(args, model, optimizer, is_loading=False)
     state["scheduler"] = scheduler.state_dict()
     state["iteration"] = iteration
     state["run"] = {name: getattr(args, name)
                     for name in (*_ARCHITECTURE, *_OPTIMIZER_LAYOUT, "use_distributed_optimizer", "bf16")}
     state[DESCRIPTION] = args.model_description
-    dist_checkpointing.save(state, str(directory))
+    try:
+        dist_checkpointing.save(state, str(partial))
+    except (OSError, RuntimeError, CheckpointException) as error:
+        free = shutil.disk_usage(args.save).free / 2 ** 30
+        raise RunError(f"the checkpoint of step {iteration} could not be saved in {args.save}, where {free:.1f} GiB "
+                       f"are free: {_reason(error)}. Checkpoints before it are whole: resume with --load") from error
     torch.distributed.barrier()
-    if torch.distributed.get_rank() == 0:
-        latest = _latest_file(args.save)
-        partial = latest.with_suffix(".partial")
-        partial.write_text(str(iteration))
-        partial.replace(latest)
-    torch.distributed.barrier()
+    on_first_rank(_publish, partial, directory, iteration)
     return directory
 
 
-def latest_iteration(directory: str) -> int | None:
-    """The iteration of the last complete checkpoint in the directory, None where there is none.
+def _make_empty(directory: Path) -> None:
+    if directory.exists():
+        shutil.rmtree(directory)
+    directory.mkdir(parents=True)
+
+
+def _reason(error: BaseException) -> str:
+    """The causes of a failed save: the first rank knows those of all, the others only their own."""
+    if isinstance(error, CheckpointException):
+        found = [f"rank {rank}: {failure[0]}" for rank, failure in sorted(error.failures.items())]
+        return "; ".join(found) or "rank 0 says why"
+    return str(error)
+
+
+def _publish(partial: Path, directory: Path, iteration: int) -> None:
+    """Makes a whole checkpoint the last one."""
+    sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
+    (partial / _FILES).write_text(json.dumps(sizes, indent=1))
+    if directory.exists():  # damaged, or of a run that ended before it named it
+        shutil.rmtree(directory)
+    partial.rename(directory)
+    latest = _latest_file(directory.parent)
+    new = latest.with_suffix(".partial")
+    new.write_text(str(iteration))
+    new.replace(latest)
+
+
+def last_whole_checkpoint(directory: str) -> tuple[int | None, str | None]:
+    """The checkpoint to resume from.
+
+    Returns:
+        its iteration, None where there is none; and a warning where a later one is damaged.
 
     Raises:
-        ValueError: the directory's record of it is damaged, or the checkpoint that it names is missing.
+        ValueError: the directory's record of the last one is damaged, or no checkpoint is whole.
     """
     latest = _latest_file(directory)
     if not latest.is_file():
-        return None
+        return None, None
     text = latest.read_text().strip()
     if not text.isdigit():
         raise ValueError(f"--load {directory}: {latest.name} must hold an iteration number, got {text!r}")
-    if not (Path(directory) / f"iter_{int(text):07d}" / "metadata.json").is_file():
-        raise ValueError(f"--load {directory}: {latest.name} names iteration {text}, but iter_{int(text):07d} "
-                         "is missing or incomplete; write the number of a whole checkpoint into that file")
-    return int(text)
+    problem = _damage(directory, int(text))
+    if problem is None:
+        return int(text), None
+    earlier = {int(path.name[5:]) for path in Path(directory).glob("iter_" + "[0-9]" * 7)}
+    for iteration in sorted((n for n in earlier if n < int(text)), reverse=True):
+        if _damage(directory, iteration) is None:
+            return iteration, f"--load {directory}: {problem}; going back to iter_{iteration:07d}, the last whole one"
+    raise ValueError(f"--load {directory}: {problem}, and there is no whole checkpoint before it")
+
+
+def _damage(directory: str, iteration: int) -> str | None:
+    """What is wrong with a checkpoint, None where all its files are there and as long as they were."""
+    place = Path(directory) / f"iter_{iteration:07d}"
+    if not (place / "metadata.json").is_file():
+        return f"{place.name} is missing or incomplete"
+    if not (place / _FILES).is_file():  # of a writer that keeps no such list
+        return None
+    for name, size in json.loads((place / _FILES).read_text()).items():
+        found = (place / name).stat().st_size if (place / name).is_file() else None
+        if found != size:
+            return f"{place.name} is damaged: {name} has {found or 'no'} bytes, {size} were written"
+    return None
 
 
 def load_checkpoint(args, iteration: int, model, optimizer, scheduler) -> None:
@@ -125,5 +183,5 @@ def _restore_adam_step(optimizer, updates: int) -> None:
                     state["step"] = torch.full_like(state["step"], updates)
 
 
-def _latest_file(directory: str) -> Path:
+def _latest_file(directory: str | Path) -> Path:
     return Path(directory) / "latest_checkpointed_iteration.txt"

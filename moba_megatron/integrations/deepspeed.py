@@ -27,6 +27,7 @@ from ..config import MoBAConfig
 from ..context_parallel import Agreement, Sequences, check_zigzag, context_parallel_attention
 from ..ops import causal_attn_varlen, moba_attn_varlen
 from ..ops.validation import check_qkv
+from ..rendezvous import init_process_group
 
 METHODS = ("none", "ulysses", "zigzag")
 
@@ -46,18 +47,16 @@ def init_distributed(timeout_minutes: float = 10) -> torch.device:
     import deepspeed.comm
     import deepspeed.ops
 
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"),
-                        ("MASTER_PORT", "29512")):
-        os.environ.setdefault(name, value)  # started without a launcher: one process
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         backend = "nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.comm.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False,
-                                    timeout=timedelta(minutes=timeout_minutes))
+    if not dist.is_initialized():
+        init_process_group(backend, timedelta(minutes=timeout_minutes))
+    deepspeed.comm.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return device
 
 
