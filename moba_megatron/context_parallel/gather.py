@@ -58,13 +58,12 @@ class Gathered:
     def _attend(self, q: Tensor, gathered: Prefetch, choice: tuple[Tensor | None, Routing | None]):
         """o and what is saved of the next group of heads."""
         segments = self.layout.segments
-        k_all, v_all = gathered.take()
-        k_all = k_all.wait()
+        k_all, v_all = arrived(gathered)
         selected, routing = choice
         if selected is None and self.method.earlier(segments):
-            # the boundaries of pieces are on the device only: the same means from all keys, while V travels
+            # the boundaries of pieces are on the device only: the same means from all keys
             selected, routing = self._choose(q, self.method.stages.chunk_means(k_all, segments))
-        return self.method.attend(q, k_all, v_all.wait(), selected, routing, segments)
+        return self.method.attend(q, k_all, v_all, selected, routing, segments)
 
     def backward(self, do: Tensor, saved: Saved, kv_grad_dtype: torch.dtype) -> Grads:
         """dq, dk, dv of the rank's rows; dk and dv in ``kv_grad_dtype``, rounded once."""
@@ -86,8 +85,8 @@ class Gathered:
         reducing = []
         for i, ((heads, kv_heads), rest) in enumerate(zip(groups, saved)):
             part, *grads = self.method.attend_bwd(
-                do[:, heads], q[:, heads], *(x.wait() for x in gathered.take()), o[:, heads],
-                rest, self.layout.segments, sum_dtype(k.dtype))
+                do[:, heads], q[:, heads], *arrived(gathered), o[:, heads], rest, self.layout.segments,
+                sum_dtype(k.dtype))
             started = [reduce(i, x, out[:, kv_heads]) for x, out in zip(grads, (dk, dv))]
             del grads
             if dq is None:
@@ -107,9 +106,9 @@ class Gathered:
         return split_heads(q.shape[1], k.shape[1], number)
 
     def _gather(self, k: Tensor, v: Tensor, groups: HeadGroups, stage: str) -> Prefetch:
-        def start(i: int) -> tuple[Pending, Pending]:
-            kv_heads = groups[i][1]
-            return tuple(to_global(self.layout.rows, x[:, kv_heads], None, self.group, stage) for x in (k, v))
+        def start(i: int) -> tuple[Pending, ...]:
+            own = [x[:, groups[i][1]] for x in (k, v)]
+            return tuple(to_global(self.layout.rows, together, None, self.group, stage) for together in of_one_dim(own))
 
         return Prefetch(start, [kv_heads.stop - kv_heads.start for _, kv_heads in groups])
 
@@ -148,6 +147,20 @@ def means_from_messages(stages, messages: Tensor, blocks: BlockExchange, chunk_s
         cut = messages[blocks.cut_source].to(dtype)  # exact: they were keys of this dtype
         table[blocks.cut_target] = stages.block_sums(cut, blocks.cut_starts, blocks.cut_counts)
     return stages.means_from_block_sums(table.unflatten(0, (num_chunks, per_chunk)), chunk_size, dtype)
+
+
+def of_one_dim(tensors: list[Tensor]) -> list[list[Tensor]]:
+    """Tensors that may travel as one: all of them if their last dimensions agree."""
+    return [tensors] if len({x.shape[-1] for x in tensors}) == 1 else [[x] for x in tensors]
+
+
+def arrived(fetched: Prefetch) -> list[Tensor]:
+    """The next group's tensors, when they are here."""
+    results = []
+    for pending in fetched.take():
+        result = pending.wait()
+        results += [result] if isinstance(result, Tensor) else result
+    return results
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

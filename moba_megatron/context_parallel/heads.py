@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .comm import Pending
-from .gather import Gathered, sum_dtype
+from .gather import Gathered, arrived, of_one_dim, sum_dtype
 from .head_groups import HeadGroups, Prefetch, number_of_groups, split_heads
 from .rows import Rows, copy_rows, to_global, to_local
 from .whole import Grads, Saved, Whole
@@ -45,10 +45,12 @@ class Exchanged:
         """q ``[T, H, D]``, k ``[T, HK, D]``, v ``[T, HK, DV]``, the rank's rows: o and what backward needs."""
         groups, size = self._groups(q, k, v), self.rows.size
         copied = k.shape[1] < size
-        arriving = self._fetch(groups, [(q, size, 0), *self._keys_and_values(k, v)], "fwd exchange in")
+        # k and v, where they are not kept, share no memory with q, which is
+        apart = [[(q, 0)], [(k, 1), (v, 1)]] if copied else [[(q, 0), (k, 1), (v, 1)]]
+        arriving = self._fetch(groups, apart, "fwd exchange in")
         o, leaving, saved = q.new_empty(*q.shape[:2], v.shape[2]), [], []
         for group in groups:
-            part, rest = self.inner.forward(*(x.wait() for x in arriving.take()))
+            part, rest = self.inner.forward(*arrived(arriving))
             if copied:
                 rest[1] = rest[2] = None
             saved.append(rest)
@@ -66,11 +68,11 @@ class Exchanged:
         grad_dtype = sum_dtype(do.dtype) if copied else kv_grad_dtype
         dq = torch.empty(q_shape, dtype=do.dtype, device=do.device)
         dk, dv = (torch.empty(shape, dtype=kv_grad_dtype, device=do.device) for shape in kv_shapes)
-        arriving = self._fetch(groups, [(do, size, 0), *(self._keys_and_values(*copied) if copied else [])],
-                               "bwd exchange in")
+        again = [[(x, 1) for x in copied]] if copied else []
+        arriving = self._fetch(groups, [[(do, 0)], *again], "bwd exchange in")
         leaving = []
         for (heads, kv_heads), rest in zip(groups, saved):
-            do_part, *keys_and_values = (x.wait() for x in arriving.take())
+            do_part, *keys_and_values = arrived(arriving)
             if copied:
                 rest = [rest[0], *keys_and_values, *rest[3:]]
             del keys_and_values
@@ -91,29 +93,34 @@ class Exchanged:
         number = number_of_groups(self.head_groups, kv_heads, q.nbytes, q.nbytes + k.nbytes + v.nbytes)
         return split_heads(q.shape[1] // self.rows.size, kv_heads, number)
 
-    def _keys_and_values(self, *tensors: Tensor) -> list[tuple[Tensor, int, int]]:
-        return [(x, min(self.rows.size, x.shape[1]), 1) for x in tensors]
-
-    def _fetch(self, groups: HeadGroups, sources: list[tuple[Tensor, int, int]], stage: str) -> Prefetch:
-        """Exchanges the sources' heads: (tensor, parts that its heads are dealt out in, which slice of a group)."""
+    def _fetch(self, groups: HeadGroups, batches: list[list[tuple[Tensor, int]]], stage: str) -> Prefetch:
+        """Exchanges the heads of (tensor, 0 for query heads or 1 for kv heads); those of a batch may travel as one."""
         def start(i: int) -> tuple[Pending, ...]:
-            return tuple(self._send(x, parts, groups[i][which], stage) for x, parts, which in sources)
+            views = [[self._parts(x, groups[i][which]) for x, which in batch] for batch in batches]
+            return tuple(self._send(together, stage) for batch in views for together in of_one_dim(batch))
 
         return Prefetch(start, [kv_heads.stop - kv_heads.start for _, kv_heads in groups])
 
-    def _send(self, x: Tensor, parts: int, heads: slice, stage: str) -> Pending:
-        """Starts to send each rank the ``heads`` of its part of x ``[T, heads, D]``; ranks share parts in turn."""
+    def _parts(self, x: Tensor, heads: slice) -> Tensor:
+        """The ``heads`` of each part that x's heads are dealt out in: a view ``[parts, T, heads, D]``."""
+        return x.unflatten(1, (min(self.rows.size, x.shape[1]), -1))[:, :, heads].transpose(0, 1)
+
+    def _send(self, views: list[Tensor], stage: str) -> Pending:
+        """Starts to send each rank its part of every view; where parts are fewer than ranks, neighbours share one."""
         size, me = self.rows.size, self.rows.rank
-        view = x.unflatten(1, (parts, -1))[:, :, heads].transpose(0, 1)  # [parts, T, heads, D]
-        if parts < size:
-            packed = view.contiguous()
-            messages = [packed[rank * parts // size] for rank in range(size)]
-        else:
-            packed = x.new_empty(parts - 1, *view.shape[1:])
-            copy_rows(packed[:me], view[:me])
-            copy_rows(packed[me:], view[me + 1:])
-            messages = [*packed[:me], None, *packed[me:]]
-        return to_global(self.rows, view[me * parts // size], messages, self.group, stage)
+        _, local, _, dim = views[0].shape
+        heads = [view.shape[2] for view in views]
+        packed = views[0].new_empty(size - 1, local, sum(heads), dim)
+        for view, out in zip(views, packed.split(heads, 2)):
+            if view.shape[0] == size:
+                copy_rows(out[:me], view[:me])
+                copy_rows(out[me:], view[me + 1:])
+            else:
+                others = [rank for rank in range(size) if rank != me]
+                for message, rank in zip(out, others):
+                    copy_rows(message, view[rank * view.shape[0] // size])
+        own = [view[me * view.shape[0] // size] for view in views]
+        return to_global(self.rows, own, [*packed[:me], None, *packed[me:]], self.group, stage)
 
     def _place(self, leaving: list["_Leaving"]) -> None:
         """Awaits results and puts them where they belong; what several ranks computed is added."""

@@ -75,34 +75,39 @@ class Arrived:
     own: list[tuple[slice, Tensor]]
 
 
-def to_global(rows: Rows, own: Tensor, messages: Sequence[Tensor | None] | None, group: dist.ProcessGroup,
+def to_global(rows: Rows, own: Sequence[Tensor], messages: Sequence[Tensor | None] | None, group: dist.ProcessGroup,
               stage: str) -> Pending:
-    """Starts to collect what every rank has for this one, in global order.
+    """Starts to collect what every rank has for this one, in global order; several tensors travel as one.
 
     Args:
-        own: ``[T, h, D]``, this rank's message to itself, any strides.
-        messages: for each rank ``[T, h, D]``, contiguous; None as a whole: ``own`` goes to every rank (a gather).
+        own: each ``[T, h, D]``, this rank's message to itself, any strides; D is the same for all.
+        messages: for each rank ``[T, heads of all, D]``, contiguous; None as a whole: ``own`` goes to every rank.
 
     Returns:
-        Pending ``[S, h, D]``, contiguous.
+        Pending, for each of ``own`` a ``[S, h, D]``, slices of one tensor.
     """
+    heads = [x.shape[1] for x in own]
     in_place = rows.runs is not None and not (messages is None and crowds_the_network(group))
     if not in_place and messages is None:
-        return all_gather(own, group, stage, lambda x: x.index_select(0, rows.global_rows))
-    output = own.new_empty(rows.total, *own.shape[1:])
+        return all_gather(torch.cat(own, 1) if len(own) > 1 else own[0], group, stage,
+                          lambda x: x.index_select(0, rows.global_rows).split(heads, 1))
+    output = own[0].new_empty(rows.total, sum(heads), own[0].shape[2])
     if not in_place:
         ranked = output.unflatten(0, (rows.size, rows.local))
-        copy_rows(ranked[rows.rank], own)
-        works = exchange(_without(ranked, rows.rank), _without(messages, rows.rank), own.device, group, stage)
-        return Pending(works, output, messages, stage, lambda x: x.index_select(0, rows.global_rows))
+        for part, x in zip(ranked[rows.rank].split(heads, 1), own):
+            copy_rows(part, x)
+        works = exchange(_without(ranked, rows.rank), _without(messages, rows.rank), output.device, group, stage)
+        return Pending(works, output, messages, stage,
+                       lambda x: x.index_select(0, rows.global_rows).split(heads, 1))
     works = []
-    place_own(rows, output, own)
+    for part, x in zip(output.split(heads, 1), own):
+        place_own(rows, part, x)
     for run in range(len(rows.runs)):
         mine, local = output[rows.global_run(run, rows.rank)], rows.local_run(run)
         sent = [mine] * rows.size if messages is None else [None if x is None else x[local] for x in messages]
         received = [output[rows.global_run(run, rank)] for rank in range(rows.size)]
-        works += exchange(_without(received, rows.rank), _without(sent, rows.rank), own.device, group, stage)
-    return Pending(works, output, messages, stage)
+        works += exchange(_without(received, rows.rank), _without(sent, rows.rank), output.device, group, stage)
+    return Pending(works, output, messages, stage, lambda x: x.split(heads, 1))
 
 
 def to_local(rows: Rows, x: Tensor, group: dist.ProcessGroup, stage: str) -> Pending:
