@@ -148,20 +148,18 @@ def exchange(outputs: list[Tensor | None], inputs: list[Tensor | None], device: 
     Returns:
         Handles, for a :class:`Pending`.
     """
-    _count(stage, *(x for x in inputs if x is not None))
-    if device.type == "cuda":
-        dtype = next((x.dtype for x in (*outputs, *inputs) if x is not None), torch.uint8)
-        nothing = torch.empty(0, dtype=dtype, device=device)
-        return [dist.all_to_all([nothing if x is None else x for x in outputs],
-                                [nothing if x is None else x for x in inputs], group=group, async_op=True)]
-    works = []
+    return exchange_all([(outputs, inputs)], device, group, stage)
+
+
+def exchange_all(rounds: Sequence[tuple[list[Tensor | None], list[Tensor | None]]], device: torch.device,
+                 group: dist.ProcessGroup, stage: str) -> list:
+    """Starts several exchanges (outputs, inputs) as one: NCCL launches a single kernel for all of them."""
+    _count(stage, *(x for _, inputs in rounds for x in inputs if x is not None))
     if device.type == "meta":
-        return works
-    # gloo's all_to_all wants all messages of one size
-    for rank, (output, message) in enumerate(zip(outputs, inputs)):
-        peer = dist.get_global_rank(group, rank)
-        if message is not None:
-            works.append(dist.isend(message, peer, group=group))
-        if output is not None:
-            works.append(dist.irecv(output, peer, group=group))
-    return works
+        return []
+    peers, messages = dist.get_process_group_ranks(group), []
+    for outputs, inputs in rounds:
+        for rank, (output, message) in enumerate(zip(outputs, inputs)):
+            messages += [dist.P2POp(how, x, peers[rank], group) for how, x in
+                         ((dist.isend, message), (dist.irecv, output)) if x is not None and x.numel()]
+    return dist.batch_isend_irecv(messages) if messages else []

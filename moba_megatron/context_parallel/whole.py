@@ -1,12 +1,14 @@
 """Attention over whole sequences on one rank, and what every schedule knows of the attention it computes."""
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from ..ops.backend import repeated
 from ..ops.dense import dense_causal, dense_causal_bwd
 from ..segments import Routing, Segments
 
@@ -36,22 +38,46 @@ class Method:
         """Earlier chunks that a query can select: no sequence has more than its bound says."""
         return min(self.topk - 1, max(0, (segments.max_seqlen_k - 1) // segments.chunk_size))
 
+    def choose(self, q: Tensor, keys: Tensor, segments: Segments, kv_rows: int | None = None
+               ) -> tuple[Tensor, Routing]:
+        """The selection and its lists.
+
+        Args:
+            keys: all keys ``[S, HK, D]``; or, with ``kv_rows`` (their number S), the chunk means.
+        """
+        with self.repeated(("choose", kv_rows), segments, q, keys):
+            means = self.stages.chunk_means(keys, segments) if kv_rows is None else keys
+            selected = self.stages.gate(q, means, segments, self.earlier(segments) + 1)
+            num_chunks = segments.num_chunks(keys.shape[0] if kv_rows is None else kv_rows)
+            return selected, self.stages.route(selected, keys.shape[1], num_chunks)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, selected: Tensor | None, routing: Routing | None,
                segments: Segments) -> tuple[Tensor, Saved]:
         """o, and lse, the selection and its lists for :meth:`attend_bwd`; causal attention without a selection."""
         if selected is None:
             selected = torch.empty(*q.shape[:2], 0, dtype=torch.int32, device=q.device)
-        o, lse = self.stages.attention_fwd(q, k, v, selected, segments, self.softmax_scale, routing)
-        return o, [lse, selected, routing and routing.entries, routing and routing.starts]
+        lists = (None, None) if routing is None else (routing.entries, routing.starts)
+        with self.repeated(("attend",), segments, q, k, v, selected, *lists):
+            o, lse = self.stages.attention_fwd(q, k, v, selected, segments, self.softmax_scale, routing)
+        return o, [lse, selected, *lists]
 
     def attend_bwd(self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, saved: Saved, segments: Segments,
                    kv_grad_dtype: torch.dtype) -> Grads:
         """dq, dk, dv."""
         lse, selected, entries, starts = saved
         routing = Routing(entries, starts) if entries is not None else None
-        return self.stages.attention_bwd(do, None, q, k, v, o, lse, selected, segments, self.softmax_scale,
-                                         deterministic=self.deterministic, kv_grad_dtype=kv_grad_dtype,
-                                         routing=routing)
+        with self.repeated(("attend_bwd", kv_grad_dtype), segments, do, q, k, v, o, lse, selected, entries, starts):
+            return self.stages.attention_bwd(do, None, q, k, v, o, lse, selected, segments, self.softmax_scale,
+                                             deterministic=self.deterministic, kv_grad_dtype=kv_grad_dtype,
+                                             routing=routing)
+
+    def repeated(self, options: tuple, segments: Segments, *tensors: Tensor | None
+                 ) -> contextlib.AbstractContextManager:
+        """Within the block launches are those of an earlier block with the same options and layouts."""
+        s = segments
+        options += (s.max_seqlen_q, s.max_seqlen_k, s.chunk_size, s.packed, self.topk, self.softmax_scale,
+                    self.deterministic)
+        return repeated(self.stages, options, *tensors, s.cu_seqlens_q, s.cu_seqlens_k, s.seq_ids, s.offsets)
 
 
 @dataclass(frozen=True)
@@ -63,10 +89,9 @@ class Whole:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
         """q ``[S, H, D]``, k ``[S, HK, D]``, v ``[S, HK, DV]`` in global order: o and what backward needs."""
-        stages, segments, earlier = self.method.stages, self.segments, self.method.earlier(self.segments)
-        if earlier:
-            selected = stages.gate(q, stages.chunk_means(k, segments), segments, earlier + 1)
-            routing = stages.route(selected, k.shape[1], segments.num_chunks(k.shape[0]))
+        segments = self.segments
+        if self.method.earlier(segments):
+            selected, routing = self.method.choose(q, k, segments)
             o, saved = self.method.attend(q, k, v, selected, routing, segments)
             return o, [q, k, v, o, *saved]
         dense = self._dense(dense_causal, q, k, v)
