@@ -7,6 +7,9 @@ A chunk that every rank chose (a sink) reaches every rank, as in a gather. Nothi
 How much travels is known once the choices are: the host reads a table of P x P numbers a group of heads, its only wait.
 A layer whose choices cover nearly everything is gathered whole instead. K and V still have a row for every token where
 they are read, one group of heads at a time; rows that did not travel are never touched.
+
+On many ranks all queries of a rank together choose nearly everything, and a few rows of each are less than what they
+choose: where that is cheaper, the queries travel (``visiting``; what is cheaper is reckoned in ``ways``).
 """
 from __future__ import annotations
 
@@ -21,6 +24,8 @@ from .comm import Pending, all_gather, exchange
 from .gather import Gathered
 from .head_groups import HeadGroups, Prefetch
 from .rows import place_own, take_own
+from .visiting import Visiting, chunk_homes, pieces_are_chunks, table_of_choices
+from .ways import VISIT, VISITS_FROM, RowSizes, cheapest_way
 from .whole import Grads, Saved
 
 GATHER_SHARE = 0.5
@@ -55,7 +60,12 @@ class Selective(Gathered):
             return o, [None, *saved]
         groups = self.groups(q, k, v)
         choices = self.choose_by_sums(q, k.dtype, self.send_sums(k), groups)
-        travels = self._travels([routing for _, routing in choices], groups)
+        routings = [routing for _, routing in choices]
+        table = self._visits(routings, q, v)
+        if table is not None:
+            o, saved = self._visiting().attend_chosen(q, k, v, groups, choices, table)
+            return o, [VISIT, *saved]
+        travels = self._travels(routings, groups)
         gathered = self._fetch(k, v, groups, travels, "fwd gather")
         o, saved = self.attend(q, v.shape[2], groups, gathered, choices)
         kept = [[x.send, x.send_counts, x.take, x.take_counts] for x in travels] if travels else None
@@ -66,14 +76,27 @@ class Selective(Gathered):
         kept, *saved = saved
         if kept is None:
             return super().backward(do, saved, kv_grad_dtype)
+        if kept == VISIT:
+            return self._visiting().backward(do, saved, kv_grad_dtype)
         q, k, v, o, groups, saved = saved
         travels = [Travel(*x) for x in kept]
         gathered = self._fetch(k, v, groups, travels, "bwd gather")
 
-        def reduce(i: int, x: Tensor, out: Tensor) -> Pending:
-            return self._return(x, out, travels[i])
+        def reduce(i: int, grads: list[Tensor], outs: list[Tensor]) -> list[Pending]:
+            return [self._return(x, out, travels[i]) for x, out in zip(grads, outs)]
 
         return self.attend_bwd(do, (q, k, v, o), groups, saved, gathered, reduce, kv_grad_dtype)
+
+    def _visits(self, routings: list[Routing], q: Tensor, v: Tensor) -> Tensor | None:
+        """The table of all choices where queries had better travel, the same on every rank; None where keys had."""
+        if self.layout.rows.size < VISITS_FROM or not pieces_are_chunks(self.layout):
+            return None
+        table = table_of_choices(self.layout, routings, self.group)
+        sizes = RowSizes(q.element_size(), q.shape[2], v.shape[2], self.layout.segments.chunk_size)
+        return table if cheapest_way(table, chunk_homes(self.layout), sizes, self.group) == VISIT else None
+
+    def _visiting(self) -> Visiting:
+        return Visiting(self.method, self.layout, self.group, self.head_groups)
 
     def _fetch(self, k: Tensor, v: Tensor, groups: HeadGroups, travels: list[Travel] | None, stage: str) -> Prefetch:
         if travels is None:

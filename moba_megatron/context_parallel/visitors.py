@@ -1,0 +1,99 @@
+"""Attention of visiting queries: each attends to all keys of the one chunk that it came for.
+
+On CUDA flash attention 2 of torch, with a chunk as a sequence; elsewhere, and for what that cannot take, plain torch.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLASH_MAX_DIM = 256
+
+
+def visitors_fwd(q: Tensor, k: Tensor, v: Tensor, cu_visitors: Tensor, most: int,
+                 softmax_scale: float) -> tuple[Tensor, Tensor]:
+    """Softmax attention of visitors, chunk after chunk.
+
+    Args:
+        q: ``[n, D]``, those of chunk 0, then of chunk 1, ...
+        k: ``[B, chunk_size, D]``.
+        v: ``[B, chunk_size, DV]``.
+        cu_visitors: int32 ``[B + 1]``, where each chunk's visitors begin.
+        most: visitors of one chunk, upper bound.
+        softmax_scale: multiplies the scores.
+
+    Returns:
+        o ``[n, DV]`` in q's dtype; lse ``[n]``, natural log, fp32 (fp64 for fp64).
+    """
+    if q.shape[0] and _is_flash(q, v):
+        cu_keys = _key_starts(k)
+        o, lse, *_ = torch.ops.aten._flash_attention_forward(
+            q[:, None], k.flatten(0, 1)[:, None], v.flatten(0, 1)[:, None], cu_visitors, cu_keys, most, k.shape[1], 0.0,
+            False, False, scale=softmax_scale)
+        return o[:, 0], lse[0]
+    o = q.new_empty(q.shape[0], v.shape[2])
+    lse = q.new_empty(q.shape[0], dtype=_wide(q.dtype))
+    for chunk, rows in _rows_by_chunk(cu_visitors):
+        score = _scores(q[rows], k[chunk], softmax_scale)
+        lse[rows] = score.logsumexp(1)
+        o[rows] = (torch.exp(score - lse[rows, None]) @ v[chunk].to(score.dtype)).to(q.dtype)
+    return o, lse
+
+
+def visitors_bwd(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, cu_visitors: Tensor, most: int,
+                 softmax_scale: float, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients through :func:`visitors_fwd` of queries whose softmax goes over more than this chunk.
+
+    Args:
+        do: ``[n, DV]``, gradient of the whole o.
+        q, k, v, cu_visitors, most, softmax_scale: as forward.
+        o, lse: ``[n, DV]``, ``[n]`` of the queries' whole attention: they decide the weights.
+        deterministic: not by flash attention, which adds up dq in any order.
+
+    Returns:
+        dq ``[n, D]`` in q's dtype; dk ``[B, chunk_size, D]``, dv ``[B, chunk_size, DV]``: fp32 (fp64 for fp64).
+    """
+    wide = _wide(q.dtype)
+    if q.shape[0] and _is_flash(q, v) and not deterministic:
+        state = torch.empty(2, dtype=torch.uint64, device=q.device)
+        dq, dk, dv = torch.ops.aten._flash_attention_backward(
+            do[:, None], q[:, None], k.flatten(0, 1)[:, None], v.flatten(0, 1)[:, None], o[:, None], lse[None],
+            cu_visitors, _key_starts(k), most, k.shape[1], 0.0, False, state, state[0], scale=softmax_scale)
+        return dq[:, 0], dk.view(k.shape).to(wide), dv.view(v.shape).to(wide)
+    dq = torch.empty_like(q)
+    dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
+    delta = (do.to(wide) * o.to(wide)).sum(1)
+    for chunk, rows in _rows_by_chunk(cu_visitors):
+        weight = torch.exp(_scores(q[rows], k[chunk], softmax_scale) - lse[rows, None])
+        dv[chunk] = weight.T @ do[rows].to(wide)
+        dscore = weight * (do[rows].to(wide) @ v[chunk].to(wide).T - delta[rows, None]) * softmax_scale
+        dq[rows] = (dscore @ k[chunk].to(wide)).to(q.dtype)
+        dk[chunk] = dscore.T @ q[rows].to(wide)
+    return dq, dk, dv
+
+
+def _is_flash(q: Tensor, v: Tensor) -> bool:
+    dim = q.shape[1]
+    return (q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and dim == v.shape[2]
+            and dim % 8 == 0 and dim <= FLASH_MAX_DIM)
+
+
+def _key_starts(k: Tensor) -> Tensor:
+    return torch.arange(k.shape[0] + 1, dtype=torch.int32, device=k.device) * k.shape[1]
+
+
+def _rows_by_chunk(cu_visitors: Tensor):
+    """(chunk, its visitors' rows) of chunks that have any; the host reads where they begin."""
+    starts = cu_visitors.tolist()
+    for chunk, (begin, end) in enumerate(zip(starts, starts[1:])):
+        if end > begin:
+            yield chunk, slice(begin, end)
+
+
+def _scores(q: Tensor, k: Tensor, softmax_scale: float) -> Tensor:
+    wide = _wide(q.dtype)
+    return q.to(wide) @ k.to(wide).T * softmax_scale
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,78 @@
+"""Visiting queries on GPUs: flash attention of chunks against fp64, and the whole schedule on two GPUs against one."""
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from ranks import run_ranks
+
+from moba_megatron.context_parallel import Sequences, context_parallel_attention, record_waits, selective
+from moba_megatron.context_parallel.visitors import visitors_bwd, visitors_fwd
+from moba_megatron.context_parallel.ways import VISIT
+from moba_megatron.ops import moba_attention
+from moba_megatron.segments import Segments
+
+pytestmark = pytest.mark.gpu
+COUNTS = (0, 1, 300, 0, 64, 129)
+
+
+@pytest.mark.parametrize("dtype, dim", [(torch.bfloat16, 128), (torch.float16, 64), (torch.float32, 32)])
+def test_visitors(dtype, dim):
+    generator = torch.Generator("cuda").manual_seed(1)
+
+    def normal(*shape):
+        return torch.randn(*shape, device="cuda", generator=generator).to(dtype)
+
+    cu_visitors = torch.tensor([0, *torch.tensor(COUNTS).cumsum(0)], dtype=torch.int32, device="cuda")
+    k, v = normal(len(COUNTS), 256, dim), normal(len(COUNTS), 256, dim)
+    q, do, o_whole = (normal(sum(COUNTS), dim) for _ in range(3))
+    wide = [x.double() for x in (q, k, v)]
+    o, lse = visitors_fwd(q, k, v, cu_visitors, max(COUNTS), dim ** -0.5)
+    expected = visitors_fwd(*wide, cu_visitors, max(COUNTS), dim ** -0.5)
+    assert relative(o, expected[0]) < 6e-3 and relative(lse, expected[1]) < 1e-3
+    lse = lse + 0.7  # the query's softmax goes over more than this chunk
+    grads = visitors_bwd(do, q, k, v, o_whole, lse, cu_visitors, max(COUNTS), dim ** -0.5)
+    expected = visitors_bwd(do.double(), *wide, o_whole.double(), lse.double(), cu_visitors, max(COUNTS), dim ** -0.5)
+    for got, wanted in zip(grads, expected):
+        assert relative(got, wanted) < 1e-2
+    assert not grads[1][0].any() and not grads[2][3].any(), "a chunk without visitors has no gradient"
+
+
+def relative(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def parity(rank, size):
+    """Relative errors of o, dq, dk, dv against one GPU, and the stages that sent something, for MHA and GQA."""
+    selective.VISITS_FROM, selective.cheapest_way = 2, lambda *_: VISIT
+    found = {}
+    for heads, kv_heads in ((16, 16), (32, 8)):
+        tokens, chunk_size, topk, device = 8192, 256, 4, torch.device("cuda", rank)
+        generator = torch.Generator("cuda").manual_seed(5)
+        q, k, v, do = (torch.randn(tokens, h, 128, device=device, generator=generator).bfloat16()
+                       for h in (heads, kv_heads, kv_heads, heads))
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device=device)
+        o = moba_attention(*leaves, Segments.from_cu_seqlens(cu_seqlens, tokens, chunk_size), topk)
+        sequences = Sequences.uniform(tokens, 1, device)
+        rows = sequences.local_rows(size, rank)
+        expected = [x[rows] for x in (o, *torch.autograd.grad(o, leaves, do))]
+        local = [x.detach()[rows].requires_grad_() for x in (q, k, v)]
+        with record_waits() as record:
+            got = context_parallel_attention(*local, sequences, chunk_size, topk, dist.group.WORLD,
+                                             comm_type="selective", head_groups=2)
+            grads = torch.autograd.grad(got, local, do[rows])
+        torch.cuda.synchronize()
+        found[heads, kv_heads] = [relative(a, b) for a, b in zip((got, *grads), expected)], sorted(record.summary())
+    return found
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_against_one(tmp_path):
+    for result in run_ranks(parity, 2, tmp_path, backend="nccl"):
+        for errors, stages in result.values():
+            assert max(errors) < 1e-2, errors
+            assert {"fwd visit", "fwd return", "bwd visit", "bwd return"} <= set(stages)

@@ -1,0 +1,221 @@
+"""Queries that visit their chunks' homes, against one rank: selection, o and gradients; bytes against the model."""
+import numpy
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+
+from moba_megatron import reference
+from moba_megatron.context_parallel import Sequences, context_parallel_attention, record_waits, selective
+from moba_megatron.context_parallel.visiting import by_chunk, chunk_homes, pieces_are_chunks, ranges
+from moba_megatron.context_parallel.visitors import visitors_bwd, visitors_fwd
+from moba_megatron.context_parallel.ways import FETCH, GATHER, VISIT, RowSizes, cheapest_way, seconds_of_ways
+from moba_megatron.ops import moba_attention
+from moba_megatron.plan.exchange import query_bytes
+from moba_megatron.plan.simulate import traffic_of_selection
+from moba_megatron.segments import Segments
+
+# (name, tokens of a sequence, sequences, chunk size, topk, heads, kv heads, D, DV, head groups, dtype)
+CASES = [
+    ("gqa", 240, 1, 5, 4, 6, 2, 4, 4, None, torch.float64),
+    ("mha_batch_groups", 240, 2, 5, 3, 4, 4, 4, 6, 3, torch.float64),
+    ("sink", 480, 1, 10, 3, 4, 1, 8, 8, None, torch.float64),
+    ("all_chunks_but_one", 48, 1, 1, 47, 2, 1, 4, 4, None, torch.float64),
+    ("fp32", 240, 1, 5, 4, 4, 2, 8, 8, 2, torch.float32),
+    ("bf16", 240, 1, 5, 4, 4, 2, 8, 8, None, torch.bfloat16),
+]
+SIZES = (2, 3, 4, 8)
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 6e-3}
+"""bf16: parts of o and dq travel rounded, as the kernels' slots are: two roundings of 2^-9 for one."""
+
+
+def whole_inputs(case):
+    name, tokens, batch, chunk_size, _, heads, kv_heads, d, dv, _, dtype = case
+    generator = torch.Generator().manual_seed(7)
+    total = tokens * batch
+    shapes = ((total, heads, d), (total, kv_heads, d), (total, kv_heads, dv), (total, heads, dv))
+    q, k, v, do = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    if name == "sink":  # everybody chooses the first chunk
+        q, k = q * 0.3 + 1, k.clone()
+        k[:chunk_size] += 2
+    return [x.to(dtype) for x in (q, k, v, do)]
+
+
+def single_rank(case):
+    _, tokens, batch, chunk_size, topk, *_ = case
+    q, k, v, do = whole_inputs(case)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    segments = Segments.from_cu_seqlens(torch.arange(batch + 1, dtype=torch.int32) * tokens, tokens, chunk_size)
+    o = moba_attention(q, k, v, segments, topk, backend="reference")
+    selected = reference.gate(q.detach(), reference.chunk_means(k.detach(), segments), segments, topk)
+    return o.detach(), torch.autograd.grad(o, leaves, do), selected
+
+
+def compare(case, expected, group):
+    """Relative errors of o, dq, dk, dv on this rank, and bytes sent beside those that the selection tells."""
+    _, tokens, batch, chunk_size, topk, heads, kv_heads, d, dv, head_groups, dtype = case
+    o, grads, selected = expected
+    size, rank = group.size(), dist.get_rank(group)
+    sequences = Sequences.uniform(tokens, batch, torch.device("cpu"))
+    layout = sequences.zigzag(size, rank, chunk_size)
+    assert pieces_are_chunks(layout)
+    rows = sequences.local_rows(size, rank)
+    q, k, v, do = whole_inputs(case)
+    leaves = [torch.cat((x[rows], x[rows]), 2)[:, :, :x.shape[2]].requires_grad_() for x in (q, k, v)]  # strided
+    runs = []
+    for _ in range(2 if case is CASES[0] else 1):
+        with record_waits() as record:
+            got = context_parallel_attention(*leaves, sequences, chunk_size, topk, group, comm_type="selective",
+                                             head_groups=head_groups, deterministic=True, backend="reference")
+            runs.append([got, *torch.autograd.grad(got, leaves, do[rows])])
+    assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[-1])), "not reproducible"
+    errors = [((a - b).double().norm() / b.double().norm()).item()
+              for a, b in zip(runs[0], (o[rows], *(g[rows] for g in grads)))]
+    sent = {stage: entry["sent_bytes"] for stage, entry in record.summary().items()}
+    return errors, sent, told(case, selected, rank, size)
+
+
+def told(case, selected, rank, size):
+    """(rows that this rank's choices make leave, rows that come), counted on the selection of one rank."""
+    _, tokens, batch, chunk_size, topk, heads, kv_heads, *_ = case
+    leaving = coming = 0
+    pieces = torch.arange(tokens) // (tokens // (2 * size))
+    owner = torch.where(pieces < size, pieces, 2 * size - 1 - pieces)
+    for b in range(batch):
+        chosen = selected[b * tokens:(b + 1) * tokens].long()
+        chunk = chosen - (b * tokens // chunk_size + b)
+        home = torch.where(chosen < 0, owner[:, None, None], owner[(chunk * chunk_size).clamp(0, tokens - 1)])
+        leaving += int(((home != rank) & (owner == rank)[:, None, None]).sum())
+        coming += int(((home == rank) & (owner != rank)[:, None, None]).sum())
+    return leaving, coming
+
+
+def on_rank(rank, size):
+    torch.use_deterministic_algorithms(True)  # fills what is not written with NaN
+    selective.VISITS_FROM, selective.cheapest_way = 2, lambda *_: VISIT
+    groups = [dist.new_group(list(range(n))) for n in SIZES]
+    expected = {case[0]: single_rank(case) for case in CASES}
+    results = {(case[0], n): compare(case, expected[case[0]], group)
+               for n, group in zip(SIZES, groups) if rank < n for case in CASES}
+    results["ways"] = [cheapest_way(*table_for(size, 4, 8, choices), SIZES_OF_ROWS, groups[-1])
+                       for choices in (200, 400000)]
+    return results
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return run_ranks(on_rank, max(SIZES), tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("case", CASES, ids=[case[0] for case in CASES])
+def test_equals_one_rank(results, case, size):
+    found = [result[case[0], size] for result in results[:size]]
+    for errors, *_ in found:
+        assert max(errors) <= TOLERANCE[case[-1]], errors
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("case", CASES, ids=[case[0] for case in CASES])
+def test_bytes_sent_are_those_of_the_choices(results, case, size):
+    *_, d, dv, _, dtype = case
+    item, wide = dtype.itemsize, 8 if dtype == torch.float64 else 4  # of lse
+    for _, sent, (leaving, coming) in (result[case[0], size] for result in results[:size]):
+        assert sent["fwd visit"] == leaving * d * item
+        assert sent["fwd return"] == coming * (dv * item + wide)
+        assert sent["bwd visit"] == leaving * ((d + 2 * dv) * item + wide)
+        assert sent["bwd return"] == coming * d * item
+
+
+def test_the_planner_expects_these_bytes(results):
+    """Rows of bf16: what all ranks send, forward and backward, is the planner's bytes of a row times the choices."""
+    case = next(c for c in CASES if c[0] == "bf16")
+    for size in SIZES:
+        found = [result["bf16", size] for result in results[:size]]
+        rows = sum(leaving for *_, (leaving, _) in found)
+        sent = sum(sum(sent[f"{way} {what}"] for way in ("fwd", "bwd") for what in ("visit", "return"))
+                   for _, sent, _ in found)
+        assert sent == rows * sum(query_bytes(case[7]))
+        _, tokens, _, chunk_size, topk, _, kv_heads, *_ = case
+        selected = single_rank(case)[2].numpy()
+        pieces = numpy.arange(tokens) // (tokens // (2 * size))
+        owner = numpy.where(pieces < size, pieces, 2 * size - 1 - pieces)
+        visits = traffic_of_selection(selected, owner, owner, chunk_size, kv_heads, size)["visits"].sum()
+        assert visits <= rows <= (topk - 1) * visits  # the planner lets a query visit a home once for several chunks
+
+
+def test_visitors_attend_to_their_chunk_alone():
+    generator = torch.Generator().manual_seed(1)
+    k, v = (torch.randn(3, 7, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    q, do = (torch.randn(5, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    chunk = torch.tensor([0, 0, 2, 2, 2])
+    q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
+    score = torch.einsum("nd,nsd->ns", q, k[chunk]) * 0.5
+    o = torch.einsum("ns,nsd->nd", score.softmax(1), v[chunk])
+    grads = torch.autograd.grad(o, (q, k, v), do)
+    cu_visitors = torch.tensor([0, 2, 2, 5], dtype=torch.int32)
+    with torch.no_grad():
+        got, lse = visitors_fwd(q, k, v, cu_visitors, 3, 0.5)
+        torch.testing.assert_close((got, lse), (o, score.logsumexp(1)))
+        for a, b in zip(visitors_bwd(do, q, k, v, got, lse, cu_visitors, 3, 0.5), grads):
+            torch.testing.assert_close(a, b)
+
+
+SIZES_OF_ROWS = RowSizes(item=2, dim=128, v_dim=128, chunk_size=4096)
+
+
+def table_for(ranks, chunks_each, heads, choices):
+    """A table and homes where every rank chooses each chunk of others, and its own, ``choices`` times."""
+    homes = torch.arange(ranks * chunks_each).view(ranks, chunks_each)
+    return torch.full((ranks, heads, ranks * chunks_each + 1), choices, dtype=torch.int32), homes
+
+
+def test_seconds_of_the_ways_by_hand():
+    table, homes = table_for(2, 1, 3, 10)
+    table[:, :, -1] = 0  # an id that no chunk has
+    visit, fetch, gather = seconds_of_ways(table, homes, SIZES_OF_ROWS, link=1e9).tolist()
+    row, chunk, work = 512, 2 * 4096 * 512, 60 * 2 * 256 * 4096 * 3.5 / 300e12
+    assert visit == pytest.approx(30 * (2 * row + 4 + row + 4) / 1e9 + work)
+    assert fetch == gather == pytest.approx(3 * (chunk + 4096 * 1024) / 1e9 + work)  # K, V twice, fp32 sums of dk, dv
+
+
+def test_all_ranks_decide_alike(results):
+    assert [result["ways"] for result in results] == [[VISIT, GATHER]] * len(results)
+
+
+@pytest.mark.parametrize("ranks, choices, way", [(64, 2000, VISIT), (8, 40000, GATHER), (64, 40000, GATHER)])
+def test_many_choices_of_everything_are_gathered(ranks, choices, way):
+    table, homes = table_for(ranks, 4, 8, choices)
+    seconds = seconds_of_ways(table, homes, SIZES_OF_ROWS, link=30e9, members_a_node=2).tolist()
+    assert (VISIT, FETCH, GATHER)[seconds.index(min(seconds))] == way
+
+
+def test_a_sink_is_fetched_and_does_not_overload_its_home():
+    table, homes = table_for(64, 4, 8, 0)
+    table[:, :, 100] = 100000
+    seconds = seconds_of_ways(table, homes, SIZES_OF_ROWS, link=30e9, members_a_node=8).tolist()
+    assert seconds.index(min(seconds)) == 1
+    table[:, :, 100] = 0
+    table[0, :, 100] = 3  # few queries of one rank
+    assert seconds_of_ways(table, homes, SIZES_OF_ROWS, link=30e9).argmin() == 0
+
+
+def test_homes_of_chunks():
+    layout = Sequences.uniform(24, 2, torch.device("cpu")).zigzag(2, 0, 3)  # eight chunks and one unused id a sequence
+    assert chunk_homes(layout).tolist() == [[0, 1, 6, 7, 9, 10, 15, 16], [2, 3, 4, 5, 11, 12, 13, 14]]
+
+
+def test_rows_by_ranges_and_chunks():
+    assert ranges(torch.tensor([4, 0, 9]), torch.tensor([2, 0, 3]), 5).tolist() == [4, 5, 9, 10, 11]
+    x = torch.arange(24).view(6, 2, 2)  # three tokens a chunk, two heads
+    chunks = by_chunk(x, 3)
+    assert chunks.shape == (4, 3, 2) and torch.equal(chunks[1], x[3:, 0]) and torch.equal(chunks[2], x[:3, 1])
+
+
+@pytest.mark.parametrize("tokens, size, chunk_size, whole", [(48, 2, 4, True), (48, 2, 12, True), (48, 2, 8, False),
+                                                             (48, 3, 8, True), (48, 4, 5, False)])
+def test_whole_chunks(tokens, size, chunk_size, whole):
+    layout = Sequences.uniform(tokens, 1, torch.device("cpu")).zigzag(size, 0, chunk_size)
+    assert pieces_are_chunks(layout) is whole
+    packed = Sequences.packed(torch.tensor([0, tokens], dtype=torch.int32), tokens, tokens)
+    assert not pieces_are_chunks(packed.zigzag(size, 0, chunk_size))
