@@ -9,7 +9,7 @@ from moba_megatron.plan.__main__ import main
 from moba_megatron.plan.exchange import query_bytes
 from moba_megatron.plan.routing import SYNTHETIC, inclusion_of, of_trace, sink, uniform
 from moba_megatron.plan.simulate import (OVERLOAD, Layer, RankTraffic, chunks_travel, exchanged, gathered, homes,
-                                         limits, queries_travel, selective, spread, traffic_of_selection,
+                                         limits, mixed, queries_travel, spread, traffic_of_selection,
                                          zigzag_tokens)
 
 SMALL = Layer(chunk_size=2, topk=2, heads=4, kv_heads=2, head_dim=16)
@@ -97,18 +97,18 @@ def test_what_does_not_depend_on_routing():
 
 @pytest.mark.parametrize("make", SYNTHETIC)
 @pytest.mark.parametrize("ranks", [4, 32, 128])
-def test_selective_takes_the_better_of_both_ways(make, ranks):
+def test_mixed_takes_the_better_of_both_ways(make, ranks):
     layer = Layer(256, 4, 8, 4, 64)
     routing = make(256, 4)
     ways = [chunks_travel(layer, routing, ranks), queries_travel(layer, routing, ranks)]
-    both = selective(layer, routing, ranks)
+    both = mixed(layer, routing, ranks)
     assert both.worst < 1.35 * min(way.worst for way in ways)
     assert both.work.max() < 1.5 * ways[1].work.max() and both.work.mean() == pytest.approx(1)
 
 
 def test_many_ranks_move_less_than_a_gather():
     layer, ranks = Layer(256, 4, 8, 4, 64), 128
-    assert selective(layer, uniform(256, 4), ranks).worst < 0.3 * gathered(layer, 256, ranks).worst
+    assert mixed(layer, uniform(256, 4), ranks).worst < 0.3 * gathered(layer, 256, ranks).worst
 
 
 def test_hot_chunks_are_shared_out():

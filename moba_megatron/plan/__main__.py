@@ -114,10 +114,8 @@ def _plan(arguments: argparse.Namespace, run: Run, card: cards.Card) -> int:
         save(arguments.json, {"environment": scenarios.about(), "layouts": [as_dict(p) for p in fit]})
     if not fit:
         return 1
-    runnable = [p for p in fit if p.layout.comm_type in ("-", *command.RUNNABLE)]
-    if runnable:
-        print(f"\nThe best that this release runs, {runnable[0].layout.name()} (add your own {command.YOUR_OWN}):\n")
-        print(command.as_text(command.torchrun(run, runnable[0].layout, card)))
+    print(f"\nThe cheapest, {fit[0].layout.name()} (add your own {command.YOUR_OWN}):\n")
+    print(command.as_text(command.torchrun(run, fit[0].layout, card)))
     if arguments.picture:
         from . import pictures
         pictures.time_against_length(run, card, fitted, arguments.picture)
@@ -138,9 +136,8 @@ def row_of(p: Prediction) -> dict[str, str]:
     """A line of the table; times in seconds a step, traffic in GB a GPU and step."""
     comm = p.layout.comm_type + ("" if p.layout.comm_type != "a2a+all_gather" else f" {p.layout.inner}")
     traffic = [part.traffic for part in p.parts.values()]
-    mark = "" if p.layout.comm_type in ("-", *command.RUNNABLE) else " *"
     return {"TP": str(p.layout.tp), "CP": str(p.layout.cp), "PP": str(p.layout.pp), "DP": str(p.layout.dp),
-            "comm": comm + mark, "recompute": p.layout.recompute, "GPU s/Mtok": f"{p.cost:.1f}",
+            "comm": comm, "recompute": p.layout.recompute, "GPU s/Mtok": f"{p.cost:.1f}",
             "s/step": f"{p.seconds:.3g}", "tokens/s": f"{p.tokens_per_second:,.0f}",
             "MFU full": f"{p.mfu:.0%}", "MFU": f"{p.mfu_moba:.0%}", "GiB": f"{p.memory.total / GIB:.0f}",
             "matrices": _s(p, "matrices", "output"), "attention": _s(p, "attention"),

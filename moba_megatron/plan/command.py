@@ -3,14 +3,11 @@ from __future__ import annotations
 
 import shlex
 
-from ..context_parallel import COMM_TYPES
 from .cards import Card
 from .layout import Layout
 from .models import Run
 
 SCRIPT = "path/to/Megatron-LM/pretrain_gpt.py"
-RUNNABLE = COMM_TYPES
-"""Comm types that this release runs; the planner knows more."""
 YOUR_OWN = "--data-path, --tokenizer-type, --train-iters, --lr, --save and so on"
 
 

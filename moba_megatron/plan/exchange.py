@@ -1,19 +1,19 @@
 """Bytes that context parallelism moves in one attention layer, for each comm type; selective under uniform routing.
 
-``selective`` comes in two ways. *Chunks travel*: owners send the chunks that any query of a rank chose. *Queries
-travel*: a query goes to the owners of its chunks, as a token goes to experts, and partial (o, lse) come back. Other
-routings than uniform are in ``simulate``.
+``selective`` does what is cheapest of three. *Gather*: as all_gather. *Chunks travel*: owners send the chunks that any
+query of a rank chose. *Queries travel*: a query goes to the owner of each of its chunks, as a token goes to experts,
+and partial (o, lse) come back. Other routings than uniform are in ``simulate``.
 """
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+from ..context_parallel import COMM_TYPES
+from ..context_parallel.ways import VISITS_FROM
 from .attention_cost import BF16, FP32
 from .cards import Card
 from .links import NOTHING, Group, Traffic, all_gather, all_to_all
-
-COMM_TYPES = ("all_gather", "a2a", "a2a+all_gather", "selective")
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,10 @@ def exchange(comm_type: str, x: LocalShape, size: int, stride: int, inner: int, 
         return Exchange(heads.first + keys.first, keys.rest, heads.after, heads.backward_first + keys.backward_first,
                         keys.backward_rest, keys.backward_after + heads.backward_after)
     if comm_type == "selective":
-        return min(_chunks_travel(Group(size, stride), x, card), _queries_travel(Group(size, stride), x, card),
-                   key=lambda e: e.forward.seconds + e.backward.seconds)
+        group = Group(size, stride)
+        ways = [_by_head_groups(group, x.kv_bytes, x.kv_heads, card), _chunks_travel(group, x, card)]
+        ways += [_queries_travel(group, x, card)] if size >= VISITS_FROM else []
+        return min(ways, key=lambda e: e.forward.seconds + e.backward.seconds)
     raise ValueError(f"comm_type must be one of {', '.join(COMM_TYPES)}, got {comm_type!r}")
 
 
@@ -124,15 +126,10 @@ def union_share(x: LocalShape) -> float:
     return 1 - math.exp(-choices / chunks)
 
 
-def owners_of_a_query(topk: int, size: int) -> float:
-    """Other ranks that own one of ``topk - 1`` uniformly chosen chunks: expected number."""
-    return (size - 1) * (1 - (1 - 1 / size) ** (topk - 1))
-
-
 def query_bytes(head_dim: int) -> tuple[int, int]:
-    """Bytes of one (query, head) that visits one owner: forward (q; o, lse), backward (q, do, lse, delta; dq)."""
+    """Bytes of one (query, head) that visits one owner: forward (q; o, lse), backward (q, do, o, lse; dq)."""
     row = head_dim * BF16
-    return 2 * row + FP32, 3 * row + 2 * FP32
+    return 2 * row + FP32, 4 * row + FP32
 
 
 def _chunks_travel(group: Group, x: LocalShape, card: Card) -> Exchange:
@@ -140,6 +137,6 @@ def _chunks_travel(group: Group, x: LocalShape, card: Card) -> Exchange:
 
 
 def _queries_travel(group: Group, x: LocalShape, card: Card) -> Exchange:
-    rows = x.tokens * x.heads * owners_of_a_query(x.topk, group.size) * group.size / (group.size - 1)
+    rows = x.tokens * x.heads * (x.topk - 1)
     forward, backward = (all_to_all(group, rows * size, card) for size in query_bytes(x.head_dim))
     return Exchange(rest=forward, backward_rest=backward)

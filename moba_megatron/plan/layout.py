@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from .exchange import COMM_TYPES
+from ..context_parallel import COMM_TYPES
 from .models import Run
 
 RECOMPUTE = ("none", "full")

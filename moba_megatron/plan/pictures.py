@@ -25,7 +25,7 @@ def lengths_around(seqlen: int) -> list[int]:
 def costs_by_length(run: Run, card: Card, calibration: Calibration) -> dict[str, list[tuple[int, float]]]:
     """For MoBA and for full attention: (sequence length, GPU seconds a million tokens) of the cheapest layout.
 
-    The batch is about four million tokens at each length. Comm types that this release does not run count too.
+    The batch is about four million tokens at each length.
     """
     found: dict[str, list[tuple[int, float]]] = {"moba": [], "full": []}
     for seqlen in lengths_around(run.seqlen):
@@ -71,7 +71,7 @@ def scaling(rows: list[dict], title: str, path: Path) -> None:
         lines.setdefault((row["comm"], row["routing"]), []).append(row)
     routings = list(dict.fromkeys(routing for _, routing in lines))
     styles = {"all_gather": "k-", "a2a": "k:", "chunks travel": "--", "queries travel": "-.",
-              "selective": "-"}
+              "selective": "--o", "mixed": "-"}
     for (comm, routing), points in lines.items():
         color = {} if styles[comm].startswith("k") else {"color": f"C{routings.index(routing)}"}
         name = comm if routing == "any" else f"{comm}, {routing}"

@@ -139,7 +139,7 @@ def _visits(routing: Routing, home: numpy.ndarray) -> numpy.ndarray:
     return 1 - numpy.minimum((1 - share) ** choices, numpy.exp(routing.log_miss() @ home.T))
 
 
-def selective(layer: Layer, routing: Routing, ranks: int) -> RankTraffic:
+def mixed(layer: Layer, routing: Routing, ranks: int) -> RankTraffic:
     """For each rank, chunk and kv head the cheaper of the two: fetch the chunk, or send the queries that chose it.
 
     A rank decides alone: it knows how many of its queries chose a chunk. Visitors of a chunk that would overload its
@@ -246,6 +246,9 @@ def attention_seconds(layer: Layer, chunks: int, ranks: int, card: Card, calibra
 def sweep(layer: Layer, routings: list[Routing], ranks: list[int], card: Card, calibration: Calibration) -> list[dict]:
     """Every comm type at every number of ranks, for routings of one length.
 
+    ``selective`` is the fastest of a gather, chunks and queries for the whole layer; ``mixed`` chooses by rank and
+    chunk, or gathers where that is faster.
+
     Returns:
         rows: ``tokens``, ``ranks``, ``routing``, ``comm``, bytes received (mean of the ranks forward and backward, both
         passes of the busiest), ``work`` of the busiest rank over the mean, ``seconds`` of communication, seconds of
@@ -261,19 +264,20 @@ def sweep(layer: Layer, routings: list[Routing], ranks: list[int], card: Card, c
             traffic = exchanged(layer, chunks, p)
             found.append(("any", "a2a", traffic, seconds_of(traffic, p, card)))
         for routing in routings:
+            ways = [found[0][2:]]
             for comm, traffic in (("chunks travel", chunks_travel(layer, routing, p)),
-                                  ("queries travel", queries_travel(layer, routing, p)),
-                                  ("selective", selective(layer, routing, p))):
-                option = routing.name, comm, traffic, seconds_of(traffic, p, card)
-                if comm == "selective":  # a layer is gathered whole where that is the faster
-                    whole = routing.name, comm, *found[0][2:]
-                    option = min(option, whole, key=lambda o: _layer_seconds(o[2], o[3], attention))
-                found.append(option)
+                                  ("queries travel", queries_travel(layer, routing, p))):
+                ways.append((traffic, seconds_of(traffic, p, card)))
+                found.append((routing.name, comm, *ways[-1]))
+            best = mixed(layer, routing, p)
+            for comm, options in (("selective", ways), ("mixed", [found[0][2:], (best, seconds_of(best, p, card))])):
+                found.append((routing.name, comm, *min(options, key=lambda o: _layer_seconds(*o, attention))))
         for name, comm, traffic, seconds in found:
             rows.append({
                 "tokens": chunks * layer.chunk_size, "ranks": p, "routing": name, "comm": comm,
                 "forward_bytes": float(traffic.forward.mean()), "backward_bytes": float(traffic.backward.mean()),
-                "worst_bytes": traffic.worst, "work": float(traffic.work.max()), "seconds": seconds, "attention": attention,
+                "worst_bytes": traffic.worst, "work": float(traffic.work.max()), "seconds": seconds,
+                "attention": attention,
                 "efficiency": attention / _layer_seconds(traffic, seconds, attention), **traffic.about})
     return rows
 

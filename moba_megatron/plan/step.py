@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from ..config import MoBAConfig
+from ..context_parallel import COMM_TYPES
 from . import links, measured
 from .attention_cost import BF16, FP32, AttentionShape
 from .calibration import Calibration
 from .cards import Card, find_card
-from .exchange import COMM_TYPES, Exchange, LocalShape, exchange
+from .exchange import Exchange, LocalShape, exchange
 from .layout import Layout
 from .links import NOTHING, Group, Traffic
 from .memory import Memory, estimate, rank_parameters
