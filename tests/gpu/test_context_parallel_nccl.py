@@ -110,13 +110,13 @@ def captured(rank, size):
     """Forward and backward replayed from a CUDA graph against the same computed eagerly: equal or not, by type."""
     results = {}
     sequences = Sequences.uniform(4096, 1, torch.device("cuda", rank))
-    local = [torch.randn(4096 // size, 8, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-             for _ in range(3)]
+    local = [torch.randn(4096 // size, 8, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
 
     def step(comm_type):
-        o = context_parallel_attention(*local, sequences, 128, 4, dist.group.WORLD, comm_type=comm_type, head_groups=2,
+        leaves = [x.detach().requires_grad_() for x in local]  # on the capturing stream, as autograd wants it
+        o = context_parallel_attention(*leaves, sequences, 128, 4, dist.group.WORLD, comm_type=comm_type, head_groups=2,
                                        deterministic=True)
-        return [o, *torch.autograd.grad(o.float().square().sum(), local)]
+        return [o, *torch.autograd.grad(o.float().square().sum(), leaves)]
 
     for comm_type in ("all_gather", "a2a"):
         with record_waits() as record:

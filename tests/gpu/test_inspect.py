@@ -5,9 +5,10 @@ import pytest
 import torch
 from cases import Case
 
-from moba_megatron import MoBAConfig
-from moba_megatron.inspect import statistics
-from moba_megatron.inspect.choices import look
+pytest.importorskip("megatron.core")
+from moba_megatron import MoBAConfig  # noqa: E402
+from moba_megatron.inspect import statistics  # noqa: E402
+from moba_megatron.inspect.choices import look  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
