@@ -8,8 +8,9 @@ from .comm import Pending
 
 HeadGroups = list[tuple[slice, slice]]
 """Query heads and kv heads of each group."""
-LEAST_BYTES = 32 << 20
-"""Bytes of a rank's queries in a group, at least: below it launches cost more than overlap saves. Reckoned."""
+LEAST_BYTES = 64 << 20
+"""Bytes of a rank's queries in a group, at least: a group costs the host a millisecond or two, there and back, and
+below this the GPU (H200: 128K tokens on 2 ranks, 16 heads, chunks of 128) would wait for it. Reckoned from one run."""
 MOST_BYTES = 1 << 30
 """Bytes that a rank holds of a group, at most, while groups have several kv heads."""
 
