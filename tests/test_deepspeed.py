@@ -10,6 +10,7 @@ import torch.distributed as dist
 from ranks import run_ranks, torchrun
 
 pytest.importorskip("deepspeed")
+pytest.importorskip("transformers")
 import pretrain_deepspeed as job  # noqa: E402
 from prepare_data import main as prepare_data  # noqa: E402
 from pretraining import data  # noqa: E402
@@ -57,8 +58,14 @@ def flags(data_path: Path, *more: str) -> list[str]:
     return [*FLAGS, "--data-path", str(data_path), "--global-batch-size", "4", *more]
 
 
-def train(rank, size, data_path, directory):
-    """All runs, one after the other in the same two processes; what they did is in their logs."""
+def work(rank, size, data_path, directory):
+    """Everything that needs two ranks, in the same two processes: starting them takes longer than most of it."""
+    train(rank, data_path, directory)
+    return attend(rank, size), train_llama(rank, size)
+
+
+def train(rank, data_path, directory):
+    """All runs of the example, one after the other; what they did is in their logs."""
     from deepspeed.checkpoint import ds_to_universal
 
     device = job.moba_deepspeed.init_distributed()
@@ -88,10 +95,15 @@ def train(rank, size, data_path, directory):
 
 
 @pytest.fixture(scope="module")
-def logs(tmp_path_factory, data_path) -> Path:
+def ranks(tmp_path_factory, data_path) -> tuple[Path, list]:
+    """The directory of the logs, and each rank's results."""
     directory = tmp_path_factory.mktemp("logs")
-    run_ranks(train, 2, tmp_path_factory.mktemp("ranks"), data_path, str(directory))
-    return directory
+    return directory, run_ranks(work, 2, tmp_path_factory.mktemp("ranks"), data_path, str(directory))
+
+
+@pytest.fixture(scope="module")
+def logs(ranks) -> Path:
+    return ranks[0]
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +170,6 @@ class TestTraining:
 
 def attend(rank, size):
     """Outputs and gradients of whole sequences and of sequences over two ranks, this rank's part of them."""
-    job.moba_deepspeed.init_distributed()
     config, found = MoBAConfig(8, 2, full_attention_from_step=5), {}
     for method in SHARED:
         parallel = SequenceParallel.over_ranks(method, size)
@@ -183,12 +194,81 @@ def _attend(config, who, iteration, qkv, do, parallel):
     return [o.detach(), *(parallel.part(x.grad) for x in qkv)]
 
 
-def test_sequences_over_ranks_equal_whole_ones(tmp_path):
-    for result in run_ranks(attend, 2, tmp_path):
+def test_sequences_over_ranks_equal_whole_ones(ranks):
+    for result, _ in ranks[1]:
         assert len(result) == 8
         for whole, shared in result.values():
             for want, got in zip(whole, shared):
                 assert got.shape == want.shape and torch.allclose(got, want, rtol=1e-9, atol=1e-12)
+
+
+def train_llama(rank, size):
+    """(loss, gradient norm) of a Llama's steps by torch on whole sequences, and by Ulysses for Transformers under ZeRO.
+
+    The second sequence of tokens is two packed documents: their positions say so.
+    """
+    import deepspeed
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+    from huggingface_models import model, tokens
+
+    from moba_megatron.integrations.huggingface import register_moba
+
+    register_moba(MoBAConfig(4, 3, full_attention_layers="last:1"))
+    ids = tokens(3, 65)
+    positions = torch.arange(64).repeat(3, 1)
+    positions[1, 40:] -= 40
+
+    def steps(llama, part, loss_of, step):
+        curve = []
+        for i in range(3):
+            inputs, labels, at = (part(x[i:i + 1]) for x in (ids[:, :-1], ids[:, 1:], positions))
+            logits = llama(input_ids=inputs, position_ids=at, use_cache=False).logits
+            losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+            curve.append(step(loss_of(losses)))
+        return curve
+
+    def plain():
+        llama = model(dtype=torch.float32).train()
+        optimizer = torch.optim.AdamW(llama.parameters(), lr=1e-3)
+
+        def step(loss):
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(llama.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.item(), norm.item()
+
+        return steps(llama, lambda x: x, torch.mean, step)
+
+    def ulysses(stage):
+        llama = model(dtype=torch.float32)
+        optimizer = torch.optim.AdamW(llama.parameters(), lr=1e-3)
+        engine, *_ = deepspeed.initialize(model=llama, optimizer=optimizer, config={
+            "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1.0, "zero_optimization": {"stage": stage}})
+        engine.train()
+
+        def step(loss):
+            engine.backward(loss)
+            engine.step()
+            mean = loss.detach().clone()
+            dist.all_reduce(mean)
+            return mean.item() / size, float(engine.get_global_grad_norm())
+
+        return steps(engine, parallel.part,
+                     lambda losses: job.moba_deepspeed.mean_over_ranks(losses, torch.ones_like(losses)), step)
+
+    want = plain()
+    UlyssesSPAttentionHF.register_with_transformers(
+        model(dtype=torch.float32), core_attn_implementation="moba", sequence_parallel_size=size, micro_batch_size=1)
+    parallel = SequenceParallel("ulysses", size, rank)  # its parts of sequences; the groups are DeepSpeed's here
+    return want, [ulysses(stage) for stage in (1, 3)]
+
+
+def test_ulysses_for_transformers_trains_as_plain_torch(ranks):
+    for _, (want, found) in ranks[1]:
+        assert want[-1][0] != want[0][0]
+        for got in found:
+            assert np.array(got) == pytest.approx(np.array(want), rel=1e-4)
 
 
 class TestBadInput:
