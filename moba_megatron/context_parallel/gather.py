@@ -62,7 +62,7 @@ class Gathered:
         selected, routing = choice
         if selected is None and self.method.earlier(segments):
             # the boundaries of pieces are on the device only: the same means from all keys
-            selected, routing = self._choose(q, self.method.stages.chunk_means(k_all, segments))
+            selected, routing = self.method.choose(q, k_all, segments)
         return self.method.attend(q, k_all, v_all, selected, routing, segments)
 
     def backward(self, do: Tensor, saved: Saved, kv_grad_dtype: torch.dtype) -> Grads:
@@ -70,15 +70,15 @@ class Gathered:
         q, k, v, o, groups, saved = saved
         gathered = self._gather(k, v, groups, "bwd gather")
 
-        def reduce(i: int, x: Tensor, out: Tensor) -> Pending:
-            return reduce_to_local(self.layout.rows, x, out, self.group, "bwd reduce", self.method.deterministic)
+        def reduce(i: int, grads: list[Tensor], outs: list[Tensor]) -> list[Pending]:
+            return reduce_to_local(self.layout.rows, grads, outs, self.group, "bwd reduce", self.method.deterministic)
 
         return self.attend_bwd(do, (q, k, v, o), groups, saved, gathered, reduce, kv_grad_dtype)
 
     def attend_bwd(self, do: Tensor, tensors: tuple[Tensor, ...], groups: HeadGroups, saved: Saved,
-                   gathered: Prefetch, reduce: Callable[[int, Tensor, Tensor], Pending],
+                   gathered: Prefetch, reduce: Callable[[int, list[Tensor], list[Tensor]], list[Pending]],
                    kv_grad_dtype: torch.dtype) -> Grads:
-        """dq, dk, dv; ``reduce(i, x, out)`` starts to add group i's ``x [S, h, D]`` over the ranks into ``out``."""
+        """dq, dk, dv; ``reduce(i, grads, outs)`` starts to add group i's ``[S, h, D]`` over the ranks into ``outs``."""
         q, k, v, o = tensors
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if len(groups) > 1 else None
         dk, dv = (torch.empty(x.shape, dtype=kv_grad_dtype, device=x.device) for x in (k, v))
@@ -87,7 +87,7 @@ class Gathered:
             part, *grads = self.method.attend_bwd(
                 do[:, heads], q[:, heads], *arrived(gathered), o[:, heads], rest, self.layout.segments,
                 sum_dtype(k.dtype))
-            started = [reduce(i, x, out[:, kv_heads]) for x, out in zip(grads, (dk, dv))]
+            started = reduce(i, grads, [out[:, kv_heads] for out in (dk, dv)])
             del grads
             if dq is None:
                 dq = part
@@ -115,12 +115,8 @@ class Gathered:
     def choose_by_sums(self, q: Tensor, dtype: torch.dtype, sums: Pending, groups: HeadGroups) -> list:
         """(selected, routing) of each group, from the sums of all ranks' keys."""
         means = self.receive_means(sums, dtype)
-        return [self._choose(q[:, heads], means[:, kv_heads]) for heads, kv_heads in groups]
-
-    def _choose(self, q: Tensor, means: Tensor) -> tuple[Tensor, Routing]:
-        stages, segments = self.method.stages, self.layout.segments
-        selected = stages.gate(q, means, segments, self.method.earlier(segments) + 1)
-        return selected, stages.route(selected, means.shape[1], segments.num_chunks(self.layout.rows.total))
+        return [self.method.choose(q[:, heads], means[:, kv_heads], self.layout.segments, self.layout.rows.total)
+                for heads, kv_heads in groups]
 
     def send_sums(self, k: Tensor) -> Pending:
         """Starts the gather of this rank's block sums and of its rows in cut blocks."""

@@ -48,13 +48,13 @@ class Exchanged:
         # k and v, where they are not kept, share no memory with q, which is
         apart = [[(q, 0)], [(k, 1), (v, 1)]] if copied else [[(q, 0), (k, 1), (v, 1)]]
         arriving = self._fetch(groups, apart, "fwd exchange in")
-        o, leaving, saved = q.new_empty(*q.shape[:2], v.shape[2]), [], []
+        o, leaving, saved = q.new_empty(*q.shape[:2], v.shape[2]), None, []
         for group in groups:
             part, rest = self.inner.forward(*arrived(arriving))
             if copied:
                 rest[1] = rest[2] = None
             saved.append(rest)
-            started = [_Leaving(to_local(self.rows, part, self.group, "fwd exchange out"), o, size, group[0])]
+            started = to_local(self.rows, [part], self.group, "fwd exchange out"), [(o, size, group[0])]
             del part
             self._place(leaving)
             leaving = started
@@ -70,7 +70,7 @@ class Exchanged:
         dk, dv = (torch.empty(shape, dtype=kv_grad_dtype, device=do.device) for shape in kv_shapes)
         again = [[(x, 1) for x in copied]] if copied else []
         arriving = self._fetch(groups, [[(do, 0)], *again], "bwd exchange in")
-        leaving = []
+        leaving = None
         for (heads, kv_heads), rest in zip(groups, saved):
             do_part, *keys_and_values = arrived(arriving)
             if copied:
@@ -78,9 +78,8 @@ class Exchanged:
             del keys_and_values
             grads = self.inner.backward(do_part, rest, grad_dtype)
             del do_part, rest
-            started = [_Leaving(to_local(self.rows, x, self.group, "bwd exchange out"), out, parts, part)
-                       for x, out, parts, part in zip(grads, (dq, dk, dv), (size, kv_parts, kv_parts),
-                                                      (heads, kv_heads, kv_heads))]
+            places = [(dq, size, heads), (dk, kv_parts, kv_heads), (dv, kv_parts, kv_heads)]
+            started = to_local(self.rows, grads, self.group, "bwd exchange out"), places
             del grads
             self._place(leaving)
             leaving = started
@@ -122,31 +121,26 @@ class Exchanged:
         own = [view[me * view.shape[0] // size] for view in views]
         return to_global(self.rows, own, [*packed[:me], None, *packed[me:]], self.group, stage)
 
-    def _place(self, leaving: list["_Leaving"]) -> None:
-        """Awaits results and puts them where they belong; what several ranks computed is added."""
+    def _place(self, leaving: tuple[Pending, list[tuple[Tensor, int, slice]]] | None) -> None:
+        """Awaits results and puts them where they belong; what several ranks computed is added.
+
+        Args:
+            leaving: what is on its way, and for each tensor where it goes: heads of every one of the parts of another.
+        """
+        if leaving is None:
+            return
         me, size = self.rows.rank, self.rows.size
-        for x in leaving:
-            arrived = x.pending.wait()
-            out = x.out.unflatten(1, (x.parts, -1))[:, :, x.heads].transpose(0, 1)  # [parts, T, heads, D]
-            if x.parts == size:
+        for arrived, (whole, parts, heads) in zip(leaving[0].wait(), leaving[1]):
+            out = whole.unflatten(1, (parts, -1))[:, :, heads].transpose(0, 1)  # [parts, T, heads, D]
+            if parts == size:
                 copy_rows(out[:me], arrived.others[:me])
                 copy_rows(out[me + 1:], arrived.others[me:])
                 for local, own in arrived.own:
                     copy_rows(out[me, local], own)
                 continue
-            copies = size // x.parts
+            copies = size // parts
             for local, own in arrived.own:
                 by_rank = [*arrived.others[:me, local], own, *arrived.others[me:, local]]
-                for part in range(x.parts):
+                for part in range(parts):
                     *first, last = by_rank[part * copies:(part + 1) * copies]
                     torch.add(functools.reduce(torch.add, first), last, out=out[part, local])
-
-
-@dataclass(frozen=True)
-class _Leaving:
-    """Results under way to the ranks whose rows they are: where to put what arrives here."""
-
-    pending: Pending
-    out: Tensor
-    parts: int
-    heads: slice

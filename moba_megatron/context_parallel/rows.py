@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .comm import Pending, all_gather, exchange, reduce_scatter
+from .comm import Pending, all_gather, exchange, exchange_all, reduce_scatter
 
 MAX_RUNS = 4
 """Runs of a rank that are exchanged in place, one collective each; where there are more, rows are permuted instead."""
@@ -99,36 +99,43 @@ def to_global(rows: Rows, own: Sequence[Tensor], messages: Sequence[Tensor | Non
         works = exchange(_without(ranked, rows.rank), _without(messages, rows.rank), output.device, group, stage)
         return Pending(works, output, messages, stage,
                        lambda x: x.index_select(0, rows.global_rows).split(heads, 1))
-    works = []
+    rounds = []
     for part, x in zip(output.split(heads, 1), own):
         place_own(rows, part, x)
     for run in range(len(rows.runs)):
         mine, local = output[rows.global_run(run, rows.rank)], rows.local_run(run)
         sent = [mine] * rows.size if messages is None else [None if x is None else x[local] for x in messages]
         received = [output[rows.global_run(run, rank)] for rank in range(rows.size)]
-        works += exchange(_without(received, rows.rank), _without(sent, rows.rank), output.device, group, stage)
+        rounds.append((_without(received, rows.rank), _without(sent, rows.rank)))
+    works = exchange_all(rounds, output.device, group, stage)
     return Pending(works, output, messages, stage, lambda x: x.split(heads, 1))
 
 
-def to_local(rows: Rows, x: Tensor, group: dist.ProcessGroup, stage: str) -> Pending:
-    """Starts to send every rank its rows of ``x`` ``[S, h, D]``, in global order, contiguous.
+def to_local(rows: Rows, tensors: Sequence[Tensor], group: dist.ProcessGroup, stage: str) -> Pending:
+    """Starts to send every rank its rows of each ``[S, h, D]``, in global order, contiguous; they travel together.
 
     Returns:
-        Pending :class:`Arrived`.
+        Pending list of :class:`Arrived`, one for each tensor.
     """
-    others = x.new_empty(rows.size - 1, rows.local, *x.shape[1:])
-    if rows.runs is None:
-        ranked = x.index_select(0, rows.rank_rows).unflatten(0, (rows.size, rows.local))
-        works = exchange(_around(others, rows.rank), _without(ranked, rows.rank), x.device, group, stage)
-        own = [(slice(None), ranked[rows.rank])]
-        return Pending(works, others, ranked, stage, lambda output: Arrived(output, own))
-    works, own = [], []
-    for run in range(len(rows.runs)):
-        local = rows.local_run(run)
-        sent = [x[rows.global_run(run, rank)] for rank in range(rows.size)]
-        works += exchange(_around(others[:, local], rows.rank), _without(sent, rows.rank), x.device, group, stage)
-        own.append((local, sent[rows.rank]))
-    return Pending(works, others, x, stage, lambda output: Arrived(output, own))
+    arriving, keep, rounds = [], [], []
+    for x in tensors:
+        others = x.new_empty(rows.size - 1, rows.local, *x.shape[1:])
+        if rows.runs is None:
+            keep.append(x.index_select(0, rows.rank_rows))
+            ranked = keep[-1].unflatten(0, (rows.size, rows.local))
+            rounds.append((_around(others, rows.rank), _without(ranked, rows.rank)))
+            arriving.append(Arrived(others, [(slice(None), ranked[rows.rank])]))
+            continue
+        own = []
+        for run in range(len(rows.runs)):
+            local = rows.local_run(run)
+            sent = [x[rows.global_run(run, rank)] for rank in range(rows.size)]
+            rounds.append((_around(others[:, local], rows.rank), _without(sent, rows.rank)))
+            own.append((local, sent[rows.rank]))
+        keep.append(x)
+        arriving.append(Arrived(others, own))
+    works = exchange_all(rounds, tensors[0].device, group, stage)
+    return Pending(works, tensors[0], keep, stage, lambda _: arriving)
 
 
 def place_own(rows: Rows, out: Tensor, own: Tensor) -> None:
@@ -147,24 +154,25 @@ def take_own(rows: Rows, x: Tensor) -> Tensor:
     return torch.cat([x[rows.global_run(run, rows.rank)] for run in range(len(rows.runs))])
 
 
-def reduce_to_local(rows: Rows, x: Tensor, out: Tensor, group: dist.ProcessGroup, stage: str,
-                    deterministic: bool) -> Pending:
-    """Starts to add ``x`` ``[S, h, D]`` over the ranks; the wait writes this rank's rows to ``out`` ``[T, h, D]``.
+def reduce_to_local(rows: Rows, tensors: Sequence[Tensor], outs: Sequence[Tensor], group: dist.ProcessGroup,
+                    stage: str, deterministic: bool) -> list[Pending]:
+    """Starts to add each ``[S, h, D]`` over the ranks; the wait writes this rank's rows to its out ``[T, h, D]``.
 
-    The others' rows are added in a fixed order and the rank's own last, in x's dtype, and rounded once to out's. The
-    library's reduce-scatter, which orders sums as it likes, is used only where it saves traffic between nodes, and
+    The others' rows are added in a fixed order and the rank's own last, in their own dtype, and rounded once to out's.
+    The library's reduce-scatter, which orders sums as it likes, is used only where it saves traffic between nodes, and
     never if ``deterministic``.
     """
     if crowds_the_network(group) and not deterministic:
-        return reduce_scatter(x.index_select(0, rows.rank_rows), group, stage, out.copy_)
+        return [reduce_scatter(x.index_select(0, rows.rank_rows), group, stage, out.copy_)
+                for x, out in zip(tensors, outs)]
 
-    def add(arrived: Arrived) -> Tensor:
-        for local, own in arrived.own:
-            others = arrived.others[:, local]
-            torch.add(others[0] if rows.size == 2 else others.sum(0), own, out=out[local])
-        return out
+    def add(arriving: list[Arrived]) -> None:
+        for arrived, out in zip(arriving, outs):
+            for local, own in arrived.own:
+                others = arrived.others[:, local]
+                torch.add(others[0] if rows.size == 2 else others.sum(0), own, out=out[local])
 
-    return to_local(rows, x, group, stage).then(add)
+    return [to_local(rows, tensors, group, stage).then(add)]
 
 
 def copy_rows(out: Tensor, x: Tensor) -> None:
