@@ -1,6 +1,7 @@
 """Attention backward: delta, then dk and dv by chunk, then dq from slots. Deterministic: there are no atomics."""
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..segments import Routing, Segments
-from . import tuning
+from . import hopper, tuning
 from .attention_bwd_dkdv import _attention_bwd_dkv_kernel, _attention_bwd_dkv_sum_kernel
 from .attention_bwd_dq import _attention_bwd_dq_kernel, _attention_bwd_dq_own_kernel
 from .attention_fwd import _check, _describable, _key_source, tma_available
@@ -69,13 +70,14 @@ def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tens
     groups = head_groups(x.kv_heads, slot_bytes)
     together = groups[0][1] - groups[0][0]
     # one tile holds the chunk: its program writes the slots of dq too, and traffic is what it saves
-    fused = segments.chunk_size <= x.config("attention_bwd_dkv")["BLOCK_N"]
+    options = x.config("attention_bwd_dkv")
+    fused = segments.chunk_size <= options["BLOCK_N"] and not hopper.chosen(options)
     cuts = _cuts(x, routing, together if fused else x.kv_heads)
     partials = torch.empty(cuts.partial_floats, dtype=torch.float32, device=q.device)
     if not fused:
         _dkv(x, routing, dk, dv, None, cuts, partials, everything)
         del partials
-        tiles = make_tiles(routing, x.config("attention_bwd_dq")["BLOCK_M"])
+        tiles = make_tiles(routing, x.dq_rows_per_program)
     slots = torch.empty(together * slot_bytes // q.element_size(), dtype=q.dtype, device=q.device)
     for group in groups:
         if fused:
@@ -134,9 +136,21 @@ class _Inputs:
                 "BLOCK_D": next_power_of_2(d), "BLOCK_DV": next_power_of_2(dv),
                 "PRECISION": "ieee"}  # fp32: tf32x3 would cost a weight its last three bits
 
+    @functools.cached_property
+    def portable(self) -> int:
+        return hopper.portable(self.q, self.k, self.v, self.do)
+
     def config(self, stage: str) -> dict[str, int]:
         return tuning.config(stage, self.q.device, head_dim=max(self.q.shape[2], self.v.shape[2]),
-                             chunk_size=self.segments.chunk_size, itemsize=self.q.element_size())
+                             chunk_size=self.segments.chunk_size, itemsize=self.q.element_size(),
+                             portable=self.portable)
+
+    @property
+    def dq_rows_per_program(self) -> int:
+        options = self.config("attention_bwd_dq")
+        if hopper.chosen(options):
+            return hopper.rows_per_program(options, self.selected.numel())
+        return options["BLOCK_M"]
 
 
 def _row_terms(do: Tensor, o: Tensor, dlse: Tensor | None, lse: Tensor) -> Tensor:
@@ -228,6 +242,11 @@ def _dkv(x: _Inputs, routing: Routing | None, dk: Tensor, dv: Tensor, slots: Ten
          partials: Tensor | None, group: tuple[int, int]) -> None:
     """Writes dk and dv of one group of kv heads, and with ``slots`` the slots of their dq."""
     options = x.config("attention_bwd_dkv")
+    if hopper.chosen(options):
+        hopper.kernel_module("bwd_dkv").dkv(x, routing, dk, dv, cuts, partials, group,
+                                            _segments_by_sequence(x.segments), options)
+        _dkv_sum(x, routing, dk, dv, cuts, partials, group)
+        return
     del options["SPLIT"]
     size = x.segments.chunk_size
     if slots is not None:
@@ -269,8 +288,15 @@ def _dkv(x: _Inputs, routing: Routing | None, dk: Tensor, dv: Tensor, slots: Ten
         **constants,
         **options,
     )
+    _dkv_sum(x, routing, dk, dv, cuts, partials, group)
+
+
+def _dkv_sum(x: _Inputs, routing: Routing | None, dk: Tensor, dv: Tensor, cuts: _Cuts, partials: Tensor | None,
+             group: tuple[int, int]) -> None:
+    """Adds the partials of cut lists, if there may be any."""
     if cuts.num_extra == 0:
         return
+    size, constants = x.segments.chunk_size, x.constants
     del constants["H"], constants["G"], constants["KS"], constants["PRECISION"]
     launch(_attention_bwd_dkv_sum_kernel, (cuts.num_extra, cdiv(size, 16)),
         routing.starts,
@@ -294,6 +320,9 @@ def _dkv(x: _Inputs, routing: Routing | None, dk: Tensor, dv: Tensor, slots: Ten
 def _dq_sparse(x: _Inputs, routing: Routing, tiles: Tiles, slots: Tensor, group: tuple[int, int]) -> None:
     """Fills the slots of dq of one group of kv heads."""
     options = x.config("attention_bwd_dq")
+    if hopper.chosen(options):
+        hopper.kernel_module("bwd_dq").dq_sparse(x, routing, tiles, slots, group, options)
+        return
     block_n = options["BLOCK_N"]
     size, kv_heads = x.segments.chunk_size, group[1] - group[0]
     partial = size % block_n != 0

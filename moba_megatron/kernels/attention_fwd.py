@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..segments import Routing, Segments
-from . import INTERPRETED, tuning
+from . import INTERPRETED, hopper, tuning
 from .jit_helpers import _chunk_keys, _query_tile
 from .launcher import launch
 from .routing import Tiles, make_tiles, route
@@ -61,7 +61,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: S
         _own_merge(q, k, v, selected, None, None, o, lse, segments, qk_scale, (0, num_kv_heads))
         return o, lse
     selected = selected.contiguous()
-    options = sparse_config(q, v, segments.chunk_size)
+    options = _sparse_config(q, k, v, segments.chunk_size, selected.numel())
     if routing is None:
         routing = route(selected, num_kv_heads, segments.num_chunks(k.shape[0]))
     tiles = make_tiles(routing, options["SPLIT"])
@@ -88,10 +88,12 @@ def _check(q: Tensor, v: Tensor, selected: Tensor, segments: Segments) -> None:
                          "use backend='reference'")
 
 
-def sparse_config(q: Tensor, v: Tensor, chunk_size: int) -> dict[str, int]:
-    """The sparse pass's configuration, with RESIDENT (a chunk's keys fit one tile) and SPLIT (rows a program)."""
+def _sparse_config(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, choices: int) -> dict[str, int]:
+    """The sparse pass's configuration, with SPLIT (rows a program) and RESIDENT (a chunk's keys fit one tile)."""
     options = tuning.config("attention_fwd", q.device, head_dim=max(q.shape[2], v.shape[2]), chunk_size=chunk_size,
-                            itemsize=q.element_size())
+                            itemsize=q.element_size(), portable=hopper.portable(q, k, v))
+    if hopper.chosen(options):
+        return {**options, "SPLIT": hopper.rows_per_program(options, choices)}
     options["RESIDENT"] = options["BLOCK_N"] >= chunk_size
     if options["RESIDENT"]:
         return {"SPLIT": 16 * options["BLOCK_M"], "ROW_STAGES": options["num_stages"], **options}
@@ -131,6 +133,10 @@ def _precision(dtype: torch.dtype) -> str:
 def _sparse(q: Tensor, k: Tensor, v: Tensor, routing: Routing, tiles: Tiles, o_slots: Tensor, lse_slots: Tensor,
             segments: Segments, qk_scale: float, slots: int, group: tuple[int, int], options: dict[str, int]) -> None:
     """Fills the slots of one group of kv heads."""
+    if hopper.chosen(options):
+        hopper.kernel_module("fwd").attention_fwd_sparse(q, k, v, routing, tiles, o_slots, lse_slots, segments,
+                                                         qk_scale, slots, group, options)
+        return
     options = dict(options)
     resident, split = options.pop("RESIDENT"), options.pop("SPLIT")
     size, num_chunks = segments.chunk_size, segments.num_chunks(k.shape[0])

@@ -33,6 +33,11 @@ def _c(block_m: int, block_n: int, warps: int, stages: int, **more: int) -> dict
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages, **more}
 
 
+def _hopper(stages: int, **more: int) -> dict[str, int]:
+    """The Gluon kernels' (``hopper.py``): one group of four warps loads, two multiply."""
+    return {"STAGES": stages, "LOADER_REGS": 40, "CONSUMER_REGS": 232, "num_warps": 4, "num_stages": 1, **more}
+
+
 TABLE: dict[str, tuple[Row, ...]] = {
     # BLOCK running sums (columns of heads x dims, times blocks of rows side by side) of a program
     "chunk_means": (
@@ -55,13 +60,16 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("*", {}, {"BLOCK": 64, "num_warps": 1, "num_stages": 1}, UNTUNED),
     ),
     # BLOCK_M gathered (query, head) rows of one (chunk, kv head) against the chunk, BLOCK_N keys at a time; a chunk
-    # that BLOCK_N covers stays in shared memory while a program's SPLIT rows stream past it
+    # that BLOCK_N covers stays in shared memory while a program's SPLIT rows stream past it. CONSUMER_REGS: for the
+    # kernels of hopper.py, which have BUFFERS for rows and STAGES for keys
     "attention_fwd": (
         Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2, "chunk_size": 64}, _c(64, 64, 4, 3, SPLIT=2048), UNTUNED),
         Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2, "chunk_size": 128}, _c(64, 128, 4, 3, SPLIT=2048),
             "H200, 128K/128/8: 3.8 ms; SPLIT 1024 3.9, 512 4.0; 2 stages 4.2; 128x128, 8 warps 4.8; keys streamed 4.6"),
         Row("sm_90 sm_100", {"head_dim": 64, "itemsize": 2}, _c(64, 128, 4, 2),
             "H200, 8 heads of 64, 128K/512/3: 0.91 ms; 64x64 at 3 stages 0.94, 128x64 1.12, at 3 stages 0.96"),
+        Row("sm_90", {"head_dim": 128, "itemsize": 2, "portable": 0}, _hopper(2, BLOCK_N=128, BUFFERS=2, SPLIT=1024),
+            "H200, 128K/512/8: 7.1 ms, Triton's 9.0; 64 keys, 4 stages 8.6; SPLIT 512 8.1; 128K/128/8: both 3.5"),
         Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2}, _c(128, 64, 4, 2),
             "H200, 128K/512/8: 9.2 ms; 3 stages, 8 warps 12.4; 64x64, 128x32 10.7; 128K/2048/3: 8.3 (515 TFLOP/s)"),
         Row("*", {"head_dim": 128, "itemsize": 2}, _c(64, 64, 4, 2), UNTUNED),
@@ -93,6 +101,10 @@ TABLE: dict[str, tuple[Row, ...]] = {
             "untuned: 64 rows would need 576 of 512 columns of tensor memory"),
         Row("sm_90", {"head_dim": 128, "itemsize": 2, "chunk_size": 128}, _c(64, 128, 8, 2, SPLIT=4096),
             "H200: 9.0 ms at 128K, chunk 128, topk 8, dq's slots included; 64 keys and a dq kernel of its own 11.2"),
+        Row("sm_90 sm_100", {"head_dim": 64, "itemsize": 2}, _c(64, 64, 4, 2, SPLIT=4096),
+            "H200, 8 heads of 64, 32K/512/3: 0.58 ms"),
+        Row("sm_90", {"head_dim": 128, "itemsize": 2, "portable": 0}, _hopper(3, BLOCK_M=64, BLOCK_N=128, SPLIT=4096),
+            "H200, 128K/512/8: 16.4 ms, Triton's 17.5; 4 stages 16.5; 32 rows, 6 stages 19.5"),
         Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2}, _c(64, 64, 4, 2, SPLIT=4096),
             "H200: 16.2 ms at 128K, chunk 512, topk 8; 64x128, 8 warps, 3 stages 17.4, 32x64 20.1"),
         Row("*", {"head_dim": 128, "itemsize": 2}, _c(32, 64, 4, 1, SPLIT=4096), UNTUNED),
@@ -102,6 +114,10 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     # BLOCK_M gathered rows against the chunk, BLOCK_N keys at a time, into slots
     "attention_bwd_dq": (
+        Row("sm_90 sm_100", {"head_dim": 64, "itemsize": 2}, _c(128, 32, 4, 3),
+            "H200, 8 heads of 64, 32K/512/3: 0.33 ms"),
+        Row("sm_90", {"head_dim": 128, "itemsize": 2, "portable": 0}, _hopper(3, BLOCK_N=64, BUFFERS=2, SPLIT=1024),
+            "H200, 128K/512/8: 9.6 ms, Triton's 12.4; SPLIT 512 10.0, 2048 10.3; 128 keys, 1 stage 13.3"),
         Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2}, _c(128, 32, 4, 3),
             "H200: 12.1 ms at 128K, chunk 512, topk 8; 64 rows 13.7, 2 stages 13.6, 128x64 at 8 warps 13.8"),
         Row("*", {"head_dim": 128, "itemsize": 2}, _c(64, 32, 4, 1), UNTUNED),

@@ -1,0 +1,107 @@
+"""Kernels for Hopper, written in Gluon: when an operator's call can use them, and what their launchers share.
+
+They hold D = DV = 64 or 128 in 16 bits, on sm_90 alone. The tuning table's rows with ``CONSUMER_REGS`` choose them,
+through the key ``portable`` (1 where they cannot be used); everything else runs the Triton kernels.
+"""
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from types import ModuleType
+
+import torch
+import triton
+from torch import Tensor
+
+from . import INTERPRETED
+from .sizes import next_power_of_2
+
+logger = logging.getLogger("moba_megatron")
+
+ROWS = 128
+"""Gathered rows of a step: 64 for each of the two groups of warps that multiply."""
+PROGRAMS = 1056
+"""Lists are cut into pieces until there are so many, eight for each processor of an H200."""
+
+
+def portable(*tensors: Tensor) -> int:
+    """0 where the kernels can take q, k, v (and do): same 16-bit dtype, D = DV = 64 or 128, rows aligned; else 1."""
+    q = tensors[0]
+    fits = (q.element_size() == 2 and q.shape[2] in (64, 128)
+            and all(x.dtype == q.dtype and x.shape[2] == q.shape[2] and x.data_ptr() % 16 == 0
+                    and all(s % 8 == 0 for s in strides(x)) for x in tensors)
+            and not INTERPRETED and torch.cuda.get_device_capability(q.device) == (9, 0) and _importable())
+    return int(not fits)
+
+
+def chosen(options: dict[str, int]) -> bool:
+    """Whether a configuration is one of these kernels'."""
+    return "CONSUMER_REGS" in options
+
+
+def strides(x: Tensor) -> tuple[int, int]:
+    """Elements between the tokens and between the heads of ``[tokens, heads, dim]``; 0 where there is only one head."""
+    return x.stride(0), x.stride(1) if x.shape[1] > 1 else 0
+
+
+def strides_of_eight(*tensors: Tensor) -> tuple[int, ...]:
+    """Strides as the kernels take them: in units of 16 bytes, which tells the compiler that rows are aligned."""
+    return tuple(s // 8 for x in tensors for s in strides(x))
+
+
+def rows_per_program(options: dict[str, int], rows: int) -> int:
+    """How long a piece of a list is: SPLIT, or less where ``rows`` listed rows would not occupy the card."""
+    return max(ROWS, min(options["SPLIT"], rows // PROGRAMS // ROWS * ROWS))
+
+
+def key_tile(options: dict[str, int], chunk_size: int) -> int:
+    """Keys of a tile: BLOCK_N, or the whole of a smaller chunk, or 64 where that alone divides the chunk."""
+    if chunk_size % options["BLOCK_N"] and chunk_size % 64 == 0:
+        return 64
+    return min(options["BLOCK_N"], max(16, next_power_of_2(chunk_size)))
+
+
+def describable(x: Tensor) -> bool:
+    """Whether :func:`describe` can: the heads of a token side by side."""
+    row, head = strides(x)
+    width = (x.shape[1] - 1) * head + x.shape[2]
+    return 0 < width <= row or (x.shape[0] == 1 and width < 2 ** 31)
+
+
+def describe(x: Tensor, block: int):
+    """A descriptor of ``[tokens, heads * dim]`` with tiles of ``block`` rows of one head."""
+    total, heads, dim = x.shape
+    row, head = strides(x)
+    make, layout = _descriptor_and_layout(block, dim, x.dtype)
+    return make(x, [total, (heads - 1) * head + dim], [row, 1], [block, dim], layout)
+
+
+@functools.lru_cache(maxsize=None)
+def _descriptor_and_layout(block: int, dim: int, dtype: torch.dtype) -> tuple[type, object]:
+    from triton.experimental.gluon import language
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+    element = {torch.bfloat16: language.bfloat16, torch.float16: language.float16}[dtype]
+    return TensorDescriptor, language.NVMMASharedLayout.get_default_for([block, dim], element)
+
+
+@functools.lru_cache(maxsize=None)
+def kernel_module(name: str) -> ModuleType:
+    """``hopper_<name>``; where :func:`portable` said 0."""
+    return importlib.import_module(f".hopper_{name}", __package__)
+
+
+@functools.lru_cache(maxsize=None)
+def _importable() -> bool:
+    """Whether this Triton is one that the kernels are written for; says so once where it is not."""
+    if not triton.__version__.startswith(("3.6.", "3.7.")):
+        reason = f"they are written for Triton 3.6 and 3.7, this is {triton.__version__}"
+    else:
+        try:
+            for name in ("fwd", "bwd_dq", "bwd_dkv"):
+                kernel_module(name)
+            return True
+        except (ImportError, AttributeError) as error:  # Gluon is experimental: names come and go
+            reason = f"{type(error).__name__}: {error}"
+    logger.warning("moba_megatron: portable Triton kernels in place of those for Hopper: %s", reason)
+    return False

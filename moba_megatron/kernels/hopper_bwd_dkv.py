@@ -1,0 +1,324 @@
+"""Attention backward, dk and dv, on Hopper (Gluon): a tile of keys stays, the rows that attend to it stream past.
+
+A program owns 128 keys of one (chunk, kv head), 64 for each of two groups of warps. The loader gathers the rows of the
+chunk's list, then those whose own chunk it is; long lists are cut as in ``attention_bwd_dkdv.py``. While one group
+computes weights, the other's products run.
+"""
+from __future__ import annotations
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ..segments import Routing
+from . import attention_bwd_dkdv, hopper
+from .hopper_rows import LOADER_WARPS, _copy_rows, _copy_rows_where, _entry_row, _find_piece, _piece_items
+from .launcher import launch
+from .sizes import cdiv
+
+KEYS = gl.constexpr(128)
+_extra_piece = gluon.jit(attention_bwd_dkdv._extra_piece.fn)
+_lower_bound = gluon.jit(attention_bwd_dkdv._lower_bound.fn)
+
+
+def dkv(x, routing: Routing | None, dk: Tensor, dv: Tensor, cuts, partials: Tensor | None, group: tuple[int, int],
+        by_sequence: tuple[Tensor, ...], options: dict[str, int]) -> None:
+    """Writes dk and dv of one group of kv heads, or partials of cut lists.
+
+    Args:
+        x, cuts: attention_bwd's inputs, and how it cuts the lists.
+        by_sequence: sequence, first and last row, and offset of the segments, those of a sequence side by side.
+    """
+    options = {name: value for name, value in options.items() if name not in ("SPLIT", "BLOCK_N")}
+    size, kv_heads = x.segments.chunk_size, group[1] - group[0]
+    num_key_tiles = cdiv(min(size, x.segments.max_seqlen_k), KEYS.value)
+    if num_key_tiles == 0:
+        return
+    launch(_hopper_bwd_dkv_kernel, ((cuts.num_extra + x.num_chunks * kv_heads) * num_key_tiles,),
+        x.q,
+        x.k,
+        x.v,
+        x.do,
+        x.terms,
+        x.selected if routing is None else routing.entries,  # not read where there are no slots
+        x.selected if routing is None else routing.starts,
+        cuts.extra_buckets,
+        x.segments.cu_seqlens_k,
+        *by_sequence,
+        dk,
+        dv,
+        x.terms if partials is None else partials,
+        *x.scales,
+        x.q.shape[0] * x.q.shape[1],
+        size,
+        num_key_tiles,
+        x.num_chunks,
+        x.segments.num_sequences,
+        x.segments.num_segments,
+        cuts.num_extra,
+        cuts.split,
+        *group,
+        *hopper.strides_of_eight(x.q, x.k, x.v, x.do),
+        H=x.q.shape[1],
+        HK=x.kv_heads,
+        G=x.heads_per_kv,
+        KS=x.slots,
+        D=x.q.shape[2],
+        PACKED=x.segments.packed,
+        **options,
+    )
+
+
+@gluon.jit
+def _own_rows(spans, segment, first_position, chunk_end_position, BLOCK_M: gl.constexpr):
+    """A segment's rows in this chunk, at or after these keys: row minus position, positions, blocks of rows."""
+    segment_begin, segment_end, offsets, first_segment, end_segment = spans
+    row_begin = gl.load(segment_begin + segment)
+    origin = gl.load(offsets + segment)
+    low = gl.maximum(origin, first_position)
+    high = gl.minimum(origin + gl.load(segment_end + segment) - row_begin, chunk_end_position)
+    return row_begin - origin, low, high, gl.maximum((high - low + BLOCK_M - 1) // BLOCK_M, 0)
+
+
+@gluon.jit
+def _copy_terms(smem, full, stage, terms, row):
+    """Starts copies of lse and delta of rows, and lets ``full`` hear of the end of all copies so far."""
+    q_smem, do_smem, lse_smem, delta_smem = smem
+    at = terms + row.to(gl.int64) * 4
+    async_copy.async_copy_global_to_shared(lse_smem.index(stage), at)
+    async_copy.async_copy_global_to_shared(delta_smem.index(stage), at + 1)
+    async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+
+
+@gluon.jit
+def _loader(pointers, spans, smem, kv_smem, bars, ints, strides, H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr,
+            STAGES: gl.constexpr):
+    q, k, v, do, terms, entries = pointers
+    segment_begin, segment_end, offsets, first_segment, end_segment = spans
+    q_smem, do_smem, lse_smem, delta_smem = smem
+    k_smem, v_smem = kv_smem
+    full, empty, kv_full = bars
+    count, kv_head, first_row, chunk_end, first_position, chunk_end_position, num_rows = ints
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh = strides
+    BLOCK_M: gl.constexpr = q_smem.shape[1]
+    D: gl.constexpr = q_smem.shape[2]
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [LOADER_WARPS, 1], [1, 0])
+    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [LOADER_WARPS], [0])
+    half = gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS))
+    wide_head = kv_head.to(gl.int64)
+    for part in gl.static_range(2):
+        key = first_row + part * 64 + half
+        keep = key < chunk_end
+        _copy_rows_where(k_smem.index(part), k, key.to(gl.int64), wide_head, stride_kt, stride_kh, keep, ROWS)
+        _copy_rows_where(v_smem.index(part), v, key.to(gl.int64), wide_head, stride_vt, stride_vh, keep, ROWS)
+    async_copy.mbarrier_arrive(kv_full, increment_count=False)
+
+    lane = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, ROWS))
+    line = gl.arange(0, BLOCK_M, layout=LINE)
+    step = 0
+    if KS > 0:
+        entry = gl.load(entries + gl.minimum(lane, count - 1), mask=count > 0, other=0)  # the last entry fills up
+        line_entry = gl.load(entries + gl.minimum(line, count - 1), mask=count > 0, other=0)
+        for first in range(0, count, BLOCK_M):
+            _, token, head = _entry_row(entry, kv_head, H, G, KS)
+            row, _, _ = _entry_row(line_entry, kv_head, H, G, KS)
+            row = gl.where(first + line < count, row, num_rows)
+            entry = gl.load(entries + gl.minimum(first + BLOCK_M + lane, count - 1))
+            line_entry = gl.load(entries + gl.minimum(first + BLOCK_M + line, count - 1))
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            _copy_rows(q_smem.index(stage), q, token, head, stride_qt, stride_qh, ROWS)
+            _copy_rows(do_smem.index(stage), do, token, head, stride_dot, stride_doh, ROWS)
+            _copy_terms(smem, full, stage, terms, row)
+            step += 1
+    for segment in range(first_segment, end_segment):
+        shift, low, high, blocks = _own_rows(spans, segment, first_position, chunk_end_position, BLOCK_M)
+        for i in range(0, blocks * G):
+            head = (kv_head * G + i // blocks).to(gl.int64)
+            position = low + i % blocks * BLOCK_M + lane
+            line_position = low + i % blocks * BLOCK_M + line
+            token = (shift + position).to(gl.int64)
+            row = gl.where(line_position < high, ((shift + line_position) * H + head).to(gl.int32), num_rows)
+            keep = position < high
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            _copy_rows_where(q_smem.index(stage), q, token, head, stride_qt, stride_qh, keep, ROWS)
+            _copy_rows_where(do_smem.index(stage), do, token, head, stride_dot, stride_doh, keep, ROWS)
+            _copy_terms(smem, full, stage, terms, row)
+            step += 1
+
+
+@gluon.jit
+def _add_rows(k, v, smem, full, empty, step, dk, dv, qk_scale, key_position, query_position, CAUSAL: gl.constexpr,
+              STAGES: gl.constexpr):
+    """Adds one block of rows to dk and dv ``[64, D]``, and frees its buffers."""
+    q_smem, do_smem, lse_smem, delta_smem = smem
+    BLOCK_M: gl.constexpr = q_smem.shape[1]
+    S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
+    stage = step % STAGES
+    mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+    fence_async_shared()
+    q = q_smem.index(stage)
+    do = do_smem.index(stage)
+    zero = gl.zeros([64, BLOCK_M], gl.float32, layout=S)
+    s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+    dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
+    lse = lse_smem.index(stage).load(gl.SliceLayout(0, S))
+    s = warpgroup_mma_wait(1, deps=(s,))
+    p = gl.exp2(s * qk_scale - lse[None, :])
+    if CAUSAL:
+        p = gl.where(key_position[:, None] <= query_position[None, :], p, 0.0)
+    dv = warpgroup_mma(gl.convert_layout(p.to(do.dtype), OPERAND), do, dv, is_async=True)
+    dp = warpgroup_mma_wait(1, deps=(dp,))
+    delta = delta_smem.index(stage).load(gl.SliceLayout(0, S))
+    ds = gl.convert_layout((p * (dp - delta[None, :])).to(q.dtype), OPERAND)
+    dk = warpgroup_mma(ds, q, dk, is_async=True)
+    dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
+    mbarrier.arrive(empty.index(stage), count=1)
+    return dk, dv
+
+
+@gluon.jit
+def _consumer(part: gl.constexpr, spans, smem, kv_smem, bars, ints, outs, scales, HK: gl.constexpr, G: gl.constexpr,
+              KS: gl.constexpr, CUT: gl.constexpr, STAGES: gl.constexpr):
+    """64 of the 128 keys, by one group of four warps."""
+    segment_begin, segment_end, offsets, first_segment, end_segment = spans
+    q_smem, do_smem, lse_smem, delta_smem = smem
+    k_smem, v_smem = kv_smem
+    full, empty, kv_full = bars
+    count, kv_head, first_row, chunk_end, first_position, chunk_end_position, num_rows = ints
+    dk_out, dv_out, partials, partial, chunk_row, chunk_size = outs
+    qk_scale, softmax_scale = scales
+    BLOCK_M: gl.constexpr = q_smem.shape[1]
+    D: gl.constexpr = q_smem.shape[2]
+    S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    k = k_smem.index(part)
+    v = v_smem.index(part)
+    key_position = first_position + part * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
+    lane = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, S))
+    dk = gl.zeros([64, D], gl.float32, layout=ACC)
+    dv = gl.zeros([64, D], gl.float32, layout=ACC)
+    mbarrier.wait(kv_full, 0)
+    fence_async_shared()
+    step = 0
+    if KS > 0:
+        for first in range(0, count, BLOCK_M):
+            dk, dv = _add_rows(k, v, smem, full, empty, step, dk, dv, qk_scale, key_position, lane, False, STAGES)
+            step += 1
+    for segment in range(first_segment, end_segment):
+        _, low, _, blocks = _own_rows(spans, segment, first_position, chunk_end_position, BLOCK_M)
+        for i in range(0, blocks * G):
+            dk, dv = _add_rows(k, v, smem, full, empty, step, dk, dv, qk_scale, key_position,
+                               low + i % blocks * BLOCK_M + lane, True, STAGES)
+            step += 1
+    dk *= softmax_scale
+    cols = gl.arange(0, D, layout=gl.SliceLayout(0, ACC))
+    rows = first_row + part * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, ACC))
+    keep = (rows < chunk_end)[:, None]
+    if CUT:
+        if partial >= 0:
+            to = partials + (partial * chunk_size + rows - chunk_row)[:, None] * (2 * D)
+            gl.store(to + cols[None, :], dk, mask=keep)
+            gl.store(to + D + cols[None, :], dv, mask=keep)
+        keep = keep & (partial < 0)
+    at = (rows.to(gl.int64) * HK + kv_head)[:, None] * D + cols[None, :]
+    gl.store(dk_out + at, dk.to(dk_out.dtype.element_ty), mask=keep)
+    gl.store(dv_out + at, dv.to(dv_out.dtype.element_ty), mask=keep)
+
+
+@gluon.jit(do_not_specialize=["num_rows", "chunk_size", "num_key_tiles", "num_chunks", "num_sequences", "num_segments",
+                               "num_extra", "split", "kv_head_begin", "kv_head_end"])
+def _hopper_bwd_dkv_kernel(
+    q, k, v, do, terms, entries, starts, extra_buckets,
+    cu_seqlens_k, seq_ids, segment_begin, segment_end, offsets, dk, dv, partials,
+    qk_scale, softmax_scale, num_rows, chunk_size, num_key_tiles, num_chunks, num_sequences, num_segments,
+    num_extra, split, kv_head_begin, kv_head_end,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,
+    H: gl.constexpr, HK: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, D: gl.constexpr, PACKED: gl.constexpr,
+    BLOCK_M: gl.constexpr, STAGES: gl.constexpr, LOADER_REGS: gl.constexpr, CONSUMER_REGS: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """The first ``num_extra * num_key_tiles`` programs take the extra pieces of long lists."""
+    tile = gl.program_id(0) % num_key_tiles
+    item = gl.program_id(0) // num_key_tiles
+    first_bucket = kv_head_begin * num_chunks
+    bucket = first_bucket + item - num_extra
+    piece = item * 0
+    if extra_buckets is not None:
+        if item < num_extra:
+            bucket, piece = _extra_piece(extra_buckets, starts, first_bucket, kv_head_end * num_chunks, item, split)
+            if piece == 0:
+                return
+    kv_head = bucket // num_chunks
+    sequence = _find_piece(cu_seqlens_k, num_sequences, chunk_size, bucket % num_chunks)
+    chunk_row, chunk_end = _piece_items(cu_seqlens_k, sequence, chunk_size, bucket % num_chunks)
+    first_row = chunk_row + tile * KEYS
+    if first_row >= chunk_end:
+        return
+    CUT: gl.constexpr = extra_buckets is not None
+    partial = bucket.to(gl.int64) * 0 - 1
+    count = bucket * 0
+    if KS > 0:
+        bucket_begin = gl.load(starts + bucket)
+        bucket_end = gl.load(starts + bucket + 1)
+        begin = bucket_begin + piece.to(gl.int64) * split
+        end = gl.minimum(bucket_end, begin + split)
+        if extra_buckets is not None:
+            if piece > 0:
+                partial = item.to(gl.int64)
+            elif end < bucket_end:
+                first_extra = bucket_begin // split - gl.load(starts + first_bucket) // split
+                partial = num_extra + first_extra.to(gl.int64)
+        entries += begin
+        count = (end - begin).to(gl.int32)
+    sequence_row = gl.load(cu_seqlens_k + sequence)
+    first_segment = sequence
+    end_segment = sequence + 1
+    if not PACKED:
+        first_segment = _lower_bound(seq_ids, num_segments, sequence)
+        end_segment = _lower_bound(seq_ids, num_segments, sequence + 1)
+    end_segment = gl.where(piece > 0, first_segment, end_segment)
+
+    dtype: gl.constexpr = q.dtype.element_ty
+    ROWS_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, D], dtype)
+    KEYS_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], dtype)
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    q_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, D], ROWS_SMEM)
+    do_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, D], ROWS_SMEM)
+    lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], PLAIN)
+    delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], PLAIN)
+    k_smem = gl.allocate_shared_memory(dtype, [2, 64, D], KEYS_SMEM)
+    v_smem = gl.allocate_shared_memory(dtype, [2, 64, D], KEYS_SMEM)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=32 * LOADER_WARPS)
+        mbarrier.init(empty.index(i), count=2)
+    mbarrier.init(kv_full, count=32 * LOADER_WARPS)
+    fence_async_shared()
+
+    pointers = (q, k, v, do, terms, entries)
+    spans = (segment_begin, segment_end, offsets, first_segment, end_segment)
+    smem = (q_smem, do_smem, lse_smem, delta_smem)
+    kv_smem = (k_smem, v_smem)
+    bars = (full, empty, kv_full)
+    ints = (count, kv_head, first_row, chunk_end, first_row - sequence_row, chunk_row - sequence_row + chunk_size,
+            num_rows)
+    outs = (dk, dv, partials, partial, chunk_row, chunk_size)
+    strides = (stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh)
+    scales = (qk_scale, softmax_scale)
+    gl.warp_specialize([
+        (_consumer, (0, spans, smem, kv_smem, bars, ints, outs, scales, HK, G, KS, CUT, STAGES)),
+        (_consumer, (1, spans, smem, kv_smem, bars, ints, outs, scales, HK, G, KS, CUT, STAGES)),
+        (_loader, (pointers, spans, smem, kv_smem, bars, ints, strides, H, G, KS, STAGES)),
+    ], [4, LOADER_WARPS], [CONSUMER_REGS, LOADER_REGS])

@@ -1,0 +1,279 @@
+"""Sparse attention forward on Hopper (Gluon): gathered rows against a selected chunk, into slots.
+
+A program takes a piece of one (chunk, kv head)'s list, 128 rows at a time: 64 for each of two groups of warps. The
+loader gathers the next rows and streams the chunk's keys and values past. While one group is in its softmax, the
+other's products run; within a group the next scores are computed beside the last tile's product with the values.
+"""
+from __future__ import annotations
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ..segments import Routing, Segments
+from . import hopper
+from .hopper_rows import LOADER_WARPS, _chunk_keys, _copy_keys, _copy_rows, _entry_row, _slot
+from .launcher import launch
+from .routing import Tiles
+
+
+def attention_fwd_sparse(q: Tensor, k: Tensor, v: Tensor, routing: Routing, tiles: Tiles, o_slots: Tensor,
+                         lse_slots: Tensor, segments: Segments, qk_scale: float, slots: int, group: tuple[int, int],
+                         options: dict[str, int]) -> None:
+    """Fills the slots of one group of kv heads; arguments as the Triton kernels' launcher."""
+    options = {name: value for name, value in options.items() if name != "SPLIT"}
+    size, num_chunks = segments.chunk_size, segments.num_chunks(k.shape[0])
+    options["BLOCK_N"] = block_n = hopper.key_tile(options, size)
+    heads_per_kv, kv_heads = q.shape[1] // k.shape[1], group[1] - group[0]
+    partial = size % block_n != 0
+    use_tma = not partial and hopper.describable(k) and hopper.describable(v)
+    bound = q.shape[0] * heads_per_kv * kv_heads * slots // tiles.block + num_chunks * kv_heads + 1
+    launch(_hopper_fwd_kernel, (bound,),
+        q,
+        hopper.describe(k, block_n) if use_tma else k,
+        hopper.describe(v, block_n) if use_tma else v,
+        routing.entries,
+        tiles.bucket,
+        tiles.begin,
+        tiles.end,
+        tiles.starts,
+        segments.cu_seqlens_k,
+        o_slots,
+        lse_slots,
+        qk_scale,
+        size,
+        num_chunks,
+        segments.num_sequences,
+        *group,
+        *hopper.strides_of_eight(q, k, v),
+        H=q.shape[1],
+        G=heads_per_kv,
+        KS=slots,
+        D=q.shape[2],
+        USE_TMA=use_tma,
+        PARTIAL=partial,
+        **options,
+    )
+
+
+@gluon.jit
+def _gather(q, q_smem, row_full, buffer, entry0, entry1, kv_head, stride_qt, stride_qh, H: gl.constexpr,
+            G: gl.constexpr, KS: gl.constexpr, ROWS: gl.constexpr):
+    """Starts copies of 128 rows, 64 for each group of warps."""
+    _, token, head = _entry_row(entry0, kv_head, H, G, KS)
+    _copy_rows(q_smem.index(buffer * 2), q, token, head, stride_qt, stride_qh, ROWS)
+    _, token, head = _entry_row(entry1, kv_head, H, G, KS)
+    _copy_rows(q_smem.index(buffer * 2 + 1), q, token, head, stride_qt, stride_qh, ROWS)
+    async_copy.mbarrier_arrive(row_full.index(buffer), increment_count=False)
+
+
+@gluon.jit
+def _load_tile(keys, smem, bars, step, row, end, kv_head, strides, USE_TMA: gl.constexpr, ROWS: gl.constexpr):
+    """Starts the copies of one tile of keys and values as soon as its buffers are free."""
+    k, v = keys
+    q_smem, k_smem, v_smem = smem
+    row_full, row_empty, k_full, v_full, k_empty, v_empty = bars
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh = strides
+    STAGES: gl.constexpr = k_smem.shape[0]
+    stage = step % STAGES
+    phase = ((step // STAGES) & 1) ^ 1
+    mbarrier.wait(k_empty.index(stage), phase)
+    _copy_keys(k, k_smem.index(stage), k_full.index(stage), row, end, kv_head, stride_kt, stride_kh, USE_TMA, ROWS)
+    mbarrier.wait(v_empty.index(stage), phase)
+    _copy_keys(v, v_smem.index(stage), v_full.index(stage), row, end, kv_head, stride_vt, stride_vh, USE_TMA, ROWS)
+    return step + 1
+
+
+@gluon.jit
+def _loader(q, keys, entries, smem, bars, ints, strides, H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr,
+            BUFFERS: gl.constexpr, USE_TMA: gl.constexpr):
+    q_smem, k_smem, v_smem = smem
+    row_full, row_empty, k_full, v_full, k_empty, v_empty = bars
+    count, kv_head, first_key, chunk_size = ints
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh = strides
+    D: gl.constexpr = q_smem.shape[2]
+    BLOCK_N: gl.constexpr = k_smem.shape[1]
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [LOADER_WARPS, 1], [1, 0])
+    lane = gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS))
+    end = first_key + chunk_size
+    entry0 = gl.load(entries + gl.minimum(lane, count - 1))  # the last entry fills up
+    entry1 = gl.load(entries + gl.minimum(64 + lane, count - 1))
+    _gather(q, q_smem, row_full, 0, entry0, entry1, kv_head, stride_qt, stride_qh, H, G, KS, ROWS)
+    step = 0
+    tile = 1
+    for first in range(0, count, 128):
+        entry0 = gl.load(entries + gl.minimum(first + 128 + lane, count - 1))
+        entry1 = gl.load(entries + gl.minimum(first + 192 + lane, count - 1))
+        step = _load_tile(keys, smem, bars, step, first_key, end, kv_head, strides, USE_TMA, ROWS)
+        if first + 128 < count:
+            buffer = tile % BUFFERS
+            mbarrier.wait(row_empty.index(buffer), ((tile // BUFFERS) & 1) ^ 1)
+            _gather(q, q_smem, row_full, buffer, entry0, entry1, kv_head, stride_qt, stride_qh, H, G, KS, ROWS)
+            tile += 1
+        for key in range(BLOCK_N, chunk_size, BLOCK_N):
+            step = _load_tile(keys, smem, bars, step, first_key + key, end, kv_head, strides, USE_TMA, ROWS)
+
+
+@gluon.jit
+def _issue_scores(q, k_smem, k_full, step, zero, USE_TMA: gl.constexpr):
+    """Starts the scores of 64 rows against the tile of a step."""
+    STAGES: gl.constexpr = k_smem.shape[0]
+    stage = step % STAGES
+    mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
+    if not USE_TMA:
+        fence_async_shared()
+    return warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _issue_values(weights, v_smem, v_full, step, acc, USE_TMA: gl.constexpr):
+    """Starts the product of weights with the values of a step's tile."""
+    STAGES: gl.constexpr = v_smem.shape[0]
+    stage = step % STAGES
+    mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
+    if not USE_TMA:
+        fence_async_shared()
+    return warpgroup_mma(weights, v_smem.index(stage), acc, is_async=True)
+
+
+@gluon.jit
+def _keep_chunk(s, key, chunk_size, PARTIAL: gl.constexpr):
+    """Scores of keys ``key .. key + BLOCK_N``, -inf beyond the chunk."""
+    if PARTIAL:
+        index = key + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout))
+        s = gl.where((index < chunk_size)[None, :], s, -float("inf"))
+    return s
+
+
+@gluon.jit
+def _consumer(part: gl.constexpr, entries, outs, smem, bars, ints, qk_scale, H: gl.constexpr, G: gl.constexpr,
+              KS: gl.constexpr, BUFFERS: gl.constexpr, USE_TMA: gl.constexpr, PARTIAL: gl.constexpr):
+    """64 rows of every 128, by one group of four warps."""
+    q_smem, k_smem, v_smem = smem
+    row_full, row_empty, k_full, v_full, k_empty, v_empty = bars
+    o_slots, lse_slots, first_head, group_heads = outs
+    count, kv_head, first_key, chunk_size = ints
+    D: gl.constexpr = q_smem.shape[2]
+    STAGES: gl.constexpr = k_smem.shape[0]
+    BLOCK_N: gl.constexpr = k_smem.shape[1]
+    dtype: gl.constexpr = q_smem.dtype
+    S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    OUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    zero = gl.zeros([64, BLOCK_N], gl.float32, layout=S)
+    at = gl.arange(0, 64, layout=gl.SliceLayout(1, OUT))
+    lane = gl.arange(0, 64, layout=gl.SliceLayout(1, S))
+    cols = gl.arange(0, D, layout=gl.SliceLayout(0, OUT))
+    step = 0
+    tile = 0
+    for first in range(0, count, 128):
+        buffer = tile % BUFFERS
+        o_index = first + part * 64 + at
+        o_entry = gl.load(entries + gl.minimum(o_index, count - 1))
+        lse_index = first + part * 64 + lane
+        lse_entry = gl.load(entries + gl.minimum(lse_index, count - 1))
+        mbarrier.wait(row_full.index(buffer), (tile // BUFFERS) & 1)
+        fence_async_shared()
+        q = q_smem.index(buffer * 2 + part)
+        acc = gl.zeros([64, D], gl.float32, layout=ACC)
+        s = _issue_scores(q, k_smem, k_full, step, zero, USE_TMA)
+        s = warpgroup_mma_wait(0, deps=(s,))
+        mbarrier.arrive(k_empty.index(step % STAGES), count=1)
+        s = _keep_chunk(s, 0, chunk_size, PARTIAL)
+        m = gl.max(s, 1) * qk_scale
+        p = gl.exp2(s * qk_scale - m[:, None])
+        l = gl.sum(p, 1)
+        weights = gl.convert_layout(p.to(dtype), OPERAND)
+        for key in range(BLOCK_N, chunk_size, BLOCK_N):
+            s = _issue_scores(q, k_smem, k_full, step + 1, zero, USE_TMA)
+            acc = _issue_values(weights, v_smem, v_full, step, acc, USE_TMA)
+            s = warpgroup_mma_wait(1, deps=(s,))
+            mbarrier.arrive(k_empty.index((step + 1) % STAGES), count=1)
+            s = _keep_chunk(s, key, chunk_size, PARTIAL)
+            m_new = gl.maximum(m, gl.max(s, 1) * qk_scale)
+            p = gl.exp2(s * qk_scale - m_new[:, None])
+            alpha = gl.exp2(m - m_new)
+            l = l * alpha + gl.sum(p, 1)
+            m = m_new
+            acc, p = warpgroup_mma_wait(0, deps=(acc, p))  # p: the weights are computed before the wait
+            mbarrier.arrive(v_empty.index(step % STAGES), count=1)
+            weights = gl.convert_layout(p.to(dtype), OPERAND)
+            acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, ACC))[:, None]
+            step += 1
+        acc = _issue_values(weights, v_smem, v_full, step, acc, USE_TMA)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(v_empty.index(step % STAGES), count=1)
+        step += 1
+        o = acc * gl.convert_layout(1.0 / l, gl.SliceLayout(1, ACC))[:, None]
+        q.store(o.to(dtype))  # the rows have been used: whole lines are stored from here
+        o_slot = _slot(o_entry, kv_head, first_head, group_heads, H, G, KS)
+        lse_slot = _slot(lse_entry, kv_head, first_head, group_heads, H, G, KS)
+        x = q.load(OUT)
+        mbarrier.arrive(row_empty.index(buffer), count=1)
+        gl.store(o_slots + o_slot[:, None] * D + cols[None, :], x, mask=(o_index < count)[:, None])
+        gl.store(lse_slots + lse_slot, m + gl.log2(l), mask=lse_index < count)
+        tile += 1
+
+
+@gluon.jit(do_not_specialize=["chunk_size", "num_chunks", "num_sequences", "kv_head_begin", "kv_head_end"])
+def _hopper_fwd_kernel(
+    q, k, v, entries, tile_bucket, tile_begin, tile_end, tile_starts, cu_seqlens_k, o_slots, lse_slots,
+    qk_scale, chunk_size, num_chunks, num_sequences, kv_head_begin, kv_head_end,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+    H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, D: gl.constexpr, USE_TMA: gl.constexpr, PARTIAL: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, LOADER_REGS: gl.constexpr,
+    CONSUMER_REGS: gl.constexpr, num_warps: gl.constexpr,
+):
+    """A piece of the list of one (chunk, kv head)."""
+    tile = gl.program_id(0) + gl.load(tile_starts + kv_head_begin * num_chunks)
+    if tile >= gl.load(tile_starts + kv_head_end * num_chunks):
+        return
+    bucket = gl.load(tile_bucket + tile)
+    begin = gl.load(tile_begin + tile)
+    end = gl.load(tile_end + tile)
+    if begin >= end:  # nothing of the list is here; its chunk may even reach beyond the keys
+        return
+    kv_head = bucket // num_chunks
+    first_key, _ = _chunk_keys(cu_seqlens_k, num_sequences, chunk_size, bucket % num_chunks)
+    dtype: gl.constexpr = q.dtype.element_ty
+    ROWS_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], dtype)
+    KEYS_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, D], dtype)
+    KEY_ARRIVALS: gl.constexpr = 1 if USE_TMA else 32 * LOADER_WARPS
+    q_smem = gl.allocate_shared_memory(dtype, [BUFFERS * 2, 64, D], ROWS_SMEM)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], KEYS_SMEM)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], KEYS_SMEM)
+    row_full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
+    row_empty = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=KEY_ARRIVALS)
+        mbarrier.init(v_full.index(i), count=KEY_ARRIVALS)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_empty.index(i), count=2)
+    for i in gl.static_range(BUFFERS):
+        mbarrier.init(row_full.index(i), count=32 * LOADER_WARPS)
+        mbarrier.init(row_empty.index(i), count=2)
+    fence_async_shared()
+    entries += begin
+    smem = (q_smem, k_smem, v_smem)
+    bars = (row_full, row_empty, k_full, v_full, k_empty, v_empty)
+    ints = ((end - begin).to(gl.int32), kv_head, first_key, chunk_size)
+    outs = (o_slots, lse_slots, kv_head_begin * G, (kv_head_end - kv_head_begin) * G)
+    strides = (stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh)
+    keys = (k, v)
+    gl.warp_specialize([
+        (_consumer, (0, entries, outs, smem, bars, ints, qk_scale, H, G, KS, BUFFERS, USE_TMA, PARTIAL)),
+        (_consumer, (1, entries, outs, smem, bars, ints, qk_scale, H, G, KS, BUFFERS, USE_TMA, PARTIAL)),
+        (_loader, (q, keys, entries, smem, bars, ints, strides, H, G, KS, BUFFERS, USE_TMA)),
+    ], [4, LOADER_WARPS], [CONSUMER_REGS, LOADER_REGS])

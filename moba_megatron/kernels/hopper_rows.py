@@ -1,0 +1,67 @@
+"""What the Gluon kernels for Hopper share on the device: rows of lists, gathers, and tiles of keys.
+
+A loader group of warps copies, two groups multiply; they signal each other through barriers in shared memory, a
+``full`` and an ``empty`` one for each buffer. Copies by thread (``cp.async``) arrive with all 128 threads, a copy by
+descriptor (TMA) with its bytes.
+"""
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
+
+from . import jit_helpers
+
+LOADER_WARPS = gl.constexpr(4)
+_find_piece = gluon.jit(jit_helpers._find_piece.fn)
+_piece_items = gluon.jit(jit_helpers._piece_items.fn)
+_chunk_keys = gluon.jit(jit_helpers._chunk_keys.fn)
+
+
+@gluon.jit
+def _entry_row(entry, kv_head, H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr):
+    """Row (token * H + head) of entries, int32; token and head, int64; head is a scalar where it can only be one."""
+    if entry.dtype == gl.int64:
+        row = (entry.to(gl.uint64) // KS).to(gl.uint32)
+    else:
+        row = entry.to(gl.uint32) // KS
+    token = (row // H).to(gl.int32).to(gl.int64)
+    if G == 1:
+        head = kv_head.to(gl.int64)
+    else:
+        head = (row % H).to(gl.int32).to(gl.int64)
+    return row.to(gl.int32), token, head
+
+
+@gluon.jit
+def _slot(entry, kv_head, first_head, group_heads, H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr):
+    """Where a choice's slot is, among the slots of a group of heads."""
+    _, token, head = _entry_row(entry, kv_head, H, G, KS)
+    return (token * group_heads + head - first_head) * KS + (entry % KS).to(gl.int64)
+
+
+@gluon.jit
+def _copy_rows(smem, pointer, token, head, stride_t, stride_h, ROWS: gl.constexpr):
+    """Starts copies of whole rows of tokens and heads; strides in units of eight elements."""
+    cols = gl.arange(0, smem.shape[1], layout=gl.SliceLayout(0, ROWS))
+    rows = pointer + (token * stride_t + head * stride_h) * 8
+    async_copy.async_copy_global_to_shared(smem, rows[:, None] + cols[None, :])
+
+
+@gluon.jit
+def _copy_rows_where(smem, pointer, token, head, stride_t, stride_h, keep, ROWS: gl.constexpr):
+    """As :func:`_copy_rows`, with zeros where not ``keep``."""
+    cols = gl.arange(0, smem.shape[1], layout=gl.SliceLayout(0, ROWS))
+    rows = pointer + (token * stride_t + head * stride_h) * 8
+    async_copy.async_copy_global_to_shared(smem, rows[:, None] + cols[None, :], mask=keep[:, None])
+
+
+@gluon.jit
+def _copy_keys(source, smem, full, row, end, kv_head, stride_t, stride_h, USE_TMA: gl.constexpr, ROWS: gl.constexpr):
+    """Starts the copy of keys ``row .. row + BLOCK_N`` of one head, zeros from ``end`` on; ``full`` hears of it."""
+    BLOCK_N: gl.constexpr = smem.shape[0]
+    if USE_TMA:
+        mbarrier.expect(full, 2 * BLOCK_N * smem.shape[1])
+        tma.async_copy_global_to_shared(source, [row, (kv_head * stride_h * 8).to(gl.int32)], full, smem)
+    else:
+        rows = row + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, ROWS))
+        _copy_rows_where(smem, source, rows.to(gl.int64), kv_head.to(gl.int64), stride_t, stride_h, rows < end, ROWS)
+        async_copy.mbarrier_arrive(full, increment_count=False)

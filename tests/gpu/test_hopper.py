@@ -1,0 +1,168 @@
+"""The Gluon kernels for Hopper: every awkward shape goes through them, what they cannot take to the Triton kernels."""
+import collections
+
+import pytest
+import torch
+
+import comparison
+from gpu import test_attention_bwd, test_attention_fwd, test_op
+from moba_megatron import kernels
+from moba_megatron.kernels import hopper, tuning
+from moba_megatron.kernels.tuning_table import TABLE
+from moba_megatron.segments import Routing
+
+pytestmark = pytest.mark.gpu
+CONFIGS = {stage: row.config for stage, rows in TABLE.items() for row in rows if hopper.chosen(row.config)}
+ALL = {"fwd", "bwd_dq", "bwd_dkv"}
+CASES = {name: case for name, case in test_op.CASES.items()
+         if "dtype" not in case and ("dim" not in case or name.startswith("D 128"))}
+CASES |= {
+    "chunk 192": dict(lengths=[1500], chunk=192, topk=3),
+    "chunk 320, packed, gqa": dict(lengths=[1000, 0, 1, 999], chunk=320, topk=3, heads=6, kv_heads=2),
+    "chunk 1000": dict(lengths=[3500], chunk=1000, topk=3, heads=2, kv_heads=1),
+    "chunk 1024": dict(lengths=[3000, 1100], chunk=1024, topk=2, heads=2, kv_heads=2),
+}
+PARTS = {
+    "chunk 512": dict(lengths=[2500, 900], chunk=512, topk=3, parts=[(0, 500, 700), (1, 3, 890), (0, 1900, 600)]),
+    "chunk 200, gqa": dict(lengths=[1500, 900], chunk=200, topk=4, heads=8, kv_heads=2,
+                           parts=[(1, 700, 200), (0, 0, 300), (0, 1200, 300), (0, 300, 1)]),
+}
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """How often each of the kernels' modules launched; skips where they cannot be used."""
+    q = torch.empty(1, 1, 128, dtype=torch.bfloat16, device="cuda")
+    if hopper.portable(q):
+        pytest.skip("needs a Hopper card and Triton 3.6 or 3.7")
+    count = collections.Counter()
+
+    def counting(name, launch):
+        def run(*args, **constants):
+            count[name] += 1
+            launch(*args, **constants)
+        return run
+
+    for name in ALL:
+        module = hopper.kernel_module(name)
+        monkeypatch.setattr(module, "launch", counting(name, module.launch))
+    return count
+
+
+@pytest.fixture
+def always(launched):
+    """Within the test every chunk size goes to these kernels, with short pieces of lists."""
+    short = {stage: {**config, "SPLIT": 256} for stage, config in CONFIGS.items()}
+    with tuning.forced(configs=short):
+        yield launched
+
+
+def operator_cases():
+    """Every case at D = 128 in bf16; some in fp16 and at D = 64."""
+    for name, case in CASES.items():
+        yield pytest.param({**case, "dim": 128, "dtype": torch.bfloat16}, id=name)
+    for name in ("packed, ragged, empty", "chunk 320, packed, gqa", "D 128, chunk 512"):
+        yield pytest.param({**CASES[name], "dim": 128, "dtype": torch.float16}, id=f"{name}, fp16")
+        yield pytest.param({**CASES[name], "dim": 64, "dtype": torch.bfloat16}, id=f"{name}, D 64")
+
+
+@pytest.mark.parametrize("case", list(operator_cases()))
+def test_operator(case, always):
+    comparison.check_operator(*test_op.make(**case))
+    listed = case["topk"] > 1 and max(case["lengths"]) > case["chunk"]
+    assert set(always) == (ALL if listed else {"bwd_dkv"})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", PARTS.values(), ids=PARTS.keys())
+def test_parts_of_sequences(case, dtype, always):
+    """Queries of a context-parallel rank: several parts of a sequence, in any order."""
+    q, k, v, selected, segments = test_attention_fwd.problem(**case, dtype=dtype)
+    scale = 128 ** -0.5
+    test_attention_fwd.check(kernels.attention_fwd(q, k, v, selected, segments, scale), q, k, v, selected, segments,
+                             scale)
+    test_attention_bwd.check(q, k, v, selected, segments, lse_gradient=True)
+    assert set(always) == ALL
+
+
+@pytest.mark.parametrize("chunk", [100, 512])
+def test_every_query_picks_the_first_chunk(chunk, always):
+    q, k, v, selected, segments = test_attention_fwd.problem([3000], chunk, 4, heads=8, kv_heads=2)
+    selected = test_attention_bwd.to_first_chunk(selected, segments)
+    test_attention_fwd.check(kernels.attention_fwd(q, k, v, selected, segments, 0.1), q, k, v, selected, segments, 0.1)
+    test_attention_bwd.check(q, k, v, selected, segments)
+    assert set(always) == ALL
+
+
+def run(q, k, v, selected, segments, routing=None):
+    """o, lse, dq, dk, dv."""
+    o, lse = kernels.attention_fwd(q, k, v, selected, segments, 0.1, routing)
+    torch.manual_seed(3)
+    do = torch.randn_like(o)
+    return o, lse, *kernels.attention_bwd(do, None, q, k, v, o, lse, selected, segments, 0.1, routing=routing)
+
+
+@pytest.mark.parametrize("chunk", [200, 512])
+def test_nothing_chosen(chunk, launched):
+    """Empty lists: nothing of a chunk is read, and slots of nobody are not added."""
+    q, k, v, selected, segments = test_attention_fwd.problem([1300, 700], chunk, 4)
+    empty = run(q, k, v, torch.full_like(selected, -1), segments)
+    alone = run(q, k, v, selected[:, :, :0], segments)
+    assert set(launched) == ALL
+    for a, b in zip(empty, alone):
+        assert comparison.relative_error(a, b.double()) < 1e-2
+
+
+def test_choices_numbered_in_64_bits(launched):
+    tensors = test_attention_fwd.problem([3000], 512, 4, heads=8, kv_heads=2)
+    q, k, _, selected, segments = tensors
+    narrow = kernels.route(selected, k.shape[1], segments.num_chunks(k.shape[0]))
+    for a, b in zip(run(*tensors, narrow), run(*tensors, Routing(narrow.entries.long(), narrow.starts.long()))):
+        assert torch.equal(a, b)
+    assert set(launched) == ALL
+
+
+@pytest.mark.parametrize("chunk", [200, 512])
+def test_layouts_and_groups_of_heads_give_the_same_bits(chunk, launched, monkeypatch):
+    q, k, v, selected, segments = test_attention_fwd.problem([3000], chunk, 4, heads=8, kv_heads=4)
+    first = run(*(x.contiguous() for x in (q, k, v)), selected, segments)
+    heads_outside = run(*(x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v)), selected, segments)
+    monkeypatch.setenv("MOBA_WORKSPACE_MIB", "4")
+    for other in (run(q, k, v, selected, segments), heads_outside):
+        for a, b in zip(first[:3], other):
+            assert torch.equal(a, b)
+        for a, b in zip(first[3:], other[3:]):  # their lists may be cut elsewhere
+            assert comparison.relative_error(a, b.double()) < 1e-2
+    assert set(launched) == ALL
+
+
+@pytest.mark.parametrize("chunk", [200, 512])
+def test_nan_of_later_keys_stays_there(chunk, always):
+    """A tile of keys may reach beyond its chunk, into keys that its rows must not see."""
+    q, k, v, selected, segments = test_attention_fwd.problem([1150], chunk, 4)
+    k, v = k.clone(), v.clone()
+    k[1024:], v[1024:] = float("nan"), float("nan")
+    o, lse, dq, _, _ = run(q, k, v, selected, segments)
+    assert all(x[:1024].isfinite().all() for x in (o, lse, dq))
+    assert set(always) == ALL
+
+
+@pytest.mark.parametrize("change", ["unaligned", "fp32", "DV 64", "odd strides"])
+def test_what_they_cannot_take(change, launched):
+    shape = dict(lengths=[1500], chunk=512, topk=3, dim_v=64 if change == "DV 64" else None,
+                 dtype=torch.float32 if change == "fp32" else torch.bfloat16)
+    q, k, v, selected, segments = test_attention_fwd.problem(**shape)
+    if change == "unaligned":
+        k = torch.cat((k.new_zeros(1), k.flatten()))[1:].view(k.shape)
+    if change == "odd strides":
+        q = torch.nn.functional.pad(q, (0, 1))[:, :, :-1]
+    o, lse = kernels.attention_fwd(q, k, v, selected, segments, 0.1)
+    test_attention_fwd.check((o, lse), q, k, v, selected, segments, 0.1)
+    kernels.attention_bwd(torch.randn_like(o), None, q, k, v, o, lse, selected, segments, 0.1)
+    assert not launched
+
+
+def test_the_table_chooses_them(launched):
+    q, k, v, do, _, arguments = test_op.make([4000], 512, 3, heads=4, kv_heads=2, dim=128)
+    test_op.gradients(q, k, v, do, arguments)
+    assert set(launched) == ALL
