@@ -14,6 +14,7 @@ CASES = {
     "one sequence": dict(lengths=[131], chunk=16, topk=3),
     "gqa, ragged": dict(lengths=[83, 33], chunk=16, topk=4, heads=6, kv_heads=2),
     "mqa": dict(lengths=[100], chunk=16, topk=3, heads=3, kv_heads=1),
+    "more heads than a program scores": dict(lengths=[65], chunk=16, topk=3, heads=20),
     "empty, one key, less than a chunk": dict(lengths=[0, 1, 15, 60], chunk=16, topk=3),
     "a chunk ended just before": dict(lengths=[65, 17], chunk=16, topk=3),
     "a chunk ends with the query": dict(lengths=[64, 32, 16], chunk=16, topk=3),

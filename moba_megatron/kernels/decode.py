@@ -1,8 +1,8 @@
 """Decoding: one query a sequence over a key/value cache, contiguous or paged; gate, attention to pieces, merge.
 
 Three launches, none of which asks the host anything, so that a step captures into a CUDA graph:
-1. a program for each (sequence, query head): scores of the means, exact top-k; where the query opens a new chunk, the
-   mean of the chunk before it, which its last key has completed;
+1. a program for each (sequence, kv head): its query heads' scores of the means, exact top-k; where the query opens a
+   new chunk, the mean of the chunk before it, which its last key has completed;
 2. a program for each (sequence, kv head, choice of one of its query heads, piece of the chunk). Query heads that share
    a kv head and chose the same chunk are served by the first of them: a chunk is read once, not once a head;
 3. a program for each (sequence, query head): the merge of its pieces.
@@ -24,6 +24,8 @@ from .sizes import cdiv, next_power_of_2
 
 MEAN_LANES = 8
 """Blocks of SUM_BLOCK rows that a program sums side by side for a mean."""
+HEADS_A_GATE = 16
+"""Query heads of one kv head that a program scores against the same means: the fewest that a tensor core takes."""
 INTERPRETER_PROCESSORS = 4
 
 
@@ -70,13 +72,16 @@ def decode_gate(q: Tensor, k_cache: Tensor, means_cache: Tensor, cache_seqlens: 
     selected = torch.empty(batch, num_heads, topk - 1, dtype=torch.int32, device=q.device)
     if selected.numel() == 0:
         return selected
+    num_kv_heads = k_cache.shape[2]
+    group = num_heads // num_kv_heads
     options = tuning.config("decode_gate", q.device, head_dim=head_dim, itemsize=q.element_size())
-    launch(_decode_gate_kernel, (batch * num_heads,),
+    launch(_decode_gate_kernel, (batch * num_kv_heads * cdiv(group, HEADS_A_GATE),),
         q, k_cache, means_cache, selected, cache_seqlens, *_places(cache_seqlens, block_table, cache_starts),
         chunk_size, *q.stride(), *k_cache.stride(), *means_cache.stride()[:3], _table_stride(block_table),
-        H=num_heads, HK=k_cache.shape[2], D=head_dim, KS=topk - 1, BLOCK_KS=next_power_of_2(topk - 1),
-        BLOCK_D=next_power_of_2(head_dim), SUM_BLOCK=SUM_BLOCK, MEAN_LANES=MEAN_LANES,
-        HAS_STARTS=cache_starts is not None, PAGE_SIZE=_page_size(k_cache, block_table), **options)
+        HK=num_kv_heads, G=group, D=head_dim, KS=topk - 1, BLOCK_KS=next_power_of_2(topk - 1), BLOCK_G=HEADS_A_GATE,
+        BLOCK_D=max(16, next_power_of_2(head_dim)), SUM_BLOCK=SUM_BLOCK, MEAN_LANES=MEAN_LANES,
+        PRECISION=_precision(q.dtype), HAS_STARTS=cache_starts is not None,
+        PAGE_SIZE=_page_size(k_cache, block_table), **options)
     return selected
 
 
@@ -116,12 +121,16 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, selected: Tens
         HK=num_kv_heads, G=group, KS=choices, BLOCK_G=max(16, next_power_of_2(group)),
         BLOCK_KS=next_power_of_2(max(1, choices)), D=head_dim, DV=dim_v,
         BLOCK_D=max(16, next_power_of_2(head_dim)), BLOCK_DV=max(16, next_power_of_2(dim_v)),
-        PRECISION="tf32x3" if q.dtype == torch.float32 and not INTERPRETED else "ieee",
+        PRECISION=_precision(q.dtype),
         HAS_STARTS=cache_starts is not None, PAGE_SIZE=_page_size(k_cache, block_table), **options)
     launch(_decode_merge_kernel, (batch * num_heads,),
         selected, o_slots, lse_slots, o, lse, pieces, KS=choices, DV=dim_v, BLOCK_DV=next_power_of_2(dim_v),
         BLOCK_S=min(32, max(2, next_power_of_2(slots))), num_warps=4)
     return o, lse
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return "tf32x3" if dtype == torch.float32 and not INTERPRETED else "ieee"
 
 
 def _pieces(programs: int, chunk_size: int, wanted: int, block_n: int, device: torch.device) -> tuple[int, int]:
@@ -217,63 +226,71 @@ def _sort_keys(score, chunk):
     return tl.where(score > -float("inf"), (bits.to(tl.int64) << 32) | chunk.to(tl.int64), -0x7FFFFFFFFFFFFFFF)
 
 
+@triton.jit
+def _mean_rows(means, first, own, stride_mt, D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Means ``[BLOCK_C, BLOCK_D]`` of the chunks from ``first``; zeros from chunk ``own`` on."""
+    chunk = first + tl.arange(0, BLOCK_C)
+    col = tl.arange(0, BLOCK_D)
+    return tl.load(means + chunk.to(tl.int64)[:, None] * stride_mt + col[None, :],
+                   mask=(chunk < own)[:, None] & (col < D)[None, :], other=0.0)
+
+
 @triton.jit(do_not_specialize=["chunk_size", "stride_table"])
 def _decode_gate_kernel(
     q, k, means, selected, cache_seqlens, block_table, cache_starts, chunk_size,
     stride_qb, stride_qh, stride_qd, stride_kb, stride_kt, stride_kh, stride_kd, stride_mb, stride_mt, stride_mh,
     stride_table,
-    H: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, KS: tl.constexpr, BLOCK_KS: tl.constexpr,
-    BLOCK_D: tl.constexpr, SUM_BLOCK: tl.constexpr, MEAN_LANES: tl.constexpr, HAS_STARTS: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr,
+    HK: tl.constexpr, G: tl.constexpr, D: tl.constexpr, KS: tl.constexpr, BLOCK_KS: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, SUM_BLOCK: tl.constexpr, MEAN_LANES: tl.constexpr,
+    PRECISION: tl.constexpr, HAS_STARTS: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """One query head of one sequence against the means of all earlier chunks, TILES tiles of BLOCK_C at a time."""
-    head = tl.program_id(0) % H
-    sequence = tl.program_id(0) // H
-    kv_head = head // (H // HK)
+    """BLOCK_G query heads of one kv head of one sequence against the means of all earlier chunks, BLOCK_C at a time."""
+    HEAD_BLOCKS: tl.constexpr = (G + BLOCK_G - 1) // BLOCK_G
+    head = tl.program_id(0) % HEAD_BLOCKS * BLOCK_G + tl.arange(0, BLOCK_G)  # among those of the kv head
+    kv_head = tl.program_id(0) // HEAD_BLOCKS % HK
+    sequence = tl.program_id(0) // HEAD_BLOCKS // HK
     position = tl.load(cache_seqlens + sequence) - 1
     own = tl.maximum(position, 0) // chunk_size
     # a chunk whose last key came with the query before this one; with no position before, there is none
     fresh = tl.where((position > 0) & (position == own * chunk_size), own - 1, -1)
     col = tl.arange(0, BLOCK_D)
-    q_row = tl.load(q + sequence.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh + col * stride_qd,
-                    mask=col < D, other=0.0).to(tl.float32)
+    q_rows = tl.load(q + sequence.to(tl.int64) * stride_qb + (kv_head * G + head).to(tl.int64)[:, None] * stride_qh
+                     + (col * stride_qd)[None, :], mask=(head < G)[:, None] & (col < D)[None, :], other=0.0)
     means += sequence.to(tl.int64) * stride_mb + kv_head.to(tl.int64) * stride_mh
-    fresh_mean = tl.zeros([BLOCK_D], tl.float32)
+    fresh_score = tl.zeros([BLOCK_G], tl.float32)
     if fresh >= 0:
         first = fresh * chunk_size
         if HAS_STARTS:
             first += tl.load(cache_starts + sequence)
-        fresh_mean = _chunk_mean(k, block_table, sequence, first, chunk_size, kv_head, stride_kb, stride_kt, stride_kh,
-                                 stride_kd, stride_table, D, BLOCK_D, SUM_BLOCK, MEAN_LANES, PAGE_SIZE)
-        fresh_mean = fresh_mean.to(means.dtype.element_ty).to(tl.float32)
-        tl.store(means + fresh.to(tl.int64) * stride_mt + col, fresh_mean.to(means.dtype.element_ty),
-                 mask=(col < D) & (head % (H // HK) == 0))
+        mean = _chunk_mean(k, block_table, sequence, first, chunk_size, kv_head, stride_kb, stride_kt, stride_kh,
+                           stride_kd, stride_table, D, BLOCK_D, SUM_BLOCK, MEAN_LANES, PAGE_SIZE)
+        mean = mean.to(means.dtype.element_ty)
+        tl.store(means + fresh.to(tl.int64) * stride_mt + col, mean, mask=col < D)
+        fresh_score = tl.sum(q_rows.to(tl.float32) * mean.to(tl.float32)[None, :], 1)
 
     NONE: tl.constexpr = -0x7FFFFFFFFFFFFFFF
-    place = tl.arange(0, BLOCK_KS)
-    best = tl.where(place < KS, NONE, 0x7FFFFFFFFFFFFFFF).to(tl.int64)
-    for first in range(0, own, TILES * BLOCK_C):
-        scores = tl.full([TILES, BLOCK_C], -float("inf"), tl.float32)
-        for tile in tl.range(0, tl.cdiv(tl.minimum(own - first, TILES * BLOCK_C), BLOCK_C), num_stages=3):
-            chunk = first + tile * BLOCK_C + tl.arange(0, BLOCK_C)
-            rows = tl.load(means + chunk.to(tl.int64)[:, None] * stride_mt + col[None, :],
-                           mask=(chunk < own)[:, None] & (col < D)[None, :], other=0.0).to(tl.float32)
-            # another program may be storing this row: it has the same mean, but perhaps not in memory yet
-            rows = tl.where((chunk == fresh)[:, None], fresh_mean[None, :], rows)
-            score = tl.where(chunk < own, tl.sum(rows * q_row[None, :], 1), -float("inf"))
-            scores = tl.where((tl.arange(0, TILES) == tile)[:, None], score[None, :], scores)
-        chunks = first + tl.arange(0, TILES)[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-        keys = tl.reshape(_sort_keys(scores, chunks), [TILES * BLOCK_C])
-        found = tl.max(keys, 0)
-        worst = tl.min(best, 0)
-        while found > worst:  # KS times at most for the first tiles, seldom later
-            at = tl.min(tl.where(best == worst, place, BLOCK_KS), 0)
-            best = tl.where(place == at, found, best)
-            keys = tl.where(keys == found, NONE, keys)
-            found = tl.max(keys, 0)
-            worst = tl.min(best, 0)
+    place = tl.arange(0, BLOCK_KS)[None, :]
+    best = tl.where((place < KS) & (head < G)[:, None], NONE, 0x7FFFFFFFFFFFFFFF).to(tl.int64)  # [BLOCK_G, BLOCK_KS]
+    rows = _mean_rows(means, 0, own, stride_mt, D, BLOCK_C, BLOCK_D)
+    for first in range(0, own, BLOCK_C):
+        chunk = first + tl.arange(0, BLOCK_C)
+        score = tl.dot(q_rows, tl.trans(rows), input_precision=PRECISION)  # [BLOCK_G, BLOCK_C]
+        rows = _mean_rows(means, first + BLOCK_C, own, stride_mt, D, BLOCK_C, BLOCK_D)  # they arrive meanwhile
+        # the fresh mean may not be in memory yet, or come from another program that stores the same
+        score = tl.where((chunk == fresh)[None, :], fresh_score[:, None], score)
+        score = tl.where((chunk < own)[None, :], score, -float("inf"))
+        keys = _sort_keys(score, chunk[None, :])
+        found = tl.max(keys, 1)
+        worst = tl.min(best, 1)
+        while tl.max((found > worst).to(tl.int32), 0) > 0:  # KS times at most for the first block, seldom later
+            at = tl.min(tl.where(best == worst[:, None], place, BLOCK_KS), 1)
+            best = tl.where((place == at[:, None]) & (found > worst)[:, None], found[:, None], best)
+            keys = tl.where(keys == found[:, None], NONE, keys)
+            found = tl.max(keys, 1)
+            worst = tl.min(best, 1)
     chosen = tl.where(best == NONE, -1, best & 0x7FFFFFFF).to(tl.int32)
-    tl.store(selected + (sequence * H + head) * KS + place, chosen, mask=place < KS)
+    row = (sequence * HK + kv_head) * G + head
+    tl.store(selected + row[:, None] * KS + place, chosen, mask=(head < G)[:, None] & (place < KS))
 
 
 @triton.jit
