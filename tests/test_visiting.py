@@ -6,12 +6,14 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from moba_megatron import reference
+from moba_megatron.bench.distributed import Ranks
 from moba_megatron.context_parallel import Sequences, context_parallel_attention, record_waits, selective
 from moba_megatron.context_parallel.visiting import by_chunk, chunk_homes, pieces_are_chunks, ranges
 from moba_megatron.context_parallel.visitors import visitors_bwd, visitors_fwd
 from moba_megatron.context_parallel.ways import FETCH, GATHER, VISIT, RowSizes, cheapest_way, seconds_of_ways
 from moba_megatron.ops import moba_attention
 from moba_megatron.plan.exchange import query_bytes
+from moba_megatron.plan.measure import Job, counted_bytes, make_inputs, measure_way, one_rank
 from moba_megatron.plan.simulate import traffic_of_selection
 from moba_megatron.segments import Segments
 
@@ -99,7 +101,21 @@ def on_rank(rank, size):
                for n, group in zip(SIZES, groups) if rank < n for case in CASES}
     results["ways"] = [cheapest_way(*table_for(size, 4, 8, choices), SIZES_OF_ROWS, groups[-1])
                        for choices in (200, 400000)]
+    results["measured"] = measured_bytes(Ranks(rank, size, torch.device("cpu")))
     return results
+
+
+def measured_bytes(ranks):
+    """What plan.measure says of its two ways to be selective, for a local routing: (sent, counted) by all ranks."""
+    job = Job(tokens=512, chunk_size=16, topk=3, heads=4, kv_heads=2, dim=16, backend="reference")
+    inputs = make_inputs(job, "local", torch.device("cpu"))
+    expected, selected = one_rank(job, inputs)
+    found = {}
+    for name in ("selective, fetch", "selective, visit"):
+        row = measure_way(name, job, inputs, expected, ranks, repeats=1)
+        assert max(row["errors"].values()) < 1e-5
+        found[name] = sum(row["sent_bytes"]), sum(counted_bytes(name, job, selected, ranks.size, 4))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +193,12 @@ def test_seconds_of_the_ways_by_hand():
     row, chunk, work = 512, 2 * 4096 * 512, 60 * 2 * 256 * 4096 * 3.5 / 300e12
     assert visit == pytest.approx(30 * (2 * row + 4 + row + 4) / 1e9 + work)
     assert fetch == gather == pytest.approx(3 * (chunk + 4096 * 1024) / 1e9 + work)  # K, V twice, fp32 sums of dk, dv
+
+
+def test_measured_bytes_are_counted_bytes(results):
+    for result in results:
+        for sent, counted in result["measured"].values():
+            assert sent == counted > 0
 
 
 def test_all_ranks_decide_alike(results):

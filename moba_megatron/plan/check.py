@@ -59,7 +59,8 @@ def sections(folder: Path = RESULTS / "h200") -> list[Section]:
     kernels = load(folder / "kernels.json")["rows"]
     calibration = calibrate(kernels, card, "kernels.json")
     found = [_kernels(kernels, card), _memory(kernels), _end_to_end(card, calibration)]
-    for pattern, readers in (("cp*.json", (_context_parallel, _sent)), ("gpt*.json", (_gpt, _gpt_memory))):
+    for pattern, readers in (("cp*.json", (_context_parallel, _sent)), ("gpt*.json", (_gpt, _gpt_memory)),
+                             ("selective*.json", (_selective_bytes,))):
         results = [load(path) for path in sorted(folder.glob(pattern))]
         sections_of = [read(results, card, calibration) for read in readers] if results else []
         found += [section for section in sections_of if section.rows]
@@ -128,6 +129,13 @@ def _sent(results: list[dict], card: Card, calibration: Calibration) -> Section:
             traffic = p.parts["context"].traffic
             found.append(_row(name, sent / GIB, (traffic.link + traffic.network) / GIB))
     return Section("Bytes that a rank sends in context parallel attention (cp*.json): counted", found, "GiB")
+
+
+def _selective_bytes(results: list[dict], card: Card, calibration: Calibration) -> Section:
+    """Of `plan.measure`: what all ranks sent beside what the selection of one rank tells."""
+    found = [_row(f"{row['routing']}, {row['way']} on {row['ranks']}", sum(row["sent_bytes"]) / GIB,
+                  sum(row["counted_bytes"]) / GIB) for row in _rows(results) if row["counted_bytes"]]
+    return Section("Bytes of the selective exchange (selective*.json): counted on the selection", found, "GiB")
 
 
 def _step(row: dict, card: Card, calibration: Calibration) -> tuple[str, Prediction] | None:
