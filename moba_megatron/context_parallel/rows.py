@@ -180,18 +180,12 @@ def copy_rows(out: Tensor, x: Tensor) -> None:
 
     Slices of heads are strided, and torch copies strided tensors element by element.
     """
-    wide = torch.complex128
-    if all(_lies_in_units(y, wide.itemsize) for y in (out, x)):
-        out, x = out.view(wide), x.view(wide)
+    if not (out.data_ptr() | x.data_ptr()) % 16:
+        try:
+            out, x = out.view(torch.complex128), x.view(torch.complex128)
+        except RuntimeError:  # rows, or the steps between them, are no multiple of 16 bytes: as it is
+            pass
     out.copy_(x)
-
-
-def _lies_in_units(x: Tensor, size: int) -> bool:
-    """Whether rows can be read ``size`` bytes at a time."""
-    if x.numel() == 0 or x.stride(-1) != 1:
-        return False
-    steps = (x.shape[-1], x.storage_offset(), *x.stride()[:-1])
-    return all(step * x.element_size() % size == 0 for step in steps) and x.data_ptr() % size == 0
 
 
 @functools.lru_cache(maxsize=None)
