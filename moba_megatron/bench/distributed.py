@@ -81,6 +81,8 @@ def join(device: str, timeout_s: float = 180) -> Ranks:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if cuda:
         torch.cuda.set_device(local)
+    # else a collective waits until the attention kernel that runs meanwhile has no more programs to start
+    os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s), **alone)
     return Ranks(dist.get_rank(), dist.get_world_size(), torch.device("cuda", local) if cuda else torch.device("cpu"))
