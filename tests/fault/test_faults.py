@@ -50,7 +50,7 @@ def start(run: Path, flags, faults=(), options=()):
                    "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     return torchrun(2, "../tests/fault/faulty_job", *flags, "--save", str(run / "checkpoints"),
                     "--load", str(run / "checkpoints"), "--log-jsonl", str(run / "log.jsonl"),
-                    environment=environment, options=options)
+                    environment=environment, options=options, timeout=500)
 
 
 def curve(run: Path) -> list[tuple]:
