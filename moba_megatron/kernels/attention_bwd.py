@@ -18,7 +18,7 @@ from .attention_bwd_dq import _attention_bwd_dq_kernel, _attention_bwd_dq_own_ke
 from .attention_fwd import _check, _describable, _key_source, tma_available
 from .launcher import launch
 from .routing import Tiles, make_tiles, route
-from .sizes import cdiv, next_power_of_2
+from .sizes import cdiv, head_block, next_power_of_2
 from .workspace import head_groups, workspace_limit
 
 PARTIALS_SHARE = 16
@@ -133,7 +133,7 @@ class _Inputs:
     def constants(self) -> dict[str, int]:
         d, dv = self.q.shape[2], self.v.shape[2]
         return {"H": self.q.shape[1], "G": self.heads_per_kv, "KS": self.slots, "D": d, "DV": dv,
-                "BLOCK_D": next_power_of_2(d), "BLOCK_DV": next_power_of_2(dv),
+                "BLOCK_D": head_block(d), "BLOCK_DV": head_block(dv),
                 "PRECISION": "ieee"}  # fp32: tf32x3 would cost a weight its last three bits
 
     @functools.cached_property
@@ -365,7 +365,7 @@ def _dq_own(x: _Inputs, slots: Tensor | None, dq: Tensor, group: tuple[int, int]
     if use_tma:
         width = x.slots * dim
         slots = TensorDescriptor(slots, [x.q.shape[0], group_heads, width], [group_heads * width, width, 1],
-                                 [options["BLOCK_M"], 1, next_power_of_2(dim)])
+                                 [options["BLOCK_M"], 1, head_block(dim)])
     launch(_attention_bwd_dq_own_kernel, (num_tiles * group_heads,),
         x.q,
         x.k,

@@ -18,7 +18,7 @@ from . import INTERPRETED, hopper, tuning
 from .jit_helpers import _chunk_keys, _query_tile
 from .launcher import launch
 from .routing import Tiles, make_tiles, route
-from .sizes import next_power_of_2
+from .sizes import head_block, next_power_of_2
 from .workspace import head_groups
 
 MAX_HEAD_DIM = 256
@@ -112,7 +112,7 @@ def _key_source(x: Tensor, block_n: int, use_tma: bool) -> Tensor | TensorDescri
     total, heads, dim = x.shape
     stride_head = x.stride(1) if heads > 1 else total * x.stride(0)
     return TensorDescriptor(x, [heads, total, dim], [stride_head, x.stride(0), 1],
-                            [1, block_n, next_power_of_2(dim)])
+                            [1, block_n, head_block(dim)])
 
 
 def _describable(x: Tensor) -> bool:
@@ -171,8 +171,8 @@ def _sparse(q: Tensor, k: Tensor, v: Tensor, routing: Routing, tiles: Tiles, o_s
         KS=slots,
         D=q.shape[2],
         DV=v.shape[2],
-        BLOCK_D=next_power_of_2(q.shape[2]),
-        BLOCK_DV=next_power_of_2(v.shape[2]),
+        BLOCK_D=head_block(q.shape[2]),
+        BLOCK_DV=head_block(v.shape[2]),
         CHUNK=size,
         USE_TMA=use_tma,
         WIDE=_wide(q, o_slots) or routing.entries.dtype == torch.int64,
@@ -193,7 +193,7 @@ def _own_merge(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, o_slots: Tenso
     if use_tma:
         width = slots * v.shape[2]
         o_slots = TensorDescriptor(o_slots, [q.shape[0], group_heads, width], [group_heads * width, width, 1],
-                                   [options["BLOCK_M"], 1, next_power_of_2(v.shape[2])])
+                                   [options["BLOCK_M"], 1, head_block(v.shape[2])])
     launch(_attention_fwd_own_kernel, (num_tiles * group_heads,),
         q,
         k,
@@ -225,8 +225,8 @@ def _own_merge(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, o_slots: Tenso
         BLOCK_KS=next_power_of_2(slots) if slots else 1,
         D=q.shape[2],
         DV=v.shape[2],
-        BLOCK_D=next_power_of_2(q.shape[2]),
-        BLOCK_DV=next_power_of_2(v.shape[2]),
+        BLOCK_D=head_block(q.shape[2]),
+        BLOCK_DV=head_block(v.shape[2]),
         USE_TMA=use_tma,
         PRECISION=_precision(q.dtype),
         **options,

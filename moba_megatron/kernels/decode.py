@@ -20,7 +20,7 @@ from ..segments import SUM_BLOCK
 from . import INTERPRETED, tuning
 from .chunk_means import _mean
 from .launcher import launch
-from .sizes import cdiv, next_power_of_2
+from .sizes import cdiv, head_block, next_power_of_2
 
 MEAN_LANES = 8
 """Blocks of SUM_BLOCK rows that a program sums side by side for a mean."""
@@ -79,7 +79,7 @@ def decode_gate(q: Tensor, k_cache: Tensor, means_cache: Tensor, cache_seqlens: 
         q, k_cache, means_cache, selected, cache_seqlens, *_places(cache_seqlens, block_table, cache_starts),
         chunk_size, *q.stride(), *k_cache.stride(), *means_cache.stride()[:3], _table_stride(block_table),
         HK=num_kv_heads, G=group, D=head_dim, KS=topk - 1, BLOCK_KS=next_power_of_2(topk - 1), BLOCK_G=HEADS_A_GATE,
-        BLOCK_D=max(16, next_power_of_2(head_dim)), SUM_BLOCK=SUM_BLOCK, MEAN_LANES=MEAN_LANES,
+        BLOCK_D=head_block(head_dim), SUM_BLOCK=SUM_BLOCK, MEAN_LANES=MEAN_LANES,
         PRECISION=_precision(q.dtype), HAS_STARTS=cache_starts is not None,
         PAGE_SIZE=_page_size(k_cache, block_table), **options)
     return selected
@@ -120,7 +120,7 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, selected: Tens
         piece_keys, *q.stride(), *k_cache.stride(), *v_cache.stride(), _table_stride(block_table),
         HK=num_kv_heads, G=group, KS=choices, BLOCK_G=max(16, next_power_of_2(group)),
         BLOCK_KS=next_power_of_2(max(1, choices)), D=head_dim, DV=dim_v,
-        BLOCK_D=max(16, next_power_of_2(head_dim)), BLOCK_DV=max(16, next_power_of_2(dim_v)),
+        BLOCK_D=head_block(head_dim), BLOCK_DV=head_block(dim_v),
         PRECISION=_precision(q.dtype),
         HAS_STARTS=cache_starts is not None, PAGE_SIZE=_page_size(k_cache, block_table), **options)
     launch(_decode_merge_kernel, (batch * num_heads,),

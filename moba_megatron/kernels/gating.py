@@ -21,7 +21,7 @@ from ..segments import Segments
 from . import tuning
 from .jit_helpers import _query_tile
 from .launcher import launch
-from .sizes import next_power_of_2
+from .sizes import head_block, next_power_of_2
 
 
 def gate(q: Tensor, means: Tensor, segments: Segments, topk: int) -> Tensor:
@@ -66,7 +66,7 @@ def gate(q: Tensor, means: Tensor, segments: Segments, topk: int) -> Tensor:
         D=head_dim,
         KS=choices,
         BLOCK_KS=next_power_of_2(choices),
-        BLOCK_D=max(16, next_power_of_2(head_dim)),
+        BLOCK_D=head_block(head_dim),
         PRECISION="ieee",
         **options,
     )

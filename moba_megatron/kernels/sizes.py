@@ -10,3 +10,8 @@ def cdiv(x: int, y: int) -> int:
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least n, for n of at least 1."""
     return 1 << (n - 1).bit_length()
+
+
+def head_block(dim: int) -> int:
+    """Columns of a tile that holds rows of a head of this size: a power of two that tensor cores take, 16 at least."""
+    return max(16, next_power_of_2(dim))

@@ -22,6 +22,9 @@ CASES = {
     "chunk 64, two tiles of keys": dict(lengths=[200], chunk=64, topk=3),
     "D 80, DV 96": dict(lengths=[90], chunk=32, topk=2, dim=80, dim_v=96),
     "D 192, DV 128": dict(lengths=[70], chunk=32, topk=2, dim=192, dim_v=128),
+    "D 4, DV 8": dict(lengths=[90], chunk=32, topk=3, dim=4, dim_v=8),
+    "D 8": dict(lengths=[90], chunk=32, topk=3, dim=8),
+    "D 12, DV 4": dict(lengths=[70], chunk=16, topk=2, dim=12, dim_v=4),
     "DV 20": dict(lengths=[70], chunk=32, topk=2, dim_v=20),
     "packed, ragged, empty, short": dict(lengths=[0, 70, 0, 5, 101, 1], chunk=32, topk=3),
     "topk 1": dict(lengths=[70, 33], chunk=32, topk=1),
@@ -73,7 +76,7 @@ def test_against_fp64(case):
     check(*problem(**case))
 
 
-@pytest.mark.parametrize("case", ["chunk 64, two tiles of keys", "odd length", "chunk 48", "D 80, DV 96"])
+@pytest.mark.parametrize("case", ["chunk 64, two tiles of keys", "odd length", "chunk 48", "D 80, DV 96", "D 8"])
 def test_tensor_descriptors(case, monkeypatch):
     """As on Hopper, whose tiles come through descriptors; here in fp16, the dtype that they take."""
     monkeypatch.setattr(stage, "tma_available", lambda device: True)
