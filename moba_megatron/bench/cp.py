@@ -152,5 +152,6 @@ def markdown_of(result: dict) -> str:
     about = result["environment"]
     link = result.get("link_bytes_per_s")
     sent = f" Link: {link / 1e9:.0f} GB/s sent by a rank in a large all-gather." if link else ""
-    return (f"{report.as_markdown(table(result['rows']))}\n\n{LEGEND}{sent}\n\n{environment.line(about)}, "
+    rows, rest = report.measured_and_rest(result["rows"])
+    return (f"{report.as_markdown(table(rows))}\n\n{LEGEND}{sent}{rest}\n\n{environment.line(about)}, "
             f"{about['ranks']} ranks. Made by `{about['command']}`.")

@@ -165,6 +165,7 @@ LEGEND = ("24 layers, 1024 wide, 8 heads of 128, 2 kv groups, SwiGLU 2816, RoPE,
 def markdown_of(result: dict) -> str:
     """The table, what its columns mean, and where it was measured."""
     about = result["environment"]
-    return (f"{report.as_markdown(table(result['rows']))}\n\n{LEGEND}\n\n{environment.line(about)}, Megatron-Core "
-            f"{about['megatron_core']}, Transformer Engine {about['transformer_engine']}, {about['ranks']} ranks. "
-            f"Made by `{about['command']}`.")
+    rows, rest = report.measured_and_rest(result["rows"])
+    return (f"{report.as_markdown(table(rows))}\n\n{LEGEND}{rest}\n\n{environment.line(about)}, Megatron-Core "
+            f"{about['megatron_core']}, Transformer Engine {about['transformer_engine']}, {about['ranks']} "
+            f"rank{'s' * (about['ranks'] > 1)}. Made by `{about['command']}`.")

@@ -146,3 +146,9 @@ def between_markers(text: str, name: str) -> tuple[int, int]:
     if begin < 0 or end < 0:
         raise ValueError(f"the text must have a line {opening.strip()!r} and after it a line {closing!r}")
     return begin + len(opening), end
+
+
+def measured_and_rest(rows: list[dict]) -> tuple[list[dict], str]:
+    """The rows but those that no time was left for, and a sentence that names these."""
+    left = [row["name"] for row in rows if row["status"] == "not run"]
+    return [row for row in rows if row["status"] != "not run"], f" Not run: {', '.join(left)}." if left else ""

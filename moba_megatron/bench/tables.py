@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import comparison, report, training
+from . import comparison, cp, gpt, report, training
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,9 @@ TABLES = {
     "comparison": Table("h200/comparison.json", comparison.markdown),
     "training-speed": Table("h200/training_speed.json", training.speed_markdown),
     "learning": Table("h200/learning.json", training.learning_markdown),
+    "cp-p2": Table("h200/cp-p2.json", cp.markdown_of),
+    "gpt-p1": Table("h200/gpt-p1.json", gpt.markdown_of),
+    "gpt-p2": Table("h200/gpt-p2.json", gpt.markdown_of),
 }
 
 
