@@ -1,6 +1,7 @@
 """MoBACoreAttention's contract with Megatron: layouts, dense layers and steps, inference, refusals. One process."""
 import argparse
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -190,6 +191,19 @@ def test_cp_comm_type_accepted():
         resolve_cp_comm_type("allgather", config, 2)
     with pytest.raises(ValueError, match="one for each layer, got 4 for layer 5"):
         resolve_cp_comm_type("allgather", config, 5)
+
+
+@pytest.mark.parametrize("levels", [None, ["one"], ["one", "two", "three"]])
+def test_hierarchy_needs_two_levels(levels):
+    config = make_config()
+    config.context_parallel_size = 4
+    groups = SimpleNamespace(cp="group", hcp=levels)
+    with pytest.raises(ValueError, match="--hierarchical-context-parallel-sizes must have two sizes .* got "
+                                         f"{len(levels or ())}"):
+        make_core(config=config, cp_comm_type="a2a+all_gather", pg_collection=groups)
+    groups.hcp = ["inner", "outer"]
+    core = make_core(config=config, cp_comm_type="a2a+allgather", pg_collection=groups)
+    assert core.cp_levels == ["inner", "outer"] and core.cp_group == "group"
 
 
 @pytest.mark.parametrize("change, text", [
