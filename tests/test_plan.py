@@ -327,6 +327,7 @@ def test_command_line(capsys, tmp_path):
 @pytest.mark.parametrize("words, message", [
     (["--card", "x"], "--card must be one of"), (["--heads", "30"], "heads must be a multiple"),
     (["--topk", "0"], "topk must be at least 1"), (["--full-attention-layers", "99"], "names layer 99"),
+    (["--check", "--results", "/nowhere"], "must be a folder with kernels.json"),
     (["--gpus", "0"], "gpus must be at least 1"), (["--network", "-1"], "must be positive"),
 ])
 def test_wrong_arguments_are_named(words, message, capsys):

@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from ..bench.report import as_text, save
+from ..bench.report import RESULTS, as_text, save
 from ..config import MoBAConfig
 from . import calibration, cards, check, command, scenarios, simulate
 from .models import MODELS, Model, Run, default_batch, parse_size
@@ -45,6 +45,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--picture", type=Path, metavar="PATH", help="time against sequence length, as .png or .svg")
     p.add_argument("--cards", action="store_true", help="print the card table with its sources, and end")
     p.add_argument("--check", action="store_true", help="predictions beside every stored measurement, and end")
+    p.add_argument("--results", type=Path, metavar="DIR", default=RESULTS / "h200",
+                   help="for --check: a folder of JSON by `bench kernels`, `cp`, `gpt` and `plan.measure` on H200s")
     p.add_argument("--simulate", type=Path, metavar="DIR",
                    help="what context parallelism moves up to 1024 ranks and 10M tokens: JSON and pictures, and end")
     p.add_argument("--trace", type=Path, metavar="FILE.npz", help="a routing trace to simulate as well")
@@ -66,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         print(as_text(cards.as_rows()))
         return 0
     if arguments.check:
-        return _check(arguments.json)
+        return _check(arguments.results, arguments.json)
     if arguments.simulate:
         return _simulate(arguments)
     if arguments.seq is None:
@@ -159,8 +161,11 @@ def as_dict(p: Prediction) -> dict:
             "parts": {name: asdict(part) for name, part in p.parts.items()}}
 
 
-def _check(path: Path | None) -> int:
-    missed, found = 0, check.sections()
+def _check(folder: Path, path: Path | None) -> int:
+    if not (folder / "kernels.json").exists():
+        print(f"error: --results must be a folder with kernels.json, got {folder}", file=sys.stderr)
+        return 2
+    missed, found = 0, check.sections(folder)
     if path:
         about = scenarios.about()
         save(path, {"environment": about, "sections": [{**asdict(s), "median_error": s.median} for s in found]})

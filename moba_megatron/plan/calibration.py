@@ -196,5 +196,5 @@ def leave_one_out(rows: list[dict], card: Card, source: str) -> list[dict]:
 
 
 def median_error(rows: Iterable[dict]) -> float:
-    """Median of the absolute relative errors."""
-    return statistics.median(abs(row["error"]) for row in rows)
+    """Median of the absolute relative errors, 0 of none."""
+    return statistics.median([abs(row["error"]) for row in rows] or [0.0])

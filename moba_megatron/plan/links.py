@@ -89,8 +89,13 @@ def point_to_point(distance: int, sent: float, card: Card) -> Traffic:
     return _traffic(0.0 if outside else sent, sent if outside else 0.0, card)
 
 
+def link_seconds(received: float, card: Card) -> float:
+    """Time of so many bytes over a GPU's link to its machine."""
+    return received / (card.link.value * _LINK_SHARE)
+
+
 def _traffic(link: float, network: float, card: Card) -> Traffic:
     """Both kinds of link work at the same time; what came over the network is handed on inside as well."""
-    inside = (link + network if network else link) / (card.link.value * _LINK_SHARE)
+    inside = link_seconds(link + network, card)
     outside = network / (card.network.value * _LINK_SHARE)
     return Traffic(max(inside, outside) + LATENCY * (2 if network else 1), link, network)

@@ -24,6 +24,9 @@ OPTIMIZER_BYTES = 30
 """Read and written by Adam for a parameter."""
 LOSS_BYTES = 16
 """Read and written for an entry of the logits, forward and backward."""
+HIDDEN_COST = 0.9
+"""What communication beside attention costs it, over its own time on the machine's links: they share multiprocessors
+and memory. Of four all_gather rows of `bench cp` on two H200s (2026-11-22): 0.8 to 1.3."""
 RING_SECONDS = 1.6e-3
 """What p2p adds to a layer's forward, and to its backward, in Transformer Engine on two H200s beside half of one GPU's
 time (a row of ``measured.END_TO_END``)."""
@@ -153,7 +156,7 @@ def _layer(run: Run, layout: Layout, card: Card, calibration: Calibration, dense
     moved = Exchange()
     if layout.comm_type in COMM_TYPES:  # the ring of p2p is part of the time of attention
         moved = exchange(layout.comm_type, local_shape(run, layout), layout.cp, layout.tp, layout.inner, card)
-    context = _hide(moved, forward, backward, again)
+    context = _hide(moved, forward, backward, again, card)
     passes = 4 if again else 3
     device = passes * (matrices + elementwise) + forward * (2 if again else 1) + backward
     waiting = (host[0] + HOST_LAYER) * (2 if again else 1) + host[1] + HOST_LAYER
@@ -190,14 +193,18 @@ def _attention(run: Run, layout: Layout, card: Card, calibration: Calibration,
     return forward * slower, backward * slower, (0.0, 0.0)
 
 
-def _hide(moved: Exchange, forward: float, backward: float, again: bool) -> Part:
-    """Exposed and hidden communication of a layer: what comes while attention runs is exposed where it takes longer."""
+def _hide(moved: Exchange, forward: float, backward: float, again: bool, card: Card) -> Part:
+    """Exposed and hidden communication of a layer.
+
+    What comes while attention runs is exposed where it takes longer, and slows attention down (HIDDEN_COST).
+    """
     passes = [(moved.first, moved.rest, moved.after, forward)] * (2 if again else 1)
     passes.append((moved.backward_first, moved.backward_rest, moved.backward_after, backward))
     part = Part()
     for first, rest, after, compute in passes:
         late = max(0.0, rest.seconds - compute)
-        part += Part(first.seconds + late + after.seconds, rest.seconds - late, first + rest + after)
+        slower = min(rest.seconds - late, HIDDEN_COST * links.link_seconds(rest.link + rest.network, card))
+        part += Part(first.seconds + late + after.seconds + slower, rest.seconds - late - slower, first + rest + after)
     return part
 
 
@@ -224,9 +231,7 @@ def _elementwise_passes(calibration: Calibration) -> float:
     card = find_card("h200")
     model = MODELS["350m"]
     found = []
-    for gpus, seqlen, _, seconds, _ in measured.END_TO_END:
-        if gpus > 1:
-            continue
+    for seqlen, seconds in measured.GPT_FULL:
         run, layout = Run(model, seqlen, 1, 1, MoBAConfig(), attention="full"), Layout(1, 1, 1, 1)
         forward, backward, _ = _attention(run, layout, card, calibration, dense=True)
         matrices = 6 * seqlen * model.matrix_parameters / (card.flops * _matrix_share(run, layout))
