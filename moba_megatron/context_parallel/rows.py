@@ -17,7 +17,7 @@ from torch import Tensor
 from .comm import Pending, all_gather, exchange, exchange_all, reduce_scatter
 
 MAX_RUNS = 4
-"""Runs of a rank that are exchanged in place, one collective each; where there are more, rows are permuted instead."""
+"""Runs of a rank that are exchanged in place, a message each; where there are more, rows are permuted instead."""
 
 
 @dataclass(frozen=True)
