@@ -30,7 +30,7 @@ def describe(device: torch.device) -> dict[str, str | int | None]:
         "python": platform.python_version(),
         "moba_megatron": __version__,
         "commit": commit(),
-        "command": "python -m moba_megatron.bench " + " ".join(sys.argv[1:]),
+        "command": "python -m moba_megatron.bench " + " ".join(map(_without_folder, sys.argv[1:])),
         "when": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
 
@@ -43,12 +43,20 @@ def _cudnn_version() -> int | None:
         return None
 
 
+def _without_folder(argument: str) -> str:
+    """An absolute path means nothing on another machine: its name alone."""
+    return Path(argument).name if argument.startswith("/") else argument
+
+
 def commit() -> str | None:
-    """The commit of this checkout ("+" if files differ from it); MOBA_COMMIT where there is no checkout."""
+    """MOBA_COMMIT where it is set (a copy of the files, without their repository or inside another one), else the
+    commit of this checkout, with "+" if files differ from it."""
+    if os.environ.get("MOBA_COMMIT"):
+        return os.environ["MOBA_COMMIT"]
     here = Path(__file__).parent
     head = _output("git", "-C", str(here), "rev-parse", "--short=12", "HEAD")
     if head is None:
-        return os.environ.get("MOBA_COMMIT")
+        return None
     return head + ("+" if _output("git", "-C", str(here), "status", "--porcelain", "-uno") else "")
 
 
