@@ -10,8 +10,9 @@
 | ``set_iteration`` | for ``MoBAConfig.full_attention_from_step`` |
 
 ZeRO of every stage works unchanged: MoBA has no parameters. ZeRO should shard over *all* ranks, those of a sequence
-included, so ``deepspeed.initialize`` gets neither ``mpu`` nor ``mesh_param``: with them its stages 0 to 2 add gradients
-over the ranks of a sequence while stage 3 averages them (DeepSpeed 0.19.8), and no loss suits both.
+included, so ``deepspeed.initialize`` gets neither ``mpu`` nor ``mesh_param``. With ``mpu`` stages 0 to 2 add gradients
+over the ranks of a sequence and stage 3 averages them, so no loss suits both; with ``mesh_param`` stages 0 to 2 do not
+combine them at all (DeepSpeed 0.19.8).
 """
 from __future__ import annotations
 
@@ -213,8 +214,8 @@ class MoBAAttention(nn.Module):
                                    f"chunk_size {chunk_size}, topk {topk}")
         sequences = Sequences.uniform(length, batch, q.device)
         o = context_parallel_attention(*packed, sequences, chunk_size, topk, parallel.group,
-                                       softmax_scale=self.softmax_scale, deterministic=config.deterministic,
-                                       backend=config.backend)
+                                       head_groups=config.cp_head_groups, softmax_scale=self.softmax_scale,
+                                       deterministic=config.deterministic, backend=config.backend)
         return o.unflatten(0, q.shape[:2])
 
     def extra_repr(self) -> str:
