@@ -252,6 +252,15 @@ def lines(rows: list[dict]) -> list[dict[str, str]]:
     return out
 
 
+def markdown(result: dict) -> str:
+    """The README's table and, below it, what was measured where."""
+    about = result["environment"]
+    rows = [row for row in result["rows"] if row["status"] != "not run"]
+    return (f"{report.as_markdown(lines(rows))}\n\nOne step, bf16, heads of {rows[0]['case']['head_dim']}: in a CUDA "
+            "graph and called one by one; dense is the fastest of torch's kernels; the floor is what must be read, at "
+            f"{BYTES_PER_SECOND / 1e12:g} TB/s. {environment.line(about)}. Made by `{about['command']}`.")
+
+
 def add_decode(subcommands) -> None:
     p = subcommands.add_parser("decode", help="a decoding step over a cache, against torch's dense attention")
     p.add_argument("--rows", nargs="+", metavar="NAME", help="only rows whose name contains one of these")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import comparison, cp, gpt, report, training
+from . import comparison, cp, decode, gpt, report, training
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ TABLES = {
     "kernels": Table(report.README_TABLE, report.markdown_of),
     "comparison": Table("h200/comparison.json", comparison.markdown),
     "training-speed": Table("h200/training_speed.json", training.speed_markdown),
+    "decode": Table("h200/decode.json", decode.markdown),
     "learning": Table("h200/learning.json", training.learning_markdown),
     "cp-p2": Table("h200/cp-p2.json", cp.markdown_of),
     "gpt-p1": Table("h200/gpt-p1.json", gpt.markdown_of),
