@@ -11,7 +11,7 @@ source "$ROOT/launch/model.sh"
 
 NNODES="${NNODES:-${SLURM_NNODES:-}}"
 if [ -z "${MASTER_ADDR:-}" ] && [ -n "${SLURM_JOB_NODELIST:-}" ]; then
-    MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+    MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | awk 'NR == 1')" # reads all: a closed pipe would end the script
 fi
 [ -n "$NNODES" ] || die "NNODES is not set and this is not a Slurm job: NNODES must be the number of machines"
 [ -n "${MASTER_ADDR:-}" ] || die "MASTER_ADDR is not set and this is not a Slurm job:" \
