@@ -11,7 +11,8 @@ source "$ROOT/launch/model.sh"
 
 NNODES="${NNODES:-${SLURM_NNODES:-}}"
 if [ -z "${MASTER_ADDR:-}" ] && [ -n "${SLURM_JOB_NODELIST:-}" ]; then
-    MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | awk 'NR == 1')" # reads all: a closed pipe would end the script
+    # awk reads all of it: head would close the pipe, which may end the script
+    MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | awk 'NR == 1')"
 fi
 [ -n "$NNODES" ] || die "NNODES is not set and this is not a Slurm job: NNODES must be the number of machines"
 [ -n "${MASTER_ADDR:-}" ] || die "MASTER_ADDR is not set and this is not a Slurm job:" \
