@@ -21,7 +21,7 @@ from moba_megatron.plan.calibration import Observation, fit, non_negative, shape
 from moba_megatron.plan.cards import ASSUMED, DERIVED, MEASURED, VENDOR, Figure
 from moba_megatron.plan.command import as_text, flags, torchrun
 from moba_megatron.plan.exchange import LocalShape, exchange, query_bytes, union_share
-from moba_megatron.plan.layout import Layout, candidates, refusals
+from moba_megatron.plan.layout import RECOMPUTE, Layout, candidates, refusals
 from moba_megatron.plan.links import Group, all_gather, all_to_all, point_to_point
 from moba_megatron.plan.memory import estimate
 from moba_megatron.plan.step import local_shape
@@ -175,7 +175,7 @@ def test_memory_by_hand():
     memory = estimate(small, Layout(1, 1, 1, 1))
     n = SMALL.parameters
     assert (memory.weights, memory.gradients, memory.optimizer) == (2 * n, 4 * n, 12 * n)
-    per_token = 2 * (4 * 64 + 12 * 16 + 3 * 128) + 4 * (4 + 8 * 2)
+    per_token = 2 * (4 * 64 + 12 * 16 + 3 * 128 + 6 * 16) + 4 * (4 + 8 * 2)
     assert memory.activations == 4 * 1024 * per_token
     assert estimate(small, Layout(1, 1, 1, 1, recompute="full")).activations == 4 * 1024 * 64 * 2
     assert memory.gathered == 0
@@ -188,6 +188,16 @@ def test_what_splits_memory():
     assert estimate(run(), Layout(1, 1, 4, 16)).weights < one.weights / 2
     assert one.optimizer == pytest.approx(12 / 2 * one.weights / 64)
     assert estimate(run(distributed_optimizer=False), Layout(1, 1, 1, 64)).optimizer == pytest.approx(6 * one.weights)
+
+
+def test_recompute_trades_memory_for_time():
+    none, selective, full = (predicted(Layout(1, 8, 1, 8, "all_gather", recompute=r)) for r in RECOMPUTE)
+    assert none.seconds < selective.seconds < full.seconds
+    assert none.memory.activations > selective.memory.activations > 10 * full.memory.activations
+    forward = selective.parts["attention"].seconds - none.parts["attention"].seconds
+    assert full.parts["attention"].seconds == selective.parts["attention"].seconds
+    assert full.parts["matrices"].seconds == pytest.approx(4 / 3 * none.parts["matrices"].seconds)
+    assert 0 < forward < none.parts["attention"].seconds / 2
 
 
 def test_parts_add_up_and_mfu_is_operations_over_the_peak():
@@ -256,7 +266,7 @@ def test_refusals_say_what_is_wrong(layout, word):
 
 
 @pytest.mark.parametrize("layout", [Layout(2, 16, 2, 1, "a2a+all_gather", 4, "full"),
-                                    Layout(1, 8, 1, 8, "all_gather"), Layout(8, 1, 1, 8)],
+                                    Layout(1, 8, 1, 8, "all_gather", recompute="selective"), Layout(8, 1, 1, 8)],
                          ids=Layout.name)
 def test_printed_commands_are_understood(layout, monkeypatch):
     asked = run(moba=MoBAConfig(4096, 12, "last:3"))

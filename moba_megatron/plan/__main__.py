@@ -9,6 +9,7 @@ from pathlib import Path
 from ..bench.report import RESULTS, as_text, save
 from ..config import MoBAConfig
 from . import calibration, cards, check, command, scenarios, simulate
+from .layout import RECOMPUTE
 from .models import MODELS, Model, Run, default_batch, parse_size
 from .search import plan
 from .step import Prediction
@@ -34,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     for name in ("tp", "cp", "pp", "dp"):
         p.add_argument("--" + name, type=int, metavar="N", help="only layouts with this size")
     p.add_argument("--cp-comm-type", help="only layouts with this")
-    p.add_argument("--recompute", choices=("none", "full"), help="only layouts with this")
+    p.add_argument("--recompute", choices=RECOMPUTE, help="only layouts with this")
     p.add_argument("--network", type=float, metavar="GB/s", help="a GPU's share of the network, one direction")
     p.add_argument("--link", type=float, metavar="GB/s", help="between GPUs of a machine, one direction")
     p.add_argument("--node", type=int, metavar="N", help="GPUs in a machine")

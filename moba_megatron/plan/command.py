@@ -36,8 +36,10 @@ def flags(run: Run, layout: Layout) -> list[str]:
         hierarchical_context_parallel_sizes=_hierarchy(layout),
         use_distributed_optimizer=run.distributed_optimizer, overlap_grad_reduce=run.distributed_optimizer,
         overlap_param_gather=run.distributed_optimizer)
-    if layout.recompute == "full":
-        add(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    if layout.recompute != "none":
+        full = layout.recompute == "full"
+        add(recompute_granularity=layout.recompute, recompute_method="uniform" if full else None,
+            recompute_num_layers=1 if full else None)
     if run.attention == "moba":
         add(attention="moba", moba_chunk_size=run.moba.chunk_size, moba_topk=run.moba.topk)
         if run.moba.full_attention_layers not in ("none", ()):

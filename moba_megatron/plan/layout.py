@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from ..context_parallel import COMM_TYPES
 from .models import Run
 
-RECOMPUTE = ("none", "full")
-"""Recomputing attention alone saves only lse and the selection, so it is not tried."""
+RECOMPUTE = ("none", "selective", "full")
+"""``selective`` recomputes attention alone, which saves its lse and selection; ``full`` whole layers."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Layout:
         tp, cp, pp, dp: tensor (with sequence parallelism), context, pipeline, data.
         comm_type: of context parallelism, ``-`` where cp is 1; ``p2p`` only for Transformer Engine's full attention.
         inner: for ``a2a+all_gather``, ranks that exchange heads.
-        recompute: ``none`` or ``full``.
+        recompute: one of RECOMPUTE.
     """
 
     tp: int

@@ -55,18 +55,21 @@ def rank_parameters(run: Run, layout: Layout) -> float:
 
 
 def layer_activations(model: Model, run: Run, layout: Layout) -> float:
-    """Bytes that one layer keeps for backward, for one micro batch (one sequence).
+    """Bytes that one layer keeps for backward, for one micro batch (one sequence); the mean of sparse and dense layers.
 
-    bf16: the two norms' inputs and outputs, q, k, v, o, both halves of SwiGLU and their product; attention keeps lse in
-    fp32 and, where it is sparse, the selection and its routing, 4 bytes a choice each. Dropout is off.
+    bf16: the two norms' inputs and outputs, q, k, v, o, both halves of SwiGLU and their product. Attention keeps lse in
+    fp32. Where it is sparse it keeps the selection and its routing, 4 bytes a choice each, and v as a view of the fused
+    projection, whose q and k (before rotation) stay alive with it. Dropout is off.
     """
     tokens = run.seqlen / layout.cp / layout.tp  # with sequence parallelism everything is cut by tensor parallelism
     if layout.recompute == "full":
         return tokens * model.hidden * BF16
     heads, kv_heads = model.heads, model.kv_heads
     per_token = BF16 * (4 * model.hidden + (2 * heads + 2 * kv_heads) * model.head_dim + 3 * model.ffn)
+    sparse = 1 - run.dense_layers / model.layers
+    per_token += sparse * BF16 * (heads + kv_heads) * model.head_dim
     if layout.recompute == "none":
-        per_token += heads * (FP32 + 8 * (run.moba.topk - 1))
+        per_token += heads * (FP32 + sparse * 8 * (run.moba.topk - 1))
     return tokens * per_token
 
 
@@ -107,8 +110,10 @@ def estimate(run: Run, layout: Layout) -> Memory:
     in_flight = min(layout.pp, run.batch // layout.dp)
     kept = layer_activations(m, run, layout) * (m.layers / layout.pp) * in_flight
     tokens = run.seqlen / layout.cp
-    # a recomputed layer exists in full while its backward runs
-    recomputed = layer_activations(m, run, layout.with_recompute("none")) if layout.recompute != "none" else 0.0
+    # what is recomputed of a layer exists while its backward runs
+    recomputed = 0.0
+    if layout.recompute != "none":
+        recomputed = layer_activations(m, run, layout.with_recompute("none")) - layer_activations(m, run, layout)
     logits = tokens * m.padded_vocabulary(layout.tp) / layout.tp * LOGIT
     working = max(attention_working(run, layout) + recomputed, logits)
     return Memory(BF16 * parameters, FP32 * parameters, ADAM * parameters / shards, kept, working,

@@ -147,7 +147,7 @@ def _scaled(parts: dict[str, Part], times: float) -> dict[str, Part]:
 
 def _layer(run: Run, layout: Layout, card: Card, calibration: Calibration, dense: bool) -> dict[str, Part]:
     """One layer, one micro batch, forward and backward."""
-    model, again = run.model, layout.recompute == "full"
+    model, again, attention_again = run.model, layout.recompute == "full", layout.recompute != "none"
     tokens = run.seqlen / layout.cp
     matrices = 2 * tokens * model.matrix_parameters / layout.tp / (card.flops * _matrix_share(run, layout))
     elementwise = _elementwise_bytes(run) * _elementwise_passes(calibration) * tokens / layout.tp
@@ -156,14 +156,15 @@ def _layer(run: Run, layout: Layout, card: Card, calibration: Calibration, dense
     moved = Exchange()
     if layout.comm_type in COMM_TYPES:  # the ring of p2p is part of the time of attention
         moved = exchange(layout.comm_type, local_shape(run, layout), layout.cp, layout.tp, layout.inner, card)
-    context = _hide(moved, forward, backward, again, card)
+    context = _hide(moved, forward, backward, attention_again, card)
     passes = 4 if again else 3
-    device = passes * (matrices + elementwise) + forward * (2 if again else 1) + backward
-    waiting = (host[0] + HOST_LAYER) * (2 if again else 1) + host[1] + HOST_LAYER
+    attention = forward * (2 if attention_again else 1) + backward
+    device = passes * (matrices + elementwise) + attention
+    waiting = host[0] * (2 if attention_again else 1) + host[1] + HOST_LAYER * (3 if again else 2)
     tensor = links.all_gather(Group(layout.tp), tokens * model.hidden * BF16 / layout.tp, card)
     return {
         "matrices": Part(matrices * passes), "elementwise": Part(elementwise * passes),
-        "attention": Part(forward * (2 if again else 1) + backward), "context": context,
+        "attention": Part(attention), "context": context,
         # two gathers and two scatters a pass; backward's further two gathers run beside products
         "tensor": Part(tensor.seconds * (12 if again else 8), tensor.seconds * 2, tensor * (14 if again else 10)),
         "host": Part(max(0.0, waiting - device)),
