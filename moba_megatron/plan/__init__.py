@@ -7,7 +7,7 @@ which figures flow (bytes, seconds, operations throughout):
 benchmark's JSON) -> ``attention_cost`` and ``calibration`` (time of MoBA by stage, fitted to this repository's JSON) ->
 ``links`` (time of a collective), ``exchange`` (bytes that context parallelism moves) -> ``layout``, ``memory``,
 ``step`` (one layout's step) -> ``search`` (all layouts) -> ``command`` (torchrun), ``pictures``, ``check``. Beside it
-``routing``, ``simulate``, ``scenarios`` (what context parallelism moves, to 1024 ranks) and ``measure`` (on real ranks).
+``routing``, ``simulate``, ``scenarios`` (what context parallelism moves, to 1024 ranks), ``measure`` (on real ranks).
 """
 from .cards import CARDS, Card, find_card
 from .models import MODELS, Model, Run, parse_size
