@@ -64,6 +64,7 @@ class MoBAConfig:
         cp_head_groups: under context parallelism, groups of kv heads that travel and are computed one after the other;
             more need less memory. None: by size.
 
+        workspace_mib: limit of the Triton kernels' scratch memory, MiB; None for ``MOBA_WORKSPACE_MIB``, else 1024.
         key_conv: taps of the key convolution (arXiv 2511.11571) in MoBA layers, 3 or 5; 0 for none. It has parameters,
             zeros at first, where it changes nothing.
 
@@ -80,6 +81,8 @@ class MoBAConfig:
     backend: str = _flag("auto", "auto, triton or reference")
     cp_head_groups: int | None = _flag(None, "groups of kv heads that context parallelism sends one after the other, "
                                              "to overlap and to save memory; unset: by size")
+    workspace_mib: int | None = _flag(None, "limit of the kernels' scratch memory in MiB; unset: MOBA_WORKSPACE_MIB, "
+                                            "else 1024")
     key_conv: int = _flag(0, "taps of the convolution over keys in MoBA layers, 3 or 5; 0: none")
 
     def __post_init__(self):
@@ -87,8 +90,9 @@ class MoBAConfig:
         _whole("topk", self.topk, 1)
         if self.full_attention_from_step is not None:
             _whole("full_attention_from_step", self.full_attention_from_step, 0)
-        if self.cp_head_groups is not None:
-            _whole("cp_head_groups", self.cp_head_groups, 1)
+        for name in ("cp_head_groups", "workspace_mib"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), 1)
         if _whole("key_conv", self.key_conv, 0) not in KEY_CONV_WIDTHS:
             raise ValueError(f"MoBAConfig.key_conv must be one of {', '.join(map(str, KEY_CONV_WIDTHS))}; got "
                              f"{self.key_conv}")

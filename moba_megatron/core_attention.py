@@ -157,7 +157,7 @@ class MoBACoreAttention(MegatronModule):
                 _observer(self, q, k, segments)
             o = moba_attention(q, k, v, segments, 1 if dense else self.moba_config.topk,
                                softmax_scale=self.softmax_scale, deterministic=self.deterministic,
-                               backend=self.moba_config.backend)
+                               backend=self.moba_config.backend, workspace_mib=self.moba_config.workspace_mib)
         else:
             o = self._context_parallel(query, key, value, packed, dense, group, check)
         return _from_thd(o, query)
@@ -232,7 +232,7 @@ class MoBACoreAttention(MegatronModule):
         return context_parallel_attention(
             q, k, v, sequences, max(1, seqlen) if dense else moba.chunk_size, 1 if dense else moba.topk, levels,
             comm_type=comm_type, head_groups=moba.cp_head_groups, softmax_scale=self.softmax_scale,
-            deterministic=self.deterministic, backend=moba.backend)
+            deterministic=self.deterministic, backend=moba.backend, workspace_mib=moba.workspace_mib)
 
     def extra_repr(self) -> str:
         return f"layer_number={self.layer_number}, " + ("dense" if self.full_attention else self.moba_config.describe())

@@ -136,6 +136,8 @@ WRONG_OPTIONS = {
     "scale bool": (dict(softmax_scale=True), TypeError, "softmax_scale must be a float or None", "True"),
     "backend unknown": (dict(backend="cuda"), ValueError, "backend must be one of auto, triton, reference", "'cuda'"),
     "backend None": (dict(backend=None), ValueError, "backend must be one of", "None"),
+    "workspace text": (dict(workspace_mib="64"), TypeError, "workspace_mib must be a number of MiB or None", "'64'"),
+    "workspace zero": (dict(workspace_mib=0), ValueError, "workspace_mib must be a positive number", "0"),
     "deterministic text": (dict(deterministic="no"), TypeError, "deterministic must be True or False", "'no'"),
     "return_lse number": (dict(return_lse=1), TypeError, "return_lse must be True or False", "1"),
 }
@@ -282,16 +284,16 @@ def operator_arguments(requires_grad=True):
 
 def test_opcheck_forward():
     torch.library.opcheck(torch.ops.moba_megatron.attention_fwd.default,
-                          (*operator_arguments(), 2, 0.3, False, "reference"))
+                          (*operator_arguments(), 2, 0.3, False, "reference", None))
 
 
 @pytest.mark.parametrize("with_dlse", (False, True))
 def test_opcheck_backward(with_dlse):
     q, k, v, *segments = operator_arguments(requires_grad=False)
-    o, lse, *integers = torch.ops.moba_megatron.attention_fwd(q, k, v, *segments, 2, 0.3, False, "reference")
+    o, lse, *integers = torch.ops.moba_megatron.attention_fwd(q, k, v, *segments, 2, 0.3, False, "reference",
+                                                              64.0)
     arguments = (torch.randn_like(o), torch.randn_like(lse) if with_dlse else None, q, k, v, o, lse, *integers,
-                 *segments,
-                 0.3, False, "reference")
+                 *segments, 0.3, False, "reference", 64.0)
     torch.library.opcheck(torch.ops.moba_megatron.attention_bwd.default, arguments)
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from moba_megatron.kernels import launcher
+from moba_megatron.kernels.workspace import workspace_limit
 
 
 class Compiled:
@@ -115,3 +116,13 @@ def test_signatures_are_bounded(monkeypatch):
     for length in range(1, 9):
         call(kernel, torch.zeros(length), BLOCK=16)
         assert len(launcher._records) <= 3
+
+
+def test_the_workspace_is_limited_within_the_block(monkeypatch):
+    monkeypatch.setenv("MOBA_WORKSPACE_MIB", "77")
+    with launcher.repeated(("outer",), workspace_mib=5):
+        assert workspace_limit() == 5 << 20
+        with launcher.repeated(("inner",)):
+            assert workspace_limit() == 77 << 20
+        assert workspace_limit() == 5 << 20
+    assert workspace_limit() == 77 << 20

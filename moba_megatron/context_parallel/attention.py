@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..ops import get_stages
-from ..ops.validation import check_flag, check_scale, check_whole
+from ..ops.validation import check_flag, check_scale, check_whole, check_workspace
 from .gather import Gathered
 from .heads import Exchanged, check_heads
 from .layout import Sequences
@@ -38,7 +38,7 @@ def canonical_comm_type(name: str) -> str:
 def context_parallel_attention(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, chunk_size: int, topk: int,
                                group: Groups, *, comm_type: str = "all_gather", head_groups: int | None = None,
                                softmax_scale: float | None = None, deterministic: bool = False,
-                               backend: str = "auto") -> Tensor:
+                               backend: str = "auto", workspace_mib: float | None = None) -> Tensor:
     """MoBA over sequences whose rows are spread over the ranks of a group, with gradients for q, k and v.
 
     The inputs must fit together on all ranks: check them under :class:`~moba_megatron.context_parallel.Agreement`.
@@ -58,6 +58,7 @@ def context_parallel_attention(q: Tensor, k: Tensor, v: Tensor, sequences: Seque
         softmax_scale: None for ``1/sqrt(D)``.
         deterministic: bitwise reproducible gradients.
         backend: ``auto``, ``triton`` or ``reference``.
+        workspace_mib: limit of the Triton kernels' scratch memory, MiB; None for the environment's.
 
     Returns:
         o ``[T, H, DV]``, what a single rank would compute for these rows.
@@ -66,12 +67,13 @@ def context_parallel_attention(q: Tensor, k: Tensor, v: Tensor, sequences: Seque
         TypeError, ValueError: an argument is of the wrong type or out of range, or heads cannot be dealt out.
     """
     check_flag("deterministic", deterministic)
+    check_workspace(workspace_mib)
     if head_groups is not None:
         check_whole("head_groups", head_groups, 1)
     if sequences.max_seqlen <= topk * chunk_size:  # every earlier chunk is chosen: causal attention, one chunk
         chunk_size, topk = max(chunk_size, sequences.max_seqlen), 1
     method = Method(get_stages(backend, q.device), topk, check_scale(softmax_scale, q.shape[2]), deterministic,
-                    backend == "auto")
+                    backend == "auto", workspace_mib)
     comm_type = canonical_comm_type(comm_type)
     check_groups(group, comm_type, q.shape[1], k.shape[1])
     check_sequences(sequences, comm_type)

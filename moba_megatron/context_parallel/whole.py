@@ -26,6 +26,7 @@ class Method:
         softmax_scale: multiplies the scores.
         deterministic: bitwise reproducible gradients.
         may_be_dense: dense kernels of torch may take over where MoBA is causal attention.
+        workspace_mib: limit of the kernels' scratch memory; None for the environment's.
     """
 
     stages: ModuleType
@@ -33,6 +34,7 @@ class Method:
     softmax_scale: float
     deterministic: bool
     may_be_dense: bool
+    workspace_mib: float | None = None
 
     def earlier(self, segments: Segments) -> int:
         """Earlier chunks that a query can select: no sequence has more than its bound says."""
@@ -77,7 +79,8 @@ class Method:
         s = segments
         options += (s.max_seqlen_q, s.max_seqlen_k, s.chunk_size, s.packed, self.topk, self.softmax_scale,
                     self.deterministic)
-        return repeated(self.stages, options, *tensors, s.cu_seqlens_q, s.cu_seqlens_k, s.seq_ids, s.offsets)
+        return repeated(self.stages, options, *tensors, s.cu_seqlens_q, s.cu_seqlens_k, s.seq_ids, s.offsets,
+                        workspace_mib=self.workspace_mib)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from triton import knobs
 from triton.runtime import driver
 
 from . import INTERPRETED, tuning
-from .workspace import workspace_limit
+from .workspace import give_limit, workspace_limit
 
 MAX_SIGNATURES = 512
 """Beyond this all records are dropped: data whose lengths never repeat must not fill the memory."""
@@ -58,16 +58,19 @@ class repeated:
     Args:
         options: whatever besides the tensors decides the launches; hashable.
         tensors: what the kernels read that was not allocated within the block; None is allowed.
+        workspace_mib: the limit of scratch memory within the block; None for the environment's.
     """
 
-    def __init__(self, options: tuple, *tensors: Tensor | None):
-        self._key = None
+    def __init__(self, options: tuple, *tensors: Tensor | None, workspace_mib: float | None = None):
+        self._workspace_mib, self._key = workspace_mib, None
         if _RECORDING and not tuning.is_forced():
             layouts = (x if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() & 15) for x in tensors)
-            self._key = (driver.active.get_current_device(), workspace_limit(), options, *layouts)
+            limit = workspace_limit() if workspace_mib is None else workspace_mib
+            self._key = (driver.active.get_current_device(), limit, options, *layouts)
 
     def __enter__(self) -> None:
         self._before = getattr(_current, "record", None), getattr(_current, "position", 0)
+        self._limit_before = give_limit(self._workspace_mib)
         if self._key is None:
             return
         if self._key not in _records and len(_records) >= MAX_SIGNATURES:
@@ -76,3 +79,4 @@ class repeated:
 
     def __exit__(self, *error) -> None:
         _current.record, _current.position = self._before
+        give_limit(self._limit_before)

@@ -2,17 +2,30 @@
 from __future__ import annotations
 
 import os
+import threading
 
 DEFAULT_MIB = 1024
 """At 128K tokens, 16 heads of 128, topk 8, bf16: four heads' slots at a time in the forward."""
 
+_given = threading.local()
+
+
+def give_limit(mib: float | None) -> float | None:
+    """Sets this thread's limit in MiB, which comes before the environment's; None for none. Returns the one before."""
+    before = getattr(_given, "mib", None)
+    _given.mib = mib
+    return before
+
 
 def workspace_limit() -> int:
-    """The limit in bytes: MOBA_WORKSPACE_MIB, or 1024 MiB.
+    """The limit in bytes: what :func:`give_limit` set, else MOBA_WORKSPACE_MIB, else 1024 MiB.
 
     Raises:
         ValueError: MOBA_WORKSPACE_MIB is not a positive number.
     """
+    given = getattr(_given, "mib", None)
+    if given is not None:
+        return int(given * (1 << 20))
     text = os.environ.get("MOBA_WORKSPACE_MIB", "")
     if not text:
         return DEFAULT_MIB << 20

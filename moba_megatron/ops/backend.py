@@ -37,12 +37,15 @@ def get_stages(backend: str, device: torch.device) -> ModuleType:
     return _stages(backend, torch.device(device).type)
 
 
-def repeated(stages: ModuleType, options: tuple, *tensors: torch.Tensor | None) -> contextlib.AbstractContextManager:
+def repeated(stages: ModuleType, options: tuple, *tensors: torch.Tensor | None,
+             workspace_mib: float | None = None) -> contextlib.AbstractContextManager:
     """Within the block the kernels may take it that what they launch is decided by the options and the tensors' layout.
 
-    The reference launches nothing.
+    workspace_mib: bounds their scratch memory; None for MOBA_WORKSPACE_MIB. The reference launches nothing.
     """
-    return stages.repeated(options, *tensors) if hasattr(stages, "repeated") else contextlib.nullcontext()
+    if not hasattr(stages, "repeated"):
+        return contextlib.nullcontext()
+    return stages.repeated(options, *tensors, workspace_mib=workspace_mib)
 
 
 @functools.lru_cache(maxsize=None)

@@ -8,12 +8,14 @@ from torch.autograd.function import once_differentiable
 from ..segments import Routing, Segments
 from .backend import check_backend, get_stages, repeated
 from .dense import dense_causal, dense_causal_bwd
-from .validation import check_cu_seqlens, check_flag, check_qkv, check_scale, check_segments, check_whole
+from .validation import (check_cu_seqlens, check_flag, check_qkv, check_scale, check_segments, check_whole,
+                         check_workspace)
 
 
 def moba_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, moba_chunk_size: int,
                      moba_topk: int, *, softmax_scale: float | None = None, deterministic: bool = False,
-                     backend: str = "auto", return_lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+                     backend: str = "auto", return_lse: bool = False,
+                     workspace_mib: float | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """Mixture of Block Attention over packed sequences, causal, with gradients for q, k and v.
 
     For each query and head: softmax over the keys, at or before the query, of its own chunk and of the
@@ -32,6 +34,8 @@ def moba_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
         deterministic: bitwise reproducible gradients.
         backend: ``auto`` (Triton on CUDA, the reference elsewhere), ``triton`` or ``reference``.
         return_lse: also return the log-sum-exp of the attended scores, differentiable.
+        workspace_mib: limit of the Triton kernels' scratch memory, MiB; None for the environment's
+            ``MOBA_WORKSPACE_MIB``, else 1024. Less memory, more passes over fewer heads each.
 
     Returns:
         o ``[T, H, DV]`` in q's dtype; with return_lse also lse ``[T, H]``, natural log, fp32 (fp64 for fp64).
@@ -49,12 +53,12 @@ def moba_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
     check_whole("moba_topk", moba_topk, 1)
     cu_seqlens = check_cu_seqlens(cu_seqlens, max_seqlen, q.shape[0], q.device)
     segments = Segments.from_cu_seqlens(cu_seqlens, max_seqlen, moba_chunk_size)
-    return _attend(q, k, v, segments, moba_topk, softmax_scale, deterministic, backend, return_lse)
+    return _attend(q, k, v, segments, moba_topk, softmax_scale, deterministic, backend, return_lse, workspace_mib)
 
 
 def moba_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, topk: int, *,
                    softmax_scale: float | None = None, deterministic: bool = False, backend: str = "auto",
-                   return_lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+                   return_lse: bool = False, workspace_mib: float | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """MoBA for query segments over packed keys: what :func:`moba_attn_varlen` is made of.
 
     Args:
@@ -63,7 +67,7 @@ def moba_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, topk: in
         v: ``[S, HK, DV]``.
         segments: places the queries among the keys and holds the chunk size.
         topk: chunks a query attends to, its own included.
-        softmax_scale, deterministic, backend, return_lse: as :func:`moba_attn_varlen`.
+        softmax_scale, deterministic, backend, return_lse, workspace_mib: as :func:`moba_attn_varlen`.
 
     Returns:
         o ``[T, H, DV]``; with return_lse also lse ``[T, H]``.
@@ -74,15 +78,17 @@ def moba_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, topk: in
     check_qkv(q, k, v)
     check_whole("topk", topk, 1)
     check_segments(segments, q.shape[0], k.shape[0], q.device)
-    return _attend(q, k, v, segments, topk, softmax_scale, deterministic, backend, return_lse)
+    return _attend(q, k, v, segments, topk, softmax_scale, deterministic, backend, return_lse, workspace_mib)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, topk: int, softmax_scale: float | None,
-            deterministic: bool, backend: str, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+            deterministic: bool, backend: str, return_lse: bool,
+            workspace_mib: float | None) -> Tensor | tuple[Tensor, Tensor]:
     """What the public operators share: the checks of the options, and the custom operator."""
     scale = check_scale(softmax_scale, q.shape[2])
     check_flag("deterministic", deterministic)
     check_flag("return_lse", return_lse)
+    check_workspace(workspace_mib)
     check_backend(backend)
     chunk_size = segments.chunk_size
     if segments.max_seqlen_k <= topk * chunk_size:  # every earlier chunk is chosen: causal attention, one chunk
@@ -90,7 +96,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, topk: int, soft
     attend = _Attention.apply if _is_plain_eager(q, k, v) else _forward
     o, lse, *_ = attend(q, k, v, segments.cu_seqlens_q, segments.cu_seqlens_k, segments.seq_ids, segments.offsets,
                         segments.max_seqlen_q, segments.max_seqlen_k, chunk_size, segments.packed, topk, scale,
-                        deterministic, backend)
+                        deterministic, backend, workspace_mib)
     return (o, lse) if return_lse else o
 
 
@@ -121,7 +127,7 @@ def _is_plain_eager(*tensors: Tensor) -> bool:
 
 def _attention_fwd(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, seq_ids: Tensor,
                    offsets: Tensor, max_seqlen_q: int, max_seqlen_k: int, chunk_size: int, packed: bool, topk: int,
-                   softmax_scale: float, deterministic: bool, backend: str
+                   softmax_scale: float, deterministic: bool, backend: str, workspace_mib: float | None
                    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, lse, and the integers that backward wants: the selection, and its routing's entries and starts."""
     stages = get_stages(backend, q.device)
@@ -129,7 +135,8 @@ def _attention_fwd(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seq
     earlier = min(topk - 1, max(0, (max_seqlen_k - 1) // chunk_size))  # no query has more earlier chunks than this
     if earlier:
         options = ("forward", max_seqlen_q, max_seqlen_k, chunk_size, packed, earlier, softmax_scale, deterministic)
-        with repeated(stages, options, q, k, v, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets):
+        with repeated(stages, options, q, k, v, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets,
+                      workspace_mib=workspace_mib):
             selected = stages.gate(q, stages.chunk_means(k, segments), segments, earlier + 1)
             routing = stages.route(selected, k.shape[1], segments.num_chunks(k.shape[0]))
             o, lse = stages.attention_fwd(q, k, v, selected, segments, softmax_scale, routing)
@@ -153,7 +160,7 @@ _forward = torch.library.custom_op("moba_megatron::attention_fwd", _attention_fw
 
 @_forward.register_fake
 def _(q, k, v, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_seqlen_k, chunk_size, packed, topk,
-      softmax_scale, deterministic, backend):
+      softmax_scale, deterministic, backend, workspace_mib):
     earlier = min(topk - 1, max(0, (max_seqlen_k - 1) // chunk_size))
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     choices = q.shape[0] * q.shape[1] * earlier
@@ -167,8 +174,8 @@ def _(q, k, v, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_s
 def _attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
                    selected: Tensor, entries: Tensor, starts: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
                    seq_ids: Tensor, offsets: Tensor, max_seqlen_q: int, max_seqlen_k: int, chunk_size: int,
-                   packed: bool, softmax_scale: float, deterministic: bool, backend: str
-                   ) -> tuple[Tensor, Tensor, Tensor]:
+                   packed: bool, softmax_scale: float, deterministic: bool, backend: str,
+                   workspace_mib: float | None) -> tuple[Tensor, Tensor, Tensor]:
     if selected.shape[2] == 0 and _may_be_dense(backend, packed, max_seqlen_k, chunk_size):
         dense = dense_causal_bwd(do, dlse, q, k, v, o, lse, cu_seqlens_k, max_seqlen_k, softmax_scale,
                                  deterministic=deterministic)
@@ -179,7 +186,7 @@ def _attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Ten
     stages = get_stages(backend, q.device)
     options = ("backward", max_seqlen_q, max_seqlen_k, chunk_size, packed, softmax_scale, deterministic)
     with repeated(stages, options, do, dlse, q, k, v, o, lse, selected, entries, starts, cu_seqlens_q, cu_seqlens_k,
-                  seq_ids, offsets):
+                  seq_ids, offsets, workspace_mib=workspace_mib):
         return stages.attention_bwd(do, dlse, q, k, v, o, lse, selected, segments, softmax_scale,
                                     deterministic=deterministic, routing=routing)
 
@@ -194,10 +201,11 @@ def _(do, dlse, q, k, v, o, lse, selected, *_):
 
 def _setup_context(ctx, inputs, output):
     (q, k, v, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_seqlen_k, chunk_size, packed, _,
-     softmax_scale, deterministic, backend) = inputs
+     softmax_scale, deterministic, backend, workspace_mib) = inputs
     o, lse, *integers = output
     ctx.save_for_backward(q, k, v, o, lse, *integers, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets)
-    ctx.constants = (max_seqlen_q, max_seqlen_k, chunk_size, packed, softmax_scale, deterministic, backend)
+    ctx.constants = (max_seqlen_q, max_seqlen_k, chunk_size, packed, softmax_scale, deterministic, backend,
+                     workspace_mib)
     ctx.mark_non_differentiable(*integers)
     ctx.set_materialize_grads(False)
 
@@ -206,7 +214,7 @@ def _gradients(backward, ctx, do, dlse):
     q, k, v, o, lse, *integers = ctx.saved_tensors
     if do is None:
         do = torch.zeros_like(o)
-    return (*backward(do, dlse, q, k, v, o, lse, *integers, *ctx.constants), *(None,) * 12)
+    return (*backward(do, dlse, q, k, v, o, lse, *integers, *ctx.constants), *(None,) * 13)
 
 
 _forward.register_autograd(lambda ctx, do, dlse, *_: _gradients(_backward, ctx, do, dlse),

@@ -72,6 +72,16 @@ def check_flag(name: str, value: bool) -> bool:
     return value
 
 
+def check_workspace(workspace_mib: float | None) -> None:
+    """A positive number of MiB, or None."""
+    if workspace_mib is None:
+        return
+    if isinstance(workspace_mib, bool) or not isinstance(workspace_mib, (int, float)):
+        raise TypeError(f"workspace_mib must be a number of MiB or None, got {workspace_mib!r}")
+    if not 0 < workspace_mib < 2 ** 40:
+        raise ValueError(f"workspace_mib must be a positive number of MiB, got {workspace_mib}")
+
+
 def check_cu_seqlens(cu_seqlens: Tensor, max_seqlen: int, total: int, device: torch.device,
                      name: str = "cu_seqlens", max_name: str = "max_seqlen") -> Tensor:
     """Cumulative lengths ``[B + 1]`` of ``total`` packed tokens; returns them as int32.

@@ -1,4 +1,5 @@
 """The public operator on interpreted kernels: against fp64, and its gradient against finite differences."""
+import importlib
 import mmap
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 
 import comparison
 from moba_megatron import moba_attn_varlen
+from moba_megatron.kernels.workspace import head_groups
 
 CASES = {
     "one sequence, gqa": dict(lengths=[150], chunk=32, topk=3, heads=4, kv_heads=2),
@@ -91,3 +93,19 @@ def test_rows_further_apart_than_32_bits_reach():
         results.append((o, *torch.autograd.grad(o, leaves, upstream)))
     for near, distant in zip(*results):
         assert torch.equal(near, distant)
+
+
+def test_the_workspace_argument_bounds_the_heads_of_a_pass(monkeypatch):
+    q, k, v, do, _, arguments = make([100], chunk=32, topk=2, heads=4, kv_heads=4)
+    groups = []
+    for name in ("attention_fwd", "attention_bwd"):
+        module = importlib.import_module(f"moba_megatron.kernels.{name}")
+        monkeypatch.setattr(module, "head_groups", lambda *args: groups.append(head_groups(*args)) or groups[-1])
+    results = []
+    for workspace_mib in (None, 0.001):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        o = moba_attn_varlen(*leaves, *arguments, backend="triton", workspace_mib=workspace_mib)
+        results.append([o, *torch.autograd.grad(o, leaves, do)])
+    assert [len(g) for g in groups] == [1, 1, 4, 4]
+    for a, b in zip(*results):
+        assert torch.equal(a, b)
