@@ -102,7 +102,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, topk: int, soft
 
 def causal_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *,
                        softmax_scale: float | None = None, deterministic: bool = False, backend: str = "auto",
-                       return_lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+                       return_lse: bool = False, workspace_mib: float | None = None
+                       ) -> Tensor | tuple[Tensor, Tensor]:
     """Dense causal attention over packed sequences: MoBA with one chunk as long as the longest sequence.
 
     On CUDA ``backend="auto"`` takes cuDNN or flash attention where they fit (``ops/dense.py``), as it does wherever
@@ -112,7 +113,8 @@ def causal_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_
     """
     check_whole("max_seqlen", max_seqlen, 0)
     return moba_attn_varlen(q, k, v, cu_seqlens, max_seqlen, max(1, max_seqlen), 1, softmax_scale=softmax_scale,
-                            deterministic=deterministic, backend=backend, return_lse=return_lse)
+                            deterministic=deterministic, backend=backend, return_lse=return_lse,
+                            workspace_mib=workspace_mib)
 
 
 def _is_plain_eager(*tensors: Tensor) -> bool:
