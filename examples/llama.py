@@ -40,13 +40,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--seconds", type=float, default=60, help="training stops after so many seconds (60)")
     p.add_argument("--steps", type=int, default=10 ** 6, help="or after so many steps")
     p.add_argument("--seq-length", type=int, default=512, help="bytes of a training sequence at most (512)")
-    p.add_argument("--batch-tokens", type=int, help="bytes of a step (2048 on the CPU, 65536 on CUDA)")
+    p.add_argument("--batch-tokens", type=int, help="bytes of a step (1024 on the CPU, 65536 on CUDA)")
     p.add_argument("--seed", type=int, default=0)
     arguments = p.parse_args(argv)
     sizes = (4096, 12) if arguments.model else (64, 3)  # what the paper's models use, and what fits small ones
     arguments.moba_chunk_size = arguments.moba_chunk_size or sizes[0]
     arguments.moba_topk = arguments.moba_topk or sizes[1]
-    arguments.batch_tokens = arguments.batch_tokens or (65536 if arguments.device.startswith("cuda") else 2048)
+    arguments.batch_tokens = arguments.batch_tokens or (65536 if arguments.device.startswith("cuda") else 1024)
     return arguments
 
 
@@ -120,12 +120,12 @@ def train(arguments: argparse.Namespace) -> LlamaForCausalLM:
     return model
 
 
-def generate(model, ids: list[int], arguments: argparse.Namespace) -> list[int]:
-    """The prompt's tokens and the greedy ones behind them."""
+def generate(model, ids: list[int], arguments: argparse.Namespace, **sampling) -> list[int]:
+    """The prompt's tokens and those behind them: the likeliest, or drawn with these arguments of Transformers."""
     model.eval()
     ids = torch.tensor([ids], device=model.device)
     tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=arguments.max_new_tokens,
-                            do_sample=False)
+                            **(sampling or {"do_sample": False}))
     return tokens[0].tolist()
 
 
@@ -135,7 +135,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.model is None:
         model = train(arguments)
         prompt = "class Stack:\n    def __init__(self" if arguments.prompt is None else arguments.prompt
-        print(bytes(generate(model, list(prompt.encode()), arguments)).decode(errors="replace"))
+        # what a minute teaches repeats itself where always the likeliest byte is taken
+        text = generate(model, list(prompt.encode()), arguments, do_sample=True, temperature=0.7, top_k=0)
+        print(bytes(text).decode(errors="replace"))
         return 0
     dtype = torch.bfloat16 if arguments.device.startswith("cuda") else torch.float32
     model = AutoModelForCausalLM.from_pretrained(arguments.model, attn_implementation=arguments.attn).to(
