@@ -70,8 +70,7 @@ def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tens
     groups = head_groups(x.kv_heads, slot_bytes)
     together = groups[0][1] - groups[0][0]
     # one tile holds the chunk: its program writes the slots of dq too, and traffic is what it saves
-    options = x.config("attention_bwd_dkv")
-    fused = segments.chunk_size <= options["BLOCK_N"] and not hopper.chosen(options)
+    fused = segments.chunk_size <= x.config("attention_bwd_dkv")["BLOCK_N"]
     cuts = _cuts(x, routing, together if fused else x.kv_heads)
     partials = torch.empty(cuts.partial_floats, dtype=torch.float32, device=q.device)
     if not fused:
@@ -243,7 +242,7 @@ def _dkv(x: _Inputs, routing: Routing | None, dk: Tensor, dv: Tensor, slots: Ten
     """Writes dk and dv of one group of kv heads, and with ``slots`` the slots of their dq."""
     options = x.config("attention_bwd_dkv")
     if hopper.chosen(options):
-        hopper.kernel_module("bwd_dkv").dkv(x, routing, dk, dv, cuts, partials, group,
+        hopper.kernel_module("bwd_dkv").dkv(x, routing, dk, dv, slots, cuts, partials, group,
                                             _segments_by_sequence(x.segments), options)
         _dkv_sum(x, routing, dk, dv, cuts, partials, group)
         return

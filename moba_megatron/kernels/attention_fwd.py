@@ -91,7 +91,7 @@ def _check(q: Tensor, v: Tensor, selected: Tensor, segments: Segments) -> None:
 def _sparse_config(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, choices: int) -> dict[str, int]:
     """The sparse pass's configuration, with SPLIT (rows a program) and RESIDENT (a chunk's keys fit one tile)."""
     options = tuning.config("attention_fwd", q.device, head_dim=max(q.shape[2], v.shape[2]), chunk_size=chunk_size,
-                            itemsize=q.element_size(), portable=hopper.portable(q, k, v))
+                            ragged=chunk_size % 64, itemsize=q.element_size(), portable=hopper.portable(q, k, v))
     if hopper.chosen(options):
         return {**options, "SPLIT": hopper.rows_per_program(options, choices)}
     options["RESIDENT"] = options["BLOCK_N"] >= chunk_size

@@ -2,7 +2,8 @@
 
 A program owns 128 keys of one (chunk, kv head), 64 for each of two groups of warps. The loader gathers the rows of the
 chunk's list, then those whose own chunk it is; long lists are cut as in ``attention_bwd_dkdv.py``. While one group
-computes weights, the other's products run.
+computes weights, the other's products run. Where the keys are the whole chunk, the groups hand each other their halves
+of ds through shared memory and write the slots of dq of every other block of rows.
 """
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..segments import Routing
 from . import attention_bwd_dkdv, hopper
-from .hopper_rows import LOADER_WARPS, _copy_rows, _copy_rows_where, _entry_row, _find_piece, _piece_items
+from .hopper_rows import LOADER_WARPS, _copy_rows, _copy_rows_where, _entry_row, _find_piece, _piece_items, _slot
 from .launcher import launch
 from .sizes import cdiv
 
@@ -28,9 +29,9 @@ _extra_piece = gluon.jit(attention_bwd_dkdv._extra_piece.fn)
 _lower_bound = gluon.jit(attention_bwd_dkdv._lower_bound.fn)
 
 
-def dkv(x, routing: Routing | None, dk: Tensor, dv: Tensor, cuts, partials: Tensor | None, group: tuple[int, int],
-        by_sequence: tuple[Tensor, ...], options: dict[str, int]) -> None:
-    """Writes dk and dv of one group of kv heads, or partials of cut lists.
+def dkv(x, routing: Routing | None, dk: Tensor, dv: Tensor, slots: Tensor | None, cuts, partials: Tensor | None,
+        group: tuple[int, int], by_sequence: tuple[Tensor, ...], options: dict[str, int]) -> None:
+    """Writes dk and dv of one group of kv heads, or partials of cut lists, and with ``slots`` the slots of their dq.
 
     Args:
         x, cuts: attention_bwd's inputs, and how it cuts the lists.
@@ -55,6 +56,7 @@ def dkv(x, routing: Routing | None, dk: Tensor, dv: Tensor, cuts, partials: Tens
         dk,
         dv,
         x.terms if partials is None else partials,
+        x.q if slots is None else slots,
         *x.scales,
         x.q.shape[0] * x.q.shape[1],
         size,
@@ -72,6 +74,8 @@ def dkv(x, routing: Routing | None, dk: Tensor, dv: Tensor, cuts, partials: Tens
         KS=x.slots,
         D=x.q.shape[2],
         PACKED=x.segments.packed,
+        HAS_SLOTS=slots is not None,
+        PARTIAL=size % KEYS.value != 0,
         **options,
     )
 
@@ -156,9 +160,12 @@ def _loader(pointers, spans, smem, kv_smem, bars, ints, strides, H: gl.constexpr
 
 
 @gluon.jit
-def _add_rows(k, v, smem, full, empty, step, dk, dv, qk_scale, key_position, query_position, CAUSAL: gl.constexpr,
-              STAGES: gl.constexpr):
-    """Adds one block of rows to dk and dv ``[64, D]``, and frees its buffers."""
+def _add_rows(k, v, smem, full, empty, step, dk, dv, qk_scale, key_position, query_position, key_end, ds_half,
+              CAUSAL: gl.constexpr, STAGES: gl.constexpr):
+    """Adds one block of rows to dk and dv ``[64, D]``, and frees its buffers; leaves ds in ``ds_half``, if given.
+
+    Keys from ``key_end`` on, if given, get no weight: zeros add nothing, unless their weight overflows.
+    """
     q_smem, do_smem, lse_smem, delta_smem = smem
     BLOCK_M: gl.constexpr = q_smem.shape[1]
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16])
@@ -176,19 +183,46 @@ def _add_rows(k, v, smem, full, empty, step, dk, dv, qk_scale, key_position, que
     p = gl.exp2(s * qk_scale - lse[None, :])
     if CAUSAL:
         p = gl.where(key_position[:, None] <= query_position[None, :], p, 0.0)
+    if key_end is not None:
+        p = gl.where((key_position < key_end)[:, None], p, 0.0)
     dv = warpgroup_mma(gl.convert_layout(p.to(do.dtype), OPERAND), do, dv, is_async=True)
     dp = warpgroup_mma_wait(1, deps=(dp,))
     delta = delta_smem.index(stage).load(gl.SliceLayout(0, S))
-    ds = gl.convert_layout((p * (dp - delta[None, :])).to(q.dtype), OPERAND)
-    dk = warpgroup_mma(ds, q, dk, is_async=True)
+    ds = (p * (dp - delta[None, :])).to(q.dtype)
+    if ds_half is not None:
+        ds_half.store(ds)
+        fence_async_shared()
+    dk = warpgroup_mma(gl.convert_layout(ds, OPERAND), q, dk, is_async=True)
     dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
     mbarrier.arrive(empty.index(stage), count=1)
     return dk, dv
 
 
 @gluon.jit
-def _consumer(part: gl.constexpr, spans, smem, kv_smem, bars, ints, outs, scales, HK: gl.constexpr, G: gl.constexpr,
-              KS: gl.constexpr, CUT: gl.constexpr, STAGES: gl.constexpr):
+def _write_slots(k_smem, ds_smem, out_smem, turn, entries, first, count, places, softmax_scale, kv_head,
+                 H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr):
+    """dq of one block of rows against both halves of the keys, into the rows' slots."""
+    slots, first_head, group_heads = places
+    BLOCK_M: gl.constexpr = out_smem.shape[0]
+    D: gl.constexpr = out_smem.shape[1]
+    ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    OUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    index = first + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, OUT))
+    cols = gl.arange(0, D, layout=gl.SliceLayout(0, OUT))
+    entry = gl.load(entries + gl.minimum(index, count - 1))
+    dq = gl.zeros([BLOCK_M, D], gl.float32, layout=ACC)
+    dq = warpgroup_mma(ds_smem.index(turn * 2).permute((1, 0)), k_smem.index(0), dq, use_acc=False, is_async=True)
+    dq = warpgroup_mma(ds_smem.index(turn * 2 + 1).permute((1, 0)), k_smem.index(1), dq, is_async=True)
+    dq = warpgroup_mma_wait(0, deps=(dq,))
+    out_smem.store((dq * softmax_scale).to(out_smem.dtype))  # whole lines are stored from here
+    slot = _slot(entry, kv_head, first_head, group_heads, H, G, KS)
+    gl.store(slots + slot[:, None] * D + cols[None, :], out_smem.load(OUT), mask=(index < count)[:, None])
+
+
+@gluon.jit
+def _consumer(part: gl.constexpr, spans, smem, kv_smem, dq_smem, bars, ints, outs, dq_outs, scales, H: gl.constexpr,
+              HK: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, CUT: gl.constexpr, HAS_SLOTS: gl.constexpr,
+              PARTIAL: gl.constexpr, STAGES: gl.constexpr):
     """64 of the 128 keys, by one group of four warps."""
     segment_begin, segment_end, offsets, first_segment, end_segment = spans
     q_smem, do_smem, lse_smem, delta_smem = smem
@@ -210,15 +244,32 @@ def _consumer(part: gl.constexpr, spans, smem, kv_smem, bars, ints, outs, scales
     mbarrier.wait(kv_full, 0)
     fence_async_shared()
     step = 0
-    if KS > 0:
+    if HAS_SLOTS:
+        entries, places = dq_outs
+        ds_smem, out_smem, ds_full, ds_empty = dq_smem
         for first in range(0, count, BLOCK_M):
-            dk, dv = _add_rows(k, v, smem, full, empty, step, dk, dv, qk_scale, key_position, lane, False, STAGES)
+            turn = step & 1
+            phase = (step >> 1) & 1
+            mbarrier.wait(ds_empty.index(turn), phase ^ 1)
+            dk, dv = _add_rows(k, v, smem, full, empty, step, dk, dv, qk_scale, key_position, lane,
+                               chunk_end_position if PARTIAL else None, ds_smem.index(turn * 2 + part), False, STAGES)
+            mbarrier.arrive(ds_full.index(turn), count=1)
+            if turn == part:
+                mbarrier.wait(ds_full.index(turn), phase)
+                _write_slots(k_smem, ds_smem, out_smem.index(part), turn, entries, first, count, places, softmax_scale,
+                             kv_head, H, G, KS)
+                mbarrier.arrive(ds_empty.index(turn), count=1)
+            step += 1
+    elif KS > 0:
+        for first in range(0, count, BLOCK_M):
+            dk, dv = _add_rows(k, v, smem, full, empty, step, dk, dv, qk_scale, key_position, lane, None, None, False,
+                               STAGES)
             step += 1
     for segment in range(first_segment, end_segment):
         _, low, _, blocks = _own_rows(spans, segment, first_position, chunk_end_position, BLOCK_M)
         for i in range(0, blocks * G):
             dk, dv = _add_rows(k, v, smem, full, empty, step, dk, dv, qk_scale, key_position,
-                               low + i % blocks * BLOCK_M + lane, True, STAGES)
+                               low + i % blocks * BLOCK_M + lane, None, None, True, STAGES)
             step += 1
     dk *= softmax_scale
     cols = gl.arange(0, D, layout=gl.SliceLayout(0, ACC))
@@ -239,13 +290,13 @@ def _consumer(part: gl.constexpr, spans, smem, kv_smem, bars, ints, outs, scales
                                "num_extra", "split", "kv_head_begin", "kv_head_end"])
 def _hopper_bwd_dkv_kernel(
     q, k, v, do, terms, entries, starts, extra_buckets,
-    cu_seqlens_k, seq_ids, segment_begin, segment_end, offsets, dk, dv, partials,
+    cu_seqlens_k, seq_ids, segment_begin, segment_end, offsets, dk, dv, partials, slots,
     qk_scale, softmax_scale, num_rows, chunk_size, num_key_tiles, num_chunks, num_sequences, num_segments,
     num_extra, split, kv_head_begin, kv_head_end,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,
     H: gl.constexpr, HK: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, D: gl.constexpr, PACKED: gl.constexpr,
-    BLOCK_M: gl.constexpr, STAGES: gl.constexpr, LOADER_REGS: gl.constexpr, CONSUMER_REGS: gl.constexpr,
-    num_warps: gl.constexpr,
+    HAS_SLOTS: gl.constexpr, PARTIAL: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    LOADER_REGS: gl.constexpr, CONSUMER_REGS: gl.constexpr, num_warps: gl.constexpr,
 ):
     """The first ``num_extra * num_key_tiles`` programs take the extra pieces of long lists."""
     tile = gl.program_id(0) % num_key_tiles
@@ -305,6 +356,17 @@ def _hopper_bwd_dkv_kernel(
         mbarrier.init(full.index(i), count=32 * LOADER_WARPS)
         mbarrier.init(empty.index(i), count=2)
     mbarrier.init(kv_full, count=32 * LOADER_WARPS)
+    dq_smem = ()
+    if HAS_SLOTS:
+        HALF: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_M], dtype)
+        ds_smem = gl.allocate_shared_memory(dtype, [4, 64, BLOCK_M], HALF)
+        out_smem = gl.allocate_shared_memory(dtype, [2, BLOCK_M, D], ROWS_SMEM)
+        ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        ds_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(2):
+            mbarrier.init(ds_full.index(i), count=2)
+            mbarrier.init(ds_empty.index(i), count=1)
+        dq_smem = (ds_smem, out_smem, ds_full, ds_empty)
     fence_async_shared()
 
     pointers = (q, k, v, do, terms, entries)
@@ -315,10 +377,13 @@ def _hopper_bwd_dkv_kernel(
     ints = (count, kv_head, first_row, chunk_end, first_row - sequence_row, chunk_row - sequence_row + chunk_size,
             num_rows)
     outs = (dk, dv, partials, partial, chunk_row, chunk_size)
+    dq_outs = (entries, (slots, kv_head_begin * G, (kv_head_end - kv_head_begin) * G))
     strides = (stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh)
     scales = (qk_scale, softmax_scale)
     gl.warp_specialize([
-        (_consumer, (0, spans, smem, kv_smem, bars, ints, outs, scales, HK, G, KS, CUT, STAGES)),
-        (_consumer, (1, spans, smem, kv_smem, bars, ints, outs, scales, HK, G, KS, CUT, STAGES)),
+        (_consumer, (0, spans, smem, kv_smem, dq_smem, bars, ints, outs, dq_outs, scales, H, HK, G, KS, CUT,
+                     HAS_SLOTS, PARTIAL, STAGES)),
+        (_consumer, (1, spans, smem, kv_smem, dq_smem, bars, ints, outs, dq_outs, scales, H, HK, G, KS, CUT,
+                     HAS_SLOTS, PARTIAL, STAGES)),
         (_loader, (pointers, spans, smem, kv_smem, bars, ints, strides, H, G, KS, STAGES)),
     ], [4, LOADER_WARPS], [CONSUMER_REGS, LOADER_REGS])

@@ -38,6 +38,11 @@ def _hopper(stages: int, **more: int) -> dict[str, int]:
     return {"STAGES": stages, "LOADER_REGS": 40, "CONSUMER_REGS": 232, "num_warps": 4, "num_stages": 1, **more}
 
 
+RESIDENT = _c(64, 128, 4, 3, SPLIT=2048)
+"""The forward where a chunk of up to 128 keys stays in shared memory."""
+WITH_SLOTS = _c(64, 128, 8, 2, SPLIT=4096)
+"""dk and dv where one tile holds a chunk of up to 128 keys, and dq's slots are written too."""
+
 TABLE: dict[str, tuple[Row, ...]] = {
     # BLOCK running sums (columns of heads x dims, times blocks of rows side by side) of a program
     "chunk_means": (
@@ -61,15 +66,19 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     # BLOCK_M gathered (query, head) rows of one (chunk, kv head) against the chunk, BLOCK_N keys at a time; a chunk
     # that BLOCK_N covers stays in shared memory while a program's SPLIT rows stream past it. CONSUMER_REGS: for the
-    # kernels of hopper.py, which have BUFFERS for rows and STAGES for keys
+    # kernels of hopper.py, which have BUFFERS for rows and STAGES for keys; ragged: keys beyond the last 64 of a chunk
     "attention_fwd": (
         Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2, "chunk_size": 64}, _c(64, 64, 4, 3, SPLIT=2048), UNTUNED),
-        Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2, "chunk_size": 128}, _c(64, 128, 4, 3, SPLIT=2048),
-            "H200, 128K/128/8: 3.8 ms; SPLIT 1024 3.9, 512 4.0; 2 stages 4.2; 128x128, 8 warps 4.8; keys streamed 4.6"),
+        Row("sm_90", {"head_dim": 64, "itemsize": 2, "chunk_size": 128}, RESIDENT, UNTUNED),
+        Row("sm_100", {"head_dim": 128, "itemsize": 2, "chunk_size": 128}, RESIDENT, UNTUNED),
         Row("sm_90 sm_100", {"head_dim": 64, "itemsize": 2}, _c(64, 128, 4, 2),
             "H200, 8 heads of 64, 128K/512/3: 0.91 ms; 64x64 at 3 stages 0.94, 128x64 1.12, at 3 stages 0.96"),
-        Row("sm_90", {"head_dim": 128, "itemsize": 2, "portable": 0}, _hopper(2, BLOCK_N=128, BUFFERS=2, SPLIT=1024),
-            "H200, 128K/512/8: 7.1 ms, Triton's 9.0; 64 keys, 4 stages 8.6; SPLIT 512 8.1; 128K/128/8: both 3.5"),
+        Row("sm_90", {"head_dim": 128, "itemsize": 2, "portable": 0, "ragged": 0},
+            _hopper(2, BLOCK_N=128, BUFFERS=2, SPLIT=1024),
+            "H200, 128K/512/8: 7.1 to 7.4 ms, Triton's 9.0; 64 keys, 4 stages 8.6; SPLIT 512 8.1; 128K/128/8: 3.52, "
+            "Triton's 3.64; chunk 256: 4.65, 6.13; chunk 500, 12.3 and 11.1, is for Triton's"),
+        Row("sm_90", {"head_dim": 128, "itemsize": 2, "chunk_size": 128}, RESIDENT,
+            "H200, 128K/128/8: 3.8 ms; SPLIT 1024 3.9, 512 4.0; 2 stages 4.2; 128x128, 8 warps 4.8; keys streamed 4.6"),
         Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2}, _c(128, 64, 4, 2),
             "H200, 128K/512/8: 9.2 ms; 3 stages, 8 warps 12.4; 64x64, 128x32 10.7; 128K/2048/3: 8.3 (515 TFLOP/s)"),
         Row("*", {"head_dim": 128, "itemsize": 2}, _c(64, 64, 4, 2), UNTUNED),
@@ -99,12 +108,15 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "attention_bwd_dkv": (
         Row("sm_100", {"head_dim": 128, "itemsize": 2, "chunk_size": 128}, _c(32, 128, 8, 2, SPLIT=4096),
             "untuned: 64 rows would need 576 of 512 columns of tensor memory"),
-        Row("sm_90", {"head_dim": 128, "itemsize": 2, "chunk_size": 128}, _c(64, 128, 8, 2, SPLIT=4096),
-            "H200: 9.0 ms at 128K, chunk 128, topk 8, dq's slots included; 64 keys and a dq kernel of its own 11.2"),
+        Row("sm_90", {"head_dim": 128, "itemsize": 2, "chunk_size": 64}, WITH_SLOTS, UNTUNED),
+        Row("sm_90", {"head_dim": 64, "itemsize": 2, "chunk_size": 128}, WITH_SLOTS, UNTUNED),
         Row("sm_90 sm_100", {"head_dim": 64, "itemsize": 2}, _c(64, 64, 4, 2, SPLIT=4096),
             "H200, 8 heads of 64, 32K/512/3: 0.58 ms"),
         Row("sm_90", {"head_dim": 128, "itemsize": 2, "portable": 0}, _hopper(3, BLOCK_M=64, BLOCK_N=128, SPLIT=4096),
-            "H200, 128K/512/8: 16.4 ms, Triton's 17.5; 4 stages 16.5; 32 rows, 6 stages 19.5"),
+            "H200, 128K/512/8: 15.1 ms, Triton's 17.4; 2 stages 16.6; SPLIT 8192 15.5; 56 and 224 registers 16.1; "
+            "128K/128/8 with dq's slots 8.45, Triton's 9.41; SPLIT 2048 8.74; 24 and 240 registers 8.89"),
+        Row("sm_90", {"head_dim": 128, "itemsize": 2, "chunk_size": 128}, WITH_SLOTS,
+            "H200: 9.0 ms at 128K, chunk 128, topk 8, dq's slots included; 64 keys and a dq kernel of its own 11.2"),
         Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2}, _c(64, 64, 4, 2, SPLIT=4096),
             "H200: 16.2 ms at 128K, chunk 512, topk 8; 64x128, 8 warps, 3 stages 17.4, 32x64 20.1"),
         Row("*", {"head_dim": 128, "itemsize": 2}, _c(32, 64, 4, 1, SPLIT=4096), UNTUNED),
@@ -117,7 +129,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("sm_90 sm_100", {"head_dim": 64, "itemsize": 2}, _c(128, 32, 4, 3),
             "H200, 8 heads of 64, 32K/512/3: 0.33 ms"),
         Row("sm_90", {"head_dim": 128, "itemsize": 2, "portable": 0}, _hopper(3, BLOCK_N=64, BUFFERS=2, SPLIT=1024),
-            "H200, 128K/512/8: 9.6 ms, Triton's 12.4; SPLIT 512 10.0, 2048 10.3; 128 keys, 1 stage 13.3"),
+            "H200, 128K/512/8: 9.5 ms, Triton's 11.9; SPLIT 512 10.0, 2048 10.3; 128 keys, 1 stage 13.3"),
         Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2}, _c(128, 32, 4, 3),
             "H200: 12.1 ms at 128K, chunk 512, topk 8; 64 rows 13.7, 2 stages 13.6, 128x64 at 8 warps 13.8"),
         Row("*", {"head_dim": 128, "itemsize": 2}, _c(64, 32, 4, 1), UNTUNED),

@@ -14,15 +14,21 @@ from moba_megatron.segments import Routing
 pytestmark = pytest.mark.gpu
 CONFIGS = {stage: row.config for stage, rows in TABLE.items() for row in rows if hopper.chosen(row.config)}
 ALL = {"fwd", "bwd_dq", "bwd_dkv"}
+WHOLE_CHUNK = {"fwd", "bwd_dkv"}  # dk and dv's kernel holds all keys of a chunk, and writes the slots of dq
 CASES = {name: case for name, case in test_op.CASES.items()
          if "dtype" not in case and ("dim" not in case or name.startswith("D 128"))}
 CASES |= {
+    "chunk 128, packed, mqa": dict(lengths=[1000, 0, 1, 129, 640], chunk=128, topk=4, heads=6, kv_heads=1),
+    "chunk 100, packed, gqa": dict(lengths=[1000, 99, 1, 450], chunk=100, topk=5, heads=8, kv_heads=4),
     "chunk 192": dict(lengths=[1500], chunk=192, topk=3),
     "chunk 320, packed, gqa": dict(lengths=[1000, 0, 1, 999], chunk=320, topk=3, heads=6, kv_heads=2),
     "chunk 1000": dict(lengths=[3500], chunk=1000, topk=3, heads=2, kv_heads=1),
     "chunk 1024": dict(lengths=[3000, 1100], chunk=1024, topk=2, heads=2, kv_heads=2),
 }
 PARTS = {
+    "chunk 128": dict(lengths=[2500, 900], chunk=128, topk=5, parts=[(0, 500, 700), (1, 3, 890), (0, 1900, 600)]),
+    "chunk 48, gqa": dict(lengths=[1500, 900], chunk=48, topk=4, heads=8, kv_heads=2,
+                          parts=[(1, 700, 200), (0, 0, 300), (0, 1200, 300), (0, 300, 1)]),
     "chunk 512": dict(lengths=[2500, 900], chunk=512, topk=3, parts=[(0, 500, 700), (1, 3, 890), (0, 1900, 600)]),
     "chunk 200, gqa": dict(lengths=[1500, 900], chunk=200, topk=4, heads=8, kv_heads=2,
                            parts=[(1, 700, 200), (0, 0, 300), (0, 1200, 300), (0, 300, 1)]),
@@ -57,11 +63,16 @@ def always(launched):
         yield launched
 
 
+def kernels_for(chunk):
+    """The kernels that the fixture ``always`` makes a chunk size use, where there are choices."""
+    return ALL if chunk > 128 else WHOLE_CHUNK
+
+
 def operator_cases():
     """Every case at D = 128 in bf16; some in fp16 and at D = 64."""
     for name, case in CASES.items():
         yield pytest.param({**case, "dim": 128, "dtype": torch.bfloat16}, id=name)
-    for name in ("packed, ragged, empty", "chunk 320, packed, gqa", "D 128, chunk 512"):
+    for name in ("packed, ragged, empty", "D 128", "chunk 320, packed, gqa", "D 128, chunk 512"):
         yield pytest.param({**CASES[name], "dim": 128, "dtype": torch.float16}, id=f"{name}, fp16")
         yield pytest.param({**CASES[name], "dim": 64, "dtype": torch.bfloat16}, id=f"{name}, D 64")
 
@@ -69,8 +80,8 @@ def operator_cases():
 @pytest.mark.parametrize("case", list(operator_cases()))
 def test_operator(case, always):
     comparison.check_operator(*test_op.make(**case))
-    listed = case["topk"] > 1 and max(case["lengths"]) > case["chunk"]
-    assert set(always) == (ALL if listed else {"bwd_dkv"})
+    some_left_out = case["topk"] > 1 and max(case["lengths"]) > case["topk"] * case["chunk"]  # else: one chunk
+    assert set(always) == (kernels_for(case["chunk"]) if some_left_out else {"bwd_dkv"})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -82,16 +93,16 @@ def test_parts_of_sequences(case, dtype, always):
     test_attention_fwd.check(kernels.attention_fwd(q, k, v, selected, segments, scale), q, k, v, selected, segments,
                              scale)
     test_attention_bwd.check(q, k, v, selected, segments, lse_gradient=True)
-    assert set(always) == ALL
+    assert set(always) == kernels_for(case["chunk"])
 
 
-@pytest.mark.parametrize("chunk", [100, 512])
+@pytest.mark.parametrize("chunk", [16, 100, 128, 512])
 def test_every_query_picks_the_first_chunk(chunk, always):
     q, k, v, selected, segments = test_attention_fwd.problem([3000], chunk, 4, heads=8, kv_heads=2)
     selected = test_attention_bwd.to_first_chunk(selected, segments)
     test_attention_fwd.check(kernels.attention_fwd(q, k, v, selected, segments, 0.1), q, k, v, selected, segments, 0.1)
     test_attention_bwd.check(q, k, v, selected, segments)
-    assert set(always) == ALL
+    assert set(always) == kernels_for(chunk)
 
 
 def run(q, k, v, selected, segments, routing=None):
@@ -102,28 +113,29 @@ def run(q, k, v, selected, segments, routing=None):
     return o, lse, *kernels.attention_bwd(do, None, q, k, v, o, lse, selected, segments, 0.1, routing=routing)
 
 
-@pytest.mark.parametrize("chunk", [200, 512])
-def test_nothing_chosen(chunk, launched):
+@pytest.mark.parametrize("chunk", [48, 128, 200, 512])
+def test_nothing_chosen(chunk, always):
     """Empty lists: nothing of a chunk is read, and slots of nobody are not added."""
     q, k, v, selected, segments = test_attention_fwd.problem([1300, 700], chunk, 4)
     empty = run(q, k, v, torch.full_like(selected, -1), segments)
     alone = run(q, k, v, selected[:, :, :0], segments)
-    assert set(launched) == ALL
+    assert set(always) == kernels_for(chunk)
     for a, b in zip(empty, alone):
         assert comparison.relative_error(a, b.double()) < 1e-2
 
 
-def test_choices_numbered_in_64_bits(launched):
-    tensors = test_attention_fwd.problem([3000], 512, 4, heads=8, kv_heads=2)
+@pytest.mark.parametrize("chunk", [128, 512])
+def test_choices_numbered_in_64_bits(chunk, always):
+    tensors = test_attention_fwd.problem([3000], chunk, 4, heads=8, kv_heads=2)
     q, k, _, selected, segments = tensors
     narrow = kernels.route(selected, k.shape[1], segments.num_chunks(k.shape[0]))
     for a, b in zip(run(*tensors, narrow), run(*tensors, Routing(narrow.entries.long(), narrow.starts.long()))):
         assert torch.equal(a, b)
-    assert set(launched) == ALL
+    assert set(always) == kernels_for(chunk)
 
 
-@pytest.mark.parametrize("chunk", [200, 512])
-def test_layouts_and_groups_of_heads_give_the_same_bits(chunk, launched, monkeypatch):
+@pytest.mark.parametrize("chunk", [100, 128, 200, 512])
+def test_layouts_and_groups_of_heads_give_the_same_bits(chunk, always, monkeypatch):
     q, k, v, selected, segments = test_attention_fwd.problem([3000], chunk, 4, heads=8, kv_heads=4)
     first = run(*(x.contiguous() for x in (q, k, v)), selected, segments)
     heads_outside = run(*(x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v)), selected, segments)
@@ -133,10 +145,10 @@ def test_layouts_and_groups_of_heads_give_the_same_bits(chunk, launched, monkeyp
             assert torch.equal(a, b)
         for a, b in zip(first[3:], other[3:]):  # their lists may be cut elsewhere
             assert comparison.relative_error(a, b.double()) < 1e-2
-    assert set(launched) == ALL
+    assert set(always) == kernels_for(chunk)
 
 
-@pytest.mark.parametrize("chunk", [200, 512])
+@pytest.mark.parametrize("chunk", [100, 200, 512])
 def test_nan_of_later_keys_stays_there(chunk, always):
     """A tile of keys may reach beyond its chunk, into keys that its rows must not see."""
     q, k, v, selected, segments = test_attention_fwd.problem([1150], chunk, 4)
@@ -144,7 +156,14 @@ def test_nan_of_later_keys_stays_there(chunk, always):
     k[1024:], v[1024:] = float("nan"), float("nan")
     o, lse, dq, _, _ = run(q, k, v, selected, segments)
     assert all(x[:1024].isfinite().all() for x in (o, lse, dq))
-    assert set(always) == ALL
+    assert set(always) == kernels_for(chunk)
+
+
+def test_weights_of_keys_that_are_not_there(always):
+    """Where every score is far below 0, a missing key's score of 0 would have a weight that overflows."""
+    q, k, v, selected, segments = test_attention_fwd.problem([1100], 100, 4)
+    assert all(x.isfinite().all() for x in run(q.abs() + 4, -k.abs() - 4, v, selected, segments))
+    assert set(always) == WHOLE_CHUNK
 
 
 @pytest.mark.parametrize("change", ["unaligned", "fp32", "DV 64", "odd strides"])
@@ -162,7 +181,8 @@ def test_what_they_cannot_take(change, launched):
     assert not launched
 
 
-def test_the_table_chooses_them(launched):
-    q, k, v, do, _, arguments = test_op.make([4000], 512, 3, heads=4, kv_heads=2, dim=128)
+@pytest.mark.parametrize("chunk, names", [(64, set()), (128, WHOLE_CHUNK), (500, {"bwd_dq", "bwd_dkv"}), (512, ALL)])
+def test_the_table_chooses_them(chunk, names, launched):
+    q, k, v, do, _, arguments = test_op.make([4000], chunk, 3, heads=4, kv_heads=2, dim=128)
     test_op.gradients(q, k, v, do, arguments)
-    assert set(launched) == ALL
+    assert set(launched) == names
