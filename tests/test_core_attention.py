@@ -69,6 +69,21 @@ def test_sbhd_strided(batch):
         assert_same(a, b)
 
 
+@pytest.mark.parametrize("rotated, copied", [(True, True), (False, False)])
+def test_v_does_not_keep_the_projection_alive(monkeypatch, rotated, copied):
+    """With rotary embeddings q and k are new tensors, and only v would keep the fused output."""
+    q, k, v = fused_qkv(75, 1)
+    if rotated:
+        q, k = q * 2, k * 2
+    kept = []
+    monkeypatch.setattr(core_attention, "moba_attention", lambda q, k, v, *args, **kwargs: kept.append(v) or q)
+    make_core()(q, k, v, None, attn_mask_type=AttnMaskType.causal)
+    with torch.no_grad():
+        make_core()(q, k, v, None, attn_mask_type=AttnMaskType.causal)
+    compact = [x.untyped_storage().nbytes() == x.nbytes for x in kept]
+    assert compact == [copied, False] and all(torch.equal(x, v[:, 0]) for x in kept)
+
+
 def test_attention_mask_is_ignored():
     q, k, v = fused_qkv(40, 1)
     mask = torch.ones(1, 1, 40, 40, dtype=torch.bool).triu(1)
