@@ -252,7 +252,7 @@ def problems_for(capability: int, head_dims: list[int] | None = None) -> list[Pr
     problems = [Problem(128, 128), Problem(128, 512), Problem(64, 512), Problem(256, 512),
                 Problem(128, 512, decode=True)]
     if capability in MORE_SHAPES:
-        problems += [Problem(80, 512), Problem(192, 512, head_dim_v=128), Problem(64, 128), Problem(128, 64),
+        problems += [Problem(80, 512), Problem(192, 512, head_dim_v=128), Problem(64, 128, topk=16), Problem(128, 64),
                      Problem(128, 500, topk=3, heads=16, kv_heads=16, dtype=torch.float16),
                      Problem(128, 512, topk=64, deterministic=True, lse_gradient=True)]
     if capability == LEAST_SHARED_MEMORY:
