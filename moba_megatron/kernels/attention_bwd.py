@@ -70,7 +70,8 @@ def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tens
     groups = head_groups(x.kv_heads, slot_bytes)
     together = groups[0][1] - groups[0][0]
     # one tile holds the chunk: its program writes the slots of dq too, and traffic is what it saves
-    fused = segments.chunk_size <= x.config("attention_bwd_dkv")["BLOCK_N"]
+    options = x.config("attention_bwd_dkv")
+    fused = segments.chunk_size <= (hopper.KEYS if hopper.chosen(options) else options["BLOCK_N"])
     cuts = _cuts(x, routing, together if fused else x.kv_heads)
     partials = torch.empty(cuts.partial_floats, dtype=torch.float32, device=q.device)
     if not fused:

@@ -24,7 +24,7 @@ from .hopper_rows import LOADER_WARPS, _copy_rows, _copy_rows_where, _entry_row,
 from .launcher import launch
 from .sizes import cdiv
 
-KEYS = gl.constexpr(128)
+KEYS = gl.constexpr(hopper.KEYS)
 _extra_piece = gluon.jit(attention_bwd_dkdv._extra_piece.fn)
 _lower_bound = gluon.jit(attention_bwd_dkdv._lower_bound.fn)
 
@@ -37,7 +37,7 @@ def dkv(x, routing: Routing | None, dk: Tensor, dv: Tensor, slots: Tensor | None
         x, cuts: attention_bwd's inputs, and how it cuts the lists.
         by_sequence: sequence, first and last row, and offset of the segments, those of a sequence side by side.
     """
-    options = {name: value for name, value in options.items() if name not in ("SPLIT", "BLOCK_N")}
+    options = {name: value for name, value in options.items() if name != "SPLIT"}
     size, kv_heads = x.segments.chunk_size, group[1] - group[0]
     num_key_tiles = cdiv(min(size, x.segments.max_seqlen_k), KEYS.value)
     if num_key_tiles == 0:

@@ -112,7 +112,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("sm_90", {"head_dim": 64, "itemsize": 2, "chunk_size": 128}, WITH_SLOTS, UNTUNED),
         Row("sm_90 sm_100", {"head_dim": 64, "itemsize": 2}, _c(64, 64, 4, 2, SPLIT=4096),
             "H200, 8 heads of 64, 32K/512/3: 0.58 ms"),
-        Row("sm_90", {"head_dim": 128, "itemsize": 2, "portable": 0}, _hopper(3, BLOCK_M=64, BLOCK_N=128, SPLIT=4096),
+        Row("sm_90", {"head_dim": 128, "itemsize": 2, "portable": 0}, _hopper(3, BLOCK_M=64, SPLIT=4096),
             "H200, 128K/512/8: 15.1 ms, Triton's 17.4; 2 stages 16.6; SPLIT 8192 15.5; 56 and 224 registers 16.1; "
             "128K/128/8 with dq's slots 8.45, Triton's 9.41; SPLIT 2048 8.74; 24 and 240 registers 8.89"),
         Row("sm_90", {"head_dim": 128, "itemsize": 2, "chunk_size": 128}, WITH_SLOTS,
