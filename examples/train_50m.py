@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> dict:
     plan, shape = plan_of(args), TOY if args.toy else Shape()
     if device.type == "cuda" and args.memory_limit_gb:
         share = args.memory_limit_gb * 1e9 / torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share), torch.cuda.current_device())
     attention = attentions.build(args.attention, shape.layers, shape.head_dim, args.chunk_size, args.topk, device)
     files = text.prepare(args.corpus or args.output / "text", args.text, args.corpus_bytes)
     train, validation = (text.Windows(path, plan.seq_length, device, seed)

@@ -47,7 +47,9 @@ def beside_a6000(result: dict) -> str:
     """Which card ran, what differs from an RTX A6000, and what is published for that one."""
     about = result["environment"]
     rows = [row for row in result["rows"] if row["status"] == "ok"]
-    if about.get("capability") is None:
+    if not rows:
+        said = "No run ended well, so nothing is known of this machine."
+    elif about.get("capability") is None:
         said = "No GPU: a toy model on the CPU, whose times mean nothing."
     elif A6000 in about["device"]:
         said = f"This is an {A6000}."
