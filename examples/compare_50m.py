@@ -1,4 +1,4 @@
-"""Trains the 50M model several times, for every attention, sequence length and seed, and compares; one run a GPU at a time.
+"""Trains the 50M model several times, for every attention, length and seed, and compares; one run a GPU at a time.
 
     python examples/compare_50m.py --attention moba full --seq-length 8192 32768 --output runs/speed -- --steps 20
     python examples/compare_50m.py --attention moba full hybrid --seed 1 2 --output runs/learning -- --steps 300
@@ -112,7 +112,8 @@ class Comparison:
         begin = time.perf_counter()
         with open(output / "output.txt", "w", encoding="utf-8") as log:
             try:
-                code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **device, **self.limits},
+                code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT,
+                                      env={**os.environ, **device, **self.limits},
                                       timeout=self.left() + GRACE_S if self.left() < float("inf") else None).returncode
             except subprocess.TimeoutExpired:
                 code = "nothing: it did not stop in time"

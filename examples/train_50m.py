@@ -1,4 +1,4 @@
-"""Trains the 50M-parameter byte-level GPT of the README's benchmark on one device: plain torch, real text, any attention.
+"""Trains the README's 50M-parameter byte-level GPT on one device: plain torch, real text, any attention.
 
     python examples/train_50m.py --attention moba --output runs/moba
     python examples/train_50m.py --attention full --seq-length 32768 --tokens-per-step 65536 --output runs/full
@@ -164,7 +164,8 @@ def results(summary: dict, steps: list, validations: list[dict], device: torch.d
     per_token = times["median"] / summary["tokens_per_step"]
     return {
         "status": "ok" if steps[-1].step == summary["steps"] else "stopped",
-        "first_step_ms": steps[0].ms, "step_ms": times, "ms_per_65536_tokens": per_token * 65_536, "tokens_per_s": 1e3 / per_token,
+        "first_step_ms": steps[0].ms, "step_ms": times, "ms_per_65536_tokens": per_token * 65_536,
+        "tokens_per_s": 1e3 / per_token,
         "minutes_per_1000_steps": times["median"] / 60,
         "peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2 ** 30 if device.type == "cuda" else None,
         "losses": [round(step.loss, 5) for step in steps], "validations": validations,

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pretrains a GPT with MoBA under DeepSpeed on the GPUs of this machine; without one, a small one on the CPU for a trial.
+# Pretrains a GPT with MoBA under DeepSpeed on the GPUs of this machine; without one, a small one on the CPU.
 #   GPUS=8 ZERO=3 SP=8 METHOD=ulysses   processes, ZeRO stage, ranks that share a sequence and how (ulysses or zigzag)
 #   DATA_PATH=prefix                    data from examples/prepare_data.py (default: 38 plays as bytes, for a trial)
 #   LAUNCHER=deepspeed                  start it by the deepspeed launcher instead of torchrun

@@ -16,8 +16,8 @@ echo "compiling, without the sanitizer"
 failed=0
 for tool in ${TOOLS:-memcheck racecheck initcheck synccheck}; do
     SECONDS=0
-    timeout "${TOOL_SECONDS:-900}" compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-name kernel_substring=_kernel \
-        --print-limit 20 "$python" tests/gpu/sanitizer.py >"$out/$tool.log" 2>&1
+    timeout "${TOOL_SECONDS:-900}" compute-sanitizer --tool "$tool" --error-exitcode 9 \
+        --kernel-name kernel_substring=_kernel --print-limit 20 "$python" tests/gpu/sanitizer.py >"$out/$tool.log" 2>&1
     status=$?
     echo "$tool: status $status, ${SECONDS} s: $(grep 'SUMMARY' "$out/$tool.log" | tail -1)" |
         tee -a "$out/summary.txt"

@@ -41,8 +41,8 @@ def moba_arguments(original, parser):
     parser = add_moba_arguments(original(parser), default="full", full_meaning=FULL_MEANING)
     group = parser.add_argument_group("moba logs")
     group.add_argument("--moba-log-router-interval", type=int, metavar="N",
-                       help="every N iterations log, to TensorBoard and as a line, each layer's share of queries on the "
-                            "first chunk, load imbalance, selection entropy and recall; unset: never")
+                       help="every N iterations log, to TensorBoard and as a line, each layer's share of queries on "
+                            "the first chunk, load imbalance, selection entropy and recall; unset: never")
     group.add_argument("--moba-log-router-file", metavar="FILE", help="and to this file, as JSON lines")
     return parser
 

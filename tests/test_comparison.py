@@ -16,7 +16,8 @@ OTHERS = ["flash-moba", "fla-moba"]
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     path = tmp_path_factory.mktemp("comparison") / "result.json"
-    status = main([*ARGUMENTS, "--here", "--tokens", "128", "640", "--only", comparison.OWN, "flash attention 2", *OTHERS,
+    status = main([*ARGUMENTS, "--here", "--tokens", "128", "640", "--only", comparison.OWN, "flash attention 2",
+                   *OTHERS,
                    "--json", str(path)])
     assert status == 0
     return json.loads(path.read_text())
@@ -87,7 +88,8 @@ def test_pictures(result, tmp_path):
     comparison_path.write_text(json.dumps(result))
     learning_path.write_text(json.dumps({"rows": rows}))
     output = tmp_path / "docs"
-    arguments = ["plot", "--comparison", str(comparison_path), "--learning", str(learning_path), "--output", str(output)]
+    arguments = ["plot", "--comparison", str(comparison_path), "--learning", str(learning_path), "--output",
+                 str(output)]
     pytest.importorskip("matplotlib").use("Agg")
     # no memory is measured on the CPU
     for row in result["rows"]:

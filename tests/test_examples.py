@@ -237,7 +237,8 @@ class TestBadInput:
         assert result.stderr.count("there is no file") == 1
 
     def test_another_architecture_is_refused(self, data_path, stopped):
-        result = torchrun(1, "pretrain_gpt", *MODEL, *TRAINING, "--data-path", str(data_path), "--use-distributed-optimizer",
+        result = torchrun(1, "pretrain_gpt", *MODEL, *TRAINING, "--data-path", str(data_path),
+                          "--use-distributed-optimizer",
                           "--load", str(stopped / "checkpoints"), "--ffn-hidden-size", "128", timeout=100)
         assert result.returncode != 0
         assert "--ffn-hidden-size 192, this run has 128" in result.stderr

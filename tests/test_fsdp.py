@@ -1,4 +1,4 @@
-"""torch's FSDP2 around blocks with MoBA, eager and compiled, against DDP: the same losses. gloo, or NCCL with two GPUs."""
+"""torch's FSDP2 around blocks with MoBA, eager and compiled: DDP's losses. gloo, or NCCL with two GPUs."""
 import pytest
 import torch
 from ranks import run_ranks

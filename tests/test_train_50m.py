@@ -151,7 +151,8 @@ def test_smoke_script_trains_a_toy_and_prints_the_table(tmp_path):
 
 def test_a_run_that_fails_costs_its_row_alone(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    assert compare_50m.main(["--attention", "moba", "--output", str(tmp_path), "--", "--toy", "--steps", "nonsense"]) == 1
+    assert compare_50m.main(["--attention", "moba", "--output", str(tmp_path), "--", "--toy", "--steps",
+                             "nonsense"]) == 1
     row, = json.loads((tmp_path / "result.json").read_text())["rows"]
     assert row["status"] == "failed" and "nonsense" in row["reason"] and "failed" in capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""Correctness of `moba_attn_varlen_triton` on packed sequences: `python tests/test_triton_moba_attn.py`, or under pytest.
+"""Correctness of `moba_attn_varlen_triton` on packed sequences, as a program or under pytest.
 
 With a GPU the Triton kernels in bf16, as good as an eager computation; without one the reference, against an oracle
 that shares no code with it.

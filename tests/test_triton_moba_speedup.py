@@ -1,4 +1,4 @@
-"""Speed beside full attention: `python tests/test_triton_moba_speedup.py` prints a table; under pytest it must be faster.
+"""Speed beside full attention: a program that prints a table; under pytest it must be faster.
 
 The first case is the older benchmark's: one head, 32K tokens, chunk 512, topk 3. Times are ms of forward and backward;
 in a CUDA graph, too, since one head leaves the GPU waiting for the host. Without a GPU a tiny case only runs.

@@ -31,7 +31,8 @@ def job_table(rows: list[dict]) -> list[dict[str, str]]:
     lines = []
     for row in rows:
         line = {"attention": name_of(row), "sequence": f"{row['seq_length']:,}", "ms a step": "-", "tokens/s": "-",
-                "1000 steps": "-", "against full": "", "peak GiB": "", "loss": "", "note": row["status"] if row["status"] == "absent" else row.get("reason", "")}
+                "1000 steps": "-", "against full": "", "peak GiB": "", "loss": "",
+                "note": row["status"] if row["status"] == "absent" else row.get("reason", "")}
         if row["status"] == "ok":
             ms, dense = row["step_ms"]["median"], full.get((row["seq_length"], row["seed"]))
             line |= {"ms a step": f"{ms:.1f}", "tokens/s": f"{row['tokens_per_s']:,.0f}",
