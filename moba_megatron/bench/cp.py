@@ -15,7 +15,7 @@ import torch
 from . import environment, report
 from .cases import Case
 from .cp_cases import COMMS, Row, find_rows
-from .distributed import Ranks, join, leave, link_bytes_per_s
+from .distributed import Ranks, add_options, join, leave, link_bytes_per_s
 
 GIB = 2 ** 30
 
@@ -24,15 +24,11 @@ def add_cp(subcommands) -> None:
     p = subcommands.add_parser("cp", help="context parallelism: strong scaling, exposed communication, 1M tokens")
     p.add_argument("--rows", nargs="+", metavar="NAME", help="only shapes whose name contains one of these")
     p.add_argument("--comm", nargs="+", default=list(COMMS), choices=COMMS, help="ways to communicate (all)")
-    p.add_argument("--inner", type=int, default=2, help="ranks that exchange heads in a2a+all_gather (2)")
+    add_options(p)
     p.add_argument("--repeats", type=int, default=10, help="timed runs of each row (10)")
     p.add_argument("--no-dense", action="store_true", help="do not time cuDNN's full attention")
-    p.add_argument("--budget", type=float, default=float("inf"), metavar="S", help="start no row after so many seconds")
-    p.add_argument("--precompile", type=int, default=0, metavar="N", help="first compile the kernels in N processes")
     p.add_argument("--backend", default="auto", choices=("auto", "triton", "reference"))
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
-    p.add_argument("--json", type=Path, metavar="PATH", help="write everything measured, after every row")
-    p.add_argument("--show", type=Path, metavar="PATH", help="print a stored result as markdown, measure nothing")
     p.set_defaults(run=run_cp)
 
 

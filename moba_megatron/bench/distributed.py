@@ -1,9 +1,11 @@
 """What the benchmarks of several ranks share: joining under torchrun, times of the slowest rank, agreed decisions."""
 from __future__ import annotations
 
+import argparse
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Callable
 
 import torch
@@ -12,6 +14,15 @@ import torch.distributed as dist
 from . import timing
 
 LINK_BYTES = {"cuda": 1 << 27, "cpu": 1 << 16}
+
+
+def add_options(p: argparse.ArgumentParser) -> None:
+    """The options of every benchmark of several ranks."""
+    p.add_argument("--inner", type=int, default=2, help="ranks that exchange heads in a2a+all_gather (2)")
+    p.add_argument("--budget", type=float, default=float("inf"), metavar="S", help="start no row after so many seconds")
+    p.add_argument("--precompile", type=int, default=0, metavar="N", help="first compile the kernels in N processes")
+    p.add_argument("--json", type=Path, metavar="PATH", help="write everything measured, after every row")
+    p.add_argument("--show", type=Path, metavar="PATH", help="print a stored result as markdown, measure nothing")
 
 
 @dataclass(frozen=True)

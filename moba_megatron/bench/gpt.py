@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from . import environment, report
-from .distributed import Ranks, join, leave
+from .distributed import Ranks, add_options, join, leave
 from .gpt_cases import SHAPE, TINY_SHAPE, Row, compiled_case, rows_for
 
 GIB = 2 ** 30
@@ -22,14 +22,10 @@ def add_gpt(subcommands) -> None:
     p = subcommands.add_parser("gpt", help="a GPT of 24 layers, forward and backward: MoBA beside full attention")
     p.add_argument("--rows", nargs="+", metavar="NAME", help="only rows whose name contains one of these")
     p.add_argument("--text", type=Path, help="a text file whose first bytes are the sequence (random bytes)")
-    p.add_argument("--inner", type=int, default=2, help="ranks that exchange heads in a2a+all_gather (2)")
+    add_options(p)
     p.add_argument("--repeats", type=int, default=5, help="timed steps of each row (5; 3 where a step takes over 3 s)")
-    p.add_argument("--budget", type=float, default=float("inf"), metavar="S", help="start no row after so many seconds")
-    p.add_argument("--precompile", type=int, default=0, metavar="N", help="first compile the kernels in N processes")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"),
                    help="cpu: a tiny model and local layers, to try the benchmark; needs examples/ in PYTHONPATH")
-    p.add_argument("--json", type=Path, metavar="PATH", help="write everything measured, after every row")
-    p.add_argument("--show", type=Path, metavar="PATH", help="print a stored result as markdown, measure nothing")
     p.set_defaults(run=run_gpt)
 
 
