@@ -88,6 +88,15 @@ def test_whatever_differs_goes_through_triton(change, monkeypatch):
     assert [entry[0] for entry in log] == ["triton", "triton"]
 
 
+def test_nothing_is_started_from_a_record_while_recording_is_off(monkeypatch):
+    log = []
+    kernel, x = Kernel(log, "x", "size", "BLOCK"), torch.zeros(8)
+    call(kernel, x, BLOCK=16)
+    monkeypatch.setattr(launcher, "_RECORDING", False)  # as bench.timing.kernel_times does
+    call(kernel, x, BLOCK=16)
+    assert [entry[0] for entry in log] == ["triton", "triton"]
+
+
 def test_launches_of_a_call_are_kept_in_order_and_an_error_leaves_nothing_behind():
     log = []
     first, second = Kernel(log, "x", "A"), Kernel(log, "x", "B")
