@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from moba_megatron import MoBAConfig
+
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 
@@ -33,6 +35,14 @@ assert loss.shape == (1, seq_length) and loss.isfinite().all()
 dense = [layer.self_attention.core_attention.full_attention for layer in model.decoder.layers]
 assert dense == [False, True, True, True], dense
 """
+
+
+@pytest.mark.parametrize("page, config", [
+    ("README.md", dict(chunk_size=4096, topk=12, full_attention_layers="last:3")),
+    ("examples/megatron_lm/README.md", dict(chunk_size=512, topk=3)),
+])
+def test_the_line_that_the_launcher_prints(page, config):
+    assert f"    > {MoBAConfig(**config).describe()} (from --moba-* flags)\n" in (ROOT / page).read_text()
 
 
 def test_operator_blocks():
