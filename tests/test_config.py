@@ -40,6 +40,9 @@ def test_layer_number_is_one_based(number):
 
 @pytest.mark.parametrize("field, value, error, parts", (
     ("chunk_size", 0, ValueError, ("at least 1", "got 0")),
+    ("key_conv", 4, ValueError, ("one of 0, 3, 5", "got 4")),
+    ("workspace_mib", 0, ValueError, ("at least 1", "got 0")),
+    ("cp_head_groups", 0, ValueError, ("at least 1", "got 0")),
     ("chunk_size", -512, ValueError, ("at least 1", "got -512")),
     ("chunk_size", 512.0, TypeError, ("int", "got 512.0", "float")),
     ("chunk_size", True, TypeError, ("int", "got True", "bool")),

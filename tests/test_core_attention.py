@@ -17,6 +17,7 @@ from moba_megatron import MoBAConfig, MoBACoreAttention, core_attention, layer_s
 from moba_megatron.arguments import add_moba_arguments, config_from_args, config_from_environment
 from moba_megatron.config import set_default_config
 from moba_megatron.core_attention import resolve_cp_comm_type, set_iteration
+from moba_megatron.key_convolution import KeyConvolution
 from moba_megatron.ops import causal_attn_varlen
 
 MOBA = MoBAConfig(chunk_size=16, topk=2)
@@ -302,3 +303,9 @@ def test_environment():
     for name, text in (("MOBA_TOPK", "three"), ("MOBA_DETERMINISTIC", "maybe")):
         with pytest.raises(ValueError, match=f"environment variable {name} must be .*, got '{text}'"):
             config_from_environment({name: text})
+
+
+def test_key_convolution_refuses_repeated_heads():
+    config = SimpleNamespace(num_query_groups=2, num_attention_heads=8, tensor_model_parallel_size=4, kv_channels=8)
+    with pytest.raises(ValueError, match=r"--moba-key-conv needs kv heads .* multiple of the tensor .* got 2 and 4"):
+        KeyConvolution(config, 3, tp_group=object())
