@@ -73,13 +73,12 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("sm_100", {"head_dim": 128, "itemsize": 2, "chunk_size": 128}, RESIDENT, UNTUNED),
         Row("sm_90 sm_100", {"head_dim": 64, "itemsize": 2}, _c(64, 128, 4, 2),
             "H200, 8 heads of 64, 128K/512/3: 0.91 ms; 64x64 at 3 stages 0.94, 128x64 1.12, at 3 stages 0.96"),
-        Row("sm_90", {"head_dim": 128, "itemsize": 2, "chunk_size": 128}, RESIDENT,
-            "H200, 128K/128/8: 3.8 ms; SPLIT 1024 3.9, 512 4.0; 2 stages 4.2; 128x128, 8 warps 4.8; keys streamed 4.6; "
-            "the Gluon kernel 3.52 in an experiment of its own: to be tried in place"),
         Row("sm_90", {"head_dim": 128, "itemsize": 2, "portable": 0, "ragged": 0},
             _hopper(2, BLOCK_N=128, BUFFERS=2, SPLIT=1024),
             "H200, 128K/512/8: 7.1 to 7.4 ms, Triton's 9.0; 64 keys, 4 stages 8.6; SPLIT 512 8.1; chunk 256: 4.65, "
-            "6.13; chunk 500, 12.3 and 11.1, is for Triton's"),
+            "6.13; chunk 128: 3.52, 3.64; chunk 500, 12.3 and 11.1, is for Triton's"),
+        Row("sm_90", {"head_dim": 128, "itemsize": 2, "chunk_size": 128}, RESIDENT,
+            "H200, 128K/128/8: 3.8 ms; SPLIT 1024 3.9, 512 4.0; 2 stages 4.2; 128x128, 8 warps 4.8; keys streamed 4.6"),
         Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2}, _c(128, 64, 4, 2),
             "H200, 128K/512/8: 9.2 ms; 3 stages, 8 warps 12.4; 64x64, 128x32 10.7; 128K/2048/3: 8.3 (515 TFLOP/s)"),
         Row("*", {"head_dim": 128, "itemsize": 2}, _c(64, 64, 4, 2), UNTUNED),
@@ -113,11 +112,11 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("sm_90", {"head_dim": 64, "itemsize": 2, "chunk_size": 128}, WITH_SLOTS, UNTUNED),
         Row("sm_90 sm_100", {"head_dim": 64, "itemsize": 2}, _c(64, 64, 4, 2, SPLIT=4096),
             "H200, 8 heads of 64, 32K/512/3: 0.58 ms"),
-        Row("sm_90", {"head_dim": 128, "itemsize": 2, "chunk_size": 128}, WITH_SLOTS,
-            "H200: 9.0 ms at 128K, chunk 128, topk 8, dq's slots included; 64 keys and a dq kernel of its own 11.2; "
-            "the Gluon kernel with slots 8.45, this one 9.41 then, in an experiment of its own: to be tried in place"),
         Row("sm_90", {"head_dim": 128, "itemsize": 2, "portable": 0}, _hopper(3, BLOCK_M=64, SPLIT=4096),
-            "H200, 128K/512/8: 15.1 ms, Triton's 17.4; 2 stages 16.6; SPLIT 8192 15.5; 56 and 224 registers 16.1"),
+            "H200, 128K/512/8: 15.1 ms, Triton's 17.4; 2 stages 16.6; SPLIT 8192 15.5; 56 and 224 registers 16.1; "
+            "chunk 128, dq's slots included: 8.45, 9.41"),
+        Row("sm_90", {"head_dim": 128, "itemsize": 2, "chunk_size": 128}, WITH_SLOTS,
+            "H200: 9.0 ms at 128K, chunk 128, topk 8, dq's slots included; 64 keys and a dq kernel of its own 11.2"),
         Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2}, _c(64, 64, 4, 2, SPLIT=4096),
             "H200: 16.2 ms at 128K, chunk 512, topk 8; 64x128, 8 warps, 3 stages 17.4, 32x64 20.1"),
         Row("*", {"head_dim": 128, "itemsize": 2}, _c(32, 64, 4, 1, SPLIT=4096), UNTUNED),

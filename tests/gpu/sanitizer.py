@@ -13,6 +13,13 @@ from moba_megatron import kernels, moba_attn_varlen
 NAMES = ["packed, ragged, empty", "gqa", "chunk not a power of two", "smallest chunk", "large chunk", "D 80",
          "D 128, chunk 512", "D 192, DV 128", "fp32", "own chunk only", "shorter than a chunk"]
 CASES = {name: test_op.CASES[name] for name in NAMES}
+CASES |= {  # on an H200 those of hopper.py
+    "D 128, chunk 100, packed, gqa": dict(lengths=[700, 99, 1, 450], chunk=100, topk=5, heads=8, kv_heads=4, dim=128),
+    "D 128, chunk 128, packed, mqa": dict(lengths=[700, 0, 1, 129, 640], chunk=128, topk=4, heads=6, kv_heads=1,
+                                          dim=128),
+    "D 128, chunk 320, packed, gqa": dict(lengths=[1000, 0, 1, 999], chunk=320, topk=3, heads=6, kv_heads=2, dim=128),
+    "D 128, chunk 500, fp16": dict(lengths=[1800], chunk=500, topk=3, dim=128, dtype=torch.float16),
+}
 CASES["cut lists"] = dict(lengths=[2500], chunk=64, topk=3, heads=16, kv_heads=1, dim=128)
 
 

@@ -181,7 +181,8 @@ def test_what_they_cannot_take(change, launched):
     assert not launched
 
 
-@pytest.mark.parametrize("chunk, names", [(64, set()), (128, set()), (500, {"bwd_dq", "bwd_dkv"}), (512, ALL)])
+@pytest.mark.parametrize("chunk, names", [(64, set()), (100, {"bwd_dkv"}), (128, WHOLE_CHUNK),
+                                           (500, {"bwd_dq", "bwd_dkv"}), (512, ALL)])
 def test_the_table_chooses_them(chunk, names, launched):
     q, k, v, do, _, arguments = test_op.make([4000], chunk, 3, heads=4, kv_heads=2, dim=128)
     test_op.gradients(q, k, v, do, arguments)
