@@ -224,18 +224,54 @@ def _cuts(x: _Inputs, routing: Routing | None, kv_heads_together: int) -> _Cuts:
     allowed = max(MIN_PIECES, workspace_limit() // PARTIALS_SHARE // (4 * floats))
     split = max(split, cdiv(entries, allowed))
     num_extra = cdiv(entries, split)
-    numbers = torch.arange(routing.entries.numel() // split + 2, dtype=routing.starts.dtype, device=x.q.device)
-    extra_buckets = torch.searchsorted(routing.starts[:-1] // split, numbers, right=True, out_int32=True)
+    extra_buckets = torch.empty(routing.entries.numel() // split + 2, dtype=torch.int32, device=x.q.device)
+    launch(_extra_buckets_kernel, (cdiv(extra_buckets.numel(), 256),),
+        routing.starts, extra_buckets, routing.num_buckets, extra_buckets.numel(), split, BLOCK=256, num_warps=4)
     return _Cuts(split, num_extra, extra_buckets, num_extra * floats)
+
+
+@triton.jit(do_not_specialize=["num_buckets", "num_pieces", "split"])
+def _extra_buckets_kernel(starts, extra_buckets, num_buckets, num_pieces, split, BLOCK: tl.constexpr):
+    """How many buckets start before the end of each ``split`` entries."""
+    piece = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    end = (piece + 1).to(tl.int64) * split
+    count = piece * 0
+    remaining = num_buckets + 1
+    while remaining > 1:
+        half = remaining // 2
+        count = tl.where(tl.load(starts + count + half - 1) < end, count + half, count)
+        remaining -= half
+    tl.store(extra_buckets + piece, count, mask=piece < num_pieces)
 
 
 def _segments_by_sequence(segments: Segments) -> tuple[Tensor, ...]:
     """Sequence, first and last (exclusive) row, and offset of the segments, those of a sequence side by side."""
-    begin, end = segments.cu_seqlens_q[:-1], segments.cu_seqlens_q[1:]
-    if segments.packed:
-        return segments.seq_ids, begin, end, segments.offsets
-    seq_ids, order = torch.sort(segments.seq_ids)
-    return seq_ids, begin[order], end[order], segments.offsets[order]
+    cu_seqlens, seq_ids, number = segments.cu_seqlens_q, segments.seq_ids, segments.num_segments
+    if segments.packed or number == 1:
+        return seq_ids, cu_seqlens[:-1], cu_seqlens[1:], segments.offsets
+    ordered = [torch.empty(number, dtype=torch.int32, device=seq_ids.device) for _ in range(4)]
+    launch(_order_segments_kernel, (cdiv(number, 64),),
+        cu_seqlens, seq_ids, segments.offsets, *ordered, number, BLOCK=64, num_warps=4)
+    return tuple(ordered)
+
+
+@triton.jit(do_not_specialize=["number"])
+def _order_segments_kernel(cu_seqlens, seq_ids, offsets, to_seq_ids, to_begin, to_end, to_offsets, number,
+                           BLOCK: tl.constexpr):
+    """Sorts BLOCK segments among all by their sequences, and by their own number within one."""
+    segment = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    keep = segment < number
+    sequence = tl.load(seq_ids + segment, mask=keep, other=0)
+    place = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, number, BLOCK):
+        other = first + tl.arange(0, BLOCK)
+        its = tl.load(seq_ids + other, mask=other < number, other=2147483647)[None, :]
+        before = (its < sequence[:, None]) | ((its == sequence[:, None]) & (other[None, :] < segment[:, None]))
+        place += tl.sum(before.to(tl.int32), 1)
+    tl.store(to_seq_ids + place, sequence, mask=keep)
+    tl.store(to_begin + place, tl.load(cu_seqlens + segment, mask=keep), mask=keep)
+    tl.store(to_end + place, tl.load(cu_seqlens + segment + 1, mask=keep), mask=keep)
+    tl.store(to_offsets + place, tl.load(offsets + segment, mask=keep), mask=keep)
 
 
 def _dkv(x: _Inputs, routing: Routing | None, dk: Tensor, dv: Tensor, slots: Tensor | None, cuts: _Cuts,

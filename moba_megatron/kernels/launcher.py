@@ -2,12 +2,15 @@
 
 To find the compiled kernel Triton looks at every argument of every launch. That costs the host more than the GPU needs
 for a short sequence. Calls of an operator with the same signature (shapes, strides, dtypes, alignments, options) make
-the same launches, so the compiled kernels of the first are kept in order and started directly from then on.
+the same launches: :func:`repeat` prepares them once (``replay.py``); within a block of :class:`repeated`, and where a
+call cannot be prepared, the compiled kernels of the first are kept in order and started directly from then on.
 """
 from __future__ import annotations
 
+import logging
 import threading
 from dataclasses import dataclass
+from typing import Callable
 
 import triton
 from torch import Tensor
@@ -15,19 +18,22 @@ from triton import knobs
 from triton.runtime import driver
 
 from . import INTERPRETED, tuning
+from .replay import NotReplayable, Replay, Trace
 from .workspace import give_limit, workspace_limit
+
+logger = logging.getLogger("moba_megatron")
 
 MAX_SIGNATURES = 512
 """Beyond this all records are dropped: data whose lengths never repeat must not fill the memory."""
 _RECORDING = not INTERPRETED and triton.__version__.startswith(("3.6.", "3.7."))  # whose compiled kernels are known
-_records: dict[tuple, dict[int, "_Launch"]] = {}
+_records: dict[tuple, dict[int, "_Launch"] | Replay] = {}
 _current = threading.local()
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
     """``kernel[grid](*args, **constants)``: first the run-time arguments, then constexprs and options by name."""
     record = getattr(_current, "record", None)
-    if record is None or knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
+    if record is None or _hooked():
         kernel[grid](*args, **constants)
         return
     position = _current.position
@@ -37,11 +43,72 @@ def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
         compiled = kernel[grid](*args, **constants)
         values = tuple(constants.get(parameter.name, parameter.default) for parameter in kernel.params[len(args):])
         record[position] = _Launch(kernel, constants, compiled, values)
+        if _current.trace is not None:
+            _current.trace.add(compiled, grid, (*args, *values))
         return
     compiled = known.compiled
     device = driver.active.get_current_device()
     compiled.run(*grid, *(1,) * (3 - len(grid)), driver.active.get_current_stream(device), compiled.function,
                  compiled.packed_metadata, None, None, None, *args, *known.values)
+
+
+def repeat(options: tuple, compute: Callable[..., tuple[Tensor, ...]], *tensors: Tensor | None,
+           workspace_mib: float | None = None) -> tuple[Tensor, ...]:
+    """``compute(*tensors)``, whose launches, allocations and results a later call with the same signature repeats.
+
+    Args:
+        options: whatever besides the tensors decides what ``compute`` does; hashable.
+        compute: its results are tensors that it allocates, each contiguous; it waits for nothing.
+        tensors: all tensors that ``compute`` reads; None is allowed.
+        workspace_mib: as :class:`repeated`.
+    """
+    key = _signature(options, tensors, workspace_mib)
+    record = _records.get(key)
+    if type(record) is Replay and key[0] in getattr(_current, "devices", ()) and not _hooked():
+        addresses = [0 if x is None else x.data_ptr() for x in tensors]
+        results = record.run(addresses, tensors[0].device, driver.active.get_current_stream(key[0]))
+        if results is not None:
+            return results
+    with repeated(options, *tensors, workspace_mib=workspace_mib, key=key):
+        if key is None or _hooked():
+            return compute(*tensors)
+        results = compute(*tensors) if record is not None else _traced(key, compute, tensors)
+    # Triton has seen to it that this thread has the device's context: from now on its calls may be replayed
+    _current.devices = getattr(_current, "devices", frozenset()) | {key[0]}
+    return results
+
+
+def _traced(key: tuple, compute: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor | None, ...]
+            ) -> tuple[Tensor, ...]:
+    """Runs the first call with a signature, and keeps its replay if it can be replayed."""
+    trace = _current.trace = Trace(tensors)
+    try:
+        with trace:
+            results = compute(*trace.inputs)
+    except BaseException:
+        _records.pop(key, None)
+        raise
+    try:
+        _records[key] = trace.replay(results)
+    except NotReplayable as error:  # the compiled kernels are kept all the same
+        logger.debug("moba_megatron: %s is not replayed: %s", key[2][0], error)
+    return results
+
+
+def _hooked() -> bool:
+    """Whether somebody, as a profiler, wants to hear of each launch through Triton."""
+    return bool(knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls)
+
+
+def _signature(options: tuple, tensors: tuple[Tensor | None, ...], workspace_mib: float | None) -> tuple | None:
+    """What decides the launches of a call, or None where they are not recorded."""
+    if not _RECORDING or tuning.is_forced():
+        return None
+    limit = workspace_limit() if workspace_mib is None else int(workspace_mib * (1 << 20))
+    key = [driver.active.get_current_device(), limit, options]
+    for x in tensors:
+        key += (None,) if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() & 15)
+    return tuple(key)
 
 
 @dataclass(frozen=True)
@@ -59,24 +126,26 @@ class repeated:
         options: whatever besides the tensors decides the launches; hashable.
         tensors: what the kernels read that was not allocated within the block; None is allowed.
         workspace_mib: the limit of scratch memory within the block; None for the environment's.
+        key: the signature, where it is known.
     """
 
-    def __init__(self, options: tuple, *tensors: Tensor | None, workspace_mib: float | None = None):
-        self._workspace_mib, self._key = workspace_mib, None
-        if _RECORDING and not tuning.is_forced():
-            layouts = (x if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() & 15) for x in tensors)
-            limit = workspace_limit() if workspace_mib is None else workspace_mib
-            self._key = (driver.active.get_current_device(), limit, options, *layouts)
+    def __init__(self, options: tuple, *tensors: Tensor | None, workspace_mib: float | None = None,
+                 key: tuple | None = None):
+        self._workspace_mib = workspace_mib
+        self._key = _signature(options, tensors, workspace_mib) if key is None else key
 
     def __enter__(self) -> None:
-        self._before = getattr(_current, "record", None), getattr(_current, "position", 0)
+        self._before = tuple(getattr(_current, name, None) for name in ("record", "position", "trace"))
+        if self._before[2] is not None:
+            self._before[2].refuse("a block within the call")
         self._limit_before = give_limit(self._workspace_mib)
         if self._key is None:
             return
         if self._key not in _records and len(_records) >= MAX_SIGNATURES:
             _records.clear()
-        _current.record, _current.position = _records.setdefault(self._key, {}), 0
+        record = _records.setdefault(self._key, {})
+        _current.record, _current.position, _current.trace = None if type(record) is Replay else record, 0, None
 
     def __exit__(self, *error) -> None:
-        _current.record, _current.position = self._before
+        _current.record, _current.position, _current.trace = self._before
         give_limit(self._limit_before)

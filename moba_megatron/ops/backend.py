@@ -5,6 +5,7 @@ import contextlib
 import functools
 import logging
 from types import ModuleType
+from typing import Callable
 
 import torch
 
@@ -46,6 +47,18 @@ def repeated(stages: ModuleType, options: tuple, *tensors: torch.Tensor | None,
     if not hasattr(stages, "repeated"):
         return contextlib.nullcontext()
     return stages.repeated(options, *tensors, workspace_mib=workspace_mib)
+
+
+def repeat(stages: ModuleType, options: tuple, compute: Callable[..., tuple[torch.Tensor, ...]],
+           *tensors: torch.Tensor | None, workspace_mib: float | None = None) -> tuple[torch.Tensor, ...]:
+    """``compute(*tensors)``; the kernels may take it that what it launches is decided by the options and the layouts.
+
+    compute: calls the stages, and returns tensors that they have allocated.
+    workspace_mib: as :func:`repeated`.
+    """
+    if not hasattr(stages, "repeat"):
+        return compute(*tensors)
+    return stages.repeat(options, compute, *tensors, workspace_mib=workspace_mib)
 
 
 @functools.lru_cache(maxsize=None)

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..segments import Routing, Segments
-from .backend import check_backend, get_stages, repeated
+from .backend import check_backend, get_stages, repeat
 from .dense import dense_causal, dense_causal_bwd
 from .validation import (check_cu_seqlens, check_flag, check_qkv, check_scale, check_segments, check_whole,
                          check_workspace)
@@ -93,10 +93,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, topk: int, soft
     chunk_size = segments.chunk_size
     if segments.max_seqlen_k <= topk * chunk_size:  # every earlier chunk is chosen: causal attention, one chunk
         chunk_size, topk = max(chunk_size, segments.max_seqlen_k), 1
-    attend = _Attention.apply if _is_plain_eager(q, k, v) else _forward
-    o, lse, *_ = attend(q, k, v, segments.cu_seqlens_q, segments.cu_seqlens_k, segments.seq_ids, segments.offsets,
-                        segments.max_seqlen_q, segments.max_seqlen_k, chunk_size, segments.packed, topk, scale,
-                        deterministic, backend, workspace_mib)
+    arguments = (segments.cu_seqlens_q, segments.cu_seqlens_k, segments.seq_ids, segments.offsets,
+                 segments.max_seqlen_q, segments.max_seqlen_k, chunk_size, segments.packed, topk, scale,
+                 deterministic, backend, workspace_mib)
+    if _is_plain_eager(q, k, v):
+        o, lse = _Attention.apply(q, k, v, arguments)
+    else:
+        o, lse, *_ = _forward(q, k, v, *arguments)
     return (o, lse) if return_lse else o
 
 
@@ -133,21 +136,26 @@ def _attention_fwd(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seq
                    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, lse, and the integers that backward wants: the selection, and its routing's entries and starts."""
     stages = get_stages(backend, q.device)
-    segments = Segments(cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_seqlen_k, chunk_size, packed)
     earlier = min(topk - 1, max(0, (max_seqlen_k - 1) // chunk_size))  # no query has more earlier chunks than this
+
+    def compute(q, k, v, *places):
+        segments = Segments(*places, max_seqlen_q, max_seqlen_k, chunk_size, packed)
+        selected = stages.gate(q, stages.chunk_means(k, segments), segments, earlier + 1)
+        routing = stages.route(selected, k.shape[1], segments.num_chunks(k.shape[0]))
+        o, lse = stages.attention_fwd(q, k, v, selected, segments, softmax_scale, routing)
+        return o, lse, selected, routing.entries, routing.starts
+
     if earlier:
         options = ("forward", max_seqlen_q, max_seqlen_k, chunk_size, packed, earlier, softmax_scale, deterministic)
-        with repeated(stages, options, q, k, v, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets,
-                      workspace_mib=workspace_mib):
-            selected = stages.gate(q, stages.chunk_means(k, segments), segments, earlier + 1)
-            routing = stages.route(selected, k.shape[1], segments.num_chunks(k.shape[0]))
-            o, lse = stages.attention_fwd(q, k, v, selected, segments, softmax_scale, routing)
-        return o, lse, selected, routing.entries, routing.starts
+        return repeat(stages, options, compute, q, k, v, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets,
+                      workspace_mib=workspace_mib)
     nothing = [torch.empty(shape, dtype=torch.int32, device=q.device) for shape in ((*q.shape[:2], 0), (0,), (0,))]
     result = None
     if _may_be_dense(backend, packed, max_seqlen_k, chunk_size):
         result = dense_causal(q, k, v, cu_seqlens_k, max_seqlen_k, softmax_scale)
     if result is None:
+        segments = Segments(cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_seqlen_k, chunk_size,
+                            packed)
         result = stages.attention_fwd(q, k, v, nothing[0], segments, softmax_scale)
     return *result, *nothing
 
@@ -183,14 +191,17 @@ def _attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Ten
                                  deterministic=deterministic)
         if dense is not None:
             return dense
-    segments = Segments(cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_seqlen_k, chunk_size, packed)
-    routing = Routing(entries, starts) if selected.shape[2] else None
     stages = get_stages(backend, q.device)
-    options = ("backward", max_seqlen_q, max_seqlen_k, chunk_size, packed, softmax_scale, deterministic)
-    with repeated(stages, options, do, dlse, q, k, v, o, lse, selected, entries, starts, cu_seqlens_q, cu_seqlens_k,
-                  seq_ids, offsets, workspace_mib=workspace_mib):
+
+    def compute(do, dlse, q, k, v, o, lse, selected, entries, starts, *places):
+        segments = Segments(*places, max_seqlen_q, max_seqlen_k, chunk_size, packed)
+        routing = Routing(entries, starts) if selected.shape[2] else None
         return stages.attention_bwd(do, dlse, q, k, v, o, lse, selected, segments, softmax_scale,
                                     deterministic=deterministic, routing=routing)
+
+    options = ("backward", max_seqlen_q, max_seqlen_k, chunk_size, packed, softmax_scale, deterministic)
+    return repeat(stages, options, compute, do, dlse, q, k, v, o, lse, selected, entries, starts, cu_seqlens_q,
+                  cu_seqlens_k, seq_ids, offsets, workspace_mib=workspace_mib)
 
 
 _backward = torch.library.custom_op("moba_megatron::attention_bwd", _attention_bwd, mutates_args=())
@@ -202,13 +213,15 @@ def _(do, dlse, q, k, v, o, lse, selected, *_):
 
 
 def _setup_context(ctx, inputs, output):
-    (q, k, v, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_seqlen_k, chunk_size, packed, _,
-     softmax_scale, deterministic, backend, workspace_mib) = inputs
-    o, lse, *integers = output
-    ctx.save_for_backward(q, k, v, o, lse, *integers, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets)
-    ctx.constants = (max_seqlen_q, max_seqlen_k, chunk_size, packed, softmax_scale, deterministic, backend,
-                     workspace_mib)
-    ctx.mark_non_differentiable(*integers)
+    q, k, v, *arguments = inputs
+    _keep(ctx, q, k, v, arguments, output)
+    ctx.mark_non_differentiable(*output[2:])
+
+
+def _keep(ctx, q, k, v, arguments, output):
+    """Saves what :func:`_gradients` wants; ``arguments`` are those of the operator behind q, k and v."""
+    ctx.save_for_backward(q, k, v, *output, *arguments[:4])
+    ctx.constants = (*arguments[4:8], *arguments[9:])
     ctx.set_materialize_grads(False)
 
 
@@ -216,23 +229,23 @@ def _gradients(backward, ctx, do, dlse):
     q, k, v, o, lse, *integers = ctx.saved_tensors
     if do is None:
         do = torch.zeros_like(o)
-    return (*backward(do, dlse, q, k, v, o, lse, *integers, *ctx.constants), *(None,) * 13)
+    return backward(do, dlse, q, k, v, o, lse, *integers, *ctx.constants)
 
 
-_forward.register_autograd(lambda ctx, do, dlse, *_: _gradients(_backward, ctx, do, dlse),
+_forward.register_autograd(lambda ctx, do, dlse, *_: (*_gradients(_backward, ctx, do, dlse), *(None,) * 13),
                            setup_context=_setup_context)
 
 
 class _Attention(torch.autograd.Function):
-    """The custom operators without their dispatch."""
+    """The custom operators without their dispatch; what is no float goes through one argument, ``arguments``."""
 
     @staticmethod
-    def forward(ctx, *inputs):
-        output = _attention_fwd(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
+    def forward(ctx, q, k, v, arguments):
+        output = _attention_fwd(q, k, v, *arguments)
+        _keep(ctx, q, k, v, arguments, output)
+        return output[:2]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, do, dlse, *_):
-        return _gradients(_attention_bwd, ctx, do, dlse)
+    def backward(ctx, do, dlse):
+        return *_gradients(_attention_bwd, ctx, do, dlse), None
