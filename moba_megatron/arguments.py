@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import get_args, get_type_hints
 
-from .config import BACKENDS, MoBAConfig
+from .config import CHOICES, MoBAConfig
 
 ATTENTION_CHOICES = ("moba", "full")
 
@@ -36,8 +36,7 @@ def add_moba_arguments(parser: argparse.ArgumentParser, default: str = "moba",
         if kind is bool:
             group.add_argument(flag, action="store_true", default=field.default, help=help)
         else:
-            choices = BACKENDS if field.name == "backend" else None
-            group.add_argument(flag, type=kind, default=field.default, choices=choices, help=help)
+            group.add_argument(flag, type=kind, default=field.default, choices=CHOICES.get(field.name), help=help)
     return parser
 
 

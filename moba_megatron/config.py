@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, fields
 
 BACKENDS = ("auto", "triton", "reference")
 KEY_CONV_WIDTHS = (0, 3, 5)
+CHOICES = {"backend": BACKENDS, "decode": ("moba", "dense")}
+"""Fields that are one of a few words."""
 
 
 def _flag(default, help: str):
@@ -63,10 +65,12 @@ class MoBAConfig:
         backend: ``auto`` (Triton on CUDA, the reference elsewhere), ``triton`` or ``reference``.
         cp_head_groups: under context parallelism, groups of kv heads that travel and are computed one after the other;
             more need less memory. None: by size.
-
         workspace_mib: limit of the Triton kernels' scratch memory, MiB; None for ``MOBA_WORKSPACE_MIB``, else 1024.
         key_conv: taps of the key convolution (arXiv 2511.11571) in MoBA layers, 3 or 5; 0 for none. It has parameters,
             zeros at first, where it changes nothing.
+        decode: how a token that Megatron-Core's static inference adds to its cache attends in MoBA layers: ``moba``,
+            which is what a forward over the whole prefix gives, or ``dense``, to all before it. Prompts attend sparsely
+            in both. (Transformers: an argument of ``register_moba``.)
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range; the message names it.
@@ -84,6 +88,7 @@ class MoBAConfig:
     workspace_mib: int | None = _flag(None, "limit of the kernels' scratch memory in MiB; unset: MOBA_WORKSPACE_MIB, "
                                             "else 1024")
     key_conv: int = _flag(0, "taps of the convolution over keys in MoBA layers, 3 or 5; 0: none")
+    decode: str = _flag("moba", "attention of generated tokens in static inference, moba or dense")
 
     def __post_init__(self):
         _whole("chunk_size", self.chunk_size, 1)
@@ -98,8 +103,9 @@ class MoBAConfig:
                              f"{self.key_conv}")
         if not isinstance(self.deterministic, bool):
             raise TypeError(f"MoBAConfig.deterministic must be a bool, got {self.deterministic!r}")
-        if self.backend not in BACKENDS:
-            raise ValueError(f"MoBAConfig.backend must be one of {', '.join(BACKENDS)}; got {self.backend!r}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"MoBAConfig.{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
         rule, numbers = _parse_layers(self.full_attention_layers)
         if rule == "set" and not isinstance(self.full_attention_layers, str):
             object.__setattr__(self, "full_attention_layers", tuple(sorted(numbers)))

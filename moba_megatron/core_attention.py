@@ -104,6 +104,8 @@ class MoBACoreAttention(MegatronModule):
         self.deterministic = self.moba_config.deterministic or config.deterministic_mode
         last = config.num_layers
         self.full_attention = self.moba_config.is_full_attention(min(layer_number, last), last)
+        if not self.full_attention:
+            _refuse_switch_in_graphs(config, self.moba_config)
         self.cp_group, self.cp_comm_type, self.cp_levels = None, None, None
         if config.context_parallel_size > 1:
             self.cp_comm_type = resolve_cp_comm_type(cp_comm_type, config, layer_number)
@@ -151,6 +153,7 @@ class MoBACoreAttention(MegatronModule):
             check(query, key, value)
             q, k, v = _to_thd(query, key, value)
             v = _apart_from_projection(q, k, v)
+            dense = dense or self._decodes_densely(query, key, packed)
             segments = self._segments(query, key, packed, dense)
             if self.key_convolution is not None:
                 k = self.key_convolution(k, segments.cu_seqlens_k)
@@ -188,13 +191,19 @@ class MoBACoreAttention(MegatronModule):
                 group = None
         return group if group is not None and group.size() > 1 else None
 
+    def _decodes_densely(self, query: Tensor, key: Tensor, packed: PackedSeqParams | None) -> bool:
+        return self.moba_config.decode == "dense" and packed is None and query.shape[0] == 1 < key.shape[0]
+
     def _segments(self, query: Tensor, key: Tensor, packed: PackedSeqParams | None, dense: bool) -> Segments:
         if packed is None:
             seqlen_q, batch, seqlen_k = query.shape[0], query.shape[1], key.shape[0]
             if seqlen_q > seqlen_k:
                 raise ValueError(f"key must have at least query's {seqlen_q} tokens, got {seqlen_k}")
             chunk_size = max(1, seqlen_k) if dense else self.moba_config.chunk_size
-            return _uniform_segments(seqlen_q, seqlen_k, batch, chunk_size, query.device)
+            segments = _uniform_segments(seqlen_q, seqlen_k, batch, chunk_size, query.device)
+            if query.is_cuda and torch.cuda.is_current_stream_capturing():
+                _captured[id(segments)] = segments
+            return segments
         cu_seqlens, max_seqlen = _packed_lengths(packed, query.shape[0], query.device)
         chunk_size = max(1, max_seqlen) if dense else self.moba_config.chunk_size
         return Segments.from_cu_seqlens(cu_seqlens, max_seqlen, chunk_size)
@@ -296,6 +305,18 @@ _UNSUPPORTED_FIELDS = (
 """Fields of TransformerConfig, where this version has them, with the value that MoBA works with and why no other."""
 
 
+def _refuse_switch_in_graphs(config: TransformerConfig, moba_config: MoBAConfig) -> None:
+    """Raises ValueError where a CUDA graph would go on replaying sparse attention beyond the step that ends it."""
+    flags = {"--cuda-graph-impl": getattr(config, "cuda_graph_impl", "none"),
+             "--enable-cuda-graph": getattr(config, "enable_cuda_graph", False),
+             "--external-cuda-graph": getattr(config, "external_cuda_graph", False)}
+    for flag, value in flags.items():
+        if moba_config.full_attention_from_step is not None and value not in (False, None, "none"):
+            raise ValueError(f"--moba-full-attention-from-step (or -last-fraction) cannot be used with {flag}, got "
+                             f"{moba_config.full_attention_from_step} and {value!r}: a captured graph never becomes "
+                             "dense. Capture nothing, or stop at that step and resume with --attention full")
+
+
 def resolve_cp_comm_type(cp_comm_type: str | list[str] | None, config: TransformerConfig, layer_number: int) -> str:
     """How this layer's context parallel ranks communicate: one of ``context_parallel.COMM_TYPES``.
 
@@ -364,11 +385,16 @@ def _guarded(method):
     @functools.wraps(method)
     def guarded(self, *args, **kwargs):
         if isinstance(self.core_attention, MoBACoreAttention):
-            raise ValueError(f"Attention.{method.__name__} (dynamic batching or --flash-decode) would bypass MoBA and "
-                             "attend densely: use static batching")
+            raise ValueError(f"Attention.{method.__name__} (dynamic batching: DynamicInferenceContext, or "
+                             "StaticInferenceEngine without legacy=True; or --flash-decode) would bypass MoBA and "
+                             "attend densely: use static batching, StaticInferenceEngine(..., legacy=True)")
         return method(self, *args, **kwargs)
 
     return guarded
+
+
+_captured: dict[int, Segments] = {}
+"""Those that CUDA graphs read: their memory must outlive the cache below."""
 
 
 @functools.lru_cache(maxsize=64)

@@ -57,6 +57,7 @@ def test_layer_number_is_one_based(number):
     ("deterministic", "false", TypeError, ("bool", "got 'false'")),
     ("backend", "cuda", ValueError, ("auto, triton, reference", "got 'cuda'")),
     ("backend", None, ValueError, ("auto, triton, reference", "got None")),
+    ("decode", "sparse", ValueError, ("moba, dense", "got 'sparse'")),
     *(("full_attention_layers", value, ValueError, ("'none', 'all', 'last:N', 'every:N'", "1,2,24", f"got {value!r}"))
       for value in ("last", "last:", "last:0", "last:-1", "last:x", "first:2", "every:0", "every:1.5", "1,,2", "0",
                     "-1", "1;2", "some", (0,), (1, -2), (1.0,), (True,), ("1",))),

@@ -142,6 +142,15 @@ def test_static_inference_equals_training(dense):
     core(q[:30], k[:30], v[:30]).sum().backward()  # what inference cached must still serve training
 
 
+def test_dense_decoding():
+    q, k, v = fused_qkv(60, 2)
+    core = make_core(MoBAConfig(chunk_size=16, topk=2, decode="dense"))
+    with torch.inference_mode():
+        assert_same(core(q[:59], k[:59], v[:59]), expected(q[:59], k[:59], v[:59]).detach())  # a prompt
+        generated = core(q[59:], k, v, attn_mask_type=AttnMaskType.no_mask)
+    assert_same(generated, expected(q, k, v, dense=True)[59:].detach())
+
+
 def test_no_state_and_no_parameters():
     core = make_core()
     before = dict(vars(core))
@@ -173,6 +182,17 @@ def test_config_refused(name):
         setattr(config, field, value)
     with pytest.raises(ValueError, match=flag):
         make_core(config=config)
+
+
+@pytest.mark.parametrize("field, value", [("cuda_graph_impl", "local"), ("cuda_graph_impl", "transformer_engine"),
+                                          ("enable_cuda_graph", True), ("external_cuda_graph", True)])
+def test_a_switch_by_iteration_is_refused_in_cuda_graphs(field, value):
+    config = make_config()
+    setattr(config, field, value)
+    with pytest.raises(ValueError, match=f"--moba-full-attention-from-step .* with --{field.replace('_', '-')}, got 9"):
+        make_core(MoBAConfig(full_attention_from_step=9), config=config)
+    make_core(MoBAConfig(full_attention_layers="last:1"), config=config)
+    make_core(MoBAConfig(full_attention_layers="last:1", full_attention_from_step=9), 4, config)  # dense at any step
 
 
 @pytest.mark.parametrize("arguments, text", [
@@ -288,8 +308,9 @@ def test_flags_round_trip():
     parser = add_moba_arguments(argparse.ArgumentParser())
     assert config_from_args(parser.parse_args([])) == MoBAConfig()
     text = ("--moba-chunk-size 128 --moba-topk 3 --moba-full-attention-layers last:2 --moba-full-attention-from-step 9 "
-            "--moba-deterministic --moba-backend reference")
-    assert config_from_args(parser.parse_args(text.split())) == MoBAConfig(128, 3, "last:2", 9, True, "reference")
+            "--moba-deterministic --moba-backend reference --moba-workspace-mib 256 --moba-decode dense")
+    assert config_from_args(parser.parse_args(text.split())) == MoBAConfig(
+        128, 3, "last:2", 9, True, "reference", workspace_mib=256, decode="dense")
     assert config_from_args(parser.parse_args(["--attention", "full"])).is_full_attention(1, 4)
     with pytest.raises(ValueError, match="topk must be at least 1, got 0"):
         config_from_args(parser.parse_args(["--moba-topk", "0"]))

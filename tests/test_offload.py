@@ -12,7 +12,8 @@ from ranks import run_ranks
 
 pytest.importorskip("megatron.core")
 
-CASES = {"alone": {}, "all_gather": dict(cp=2), "a2a": dict(cp=2, comm="a2a"), "selective": dict(cp=2, comm="selective")}
+CASES = {"alone": {}, "all_gather": dict(cp=2), "a2a": dict(cp=2, comm="a2a"),
+         "selective": dict(cp=2, comm="selective")}
 SMALLEST = [1, 2000]  # elements: everything; keys and queries, but no slice by kv head of them
 
 
