@@ -138,6 +138,17 @@ def test_verdicts():
         "d64-32K-512-3": "missed: 3.50x cuDNN < 4", "128K-128-8": "missed: 4.00 GiB > 3.1"}
 
 
+def test_a_later_runs_rows_are_added():
+    def result(commit, **status):
+        return {"environment": {"commit": commit, "command": f"run {commit}"},
+                "rows": [{"name": name, "status": value, "ms": commit} for name, value in status.items()]}
+
+    both = report.added(result("old", a="ok", b="not run", c="ok"), result("new", b="ok", c="failed", d="ok"))
+    assert [(row["name"], row["status"], row["ms"], row.get("commit")) for row in both["rows"]] == [
+        ("a", "ok", "old", None), ("b", "ok", "new", "new"), ("c", "ok", "old", None), ("d", "ok", "new", "new")]
+    assert report.made_by(both) == "Made by `run old`. Rows of commit new by `run new`."
+
+
 @pytest.mark.parametrize("name", [name for name, table in tables.TABLES.items() if table.path.exists()])
 def test_readme_has_the_stored_table(name):
     text = README.read_text()

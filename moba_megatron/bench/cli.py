@@ -101,6 +101,7 @@ def add_table(subcommands) -> None:
     p = subcommands.add_parser("table", help="stored results as a markdown table; --write puts it into a file")
     p.add_argument("path", nargs="?", type=Path, help="JSON of a measurement (default: the stored one)")
     p.add_argument("--name", default="kernels", choices=tables.TABLES, help="which table (kernels)")
+    p.add_argument("--add", type=Path, metavar="JSON", help="first take a later run's rows into the stored result")
     p.add_argument("--write", type=Path, metavar="README.md", help="replace what is between the file's markers")
     p.set_defaults(run=run_table)
 
@@ -108,6 +109,8 @@ def add_table(subcommands) -> None:
 def run_table(arguments: argparse.Namespace) -> int:
     """Prints or writes the markdown table."""
     table = tables.TABLES[arguments.name]
+    if arguments.add:
+        report.save(table.path, report.added(report.load(table.path), report.load(arguments.add)))
     if arguments.write is None:
         print(table.markdown(report.load(arguments.path or table.path)))
     else:

@@ -119,15 +119,15 @@ def _verdict(row: dict) -> str:
     return "stretch" if ms <= stretch else "must" if ms <= must else f"missed: {ms:.0f} > {must:.0f}"
 
 
-def cells(row: dict, full_ms: dict[int, float]) -> dict[str, str]:
-    """One line of the table: column -> text. ``full_ms``: tokens -> the fastest full attention's ms."""
+def cells(row: dict, full_ms: dict[tuple[int, bool], float]) -> dict[str, str]:
+    """One line of the table: column -> text. ``full_ms``: (tokens, fp8) -> the fastest full attention's ms."""
     about = row["row"]
     line = {"row": row["name"], "P": str(row["ranks"])}
     line |= dict.fromkeys(("ms/step", "p20-p80", "tokens/s", "x full", "linear floor", "peak GiB", "must", "loss",
-                           "grad norm", "sparse calls", "note"), "")
+                           "grad norm", "sparse calls", "note", "commit"), "")
     if row["status"] != "ok":
         return line | {"ms/step": "-", "note": f"{row['status']}: {row['reason']}"}
-    ms, number, full = row["ms"], report.number, full_ms.get(about["tokens"])
+    ms, number, full = row["ms"], report.number, full_ms.get((about["tokens"], about["fp8"]))
     return line | {
         "ms/step": number(ms["median"]), "p20-p80": f"{number(ms['p20'])}-{number(ms['p80'])}",
         "tokens/s": f"{row['tokens_per_s']:.0f}",
@@ -136,16 +136,17 @@ def cells(row: dict, full_ms: dict[int, float]) -> dict[str, str]:
         "peak GiB": f"{row['peak_bytes'] / GIB:.1f}" if row["peak_bytes"] else "",
         "must": number(about["must"]), "loss": f"{row['loss']:.4f}",
         "grad norm": f"{row['grad_norm']:.4f}" if row["grad_norm"] else "",
-        "sparse calls": str(row["attention"]["sparse_calls"]), "note": _verdict(row)}
+        "sparse calls": str(row["attention"]["sparse_calls"]), "note": _verdict(row),
+        "commit": row.get("commit", "")}
 
 
 def table(rows: list[dict]) -> list[dict[str, str]]:
     """All rows as cells, without the columns that are empty throughout."""
-    full_ms: dict[int, float] = {}
+    full_ms: dict[tuple[int, bool], float] = {}
     for row in rows:
         if row["status"] == "ok" and row["row"]["attention"] == "full":
-            tokens = row["row"]["tokens"]
-            full_ms[tokens] = min(row["ms"]["median"], full_ms.get(tokens, float("inf")))
+            kind = row["row"]["tokens"], row["row"]["fp8"]
+            full_ms[kind] = min(row["ms"]["median"], full_ms.get(kind, float("inf")))
     lines = [cells(row, full_ms) for row in rows]
     used = [name for name in (lines[0] if lines else ()) if any(line[name] for line in lines)]
     return [{name: line[name] for name in used} for line in lines]
@@ -153,7 +154,7 @@ def table(rows: list[dict]) -> list[dict[str, str]]:
 
 LEGEND = ("24 layers, 1024 wide, 8 heads of 128, 2 kv groups, SwiGLU 2816, RoPE, RMSNorm, 256 byte tokens, bf16, one "
           "sequence; forward and backward, no optimizer, no gradient reduction over ranks. `x full`: against the "
-          "fastest row of full attention (Transformer Engine's own) at that length in this run. `linear floor`, "
+          "fastest row of full attention (Transformer Engine's own) at that length and precision. `linear floor`, "
           "computed: the linear layers at 790 TFLOP/s. `sparse calls`: MoBA attentions in a step, counted. Loss and "
           "gradient norm are those of the first step, over the whole sequence.")
 
@@ -164,4 +165,4 @@ def markdown_of(result: dict) -> str:
     rows, rest = report.measured_and_rest(result["rows"])
     return (f"{report.as_markdown(table(rows))}\n\n{LEGEND}{rest}\n\n{environment.line(about)}, Megatron-Core "
             f"{about['megatron_core']}, Transformer Engine {about['transformer_engine']}, {about['ranks']} "
-            f"rank{'s' * (about['ranks'] > 1)}. Made by `{about['command']}`.")
+            f"rank{'s' * (about['ranks'] > 1)}. {report.made_by(result)}")

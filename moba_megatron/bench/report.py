@@ -134,6 +134,25 @@ def save(path: Path, result: dict) -> None:
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
+def added(stored: dict, more: dict) -> dict:
+    """A stored result with the rows that a later run measured in place of its own, or behind them.
+
+    Such rows carry the ``commit`` of their run; ``added`` lists the environments of these runs.
+    """
+    commit, fresh = more["environment"]["commit"], {r["name"]: r for r in more["rows"] if r["status"] == "ok"}
+    rows = [{**fresh.pop(row["name"]), "commit": commit} if row["name"] in fresh else row for row in stored["rows"]]
+    rows += [{**row, "commit": commit} for row in fresh.values()]
+    return stored | {"rows": rows, "added": [*stored.get("added", []), more["environment"]]}
+
+
+def made_by(result: dict) -> str:
+    """The commands behind a result, as a sentence or two."""
+    text = f"Made by `{result['environment']['command']}`."
+    for about in result.get("added", []):
+        text += f" Rows of commit {about['commit']} by `{about['command']}`."
+    return text
+
+
 def between_markers(text: str, name: str) -> tuple[int, int]:
     """Where in a text the table ``name`` stands: after ``<!-- table: name -->``, before ``<!-- end -->``.
 
