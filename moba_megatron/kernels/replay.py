@@ -230,7 +230,7 @@ class Replay:
         """
         results = [torch.empty_strided(shape, strides, dtype=dtype, device=device)
                    for shape, strides, dtype in self._results]
-        workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=device)
+        workspace = torch.empty_strided((self.workspace_bytes,), (1,), dtype=torch.uint8, device=device)
         sources = [*addresses, *[x.data_ptr() for x in results], workspace.data_ptr()]
         pointers = [sources[number] + offset for number, offset in self._from]
         if not self._lock.acquire(blocking=False):

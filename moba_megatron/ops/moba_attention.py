@@ -52,7 +52,7 @@ def moba_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
     check_whole("moba_chunk_size", moba_chunk_size, 1)
     check_whole("moba_topk", moba_topk, 1)
     cu_seqlens = check_cu_seqlens(cu_seqlens, max_seqlen, q.shape[0], q.device)
-    segments = Segments.from_cu_seqlens(cu_seqlens, max_seqlen, moba_chunk_size)
+    segments = _whole_sequences(cu_seqlens, max_seqlen, moba_chunk_size)
     return _attend(q, k, v, segments, moba_topk, softmax_scale, deterministic, backend, return_lse, workspace_mib)
 
 
@@ -79,6 +79,38 @@ def moba_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, topk: in
     check_whole("topk", topk, 1)
     check_segments(segments, q.shape[0], k.shape[0], q.device)
     return _attend(q, k, v, segments, topk, softmax_scale, deterministic, backend, return_lse, workspace_mib)
+
+
+def _whole_sequences(cu_seqlens: Tensor, max_seqlen: int, chunk_size: int) -> Segments:
+    """``Segments.from_cu_seqlens``, with sequence numbers and offsets that are there already, if it can be."""
+    if _is_plain_eager(cu_seqlens):
+        number, device = len(cu_seqlens) - 1, cu_seqlens.device
+        counted = _counted.get((number, device)) or _count(number, device)
+        if counted:
+            return Segments(cu_seqlens, cu_seqlens, *counted, max_seqlen, max_seqlen, chunk_size, True)
+    return Segments.from_cu_seqlens(cu_seqlens, max_seqlen, chunk_size)
+
+
+_bases: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+"""0, 1, 2, ... and as many zeros, by their number and device. Kept for good: captured graphs may read them."""
+_counted: dict[tuple[int, torch.device], tuple[Tensor, ...]] = {}
+"""The first of them, as many as there were sequences."""
+
+
+def _count(number: int, device: torch.device) -> tuple[Tensor, ...] | None:
+    """Adds an entry to ``_counted``, which all streams may read; None while a graph is captured, if that takes work."""
+    size = max(64, 1 << (number - 1).bit_length())
+    if (size, device) not in _bases:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None
+        with torch.inference_mode(False):
+            numbers = torch.arange(size, dtype=torch.int32)
+            _bases[size, device] = numbers.to(device), torch.zeros_like(numbers).to(device)  # waits for the copies
+    if len(_counted) >= 1024:
+        _counted.clear()
+    with torch.inference_mode(False):
+        _counted[number, device] = tuple(x[:number] for x in _bases[size, device])
+    return _counted[number, device]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, topk: int, softmax_scale: float | None,
