@@ -9,6 +9,7 @@ sys.path[:0] = [str(Path(__file__).parents[i]) for i in (0, 1, 2)]
 import test_op
 
 from moba_megatron import kernels, moba_attn_varlen
+from moba_megatron.kernels import hopper
 
 NAMES = ["packed, ragged, empty", "gqa", "chunk not a power of two", "smallest chunk", "large chunk", "D 80",
          "D 128, chunk 512", "D 192, DV 128", "fp32", "own chunk only", "shorter than a chunk"]
@@ -38,6 +39,10 @@ def run(lengths, **case) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), metavar="NAME")
-    for name in parser.parse_args().cases:
+    parser.add_argument("--hopper", action="store_true", help="only: status 0 where the kernels for Hopper are in use")
+    arguments = parser.parse_args()
+    if arguments.hopper:
+        sys.exit(hopper.portable(torch.empty(1, 1, 128, dtype=torch.bfloat16, device="cuda")))
+    for name in arguments.cases:
         run(**CASES[name])
         print(name, flush=True)
