@@ -3,6 +3,7 @@
 Nothing is compiled and nothing runs: the operator goes through its launches on CPU tensors as for Hopper.
 """
 import ctypes
+import functools
 import importlib
 import logging
 import re
@@ -17,9 +18,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from moba_megatron import kernels, moba_attn_varlen
+from moba_megatron.context_parallel.whole import Method
 from moba_megatron.kernels import launcher, replay, tuning
-from moba_megatron.kernels.replay import Replay, plan_workspace
+from moba_megatron.kernels.replay import plan_workspace
 from moba_megatron.ops import backend, moba_attention
+from moba_megatron.ops.decode import moba_decode
 from moba_megatron.segments import Segments
 
 CARD = 77
@@ -31,7 +34,7 @@ class Driver:
     """Takes launches from Triton's side and from the driver's, and notes both in the same form."""
 
     def __init__(self):
-        self.launches, self.kernels, self.stream, self.error = [], [], 5, 0
+        self.launches, self.kernels, self.runs, self.stream, self.error = [], [], [], 5, 0
         self.get_current_device = lambda: CARD
         self.get_current_stream = lambda device: self.stream
 
@@ -51,6 +54,7 @@ class Driver:
             function, (x, y, z), stream, packed[0] * 32, packed[2],
             [arg for arg, kind in zip(rest[3:], src.signature.values(), strict=True) if kind != "constexpr"])
         self.kernels.append((metadata.name, kinds))
+        self.runs.append(kernel)
         return kernel
 
     def note(self, function, grid, stream, threads, shared, args):
@@ -108,9 +112,10 @@ def driver(monkeypatch):
     monkeypatch.setattr(backend, "_stages", lambda name, device_type: kernels)
     monkeypatch.setattr(tuning, "_arch_of_device", lambda device: "sm_90")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
     yield driver
     for module in ("attention_bwd", "attention_fwd", "chunk_means", "gating", "routing", "hopper_fwd", "hopper_bwd_dq",
-                   "hopper_bwd_dkv"):
+                   "hopper_bwd_dkv", "decode"):
         for kernel in vars(importlib.import_module(f"moba_megatron.kernels.{module}")).values():
             if isinstance(kernel, JITFunction):
                 kernel.device_caches.pop(CARD, None)
@@ -162,6 +167,41 @@ def make(lengths, chunk, heads=4, kv_heads=None, dim=128, dtype=torch.bfloat16, 
     return (q, k, v, do, dlse), call
 
 
+def make_decode(paged=False):
+    """As :func:`make`, for a decoding step."""
+    lengths = torch.tensor([900, 1024], dtype=torch.int32)
+    shape = (32, 64) if paged else (2, 1024)
+    k, v = (torch.zeros(*shape, 2, 128, dtype=torch.bfloat16) for _ in range(2))
+    table = torch.arange(32, dtype=torch.int32).view(2, 16) if paged else None
+
+    def call(q, k, v, means):
+        return moba_decode(q, k, v, means, lengths, 128, 3, block_table=table, backend="triton", return_lse=True)
+
+    return (torch.zeros(2, 8, 128, dtype=torch.bfloat16), k, v, torch.zeros(2, 8, 2, 128, dtype=torch.bfloat16)), call
+
+
+def make_rank():
+    """As :func:`make`, for two segments of one sequence on a rank of context parallelism."""
+    (q, k, v, do, _), _ = make([4096], chunk=512)
+    cu_q, cu_k, ids, offsets = (torch.tensor(x, dtype=torch.int32)
+                                for x in ([0, 512, 1024], [0, 4096], [0, 0], [512, 3072]))
+    segments = Segments(cu_q, cu_k, ids, offsets, 512, 4096, 512)
+    method = Method(kernels, 3, 0.1, False, False)
+
+    def call(q, k, v, do):
+        selected, routing = method.choose(q, k, segments)
+        o, saved = method.attend(q, k, v, selected, routing, segments)
+        return selected, routing.entries, o, saved[0], *method.attend_bwd(do, q, k, v, o, saved, segments,
+                                                                         torch.float32)
+
+    return (q[:1024], k, v, do[:1024]), call
+
+
+def replays():
+    """Of each signature, in order."""
+    return [record.replay for record in launcher._records.values()]
+
+
 def cloned(tensors):
     """Copies elsewhere in memory, with the same strides."""
     return [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x) for x in tensors]
@@ -183,12 +223,14 @@ def assert_same(launches, ordinary, moved: dict[int, int]):
                 assert a == b, (name, i)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_a_replay_launches_what_triton_does(case, driver, monkeypatch):
-    tensors, call = make(**case)
-    call(*tensors)
-    records = list(launcher._records.values())
-    assert [type(x) for x in records] == [Replay, Replay]
+@pytest.mark.parametrize("made", [*(functools.partial(make, **case) for case in CASES.values()), make_decode,
+                                  functools.partial(make_decode, paged=True), make_rank],
+                         ids=[*CASES, "decode", "decode from pages", "a rank of context parallelism"])
+def test_a_replay_launches_what_triton_does(made, driver, monkeypatch):
+    tensors, call = made()
+    for _ in range(2):
+        call(*tensors)
+    assert all(replays())
     others = cloned(tensors)
     driver.launches.clear()
     for _ in range(2):  # the second with all tensors where they were in the call before
@@ -233,7 +275,7 @@ def test_memory_that_is_free_again_is_used_again():
 
 def test_the_stream_is_taken_at_each_call(driver):
     tensors, call = make(**CASES["1 head"])
-    for stream in (5, 9, 9, 0):
+    for stream in (5, 5, 5, 9, 9, 0):
         driver.stream = stream
         driver.launches.clear()
         call(*tensors)
@@ -243,56 +285,57 @@ def test_the_stream_is_taken_at_each_call(driver):
 @pytest.mark.parametrize("why", ["a hook", "another thread's first call", "another thread is at it"])
 def test_the_ordinary_path_takes_over(why, driver, monkeypatch):
     tensors, call = make(**CASES["1 head"])
-    call(*tensors)
-    records = list(launcher._records.values())
+    for _ in range(2):
+        call(*tensors)
     through_triton = []
-    run = JITFunction.run
-    monkeypatch.setattr(JITFunction, "run", lambda *args, **kwargs: (through_triton.append(1),
-                                                                     run(*args, **kwargs))[1])
+    for kernel in driver.runs:
+        kernel.run = lambda *args, run=kernel.run: (through_triton.append(1), run(*args))[1]
     call(*tensors)
     assert not through_triton
     if why == "a hook":
         monkeypatch.setattr(knobs.runtime.launch_enter_hook, "calls", [lambda metadata: None])
         call(*tensors)
     elif why == "another thread is at it":
-        for record in records:
-            record._lock.acquire()
+        for replay in replays():
+            replay._lock.acquire()
         call(*tensors)
-        for record in records:
-            record._lock.release()
+        for replay in replays():
+            replay._lock.release()
     else:
         thread = threading.Thread(target=call, args=tensors)
         thread.start()
         thread.join()
-    forward, backward = (len(record._launches) for record in records)
+    forward, backward = (len(replay._launches) for replay in replays())
     thread_has_context = why == "another thread's first call"  # once its forward has gone through Triton
     assert len(through_triton) == forward + (0 if thread_has_context else backward)
-    assert list(launcher._records.values()) == records
 
 
 def test_an_unknown_operation_is_not_replayed(driver, caplog):
     """-q for a negative scale: the compiled kernels are kept, as before."""
     caplog.set_level(logging.DEBUG, "moba_megatron")
     tensors, call = make(**CASES["1 head"], softmax_scale=-1.0)
-    for _ in range(2):
+    for _ in range(3):
         call(*tensors)
-    assert [type(x) for x in launcher._records.values()] == [dict, Replay]
-    assert "forward is not replayed: aten.neg.default" in caplog.text
+    assert [x is None for x in replays()] == [True, False]
+    assert caplog.text.count("a call is not replayed: aten.neg.default") == 1
 
 
-def test_an_error_within_the_first_call_keeps_nothing(driver, monkeypatch):
+def test_an_error_within_the_traced_call_keeps_no_replay(driver, monkeypatch):
     tensors, call = make(**CASES["1 head"])
+    call(*tensors)
     with monkeypatch.context() as patch:
         patch.setattr(kernels, "route", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             call(*tensors)
+    assert not any(replays())
     call(*tensors)
-    assert [type(x) for x in launcher._records.values()] == [Replay, Replay]
+    assert all(replays())
 
 
 def test_an_error_of_the_driver_is_raised(driver):
     tensors, call = make(**CASES["1 head"])
-    call(*tensors)
+    for _ in range(2):
+        call(*tensors)
     driver.error = 719
     with pytest.raises(RuntimeError, match="refused a launch: error 719"):
         call(*tensors)

@@ -1,14 +1,13 @@
 """Attention over whole sequences on one rank, and what every schedule knows of the attention it computes."""
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from ..ops.backend import repeated
+from ..ops.backend import repeat
 from ..ops.dense import dense_causal, dense_causal_bwd
 from ..segments import Routing, Segments
 
@@ -47,11 +46,18 @@ class Method:
         Args:
             keys: all keys ``[S, HK, D]``; or, with ``kv_rows`` (their number S), the chunk means.
         """
-        with self.repeated(("choose", kv_rows), segments, q, keys):
+        def compute(q, keys, *places):
+            segments = self._segments(key, places)
             means = self.stages.chunk_means(keys, segments) if kv_rows is None else keys
             selected = self.stages.gate(q, means, segments, self.earlier(segments) + 1)
             num_chunks = segments.num_chunks(keys.shape[0] if kv_rows is None else kv_rows)
-            return selected, self.stages.route(selected, keys.shape[1], num_chunks)
+            routing = self.stages.route(selected, keys.shape[1], num_chunks)
+            return selected, routing.entries, routing.starts
+
+        key, tensors = self._key(segments)
+        selected, *lists = repeat(self.stages, ("choose", kv_rows, key), compute, q, keys, *tensors,
+                                  workspace_mib=self.workspace_mib)
+        return selected, Routing(*lists)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, selected: Tensor | None, routing: Routing | None,
                segments: Segments) -> tuple[Tensor, Saved]:
@@ -59,28 +65,42 @@ class Method:
         if selected is None:
             selected = torch.empty(*q.shape[:2], 0, dtype=torch.int32, device=q.device)
         lists = (None, None) if routing is None else (routing.entries, routing.starts)
-        with self.repeated(("attend",), segments, q, k, v, selected, *lists):
-            o, lse = self.stages.attention_fwd(q, k, v, selected, segments, self.softmax_scale, routing)
+
+        def compute(q, k, v, selected, entries, starts, *places):
+            routing = Routing(entries, starts) if entries is not None else None
+            return self.stages.attention_fwd(q, k, v, selected, self._segments(key, places), self.softmax_scale,
+                                             routing)
+
+        key, tensors = self._key(segments)
+        o, lse = repeat(self.stages, ("attend", key), compute, q, k, v, selected, *lists, *tensors,
+                        workspace_mib=self.workspace_mib)
         return o, [lse, selected, *lists]
 
     def attend_bwd(self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, saved: Saved, segments: Segments,
                    kv_grad_dtype: torch.dtype) -> Grads:
         """dq, dk, dv."""
         lse, selected, entries, starts = saved
-        routing = Routing(entries, starts) if entries is not None else None
-        with self.repeated(("attend_bwd", kv_grad_dtype), segments, do, q, k, v, o, lse, selected, entries, starts):
-            return self.stages.attention_bwd(do, None, q, k, v, o, lse, selected, segments, self.softmax_scale,
-                                             deterministic=self.deterministic, kv_grad_dtype=kv_grad_dtype,
-                                             routing=routing)
 
-    def repeated(self, options: tuple, segments: Segments, *tensors: Tensor | None
-                 ) -> contextlib.AbstractContextManager:
-        """Within the block launches are those of an earlier block with the same options and layouts."""
+        def compute(do, q, k, v, o, lse, selected, entries, starts, *places):
+            routing = Routing(entries, starts) if entries is not None else None
+            return self.stages.attention_bwd(do, None, q, k, v, o, lse, selected, self._segments(key, places),
+                                             self.softmax_scale, deterministic=self.deterministic,
+                                             kv_grad_dtype=kv_grad_dtype, routing=routing)
+
+        key, tensors = self._key(segments)
+        return repeat(self.stages, ("attend_bwd", kv_grad_dtype, key), compute, do, q, k, v, o, lse, selected, entries,
+                      starts, *tensors, workspace_mib=self.workspace_mib)
+
+    def _key(self, segments: Segments) -> tuple[tuple, tuple[Tensor, ...]]:
+        """What decides the launches besides tensors, and the tensors of segments."""
         s = segments
-        options += (s.max_seqlen_q, s.max_seqlen_k, s.chunk_size, s.packed, self.topk, self.softmax_scale,
-                    self.deterministic)
-        return repeated(self.stages, options, *tensors, s.cu_seqlens_q, s.cu_seqlens_k, s.seq_ids, s.offsets,
-                        workspace_mib=self.workspace_mib)
+        return ((s.max_seqlen_q, s.max_seqlen_k, s.chunk_size, s.packed, self.topk, self.softmax_scale,
+                 self.deterministic), (s.cu_seqlens_q, s.cu_seqlens_k, s.seq_ids, s.offsets))
+
+    @staticmethod
+    def _segments(key: tuple, tensors: tuple[Tensor, ...]) -> Segments:
+        """The segments again, of what :meth:`_key` gave."""
+        return Segments(*tensors, *key[:4])
 
 
 @dataclass(frozen=True)

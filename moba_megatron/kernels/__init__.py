@@ -2,7 +2,7 @@
 
 Stages, as in ``moba_megatron.reference``: ``chunk_means`` (and its halves ``block_sums``, ``means_from_block_sums``),
 ``gate``, ``route``, ``attention_fwd``, ``attention_bwd``. ``key_convolution_fwd`` and
-``key_convolution_bwd`` may come before them; ``repeat`` and ``repeated`` make calls that repeat an earlier one cheaper.
+``key_convolution_bwd`` may come before them; ``repeat`` makes calls that repeat an earlier one cheaper.
 """
 from triton import knobs
 
@@ -13,8 +13,8 @@ from .attention_fwd import attention_fwd  # noqa: E402
 from .chunk_means import block_sums, chunk_means, means_from_block_sums  # noqa: E402
 from .gating import gate  # noqa: E402
 from .key_convolution import key_convolution_bwd, key_convolution_fwd  # noqa: E402
-from .launcher import repeat, repeated  # noqa: E402
+from .launcher import repeat  # noqa: E402
 from .routing import route  # noqa: E402
 
 __all__ = ["INTERPRETED", "attention_bwd", "attention_fwd", "block_sums", "chunk_means", "gate",
-           "key_convolution_bwd", "key_convolution_fwd", "means_from_block_sums", "repeat", "repeated", "route"]
+           "key_convolution_bwd", "key_convolution_fwd", "means_from_block_sums", "repeat", "route"]

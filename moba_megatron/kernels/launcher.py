@@ -2,14 +2,14 @@
 
 To find the compiled kernel Triton looks at every argument of every launch. That costs the host more than the GPU needs
 for a short sequence. Calls of an operator with the same signature (shapes, strides, dtypes, alignments, options) make
-the same launches: :func:`repeat` prepares them once (``replay.py``); within a block of :class:`repeated`, and where a
-call cannot be prepared, the compiled kernels of the first are kept in order and started directly from then on.
+the same launches: the compiled kernels of the first call are kept in order, and the second starts them directly. Of
+that one the whole course is prepared, if it can be (``replay.py``), so that from then on no stage runs.
 """
 from __future__ import annotations
 
 import logging
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Callable
 
 import triton
@@ -26,7 +26,7 @@ logger = logging.getLogger("moba_megatron")
 MAX_SIGNATURES = 512
 """Beyond this all records are dropped: data whose lengths never repeat must not fill the memory."""
 _RECORDING = not INTERPRETED and triton.__version__.startswith(("3.6.", "3.7."))  # whose compiled kernels are known
-_records: dict[tuple, dict[int, "_Launch"] | Replay] = {}
+_records: dict[tuple, "_Record"] = {}
 _current = threading.local()
 
 
@@ -38,18 +38,18 @@ def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
         return
     position = _current.position
     _current.position = position + 1
-    known = record.get(position)
+    known = record.launches.get(position)
     if known is None or known.kernel is not kernel or known.constants != constants:
         compiled = kernel[grid](*args, **constants)
         values = tuple(constants.get(parameter.name, parameter.default) for parameter in kernel.params[len(args):])
-        record[position] = _Launch(kernel, constants, compiled, values)
-        if _current.trace is not None:
-            _current.trace.add(compiled, grid, (*args, *values))
-        return
-    compiled = known.compiled
-    device = driver.active.get_current_device()
-    compiled.run(*grid, *(1,) * (3 - len(grid)), driver.active.get_current_stream(device), compiled.function,
-                 compiled.packed_metadata, None, None, None, *args, *known.values)
+        known = record.launches[position] = _Launch(kernel, constants, compiled, values)
+    else:
+        compiled = known.compiled
+        device = driver.active.get_current_device()
+        compiled.run(*grid, *(1,) * (3 - len(grid)), driver.active.get_current_stream(device), compiled.function,
+                     compiled.packed_metadata, None, None, None, *args, *known.values)
+    if _current.trace is not None:
+        _current.trace.add(compiled, grid, (*args, *known.values))
 
 
 def repeat(options: tuple, compute: Callable[..., tuple[Tensor, ...]], *tensors: Tensor | None,
@@ -64,34 +64,33 @@ def repeat(options: tuple, compute: Callable[..., tuple[Tensor, ...]], *tensors:
     """
     key = _signature(options, tensors, workspace_mib)
     record = _records.get(key)
-    if type(record) is Replay and key[0] in getattr(_current, "devices", ()) and not _hooked():
+    replay = None if record is None else record.replay
+    if replay is not None and key[0] in getattr(_current, "devices", ()) and not _hooked():
         addresses = [0 if x is None else x.data_ptr() for x in tensors]
-        results = record.run(addresses, tensors[0].device, driver.active.get_current_stream(key[0]))
+        results = replay.run(addresses, tensors[0].device, driver.active.get_current_stream(key[0]))
         if results is not None:
             return results
     with repeated(options, *tensors, workspace_mib=workspace_mib, key=key):
         if key is None or _hooked():
             return compute(*tensors)
-        results = compute(*tensors) if record is not None else _traced(key, compute, tensors)
+        traced = record is not None and replay is None and not record.refused
+        results = _traced(record, compute, tensors) if traced else compute(*tensors)
     # Triton has seen to it that this thread has the device's context: from now on its calls may be replayed
     _current.devices = getattr(_current, "devices", frozenset()) | {key[0]}
     return results
 
 
-def _traced(key: tuple, compute: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor | None, ...]
+def _traced(record: "_Record", compute: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor | None, ...]
             ) -> tuple[Tensor, ...]:
-    """Runs the first call with a signature, and keeps its replay if it can be replayed."""
+    """Runs a call, and keeps its replay if it can be replayed."""
     trace = _current.trace = Trace(tensors)
+    with trace:
+        results = compute(*trace.inputs)
     try:
-        with trace:
-            results = compute(*trace.inputs)
-    except BaseException:
-        _records.pop(key, None)
-        raise
-    try:
-        _records[key] = trace.replay(results)
-    except NotReplayable as error:  # the compiled kernels are kept all the same
-        logger.debug("moba_megatron: %s is not replayed: %s", key[2][0], error)
+        record.replay = trace.replay(results)
+    except NotReplayable as error:
+        record.refused = True
+        logger.debug("moba_megatron: a call is not replayed: %s", error)
     return results
 
 
@@ -119,6 +118,15 @@ class _Launch:
     values: tuple
 
 
+@dataclass
+class _Record:
+    """What is known of the calls with one signature: the compiled kernels in order, and how to do without the stages."""
+
+    launches: dict[int, _Launch] = field(default_factory=dict)
+    replay: Replay | None = None
+    refused: bool = False
+
+
 class repeated:
     """Within the block this thread's launches belong to a call with this signature.
 
@@ -143,8 +151,7 @@ class repeated:
             return
         if self._key not in _records and len(_records) >= MAX_SIGNATURES:
             _records.clear()
-        record = _records.setdefault(self._key, {})
-        _current.record, _current.position, _current.trace = None if type(record) is Replay else record, 0, None
+        _current.record, _current.position, _current.trace = _records.setdefault(self._key, _Record()), 0, None
 
     def __exit__(self, *error) -> None:
         _current.record, _current.position, _current.trace = self._before

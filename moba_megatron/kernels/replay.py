@@ -1,6 +1,6 @@
 """A call of an operator as a list of prepared launches: what repeats it needs no Python of the stages.
 
-The first call with a signature runs under a :class:`Trace`, which notes every launch with its arguments, and where each
+One call with a signature runs under a :class:`Trace`, which notes every launch with its arguments, and where each
 pointer comes from: an input, a result, or scratch memory. A :class:`Replay` of it allocates the results and one
 workspace, writes the pointers into the prepared arguments and hands them to the CUDA driver. Whatever a trace does not
 know (another operation of torch than an allocation or a slice, a launch with attributes) makes the call one that is

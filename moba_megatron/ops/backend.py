@@ -1,7 +1,6 @@
 """The one place where a backend is chosen: Triton kernels or the reference, said once a process."""
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 from types import ModuleType
@@ -38,23 +37,12 @@ def get_stages(backend: str, device: torch.device) -> ModuleType:
     return _stages(backend, torch.device(device).type)
 
 
-def repeated(stages: ModuleType, options: tuple, *tensors: torch.Tensor | None,
-             workspace_mib: float | None = None) -> contextlib.AbstractContextManager:
-    """Within the block the kernels may take it that what they launch is decided by the options and the tensors' layout.
-
-    workspace_mib: bounds their scratch memory; None for MOBA_WORKSPACE_MIB. The reference launches nothing.
-    """
-    if not hasattr(stages, "repeated"):
-        return contextlib.nullcontext()
-    return stages.repeated(options, *tensors, workspace_mib=workspace_mib)
-
-
 def repeat(stages: ModuleType, options: tuple, compute: Callable[..., tuple[torch.Tensor, ...]],
            *tensors: torch.Tensor | None, workspace_mib: float | None = None) -> tuple[torch.Tensor, ...]:
     """``compute(*tensors)``; the kernels may take it that what it launches is decided by the options and the layouts.
 
     compute: calls the stages, and returns tensors that they have allocated.
-    workspace_mib: as :func:`repeated`.
+    workspace_mib: bounds the kernels' scratch memory; None for MOBA_WORKSPACE_MIB. The reference launches nothing.
     """
     if not hasattr(stages, "repeat"):
         return compute(*tensors)

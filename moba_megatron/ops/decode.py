@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .backend import check_backend, get_stages, repeated
+from .backend import check_backend, get_stages, repeat
 from .validation import FLOAT_DTYPES, check_flag, check_scale, check_whole
 
 
@@ -96,12 +96,15 @@ def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, means_cache: Tensor, ca
             backend: str) -> tuple[Tensor, Tensor]:
     stages = _stages(backend, q.device)
     topk = min(topk, 1 + means_cache.shape[1])
-    places = {"block_table": block_table, "cache_starts": cache_starts}
-    with repeated(get_stages(backend, q.device), ("decode", chunk_size, topk, softmax_scale), q, k_cache, v_cache,
-                  means_cache, cache_seqlens, block_table, cache_starts):
+
+    def compute(q, k_cache, v_cache, means_cache, cache_seqlens, block_table, cache_starts):
+        places = {"block_table": block_table, "cache_starts": cache_starts}
         selected = stages.decode_gate(q, k_cache, means_cache, cache_seqlens, chunk_size, topk, **places)
         return stages.decode_attention(q, k_cache, v_cache, selected, cache_seqlens, chunk_size, softmax_scale,
                                        **places)
+
+    return repeat(get_stages(backend, q.device), ("decode", chunk_size, topk, softmax_scale), compute, q, k_cache,
+                  v_cache, means_cache, cache_seqlens, block_table, cache_starts)
 
 
 def _means(k_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor, chunk_size: int, block_table: Tensor | None,

@@ -8,7 +8,6 @@ import torch
 from gpu.test_op import gradients, make
 from moba_megatron import moba_attn_varlen
 from moba_megatron.kernels import launcher
-from moba_megatron.kernels.replay import Replay
 
 pytestmark = pytest.mark.gpu
 
@@ -44,7 +43,7 @@ def test_fresh_values_and_fresh_memory(case, mib):
         got = gradients(*tensors, arguments, workspace_mib=mib)
         assert_equal(got, ordinary(*tensors, arguments, workspace_mib=mib))
         kept += [*tensors, *got] if turn % 2 else []
-    assert [type(x) for x in launcher._records.values()] == [Replay, Replay]
+    assert all(record.replay for record in launcher._records.values())
 
 
 def test_other_strides_and_alignments_in_turn():
@@ -67,7 +66,8 @@ def test_other_strides_and_alignments_in_turn():
 def test_one_tensor_as_q_k_and_v_and_then_three():
     *tensors, _, arguments = make(**{**CASES["chunk 512"], "kv_heads": 4})
     x, do = tensors[0], tensors[3]
-    gradients(x, x, x, do, arguments)
+    for _ in range(2):
+        gradients(x, x, x, do, arguments)
     for q, k, v in (tensors[:3], (x, x, x), (x, tensors[1], x)):
         assert_equal(gradients(q, k, v, do, arguments), ordinary(q, k, v, do, arguments))
 
@@ -76,7 +76,8 @@ def test_two_streams_at_once():
     case = CASES["chunk 512"]
     inputs = [(*tensors, arguments) for *tensors, _, arguments in (make(**case) for _ in range(2))]
     want = [ordinary(*x) for x in inputs]
-    gradients(*inputs[0])
+    for _ in range(2):
+        gradients(*inputs[0])
     streams = [torch.cuda.Stream() for _ in inputs]
     got = [[], []]
     torch.cuda.synchronize()
@@ -93,7 +94,8 @@ def test_two_streams_at_once():
 def test_threads_at_once_and_a_thread_that_has_done_nothing_before():
     *tensors, _, arguments = make(**CASES["chunk 512"])
     want = ordinary(*tensors, arguments)
-    gradients(*tensors, arguments)
+    for _ in range(2):
+        gradients(*tensors, arguments)
     torch.cuda.synchronize()
     got, start = [], threading.Barrier(3)
 
@@ -122,7 +124,7 @@ def test_captured_after_a_replay():
         for _ in range(2):
             gradients(*static, arguments)
     torch.cuda.current_stream().wait_stream(side)
-    assert [type(x) for x in launcher._records.values()] == [Replay, Replay]
+    assert all(record.replay for record in launcher._records.values())
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = gradients(*static, arguments)
