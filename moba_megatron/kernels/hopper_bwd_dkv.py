@@ -286,6 +286,13 @@ def _consumer(part: gl.constexpr, spans, smem, kv_smem, dq_smem, bars, ints, out
     gl.store(dv_out + at, dv.to(dv_out.dtype.element_ty), mask=keep)
 
 
+# Shared memory      written by           read by                                           full      empty (arrivals)
+# q, do              loader, cp.async     both groups: products                             full      empty (2)
+# lse, delta         loader, cp.async     both groups: loads                                full      empty (2)
+# k, v               loader, cp.async     both groups: products; k both halves (dq)         kv_full   never filled again
+# ds, half by half   each group its half  the group of the step's turn, both halves: dq     ds_full   ds_empty (1)
+# out                the group of a turn  the same, in other lines (own barrier)            -         -
+# ds_full has two arrivals, after the stores and their fence; a group stores again two steps later, after ds_empty.
 @gluon.jit(do_not_specialize=["num_rows", "chunk_size", "num_key_tiles", "num_chunks", "num_sequences", "num_segments",
                                "num_extra", "split", "kv_head_begin", "kv_head_end"])
 def _hopper_bwd_dkv_kernel(

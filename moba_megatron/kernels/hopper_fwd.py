@@ -101,6 +101,7 @@ def _loader(q, keys, entries, smem, bars, ints, strides, H: gl.constexpr, G: gl.
     D: gl.constexpr = q_smem.shape[2]
     BLOCK_N: gl.constexpr = k_smem.shape[1]
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [LOADER_WARPS, 1], [1, 0])
+    gl.static_assert(BUFFERS > 1, "rows are gathered ahead, before the last keys of those that are in use")
     lane = gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS))
     end = first_key + chunk_size
     entry0 = gl.load(entries + gl.minimum(lane, count - 1))  # the last entry fills up
@@ -223,6 +224,11 @@ def _consumer(part: gl.constexpr, entries, outs, smem, bars, ints, qk_scale, H: 
         tile += 1
 
 
+# Shared memory   written by               read by                                   full       empty (arrivals)
+# q, own half     loader, cp.async         the half's group, all its products        row_full   row_empty (2)
+#                 its group: o, in place   its group, in other lines (own barrier)              the same
+# k               loader, TMA or cp.async  both groups: scores                       k_full     k_empty (2)
+# v               loader, TMA or cp.async  both groups: values                       v_full     v_empty (2)
 @gluon.jit(do_not_specialize=["chunk_size", "num_chunks", "num_sequences", "kv_head_begin", "kv_head_end"])
 def _hopper_fwd_kernel(
     q, k, v, entries, tile_bucket, tile_begin, tile_end, tile_starts, cu_seqlens_k, o_slots, lse_slots,

@@ -1,8 +1,19 @@
 """What the Gluon kernels for Hopper share on the device: rows of lists, gathers, and tiles of keys.
 
 A loader group of warps copies, two groups multiply; they signal each other through barriers in shared memory, a
-``full`` and an ``empty`` one for each buffer. Copies by thread (``cp.async``) arrive with all 128 threads, a copy by
-descriptor (TMA) with its bytes.
+``full`` and an ``empty`` one for each buffer (each kernel has a table of its own):
+
+- A write before its reads: copies by thread (``cp.async``) arrive at ``full`` with each of the 128 threads once that
+  thread's copies have ended, a copy by descriptor (TMA) with its bytes. All threads of a reading group wait. Products
+  read through the async proxy, which does not see what ``cp.async`` and stores wrote before a fence: readers fence
+  after the wait for ``cp.async``; who stores for products fences before it arrives. TMA writes through that proxy.
+- Reads before the next write: one thread of each reading group arrives at ``empty``, after the products that read
+  have ended and all 128 threads have met (Triton puts that barrier before each arrival; tests/test_hopper_barriers.py).
+- Use ``n`` of a buffer waits for ``full`` with parity ``n & 1`` and for ``empty`` with the other: at once for ``n = 0``.
+  No barrier gets two phases ahead of who waits: a buffer is filled again only after all of its readers have arrived.
+- Every ``full`` is waited for, in lists of any length: no copy is under way when the program ends.
+
+tests/gpu/test_hopper_delays.py looks for races.
 """
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
