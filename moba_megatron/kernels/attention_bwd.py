@@ -224,15 +224,20 @@ def _cuts(x: _Inputs, routing: Routing | None, kv_heads_together: int) -> _Cuts:
     allowed = max(MIN_PIECES, workspace_limit() // PARTIALS_SHARE // (4 * floats))
     split = max(split, cdiv(entries, allowed))
     num_extra = cdiv(entries, split)
-    extra_buckets = torch.empty(routing.entries.numel() // split + 2, dtype=torch.int32, device=x.q.device)
-    launch(_extra_buckets_kernel, (cdiv(extra_buckets.numel(), 256),),
-        routing.starts, extra_buckets, routing.num_buckets, extra_buckets.numel(), split, BLOCK=256, num_warps=4)
-    return _Cuts(split, num_extra, extra_buckets, num_extra * floats)
+    return _Cuts(split, num_extra, _extra_buckets(routing, split), num_extra * floats)
+
+
+def _extra_buckets(routing: Routing, split: int) -> Tensor:
+    """int32: for each ``split`` entries the number of buckets that start before their end."""
+    number = routing.entries.numel() // split + 2
+    extra_buckets = torch.empty(number, dtype=torch.int32, device=routing.entries.device)
+    launch(_extra_buckets_kernel, (cdiv(number, 256),),
+        routing.starts, extra_buckets, routing.num_buckets, number, split, BLOCK=256, num_warps=4)
+    return extra_buckets
 
 
 @triton.jit(do_not_specialize=["num_buckets", "num_pieces", "split"])
 def _extra_buckets_kernel(starts, extra_buckets, num_buckets, num_pieces, split, BLOCK: tl.constexpr):
-    """How many buckets start before the end of each ``split`` entries."""
     piece = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     end = (piece + 1).to(tl.int64) * split
     count = piece * 0

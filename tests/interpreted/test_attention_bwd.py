@@ -8,6 +8,7 @@ import comparison
 from interpreted.test_attention_fwd import CASES, problem
 from moba_megatron import kernels, reference
 from moba_megatron.kernels import tuning
+from moba_megatron.segments import Routing, Segments
 
 stage = importlib.import_module("moba_megatron.kernels.attention_bwd")
 
@@ -116,3 +117,24 @@ def test_no_queries():
     assert [tuple(x.shape) for x in backward(q, k, v, selected, segments)[0].values()] == [(0, 2, 32)] * 3
     q, k, v, selected, segments = problem([70], 32, 2, parts=[(0, 0, 0)])
     assert all(not x.any() for x in backward(q, k, v, selected, segments)[0].values())
+
+
+@pytest.mark.parametrize("number", [2, 64, 150])
+def test_segments_in_the_order_of_their_sequences(number):
+    cu_seqlens = torch.randint(0, 9, (number + 1,), dtype=torch.int32).cumsum(0).int()
+    seq_ids, offsets = (torch.randint(0, 20, (number,), dtype=torch.int32) for _ in range(2))
+    got = stage._segments_by_sequence(Segments(cu_seqlens, cu_seqlens, seq_ids, offsets, 9, 9, 16))
+    order = torch.sort(seq_ids, stable=True).indices
+    for a, b in zip(got, (seq_ids, cu_seqlens[:-1], cu_seqlens[1:], offsets), strict=True):
+        assert torch.equal(a, b[order])
+
+
+@pytest.mark.parametrize("buckets, split", [(1, 10), (64, 7), (1000, 100)])
+def test_buckets_of_extra_pieces(buckets, split):
+    """``extra_buckets[n]``: one more than the last bucket that starts before entry ``(n + 1) * split``."""
+    starts = torch.cat((torch.zeros(1, dtype=torch.int32), torch.randint(0, 40, (buckets,)).cumsum(0).int()))
+    routing = Routing(torch.empty(int(starts[-1]), dtype=torch.int32), starts)
+    got = stage._extra_buckets(routing, split)
+    numbers = torch.arange(got.numel())
+    assert got.numel() == routing.entries.numel() // split + 2
+    assert torch.equal(got.long(), torch.searchsorted(starts[:-1] // split, numbers, right=True))
