@@ -60,17 +60,17 @@ def repeat(options: tuple, compute: Callable[..., tuple[Tensor, ...]], *tensors:
         options: whatever besides the tensors decides what ``compute`` does; hashable.
         compute: its results are tensors that it allocates, each contiguous; it waits for nothing.
         tensors: all tensors that ``compute`` reads; None is allowed.
-        workspace_mib: as :class:`repeated`.
+        workspace_mib: the limit of ``compute``'s scratch memory; None for the environment's.
     """
-    key = _signature(options, tensors, workspace_mib)
+    addresses = [0 if x is None else x.data_ptr() for x in tensors]
+    key = _signature(options, tensors, addresses, workspace_mib)
     record = _records.get(key)
     replay = None if record is None else record.replay
     if replay is not None and key[0] in getattr(_current, "devices", ()) and not _hooked():
-        addresses = [0 if x is None else x.data_ptr() for x in tensors]
         results = replay.run(addresses, tensors[0].device, driver.active.get_current_stream(key[0]))
         if results is not None:
             return results
-    with repeated(options, *tensors, workspace_mib=workspace_mib, key=key):
+    with _Recorded(key, workspace_mib):
         if key is None or _hooked():
             return compute(*tensors)
         traced = record is not None and replay is None and not record.refused
@@ -99,14 +99,15 @@ def _hooked() -> bool:
     return bool(knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls)
 
 
-def _signature(options: tuple, tensors: tuple[Tensor | None, ...], workspace_mib: float | None) -> tuple | None:
+def _signature(options: tuple, tensors: tuple[Tensor | None, ...], addresses: list[int],
+               workspace_mib: float | None) -> tuple | None:
     """What decides the launches of a call, or None where they are not recorded."""
     if not _RECORDING or tuning.is_forced():
         return None
     limit = workspace_limit() if workspace_mib is None else int(workspace_mib * (1 << 20))
     key = [driver.active.get_current_device(), limit, options]
-    for x in tensors:
-        key += (None,) if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() & 15)
+    for x, address in zip(tensors, addresses):
+        key += (None,) if x is None else (x.shape, x.stride(), x.dtype, address & 15)
     return tuple(key)
 
 
@@ -127,25 +128,16 @@ class _Record:
     refused: bool = False
 
 
-class repeated:
-    """Within the block this thread's launches belong to a call with this signature.
+class _Recorded:
+    """Within the block this thread's launches belong to a call with this signature (None: they are not recorded)."""
 
-    Args:
-        options: whatever besides the tensors decides the launches; hashable.
-        tensors: what the kernels read that was not allocated within the block; None is allowed.
-        workspace_mib: the limit of scratch memory within the block; None for the environment's.
-        key: the signature, where it is known.
-    """
-
-    def __init__(self, options: tuple, *tensors: Tensor | None, workspace_mib: float | None = None,
-                 key: tuple | None = None):
-        self._workspace_mib = workspace_mib
-        self._key = _signature(options, tensors, workspace_mib) if key is None else key
+    def __init__(self, key: tuple | None, workspace_mib: float | None):
+        self._key, self._workspace_mib = key, workspace_mib
 
     def __enter__(self) -> None:
         self._before = tuple(getattr(_current, name, None) for name in ("record", "position", "trace"))
         if self._before[2] is not None:
-            self._before[2].refuse("a block within the call")
+            self._before[2].refuse("a call within the call")
         self._limit_before = give_limit(self._workspace_mib)
         if self._key is None:
             return
