@@ -33,7 +33,7 @@ for tool in ${TOOLS:-memcheck racecheck initcheck synccheck}; do
     check "$tool" "$tool" sanitizer.py "${options[@]}" || failed=1
 done
 
-# Warp-specialised kernels: racecheck invents races of mbarriers and warp groups (its release notes, 2025.4 and 2026.1).
+# Warp-specialised kernels: racecheck before 2026.1 reports mbarriers and warp groups wrongly (so its release notes).
 # It decides only where it finds none in a kernel that has none; else tests/gpu/test_hopper_delays.py is what decides.
 if [[ " ${TOOLS:-racecheck} " == *" racecheck "* ]] && "$python" tests/gpu/sanitizer.py --hopper; then
     options=(--kernel-name kernel_substring=_hopper --num-cuda-barriers 64)
