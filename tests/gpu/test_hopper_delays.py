@@ -1,9 +1,9 @@
 """Races of the Gluon kernels for Hopper: groups of warps that sleep at random at every barrier give the same bits.
 
-compute-sanitizer's racecheck often cannot tell (launch/sanitize.sh says why). So the kernels are built again with sleeps
-before and after every wait, arrival and copy, of lengths that change with each warp, block and launch; a buffer that is
-read before it is filled, or filled before it has been read, then holds something else. Kernels that are broken on
-purpose, in ways that cannot hang, show that this is seen.
+compute-sanitizer's racecheck often cannot tell (launch/sanitize.sh says why). So the kernels are built again, with
+sleeps before and after every wait, arrival and copy, of lengths that change with each warp, block and launch; a buffer
+that is read before it is filled, or filled before it has been read, then holds something else. Kernels that are broken
+on purpose, in ways that cannot hang (tests/test_hopper_protocol.py), show that this is seen.
 """
 import importlib.util
 import itertools
