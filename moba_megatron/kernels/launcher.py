@@ -121,7 +121,7 @@ class _Launch:
 
 @dataclass
 class _Record:
-    """What is known of the calls with one signature: the compiled kernels in order, and how to do without the stages."""
+    """The calls with one signature: the compiled kernels in order, and how to do without the stages."""
 
     launches: dict[int, _Launch] = field(default_factory=dict)
     replay: Replay | None = None
