@@ -70,10 +70,10 @@ class Ring:
         return "wait", self.at(kind, use), (use // self.size + (kind == "empty")) % 2
 
     def copy(self, use):
-        """What the loader does from the start of a copy; its end is a thread of its own."""
+        """What the loader does to start a copy; its end is a thread of its own."""
         fill = ("fill", self.at("buffer", use), use)
         if self.early:
-            return [fill, ("arrive", self.at("full", use))]
+            return [("arrive", self.at("full", use)), fill]
         self.landing[use % self.size] += [self.wait("started", use), ("filled", self.at("buffer", use), use),
                                           ("arrive", self.at("full", use))]
         return [fill, ("arrive", self.at("started", use))]

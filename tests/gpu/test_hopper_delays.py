@@ -158,9 +158,10 @@ STAND_INS = {
 
 # Each breaks one barrier: (kernel, case, what is replaced by what). Every barrier still gets all its arrivals.
 BROKEN = {
-    "dk, dv: rows are announced when their copies start": ("bwd_dkv", "chunk 512", [
-        ("    async_copy.mbarrier_arrive(full.index(stage), increment_count=False)\n",
-         "    mbarrier.arrive(full.index(stage), count=128)\n")]),
+    "dk, dv: rows are announced before all their copies have started": ("bwd_dkv", "chunk 512", [
+        ("    async_copy.mbarrier_arrive(full.index(stage), increment_count=False)\n", ""),
+        ("    at = terms + row.to(gl.int64) * 4\n",
+         "    mbarrier.arrive(full.index(stage), count=128)\n    at = terms + row.to(gl.int64) * 4\n")]),
     "dk, dv: rows are given back before they are read": ("bwd_dkv", "chunk 512", [
         ("    mbarrier.arrive(empty.index(stage), count=1)\n", ""),
         ("    mbarrier.wait(full.index(stage), (step // STAGES) & 1)\n",
@@ -175,9 +176,10 @@ BROKEN = {
         ("    mbarrier.arrive(kv_empty.index(stage), count=1)\n", ""),
         ("    mbarrier.wait(v_full.index(stage), phase)\n",
          "    mbarrier.wait(v_full.index(stage), phase)\n    mbarrier.arrive(kv_empty.index(stage), count=1)\n")]),
-    "forward: rows are announced when their copies start": ("fwd", "chunk 200, parts, gqa", [
-        ("    async_copy.mbarrier_arrive(row_full.index(buffer), increment_count=False)\n",
-         "    mbarrier.arrive(row_full.index(buffer), count=128)\n")]),
+    "forward: rows are announced before their copies start": ("fwd", "chunk 200, parts, gqa", [
+        ("    async_copy.mbarrier_arrive(row_full.index(buffer), increment_count=False)\n", ""),
+        ("    _copy_rows(q_smem.index(buffer * 2), q,",
+         "    mbarrier.arrive(row_full.index(buffer), count=128)\n    _copy_rows(q_smem.index(buffer * 2), q,")]),
     "forward: rows are given back before they are read": ("fwd", "chunk 512", [
         ("        mbarrier.arrive(row_empty.index(buffer), count=1)\n", ""),
         ("        mbarrier.wait(row_full.index(buffer), (tile // BUFFERS) & 1)\n",
