@@ -75,7 +75,7 @@ def cells(row: dict, verdict: str, times: dict[str, float]) -> dict[str, str]:
         "cuDNN full": number(cudnn["median"]) if cudnn else "",
         "extra GiB": f"{row['extra_peak_bytes'] / GIB:.2f}" if row.get("extra_peak_bytes") else "",
         "error o, dq, dk, dv": _errors(row),
-        "note": "; ".join(x for x in (verdict, beside) if x),
+        "note": "; ".join(x for x in (verdict, beside) if x), "commit": row.get("commit", ""),
     }
 
 
@@ -122,7 +122,7 @@ def as_markdown(lines: list[dict[str, str]]) -> str:
 def markdown_of(result: dict) -> str:
     """What stands in the README between its markers: the table, and below it where and how it was measured."""
     about = result["environment"]
-    return f"{as_markdown(table(result['rows']))}\n\n{environment.line(about)}. Made by `{about['command']}`."
+    return f"{as_markdown(table(result['rows']))}\n\n{environment.line(about)}. {made_by(result)}"
 
 
 def load(path: Path) -> dict:
@@ -139,10 +139,14 @@ def added(stored: dict, more: dict) -> dict:
 
     Such rows carry the ``commit`` of their run; ``added`` lists the environments of these runs.
     """
-    commit, fresh = more["environment"]["commit"], {r["name"]: r for r in more["rows"] if r["status"] == "ok"}
-    rows = [{**fresh.pop(row["name"]), "commit": commit} if row["name"] in fresh else row for row in stored["rows"]]
+    commit, fresh = more["environment"]["commit"], {_name(r): r for r in more["rows"] if r["status"] == "ok"}
+    rows = [{**fresh.pop(_name(row)), "commit": commit} if _name(row) in fresh else row for row in stored["rows"]]
     rows += [{**row, "commit": commit} for row in fresh.values()]
     return stored | {"rows": rows, "added": [*stored.get("added", []), more["environment"]]}
+
+
+def _name(row: dict) -> str:
+    return row["name"] if "name" in row else row["case"]["name"]
 
 
 def made_by(result: dict) -> str:
