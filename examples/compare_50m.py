@@ -24,7 +24,7 @@ from gpt_50m import attention as attentions
 from gpt_50m import text
 from train_50m import ABSENT, DEFAULTS, TOY_DEFAULTS
 
-from moba_megatron.bench import report, training
+from moba_megatron.bench import environment, report, training
 
 TRAIN = Path(__file__).with_name("train_50m.py")
 LAST_WORDS = 400
@@ -128,7 +128,7 @@ class Comparison:
         """What is known so far, rows in the order of the jobs."""
         rows = [self.rows[job] for job in jobs(self.args) if job in self.rows]
         about = next((dict(row["environment"]) for row in rows if "environment" in row), {})
-        about["command"] = "python examples/" + " ".join((Path(__file__).name, *sys.argv[1:]))
+        about["command"] = environment.command("python examples/compare_50m.py")
         return {"environment": about, "rows": [{k: v for k, v in row.items() if k != "environment"} for row in rows]}
 
 

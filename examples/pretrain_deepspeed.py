@@ -160,22 +160,41 @@ def deepspeed_config(args) -> dict:
     return config
 
 
-def build_engine(args, vocab_size: int, parallel: SequenceParallel, device: torch.device):
-    """The model, its optimizer and schedule inside DeepSpeed's engine."""
-    torch.manual_seed(args.seed)
-    config = deepspeed_config(args)
+def build_model(args, vocab_size: int, parallel: SequenceParallel | None = None) -> GPT:
+    """The model with MoBA, its weights made from torch's generator as it stands; over ``parallel``'s ranks if given."""
     sizes = GPTConfig(vocab_size=vocab_size, **{name: getattr(args, name) for name in ARCHITECTURE})
     checkpoint = deepspeed.checkpointing.checkpoint if args.activation_checkpointing else None
-    with deepspeed.zero.Init(config_dict_or_path=config, enabled=args.zero_stage == 3):
-        model = GPT(sizes, partial(MoBAAttention, args.moba_config, num_layers=args.num_layers, parallel=parallel),
-                    checkpoint)
-    decayed = [p for name, p in model.named_parameters() if "norm" not in name]
-    others = [p for name, p in model.named_parameters() if "norm" in name]
-    # torch's own Adam: DeepSpeed's compiles at its first use.
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=args.lr, betas=(args.adam_beta1, args.adam_beta2), fused=device.type == "cuda")
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(args, step))
+    return GPT(sizes, partial(MoBAAttention, args.moba_config, num_layers=args.num_layers, parallel=parallel),
+               checkpoint)
+
+
+def optimizer_and_schedule(args, model, weights=lambda p: p, **options) -> tuple:
+    """torch's AdamW with --weight-decay for all but the norms, and the learning rate's schedule.
+
+    DeepSpeed's own Adam would be compiled at its first use.
+
+    Args:
+        weights: what to optimize in a parameter's place.
+        options: further ones of AdamW.
+    """
+    groups = [{"params": [weights(p) for name, p in model.named_parameters() if ("norm" in name) == is_norm],
+               "weight_decay": 0.0 if is_norm else args.weight_decay} for is_norm in (False, True)]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(args.adam_beta1, args.adam_beta2), **options)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(args, step))
+
+
+def build_engine(args, vocab_size: int, parallel: SequenceParallel, device: torch.device, in_parts: bool = True):
+    """The model, its optimizer and schedule inside DeepSpeed's engine.
+
+    Args:
+        in_parts: under ZeRO 3 make the weights in the ranks' parts at once, on a GPU by its generator; else they are
+            made whole by the CPU's, as under the other stages.
+    """
+    torch.manual_seed(args.seed)
+    config = deepspeed_config(args)
+    with deepspeed.zero.Init(config_dict_or_path=config, enabled=args.zero_stage == 3 and in_parts):
+        model = build_model(args, vocab_size, parallel)
+    optimizer, schedule = optimizer_and_schedule(args, model, fused=device.type == "cuda")
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
     if args.activation_checkpointing:
         deepspeed.checkpointing.configure(None, deepspeed_config=engine.config)

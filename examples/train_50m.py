@@ -125,8 +125,7 @@ def run(args: argparse.Namespace) -> dict:
         "parameters": sum(p.numel() for p in model.parameters()), "text_bytes": train.text.numel(),
         "tuning_arch": tuning.arch_of(device) if device.type == "cuda" else None,
         "floor_ms": None if args.toy else floor_ms(shape, args), "memory_limit_gb": args.memory_limit_gb,
-        "environment": {**environment.describe(device), "command": "python examples/" + " ".join(
-            (Path(sys.argv[0]).name, *sys.argv[1:]))},
+        "environment": {**environment.describe(device), "command": environment.command("python examples/train_50m.py")},
     }
     steps, validations = [], []
     args.output.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from ranks import run_ranks, torchrun
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("transformers")
+import compare_deepspeed  # noqa: E402
 import pretrain_deepspeed as job  # noqa: E402
 from prepare_data import main as prepare_data  # noqa: E402
 from pretraining import data  # noqa: E402
@@ -19,6 +20,7 @@ from pretraining.monitor import read_log  # noqa: E402
 from pretraining.torch_gpt import GPT, GPTConfig  # noqa: E402
 
 from moba_megatron import MoBAConfig  # noqa: E402
+from moba_megatron.bench import report, zero  # noqa: E402
 from moba_megatron.integrations.deepspeed import MoBAAttention, SequenceParallel  # noqa: E402
 
 # Four sequences a step: two micro batches for each of two ranks, four where both share each sequence.
@@ -42,6 +44,7 @@ RUNS = {
 RESUMED = ("zero1-ulysses", "zero2-zigzag", "zero3-zigzag")
 UNIVERSAL = {"zero1-ulysses": "zero2-zigzag", "zero3-zigzag": "zero3"}  # saved as: loaded as
 BF16 = ("zero2-zigzag", "zero3-ulysses")
+COMPARED = ("torch/none/512", "zero3/none/512", "zero2/zigzag/512")
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +64,9 @@ def flags(data_path: Path, *more: str) -> list[str]:
 def work(rank, size, data_path, directory):
     """Everything that needs two ranks, in the same two processes: starting them takes longer than most of it."""
     train(rank, data_path, directory)
+    compare_deepspeed.compare(compare_deepspeed.parse_args([
+        "--data-path", str(data_path), "--json", f"{directory}/compared.json", "--rows", *COMPARED]),
+        torch.device("cpu"))
     return attend(rank, size), train_llama(rank, size)
 
 
@@ -166,6 +172,19 @@ class TestTraining:
             "--universal-checkpoint"))
         assert result.returncode == 0, result.stderr[-4000:]
         assert np.array(curve(logs, "one")) == pytest.approx(np.array(plain[2:]), rel=1e-4)
+
+
+def test_comparison_of_zero_stages(logs):
+    result = report.load(logs / "compared.json")
+    plain, *others = result["rows"]
+    assert {row["name"] for row in result["rows"]} == set(COMPARED) and plain["zero_stage"] is None
+    assert plain["steps"][-1]["loss"] < plain["steps"][0]["loss"] - 1e-3
+    for row in others:
+        assert row["status"] == "ok" and len(row["steps"]) == 6
+        assert zero.loss_difference(row, plain, 1) < 1e-3 and zero.loss_difference(row, plain) < 5e-3  # bf16
+    lines = zero.table(result)
+    assert [line["ZeRO"] for line in lines] == ["plain torch", "3", "2"]
+    assert [bool(line["in any step by"]) for line in lines] == [False, True, True]
 
 
 def attend(rank, size):

@@ -30,7 +30,7 @@ def describe(device: torch.device) -> dict[str, str | int | None]:
         "python": platform.python_version(),
         "moba_megatron": __version__,
         "commit": commit(),
-        "command": "python -m moba_megatron.bench " + " ".join(map(_without_folder, sys.argv[1:])),
+        "command": command("python -m moba_megatron.bench"),
         "when": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
 
@@ -41,6 +41,11 @@ def _cudnn_version() -> int | None:
         return torch.backends.cudnn.version()
     except RuntimeError:
         return None
+
+
+def command(program: str) -> str:
+    """How this process was started: the program as a reader calls it, then this process's arguments."""
+    return " ".join((program, *map(_without_folder, sys.argv[1:])))
 
 
 def _without_folder(argument: str) -> str:
