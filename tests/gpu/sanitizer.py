@@ -6,10 +6,14 @@ from pathlib import Path
 import torch
 
 sys.path[:0] = [str(Path(__file__).parents[i]) for i in (0, 1, 2)]
+import decoding
+import test_decode
+import test_key_convolution
 import test_op
 
 from moba_megatron import kernels, moba_attn_varlen
 from moba_megatron.kernels import hopper
+from moba_megatron.ops.decode import moba_decode
 
 NAMES = ["packed, ragged, empty", "gqa", "chunk not a power of two", "smallest chunk", "large chunk", "D 80",
          "D 128, chunk 512", "D 192, DV 128", "fp32", "own chunk only", "shorter than a chunk"]
@@ -36,13 +40,37 @@ def run(lengths, **case) -> None:
     assert all(x.isfinite().all() for x in (*results, *grads, means))
 
 
+def convolve(**case) -> None:
+    """The key convolution's kernels."""
+    results = test_key_convolution.gradients(*test_key_convolution.make(**case))
+    torch.cuda.synchronize()
+    assert all(x.isfinite().all() for x in results)
+
+
+def decode(chunk, topk, **case) -> None:
+    """The decoding step's kernels."""
+    q, k, v, lengths, places = decoding.make(chunk=chunk, topk=topk, **case, device="cuda")
+    means = decoding.filled_means(k, lengths, chunk, places, "triton")
+    o = moba_decode(q, k, v, means, lengths, chunk, topk, backend="triton", **places)
+    torch.cuda.synchronize()
+    assert o.isfinite().all()
+
+
+PROGRAMS = {name: (run, case) for name, case in CASES.items()}
+PROGRAMS |= {f"convolution, {name}": (convolve, test_key_convolution.CASES[name])
+             for name in ("packed, ragged, empty", "five taps, halo", "odd heads and dims")}
+PROGRAMS |= {f"decoding, {name}": (decode, test_decode.CASES[name])
+             for name in ("empty, one key, less than a chunk", "pages that cut chunks, left padding", "D 24, DV 20",
+                          "topk 13", "bf16, chunk 100", "fp16, D 192, DV 128")}
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), metavar="NAME")
+    parser.add_argument("--cases", nargs="+", default=list(PROGRAMS), choices=list(PROGRAMS), metavar="NAME")
     parser.add_argument("--hopper", action="store_true", help="only: status 0 where the kernels for Hopper are in use")
     arguments = parser.parse_args()
     if arguments.hopper:
         sys.exit(hopper.portable(torch.empty(1, 1, 128, dtype=torch.bfloat16, device="cuda")))
     for name in arguments.cases:
-        run(**CASES[name])
+        program, case = PROGRAMS[name]
+        program(**case)
         print(name, flush=True)
