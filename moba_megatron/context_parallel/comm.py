@@ -103,9 +103,14 @@ class Pending:
             work.wait()
 
 
-def _count(stage: str, *sent: Tensor, times: int = 1) -> None:
+def count_sent(stage: str, size: int) -> None:
+    """Adds bytes that this rank hands to other ranks to the record, if there is one."""
     if _record is not None:
-        _record.sent(stage, times * sum(x.nbytes for x in sent))
+        _record.sent(stage, size)
+
+
+def _count(stage: str, *sent: Tensor, times: int = 1) -> None:
+    count_sent(stage, times * sum(x.nbytes for x in sent))
 
 
 def all_gather(x: Tensor, group: dist.ProcessGroup, stage: str = "gather",

@@ -10,6 +10,7 @@ and k and v are kept as they came and exchanged again in backward: that saves th
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,8 @@ from torch import Tensor
 from .comm import Pending
 from .gather import Gathered, arrived, of_one_dim, sum_dtype
 from .head_groups import HeadGroups, Prefetch, number_of_groups, split_heads
-from .rows import Rows, copy_rows, to_global, to_local
+from .peers import peers_for
+from .rows import Arrived, Rows, copy_rows, to_global, to_local, whole_rows
 from .whole import Grads, Saved, Whole
 
 
@@ -48,17 +50,19 @@ class Exchanged:
         # k and v, where they are not kept, share no memory with q, which is
         apart = [[(q, 0)], [(k, 1), (v, 1)]] if copied else [[(q, 0), (k, 1), (v, 1)]]
         arriving = self._fetch(groups, apart, "fwd exchange in")
-        o, leaving, saved = q.new_empty(*q.shape[:2], v.shape[2]), None, []
+        o, leaving, saved = q.new_empty(*q.shape[:2], v.shape[2]), [], []
         for group in groups:
             part, rest = self.inner.forward(*arrived(arriving))
             if copied:
                 rest[1] = rest[2] = None
             saved.append(rest)
-            started = to_local(self.rows, [part], self.group, "fwd exchange out"), [(o, size, group[0])]
+            started = self._deliver([part], [(o, size, group[0])], "fwd exchange out")
             del part
-            self._place(leaving)
-            leaving = started
-        self._place(leaving)
+            for pending in leaving:
+                pending.wait()
+            leaving = [started]
+        for pending in leaving:
+            pending.wait()
         return o, [q.shape, (k.shape, v.shape), [k, v] if copied else None, groups, saved]
 
     def backward(self, do: Tensor, saved: Saved, kv_grad_dtype: torch.dtype) -> Grads:
@@ -70,7 +74,7 @@ class Exchanged:
         dk, dv = (torch.empty(shape, dtype=kv_grad_dtype, device=do.device) for shape in kv_shapes)
         again = [[(x, 1) for x in copied]] if copied else []
         arriving = self._fetch(groups, [[(do, 0)], *again], "bwd exchange in")
-        leaving = None
+        leaving = []
         for (heads, kv_heads), rest in zip(groups, saved):
             do_part, *keys_and_values = arrived(arriving)
             if copied:
@@ -79,11 +83,13 @@ class Exchanged:
             grads = self.inner.backward(do_part, rest, grad_dtype)
             del do_part, rest
             places = [(dq, size, heads), (dk, kv_parts, kv_heads), (dv, kv_parts, kv_heads)]
-            started = to_local(self.rows, grads, self.group, "bwd exchange out"), places
+            started = self._deliver(grads, places, "bwd exchange out")
             del grads
-            self._place(leaving)
-            leaving = started
-        self._place(leaving)
+            for pending in leaving:
+                pending.wait()
+            leaving = [started]
+        for pending in leaving:
+            pending.wait()
         return dq, dk, dv
 
     def _groups(self, q: Tensor, k: Tensor, v: Tensor) -> HeadGroups:
@@ -106,6 +112,9 @@ class Exchanged:
 
     def _send(self, views: list[Tensor], stage: str) -> Pending:
         """Starts to send each rank its part of every view; where parts are fewer than ranks, neighbours share one."""
+        peers = peers_for(self.rows, self.group, views[0].device)
+        if peers is not None:
+            return peers.fetch(self.rows, list(map(whole_rows, views)), stage)
         size, me = self.rows.size, self.rows.rank
         _, local, _, dim = views[0].shape
         heads = [view.shape[2] for view in views]
@@ -121,17 +130,25 @@ class Exchanged:
         own = [view[me * view.shape[0] // size] for view in views]
         return to_global(self.rows, own, [*packed[:me], None, *packed[me:]], self.group, stage)
 
-    def _place(self, leaving: tuple[Pending, list[tuple[Tensor, int, slice]]] | None) -> None:
-        """Awaits results and puts them where they belong; what several ranks computed is added.
+    def _deliver(self, tensors: Sequence[Tensor], places: list[tuple[Tensor, int, slice]], stage: str) -> Pending:
+        """Starts to send every rank its rows of each ``[S, h, D]``; the wait puts them where they belong.
 
         Args:
-            leaving: what is on its way, and for each tensor where it goes: heads of every one of the parts of another.
+            places: for each tensor another, the number of parts in which its heads were dealt out, and heads of each
+                of these parts.
         """
-        if leaving is None:
-            return
+        outs = [whole.unflatten(1, (parts, -1))[:, :, heads].transpose(0, 1) for whole, parts, heads in places]
+        peers = peers_for(self.rows, self.group, outs[0].device)
+        same = all(x.dtype == out.dtype for x, out in zip(tensors, outs))
+        if peers is not None and same and all(out.shape[0] == self.rows.size for out in outs):
+            return peers.deliver(self.rows, tensors, outs, stage)
+        return to_local(self.rows, tensors, self.group, stage).then(lambda arrived: self._place(arrived, outs))
+
+    def _place(self, arriving: list[Arrived], outs: list[Tensor]) -> None:
+        """Puts what arrived into each ``[parts, T, heads, D]``; what several ranks computed for a part is added."""
         me, size = self.rows.rank, self.rows.size
-        for arrived, (whole, parts, heads) in zip(leaving[0].wait(), leaving[1]):
-            out = whole.unflatten(1, (parts, -1))[:, :, heads].transpose(0, 1)  # [parts, T, heads, D]
+        for arrived, out in zip(arriving, outs):
+            parts = out.shape[0]
             if parts == size:
                 copy_rows(out[:me], arrived.others[:me])
                 copy_rows(out[me + 1:], arrived.others[me:])

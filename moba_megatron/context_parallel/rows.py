@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .comm import Pending, all_gather, exchange, exchange_all, reduce_scatter
+from .moves import rows_are_whole
+from .peers import peers_for
 
 MAX_RUNS = 4
 """Runs of a rank that are exchanged in place, a message each; where there are more, rows are permuted instead."""
@@ -84,8 +86,11 @@ def to_global(rows: Rows, own: Sequence[Tensor], messages: Sequence[Tensor | Non
         messages: for each rank ``[T, heads of all, D]``, contiguous; None as a whole: ``own`` goes to every rank.
 
     Returns:
-        Pending, for each of ``own`` a ``[S, h, D]``, slices of one tensor.
+        Pending, for each of ``own`` a ``[S, h, D]``; they may be slices of one tensor.
     """
+    peers = peers_for(rows, group, own[0].device) if messages is None else None
+    if peers is not None:
+        return peers.fetch(rows, [whole_rows(x[None]) for x in own], stage)
     heads = [x.shape[1] for x in own]
     in_place = rows.runs is not None and not (messages is None and crowds_the_network(group))
     if not in_place and messages is None:
@@ -117,6 +122,11 @@ def to_local(rows: Rows, tensors: Sequence[Tensor], group: dist.ProcessGroup, st
     Returns:
         Pending list of :class:`Arrived`, one for each tensor.
     """
+    peers = peers_for(rows, group, tensors[0].device)
+    if peers is not None:
+        mine = [[(rows.local_run(run), x[rows.global_run(run, rows.rank)]) for run in range(len(rows.runs))]
+                for x in tensors]
+        return peers.collect(rows, tensors, stage).then(lambda others: list(map(Arrived, others, mine)))
     arriving, keep, rounds = [], [], []
     for x in tensors:
         others = x.new_empty(rows.size - 1, rows.local, *x.shape[1:])
@@ -173,6 +183,11 @@ def reduce_to_local(rows: Rows, tensors: Sequence[Tensor], outs: Sequence[Tensor
                 torch.add(others[0] if rows.size == 2 else others.sum(0), own, out=out[local])
 
     return [to_local(rows, tensors, group, stage).then(add)]
+
+
+def whole_rows(x: Tensor) -> Tensor:
+    """``[parts, T, h, D]`` whose rows ``[h, D]`` are contiguous: x itself, or a copy."""
+    return x if rows_are_whole(x) else x.contiguous()
 
 
 def copy_rows(out: Tensor, x: Tensor) -> None:
