@@ -7,6 +7,7 @@ Exit status 0: everything that is installed works. 1: a self-test failed, or a s
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -22,16 +23,21 @@ from . import __version__, moba_attn_varlen
 from .arguments import config_from_environment
 from .config import MoBAConfig
 from .launch import CHECKED_VERSIONS, is_known_version, megatron_version
+from .ops import flash_packages
+from .ops.dense import dense_setting
 
 PACKAGES = (  # distribution, module, what it is for
     ("triton", "triton", "the kernels, on CUDA"),
     ("megatron-core", "megatron.core", "the Megatron adapter"),
     ("transformer-engine", "transformer_engine", "Transformer Engine layer specs, fp8 linears"),
-    ("flash-attn", "flash_attn", "comparisons in the benchmarks"),
+    ("flash-attn", "flash_attn", "dense layers with deterministic gradients; comparisons in the benchmarks"),
+    ("flash-attn-3", "flash_attn_interface", "dense layers with packed sequences, on Hopper"),
+    ("flash-attn-4", "flash_attn.cute", "the same on Hopper and Blackwell; comparisons"),
     ("deepspeed", "deepspeed", "the DeepSpeed integration"),
     ("transformers", "transformers", "the Hugging Face integration"),
 )
-OTHER_VARIABLES = {"MOBA_WORKSPACE_MIB", "MOBA_CHECK_INPUTS", "MOBA_TUNING_FILE", "MOBA_TUNING_ARCH", "MOBA_COMMIT"}
+OTHER_VARIABLES = {"MOBA_WORKSPACE_MIB", "MOBA_CHECK_INPUTS", "MOBA_TUNING_FILE", "MOBA_TUNING_ARCH", "MOBA_COMMIT",
+                   "MOBA_DENSE"}
 LIMIT_BF16 = 0.02  # relative RMS error of kernels against the reference: 5 bf16 roundings (2^-8) at worst
 
 
@@ -118,6 +124,7 @@ def report_environment() -> bool:
         _line(name, os.environ[name] + ("" if known else "  (unknown: nothing reads it)"))
     try:
         _line("used by --spec", config_from_environment().describe())
+        _line("dense kernels", f"MOBA_DENSE={dense_setting()}")
     except (TypeError, ValueError) as error:
         _line("used by --spec", f"FAIL: {error}")
         return False
@@ -129,6 +136,8 @@ def self_test() -> bool:
     checks = [("reference = definition", check_definition), ("reference = torch, where dense", check_dense)]
     if torch.cuda.is_available():
         checks.append(("kernels = reference, bf16", check_kernels))
+        checks += [(f"{package} = definition", functools.partial(check_package, package, variant))
+                   for package, variant in _dense_packages()]
     if not _import_problem("megatron.core"):
         checks.append(("Megatron core attention", check_core_attention))
     return all([_run(name, check) for name, check in checks])
@@ -186,6 +195,22 @@ def check_kernels() -> str:
         o = moba_attn_varlen(q, k, v, cu_seqlens, 1000, 64, 4, backend=backend)
         results.append((o, *torch.autograd.grad(o.float().square().sum(), (q, k, v))))
     return _require(max(_error(ours, theirs) for ours, theirs in zip(*results)), LIMIT_BF16)
+
+
+def check_package(package: str, variant: flash_packages.Variant) -> str:
+    """An installed flash-attn package, forward and backward, as before its first use."""
+    problem = flash_packages.disagreement(package, variant)
+    if problem:
+        raise AssertionError(f"{problem}: dense layers go on without it")
+    return "bf16, head dim 128"
+
+
+def _dense_packages() -> list[tuple[str, flash_packages.Variant]]:
+    """The flash-attn packages that are installed and fit the card."""
+    variant = flash_packages.Variant(torch.device("cuda"), torch.bfloat16, 128, 128, 2)
+    return [(package, variant) for package in (flash_packages.FLASH_2, flash_packages.FLASH_3, flash_packages.FLASH_4)
+            if flash_packages.fits(package, torch.cuda.get_device_capability(), variant)
+            and flash_packages.module_of(package)]
 
 
 def check_core_attention() -> str:

@@ -1,19 +1,25 @@
-"""Where MoBA is plain causal attention: the fastest dense kernel inside torch, as a pair of stage functions.
+"""Where MoBA is plain causal attention: the fastest dense kernel that is there, as a pair of stage functions.
 
-cuDNN for sequences of one length, flash attention 2 (torch's own build) for packed ones. A function that returns None
-declines, and the caller goes on with the project's kernels; forward and backward may be mixed, since both take o and
-lse.
+cuDNN for sequences of one length; for packed ones flash-attn 3 or 4 on Hopper and 4 on Blackwell where installed, else
+flash attention 2 (torch's own build). A function that returns None declines, and the caller goes on with the project's
+kernels; forward and backward may be mixed, since both take o and lse. MOBA_DENSE chooses another kernel, or none.
 """
 from __future__ import annotations
 
 import functools
 import logging
+import os
 
 import torch
 from torch import Tensor
 
+from . import flash_packages
+from .flash_packages import FLASH_2, FLASH_3, FLASH_4, Variant
+
 logger = logging.getLogger("moba_megatron")
 CUDNN, FLASH = "cuDNN", "flash attention 2"
+CHOICES = {"cudnn": (CUDNN,), "flash2": (FLASH, FLASH_2), "fa3": (FLASH_3,), "fa4": (FLASH_4,), "own": ()}
+"""MOBA_DENSE: the kernels it leaves, each where it can; ``auto``, the default, orders them by card."""
 
 
 def dense_causal(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
@@ -38,8 +44,11 @@ def dense_causal(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen
             *(_batched(x, batch) for x in (q, k, v)), None, True, 0.0, True, False, scale=scale)
         lse = lse.reshape(batch, q.shape[1], max_seqlen).transpose(1, 2).flatten(0, 1)
         return _packed(o).contiguous(), lse.contiguous()
-    o, lse, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, True, False, scale=scale)
+    if kernel == FLASH:
+        o, lse, *_ = torch.ops.aten._flash_attention_forward(
+            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, True, False, scale=scale)
+    else:
+        o, lse = flash_packages.forward(kernel, q, k, v, cu_seqlens, max_seqlen, scale)
     return o, lse.t().contiguous()
 
 
@@ -50,16 +59,16 @@ def dense_causal_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: T
 
     Args:
         do: ``[T, H, DV]``, gradient of o.
-        dlse: gradient of lse; these kernels cannot take one, so anything but None declines.
+        dlse: gradient of lse, ``[T, H]``; only flash-attn 4 can take one, so without it anything but None declines.
         q, k, v, cu_seqlens, max_seqlen, scale: as forward.
         o, lse: forward's results, of whichever kernel.
-        deterministic: declines, since these kernels add up dq in any order.
+        deterministic: bitwise reproducible, which only the packages can do: declines without them.
 
     Returns:
         dq ``[T, H, D]``, dk ``[T, HK, D]``, dv ``[T, HK, DV]``; or None.
     """
-    kernel = dense_kernel(q, k, v, cu_seqlens, max_seqlen)
-    if kernel is None or dlse is not None or deterministic:
+    kernel = dense_kernel(q, k, v, cu_seqlens, max_seqlen, deterministic=deterministic, with_dlse=dlse is not None)
+    if kernel is None:
         return None
     do = do if do.stride(-1) == 1 and _aligned(do) else do.contiguous()
     if kernel == CUDNN:
@@ -70,42 +79,99 @@ def dense_causal_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: T
             *(_batched(x, batch) for x in (do, q, k, v, o)), lse, unused, unused, None, None, None, max_seqlen,
             max_seqlen, 0.0, True, scale=scale)
         return tuple(_packed(x).contiguous() for x in grads)
-    state = torch.empty(2, dtype=torch.uint64, device=q.device)
-    grads = torch.ops.aten._flash_attention_backward(
-        do, q, k, v, o, lse.t().contiguous(), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, True, state,
-        state[0], scale=scale)
+    lse = lse.t().contiguous()
+    if kernel == FLASH:
+        state = torch.empty(2, dtype=torch.uint64, device=q.device)
+        grads = torch.ops.aten._flash_attention_backward(
+            do, q, k, v, o, lse, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, True, state, state[0],
+            scale=scale)
+    else:
+        dlse = None if dlse is None else dlse.t().contiguous()
+        grads = flash_packages.backward(kernel, do, dlse, q, k, v, o, lse, cu_seqlens, max_seqlen, scale, deterministic)
     return tuple(x.contiguous() for x in grads)
 
 
-def dense_kernel(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> str | None:
-    """Which dense kernel takes these tensors, from what the host knows; None for none. Says its choice once."""
-    choice = _choose(q, k, v, cu_seqlens.numel() - 1, max_seqlen)
-    _say(choice, str(q.dtype), q.shape[2], v.shape[2])
+def dense_kernel(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, deterministic: bool = False,
+                 with_dlse: bool = False) -> str | None:
+    """Which dense kernel takes these tensors, from what the host knows; None for none. Says its choice once.
+
+    Raises:
+        ValueError: MOBA_DENSE is none of its values.
+        ImportError: MOBA_DENSE asks for a package that is not there.
+    """
+    variant = Variant(q.device, q.dtype, q.shape[2], v.shape[2], q.shape[1] // k.shape[1], deterministic, with_dlse)
+    choice = _choose(dense_setting(), variant, q, k, v, cu_seqlens.numel() - 1, max_seqlen)
+    _say(choice, variant)
     return choice
 
 
-def _choose(q: Tensor, k: Tensor, v: Tensor, batch: int, max_seqlen: int) -> str | None:
-    if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16) or 0 in (q.numel(), batch):
+def dense_setting() -> str:
+    """MOBA_DENSE, ``auto`` where unset.
+
+    Raises:
+        ValueError: it is none of its values.
+    """
+    setting = os.environ.get("MOBA_DENSE") or "auto"
+    if setting != "auto" and setting not in CHOICES:
+        raise ValueError(f"environment variable MOBA_DENSE must be one of auto, {', '.join(CHOICES)}; got {setting!r}")
+    return setting
+
+
+def _choose(setting: str, variant: Variant, q: Tensor, k: Tensor, v: Tensor, batch: int,
+            max_seqlen: int) -> str | None:
+    capability = _capability(q.device)
+    if capability is None or q.dtype not in (torch.bfloat16, torch.float16) or 0 in (q.numel(), batch):
         return None
-    dim = q.shape[2]
-    if dim != v.shape[2] or dim % 8 or dim > 256 or not all(map(_aligned, (q, k, v))):
+    if any(dim % 8 or dim > 256 for dim in (variant.dim, variant.dim_v)) or not all(map(_aligned, (q, k, v))):
         return None
-    # no length exceeds the bound, so a full total means that every length meets it
-    if q.shape[0] == batch * max_seqlen:
-        views = tuple(_batched(x, batch) for x in (q, k, v))
-        params = torch.backends.cuda.SDPAParams(*views, None, 0.0, True, k.shape[1] != q.shape[1])
-        if torch.backends.cuda.can_use_cudnn_attention(params):
-            return CUDNN
-    # the backward of larger head dims needs the shared memory of sm_80 or sm_90
-    if dim <= 128 or torch.cuda.get_device_capability(q.device) in ((8, 0), (9, 0)):
-        return FLASH
+    for kernel in _by_card(capability) if setting == "auto" else CHOICES[setting]:
+        if kernel == CUDNN:
+            takes = _is_plain(variant) and _cudnn_takes(q, k, v, batch, max_seqlen)
+        elif kernel == FLASH:
+            # the backward of larger head dims needs the shared memory of sm_80 or sm_90
+            takes = _is_plain(variant) and (variant.dim <= 128 or capability in ((8, 0), (9, 0)))
+        else:
+            takes = flash_packages.fits(kernel, capability, variant) and flash_packages.usable(kernel, variant)
+            if setting in ("fa3", "fa4") and flash_packages.module_of(kernel) is None:
+                raise ImportError(f"MOBA_DENSE={setting} asks for {kernel}, which cannot be imported: install it, or "
+                                  "unset MOBA_DENSE")
+        if takes:
+            return kernel
     return None
 
 
+def _by_card(capability: tuple[int, int]) -> tuple[str, ...]:
+    """The order of ``auto``; flash-attn 2 is torch's again, but for deterministic gradients."""
+    if capability[0] in (9, 10, 11):
+        # its deterministic gradients are not known to beat the project's own, which always are, on these cards
+        return (CUDNN, FLASH_3, FLASH_4, FLASH)
+    return (CUDNN, FLASH, FLASH_2)
+
+
+def _is_plain(variant: Variant) -> bool:
+    """Whether torch's kernels can do it: one head dim, a gradient of o alone, in any order of sums."""
+    return variant.dim == variant.dim_v and not variant.deterministic and not variant.with_dlse
+
+
+def _cudnn_takes(q: Tensor, k: Tensor, v: Tensor, batch: int, max_seqlen: int) -> bool:
+    # no length exceeds the bound, so a full total means that every length meets it
+    if q.shape[0] != batch * max_seqlen:
+        return False
+    views = tuple(_batched(x, batch) for x in (q, k, v))
+    params = torch.backends.cuda.SDPAParams(*views, None, 0.0, True, k.shape[1] != q.shape[1])
+    return torch.backends.cuda.can_use_cudnn_attention(params)
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
 @functools.lru_cache(maxsize=None)
-def _say(choice: str | None, dtype: str, dim: int, dim_v: int) -> None:
-    logger.info("moba_megatron: dense causal attention (%s, head dim %d and %d) by %s", dtype, dim, dim_v,
-                choice or "the project's own kernels")
+def _say(choice: str | None, variant: Variant) -> None:
+    asked = "".join(name for name, wanted in ((", deterministic gradients", variant.deterministic),
+                                              (", with lse's gradient", variant.with_dlse)) if wanted)
+    logger.info("moba_megatron: dense causal attention (%s, head dim %d and %d%s) by %s", variant.dtype, variant.dim,
+                variant.dim_v, asked, choice or "the project's own kernels")
 
 
 def _aligned(x: Tensor) -> bool:

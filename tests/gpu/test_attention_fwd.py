@@ -4,6 +4,7 @@ import torch
 
 import comparison
 from moba_megatron import kernels
+from moba_megatron.ops import flash_packages
 from moba_megatron.ops.dense import CUDNN, FLASH, dense_causal, dense_causal_bwd, dense_kernel
 from moba_megatron.segments import Segments
 
@@ -96,8 +97,14 @@ DENSE = {
 }
 
 
+@pytest.fixture
+def no_packages(monkeypatch):
+    """torch's own kernels alone, also where flash-attn packages are installed."""
+    monkeypatch.setattr(flash_packages, "fits", lambda *_: False)
+
+
 @pytest.mark.parametrize("case", DENSE.values(), ids=DENSE.keys())
-def test_dense_kernels(case):
+def test_dense_kernels(case, no_packages):
     """o, lse and gradients of the dense kernels inside torch, each as good as eager attention."""
     q, k, v, selected, segments = problem(**case, chunk=1024, topk=1)
     cu_seqlens, max_seqlen, scale = segments.cu_seqlens_q, segments.max_seqlen_q, 0.11
@@ -115,7 +122,7 @@ def test_dense_kernels(case):
     comparison.assert_as_good_as_eager(got, exact, eager, q.dtype)
 
 
-def test_dense_kernels_decline():
+def test_dense_kernels_decline(no_packages):
     q, k, v, _, segments = problem([512], 512, 1)
     arguments = segments.cu_seqlens_q, 512
     o, lse = dense_causal(q, k, v, *arguments, 0.1)

@@ -1,0 +1,212 @@
+"""flash-attn 4, 3 and 2, where installed: called for packed sequences, after a check of their results on the device.
+
+Called by name as in flash-attn-4 4.0.0b36, flash-attn-3 3.0.0 (the form since November 2025) and flash-attn 2.7 to 2.8.
+Another form raises, and so declines. Rows and widths: o ``[T, H, DV]``; lse ``[H, T]``, natural log, fp32.
+"""
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+import logging
+from types import ModuleType
+from typing import Callable, NamedTuple
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("moba_megatron")
+FLASH_2, FLASH_3, FLASH_4 = "flash-attn 2 (package)", "flash-attn 3", "flash-attn 4"
+LENGTHS = (190, 0, 1, 131)
+LIMITS = {"o": 0.02, "lse": 1e-3, "dq": 0.02, "dk": 0.02, "dv": 0.02}
+"""Relative RMS errors: five bf16 roundings (2^-8) at worst, as between the project's kernels and the reference."""
+
+
+class Variant(NamedTuple):
+    """What decides the kernels of a package, and so what is checked once."""
+
+    device: torch.device
+    dtype: torch.dtype
+    dim: int
+    dim_v: int
+    group: int
+    """q heads a kv head."""
+    deterministic: bool = False
+    with_dlse: bool = False
+
+
+def fits(package: str, capability: tuple[int, int], variant: Variant) -> bool:
+    """Whether the package's own checks let these sizes through on a card; sizes are multiples of 8, at most 256."""
+    dim, same = variant.dim, variant.dim == variant.dim_v
+    latent = (dim, variant.dim_v) == (192, 128)
+    if package == FLASH_4:
+        if capability[0] == 9:
+            return same or latent and variant.group == 1
+        return capability[0] in (10, 11) and (same and (dim <= 128 or dim == 256) or latent)
+    if variant.with_dlse:
+        return False
+    if package == FLASH_3:
+        return capability == (9, 0) and (same or latent) and not (variant.deterministic and dim > 192)
+    return same and capability[0] >= 8
+
+
+def usable(package: str, variant: Variant) -> bool:
+    """Whether it is installed and computes the right thing, found out at its first use, not while others look on."""
+    key = package, variant
+    if key not in _checked:
+        if _observed(variant.device) or module_of(package) is None:
+            return False
+        problem = disagreement(package, variant)
+        if problem:
+            _decline(package, problem, f" ({variant.dtype}, head dim {variant.dim} and {variant.dim_v}, "
+                     f"{variant.group} q heads a kv head, deterministic={variant.deterministic}, "
+                     f"dlse={variant.with_dlse})")
+        _checked[key] = problem is None
+    return _checked[key]
+
+
+_checked: dict[tuple[str, Variant], bool] = {}
+
+
+@functools.lru_cache(maxsize=None)
+def module_of(package: str) -> ModuleType | None:
+    """The module with the functions; None where it is not installed, or, said in a warning, cannot be imported."""
+    names = _PACKAGES[package].modules
+    try:
+        return [importlib.import_module(name) for name in names][-1]
+    except Exception as error:  # broken builds raise all kinds of errors
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if not any(f"{name}.".startswith(f"{missing}.") for name in names):
+            _decline(package, _said(error))
+    return None
+
+
+def forward(package: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
+            scale: float) -> tuple[Tensor, Tensor]:
+    """o and lse of causal attention."""
+    with torch.cuda.device_of(q):
+        o, lse, *_ = _PACKAGES[package].forward(module_of(package), q, k, v, cu_seqlens, max_seqlen, scale)
+    return o, lse
+
+
+def backward(package: str, do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
+             cu_seqlens: Tensor, max_seqlen: int, scale: float, deterministic: bool) -> tuple[Tensor, ...]:
+    """dq, dk, dv; lse and dlse ``[H, T]``."""
+    with torch.cuda.device_of(q):
+        return _PACKAGES[package].backward(module_of(package), do, dlse, q, k, v, o, lse, cu_seqlens, max_seqlen, scale,
+                                           deterministic)
+
+
+def disagreement(package: str, variant: Variant) -> str | None:
+    """What is wrong with the results of a few hundred tokens, against the definition in fp64; None if nothing is."""
+    device, dtype, dim, dim_v, group, deterministic, with_dlse = variant
+    generator = torch.Generator(device).manual_seed(0)
+    total, heads, scale = sum(LENGTHS), 2 * group, 0.7 * dim ** -0.5  # not the packages' default scale
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
+
+    try:
+        q, do = random(total, heads, dim).to(dtype), random(total, heads, dim_v).to(dtype)
+        k, v = random(total, 2, dim + dim_v).to(dtype).split([dim, dim_v], 2)
+        dlse = random(heads, total) if with_dlse else None
+        bounds = tuple(itertools.accumulate(LENGTHS, initial=0))
+        place = torch.tensor(bounds, dtype=torch.int32, device=device), max(LENGTHS), scale
+        o, lse = forward(package, q, k, v, *place)
+        grads, again = (backward(package, do, dlse, q, k, v, o, lse, *place, deterministic) for _ in range(2))
+        exact = _exact(q, k, v, do, None if dlse is None else dlse.t(), scale)
+        for (name, limit), ours, expected in zip(LIMITS.items(), (o, lse.t(), *grads), exact, strict=True):
+            error = float((ours.double() - expected).norm() / expected.norm())
+            if not error <= limit:  # NaN too
+                return f"the relative error of {name} is {error:.1e} in a check, at most {limit:.0e} expected"
+        if deterministic and not all(map(torch.equal, grads, again)):
+            return "deterministic gradients differ between two runs of a check"
+    except Exception as error:  # another version's arguments, a build for other cards, a compiler that fails
+        return _said(error)
+    return None
+
+
+def _exact(q: Tensor, k: Tensor, v: Tensor, do: Tensor, dlse: Tensor | None, scale: float) -> list[Tensor]:
+    """o, lse, dq, dk, dv in fp64, a sequence of LENGTHS at a time."""
+    group = q.shape[1] // k.shape[1]
+    dlse = torch.zeros_like(q[..., 0]) if dlse is None else dlse
+    rows = []
+    for q, k, v, do, dlse in zip(*(x.double().split(LENGTHS) for x in (q, k, v, do, dlse))):
+        if not len(q):
+            continue
+        q, k, v, do, dlse = (x.transpose(0, 1) for x in (q, k, v, do, dlse))
+        k, v = (x.repeat_interleave(group, 0) for x in (k, v))
+        scores = scale * q @ k.mT
+        scores.masked_fill_(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+        lse = scores.logsumexp(2)
+        p = (scores - lse[..., None]).exp()
+        o = p @ v
+        ds = scale * p * (do @ v.mT - ((o * do).sum(2) - dlse)[..., None])
+        dk, dv = ((x.mT @ y).unflatten(0, (-1, group)).sum(1) for x, y in ((ds, q), (p, do)))
+        rows.append([x.transpose(0, 1) for x in (o, lse, ds @ k, dk, dv)])
+    return [torch.cat(parts) for parts in zip(*rows)]
+
+
+def _observed(device: torch.device) -> bool:
+    """Whether a CUDA graph or a compiler records this, so that nothing may be checked now."""
+    return torch.compiler.is_compiling() or device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _decline(package: str, problem: str, where: str = "") -> None:
+    logger.warning("moba_megatron: dense causal attention goes on without %s%s: %s", package, where, problem)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _forward_2(module, q, k, v, cu, longest, scale):
+    return module._flash_attn_varlen_forward(q, k, v, cu, cu, longest, longest, dropout_p=0.0, softmax_scale=scale,
+                                             causal=True)
+
+
+def _backward_2(module, do, dlse, q, k, v, o, lse, cu, longest, scale, deterministic):
+    grads = tuple(x.new_empty(x.shape) for x in (q, k, v))
+    module._flash_attn_varlen_backward(
+        do, q, k, v, o, lse, *grads, cu, cu, longest, longest, dropout_p=0.0, softmax_scale=scale, causal=True,
+        window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, deterministic=deterministic)
+    return grads
+
+
+def _forward_3(module, q, k, v, cu, longest, scale):
+    return module._flash_attn_forward(q, k, v, softmax_scale=scale, causal=True, **_lengths(cu, longest))
+
+
+def _backward_3(module, do, dlse, q, k, v, o, lse, cu, longest, scale, deterministic):
+    dq, dk, dv = grads = tuple(x.new_empty(x.shape) for x in (q, k, v))
+    module._flash_attn_backward(do, q, k, v, o, lse, dq=dq, dk=dk, dv=dv, softmax_scale=scale, is_causal=True,
+                                deterministic=deterministic, **_lengths(cu, longest))
+    return grads
+
+
+def _forward_4(module, q, k, v, cu, longest, scale):
+    return module._flash_attn_fwd(q, k, v, softmax_scale=scale, causal=True, return_lse=True, **_lengths(cu, longest))
+
+
+def _backward_4(module, do, dlse, q, k, v, o, lse, cu, longest, scale, deterministic):
+    extra = {} if dlse is None else {"dlse": dlse}  # the first betas do not have it
+    return module._flash_attn_bwd(q, k, v, o, do, lse, softmax_scale=scale, causal=True, deterministic=deterministic,
+                                  **_lengths(cu, longest), **extra)[:3]
+
+
+def _lengths(cu: Tensor, longest: int) -> dict[str, Tensor | int]:
+    return {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": longest, "max_seqlen_k": longest}
+
+
+class _Package(NamedTuple):
+    modules: tuple[str, ...]
+    """Those that it needs; the last has the functions."""
+    forward: Callable
+    backward: Callable
+
+
+_PACKAGES = {
+    FLASH_2: _Package(("flash_attn.flash_attn_interface",), _forward_2, _backward_2),
+    FLASH_3: _Package(("flash_attn_interface",), _forward_3, _backward_3),
+    FLASH_4: _Package(("cutlass", "flash_attn.cute.interface"), _forward_4, _backward_4),
+}
