@@ -85,6 +85,16 @@ def test_v_does_not_keep_the_projection_alive(monkeypatch, rotated, copied):
     assert compact == [copied, False] and all(torch.equal(x, v[:, 0]) for x in kept)
 
 
+@pytest.mark.parametrize("by_flag, by_megatron", [(False, False), (True, False), (False, True)])
+def test_determinism_and_workspace_reach_the_operator(monkeypatch, by_flag, by_megatron):
+    """--moba-deterministic or Megatron's own --deterministic-mode, and --moba-workspace-mib."""
+    config, given = make_config(), {}
+    config.deterministic_mode = by_megatron
+    monkeypatch.setattr(core_attention, "moba_attention", lambda q, k, v, *args, **kwargs: given.update(kwargs) or q)
+    make_core(MoBAConfig(16, 2, deterministic=by_flag, workspace_mib=7), config=config)(*fused_qkv(40, 1))
+    assert given["deterministic"] == (by_flag or by_megatron) and given["workspace_mib"] == 7
+
+
 def test_attention_mask_is_ignored():
     q, k, v = fused_qkv(40, 1)
     mask = torch.ones(1, 1, 40, 40, dtype=torch.bool).triu(1)
