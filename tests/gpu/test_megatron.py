@@ -1,6 +1,8 @@
-"""Megatron-Core's GPTModel with MoBA on one GPU: memory over many steps, recompute, offloading, lifetimes in graphs."""
+"""MoBA in Megatron-Core on one GPU: memory over many steps, recompute, offloading, lifetimes in graphs, inference."""
 import pytest
 import torch
+
+import comparison
 
 pytest.importorskip("megatron.core")
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
@@ -114,12 +116,33 @@ def test_memory_savers_change_no_bit(plain, options, saves):
     assert not saves or kept < plain[2], f"{kept / MIB:.1f} MiB, without {plain[2] / MIB:.1f}"
 
 
-def test_a_graph_outlives_the_cache_of_lengths():
-    """What a captured call reads is not freed when many other lengths came by, as in generation between steps."""
+def make_core(**options):
+    """A core attention, and q, k, v ``[1000, 2, heads, 128]`` for it."""
     config = TransformerConfig(num_layers=1, hidden_size=256, num_attention_heads=2, num_query_groups=1,
                                attention_dropout=0.0)
-    core = MoBACoreAttention(config, 1, AttnMaskType.causal, "self", moba_config=MoBAConfig(64, 3, backend="triton"))
-    q, k, v = (torch.randn(1000, 2, heads, 128, device="cuda", dtype=torch.bfloat16) for heads in (2, 1, 1))
+    core = MoBACoreAttention(config, 1, AttnMaskType.causal, "self",
+                             moba_config=MoBAConfig(64, 3, backend="triton", **options))
+    return core, *(torch.randn(1000, 2, heads, 128, device="cuda", dtype=torch.bfloat16) for heads in (2, 1, 1))
+
+
+@pytest.mark.parametrize("decode", ["moba", "dense"])
+def test_static_inference(decode):
+    """A prompt in two parts over a cache longer than it, then a token: rows of one call for all."""
+    core, q, k, v = make_core(decode=decode)
+    last = make_core(full_attention_layers="all")[0] if decode == "dense" else core
+    with torch.inference_mode():
+        expected = torch.cat((core(q, k, v)[:999], last(q, k, v)[999:]))
+        cache = [torch.cat((x, torch.full_like(x, torch.nan))) for x in (k, v)]
+        parts = [core(q[begin:end], *(x[:end] for x in cache), attn_mask_type=kind)
+                 for begin, end, kind in ((0, 300, AttnMaskType.causal), (300, 999, AttnMaskType.causal),
+                                          (999, 1000, AttnMaskType.no_mask))]
+    for part, rows in zip(parts, expected.split((300, 699, 1))):
+        assert comparison.relative_error(part, rows.double()) < 1e-2
+
+
+def test_a_graph_outlives_the_cache_of_lengths():
+    """What a captured call reads is not freed when many other lengths came by, as in generation between steps."""
+    core, q, k, v = make_core()
     with torch.no_grad():
         eager = core(q, k, v)
         torch.cuda.synchronize()
