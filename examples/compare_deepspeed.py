@@ -69,7 +69,8 @@ def parse_args(argv=None) -> argparse.Namespace:
 def settings_of(row: Row, data_path: str, ranks: int, toy: bool) -> argparse.Namespace:
     """A row as arguments of `pretrain_deepspeed.py`."""
     flags = [*(TOY if toy else MODEL), *TRAINING, "--data-path", data_path, "--global-batch-size", str(ranks),
-             "--seq-length", str(row.lengths * (TOY_LENGTH if toy else LENGTH)), "--zero-stage", str(row.zero_stage or 1)]
+             "--seq-length", str(row.lengths * (TOY_LENGTH if toy else LENGTH)),
+             "--zero-stage", str(row.zero_stage or 1)]
     if row.method != "none":
         flags += ["--sequence-parallel", row.method, "--sequence-parallel-size", str(ranks)]
     return job.parse_args(flags + ["--activation-checkpointing"] * row.recompute)

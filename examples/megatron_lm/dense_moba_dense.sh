@@ -10,6 +10,7 @@ source "$(dirname "$0")/../../launch/common.sh"
 
 RUN="${RUN:-runs/dense_moba_dense}"
 DENSE="${DENSE:-240}" MOBA="${MOBA:-100}" BACK="${BACK:-40}"
+given="${DATA_PATH:+DATA_PATH=$(basename "${DATA_PATH:-}") }"
 setup plot
 if [ -z "${DATA_PATH:-}" ]; then
     DATA_PATH="runs/data/stdlib"
@@ -49,4 +50,6 @@ say "3/4 Dense again, to step $((DENSE + MOBA + BACK))."
 part switched --attention full "$@"
 say "4/4 For comparison: dense throughout."
 part dense --attention full "$@"
-run "$PY" examples/megatron_lm/compare_switch.py "$RUN" --switches "$DENSE" $((DENSE + MOBA))
+run "$PY" examples/megatron_lm/compare_switch.py "$RUN" --switches "$DENSE" $((DENSE + MOBA)) \
+    --command "${given}DENSE=$DENSE MOBA=$MOBA BACK=$BACK${CHUNK:+ CHUNK=$CHUNK}${TOPK:+ TOPK=$TOPK} bash \
+examples/megatron_lm/dense_moba_dense.sh${*:+ $*}"

@@ -1,19 +1,20 @@
-"""Which stored result makes which table of the README, and the writing of it between the table's markers."""
+"""Which stored result makes which table of which page, and the writing of it between the table's markers."""
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import comparison, cp, decode, gpt, report, training
+from . import comparison, cp, decode, gpt, report, training, zero
 
 
 @dataclass(frozen=True)
 class Table:
-    """One table: the file below ``results/`` that holds its figures, and what turns it into markdown."""
+    """One table: the file below ``results/`` with its figures, what makes markdown of it, the page it stands on."""
 
     stored: str
     markdown: Callable[[dict], str]
+    page: str = "README.md"
 
     @property
     def path(self) -> Path:
@@ -24,6 +25,9 @@ TABLES = {
     "kernels": Table(report.README_TABLE, report.markdown_of),
     "comparison": Table("h200/comparison.json", comparison.markdown),
     "training-speed": Table("h200/training_speed.json", training.speed_markdown),
+    "smoke": Table("h200/smoke.json", training.smoke_markdown),
+    "deepspeed": Table("h200/deepspeed.json", zero.markdown),
+    "continued": Table("h200/continued.json", training.switch_markdown, "examples/megatron_lm/README.md"),
     "decode": Table("h200/decode.json", decode.markdown),
     "learning": Table("h200/learning.json", training.learning_markdown),
     "cp-p2": Table("h200/cp-p2.json", cp.markdown_of),

@@ -1,4 +1,4 @@
-"""Tables of the 50M model's training runs (`examples/compare_50m.py`): how fast, and how well it learns."""
+"""Tables of training runs: the 50M model's (`examples/compare_50m.py`), and one whose attention changes on the way."""
 from __future__ import annotations
 
 import statistics
@@ -162,3 +162,49 @@ def speed_markdown(result: dict) -> str:
 def learning_markdown(result: dict) -> str:
     """The README's table of final losses."""
     return _markdown(learning_table, result)
+
+
+def smoke_markdown(result: dict) -> str:
+    """What the README says of `launch/smoke_a6000.sh`: sentences, no table, for they are two rows."""
+    about, rows = result["environment"], result["rows"]
+    done = [row for row in rows if row["status"] == "ok"]
+    times = " and ".join(f"{row['step_ms']['median']:.0f} ms with {name_of(row)} ({row['ms_per_65536_tokens']:.1f} ms "
+                         f"per 65,536 tokens, {row['peak_memory_gib']:.1f} GiB at most)" for row in done)
+    rest = "; ".join(f"{name_of(row)} ({row['reason']})" for row in rows if row["status"] != "ok")
+    return (f"Within {done[0]['memory_limit_gb']:g} GB and with the launch configurations of {done[0]['tuning_arch']} "
+            f"(`LIMIT=1`), but on an {about['device'].removeprefix('NVIDIA ')}, a step of "
+            f"{done[0]['tokens_per_step']:,} tokens in sequences of {done[0]['seq_length']:,} took {times}."
+            f"{f' Not measured: {rest}.' if rest else ''} {environment.line(about)}. Made by `{about['command']}`.")
+
+
+def switch_table(result: dict) -> list[dict[str, str]]:
+    """Losses around each change of attention, then the validations after the first one."""
+    lines = []
+    for row in result["windows"]:
+        steps = f"{row['first']}-{row['last']}" if row["first"] < row["last"] else str(row["first"])
+        lines.append(_switch_line(row["window"], steps, row["switched"], row["dense"]))
+    ours, theirs = (result["validations"][name] for name in ("switched", "dense"))
+    return lines + [_switch_line("validation", step, loss, theirs[step]) for step, loss in ours.items()
+                    if int(step) > result["switches"][0]]
+
+
+def _switch_line(what: str, steps: str, switched: float, dense: float) -> dict[str, str]:
+    return {"loss": what, "steps": steps, "switched": f"{switched:.4f}", "dense throughout": f"{dense:.4f}",
+            "difference": f"{switched - dense:+.4f}"}
+
+
+def switch_markdown(result: dict) -> str:
+    """The table of `examples/megatron_lm/dense_moba_dense.sh`, what it says, and where it was made."""
+    about, shared = result["environment"], result["settings"]
+    to_moba, back = result["switches"]
+    differs = {row["window"]: f"{row['difference']:+.4f}" for row in result["windows"]}
+    ours, theirs = (result["validations"][name] for name in ("switched", "dense"))
+    largest = max(abs(loss - theirs[step]) for step, loss in ours.items())
+    return (f"{as_markdown(switch_table(result))}\n\nNats a token, means over the steps. Dense to step {to_moba} (one "
+            f"run, copied), MoBA ({shared['chunk_size']}, {shared['topk']}) to step {back}, dense again; both see the "
+            "same batches. Against the dense run the loss is "
+            f"{differs['step after switch 1']} in the first step with MoBA, {differs['after switch 1']} in the first "
+            f"ten, {differs['step after switch 2']} in the first step back, {differs['end']} in the last ten; "
+            f"validations differ by {largest:.4f} at most. {shared['num_layers']} layers, {shared['hidden_size']} "
+            f"wide, {shared['global_batch_size']} sequences of {shared['seq_length']:,} a step, one seed. "
+            f"{environment.line(about)}. Made by `{about['command']}`.")

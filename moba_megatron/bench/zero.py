@@ -57,9 +57,9 @@ def markdown(result: dict) -> str:
     return (f"{report.as_markdown(table(result))}\n\n{shared['num_layers']} layers, {shared['hidden_size']} wide, "
             f"{shared['num_attention_heads']} heads, {shared['num_query_groups']} kv groups, MoBA "
             f"({shared['moba_chunk_size']}, {shared['moba_topk']}) in every layer, bf16, "
-            f"{shared['global_batch_size']} sequences a step, {about['ranks']} ranks, optimizer included. `differs by`: "
-            f"the loss from plain torch's, in the first step and at most in {shared['train_iters']}, nats a token. "
-            f"Plain torch has both sequences on one GPU and an optimizer that is not fused: its losses are what it is "
-            f"there for. `peak GiB`: rank 0, beyond what earlier rows left; `<`: with that.{rest} "
+            f"{shared['global_batch_size']} sequences a step, {about['ranks']} ranks, optimizer included. `differs "
+            f"by`: the loss from plain torch's, in the first step and at most in {shared['train_iters']}, nats a "
+            "token. Plain torch has all sequences on one GPU and an optimizer that is not fused: it is there for its "
+            f"losses. `peak GiB`: rank 0, beyond what earlier rows left; `<`: with that.{rest} "
             f"{environment.line(about)}, DeepSpeed {about['deepspeed']}. Made by `{about['command']}`"
             f"{about.get('note', '')}.")
