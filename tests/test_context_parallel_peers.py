@@ -212,7 +212,7 @@ class SharedStaging:
 
 
 def with_peers(rank, size):
-    """The cases of the gloo suite, exchanged through shared staging memory; bytes sent; how many exchanges there were."""
+    """Cases of the gloo suite, exchanged through shared staging memory; bytes sent; how many pieces there were."""
     staging = SharedStaging()
     heads.peers_for = rows_module.peers_for = staging.peers_for
     cp.CASES = [case for case in cp.CASES if case[0] in CASES]

@@ -130,7 +130,7 @@ def _prepare(c: Copy) -> tuple:
 
 
 class _Watch:
-    """Ends the process when an exchange is not done in time, as NCCL's watchdog does: its stream would wait for ever."""
+    """Ends the process when an exchange is not done in time, as NCCL's watchdog does: streams would wait for ever."""
 
     INTERVAL_S = 1.0
 

@@ -1,7 +1,7 @@
 """Which bytes of a rank's tensors go where, as rectangles that a copy engine moves: plans of :mod:`.peers`.
 
-Rows that leave are written to the receiver's staging memory, contiguous, and moved from there to their place. Staging is
-small: an exchange is cut into pieces, each of which fits into a share of it. All ranks cut alike.
+Rows that leave are written to the receiver's staging memory, contiguous, and moved from there to their place. Staging
+is small: an exchange is cut into pieces, each of which fits into a share of it. All ranks cut alike.
 """
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exchanges among ranks of one host by the GPUs' copy engines: no kernel, nothing packed, the compute stream only waits.
+"""Exchanges among ranks of one host by the GPUs' copy engines: no kernel sends, nothing is packed.
 
 Every rank has staging memory that the others write to (symmetric memory). An exchange is a series of pieces, numbered
 alike on all ranks: each rank pushes rows straight from its tensors into the others' staging and then writes the piece's
@@ -6,9 +6,9 @@ number behind them; a rank that sees all numbers moves the rows from its staging
 that this slot of staging is free. Pushing and placing have a stream each, so that both directions of the link and the
 local copies overlap; the attention kernels' stream awaits one event.
 
-Order. A stream runs its copies and its signals one after the other, and a signal is written after a fence for the whole
-system (``cuStreamWriteValue32`` without NO_MEMORY_BARRIER), so whoever sees the number sees the rows. Numbers only grow,
-so a wait is for "at least", and nothing has to be reset. Slot ``n % SLOTS`` is written again once piece ``n - SLOTS``
+Order. A stream runs its copies and its signals one after the other, and a signal is written after a fence for the
+whole system (``cuStreamWriteValue32`` without NO_MEMORY_BARRIER), so whoever sees the number sees the rows. Numbers
+only grow, so a wait is for "at least", and nothing has to be reset. Slot ``n % SLOTS`` is written again once piece ``n - SLOTS``
 has been placed. A rank issues piece n's placing after pushing n + 1, always in this order: even if the hardware runs
 everything from one queue (``CUDA_DEVICE_MAX_CONNECTIONS=1``) each wait is for something that the other ranks issued
 before they could wait for this one.
