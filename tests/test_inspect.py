@@ -13,7 +13,7 @@ import torch
 from cases import Case
 from test_core_attention import fused_qkv, make_config, make_core
 
-from moba_megatron import MoBAConfig, core_attention, megatron_lm
+from moba_megatron import MoBAConfig, core_attention, kernels, megatron_lm
 from moba_megatron.inspect import page, picture, statistics
 from moba_megatron.inspect import __main__ as command
 from moba_megatron.inspect.choices import look, watching
@@ -21,7 +21,9 @@ from moba_megatron.inspect.recorder import TraceRecorder
 from moba_megatron.inspect.report import as_record, as_scalars, as_table, summary
 from moba_megatron.inspect.router_log import RouterLog
 from moba_megatron.inspect.trace import RoutingTrace, load_trace, save_trace
+from moba_megatron.kernels import tuning
 from moba_megatron.ops import get_stages
+from moba_megatron.segments import Segments
 
 CASES = [
     pytest.param(Case((80,), 8, 3, heads=4, kv_heads=2), id="one sequence"),
@@ -73,9 +75,16 @@ def brute_force(case, choices) -> dict[str, list[float]]:
     return result
 
 
+def values_of(choices, samples):
+    """The statistics of one layer, ``[H, len(NAMES)]``."""
+    places = statistics.Places.of(choices, samples)
+    total = statistics.sums([statistics.tally(choices, places)])
+    return statistics.layer_statistics(total, places.first, choices.topk, 1, choices.num_chunks)[0]
+
+
 def statistics_of(case, samples=10 ** 6, dtype=torch.float64):
     choices = choices_of(case, dtype)
-    values = statistics.layer_statistics(statistics.tally(choices, samples))
+    values = values_of(choices, samples)
     return choices, dict(zip(statistics.NAMES, values.T.tolist()))
 
 
@@ -103,7 +112,7 @@ class TestStatistics:
     def test_a_sample_estimates_the_recall_of_all(self):
         case = Case((640,), 8, 3, heads=2, head_dim=8)
         choices = choices_of(case)
-        whole, sample = (statistics.layer_statistics(statistics.tally(choices, n)) for n in (640, 200))
+        whole, sample = (values_of(choices, n) for n in (640, 200))
         assert torch.equal(whole[:, :3], sample[:, :3])
         assert not torch.equal(whole[:, 3], sample[:, 3])
         # A query's recall lies in 0..1: its deviation is at most 1/2, that of a mean of 200 at most 0.036.
@@ -120,7 +129,7 @@ class TestStatistics:
         q, k = torch.ones(64, 1, 4), -30 * torch.ones(64, 1, 4)
         k[:8] = 30
         module = SimpleNamespace(layer_number=1, softmax_scale=None, moba_config=MoBAConfig(chunk_size=8, topk=2))
-        seen = statistics.layer_statistics(statistics.tally(look(module, q, k, case.segments()), 64))
+        seen = values_of(look(module, q, k, case.segments()), 64)
         values = dict(zip(statistics.NAMES, seen[0].tolist()))
         assert values["recall"] == values["best_recall"] == pytest.approx(1, abs=1e-6)
         assert values["first_chunk"] == 1 and values["entropy"] == 0
@@ -136,8 +145,30 @@ class TestStatistics:
         q, k, *_ = case.tensors()
         segments = type(case.segments()).from_cu_seqlens(case.cu_seqlens(), 100, 8)
         module = SimpleNamespace(layer_number=1, softmax_scale=None, moba_config=MoBAConfig(chunk_size=8, topk=3))
-        values = statistics.layer_statistics(statistics.tally(look(module, q, k, segments), 8))
+        values = values_of(look(module, q, k, segments), 8)
         assert values.isnan().all()
+
+
+@pytest.mark.skipif(kernels.INTERPRETED or torch.version.hip is not None, reason="compiles for CUDA")
+@pytest.mark.parametrize("capability", [86, 90, 100])
+def test_kernels_compile_and_fit(capability):
+    from moba_megatron.bench import compile_report
+    from moba_megatron.inspect import kernels as fused
+
+    def empty(*shape, dtype=torch.int64):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    for heads, head_dim, chunk_size, dtype in ((8, 128, 512, torch.bfloat16), (4, 256, 100, torch.float32)):
+        q, k = empty(8192, heads, head_dim, dtype=dtype), empty(8192, 2, head_dim, dtype=dtype)
+        selected, row = empty(8192, heads, 7, dtype=torch.int32), empty(128)
+        segments = Segments.from_cu_seqlens(empty(3, dtype=torch.int32), 4096, chunk_size)
+        with (tuning.forced(tuning.arch_of_capability(*divmod(capability, 10))),
+              compile_report.compiling(capability) as compiled):
+            fused.counts(selected, empty(8192), 1, segments.num_chunks(8192))
+            fused.recalls(q, k, selected, segments, (row,) * 4, 0.1)
+        assert len(compiled) == 3
+        limit = compile_report.SHARED_LIMIT_KIB[capability] * 1024
+        assert all(kernel.metadata.shared <= limit for _, kernel in compiled)
 
 
 class Layers(torch.nn.Module):

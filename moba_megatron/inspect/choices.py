@@ -10,7 +10,11 @@ from torch import Tensor
 
 from ..core_attention import MoBACoreAttention, set_observer
 from ..ops import get_stages
+from ..ops.backend import repeat
 from ..segments import Segments
+
+MOST_CHUNKS_FUSED = 1 << 14
+"""Bound of the chunk ids for the kernels: a program holds a query's masses of all chunks."""
 
 
 @contextlib.contextmanager
@@ -40,6 +44,7 @@ class Choices:
         segments: places the queries among the keys.
         topk: chunks a query attends to, its own included.
         softmax_scale: of the attention scores.
+        fused: whether Triton kernels count and weigh them, as they chose them.
     """
 
     layer_number: int
@@ -49,6 +54,7 @@ class Choices:
     segments: Segments
     topk: int
     softmax_scale: float
+    fused: bool = False
 
     @property
     def num_chunks(self) -> int:
@@ -61,24 +67,26 @@ class Choices:
         earlier = position // self.segments.chunk_size
         return self.segments.first_chunk()[sequence] + earlier, earlier
 
-    def counts(self, rows: Tensor, keep: Tensor, num_rows: int) -> Tensor:
+    def counts(self, rows: Tensor, num_rows: int) -> Tensor:
         """How often each chunk was chosen, by groups of queries.
 
         Args:
-            rows: int64 ``[T]``, the group of each query, from 0.
-            keep: bool ``[T]``, queries to count.
+            rows: int64 ``[T]``, the group of each query, from 0; below 0 for queries that are not counted.
             num_rows: groups.
 
         Returns:
             int64 ``[H, num_rows, num_chunks]``.
         """
+        if self.fused:
+            from . import kernels
+            return kernels.counts(self.selected, rows, num_rows, self.num_chunks)
         heads = torch.arange(self.q.shape[1], device=self.q.device)
         first = (heads[None, :] * num_rows + rows[:, None]) * self.num_chunks
         spare = self.q.shape[1] * num_rows * self.num_chunks  # where that lands which is not counted
         table = torch.zeros(spare + 1, dtype=torch.int64, device=self.q.device)
         one = torch.ones((), dtype=torch.int64, device=self.q.device).expand(first.numel())
         for chosen in self.selected.unbind(2):  # one by one, to bound the memory
-            index = torch.where((chosen >= 0) & keep[:, None], first + chosen, spare)
+            index = torch.where((chosen >= 0) & (rows >= 0)[:, None], first + chosen, spare)
             table.index_add_(0, index.flatten(), one)
         return table[:-1].view(self.q.shape[1], num_rows, self.num_chunks)
 
@@ -110,6 +118,14 @@ def look(module: MoBACoreAttention, q: Tensor, k: Tensor, segments: Segments, gr
         dist.all_gather_into_tensor(ranks, k.contiguous(), group=group)
         k = ranks[global_rows]
     stages = get_stages(moba.backend, q.device)
-    selected = stages.gate(q, stages.chunk_means(k, segments), segments, moba.topk)
+    numbers = segments.max_seqlen_q, segments.max_seqlen_k, segments.chunk_size, segments.packed
+
+    def compute(q, k, *places):
+        same = Segments(*places, *numbers)
+        return (stages.gate(q, stages.chunk_means(k, same), same, moba.topk),)
+
+    selected, = repeat(stages, ("look", moba.topk, *numbers), compute, q, k, segments.cu_seqlens_q,
+                       segments.cu_seqlens_k, segments.seq_ids, segments.offsets, workspace_mib=moba.workspace_mib)
     scale = q.shape[2] ** -0.5 if module.softmax_scale is None else module.softmax_scale
-    return Choices(module.layer_number, q, k, selected, segments, moba.topk, scale)
+    fused = hasattr(stages, "INTERPRETED") and segments.num_chunks(k.shape[0]) <= MOST_CHUNKS_FUSED
+    return Choices(module.layer_number, q, k, selected, segments, moba.topk, scale, fused)

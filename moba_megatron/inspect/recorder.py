@@ -89,7 +89,7 @@ def _pair_counts(choices: Choices) -> Tensor:
     segments = choices.segments
     size = -(-segments.max_seqlen_k // segments.chunk_size)
     _, earlier = choices.own_chunks()
-    counts = choices.counts(earlier, torch.ones_like(earlier, dtype=torch.bool), size)
+    counts = choices.counts(earlier, size)
     first = segments.first_chunk()
     ids = torch.arange(choices.num_chunks, device=first.device)
     number = ids - first[torch.searchsorted(first, ids, right=True) - 1]  # N for the id that a sequence leaves unused

@@ -2,15 +2,17 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch import Tensor
 
 from .choices import look, message_device, watching
 from .report import Report
-from .statistics import NAMES, Tally, layer_statistics, tally
+from .statistics import NAMES, Places, Tally, layer_statistics, sums, tally
 
 
 class RouterLog:
@@ -56,21 +58,19 @@ class RouterLog:
         self.report = self._join(observer)
 
     def _join(self, observer: _Observer) -> Report:
-        _add_context_parallel(observer.tallies, observer.group)
-        device = message_device()
         size, rank = _tensor_parallel()
         heads = slice(rank * self.num_heads // size, (rank + 1) * self.num_heads // size)
         # for each layer and head: the sums of the statistics over the ranks, and how many ranks there are
-        sums = torch.zeros(self.num_layers, self.num_heads, len(NAMES) + 1, dtype=torch.float64, device=device)
-        for layer, seen in observer.tallies.items():
-            values = layer_statistics(seen)
-            valid = ~values.isnan().any(1, keepdim=True)
-            sums[layer - 1, heads] = torch.cat((values.masked_fill(~valid, 0), valid.double()), dim=1).to(device)
-        if dist.is_initialized():
-            dist.all_reduce(sums)
-        *totals, ranks = sums.unbind(2)
-        means = [(total / ranks).tolist() for total in totals]
-        return {layer: {name: mean[layer - 1] for name, mean in zip(NAMES, means)}
+        joined = torch.zeros(self.num_layers, self.num_heads, len(NAMES) + 1, dtype=torch.float64)
+        for layers, values in _local_statistics(list(observer.tallies.items()), observer.group):
+            valid = ~values.isnan().any(2, keepdim=True)
+            joined[[layer - 1 for layer in layers], heads] = torch.cat((values.masked_fill(~valid, 0), valid), dim=2)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            message = joined.to(message_device())
+            dist.all_reduce(message)
+            joined = message.cpu()
+        means, ranks = (joined[..., :-1] / joined[..., -1:]).transpose(1, 2).tolist(), joined[..., -1]
+        return {layer: dict(zip(NAMES, means[layer - 1]))
                 for layer, seen in enumerate(ranks.gt(0).all(1).tolist(), 1) if seen}
 
 
@@ -81,6 +81,7 @@ class _Observer:
         self.samples = samples
         self.tallies: dict[int, Tally] = {}
         self.group: dist.ProcessGroup | None = None
+        self._places: Places | None = None
 
     def __call__(self, module, q, k, segments, group=None, global_rows=None) -> None:
         if module.layer_number in self.tallies:
@@ -88,20 +89,32 @@ class _Observer:
         choices = look(module, q, k, segments, group, global_rows)
         if choices is not None:
             samples = self.samples if group is None else -(-self.samples // group.size())
-            self.tallies[module.layer_number] = tally(choices, samples)
+            if self._places is None or not self._places.serve(choices, samples):
+                self._places = Places.of(choices, samples)
+            self.tallies[module.layer_number] = tally(choices, self._places)
             self.group = group
 
 
-def _add_context_parallel(tallies: dict[int, Tally], group: dist.ProcessGroup | None) -> None:
-    """Adds the tallies of a context parallel group's ranks in place, in one message: they have the same layers."""
-    if group is None:
+def _local_statistics(tallies: list[tuple[int, Tally]], group: dist.ProcessGroup | None
+                      ) -> Iterator[tuple[list[int], Tensor]]:
+    """Numbers of layers and their statistics over a context parallel group, whose ranks have the same layers.
+
+    One message to the group and one transfer to the host, whatever the number of layers.
+    """
+    runs = [list(run) for _, run in itertools.groupby(sorted(tallies, key=lambda item: item[0]),
+                                                      key=lambda item: (id(item[1].places), item[1].chosen.shape))]
+    if not runs:
         return
-    parts = [x for layer in sorted(tallies) for x in (tallies[layer].chosen, tallies[layer].choosers,
-                                                      tallies[layer].recalled)]
-    message = torch.cat([x.flatten() for x in parts])
-    dist.all_reduce(message, group=group)
-    for x, total in zip(parts, message.split([x.numel() for x in parts])):
-        x.copy_(total.view_as(x))
+    parts = [sums([seen for _, seen in run]) for run in runs]
+    message = torch.cat(parts)
+    if group is not None:
+        dist.all_reduce(message, group=group)
+    places = [run[0][1].places for run in runs]
+    firsts = [x.first for x in places]
+    values = torch.cat((message, *firsts)).cpu().split([x.numel() for x in (*parts, *firsts)])  # fp64 holds the ids
+    for run, where, total, first in zip(runs, places, values, values[len(runs):]):
+        yield [layer for layer, _ in run], layer_statistics(total, first.long(), where.topk, len(run),
+                                                            where.choosers.numel())
 
 
 def _tensor_parallel() -> tuple[int, int]:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..segments import Segments
 from .choices import Choices
 
 NAMES = ("first_chunk", "imbalance", "entropy", "recall", "best_recall")
@@ -29,72 +30,136 @@ SCORE_ELEMENTS = 1 << 23
 
 
 @dataclass(frozen=True)
-class Tally:
-    """What a rank has seen of a layer, in sums: tallies of context parallel ranks may be added.
+class Places:
+    """Where the queries lie, and which of them are sampled: the same for every layer with these segments.
 
     Args:
-        chosen: fp64 ``[H, num_chunks]``, queries that chose the chunk.
-        choosers: fp64 ``[num_chunks]``, queries with a choice, by their own chunk.
-        recalled: fp64 ``[H, 2]``, recall and best recall, times this rank's queries with a choice.
-        first: int64 ``[B]``, the first chunk of each sequence.
+        segments: of the queries.
         topk: chunks a query attends to, its own included.
+        samples: queries whose recall was asked for.
+        counted: int64 ``[T]``, 0 for queries with a choice and -1 for the others.
+        choosers: fp64 ``[num_chunks]``, queries with a choice, by their own chunk.
+        first: int64 ``[B]``, the first chunk of each sequence.
+        sampled: of the sampled queries int64 ``[n]`` each: row, own chunk's id, sequence, position in it.
+        weight: fp64 ``[n]``, 1 for sampled queries that have a choice, else 0.
+    """
+
+    segments: Segments
+    topk: int
+    samples: int
+    counted: Tensor
+    choosers: Tensor
+    first: Tensor
+    sampled: tuple[Tensor, Tensor, Tensor, Tensor]
+    weight: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, choices: Choices, samples: int) -> Places:
+        """The places of a layer's queries; evenly spaced samples of those with a choice, all where there are no more.
+        """
+        segments = choices.segments
+        sequence, position = segments.query_positions(choices.q.shape[0])
+        earlier, first = position // segments.chunk_size, segments.first_chunk()
+        own, has_choice = first[sequence] + earlier, earlier >= choices.topk
+        choosers = torch.zeros(choices.num_chunks, dtype=torch.float64, device=own.device)
+        choosers.index_add_(0, own, has_choice.double())
+        rows, weight = _sample(has_choice, samples)
+        return cls(segments, choices.topk, samples, has_choice.long() - 1, choosers, first,
+                   (rows, own[rows], sequence[rows], position[rows]), weight)
+
+    def serve(self, choices: Choices, samples: int) -> bool:
+        """Whether these are the places of this layer's queries too."""
+        mine, other = self.segments, choices.segments
+        same = mine is other or (mine.packed and other.packed and mine.cu_seqlens_k is other.cu_seqlens_k
+                                 and mine.chunk_size == other.chunk_size)
+        return (same and self.topk == choices.topk and self.samples == samples
+                and self.counted.shape[0] == choices.q.shape[0] and self.choosers.shape[0] == choices.num_chunks)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What a rank has seen of a layer.
+
+    Args:
+        chosen: int64 ``[H, num_chunks]``, queries that chose the chunk, of those with a choice.
+        recall: ``[n, H, 2]``, recall and best recall of the sampled queries.
+        places: of the queries.
     """
 
     chosen: Tensor
-    choosers: Tensor
-    recalled: Tensor
-    first: Tensor
-    topk: int
+    recall: Tensor
+    places: Places
 
 
 @torch.no_grad()
-def tally(choices: Choices, samples: int) -> Tally:
-    """Counts a layer's choices and samples its recall, without a wait for the device.
+def tally(choices: Choices, places: Places) -> Tally:
+    """Counts a layer's choices and computes the recall of the sampled queries, without a wait for the device."""
+    chosen = choices.counts(places.counted, 1)[:, 0]
+    if choices.fused:
+        from . import kernels
+        recall = kernels.recalls(choices.q, choices.k, choices.selected, choices.segments, places.sampled,
+                                 choices.softmax_scale)
+    else:
+        recall = torch.stack(recalls(choices, *places.sampled), dim=-1)
+    return Tally(chosen, recall, places)
+
+
+@torch.no_grad()
+def sums(tallies: list[Tally]) -> Tensor:
+    """Tallies of layers with the same places as fp64 sums in one tensor, which context parallel ranks may add up.
+
+    Returns:
+        fp64: choosers, for each layer the choices (flattened), for each layer recall and best recall of each head,
+        times this rank's queries with a choice; on the device.
+    """
+    places = tallies[0].places
+    chosen = torch.stack([seen.chosen for seen in tallies]).double()
+    recall = torch.stack([seen.recall for seen in tallies]).double()  # [L, n, H, 2]
+    mean = (recall * places.weight[:, None, None]).sum(1) / places.weight.sum().clamp(min=1)
+    return torch.cat((places.choosers, chosen.flatten(), (mean * places.choosers.sum()).flatten()))
+
+
+def layer_statistics(total: Tensor, first: Tensor, topk: int, layers: int, num_chunks: int) -> Tensor:
+    """The statistics of layers from the sums over all their queries.
 
     Args:
-        choices: of this rank.
-        samples: queries whose recall is computed; evenly spaced among those with a choice, all where there are no more.
+        total: from :func:`sums`, all context parallel ranks added; on the CPU, where sums along small tables are
+            quicker, and which has cumulative ones where a program asks for deterministic algorithms.
+        first: int64 ``[B]``, the first chunk of each sequence; on the CPU.
+        topk: chunks a query attends to, its own included.
+        layers: their number L.
+        num_chunks: bound of the chunk ids.
+
+    Returns:
+        fp64 ``[L, H, len(NAMES)]``; NaN where no query has a choice.
     """
-    own, earlier = choices.own_chunks()
-    has_choice = earlier >= choices.topk
-    chosen = choices.counts(torch.zeros_like(own), has_choice, 1)[:, 0]
-    choosers = torch.zeros(choices.num_chunks, dtype=torch.float64, device=own.device)
-    choosers.index_add_(0, own, has_choice.double())
-    rows, weight = _sample(has_choice, samples)
-    recall = torch.stack(recalls(choices, rows, own[rows]), dim=-1).double()  # [n, H, 2]
-    mean = (recall * weight[:, None, None]).sum(0) / weight.sum().clamp(min=1)
-    return Tally(chosen.double(), choosers, mean * choosers.sum(), choices.segments.first_chunk(), choices.topk)
-
-
-def layer_statistics(tally: Tally) -> Tensor:
-    """The statistics of a layer from the tally of all its queries: fp64 ``[H, len(NAMES)]``, on the CPU.
-
-    NaN where no query has a choice. The host waits for the tally: sums along small tables are quicker here, and CUDA's
-    cumulative ones refuse to run where a program asks for deterministic algorithms.
-    """
-    chosen, choosers, recalled, first = (x.cpu() for x in (tally.chosen, tally.choosers, tally.recalled, tally.first))
-    even, choosable = _even_shares(choosers, first, tally.topk)
+    heads = (total.numel() - num_chunks) // (layers * (num_chunks + 2))
+    choosers, chosen, recalled = total.split((num_chunks, layers * heads * num_chunks, layers * heads * 2))
+    chosen, recalled = chosen.view(layers, heads, num_chunks), recalled.view(layers, heads, 2)
+    even, choosable = _even_shares(choosers, first, topk)
     number = choosers.sum()
     load = torch.where(choosable, chosen / torch.where(choosable, even, 1), 0)
-    mean_load = chosen.sum(1) / even.sum()
-    part = load / load.sum(1, keepdim=True)
-    entropy = -torch.special.xlogy(part, part).sum(1) / choosable.double().sum().log()
-    first_chunk = chosen[:, first].sum(1) / number
-    return torch.stack((first_chunk, load.amax(1) / mean_load, entropy, *(recalled / number).unbind(1)), dim=1)
+    mean_load = chosen.sum(2) / even.sum()
+    part = load / load.sum(2, keepdim=True)
+    entropy = -torch.special.xlogy(part, part).sum(2) / choosable.double().sum().log()
+    first_chunk = chosen[..., first].sum(2) / number
+    return torch.stack((first_chunk, load.amax(2) / mean_load, entropy, *(recalled / number).unbind(2)), dim=2)
 
 
-def recalls(choices: Choices, rows: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+def recalls(choices: Choices, rows: Tensor, own: Tensor, sequence: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
     """Attention mass on the chosen chunks, and on the best possible ones, for some queries.
 
     Args:
         choices: of this rank.
         rows: int64 ``[n]``, rows of the queries.
         own: int64 ``[n]``, their own chunks' ids.
+        sequence, position: int64 ``[n]``, where they lie.
 
     Returns:
         two ``[n, H]``, in fp32 (fp64 for fp64 queries).
     """
-    mass = attention_mass(choices, rows)
+    mass = attention_mass(choices, rows, sequence, position)
     own = own[:, None, None].expand(-1, mass.shape[1], 1)
     selected = choices.selected[rows].long()
     taken = torch.cat((mass, torch.zeros_like(mass[..., :1])), dim=2).gather(
@@ -105,12 +170,13 @@ def recalls(choices: Choices, rows: Tensor, own: Tensor) -> tuple[Tensor, Tensor
     return own_mass + taken.sum(2), own_mass + best.sum(2)
 
 
-def attention_mass(choices: Choices, rows: Tensor) -> Tensor:
+def attention_mass(choices: Choices, rows: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
     """Softmax weights of full causal attention, summed over each chunk, for some queries.
 
     Args:
         choices: of this rank.
         rows: int64 ``[n]``, rows of the queries.
+        sequence, position: int64 ``[n]``, where they lie.
 
     Returns:
         ``[n, H, num_chunks]``, rows that sum to 1; fp32 (fp64 for fp64 queries).
@@ -118,7 +184,6 @@ def attention_mass(choices: Choices, rows: Tensor) -> Tensor:
     q, k, segments = choices.q[rows], choices.k, choices.segments
     dtype = torch.promote_types(q.dtype, torch.float32)
     q = (q.to(dtype) * choices.softmax_scale).unflatten(1, (k.shape[1], -1))
-    sequence, position = (x[rows] for x in segments.query_positions(choices.q.shape[0]))
     key_sequence, key_position = segments.key_positions(k.shape[0])
     chunk = segments.first_chunk()[key_sequence] + key_position // segments.chunk_size
     n, heads = q.shape[0], choices.q.shape[1]
