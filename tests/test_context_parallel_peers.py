@@ -17,8 +17,8 @@ from ranks import run_ranks
 
 from moba_megatron.context_parallel import heads, rows as rows_module
 from moba_megatron.context_parallel import Sequences, context_parallel_attention, record_waits
-from moba_megatron.context_parallel.copy_engines import CopyEngines, _Copy2D, _MemoryOperation
-from moba_megatron.context_parallel.moves import STAGING, Copy, exchange_of, pair_of, plan_exchange
+from moba_megatron.context_parallel.copy_engines import CopyEngines, _MemoryOperation, _Rectangle
+from moba_megatron.context_parallel.moves import Copy, exchange_of, pair_of, plan_exchange
 from moba_megatron.context_parallel.peers import FLAG_STEP, SLOTS, Peers, peers_for
 
 
@@ -28,14 +28,16 @@ class HostDriver:
     def __init__(self, enqueue):
         self._enqueue = enqueue
 
-    def cuMemcpy2DAsync_v2(self, address, stream):
-        form = _Copy2D.from_buffer_copy(_Copy2D.from_address(address))  # the caller may change its own
-        assert form.source_pitch >= form.width <= form.target_pitch
+    def cuMemcpy3DBatchAsync_v2(self, number, address, flags, stream):
+        forms = list((_Rectangle * number).from_buffer_copy((_Rectangle * number).from_address(address)))
+        assert all(x.source.pitch >= x.width <= x.target.pitch and x.depth == 1 for x in forms)
+        random.shuffle(forms)  # a batch has no order
 
         def run():
-            for row in range(form.height):
-                ctypes.memmove(form.target_device + row * form.target_pitch,
-                               form.source_device + row * form.source_pitch, form.width)
+            for x in forms:
+                for row in range(x.height):
+                    ctypes.memmove(x.target.pointer + row * x.target.pitch, x.source.pointer + row * x.source.pitch,
+                                   x.width)
 
         self._enqueue(stream, lambda: True, run)
         return 0
@@ -172,8 +174,8 @@ def test_copies_are_few_and_long():
     local, whole = torch.empty(32, 4, 8), torch.empty(64, 2, 8)
     pair = pair_of(whole, local.unflatten(1, (2, 2)).transpose(0, 1))
     plans = [plan_exchange(exchange_of(r, [pair], 1 << 20)) for r in rows]
-    assert plans[0].pieces[0].push == ((), (Copy(1, 64, 128, STAGING, 0, 64, 32, 64),))
-    assert plans[0].pieces[0].place == (Copy(STAGING, 0, 2048, 0, 16 * 64, 2048, 1, 2048),)  # the middle
+    assert plans[0].pieces[0].push == (Copy(1, 64, 128, -2, 0, 64, 32, 64),)
+    assert plans[0].pieces[0].place == (Copy(-1, 0, 2048, 0, 16 * 64, 2048, 1, 2048),)  # the middle
     assert len(plans[1].pieces[0].place) == 2
     assert [len(p.own) for p in plans] == [2, 1]
     with pytest.raises(ValueError, match="a row of 64 bytes does not fit into staging memory of 32 bytes"):

@@ -14,18 +14,24 @@ import torch
 
 from .moves import Copy
 
-_DEVICE_MEMORY = 2  # CU_MEMORYTYPE_DEVICE
+_POINTER, _IN_STREAM_ORDER = 1, 1  # CU_MEMCPY_OPERAND_TYPE_POINTER, CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
+_BESIDE_KERNELS = 1  # CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE: by a copy engine, where kernels would be faster too
 _WAIT, _WRITE = 1, 2  # CU_STREAM_MEM_OP_WAIT_VALUE_32 (flags 0: the value, or later ones), ..._WRITE_VALUE_32
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 
-class _Copy2D(ctypes.Structure):
-    """The driver's CUDA_MEMCPY2D."""
+class _End(ctypes.Structure):
+    """The driver's CUmemcpy3DOperand, a pointer."""
 
-    _fields_ = [field for end in ("source", "target") for field in (
-        (end + "_x", ctypes.c_size_t), (end + "_y", ctypes.c_size_t), (end + "_type", ctypes.c_uint),
-        (end + "_host", ctypes.c_void_p), (end + "_device", ctypes.c_uint64), (end + "_array", ctypes.c_void_p),
-        (end + "_pitch", ctypes.c_size_t))] + [("width", ctypes.c_size_t), ("height", ctypes.c_size_t)]
+    _fields_ = [("type", ctypes.c_uint), ("pointer", ctypes.c_uint64), ("pitch", ctypes.c_size_t),
+                ("layer", ctypes.c_size_t), ("location", ctypes.c_uint), ("location_id", ctypes.c_int)]
+
+
+class _Rectangle(ctypes.Structure):
+    """The driver's CUDA_MEMCPY3D_BATCH_OP."""
+
+    _fields_ = [("source", _End), ("target", _End), ("width", ctypes.c_size_t), ("height", ctypes.c_size_t),
+                ("depth", ctypes.c_size_t), ("order", ctypes.c_uint), ("flags", ctypes.c_uint)]
 
 
 class _MemoryOperation(ctypes.Structure):
@@ -42,7 +48,7 @@ class DriverError(RuntimeError):
 @functools.lru_cache(maxsize=None)
 def _driver() -> ctypes.CDLL:
     library, address, stream = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p, ctypes.c_void_p
-    library.cuMemcpy2DAsync_v2.argtypes = [address, stream]
+    library.cuMemcpy3DBatchAsync_v2.argtypes = [ctypes.c_size_t, address, ctypes.c_ulonglong, stream]
     library.cuStreamBatchMemOp_v2.argtypes = [stream, ctypes.c_uint, address, ctypes.c_uint]
     library.cuThreadExchangeStreamCaptureMode.argtypes = [address]
     return library
@@ -62,6 +68,25 @@ class RunningCopies:
     def wait(self) -> None:
         """The current stream awaits the copies, not the host."""
         torch.cuda.current_stream().wait_event(self._done)
+
+
+class PreparedCopies:
+    """Copies in the driver's form, but for addresses."""
+
+    def __init__(self, copies: Sequence[Copy]):
+        self._forms = (_Rectangle * len(copies))(*(
+            _Rectangle(_End(_POINTER, 0, c.source_pitch), _End(_POINTER, 0, c.target_pitch), c.width, c.rows, 1,
+                       _IN_STREAM_ORDER, _BESIDE_KERNELS) for c in copies))
+        self._address = ctypes.addressof(self._forms)
+        self._ends = [(form.source, c.source, c.source_offset, form.target, c.target, c.target_offset)
+                      for form, c in zip(self._forms, copies)]
+
+    def at(self, bases: list[int]) -> tuple[int, int]:
+        """How many they are, and the address of their form with pointers into memory at ``bases``; until the next."""
+        for source, source_number, source_offset, target, target_number, target_offset in self._ends:
+            source.pointer = bases[source_number] + source_offset
+            target.pointer = bases[target_number] + target_offset
+        return len(self._ends), self._address
 
 
 class CopyEngines:
@@ -93,16 +118,11 @@ class CopyEngines:
         self._watch.add(done, what)
         return RunningCopies(done)
 
-    def prepare(self, copies: Sequence[Copy]) -> list[tuple]:
-        """Copies in the driver's form, for :meth:`copy`."""
-        return [_prepare(c) for c in copies]
-
-    def copy(self, stream: int, prepared: list[tuple], bases: list[int]) -> None:
-        """Issues copies between memory at ``bases``, by the numbers that the copies name."""
-        for form, address, source, source_offset, target, target_offset in prepared:
-            form.source_device = bases[source] + source_offset
-            form.target_device = bases[target] + target_offset
-            _check(self._library.cuMemcpy2DAsync_v2(address, stream), "cuMemcpy2DAsync")  # reads the form at once
+    def copy(self, stream: int, copies: PreparedCopies, bases: list[int]) -> None:
+        """Issues copies between memory at ``bases``, by the numbers that the copies name; they run in any order."""
+        number, address = copies.at(bases)
+        if number:
+            _check(self._library.cuMemcpy3DBatchAsync_v2(number, address, 0, stream), "cuMemcpy3DBatchAsync")
 
     def wait_for(self, stream: int, addresses: list[int], value: int) -> None:
         """The stream waits until the number at each address is ``value`` or has passed it."""
@@ -121,12 +141,6 @@ class CopyEngines:
         for x in form:
             x.value = value & 0xFFFFFFFF  # the driver compares differences: numbers may wrap around
         _check(self._library.cuStreamBatchMemOp_v2(stream, number, address, 0), "cuStreamBatchMemOp")
-
-
-def _prepare(c: Copy) -> tuple:
-    form = _Copy2D(source_type=_DEVICE_MEMORY, source_pitch=c.source_pitch, target_type=_DEVICE_MEMORY,
-                   target_pitch=c.target_pitch, width=c.width, height=c.rows)
-    return form, ctypes.addressof(form), c.source, c.source_offset, c.target, c.target_offset
 
 
 class _Watch:

@@ -13,8 +13,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .rows import Rows
 
-STAGING = -1
-"""Stands for staging memory where a copy names a tensor by its number."""
 ALIGNMENT = 128
 """Rectangles begin at multiples of so many bytes of staging."""
 LONGEST_ROW = 1 << 30
@@ -22,7 +20,10 @@ LONGEST_ROW = 1 << 30
 
 
 class Copy(NamedTuple):
-    """``rows`` of ``width`` bytes between two tensors, or a tensor and staging; offsets and pitches in bytes."""
+    """``rows`` of ``width`` bytes between two tensors, or a tensor and staging memory; offsets and pitches in bytes.
+
+    Tensors are named by their numbers, rank r's staging memory is ``-1 - r``.
+    """
 
     source: int
     source_offset: int
@@ -35,9 +36,9 @@ class Copy(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What is staged at a time: by rank what goes to its staging memory, and what leaves this rank's for its place."""
+    """What is staged at a time: what goes to other ranks' staging memory, and what leaves this one's for its place."""
 
-    push: tuple[tuple[Copy, ...], ...]
+    push: tuple[Copy, ...]
     place: tuple[Copy, ...]
 
 
@@ -138,14 +139,11 @@ def plan_exchange(e: Exchange) -> Plan:
             own.append(Copy(*sends[e.rank], *receives[e.rank], rows, pair.width))
     pieces = []
     for staged in _cut(transfers, e.share):
-        push = [()] * e.size
-        for rank in others:
-            base = _place_among_others(e.rank, rank) * e.share
-            push[rank] = _simplify([Copy(*t.sends[rank], STAGING, base + at, t.width, t.rows, t.width)
-                                    for at, t in staged])
-        place = [Copy(STAGING, _place_among_others(rank, e.rank) * e.share + at, t.width, *t.receives[rank], t.rows,
+        push = [Copy(*t.sends[rank], -1 - rank, _place_among_others(e.rank, rank) * e.share + at, t.width, t.rows,
+                     t.width) for rank in others for at, t in staged]
+        place = [Copy(-1 - e.rank, _place_among_others(rank, e.rank) * e.share + at, t.width, *t.receives[rank], t.rows,
                       t.width) for rank in others for at, t in staged]
-        pieces.append(Piece(tuple(push), _simplify(place)))
+        pieces.append(Piece(_simplify(push), _simplify(place)))
     return Plan(() if e.others_only else _simplify(own), tuple(pieces))
 
 

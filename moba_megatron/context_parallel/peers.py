@@ -8,10 +8,10 @@ local copies overlap; the attention kernels' stream awaits one event.
 
 Order. A stream runs its copies and its signals one after the other, and a signal is written after a fence for the
 whole system (``cuStreamWriteValue32`` without NO_MEMORY_BARRIER), so whoever sees the number sees the rows. Numbers
-only grow, so a wait is for "at least", and nothing has to be reset. Slot ``n % SLOTS`` is written again once piece ``n - SLOTS``
-has been placed. A rank issues piece n's placing after pushing n + 1, always in this order: even if the hardware runs
-everything from one queue (``CUDA_DEVICE_MAX_CONNECTIONS=1``) each wait is for something that the other ranks issued
-before they could wait for this one.
+only grow, so a wait is for "at least", and nothing has to be reset. Slot ``n % SLOTS`` is written again once piece
+``n - SLOTS`` has been placed. A rank issues piece n's placing after pushing n + 1, always in this order: even if the
+hardware runs everything from one queue (``CUDA_DEVICE_MAX_CONNECTIONS=1``) each wait is for something that the other
+ranks issued before they could wait for this one.
 
 Memory. Tensors that the side streams read or write are kept until the compute stream has been told to wait for them.
 """
@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .comm import Pending, count_sent
-from .copy_engines import CopyEngines, RunningCopies
+from .copy_engines import CopyEngines, PreparedCopies, RunningCopies
 from .moves import Exchange, exchange_of, pair_of, plan_exchange
 
 if TYPE_CHECKING:
@@ -57,16 +57,15 @@ class Peers:
 
     def __init__(self, rank: int, staging: Sequence[int], engines: CopyEngines, keep: Any = None,
                  slot_bytes: int = SLOT_BYTES):
-        size, self._keep = len(staging), keep
-        self._rank, self._staging, self._engines = rank, list(staging), engines
-        self._others = [r for r in range(size) if r != rank]
+        size, others = len(staging), [r for r in range(len(staging)) if r != rank]
+        self._engines, self._keep = engines, keep
         self._share = slot_bytes // (size - 1) // FLAG_STEP * FLAG_STEP
-        self._slot = self._share * (size - 1)
+        self._slots = [[base + i * slot_bytes for base in reversed(staging)] for i in range(SLOTS)]  # rank r's: -1 - r
         flags = [base + SLOTS * slot_bytes for base in staging]
-        self._arrived = [flags[rank] + r * FLAG_STEP for r in self._others]
-        self._freed = [flags[rank] + (size + r) * FLAG_STEP for r in self._others]
-        self._tell_arrived = [flags[r] + rank * FLAG_STEP for r in self._others]
-        self._tell_freed = [flags[r] + (size + rank) * FLAG_STEP for r in self._others]
+        self._arrived = [flags[rank] + r * FLAG_STEP for r in others]
+        self._freed = [flags[rank] + (size + r) * FLAG_STEP for r in others]
+        self._tell_arrived = [flags[r] + rank * FLAG_STEP for r in others]
+        self._tell_freed = [flags[r] + (size + rank) * FLAG_STEP for r in others]
         self._pieces = 0  # issued so far
         self._copies: dict[Exchange, list] = {}
 
@@ -110,9 +109,8 @@ class Peers:
         count_sent(stage, sent)
         engines, bases = self._engines, [x.data_ptr() for pair in zip(wholes, parts) for x in pair]
         engines.begin()
-        bases.append(0)  # staging
-        for i, piece in enumerate(pieces):
-            self._push(self._pieces + i, piece[0], bases)
+        for i, (push, _) in enumerate(pieces):
+            self._push(self._pieces + i, push, bases)
             if i:
                 self._place(self._pieces + i - 1, pieces[i - 1][1], bases)
             else:
@@ -123,24 +121,21 @@ class Peers:
 
     def _prepare(self, exchange: Exchange) -> tuple:
         """A plan with its copies in the driver's form; its bytes that leave."""
-        plan, prepare = plan_exchange(exchange), self._engines.prepare
-        pieces = [([prepare(piece.push[r]) for r in self._others], prepare(piece.place)) for piece in plan.pieces]
-        return prepare(plan.own), pieces, sum(c.rows * c.width for p in plan.pieces for to in p.push for c in to)
+        plan, prepare = plan_exchange(exchange), PreparedCopies
+        pieces = [(prepare(piece.push), prepare(piece.place)) for piece in plan.pieces]
+        return prepare(plan.own), pieces, sum(c.rows * c.width for piece in plan.pieces for c in piece.push)
 
-    def _push(self, number: int, copies: list, bases: list[int]) -> None:
-        engines, slot = self._engines, number % SLOTS * self._slot
+    def _push(self, number: int, copies: PreparedCopies, tensors: list[int]) -> None:
+        engines = self._engines
         if number >= SLOTS:
             engines.wait_for(engines.pushing, self._freed, number - SLOTS + 1)
-        for rank, to_rank in zip(self._others, copies):
-            bases[-1] = self._staging[rank] + slot
-            engines.copy(engines.pushing, to_rank, bases)
+        engines.copy(engines.pushing, copies, tensors + self._slots[number % SLOTS])
         engines.signal(engines.pushing, self._tell_arrived, number + 1)
 
-    def _place(self, number: int, copies: list, bases: list[int]) -> None:
+    def _place(self, number: int, copies: PreparedCopies, tensors: list[int]) -> None:
         engines = self._engines
         engines.wait_for(engines.placing, self._arrived, number + 1)
-        bases[-1] = self._staging[self._rank] + number % SLOTS * self._slot
-        engines.copy(engines.placing, copies, bases)
+        engines.copy(engines.placing, copies, tensors + self._slots[number % SLOTS])
         engines.signal(engines.placing, self._tell_freed, number + 1)
 
 
