@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moba_megatron import reference
-from moba_megatron.bench import cases, dense, environment, oracle, report, tables
+from moba_megatron.bench import cases, dense, environment, oracle, report, router, tables
 from moba_megatron.bench.__main__ import main
 from moba_megatron.ops import causal_attn_varlen
 from moba_megatron.segments import Segments
@@ -160,3 +160,26 @@ def test_page_has_the_stored_table(name):
 def test_environment_names_the_commit_and_the_versions():
     about = environment.describe(torch.device("cpu"))
     assert about["torch"] == torch.__version__ and about["command"].startswith("python -m moba_megatron.bench")
+
+
+def test_cost_of_watching_the_router(tmp_path, capsys):
+    args = dict.fromkeys(router.SETTINGS, 4) | {"log_interval": 1, "seq_length": 2048, "global_batch_size": 2}
+    ms = {1: 900, 2: 110, 3: 110, 4: 110, 5: 100, 6: 400, 7: 102, 8: 104, 9: 125, 10: 102}  # 6 and 9 are watched
+    lines = [{"kind": "start", "args": args}]
+    for i, t in ms.items():
+        lines.append({"kind": "step", "iteration": i, "tokens_per_second": 4096 / t * 1000})
+        if i in (6, 9):
+            lines.append({"kind": "router", "iteration": i, "layers": {
+                "1": {"recall": 0.5 + i / 100, "heads": {}}, "2": {"recall": 0.7, "heads": {}}}})
+    log, stored = tmp_path / "run.jsonl", tmp_path / "router.json"
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["router", str(log), "--trained", str(log), "--json", str(stored)]) == 0
+    result = report.load(stored)
+    row, = result["rows"]
+    assert row["name"] == "4 layers, 2 x 2K" and row["ms"]["median"] == pytest.approx(102)
+    assert row["extra_ms"] == pytest.approx(23) and row["share"] == pytest.approx(23 / 5100)
+    assert result["trained"] == [{"iteration": 6, "recall": 0.63}, {"iteration": 9, "recall": 0.645}]
+    text = router.markdown(result)
+    assert "| 2 x 2,048 | 4 | 4, 4 | 102.0 | 23.0 | 0.45 % |" in text and "recall 0.630 to 0.645" in text
+    log.write_text(json.dumps({"kind": "step"}) + "\n")
+    assert main(["router", str(log), "--json", str(stored)]) == 1 and "no start" in capsys.readouterr().err

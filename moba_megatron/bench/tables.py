@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import comparison, cp, decode, gpt, report, training, zero
+from . import comparison, cp, decode, gpt, report, router, training, zero
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ TABLES = {
     "cp-p2": Table("h200/cp-p2.json", cp.markdown_of),
     "gpt-p1": Table("h200/gpt-p1.json", gpt.markdown_of),
     "gpt-p2": Table("h200/gpt-p2.json", gpt.markdown_of),
+    "router": Table("h200/router.json", router.markdown),
 }
 
 
