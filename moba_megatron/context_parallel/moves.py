@@ -5,7 +5,6 @@ is small: an exchange is cut into pieces, each of which fits into a share of it.
 """
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
@@ -123,7 +122,6 @@ def exchange_of(rows: Rows, pairs: list[Pair], share: int, back: bool = False, o
     return Exchange(rows.size, rows.rank, rows.local, rows.runs, tuple(pairs), back, others_only, share)
 
 
-@functools.lru_cache(maxsize=256)
 def plan_exchange(e: Exchange) -> Plan:
     """The copies of one rank."""
     others = [rank for rank in range(e.size) if rank != e.rank]

@@ -40,6 +40,8 @@ SLOTS = 4
 """Pieces that staging memory holds: as many may be under way."""
 SLOT_BYTES = 64 << 20
 """Bytes of a slot, what all others send together: 64 MiB take a link of NVLink 4 about 0.2 ms."""
+MOST_PLANS = 256
+"""Exchanges that are kept prepared; lengths of sequences may change with every batch."""
 FLAG_STEP = 128
 """Bytes between the numbers that ranks write to each other."""
 
@@ -67,7 +69,7 @@ class Peers:
         self._tell_arrived = [flags[r] + rank * FLAG_STEP for r in others]
         self._tell_freed = [flags[r] + (size + rank) * FLAG_STEP for r in others]
         self._pieces = 0  # issued so far
-        self._copies: dict[Exchange, list] = {}
+        self._copies: dict[Exchange, tuple] = {}
 
     def fetch(self, rows: Rows, parts: Sequence[Tensor], stage: str) -> Pending:
         """Starts to collect what every rank has for this one, in global order.
@@ -104,6 +106,8 @@ class Peers:
         """Issues an exchange."""
         exchange = exchange_of(rows, [pair_of(*x) for x in zip(wholes, parts)], self._share, back, others_only)
         if exchange not in self._copies:
+            if len(self._copies) >= MOST_PLANS:
+                self._copies.clear()
             self._copies[exchange] = self._prepare(exchange)
         own, pieces, sent = self._copies[exchange]
         count_sent(stage, sent)
@@ -121,9 +125,9 @@ class Peers:
 
     def _prepare(self, exchange: Exchange) -> tuple:
         """A plan with its copies in the driver's form; its bytes that leave."""
-        plan, prepare = plan_exchange(exchange), PreparedCopies
-        pieces = [(prepare(piece.push), prepare(piece.place)) for piece in plan.pieces]
-        return prepare(plan.own), pieces, sum(c.rows * c.width for piece in plan.pieces for c in piece.push)
+        plan = plan_exchange(exchange)
+        pieces = [(PreparedCopies(piece.push), PreparedCopies(piece.place)) for piece in plan.pieces]
+        return PreparedCopies(plan.own), pieces, sum(c.rows * c.width for piece in plan.pieces for c in piece.push)
 
     def _push(self, number: int, copies: PreparedCopies, tensors: list[int]) -> None:
         engines = self._engines

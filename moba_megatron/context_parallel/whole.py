@@ -24,7 +24,7 @@ class Method:
         topk: chunks a query attends to, its own included.
         softmax_scale: multiplies the scores.
         deterministic: bitwise reproducible gradients.
-        may_be_dense: dense kernels of torch may take over where MoBA is causal attention.
+        may_be_dense: dense kernels (``ops/dense.py``) may take over where MoBA is causal attention.
         workspace_mib: limit of the kernels' scratch memory; None for the environment's.
     """
 
@@ -134,7 +134,7 @@ class Whole:
         return self.method.attend_bwd(do, q, k, v, o, rest, self.segments, kv_grad_dtype)
 
     def _dense(self, function, *tensors: Tensor, **options):
-        """The result of torch's dense kernels, or None where they may not or cannot."""
+        """The result of a dense kernel, or None where they may not or cannot."""
         s = self.segments
         if not self.method.may_be_dense:
             return None
