@@ -30,7 +30,7 @@ PACKAGES = (  # distribution, module, what it is for
     ("triton", "triton", "the kernels, on CUDA"),
     ("megatron-core", "megatron.core", "the Megatron adapter"),
     ("transformer-engine", "transformer_engine", "Transformer Engine layer specs, fp8 linears"),
-    ("flash-attn", "flash_attn", "dense layers with deterministic gradients; comparisons in the benchmarks"),
+    ("flash-attn", "flash_attn.flash_attn_interface", "dense layers, deterministic; comparisons"),
     ("flash-attn-3", "flash_attn_interface", "dense layers with packed sequences, on Hopper"),
     ("flash-attn-4", "flash_attn.cute", "the same on Hopper and Blackwell; comparisons"),
     ("deepspeed", "deepspeed", "the DeepSpeed integration"),
