@@ -1,5 +1,6 @@
 """Looking at the router: statistics against brute force, what watching costs, traces, pictures and the page."""
 import argparse
+import dataclasses
 import json
 import math
 import re
@@ -242,6 +243,26 @@ class TestWatching:
         expected = brute_force(case, choices)
         for name in statistics.NAMES:
             assert log.report[1][name] == pytest.approx(expected[name], rel=1e-9)
+
+    def test_layers_share_places_only_where_sequences_are_the_same(self, monkeypatch):
+        made, of = [], statistics.Places.of
+        monkeypatch.setattr(statistics.Places, "of", lambda *args: made.append(1) or of(*args))
+        long, short = Case((80,), 8, 3, heads=4, kv_heads=2), Case((41, 39), 8, 3, heads=4, kv_heads=2)
+        segments = [long.segments(), short.segments()]
+        again = dataclasses.replace(segments[0])  # of another object, with the same sequences
+        log, expected = RouterLog(1, 4, 4, samples=10 ** 6), {}
+        with log.watch(1):
+            for layer, case, places in ((1, long, segments[0]), (2, long, again), (3, short, segments[1]),
+                                        (4, long, segments[0])):
+                q, k, *_ = dataclasses.replace(case, seed=layer).tensors(torch.float64)
+                module = SimpleNamespace(layer_number=layer, softmax_scale=case.scale,
+                                         moba_config=MoBAConfig(chunk_size=8, topk=3))
+                core_attention._observer(module, q, k, places)
+                expected[layer] = brute_force(case, look(module, q, k, places))
+        assert len(made) == 3
+        for layer, values in expected.items():
+            for name in statistics.NAMES:
+                assert log.report[layer][name] == pytest.approx(values[name], rel=1e-9), (layer, name)
 
     def test_nothing_to_report(self):
         log = router_log(1)

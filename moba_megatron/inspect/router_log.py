@@ -20,9 +20,10 @@ class RouterLog:
 
     In a watched step every sparse layer runs its gate once more and computes the recall of a few queries; under context
     parallelism it gathers its keys once more, so that selection and recall are those of the whole sequence. The host
-    waits for nothing until the step's end. There the tallies of context parallel ranks are added, heads and layers of
-    tensor and pipeline parallel ranks are put side by side, and data parallel ranks, which saw other sequences, are
-    averaged. Recomputed layers are counted once. Steps that replay a CUDA graph run no Python and are not seen.
+    waits for nothing until the step's end, and there once for all layers: the tallies of context parallel ranks are
+    added, heads and layers of tensor and pipeline parallel ranks are put side by side, and data parallel ranks, which
+    saw other sequences, are averaged. Recomputed layers are counted once. Steps that replay a CUDA graph run no Python
+    and are not seen.
 
     Args:
         interval: steps from one watched step to the next, at least 1.

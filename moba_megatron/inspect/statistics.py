@@ -56,7 +56,11 @@ class Places:
     @classmethod
     @torch.no_grad()
     def of(cls, choices: Choices, samples: int) -> Places:
-        """The places of a layer's queries; evenly spaced samples of those with a choice, all where there are no more.
+        """The places of a layer's queries.
+
+        Args:
+            choices: of the layer.
+            samples: queries to sample; evenly spaced among those with a choice, all where there are no more.
         """
         segments = choices.segments
         sequence, position = segments.query_positions(choices.q.shape[0])
@@ -94,7 +98,12 @@ class Tally:
 
 @torch.no_grad()
 def tally(choices: Choices, places: Places) -> Tally:
-    """Counts a layer's choices and computes the recall of the sampled queries, without a wait for the device."""
+    """Counts a layer's choices and computes the recall of the sampled queries, without a wait for the device.
+
+    Args:
+        choices: of this rank.
+        places: made for this layer or for one that it serves as well.
+    """
     chosen = choices.counts(places.counted, 1)[:, 0]
     if choices.fused:
         from . import kernels
