@@ -1,4 +1,8 @@
-"""The CUDA driver's copies and signals on two streams, prepared once and issued with other addresses each time."""
+"""Copies and signals on two streams, prepared once and issued with other addresses each time.
+
+What goes to another GPU is the driver's copy, by a copy engine. Within a GPU the driver copies by kernels that take all
+of it from the attention kernels; small ones of our own do (``kernels/copying.py``).
+"""
 from __future__ import annotations
 
 import ctypes
@@ -89,6 +93,13 @@ class PreparedCopies:
         return len(self._ends), self._address
 
 
+class LocalCopies:
+    """Copies within this GPU: by kernels of few blocks where rows are multiples of 16 bytes, else by the driver."""
+
+    def __init__(self, copies: Sequence[Copy]):
+        self.parts = [(c, PreparedCopies([c])) for c in copies]
+
+
 class CopyEngines:
     """Copies and signals of one GPU, on a stream that pushes and one that places.
 
@@ -97,8 +108,11 @@ class CopyEngines:
         timeout_s: an exchange that is not done so long after it was issued ends the process.
     """
 
+    _kernels = None
+
     def __init__(self, device: torch.device, timeout_s: float):
-        self._library, self._watch = _driver(), _Watch(timeout_s)
+        from ..kernels import copying  # needs Triton
+        self._kernels, self._library, self._watch = copying, _driver(), _Watch(timeout_s)
         # of high priority: what they wait for must not stand behind kernels that were launched first
         self._streams = [torch.cuda.Stream(device, priority=-1) for _ in range(2)]
         self.pushing, self.placing = (stream.cuda_stream for stream in self._streams)
@@ -123,6 +137,16 @@ class CopyEngines:
         number, address = copies.at(bases)
         if number:
             _check(self._library.cuMemcpy3DBatchAsync_v2(number, address, 0, stream), "cuMemcpy3DBatchAsync")
+
+    def place(self, copies: LocalCopies, bases: list[int]) -> None:
+        """As :meth:`copy`, within this GPU, on the stream that places."""
+        for c, prepared in copies.parts:
+            source, target = bases[c.source] + c.source_offset, bases[c.target] + c.target_offset
+            kernels = self._kernels
+            if kernels and kernels.copyable(c.rows, c.width, c.source_pitch, c.target_pitch, source, target):
+                kernels.copy_rows(source, target, c.rows, c.width, c.source_pitch, c.target_pitch, self._streams[1])
+            else:
+                self.copy(self.placing, prepared, bases)
 
     def wait_for(self, stream: int, addresses: list[int], value: int) -> None:
         """The stream waits until the number at each address is ``value`` or has passed it."""

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .comm import Pending, count_sent
-from .copy_engines import CopyEngines, PreparedCopies, RunningCopies
+from .copy_engines import CopyEngines, LocalCopies, PreparedCopies, RunningCopies
 from .moves import Exchange, exchange_of, pair_of, plan_exchange
 
 if TYPE_CHECKING:
@@ -38,8 +38,9 @@ if TYPE_CHECKING:
 
 SLOTS = 4
 """Pieces that staging memory holds: as many may be under way."""
-SLOT_BYTES = 64 << 20
-"""Bytes of a slot, what all others send together: 64 MiB take a link of NVLink 4 about 0.2 ms."""
+SLOT_BYTES = 128 << 20
+"""Bytes of a slot, what all others send together: 128 MiB take a link of NVLink 4 about 0.35 ms. Before it is placed,
+each piece waits for blocks of the attention kernels to end: with 64 MiB the last pieces came late at 512K."""
 MOST_PLANS = 256
 """Exchanges that are kept prepared; lengths of sequences may change with every batch."""
 FLAG_STEP = 128
@@ -118,7 +119,7 @@ class Peers:
             if i:
                 self._place(self._pieces + i - 1, pieces[i - 1][1], bases)
             else:
-                engines.copy(engines.placing, own, bases)
+                engines.place(own, bases)
         self._place(self._pieces + len(pieces) - 1, pieces[-1][1], bases)
         self._pieces += len(pieces)
         return engines.end(f"context parallel exchange {stage!r}, piece {self._pieces}")
@@ -126,8 +127,8 @@ class Peers:
     def _prepare(self, exchange: Exchange) -> tuple:
         """A plan with its copies in the driver's form; its bytes that leave."""
         plan = plan_exchange(exchange)
-        pieces = [(PreparedCopies(piece.push), PreparedCopies(piece.place)) for piece in plan.pieces]
-        return PreparedCopies(plan.own), pieces, sum(c.rows * c.width for piece in plan.pieces for c in piece.push)
+        pieces = [(PreparedCopies(piece.push), LocalCopies(piece.place)) for piece in plan.pieces]
+        return LocalCopies(plan.own), pieces, sum(c.rows * c.width for piece in plan.pieces for c in piece.push)
 
     def _push(self, number: int, copies: PreparedCopies, tensors: list[int]) -> None:
         engines = self._engines
@@ -136,10 +137,10 @@ class Peers:
         engines.copy(engines.pushing, copies, tensors + self._slots[number % SLOTS])
         engines.signal(engines.pushing, self._tell_arrived, number + 1)
 
-    def _place(self, number: int, copies: PreparedCopies, tensors: list[int]) -> None:
+    def _place(self, number: int, copies: LocalCopies, tensors: list[int]) -> None:
         engines = self._engines
         engines.wait_for(engines.placing, self._arrived, number + 1)
-        engines.copy(engines.placing, copies, tensors + self._slots[number % SLOTS])
+        engines.place(copies, tensors + self._slots[number % SLOTS])
         engines.signal(engines.placing, self._tell_freed, number + 1)
 
 
