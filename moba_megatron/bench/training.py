@@ -5,7 +5,7 @@ import statistics
 from collections import defaultdict
 
 from . import environment
-from .report import as_markdown
+from .report import as_markdown, made_by
 
 MUST = {8192: 130, 32768: 140}
 STRETCH = {8192: 115, 32768: 120}
@@ -151,7 +151,7 @@ def _spread(values: list[float], sign: str = "") -> str:
 def _markdown(table, result: dict) -> str:
     about, row = result["environment"], result["rows"][0]
     return (f"{as_markdown(table(result['rows']))}\n\n{environment.line(about)}. Chunk {row['chunk_size']}, topk "
-            f"{row['topk']}, {row['tokens_per_step']:,} tokens a step. Made by `{about['command']}`.")
+            f"{row['topk']}, {row['tokens_per_step']:,} tokens a step. {made_by(result)}")
 
 
 def speed_markdown(result: dict) -> str:
