@@ -156,7 +156,8 @@ STAND_INS = {
     "fence_async_shared": _fence,
 }
 
-# Each breaks one barrier: (kernel, case, what is replaced by what). Every barrier still gets all its arrivals.
+# Each breaks one barrier: (kernel, case, what is replaced by what). Every barrier still gets all its arrivals. (The
+# forward's rows announced too early are not seen: its groups also await keys, whose copies start after the rows'.)
 BROKEN = {
     "dk, dv: rows are announced before all their copies have started": ("bwd_dkv", "chunk 512", [
         ("    async_copy.mbarrier_arrive(full.index(stage), increment_count=False)\n", ""),
@@ -176,10 +177,6 @@ BROKEN = {
         ("    mbarrier.arrive(kv_empty.index(stage), count=1)\n", ""),
         ("    mbarrier.wait(v_full.index(stage), phase)\n",
          "    mbarrier.wait(v_full.index(stage), phase)\n    mbarrier.arrive(kv_empty.index(stage), count=1)\n")]),
-    "forward: rows are announced before their copies start": ("fwd", "chunk 200, parts, gqa", [
-        ("    async_copy.mbarrier_arrive(row_full.index(buffer), increment_count=False)\n", ""),
-        ("    _copy_rows(q_smem.index(buffer * 2), q,",
-         "    mbarrier.arrive(row_full.index(buffer), count=128)\n    _copy_rows(q_smem.index(buffer * 2), q,")]),
     "forward: rows are given back before they are read": ("fwd", "chunk 512", [
         ("        mbarrier.arrive(row_empty.index(buffer), count=1)\n", ""),
         ("        mbarrier.wait(row_full.index(buffer), (tile // BUFFERS) & 1)\n",
