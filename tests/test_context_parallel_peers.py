@@ -59,19 +59,34 @@ class Done:
         pass
 
 
+class Milestone:
+    """An event that knows whether it has been recorded."""
+
+    recorded = False
+
+    def record(self):
+        self.recorded = True
+
+
 class HostEngines(CopyEngines):
     """The engines of a simulated GPU, which has two queues, or one for everything."""
 
     pushing, placing = 1, 2
 
     def __init__(self, one_queue=False):
-        self.queues, self._operations = {1: [], 2: []}, {}
+        self.queues, self._operations, self.early = {1: [], 2: []}, {}, 0
         if one_queue:
             self.queues[2] = self.queues[1]
         self._library = HostDriver(lambda stream, *operation: self.queues[stream].append(operation))
 
-    def begin(self):
-        pass
+    @staticmethod
+    def milestone():
+        return Milestone()
+
+    def begin(self, after=None):
+        if after is not None:
+            assert after.recorded, "streams do not wait for an event that is recorded later"
+            self.early += 1
 
     def end(self, what):
         return Done()
@@ -233,7 +248,8 @@ def with_peers(rank, size):
         dist.barrier()
     finally:
         staging.unlink()
-    return errors, None, sent, sum(p._pieces for p in staging._peers.values())
+    early = sum(p._engines.early for p in staging._peers.values())
+    return errors, None, sent, early, sum(p._pieces for p in staging._peers.values())
 
 
 CASES = ("blocks_cut", "long_chunks_cut", "bf16", "one_chunk", "packed")
@@ -252,6 +268,7 @@ def test_equals_single_rank(results):
         dtype = next(case[-1] for case in cp.CASES if case[0] == key[0])
         assert max(values) <= cp.TOLERANCE[dtype], (key, values)
     assert all(pieces > 100 for *_, pieces in results), "the exchanges went another way"
+    assert all(early for *_, early, _ in results), f"dk and dv waited for dq: {[x[-2] for x in results]}"
 
 
 def test_bytes_sent(results):

@@ -266,6 +266,54 @@ def check_scratch(launches, tensors, moved):
                 assert its_address + its_size <= address or address + size <= its_address
 
 
+class Milestone:
+    """An event that notes how many launches there were before it."""
+
+    def __init__(self, driver):
+        self._driver, self.at = driver, []
+
+    def record(self):
+        self.at.append(len(self._driver.launches))
+
+
+@pytest.mark.parametrize("name, topk", [(name, 3) for name in (
+    "1 head", "gqa", "chunk 128: fused", "cut lists", "groups of heads", "groups of heads, fused", "packed", "fp32"
+)] + [("gqa", 1)])
+def test_a_milestone_is_where_dk_and_dv_are_complete(name, topk, driver):
+    """Recorded right behind the last kernel that writes them, whichever way the call goes."""
+    case = CASES[name]
+    (q, k, v, do, _), _ = make(**case)
+    cu = torch.tensor([0, *case["lengths"]]).cumsum(0).int()
+    segments = Segments.from_cu_seqlens(cu, max(case["lengths"]), case["chunk"])
+    method = Method(kernels, topk, 0.1, False, False, case.get("workspace_mib"))
+    selected, routing = method.choose(q, k, segments) if topk > 1 else (None, None)
+    o, saved = method.attend(q, k, v, selected, routing, segments)
+    for way in ("ordinary", "traced", "replayed", "replayed without", "replayed"):
+        driver.launches.clear()
+        milestone = Milestone(driver)
+        _, *grads = method.attend_bwd(do, q, k, v, o, saved, segments, torch.float32,
+                                      None if way == "replayed without" else milestone)
+        addresses = {("pointer", x.data_ptr()) for x in grads}
+        writing = [i for i, (*_, values) in enumerate(driver.launches)
+                   if addresses & {x for x in values if isinstance(x, tuple)}]
+        assert milestone.at == ([] if way == "replayed without" else [writing[-1] + 1]), way
+        assert writing[-1] < len(driver.launches) - 1, "dq comes after it"
+        assert len(writing) > 1 or name not in ("cut lists", "groups of heads, fused")
+        assert replays()[-1] is not None or way == "ordinary"
+
+
+def test_a_milestone_that_is_not_mentioned_is_at_the_end(driver):
+    """A forward call says nothing of it."""
+    (q, k, v, _, _), _ = make(**CASES["1 head"])
+    segments = Segments.from_cu_seqlens(torch.tensor([0, 2048], dtype=torch.int32), 2048, 512)
+    for _ in range(3):
+        driver.launches.clear()
+        milestone = Milestone(driver)
+        kernels.repeat(("gate",), lambda q, k, cu: (kernels.gate(q, kernels.chunk_means(k, segments), segments, 3),),
+                       q, k, segments.cu_seqlens_k, milestone=milestone)
+        assert driver.launches and milestone.at == [len(driver.launches)]
+
+
 def test_memory_that_is_free_again_is_used_again():
     sizes, spans = {0: 1000, 1: 5000, 2: 900, 3: 10}, {0: (0, 1), 1: (1, 3), 2: (2, 3), 3: (0, 3)}
     offsets, total = plan_workspace(sizes, spans)

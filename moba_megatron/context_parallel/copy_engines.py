@@ -118,9 +118,14 @@ class CopyEngines:
         self.pushing, self.placing = (stream.cuda_stream for stream in self._streams)
         self._operations: dict[int, tuple] = {}
 
-    def begin(self) -> None:
-        """What follows on both streams comes after what is on the current stream now."""
-        ready = torch.cuda.current_stream().record_event()
+    @staticmethod
+    def milestone() -> torch.cuda.Event:
+        """To be recorded on the current stream, for :meth:`begin`."""
+        return torch.cuda.Event()
+
+    def begin(self, after: torch.cuda.Event | None = None) -> None:
+        """What follows on both streams comes after ``after``, or else after what is on the current stream now."""
+        ready = torch.cuda.current_stream().record_event() if after is None else after
         for stream in self._streams:
             stream.wait_event(ready)
 

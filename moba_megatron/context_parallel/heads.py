@@ -74,20 +74,23 @@ class Exchanged:
         dk, dv = (torch.empty(shape, dtype=kv_grad_dtype, device=do.device) for shape in kv_shapes)
         again = [[(x, 1) for x in copied]] if copied else []
         arriving = self._fetch(groups, [[(do, 0)], *again], "bwd exchange in")
+        # over whole sequences dk and dv are complete before dq, and leave meanwhile
+        peers = peers_for(self.rows, self.group, do.device) if isinstance(self.inner, Whole) and not copied else None
         leaving = []
         for (heads, kv_heads), rest in zip(groups, saved):
             do_part, *keys_and_values = arrived(arriving)
             if copied:
                 rest = [rest[0], *keys_and_values, *rest[3:]]
             del keys_and_values
-            grads = self.inner.backward(do_part, rest, grad_dtype)
+            ahead = {} if peers is None else {"milestone": peers.milestone()}
+            grads = self.inner.backward(do_part, rest, grad_dtype, **ahead)
             del do_part, rest
             places = [(dq, size, heads), (dk, kv_parts, kv_heads), (dv, kv_parts, kv_heads)]
-            started = self._deliver(grads, places, "bwd exchange out")
+            started = self._deliver_grads(grads, places, **ahead)
             del grads
             for pending in leaving:
                 pending.wait()
-            leaving = [started]
+            leaving = started
         for pending in leaving:
             pending.wait()
         return dq, dk, dv
@@ -130,18 +133,32 @@ class Exchanged:
         own = [view[me * view.shape[0] // size] for view in views]
         return to_global(self.rows, own, [*packed[:me], None, *packed[me:]], self.group, stage)
 
-    def _deliver(self, tensors: Sequence[Tensor], places: list[tuple[Tensor, int, slice]], stage: str) -> Pending:
+    def _deliver_grads(self, grads: Grads, places: list[tuple[Tensor, int, slice]],
+                       milestone: torch.cuda.Event | None = None) -> list[Pending]:
+        """Starts to send every rank its rows of dq, dk and dv; dk and dv after ``milestone`` already.
+
+        No memory that then travels is what dq's kernels let go of: dk and dv were allocated before the milestone, also
+        where the attention is replayed, and the places that they go to before the first group.
+        """
+        stage = "bwd exchange out"
+        if milestone is None:
+            return [self._deliver(grads, places, stage)]
+        return [self._deliver(grads[1:], places[1:], stage, milestone), self._deliver(grads[:1], places[:1], stage)]
+
+    def _deliver(self, tensors: Sequence[Tensor], places: list[tuple[Tensor, int, slice]], stage: str,
+                 after: torch.cuda.Event | None = None) -> Pending:
         """Starts to send every rank its rows of each ``[S, h, D]``; the wait puts them where they belong.
 
         Args:
             places: for each tensor another, the number of parts in which its heads were dealt out, and heads of each
                 of these parts.
+            after: when the tensors are complete, as :meth:`Peers.deliver` takes it; None for now.
         """
         outs = [whole.unflatten(1, (parts, -1))[:, :, heads].transpose(0, 1) for whole, parts, heads in places]
         peers = peers_for(self.rows, self.group, outs[0].device)
         same = all(x.dtype == out.dtype for x, out in zip(tensors, outs))
         if peers is not None and same and all(out.shape[0] == self.rows.size for out in outs):
-            return peers.deliver(self.rows, tensors, outs, stage)
+            return peers.deliver(self.rows, tensors, outs, stage, after)
         return to_local(self.rows, tensors, self.group, stage).then(lambda arrived: self._place(arrived, outs))
 
     def _place(self, arriving: list[Arrived], outs: list[Tensor]) -> None:

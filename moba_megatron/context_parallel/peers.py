@@ -87,9 +87,19 @@ class Peers:
         done = self._run(rows, outs, parts, stage)
         return Pending([done], outs[0], parts, stage, lambda _: outs)
 
-    def deliver(self, rows: Rows, tensors: Sequence[Tensor], outs: Sequence[Tensor], stage: str) -> Pending:
-        """Starts to send every rank its rows of each ``[S, h, D]`` into its ``[P, T, h, D]``, by sender, rows whole."""
-        done = self._run(rows, tensors, outs, stage, back=True)
+    def milestone(self) -> torch.cuda.Event:
+        """An event to be recorded on the current stream when a later :meth:`deliver` may begin."""
+        return self._engines.milestone()
+
+    def deliver(self, rows: Rows, tensors: Sequence[Tensor], outs: Sequence[Tensor], stage: str,
+                after: torch.cuda.Event | None = None) -> Pending:
+        """Starts to send every rank its rows of each ``[S, h, D]`` into its ``[P, T, h, D]``, by sender, rows whole.
+
+        Args:
+            after: recorded when the tensors are complete, after ``tensors`` and ``outs`` were allocated: what the
+                current stream does later may not use the memory of either. None: they are complete now.
+        """
+        done = self._run(rows, tensors, outs, stage, back=True, after=after)
         return Pending([done], outs[0], tensors, stage)
 
     def collect(self, rows: Rows, tensors: Sequence[Tensor], stage: str) -> Pending:
@@ -103,7 +113,7 @@ class Peers:
         return Pending([done], tensors[0], tensors, stage, lambda _: outs)
 
     def _run(self, rows: Rows, wholes: Sequence[Tensor], parts: Sequence[Tensor], stage: str, back: bool = False,
-             others_only: bool = False) -> RunningCopies:
+             others_only: bool = False, after: torch.cuda.Event | None = None) -> RunningCopies:
         """Issues an exchange."""
         exchange = exchange_of(rows, [pair_of(*x) for x in zip(wholes, parts)], self._share, back, others_only)
         if exchange not in self._copies:
@@ -113,7 +123,7 @@ class Peers:
         own, pieces, sent = self._copies[exchange]
         count_sent(stage, sent)
         engines, bases = self._engines, [x.data_ptr() for pair in zip(wholes, parts) for x in pair]
-        engines.begin()
+        engines.begin(after)
         for i, (push, _) in enumerate(pieces):
             self._push(self._pieces + i, push, bases)
             if i:

@@ -77,8 +77,8 @@ class Method:
         return o, [lse, selected, *lists]
 
     def attend_bwd(self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, saved: Saved, segments: Segments,
-                   kv_grad_dtype: torch.dtype) -> Grads:
-        """dq, dk, dv."""
+                   kv_grad_dtype: torch.dtype, milestone: torch.cuda.Event | None = None) -> Grads:
+        """dq, dk, dv; ``milestone`` is recorded when dk and dv are complete, which may be before dq."""
         lse, selected, entries, starts = saved
 
         def compute(do, q, k, v, o, lse, selected, entries, starts, *places):
@@ -89,7 +89,7 @@ class Method:
 
         key, tensors = self._key(segments)
         return repeat(self.stages, ("attend_bwd", kv_grad_dtype, key), compute, do, q, k, v, o, lse, selected, entries,
-                      starts, *tensors, workspace_mib=self.workspace_mib)
+                      starts, *tensors, workspace_mib=self.workspace_mib, milestone=milestone)
 
     def _key(self, segments: Segments) -> tuple[tuple, tuple[Tensor, ...]]:
         """What decides the launches besides tensors, and the tensors of segments."""
@@ -123,15 +123,18 @@ class Whole:
         o, saved = self.method.attend(q, k, v, None, None, segments)
         return o, [q, k, v, o, *saved]
 
-    def backward(self, do: Tensor, saved: Saved, kv_grad_dtype: torch.dtype) -> Grads:
-        """dq, dk, dv; dk and dv in ``kv_grad_dtype``."""
+    def backward(self, do: Tensor, saved: Saved, kv_grad_dtype: torch.dtype,
+                 milestone: torch.cuda.Event | None = None) -> Grads:
+        """dq, dk, dv; dk and dv in ``kv_grad_dtype``. As soon as these two are complete, ``milestone`` is recorded."""
         q, k, v, o, *rest = saved
         if rest[1].shape[2] == 0 and kv_grad_dtype == k.dtype:
             dense = self._dense(dense_causal_bwd, do, None, q, k, v, o, rest[0],
                                 deterministic=self.method.deterministic)
             if dense is not None:
+                if milestone is not None:
+                    milestone.record()
                 return dense
-        return self.method.attend_bwd(do, q, k, v, o, rest, self.segments, kv_grad_dtype)
+        return self.method.attend_bwd(do, q, k, v, o, rest, self.segments, kv_grad_dtype, milestone)
 
     def _dense(self, function, *tensors: Tensor, **options):
         """The result of a dense kernel, or None where they may not or cannot."""

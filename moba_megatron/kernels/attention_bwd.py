@@ -16,7 +16,7 @@ from . import hopper, tuning
 from .attention_bwd_dkdv import _attention_bwd_dkv_kernel, _attention_bwd_dkv_sum_kernel
 from .attention_bwd_dq import _attention_bwd_dq_kernel, _attention_bwd_dq_own_kernel
 from .attention_fwd import _check, _describable, _key_source, tma_available
-from .launcher import launch
+from .launcher import launch, milestone_reached
 from .routing import Tiles, make_tiles, route
 from .sizes import cdiv, head_block, next_power_of_2
 from .workspace import head_groups, workspace_limit
@@ -34,7 +34,7 @@ def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tens
     """Gradients of :func:`attention_fwd`.
 
     With ``p = exp(scale <q, k> - lse)`` and ``delta = <do, o> - dlse``: ``dv = p^T do``, ``ds = p * (do v^T - delta)``,
-    ``dq = scale * ds k``, ``dk = scale * ds^T q``.
+    ``dq = scale * ds k``, ``dk = scale * ds^T q``. A milestone of ``launcher.repeat``: dk and dv are complete.
 
     Args:
         do: ``[T, H, DV]``, gradient of o; any strides.
@@ -62,6 +62,7 @@ def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tens
     everything = (0, x.kv_heads)
     if x.slots == 0:
         _dkv(x, None, dk, dv, None, _cuts(x, None, x.kv_heads), None, everything)
+        milestone_reached()
         _dq_own(x, None, dq, everything)
         return dq, dk, dv
     if routing is None:
@@ -76,12 +77,15 @@ def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tens
     partials = torch.empty(cuts.partial_floats, dtype=torch.float32, device=q.device)
     if not fused:
         _dkv(x, routing, dk, dv, None, cuts, partials, everything)
+        milestone_reached()
         del partials
         tiles = make_tiles(routing, x.dq_rows_per_program)
     slots = torch.empty(together * slot_bytes // q.element_size(), dtype=q.dtype, device=q.device)
     for group in groups:
         if fused:
             _dkv(x, routing, dk, dv, slots, cuts, partials, group)
+            if group == groups[-1]:
+                milestone_reached()
         else:
             _dq_sparse(x, routing, tiles, slots, group)
         _dq_own(x, slots, dq, group)

@@ -12,6 +12,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import Callable
 
+import torch
 import triton
 from torch import Tensor
 from triton import knobs
@@ -52,8 +53,18 @@ def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
         _current.trace.add(compiled, grid, (*args, *known.values))
 
 
+def milestone_reached() -> None:
+    """Within ``compute`` of :func:`repeat`: whoever asked for a milestone need not wait for what comes after this."""
+    trace, milestone = getattr(_current, "trace", None), getattr(_current, "milestone", None)
+    if trace is not None:
+        trace.milestone_reached()
+    if milestone is not None:
+        milestone.record()
+        _current.milestone = None
+
+
 def repeat(options: tuple, compute: Callable[..., tuple[Tensor, ...]], *tensors: Tensor | None,
-           workspace_mib: float | None = None) -> tuple[Tensor, ...]:
+           workspace_mib: float | None = None, milestone: torch.cuda.Event | None = None) -> tuple[Tensor, ...]:
     """``compute(*tensors)``, whose launches, allocations and results a later call with the same signature repeats.
 
     Args:
@@ -61,20 +72,23 @@ def repeat(options: tuple, compute: Callable[..., tuple[Tensor, ...]], *tensors:
         compute: its results are tensors that it allocates, each contiguous; it waits for nothing.
         tensors: all tensors that ``compute`` reads; None is allowed.
         workspace_mib: the limit of ``compute``'s scratch memory; None for the environment's.
+        milestone: recorded on the current stream where ``compute`` first says :func:`milestone_reached`, or at its end.
     """
     addresses = [0 if x is None else x.data_ptr() for x in tensors]
     key = _signature(options, tensors, addresses, workspace_mib)
     record = _records.get(key)
     replay = None if record is None else record.replay
     if replay is not None and key[0] in getattr(_current, "devices", ()) and not _hooked():
-        results = replay.run(addresses, tensors[0].device, driver.active.get_current_stream(key[0]))
+        results = replay.run(addresses, tensors[0].device, driver.active.get_current_stream(key[0]), milestone)
         if results is not None:
             return results
-    with _Recorded(key, workspace_mib):
-        if key is None or _hooked():
-            return compute(*tensors)
-        traced = record is not None and replay is None and not record.refused
+    with _Recorded(key, workspace_mib, milestone):
+        known = key is not None and not _hooked()
+        traced = known and record is not None and replay is None and not record.refused
         results = _traced(record, compute, tensors) if traced else compute(*tensors)
+        milestone_reached()  # if compute has not said so
+    if not known:
+        return results
     # Triton has seen to it that this thread has the device's context: from now on its calls may be replayed
     _current.devices = getattr(_current, "devices", frozenset()) | {key[0]}
     return results
@@ -131,14 +145,14 @@ class _Record:
 class _Recorded:
     """Within the block this thread's launches belong to a call with this signature (None: they are not recorded)."""
 
-    def __init__(self, key: tuple | None, workspace_mib: float | None):
-        self._key, self._workspace_mib = key, workspace_mib
+    def __init__(self, key: tuple | None, workspace_mib: float | None, milestone: torch.cuda.Event | None):
+        self._key, self._workspace_mib, self._milestone = key, workspace_mib, milestone
 
     def __enter__(self) -> None:
-        self._before = tuple(getattr(_current, name, None) for name in ("record", "position", "trace"))
+        self._before = tuple(getattr(_current, name, None) for name in ("record", "position", "trace", "milestone"))
         if self._before[2] is not None:
             self._before[2].refuse("a call within the call")
-        self._limit_before = give_limit(self._workspace_mib)
+        self._limit_before, _current.milestone = give_limit(self._workspace_mib), self._milestone
         if self._key is None:
             return
         if self._key not in _records and len(_records) >= MAX_SIGNATURES:
@@ -146,5 +160,5 @@ class _Recorded:
         _current.record, _current.position, _current.trace = _records.setdefault(self._key, _Record()), 0, None
 
     def __exit__(self, *error) -> None:
-        _current.record, _current.position, _current.trace = self._before
+        _current.record, _current.position, _current.trace, _current.milestone = self._before
         give_limit(self._limit_before)

@@ -62,6 +62,7 @@ class Trace(TorchDispatchMode):
         self._allocations: dict[int, int] = {}  # by address, the latest
         self._sizes: list[int] = []
         self._launches: list[tuple[object, tuple[int, ...], list]] = []
+        self._milestone: int | None = None  # launches before it
         self._reason = ""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -88,6 +89,11 @@ class Trace(TorchDispatchMode):
         except NotReplayable as error:
             self.refuse(str(error))
 
+    def milestone_reached(self) -> None:
+        """Notes the first milestone's place among the launches."""
+        if self._milestone is None:
+            self._milestone = len(self._launches)
+
     def replay(self, results: tuple[Tensor, ...]) -> "Replay":
         """The traced call, to be repeated.
 
@@ -103,7 +109,7 @@ class Trace(TorchDispatchMode):
                 raise NotReplayable("a result that is not an allocation of its own")
         if len(set(places) - {None}) != sum(x.numel() > 0 for x in results):
             raise NotReplayable("a result that is returned twice")
-        return Replay(len(self.inputs), self._launches, self._sizes, places, results)
+        return Replay(len(self.inputs), self._launches, self._sizes, places, results, self._milestone)
 
     def _arguments(self, compiled, args: tuple) -> list[tuple]:
         """(type, value) of each argument as the kernel takes them; a pointer's value says where it comes from."""
@@ -190,7 +196,7 @@ class Replay:
     """Prepared launches of a call. One thread at a time uses their memory; others take the ordinary path meanwhile."""
 
     def __init__(self, num_inputs: int, launches: list, sizes: list[int], places: list[int | None],
-                 results: tuple[Tensor, ...]):
+                 results: tuple[Tensor, ...], milestone: int | None):
         self._lock = threading.Lock()
         self._stream: int | None = 0
         self._results = [(tuple(x.shape), x.stride(), x.dtype) for x in results]
@@ -203,6 +209,7 @@ class Replay:
         self._kept: list = []
         prepared = [self._prepare(compiled, grid, arguments, sources) for compiled, grid, arguments in launches
                     if all(grid)]
+        self._before_milestone = sum(all(grid) for _, grid, _ in launches[:milestone])
         self._pointers = (ctypes.c_uint64 * max(1, len(self._slots)))()
         self._pack = struct.Struct(f"{len(self._slots)}Q").pack_into
         self._from = list(self._slots)
@@ -214,13 +221,15 @@ class Replay:
             self._launches.append((ctypes.addressof(config), function, parameters))
         self._last: list[int] = []
 
-    def run(self, addresses: list[int], device: torch.device, stream: int) -> tuple[Tensor, ...] | None:
+    def run(self, addresses: list[int], device: torch.device, stream: int,
+            milestone: torch.cuda.Event | None = None) -> tuple[Tensor, ...] | None:
         """Starts the launches on a stream.
 
         Args:
             addresses: of the inputs; 0 for one that is None.
             device: where results and workspace are allocated.
             stream: the current stream's handle.
+            milestone: recorded where the call's milestone was among its launches; results are older than it.
 
         Returns:
             The results; None where another thread is at it: nothing has been started then.
@@ -247,10 +256,12 @@ class Replay:
                 for config in self._configs:
                     config.stream = stream
                 self._stream = stream
-            launch = driver.cuLaunchKernelEx
-            for config, function, parameters in self._launches:
-                if error := launch(config, function, parameters, None):
-                    raise RuntimeError(f"the CUDA driver refused a launch: error {error}")
+            if milestone is None:
+                _start(driver, self._launches)
+            else:
+                _start(driver, self._launches[:self._before_milestone])
+                milestone.record()
+                _start(driver, self._launches[self._before_milestone:])
         finally:
             self._lock.release()
         return tuple(results)
@@ -287,6 +298,13 @@ class Replay:
                 addresses.append(ctypes.addressof(self._kept[-1]))
         self._kept.append((ctypes.c_void_p * len(addresses))(*addresses))
         return ctypes.addressof(self._kept[-1])
+
+
+def _start(driver: ctypes.CDLL, launches: list[tuple[int, int, int]]) -> None:
+    launch = driver.cuLaunchKernelEx
+    for config, function, parameters in launches:
+        if error := launch(config, function, parameters, None):
+            raise RuntimeError(f"the CUDA driver refused a launch: error {error}")
 
 
 def _lifetimes(launches: list, sizes: list[int], places: list[int | None]) -> tuple[dict[int, int],

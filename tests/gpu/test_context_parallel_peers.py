@@ -18,18 +18,20 @@ from moba_megatron import kernels
 from moba_megatron.bench.cp_compile import Job, compile_schedules
 from moba_megatron.context_parallel import Sequences, context_parallel_attention
 from moba_megatron.context_parallel.peers import peers_for
+from moba_megatron.kernels import launcher
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
 
-TOKENS, CHUNK_SIZE, TOPK, D = 8192, 128, 4, 128
-# (heads, kv heads, sequences, head groups)
-SHAPES = {"mha": (16, 16, 1, 2), "gqa": (32, 8, 1, 3), "one_kv_head": (8, 1, 1, None), "batch": (16, 16, 2, 5)}
+TOKENS, TOPK, D = 8192, 4, 128
+# (heads, kv heads, sequences, head groups, chunk size): up to 128 the kernel of dk and dv writes parts of dq too
+SHAPES = {"mha": (16, 16, 1, 2, 128), "gqa": (32, 8, 1, 3, 128), "one_kv_head": (8, 1, 1, None, 128),
+          "batch": (16, 16, 2, 5, 128), "long_chunks": (16, 8, 1, 2, 512)}
 TYPES = ("all_gather", "a2a")
 
 
 def compile_everything():
-    jobs = [Job(comm_type, 2, TOKENS, CHUNK_SIZE, TOPK, heads, kv_heads, D, head_groups=groups)
-            for heads, kv_heads, _, groups in SHAPES.values() for comm_type in TYPES]
+    jobs = [Job(comm_type, 2, TOKENS, chunk_size, TOPK, heads, kv_heads, D, head_groups=groups)
+            for heads, kv_heads, _, groups, chunk_size in SHAPES.values() for comm_type in TYPES]
     major, minor = torch.cuda.get_device_capability()
     compile_schedules(jobs, 10 * major + minor, min(12, os.cpu_count()))
 
@@ -42,7 +44,7 @@ class Layer:
     """A shape of attention on this rank."""
 
     def __init__(self, name, rank, size):
-        self.heads, self.kv_heads, batch, self.head_groups = SHAPES[name]
+        self.heads, self.kv_heads, batch, self.head_groups, self.chunk_size = SHAPES[name]
         self.sequences = Sequences.uniform(TOKENS // batch, batch, torch.device("cuda", rank))
         self.rows, self.rank = TOKENS // size, rank
 
@@ -53,8 +55,8 @@ class Layer:
                 for h in (self.heads, self.kv_heads, self.kv_heads, self.heads)]
 
     def attend(self, q, k, v, comm_type, group):
-        return context_parallel_attention(q, k, v, self.sequences, CHUNK_SIZE, TOPK, group, comm_type=comm_type,
-                                          head_groups=self.head_groups, deterministic=True)
+        return context_parallel_attention(q, k, v, self.sequences, self.chunk_size, TOPK, group,
+                                          comm_type=comm_type, head_groups=self.head_groups, deterministic=True)
 
     def step(self, inputs, comm_type, group, recompute=False):
         """o, dq, dk, dv."""
@@ -82,11 +84,14 @@ def against_the_library(rank, size):
 
 
 def repeated(rank, size):
-    """Rounds of fresh inputs in two groups, one rank late at random, some recomputed: wrong results by kind."""
+    """Rounds of fresh inputs in two groups, one rank late at random, some recomputed: wrong results by kind.
+
+    Also the chunk sizes for which a2a's backward was replayed in the end, and so let dk and dv leave before dq.
+    """
     groups, wrong, chance = [dist.group.WORLD, dist.new_group()], {}, torch.Generator().manual_seed(rank)
-    layers = [Layer(name, rank, size) for name in ("mha", "batch")]
-    for i in range(50):
-        layer, comm_type = layers[i % 2], TYPES[i // 2 % 2]
+    layers = [Layer(name, rank, size) for name in ("mha", "batch", "long_chunks")]
+    for i in range(60):
+        layer, comm_type = layers[i % 3], TYPES[i // 3 % 2]
         inputs = layer.inputs(i)
         use(False)
         expected = layer.step(inputs, comm_type, groups[0])
@@ -94,13 +99,15 @@ def repeated(rank, size):
         if rank == i // 4 % size:
             time.sleep(0.02 * torch.rand(1, generator=chance).item())
         # nothing waits between the two: the second is under way while the first one's tensors are let go of
-        results = [layer.step(inputs, comm_type, groups[j], recompute=i % 3 == 0) for j in (i % 2, 1 - i % 2)]
+        results = [layer.step(inputs, comm_type, groups[j], recompute=i % 4 == 0) for j in (i % 2, 1 - i % 2)]
         if rank == i % size:
             torch.cuda._sleep(10_000_000)  # some milliseconds of the stream's time
         for got in results:
             for what, a, b in zip(("o", "dq", "dk", "dv"), got, expected):
                 wrong[what] = wrong.get(what, 0) + (not torch.equal(a, b))
-    return wrong
+    options = [key[2] for key, record in launcher._records.items() if record.replay is not None]
+    # all_gather adds up fp32
+    return wrong, {x[2][2] for x in options if x[:2] == ("attend_bwd", torch.bfloat16)}
 
 
 def copy_engine_tests(rank, size):
@@ -135,8 +142,9 @@ def test_same_bits_as_the_library(results, name, comm_type):
 
 
 def test_fresh_inputs_again_and_again(results):
-    for _, wrong in results:
+    for _, (wrong, replayed) in results:
         assert wrong == {"o": 0, "dq": 0, "dk": 0, "dv": 0}
+        assert replayed == {128, 512}
 
 
 def test_a_rank_that_hangs_is_reported(results, tmp_path, capfd):
