@@ -208,15 +208,19 @@ def _attention_bwd_delta_kernel(
 
 @dataclass(frozen=True)
 class _Cuts:
-    """How lists are cut among programs: entries in a piece, and the bound on pieces beyond each list's first.
+    """How lists are cut among programs: ``split`` entries in a piece.
 
     ``extra_buckets[n]`` is one more than the list of the extra piece number n (see ``_extra_piece``).
     """
 
     split: int
-    num_extra: int
+    entries_per_kv_head: int
     extra_buckets: Tensor | None
     partial_floats: int
+
+    def num_extra(self, kv_heads: int) -> int:
+        """The bound on pieces beyond each list's first, of so many kv heads."""
+        return 0 if self.extra_buckets is None else cdiv(self.entries_per_kv_head * kv_heads, self.split)
 
 
 def _cuts(x: _Inputs, routing: Routing | None, kv_heads_together: int) -> _Cuts:
@@ -224,11 +228,10 @@ def _cuts(x: _Inputs, routing: Routing | None, kv_heads_together: int) -> _Cuts:
     if routing is None or x.rows_per_kv_head <= split:  # a row is in a list at most once
         return _Cuts(split, 0, None, 0)
     floats = 2 * x.segments.chunk_size * (x.q.shape[2] + x.v.shape[2])  # a cut list's first piece has a partial too
-    entries = x.rows_per_kv_head * x.slots * kv_heads_together
+    entries = x.rows_per_kv_head * x.slots
     allowed = max(MIN_PIECES, workspace_limit() // PARTIALS_SHARE // (4 * floats))
-    split = max(split, cdiv(entries, allowed))
-    num_extra = cdiv(entries, split)
-    return _Cuts(split, num_extra, _extra_buckets(routing, split), num_extra * floats)
+    split = max(split, cdiv(entries * kv_heads_together, allowed))
+    return _Cuts(split, entries, _extra_buckets(routing, split), cdiv(entries * kv_heads_together, split) * floats)
 
 
 def _extra_buckets(routing: Routing, split: int) -> Tensor:
@@ -297,10 +300,11 @@ def _dkv(x: _Inputs, routing: Routing | None, dk: Tensor, dv: Tensor, slots: Ten
     if slots is not None:
         options["BLOCK_N"] = max(16, next_power_of_2(size))
     kv_heads, constants = group[1] - group[0], x.constants
+    num_extra = cuts.num_extra(kv_heads)
     num_key_tiles = cdiv(min(size, x.segments.max_seqlen_k), options["BLOCK_N"])
     if num_key_tiles == 0:
         return
-    launch(_attention_bwd_dkv_kernel, ((cuts.num_extra + x.num_chunks * kv_heads) * num_key_tiles,),
+    launch(_attention_bwd_dkv_kernel, ((num_extra + x.num_chunks * kv_heads) * num_key_tiles,),
         x.q,
         x.k,
         x.v,
@@ -322,7 +326,7 @@ def _dkv(x: _Inputs, routing: Routing | None, dk: Tensor, dv: Tensor, slots: Ten
         x.num_chunks,
         x.segments.num_sequences,
         x.segments.num_segments,
-        cuts.num_extra,
+        num_extra,
         cuts.split,
         *group,
         *x.strides,
@@ -339,11 +343,12 @@ def _dkv(x: _Inputs, routing: Routing | None, dk: Tensor, dv: Tensor, slots: Ten
 def _dkv_sum(x: _Inputs, routing: Routing | None, dk: Tensor, dv: Tensor, cuts: _Cuts, partials: Tensor | None,
              group: tuple[int, int]) -> None:
     """Adds the partials of cut lists, if there may be any."""
-    if cuts.num_extra == 0:
+    num_extra = cuts.num_extra(group[1] - group[0])
+    if num_extra == 0:
         return
     size, constants = x.segments.chunk_size, x.constants
     del constants["H"], constants["G"], constants["KS"], constants["PRECISION"]
-    launch(_attention_bwd_dkv_sum_kernel, (cuts.num_extra, cdiv(size, 16)),
+    launch(_attention_bwd_dkv_sum_kernel, (num_extra, cdiv(size, 16)),
         routing.starts,
         cuts.extra_buckets,
         x.segments.cu_seqlens_k,
@@ -353,7 +358,7 @@ def _dkv_sum(x: _Inputs, routing: Routing | None, dk: Tensor, dv: Tensor, cuts: 
         size,
         x.num_chunks,
         x.segments.num_sequences,
-        cuts.num_extra,
+        num_extra,
         cuts.split,
         *group,
         HK=x.kv_heads,

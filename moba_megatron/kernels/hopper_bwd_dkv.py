@@ -39,10 +39,10 @@ def dkv(x, routing: Routing | None, dk: Tensor, dv: Tensor, slots: Tensor | None
     """
     options = {name: value for name, value in options.items() if name != "SPLIT"}
     size, kv_heads = x.segments.chunk_size, group[1] - group[0]
-    num_key_tiles = cdiv(min(size, x.segments.max_seqlen_k), KEYS.value)
+    num_extra, num_key_tiles = cuts.num_extra(kv_heads), cdiv(min(size, x.segments.max_seqlen_k), KEYS.value)
     if num_key_tiles == 0:
         return
-    launch(_hopper_bwd_dkv_kernel, ((cuts.num_extra + x.num_chunks * kv_heads) * num_key_tiles,),
+    launch(_hopper_bwd_dkv_kernel, ((num_extra + x.num_chunks * kv_heads) * num_key_tiles,),
         x.q,
         x.k,
         x.v,
@@ -64,7 +64,7 @@ def dkv(x, routing: Routing | None, dk: Tensor, dv: Tensor, slots: Tensor | None
         x.num_chunks,
         x.segments.num_sequences,
         x.segments.num_segments,
-        cuts.num_extra,
+        num_extra,
         cuts.split,
         *group,
         *hopper.strides_of_eight(x.q, x.k, x.v, x.do),

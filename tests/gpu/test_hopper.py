@@ -9,6 +9,7 @@ from gpu import test_attention_bwd, test_attention_fwd, test_op
 from moba_megatron import kernels
 from moba_megatron.kernels import hopper, tuning
 from moba_megatron.kernels.tuning_table import TABLE
+from moba_megatron.kernels.workspace import head_groups
 from moba_megatron.segments import Routing
 
 pytestmark = pytest.mark.gpu
@@ -146,6 +147,16 @@ def test_layouts_and_groups_of_heads_give_the_same_bits(chunk, always, monkeypat
         for a, b in zip(first[3:], other[3:]):  # their lists may be cut elsewhere
             assert comparison.relative_error(a, b.double()) < 1e-2
     assert set(always) == kernels_for(chunk)
+
+
+@pytest.mark.parametrize("chunk", [100, 128, 200])
+def test_a_smaller_last_group_of_heads(chunk, always, monkeypatch):
+    """Three kv heads, two at a time, with lists that are cut."""
+    monkeypatch.setenv("MOBA_WORKSPACE_MIB", "10")
+    tensors = test_attention_fwd.problem([3000], chunk, 4, heads=6, kv_heads=3)
+    assert head_groups(3, 3000 * 2 * 3 * 128 * 2) == [(0, 2), (2, 3)]
+    test_attention_bwd.check(*tensors)
+    assert "bwd_dkv" in always
 
 
 @pytest.mark.parametrize("chunk", [100, 200, 512])

@@ -68,8 +68,23 @@ def test_cut_lists(case, limit, monkeypatch):
     row = {"BLOCK_M": 16, "BLOCK_N": 32, "SPLIT": 48, "num_warps": 4, "num_stages": 1}
     with tuning.forced(configs={"attention_bwd_dkv": row}):
         cuts = stage._cuts(inputs(q, k, v, selected, segments), kernels_routing(selected, k, segments), 2)
-        assert cuts.num_extra > 0
+        assert cuts.num_extra(2) > 0
         check(q, k, v, selected, segments)
+
+
+@pytest.mark.parametrize("kv_heads, together", [(3, 2), (7, 3), (4, 2)])
+@pytest.mark.parametrize("tokens, split", [(301, 7), (257, 100)])
+def test_pieces_of_every_group_are_numbered(tokens, split, kv_heads, together, monkeypatch):
+    """The last group of kv heads may be smaller: its extra pieces end before the table of them does."""
+    q, k, v, selected, segments = problem([tokens], 16, 4, heads=2 * kv_heads, kv_heads=kv_heads, dim=8)
+    x, routing = inputs(q, k, v, selected, segments), kernels_routing(selected, k, segments)
+    monkeypatch.setenv("MOBA_WORKSPACE_MIB", "1000000")
+    with tuning.forced(configs={"attention_bwd_dkv": {"BLOCK_M": 16, "BLOCK_N": 16, "SPLIT": split}}):
+        cuts = stage._cuts(x, routing, together)
+    for begin, end in stage.head_groups(kv_heads, 1, limit=together):
+        most_before = x.rows_per_kv_head * x.slots * begin  # choices that are not there are in no list
+        last = cuts.num_extra(end - begin) - 1 + most_before // split
+        assert last < cuts.extra_buckets.numel()
 
 
 def inputs(q, k, v, selected, segments):
