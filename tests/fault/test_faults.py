@@ -1,7 +1,8 @@
 """A training job whose ranks are killed, stall, run out of disk or compute NaN: what is seen, and that nothing is lost.
 
 Real torchrun, two processes, gloo, examples/pretrain_gpt.py; `faulty_job.py` makes the faults. CI runs all of them as
-one job that torchrun restarts after each; MOBA_FAULT_DRILLS=1 also runs each alone. A full disk is simulated by
+one job that torchrun restarts after each; MOBA_FAULT_DRILLS=1 also runs each alone, `on_gpus.py` those that kill, on
+two GPUs. A full disk is simulated by
 RLIMIT_FSIZE: the kernel refuses to let a file grow, so write() fails in the writer as it does with ENOSPC.
 """
 import json
@@ -10,12 +11,15 @@ import re
 from pathlib import Path
 
 import numpy as np
+import on_gpus
 import pytest
 from ranks import ROOT, torchrun
 
 pytest.importorskip("megatron.core")
 from prepare_data import main as prepare_data  # noqa: E402
 from pretraining.monitor import read_log  # noqa: E402
+
+from moba_megatron.bench import report  # noqa: E402
 
 JOB = ["--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "2", "--seq-length", "64",
        "--moba-chunk-size", "8", "--moba-topk", "2", "--context-parallel-size", "2", "--use-distributed-optimizer",
@@ -112,6 +116,13 @@ def test_damaged_checkpoint_is_passed_over(restarted, flags, uninterrupted, tmp_
     assert re.search(rf"warning: .*iter_0000008 is damaged: {part.name} has \d+ bytes, \d+ were written; going back to "
                      "iter_0000006, the last whole one", result.stderr)
     assert curve(run) == uninterrupted and last_checkpoint(run) == 8
+
+
+def test_stored_drill_on_two_gpus_continued_its_curve():
+    stored = report.load(report.RESULTS / "h200" / "fault.json")
+    assert on_gpus.good(stored)
+    stored["restarted"]["curve"][6][1] += 1e-6
+    assert not on_gpus.good(stored)
 
 
 @pytest.mark.skipif(os.environ.get("MOBA_FAULT_DRILLS") != "1", reason="MOBA_FAULT_DRILLS=1 runs each fault alone")
