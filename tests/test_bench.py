@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moba_megatron import reference
-from moba_megatron.bench import cases, dense, environment, oracle, report, router, tables
+from moba_megatron.bench import cases, dense, environment, options, oracle, report, router, tables
 from moba_megatron.bench.__main__ import main
 from moba_megatron.ops import causal_attn_varlen
 from moba_megatron.segments import Segments
@@ -155,6 +155,30 @@ def test_page_has_the_stored_table(name):
     text = (ROOT / page).read_text()
     assert text == tables.written(name, text), \
         f"write it with: python -m moba_megatron.bench table --name {name} --write {page}"
+
+
+def test_losses_under_options_of_megatron_lm(tmp_path, capsys):
+    def log(name, losses):
+        (tmp_path / f"{name}.log").write_text("".join(
+            f" [x] iteration {i:8d}/ 12 | elapsed time per iteration (ms): {90 + i}.5 | lm loss: {loss:.6E} | x\n"
+            for i, loss in enumerate(losses, 1)) + "[Rank 0] (after 2 iterations) | max allocated: 71.25 |\n")
+        return str(tmp_path / f"{name}.log")
+
+    plain = [9 - 0.1 * i for i in range(12)]
+    logs = [log(name, losses) for name, losses in (
+        ("one", plain), ("key-conv", [9, *plain[:11]]), ("offload-modules", plain), ("eager", plain),
+        ("graphs", [*plain[:11], 7.5]))]
+    stored = tmp_path / "options.json"
+    assert main(["options", *logs, "--json", str(stored)]) == 0
+    lines = {line["run"]: line for line in options.table(report.load(stored))}
+    assert [lines[name]["largest difference"] for name in lines] == [
+        "", "none from one", "none from one in step 1", "", "0.4000 from eager"]
+    assert [lines["graphs"][name] for name in ("ms/step", "peak MiB", "step 12")] == ["102.0", "71", "7.50000"]
+    assert lines["one"]["ms/step"] == ""
+    assert main(["options", log("one", plain[:3]), "--json", str(stored)]) == 1
+    assert "one: 3 steps, more than 10 are needed" in capsys.readouterr().err
+    assert main(["options", log("other", plain), "--json", str(stored)]) == 1
+    assert "must have the name of a run" in capsys.readouterr().err
 
 
 def test_environment_names_the_commit_and_the_versions():

@@ -1,7 +1,9 @@
 """Multi-latent attention with MoBA (values narrower than keys): packed, tensor parallel, recomputed; fp64 on gloo."""
+import json
+
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import run_ranks, torchrun
 
 pytest.importorskip("megatron.core")
 
@@ -139,3 +141,10 @@ def test_the_same_attention(results, name):
 @pytest.mark.parametrize("name", ["sparse differs", "convolution differs"])
 def test_another_attention(results, name):
     assert min(result[name] for result in results) > 1e-2
+
+
+def test_the_check_for_two_gpus(tmp_path):
+    result = torchrun(2, "megatron_lm/check_mla", str(tmp_path / "mla.json"))
+    assert result.returncode == 0 and result.stdout.splitlines()[-1] == "good", result.stderr[-4000:]
+    stored = json.loads((tmp_path / "mla.json").read_text())
+    assert stored["good_on_both_ranks"] and len(stored["errors"]) == 6

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import comparison, cp, decode, gpt, report, router, training, zero
+from . import comparison, cp, decode, gpt, options, report, router, training, zero
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ TABLES = {
     "gpt-p1": Table("h200/gpt-p1.json", gpt.markdown_of),
     "gpt-p2": Table("h200/gpt-p2.json", gpt.markdown_of),
     "router": Table("h200/router.json", router.markdown),
+    "megatron-options": Table("h200/megatron_options.json", options.markdown, "examples/megatron_lm/README.md"),
+    "mla": Table("h200/mla.json", options.mla_markdown, "examples/megatron_lm/README.md"),
 }
 
 
