@@ -2,8 +2,8 @@
 
 Real torchrun, two processes, gloo, examples/pretrain_gpt.py; `faulty_job.py` makes the faults. CI runs all of them as
 one job that torchrun restarts after each; MOBA_FAULT_DRILLS=1 also runs each alone, `on_gpus.py` those that kill, on
-two GPUs. A full disk is simulated by
-RLIMIT_FSIZE: the kernel refuses to let a file grow, so write() fails in the writer as it does with ENOSPC.
+two GPUs. A full disk is simulated by RLIMIT_FSIZE: the kernel refuses to let a file grow, so write() fails in the
+writer as it does with ENOSPC.
 """
 import json
 import os
