@@ -175,8 +175,10 @@ def test_memory_by_hand():
     memory = estimate(small, Layout(1, 1, 1, 1))
     n = SMALL.parameters
     assert (memory.weights, memory.gradients, memory.optimizer) == (2 * n, 4 * n, 12 * n)
-    per_token = 2 * (4 * 64 + 12 * 16 + 3 * 128 + 6 * 16) + 4 * (4 + 8 * 2)
-    assert memory.activations == 4 * 1024 * per_token
+    kept = 2 * (4 * 64 + 12 * 16 + 3 * 128)
+    assert memory.activations == 4 * 1024 * (kept + 4 * (4 + 8 * 2))
+    attention_again = estimate(small, Layout(1, 1, 1, 1, recompute="selective")).activations
+    assert attention_again == 4 * 1024 * (kept + 2 * 6 * 16), "v keeps the whole projection"
     assert estimate(small, Layout(1, 1, 1, 1, recompute="full")).activations == 4 * 1024 * 64 * 2
     assert memory.gathered == 0
 
@@ -193,7 +195,7 @@ def test_what_splits_memory():
 def test_recompute_trades_memory_for_time():
     none, selective, full = (predicted(Layout(1, 8, 1, 8, "all_gather", recompute=r)) for r in RECOMPUTE)
     assert none.seconds < selective.seconds < full.seconds
-    assert none.memory.activations > selective.memory.activations > 10 * full.memory.activations
+    assert min(none.memory.activations, selective.memory.activations) > 10 * full.memory.activations
     forward = selective.parts["attention"].seconds - none.parts["attention"].seconds
     assert full.parts["attention"].seconds == selective.parts["attention"].seconds
     assert full.parts["matrices"].seconds == pytest.approx(4 / 3 * none.parts["matrices"].seconds)

@@ -58,8 +58,8 @@ def layer_activations(model: Model, run: Run, layout: Layout) -> float:
     """Bytes that one layer keeps for backward, for one micro batch (one sequence); the mean of sparse and dense layers.
 
     bf16: the two norms' inputs and outputs, q, k, v, o, both halves of SwiGLU and their product. Attention keeps lse in
-    fp32. Where it is sparse it keeps the selection and its routing, 4 bytes a choice each, and v as a view of the fused
-    projection, whose q and k (before rotation) stay alive with it. Dropout is off.
+    fp32. Where it is sparse it keeps the selection and its routing, 4 bytes a choice each; under selective recompute v
+    is kept as a view of the fused projection, whose q and k (before rotation) stay alive with it. Dropout is off.
     """
     tokens = run.seqlen / layout.cp / layout.tp  # with sequence parallelism everything is cut by tensor parallelism
     if layout.recompute == "full":
@@ -67,8 +67,9 @@ def layer_activations(model: Model, run: Run, layout: Layout) -> float:
     heads, kv_heads = model.heads, model.kv_heads
     per_token = BF16 * (4 * model.hidden + (2 * heads + 2 * kv_heads) * model.head_dim + 3 * model.ffn)
     sparse = 1 - run.dense_layers / model.layers
-    per_token += sparse * BF16 * (heads + kv_heads) * model.head_dim
-    if layout.recompute == "none":
+    if layout.recompute == "selective":
+        per_token += sparse * BF16 * (heads + kv_heads) * model.head_dim
+    else:
         per_token += heads * (FP32 + sparse * 8 * (run.moba.topk - 1))
     return tokens * per_token
 
