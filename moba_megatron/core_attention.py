@@ -72,8 +72,8 @@ class MoBACoreAttention(MegatronModule):
 
     Args:
         config: Megatron's; fields that MoBA cannot honour are refused, see Raises.
-        layer_number: 1-based, global under pipeline parallelism. Multi-token-prediction layers, numbered beyond
-            ``config.num_layers``, are treated as the last layer.
+        layer_number: 1-based, global under pipeline parallelism. Multi-token-prediction layers that are numbered
+            beyond ``config.num_layers`` are treated as the last layer; Megatron-Core 0.19 numbers them from 1.
         attn_mask_type: ``causal``, or ``padding_causal`` for packed sequences.
         attention_type: ``"self"``.
         attention_dropout: None for ``config.attention_dropout``, which must be 0.
