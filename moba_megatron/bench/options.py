@@ -115,9 +115,4 @@ def run_options(arguments: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    report.save(arguments.json, result)
-    print(report.as_text(table(result)))
-    failed = [row for row in result["rows"] if row["status"] != "ok"]
-    for row in failed:
-        print(f"{row['name']}: {row['reason']}", file=sys.stderr)
-    return int(bool(failed))
+    return report.finish(arguments.json, result, table(result))

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 from . import environment
@@ -132,6 +133,16 @@ def load(path: Path) -> dict:
 def save(path: Path, result: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def finish(path: Path, result: dict, lines: list[dict[str, str]]) -> int:
+    """Saves a result, prints its table and why rows are not in it; 1 if there are such rows, else 0."""
+    save(path, result)
+    print(as_text(lines))
+    failed = [row for row in result["rows"] if row["status"] != "ok"]
+    for row in failed:
+        print(f"{row['name']}: {row['reason']}", file=sys.stderr)
+    return int(bool(failed))
 
 
 def added(stored: dict, more: dict) -> dict:

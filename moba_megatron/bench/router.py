@@ -46,7 +46,7 @@ def cost(path: Path) -> dict:
     row = {"name": f"{args['num_layers']} layers, {args['global_batch_size']} x {args['seq_length'] // 1024}K",
            "log": path.name, "settings": {name: args[name] for name in SETTINGS}}
     if len(plain) < 2 or not seen:
-        return row | {"status": "not run"}
+        return row | {"status": "not run", "reason": f"{len(plain)} plain and {len(seen)} watched steps are too few"}
     step, extra = statistics.median(plain), statistics.median(seen) - statistics.median(plain)
     quantiles = statistics.quantiles(plain, n=5)
     return row | {"status": "ok", "ms": {"median": step, "p20": quantiles[0], "p80": quantiles[-1],
@@ -107,6 +107,4 @@ def run_router(arguments: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    report.save(arguments.json, result)
-    print(report.as_text(table(result)))
-    return int(any(row["status"] != "ok" for row in result["rows"]))
+    return report.finish(arguments.json, result, table(result))
