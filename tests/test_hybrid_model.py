@@ -70,20 +70,25 @@ def losses_and_gradients(model):
 def models(rank, size):
     """Of full attention, of MoBA that chooses everything, and of MoBA: results, and numbers of MoBA's layers."""
     from gpt import parallel_state, tensor_parallel
-    from moba_megatron import MoBACoreAttention, megatron_lm
+    from moba_megatron import MoBACoreAttention, MoBAConfig, launch, megatron_lm
 
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     stack = classes()[1]
     # the norm behind the last layer is Transformer Engine's
     sys.modules[stack.__module__].TENorm = lambda config, hidden_size, eps: torch.nn.RMSNorm(hidden_size, eps)
-    stack.__init__ = megatron_lm.moba_hybrid_stack(stack.__init__)
+    hooks = [hook for module, name, hook in launch.OPTIONAL_HOOKS if launch._owner(module, name) is stack]
+    assert hooks  # one; in 0.19 a second finds the same class by its old name
+    for hook in hooks:  # what launch.install does in Megatron-LM
+        stack.__init__ = hook(stack.__init__)
     moba = "--attention", "moba", "--moba-chunk-size", "8", "--moba-topk"
     found = []
     for flags in ((), (*moba, "8"), (*moba, "2")):
         model = build(*flags)
         layers = [layer.layer_number for layer in model.decoder.layers
                   if any(isinstance(x, MoBACoreAttention) for x in layer.modules())]
+        if flags:
+            megatron_lm.check_model([model], MoBAConfig(8, int(flags[-1])))
         found.append((losses_and_gradients(model), layers))
     return found
 
