@@ -94,8 +94,8 @@ def test_zigzag_length_refused():
 
 
 @pytest.mark.parametrize("kv_heads, number, sizes", [(16, 5, [2, 4, 4, 4, 2]), (8, 5, [1, 2, 2, 2, 1]),
-                                                     (8, 3, [2, 4, 2]), (4, 4, [1] * 4), (5, 2, [3, 2]), (3, 1, [3]),
-                                                     (12, 4, [2, 4, 4, 2]), (1, 1, [1])])
+                                                     (8, 3, [1, 6, 1]), (4, 4, [1] * 4), (5, 2, [3, 2]), (3, 1, [3]),
+                                                     (12, 4, [1, 5, 5, 1]), (1, 1, [1])])
 def test_head_groups(kv_heads, number, sizes):
     groups = split_heads(2 * kv_heads, kv_heads, number)
     assert [kv.stop - kv.start for _, kv in groups] == sizes
@@ -109,6 +109,8 @@ def test_number_of_groups():
     assert number_of_groups(None, 8, little, little) == 1, "little work: one group"
     assert number_of_groups(None, 8, much, much) == 4
     assert number_of_groups(None, 4, much, much) == 3
+    assert number_of_groups(None, 8, much, much, fast=True) == 3
+    assert number_of_groups(None, 8, much, 2 * MOST_BYTES, fast=True) == 4, "a group of six heads would be too large"
     assert number_of_groups(None, 8, much, 7 * MOST_BYTES) == 7, "memory asks for more"
 
 

@@ -5,9 +5,12 @@ order they may be written, and that nothing waits for what comes after it.
 """
 import ctypes
 import itertools
+import math
+import mmap
 import random
+import struct
 import time
-from multiprocessing import shared_memory
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -18,8 +21,9 @@ from ranks import run_ranks
 from moba_megatron.context_parallel import heads, rows as rows_module
 from moba_megatron.context_parallel import Sequences, context_parallel_attention, record_waits
 from moba_megatron.context_parallel.copy_engines import CopyEngines, _MemoryOperation, _Rectangle
+from moba_megatron.context_parallel.mail import Mail
 from moba_megatron.context_parallel.moves import Copy, exchange_of, pair_of, plan_exchange
-from moba_megatron.context_parallel.peers import FLAG_STEP, SLOTS, Peers, peers_for
+from moba_megatron.context_parallel.peers import Peers, peers_for
 
 
 class HostDriver:
@@ -107,8 +111,72 @@ class EagerEngines(HostEngines):
         run()
 
 
-def staging_size(size, slot_bytes):
-    return SLOTS * slot_bytes + 2 * size * FLAG_STEP
+class HostMemory:
+    """Tensors of this process, for others in it."""
+
+    DESCRIPTION = 8
+
+    def empty(self, shape, dtype):
+        return torch.full(shape, 7.0).to(dtype)
+
+    def describe(self, x):
+        return x.data_ptr().to_bytes(8, "little")
+
+    def address(self, description):
+        return int.from_bytes(description, "little")
+
+
+class FileMemory:
+    """Tensors in files that all processes map, one a process; nothing is used twice.
+
+    Args:
+        folder: of the files.
+        number: of this process.
+    """
+
+    DESCRIPTION = 16
+    SIZE = 1 << 28
+
+    def __init__(self, folder, number):
+        self._folder, self._number, self._maps, self._used = folder, number, {}, 0
+        with open(folder / f"memory{number}", "wb") as file:
+            file.truncate(self.SIZE)
+
+    def empty(self, shape, dtype):
+        out = torch.frombuffer(self._map(self._number), dtype=dtype, count=math.prod(shape), offset=self._used)
+        self._used += -(-out.nbytes // 64) * 64
+        return out.fill_(7).view(shape)
+
+    def describe(self, x):
+        return struct.pack("<QQ", self._number, x.data_ptr() - self._base(self._number))
+
+    def address(self, description):
+        number, offset = struct.unpack("<QQ", description)
+        return self._base(number) + offset
+
+    def _base(self, number):
+        return ctypes.addressof(ctypes.c_char.from_buffer(self._map(number)))
+
+    def _map(self, number):
+        if number not in self._maps:
+            with open(self._folder / f"memory{number}", "r+b") as file:
+                self._maps[number] = mmap.mmap(file.fileno(), 0)
+        return self._maps[number]
+
+
+def in_process(size, one_queue=False):
+    """Peers of simulated GPUs, their engines, their flags."""
+    flags = [torch.zeros(Peers.flag_bytes(size), dtype=torch.uint8) for _ in range(size)]
+    engines = [HostEngines(one_queue) for _ in range(size)]
+    boxes = bytearray(Mail.bytes_needed(size))
+    return [Peers(r, [x.data_ptr() for x in flags], engines[r], HostMemory(), Mail(r, size, boxes, 60))
+            for r in range(size)], engines, flags
+
+
+def as_hosts(issue, size):
+    """Calls ``issue(rank)`` for all ranks at the same time; their results."""
+    with ThreadPoolExecutor(size) as threads:
+        return list(threads.map(issue, range(size)))
 
 
 def run_in_any_order(all_engines, chance):
@@ -130,28 +198,26 @@ def local_parts(whole, rows, parts):
 @pytest.mark.parametrize("one_queue", [False, True])
 @pytest.mark.parametrize("size, parts, batch", [(2, 2, 1), (2, 1, 2), (3, 3, 1), (4, 4, 1), (4, 2, 1), (4, 1, 2)])
 def test_bytes_go_where_they_belong(size, parts, batch, one_queue):
-    """Many exchanges of different sizes under way at once, little staging, GPUs that run in any order."""
-    chance = random.Random(size * 10 + parts)
+    """Many exchanges of different sizes under way at once, GPUs that run in any order."""
     generator = torch.Generator().manual_seed(0)
-    slot_bytes = 2048 * (size - 1)
-    memory = [torch.zeros(staging_size(size, slot_bytes), dtype=torch.uint8) for _ in range(size)]
-    engines = [HostEngines(one_queue) for _ in range(size)]
-    peers = [Peers(r, [m.data_ptr() for m in memory], engines[r], slot_bytes=slot_bytes) for r in range(size)]
+    peers, engines, _ = in_process(size, one_queue)
     sequences = Sequences.uniform(2 * size * 5, batch, torch.device("cpu"))
     rows = [sequences.rows(size, r) for r in range(size)]
-    checks = []
+    dims, rounds = (8, 6), []
     for heads_a_part, dtype in ((3, torch.bfloat16), (2, torch.float32), (5, torch.float64)) * 2:
-        dims = (8, 6)
         wholes = [torch.randn(rows[0].total, parts * heads_a_part, d, generator=generator).to(dtype) for d in dims]
-        for r in range(size):
+        made = [[torch.randn(rows[0].total, heads_a_part, d, generator=generator).to(dtype) for d in dims]
+                for _ in range(size)]
+        rounds.append((heads_a_part, dtype, wholes, made))
+
+    def issue(r):
+        checks = []
+        for heads_a_part, dtype, wholes, made in rounds:
             views = [local_parts(w, rows[r], parts) for w in wholes]
             mine = [w.unflatten(1, (parts, -1))[:, r * parts // size, 1:] for w in wholes]
             checks.append((peers[r].fetch(rows[r], views, "in"), mine))
-        made = [[torch.randn(rows[0].total, heads_a_part, d, generator=generator).to(dtype) for d in dims]
-                for _ in range(size)]
-        for r in range(size):
             if parts == size:
-                outs = [torch.full((rows[r].local, size * heads_a_part * 2, d), 7.0).to(dtype) for d in dims]
+                outs = [peers[r].empty((rows[r].local, size * heads_a_part * 2, d), dtype) for d in dims]
                 places = [x.unflatten(1, (size, -1))[:, :, 1:1 + heads_a_part].transpose(0, 1) for x in outs]
                 wanted = [torch.full_like(x, 7) for x in outs]
                 for x, i in itertools.product(range(size), range(len(dims))):
@@ -160,96 +226,122 @@ def test_bytes_go_where_they_belong(size, parts, batch, one_queue):
             wanted = [torch.stack([made[x][i][rows[r].own_rows] for x in range(size) if x != r])
                       for i in range(len(dims))]
             checks.append((peers[r].collect(rows[r], made[r], "out"), wanted))
-    run_in_any_order(engines, chance)
-    for pending, wanted in checks:
+        return checks
+
+    checks = as_hosts(issue, size)
+    run_in_any_order(engines, random.Random(size * 10 + parts))
+    for pending, wanted in itertools.chain(*checks):
         for a, b in zip(pending.wait(), wanted, strict=True):
             assert torch.equal(a, b)
-    assert peers[0]._pieces > 4 * SLOTS and len({p._pieces for p in peers}) == 1
+    assert {p._exchanges for p in peers} == {len(checks[0])} and len(checks[0]) >= 12
+
+
+def test_nothing_is_written_before_the_receiver_is_ready():
+    """A rank whose tensor is still in use holds the others' copies back."""
+    peers, engines, _ = in_process(2)
+    rows = [Sequences.uniform(16, 1, torch.device("cpu")).rows(2, r) for r in range(2)]
+    x = torch.randn(16, 2, 8)
+    results = as_hosts(lambda r: peers[r].fetch(rows[r], [x[rows[r].own_rows][None]], "in"), 2)
+    late = engines[1].queues[2].pop(0)  # rank 1's "ready"
+    pushes = engines[0].queues[1]
+    assert not pushes[0][0](), "rank 0 pushes before rank 1 is ready"
+    while engines[1].queues[1] and engines[1].queues[1][0][0]():
+        engines[1].queues[1].pop(0)[1]()
+    assert not pushes[0][0]()
+    late[1]()
+    run_in_any_order(engines, random.Random(1))
+    assert all(torch.equal(pending.wait()[0], x) for pending in results)
 
 
 def test_numbers_wrap_around():
-    """Piece numbers pass 2^32 and the waits still hold."""
-    memory = [torch.zeros(staging_size(2, 1024), dtype=torch.uint8) for _ in range(2)]
-    engines = [HostEngines() for _ in range(2)]
-    peers = [Peers(r, [m.data_ptr() for m in memory], engines[r], slot_bytes=1024) for r in range(2)]
-    for m, p in zip(memory, peers):
-        p._pieces = 2 ** 32 - 6
-        m[SLOTS * 1024:].view(torch.int32)[:] = -6
+    """Exchange numbers pass 2^32 and the waits still hold."""
+    peers, engines, flags = in_process(2)
+    for m, p in zip(flags, peers):
+        p._exchanges = 2 ** 32 - 3
+        m.view(torch.int32)[:] = -3
     rows = [Sequences.uniform(16, 1, torch.device("cpu")).rows(2, r) for r in range(2)]
     x = torch.randn(16, 2, 64, dtype=torch.float64)
-    results = [[p.fetch(r, [x[r.own_rows][None]], "in") for p, r in zip(peers, rows)] for _ in range(4)]
+    results = as_hosts(lambda r: [peers[r].fetch(rows[r], [x[rows[r].own_rows][None]], "in") for _ in range(8)], 2)
     run_in_any_order(engines, random.Random(1))
     assert all(torch.equal(pending.wait()[0], x) for both in results for pending in both)
-    assert peers[0]._pieces > 2 ** 32 + 4
+    assert peers[0]._exchanges > 2 ** 32 + 4
 
 
 def test_copies_are_few_and_long():
-    """Two ranks: a tensor is pushed by one copy, and rows that are neighbours in both tensors are one row."""
+    """Two ranks: a copy for each run of rows, and rows that are neighbours in both tensors are one row."""
     rows = [Sequences.uniform(64, 1, torch.device("cpu")).rows(2, r) for r in range(2)]
     local, whole = torch.empty(32, 4, 8), torch.empty(64, 2, 8)
     pair = pair_of(whole, local.unflatten(1, (2, 2)).transpose(0, 1))
-    plans = [plan_exchange(exchange_of(r, [pair], 1 << 20)) for r in rows]
-    assert plans[0].pieces[0].push == (Copy(1, 64, 128, -2, 0, 64, 32, 64),)
-    assert plans[0].pieces[0].place == (Copy(-1, 0, 2048, 0, 16 * 64, 2048, 1, 2048),)  # the middle
-    assert len(plans[1].pieces[0].place) == 2
-    assert [len(p.own) for p in plans] == [2, 1]
-    with pytest.raises(ValueError, match="a row of 64 bytes does not fit into staging memory of 32 bytes"):
-        plan_exchange(exchange_of(rows[0], [pair], 32))
+    plans = [plan_exchange(exchange_of(r, [pair])) for r in rows]
+    assert plans[1].push == (Copy(1, 0, 128, 2, 16 * 64, 64, 32, 64),)  # the middle
+    assert [len(p.push) for p in plans] == [len(p.own) for p in plans] == [2, 1]
+    back = plan_exchange(exchange_of(rows[0], [pair], back=True))
+    assert back.push == (Copy(0, 16 * 64, 64, 2, 0, 128, 32, 64),)
+    contiguous = pair_of(whole, torch.empty(1, 32, 2, 8))
+    assert plan_exchange(exchange_of(rows[1], [contiguous])).push == (Copy(1, 0, 2048, 2, 1024, 2048, 1, 2048),)
+
+
+def test_mail_of_a_rank_that_does_not_come():
+    boxes = bytearray(Mail.bytes_needed(2))
+    mail = [Mail(r, 2, boxes, 0.05) for r in range(2)]
+    mail[1].post(1, b"first")
+    mail[1].post(2, b"")
+    assert mail[0].read(1, 1, "an exchange") == b"first" and mail[0].read(2, 1, "an exchange") == b""
+    with pytest.raises(RuntimeError, match="an exchange: rank 1 of 2 did not come within 0 s"):
+        mail[0].read(3, 1, "an exchange")
+    boxes[mail[0]._box(1, 1) + 16] ^= 1  # half written
+    with pytest.raises(RuntimeError, match="did not come"):
+        mail[0].read(1, 1, "an exchange")
+    with pytest.raises(ValueError, match="message must have at most 4080 bytes, got 5000"):
+        mail[0].post(4, bytes(5000))
 
 
 def test_off_cuda_the_library_moves_rows():
     assert peers_for(Sequences.uniform(8, 1, torch.device("cpu")).rows(2, 0), None, torch.device("cpu")) is None
 
 
-class SharedStaging:
-    """Peers of this process in several groups, their staging memory shared with the other processes."""
+class SharedPeers:
+    """Peers of this process in several groups, in memory that the other processes map."""
 
-    def __init__(self):
-        self._peers, self._blocks = {}, []
+    def __init__(self, folder, rank):
+        self.peers, self._folder, self._memory = {}, folder, FileMemory(folder, rank)
 
     def peers_for(self, rows, group, device):
         if rows.runs is None or rows.size == 1 or device.type == "meta":
             return None
-        if group not in self._peers:
-            slot_bytes, rank = 1024 * (group.size() - 1), dist.get_rank(group)
-            mine = shared_memory.SharedMemory(create=True, size=staging_size(group.size(), slot_bytes))
-            mine.buf[:] = bytes(mine.size)
-            names = [None] * group.size()
-            dist.all_gather_object(names, mine.name, group)
-            blocks = [mine if r == rank else shared_memory.SharedMemory(name) for r, name in enumerate(names)]
-            self._blocks += [(block, block is mine) for block in blocks]
-            addresses = [ctypes.addressof(ctypes.c_char.from_buffer(block.buf)) for block in blocks]
-            self._peers[group] = Peers(rank, addresses, EagerEngines(), slot_bytes=slot_bytes)
-        return self._peers[group]
-
-    def unlink(self):
-        for block, is_mine in self._blocks:
-            if is_mine:
-                block.unlink()
+        if group not in self.peers:
+            rank, size = dist.get_rank(group), group.size()
+            path = self._folder / f"mail{dist.get_rank()}_{len(self.peers)}"
+            if rank == 0:
+                path.write_bytes(bytes(Mail.bytes_needed(size)))
+            flags = self._memory.empty((Peers.flag_bytes(size),), torch.uint8).zero_()
+            told = [None] * size
+            dist.all_gather_object(told, (path, self._memory.describe(flags)), group)
+            with open(told[0][0], "r+b") as file:
+                mail = Mail(rank, size, mmap.mmap(file.fileno(), 0), 60)
+            addresses = [self._memory.address(place) for _, place in told]
+            self.peers[group] = Peers(rank, addresses, EagerEngines(), self._memory, mail, flags)
+        return self.peers[group]
 
 
-def with_peers(rank, size):
-    """Cases of the gloo suite, exchanged through shared staging memory; bytes sent; how many pieces there were."""
-    staging = SharedStaging()
-    heads.peers_for = rows_module.peers_for = staging.peers_for
+def with_peers(rank, size, folder):
+    """Cases of the gloo suite, exchanged through shared memory; bytes sent; how many exchanges there were."""
+    shared = SharedPeers(folder, rank)
+    heads.peers_for = rows_module.peers_for = shared.peers_for
     cp.CASES = [case for case in cp.CASES if case[0] in CASES]
-    try:
-        errors = cp.compare_with_single_rank(rank, size)
-        local = [torch.randn(16, h, 8) for h in (8, 4, 4, 8)]
-        leaves = [x.requires_grad_() for x in local[:3]]
-        sent = {}
-        for comm_type in ("all_gather", "a2a"):
-            with record_waits() as record:
-                o = context_parallel_attention(*leaves, Sequences.uniform(64, 1, torch.device("cpu")), 8, 3,
-                                               dist.group.WORLD, comm_type=comm_type, head_groups=2,
-                                               backend="reference")
-                torch.autograd.grad(o, leaves, local[3])
-            sent[comm_type] = {stage: entry["sent_bytes"] for stage, entry in record.summary().items()}
-        dist.barrier()
-    finally:
-        staging.unlink()
-    early = sum(p._engines.early for p in staging._peers.values())
-    return errors, None, sent, early, sum(p._pieces for p in staging._peers.values())
+    errors = cp.compare_with_single_rank(rank, size)
+    local = [torch.randn(16, h, 8) for h in (8, 4, 4, 8)]
+    leaves = [x.requires_grad_() for x in local[:3]]
+    sent = {}
+    for comm_type in ("all_gather", "a2a"):
+        with record_waits() as record:
+            o = context_parallel_attention(*leaves, Sequences.uniform(64, 1, torch.device("cpu")), 8, 3,
+                                           dist.group.WORLD, comm_type=comm_type, head_groups=2, backend="reference")
+            torch.autograd.grad(o, leaves, local[3])
+        sent[comm_type] = {stage: entry["sent_bytes"] for stage, entry in record.summary().items()}
+    dist.barrier()
+    early = sum(p._engines.early for p in shared.peers.values())
+    return errors, None, sent, early, sum(p._exchanges for p in shared.peers.values())
 
 
 CASES = ("blocks_cut", "long_chunks_cut", "bf16", "one_chunk", "packed")
@@ -257,7 +349,8 @@ CASES = ("blocks_cut", "long_chunks_cut", "bf16", "one_chunk", "packed")
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return run_ranks(with_peers, 4, tmp_path_factory.mktemp("ranks"))
+    folder = tmp_path_factory.mktemp("ranks")
+    return run_ranks(with_peers, 4, folder, folder)
 
 
 def test_equals_single_rank(results):
@@ -267,7 +360,7 @@ def test_equals_single_rank(results):
     for key, values in errors.items():
         dtype = next(case[-1] for case in cp.CASES if case[0] == key[0])
         assert max(values) <= cp.TOLERANCE[dtype], (key, values)
-    assert all(pieces > 100 for *_, pieces in results), "the exchanges went another way"
+    assert all(exchanges > 100 for *_, exchanges in results), "the exchanges went another way"
     assert all(early for *_, early, _ in results), f"dk and dv waited for dq: {[x[-2] for x in results]}"
 
 

@@ -50,15 +50,20 @@ class DriverError(RuntimeError):
 
 
 @functools.lru_cache(maxsize=None)
-def _driver() -> ctypes.CDLL:
+def cuda_driver() -> ctypes.CDLL:
+    """The driver's functions that exchanges call."""
     library, address, stream = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p, ctypes.c_void_p
     library.cuMemcpy3DBatchAsync_v2.argtypes = [ctypes.c_size_t, address, ctypes.c_ulonglong, stream]
     library.cuStreamBatchMemOp_v2.argtypes = [stream, ctypes.c_uint, address, ctypes.c_uint]
     library.cuThreadExchangeStreamCaptureMode.argtypes = [address]
+    library.cuMemGetAddressRange_v2.argtypes = [address, address, ctypes.c_uint64]
+    library.cuPointerGetAttribute.argtypes = [address, ctypes.c_int, ctypes.c_uint64]
+    library.cuIpcGetMemHandle.argtypes = [address, ctypes.c_uint64]
     return library
 
 
-def _check(code: int, call: str) -> None:
+def check_call(code: int, call: str) -> None:
+    """Raises DriverError where a call of the driver failed."""
     if code:
         raise DriverError(f"{call} failed with CUDA driver error {code}")
 
@@ -112,7 +117,7 @@ class CopyEngines:
 
     def __init__(self, device: torch.device, timeout_s: float):
         from ..kernels import copying  # needs Triton
-        self._kernels, self._library, self._watch = copying, _driver(), _Watch(timeout_s)
+        self._kernels, self._library, self._watch = copying, cuda_driver(), _Watch(timeout_s)
         # of high priority: what they wait for must not stand behind kernels that were launched first
         self._streams = [torch.cuda.Stream(device, priority=-1) for _ in range(2)]
         self.pushing, self.placing = (stream.cuda_stream for stream in self._streams)
@@ -141,7 +146,7 @@ class CopyEngines:
         """Issues copies between memory at ``bases``, by the numbers that the copies name; they run in any order."""
         number, address = copies.at(bases)
         if number:
-            _check(self._library.cuMemcpy3DBatchAsync_v2(number, address, 0, stream), "cuMemcpy3DBatchAsync")
+            check_call(self._library.cuMemcpy3DBatchAsync_v2(number, address, 0, stream), "cuMemcpy3DBatchAsync")
 
     def place(self, copies: LocalCopies, bases: list[int]) -> None:
         """As :meth:`copy`, within this GPU, on the stream that places."""
@@ -169,7 +174,7 @@ class CopyEngines:
         form, address, number = self._operations[key]
         for x in form:
             x.value = value & 0xFFFFFFFF  # the driver compares differences: numbers may wrap around
-        _check(self._library.cuStreamBatchMemOp_v2(stream, number, address, 0), "cuStreamBatchMemOp")
+        check_call(self._library.cuStreamBatchMemOp_v2(stream, number, address, 0), "cuStreamBatchMemOp")
 
 
 class _Watch:
@@ -188,7 +193,7 @@ class _Watch:
 
     def _look(self) -> None:
         # a query from this thread must not spoil a CUDA graph that another one captures
-        _check(_driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(ctypes.c_int(_RELAXED))), "watching")
+        check_call(cuda_driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(ctypes.c_int(_RELAXED))), "watching")
         while True:
             time.sleep(min(self.INTERVAL_S, self._timeout_s / 4))
             while self._unfinished and self._unfinished[0][1].query():

@@ -7,7 +7,7 @@ rather than keeping K and V, and adds dK and dV over the ranks in fp32 while the
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +58,7 @@ class Gathered:
     def _attend(self, q: Tensor, gathered: Prefetch, choice: tuple[Tensor | None, Routing | None]):
         """o and what is saved of the next group of heads."""
         segments = self.layout.segments
-        k_all, v_all = arrived(gathered)
+        k_all, v_all = arrived(gathered.take())
         selected, routing = choice
         if selected is None and self.method.earlier(segments):
             # the boundaries of pieces are on the device only: the same means from all keys
@@ -85,7 +85,7 @@ class Gathered:
         reducing = []
         for i, ((heads, kv_heads), rest) in enumerate(zip(groups, saved)):
             part, *grads = self.method.attend_bwd(
-                do[:, heads], q[:, heads], *arrived(gathered), o[:, heads], rest, self.layout.segments,
+                do[:, heads], q[:, heads], *arrived(gathered.take()), o[:, heads], rest, self.layout.segments,
                 sum_dtype(k.dtype))
             started = reduce(i, grads, [out[:, kv_heads] for out in (dk, dv)])
             del grads
@@ -150,10 +150,10 @@ def of_one_dim(tensors: list[Tensor]) -> list[list[Tensor]]:
     return [tensors] if len({x.shape[-1] for x in tensors}) == 1 else [[x] for x in tensors]
 
 
-def arrived(fetched: Prefetch) -> list[Tensor]:
-    """The next group's tensors, when they are here."""
+def arrived(pendings: Sequence[Pending]) -> list[Tensor]:
+    """Their tensors, when they are here."""
     results = []
-    for pending in fetched.take():
+    for pending in pendings:
         result = pending.wait()
         results += [result] if isinstance(result, Tensor) else result
     return results

@@ -15,28 +15,29 @@ MOST_BYTES = 1 << 30
 """Bytes that a rank holds of a group, at most, while groups have several kv heads."""
 
 
-def number_of_groups(asked: int | None, kv_heads: int, queries: int, held: int) -> int:
+def number_of_groups(asked: int | None, kv_heads: int, queries: int, held: int, fast: bool = False) -> int:
     """How many groups to make of ``kv_heads``.
 
     Args:
-        asked: the user's number, or None: 4 where there is enough work and heads for it, or 3, which leaves an eighth
-            to a quarter of what travels first and last for nothing to hide. More cost the kernels more than they hide:
-            on 2 H200s, 128K tokens, 16 heads, chunks of 512, 19.6 ms of attention in 3 groups, 20.6 in 5.
+        asked: the user's number, or None: 4 where there is enough work and heads for it, or 3. More cost the kernels
+            more than they hide: on 2 H200s, 128K tokens, 16 heads, chunks of 512, 19.6 ms of attention in 3 groups,
+            20.6 in 5.
         queries: bytes of the rank's queries, a measure of its work.
         held: bytes of what has travelled, all heads together.
+        fast: a large group travels while a small one is computed, so that 3 do where memory allows.
     """
     if asked is None:
-        fitting = queries // LEAST_BYTES
-        asked = max(min(fitting, 4 if kv_heads >= 8 else 3), -(-held // MOST_BYTES))
+        most = 4 if kv_heads >= 8 and not (fast and held <= MOST_BYTES) else 3
+        asked = max(min(queries // LEAST_BYTES, most), -(-held // MOST_BYTES))
     return max(1, min(asked, kv_heads))
 
 
 def split_heads(heads: int, kv_heads: int, number: int) -> HeadGroups:
-    """The query heads and kv heads of each group; the first and the last group are half as large as the others.
+    """The query heads and kv heads of each group; the first and the last have an eighth of the heads at most.
 
     What the first one waits for and what the last one leaves behind is all that nothing hides.
     """
-    end = max(1, kv_heads // (2 * number - 2)) if number > 2 else -(-kv_heads // number)
+    end = max(1, kv_heads // max(8, 2 * number - 2)) if number > 2 else -(-kv_heads // number)
     inner, rest = max(0, number - 2), kv_heads - 2 * end
     sizes = [end, *(rest // inner + (i < rest % inner) for i in range(inner)), end] if inner else [end, kv_heads - end]
     per_kv, groups, begin = heads // kv_heads, [], 0

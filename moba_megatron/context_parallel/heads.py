@@ -49,10 +49,17 @@ class Exchanged:
         copied = k.shape[1] < size
         # k and v, where they are not kept, share no memory with q, which is
         apart = [[(q, 0)], [(k, 1), (v, 1)]] if copied else [[(q, 0), (k, 1), (v, 1)]]
+        peers = peers_for(self.rows, self.group, q.device)
+        v_last = peers is not None and isinstance(self.inner, Whole) and not copied
+        if v_last:  # chunks are chosen without it
+            apart = [[(q, 0), (k, 1)], [(v, 1)]]
         arriving = self._fetch(groups, apart, "fwd exchange in")
-        o, leaving, saved = q.new_empty(*q.shape[:2], v.shape[2]), [], []
+        o, leaving, saved = self._empty((*q.shape[:2], v.shape[2]), q.dtype, q.device), [], []
         for group in groups:
-            part, rest = self.inner.forward(*arrived(arriving))
+            *pending, last = arriving.take()
+            q_part, k_part, *v_part = arrived(pending if v_last else [*pending, last])
+            part, rest = self.inner.forward(q_part, k_part, last.wait if v_last else v_part[0])
+            del q_part, k_part, v_part, last, pending
             if copied:
                 rest[1] = rest[2] = None
             saved.append(rest)
@@ -70,15 +77,15 @@ class Exchanged:
         q_shape, kv_shapes, copied, groups, saved = saved
         size, kv_parts = self.rows.size, min(self.rows.size, kv_shapes[0][1])
         grad_dtype = sum_dtype(do.dtype) if copied else kv_grad_dtype
-        dq = torch.empty(q_shape, dtype=do.dtype, device=do.device)
-        dk, dv = (torch.empty(shape, dtype=kv_grad_dtype, device=do.device) for shape in kv_shapes)
+        dq = self._empty(q_shape, do.dtype, do.device)
+        dk, dv = (self._empty(shape, kv_grad_dtype, do.device) for shape in kv_shapes)
         again = [[(x, 1) for x in copied]] if copied else []
         arriving = self._fetch(groups, [[(do, 0)], *again], "bwd exchange in")
         # over whole sequences dk and dv are complete before dq, and leave meanwhile
         peers = peers_for(self.rows, self.group, do.device) if isinstance(self.inner, Whole) and not copied else None
         leaving = []
-        for (heads, kv_heads), rest in zip(groups, saved):
-            do_part, *keys_and_values = arrived(arriving)
+        for i, ((heads, kv_heads), rest) in enumerate(zip(groups, saved)):
+            do_part, *keys_and_values = arrived(arriving.take())
             if copied:
                 rest = [rest[0], *keys_and_values, *rest[3:]]
             del keys_and_values
@@ -86,7 +93,7 @@ class Exchanged:
             grads = self.inner.backward(do_part, rest, grad_dtype, **ahead)
             del do_part, rest
             places = [(dq, size, heads), (dk, kv_parts, kv_heads), (dv, kv_parts, kv_heads)]
-            started = self._deliver_grads(grads, places, **ahead)
+            started = self._deliver_grads(grads, places, i + 1 == len(groups), **ahead)
             del grads
             for pending in leaving:
                 pending.wait()
@@ -95,10 +102,17 @@ class Exchanged:
             pending.wait()
         return dq, dk, dv
 
+    def _empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor for :meth:`_deliver` to fill."""
+        peers = peers_for(self.rows, self.group, device)
+        return torch.empty(shape, dtype=dtype, device=device) if peers is None else peers.empty(shape, dtype)
+
     def _groups(self, q: Tensor, k: Tensor, v: Tensor) -> HeadGroups:
         """Groups of the heads that one rank gets."""
         kv_heads = max(1, k.shape[1] // self.rows.size)
-        number = number_of_groups(self.head_groups, kv_heads, q.nbytes, q.nbytes + k.nbytes + v.nbytes)
+        # what is compiled ahead of time, on meta tensors, is what runs where ranks reach each other's memory
+        fast = q.is_meta or peers_for(self.rows, self.group, q.device) is not None
+        number = number_of_groups(self.head_groups, kv_heads, q.nbytes, q.nbytes + k.nbytes + v.nbytes, fast)
         return split_heads(q.shape[1] // self.rows.size, kv_heads, number)
 
     def _fetch(self, groups: HeadGroups, batches: list[list[tuple[Tensor, int]]], stage: str) -> Prefetch:
@@ -133,35 +147,40 @@ class Exchanged:
         own = [view[me * view.shape[0] // size] for view in views]
         return to_global(self.rows, own, [*packed[:me], None, *packed[me:]], self.group, stage)
 
-    def _deliver_grads(self, grads: Grads, places: list[tuple[Tensor, int, slice]],
+    def _deliver_grads(self, grads: Grads, places: list[tuple[Tensor, int, slice]], last: bool,
                        milestone: torch.cuda.Event | None = None) -> list[Pending]:
         """Starts to send every rank its rows of dq, dk and dv; dk and dv after ``milestone`` already.
 
         No memory that then travels is what dq's kernels let go of: dk and dv were allocated before the milestone, also
-        where the attention is replayed, and the places that they go to before the first group.
+        where the attention is replayed, and the places that they go to before the first group. This rank's own rows of
+        them are copied beside the next group's products (``last``: there is none), not beside dq's sums, which leave
+        no bandwidth of memory unused.
         """
         stage = "bwd exchange out"
         if milestone is None:
             return [self._deliver(grads, places, stage)]
-        return [self._deliver(grads[1:], places[1:], stage, milestone), self._deliver(grads[:1], places[:1], stage)]
+        peers, outs = peers_for(self.rows, self.group, grads[0].device), list(map(_place, places))
+        started = [peers.deliver(self.rows, grads[1:], outs[1:], stage, milestone, own=last),
+                   peers.deliver(self.rows, grads[:1], outs[:1], stage)]
+        if not last:
+            started.append(peers.deliver_own(self.rows, grads[1:], outs[1:], stage))
+        return started
 
-    def _deliver(self, tensors: Sequence[Tensor], places: list[tuple[Tensor, int, slice]], stage: str,
-                 after: torch.cuda.Event | None = None) -> Pending:
+    def _deliver(self, tensors: Sequence[Tensor], places: list[tuple[Tensor, int, slice]], stage: str) -> Pending:
         """Starts to send every rank its rows of each ``[S, h, D]``; the wait puts them where they belong.
 
         Args:
             places: for each tensor another, the number of parts in which its heads were dealt out, and heads of each
                 of these parts.
-            after: when the tensors are complete, as :meth:`Peers.deliver` takes it; None for now.
         """
-        outs = [whole.unflatten(1, (parts, -1))[:, :, heads].transpose(0, 1) for whole, parts, heads in places]
+        outs = list(map(_place, places))
         peers = peers_for(self.rows, self.group, outs[0].device)
         same = all(x.dtype == out.dtype for x, out in zip(tensors, outs))
         if peers is not None and same and all(out.shape[0] == self.rows.size for out in outs):
-            return peers.deliver(self.rows, tensors, outs, stage, after)
-        return to_local(self.rows, tensors, self.group, stage).then(lambda arrived: self._place(arrived, outs))
+            return peers.deliver(self.rows, tensors, outs, stage)
+        return to_local(self.rows, tensors, self.group, stage).then(lambda arrived: self._put(arrived, outs))
 
-    def _place(self, arriving: list[Arrived], outs: list[Tensor]) -> None:
+    def _put(self, arriving: list[Arrived], outs: list[Tensor]) -> None:
         """Puts what arrived into each ``[parts, T, heads, D]``; what several ranks computed for a part is added."""
         me, size = self.rows.rank, self.rows.size
         for arrived, out in zip(arriving, outs):
@@ -178,3 +197,9 @@ class Exchanged:
                 for part in range(parts):
                     *first, last = by_rank[part * copies:(part + 1) * copies]
                     torch.add(functools.reduce(torch.add, first), last, out=out[part, local])
+
+
+def _place(place: tuple[Tensor, int, slice]) -> Tensor:
+    """The heads of each part of a tensor, a view ``[parts, T, heads, D]``."""
+    whole, parts, heads = place
+    return whole.unflatten(1, (parts, -1))[:, :, heads].transpose(0, 1)

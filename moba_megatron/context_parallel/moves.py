@@ -1,8 +1,4 @@
-"""Which bytes of a rank's tensors go where, as rectangles that a copy engine moves: plans of :mod:`.peers`.
-
-Rows that leave are written to the receiver's staging memory, contiguous, and moved from there to their place. Staging
-is small: an exchange is cut into pieces, each of which fits into a share of it. All ranks cut alike.
-"""
+"""Which bytes of a rank's tensors go where, as rectangles that a copy engine moves: plans of :mod:`.peers`."""
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,17 +8,12 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .rows import Rows
 
-ALIGNMENT = 128
-"""Rectangles begin at multiples of so many bytes of staging."""
 LONGEST_ROW = 1 << 30
 """Bytes of a row of a rectangle, at most: the driver's pitch is below 2 GiB."""
 
 
 class Copy(NamedTuple):
-    """``rows`` of ``width`` bytes between two tensors, or a tensor and staging memory; offsets and pitches in bytes.
-
-    Tensors are named by their numbers, rank r's staging memory is ``-1 - r``.
-    """
+    """``rows`` of ``width`` bytes between two tensors, which are named by numbers; offsets and pitches in bytes."""
 
     source: int
     source_offset: int
@@ -34,18 +25,15 @@ class Copy(NamedTuple):
     width: int
 
 
-class Piece(NamedTuple):
-    """What is staged at a time: what goes to other ranks' staging memory, and what leaves this one's for its place."""
-
-    push: tuple[Copy, ...]
-    place: tuple[Copy, ...]
-
-
 class Plan(NamedTuple):
-    """An exchange of one rank: copies between its own tensors, and pieces."""
+    """An exchange of one rank: copies between its own tensors, and those that it pushes into other ranks' tensors.
+
+    Of n pairs of tensors this rank's have the numbers 0 to ``2 n - 1``; then follow those of each other rank that are
+    written, n for a rank, in the order of :func:`other_ranks`.
+    """
 
     own: tuple[Copy, ...]
-    pieces: tuple[Piece, ...]
+    push: tuple[Copy, ...]
 
 
 class Pair(NamedTuple):
@@ -65,14 +53,13 @@ class Pair(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """What plans depend on.
+    """What plans depend on. Tensors that are written have the same steps on every rank.
 
     Args:
         size, rank, local, runs: of :class:`~.rows.Rows`.
-        pairs: tensors that travel together; parts ``2 i`` and ``2 i + 1`` of the exchange's tensors are pair i's.
+        pairs: tensors that travel together; numbers ``2 i`` and ``2 i + 1`` are pair i's.
         back: from global order to the ranks' rows, not the other way.
         others_only: parts are the other ranks', and what is this rank's own stays where it is.
-        share: bytes of staging memory for what one rank sends another in a piece.
     """
 
     size: int
@@ -82,27 +69,6 @@ class Exchange(NamedTuple):
     pairs: tuple[Pair, ...]
     back: bool
     others_only: bool
-    share: int
-
-
-class _End(NamedTuple):
-    """Where the first row of some is, in a tensor."""
-
-    tensor: int
-    offset: int
-    pitch: int
-
-    def skip(self, rows: int) -> "_End":
-        return self._replace(offset=self.offset + rows * self.pitch)
-
-
-class _Transfer(NamedTuple):
-    """Rows that go from ``sends[r]`` to rank r and that come from it to ``receives[r]``."""
-
-    rows: int
-    width: int
-    sends: tuple[_End, ...]
-    receives: tuple[_End, ...]
 
 
 def rows_are_whole(x: Tensor) -> bool:
@@ -117,62 +83,45 @@ def pair_of(whole: Tensor, parts: Tensor) -> Pair:
                 parts.stride(1) * item)
 
 
-def exchange_of(rows: Rows, pairs: list[Pair], share: int, back: bool = False, others_only: bool = False) -> Exchange:
+def exchange_of(rows: Rows, pairs: list[Pair], back: bool = False, others_only: bool = False) -> Exchange:
     """An exchange of those rows."""
-    return Exchange(rows.size, rows.rank, rows.local, rows.runs, tuple(pairs), back, others_only, share)
+    return Exchange(rows.size, rows.rank, rows.local, rows.runs, tuple(pairs), back, others_only)
+
+
+def other_ranks(rank: int, size: int) -> list[int]:
+    """All but this one, the next one first: no two ranks begin with the same."""
+    return [(rank + i) % size for i in range(1, size)]
 
 
 def plan_exchange(e: Exchange) -> Plan:
     """The copies of one rank."""
-    others = [rank for rank in range(e.size) if rank != e.rank]
-    transfers, own = [], []
-    for number, pair in enumerate(e.pairs):
-        rows = e.local // len(e.runs)
-        for run, firsts in enumerate(e.runs):
-            whole = tuple(_End(2 * number, first * pair.whole_pitch, pair.whole_pitch) for first in firsts)
-            parts = tuple(_End(2 * number + 1, _part(e, pair, rank) * pair.part_step + run * rows * pair.pitch,
-                               pair.pitch) for rank in range(e.size))
-            sends, receives = (whole, parts) if e.back else (parts, whole)
-            transfers.append(_Transfer(rows, pair.width, sends, receives))
-            own.append(Copy(*sends[e.rank], *receives[e.rank], rows, pair.width))
-    pieces = []
-    for staged in _cut(transfers, e.share):
-        push = [Copy(*t.sends[rank], -1 - rank, _place_among_others(e.rank, rank) * e.share + at, t.width, t.rows,
-                     t.width) for rank in others for at, t in staged]
-        place = [Copy(-1 - e.rank, _place_among_others(rank, e.rank) * e.share + at, t.width, *t.receives[rank], t.rows,
-                      t.width) for rank in others for at, t in staged]
-        pieces.append(Piece(_simplify(push), _simplify(place)))
-    return Plan(() if e.others_only else _simplify(own), tuple(pieces))
+    push = [_copy(e, number, run, rank) for rank in other_ranks(e.rank, e.size) for number in range(len(e.pairs))
+            for run in range(len(e.runs))]
+    own = [] if e.others_only else [_copy(e, number, run, e.rank) for number in range(len(e.pairs))
+                                    for run in range(len(e.runs))]
+    return Plan(_simplify(own), _simplify(push))
 
 
-def _part(e: Exchange, pair: Pair, rank: int) -> int:
-    """Which part is a rank's; neighbours share one where parts are fewer than ranks."""
-    return _place_among_others(rank, e.rank) if e.others_only else rank * pair.parts // e.size
+def _copy(e: Exchange, number: int, run: int, receiver: int) -> Copy:
+    """One run of rows of a pair, from this rank to another one or to itself."""
+    pair, rows = e.pairs[number], e.local // len(e.runs)
+    whole, part = (2 * number, pair.whole_pitch), (2 * number + 1, pair.pitch)
+    inside = run * rows * pair.pitch
+    if e.back:
+        source = whole[0], e.runs[run][receiver] * pair.whole_pitch, whole[1]
+        target = part[0], _part(e, pair, e.rank, receiver) * pair.part_step + inside, part[1]
+    else:
+        source = part[0], _part(e, pair, receiver, e.rank) * pair.part_step + inside, part[1]
+        target = whole[0], e.runs[run][e.rank] * pair.whole_pitch, whole[1]
+    if receiver != e.rank:
+        theirs = 2 * len(e.pairs) + other_ranks(e.rank, e.size).index(receiver) * len(e.pairs) + number
+        target = theirs, *target[1:]
+    return Copy(*source, *target, rows, pair.width)
 
 
-def _place_among_others(rank: int, me: int) -> int:
-    """A rank's number among all but ``me``."""
-    return rank - (rank > me)
-
-
-def _cut(transfers: list[_Transfer], share: int) -> list[list[tuple[int, _Transfer]]]:
-    """Transfers in pieces, with offsets in the share of staging memory; long ones are cut between rows."""
-    pieces, at = [[]], 0
-    for t in transfers:
-        done = 0
-        while done < t.rows:
-            fitting = min(t.rows - done, (share - at) // t.width)
-            if not fitting:
-                if not at:
-                    raise ValueError(f"a row of {t.width} bytes does not fit into staging memory of {share} bytes")
-                pieces.append([])
-                at = 0
-                continue
-            pieces[-1].append((at, _Transfer(fitting, t.width, tuple(x.skip(done) for x in t.sends),
-                                             tuple(x.skip(done) for x in t.receives))))
-            done += fitting
-            at = min(share, -(-(at + fitting * t.width) // ALIGNMENT) * ALIGNMENT)
-    return [piece for piece in pieces if piece]
+def _part(e: Exchange, pair: Pair, rank: int, owner: int) -> int:
+    """Which of ``owner``'s parts is a rank's; neighbours share one where parts are fewer than ranks."""
+    return rank - (rank > owner) if e.others_only else rank * pair.parts // e.size
 
 
 def _simplify(copies: list[Copy]) -> tuple[Copy, ...]:

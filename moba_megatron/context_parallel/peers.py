@@ -1,25 +1,27 @@
-"""Exchanges among ranks of one host by the GPUs' copy engines: no kernel sends, nothing is packed.
+"""Exchanges among ranks of one host by the GPUs' copy engines: no kernel sends, nothing is packed, nothing is staged.
 
-Every rank has staging memory that the others write to (symmetric memory). An exchange is a series of pieces, numbered
-alike on all ranks: each rank pushes rows straight from its tensors into the others' staging and then writes the piece's
-number behind them; a rank that sees all numbers moves the rows from its staging to their place and tells the senders
-that this slot of staging is free. Pushing and placing have a stream each, so that both directions of the link and the
-local copies overlap; the attention kernels' stream awaits one event.
+Each rank pushes rows straight from its tensors to their place in the receivers' tensors, which lie in memory that all
+have mapped (:mod:`.peer_memory`). Where they are, hosts tell each other exchange by exchange (:mod:`.mail`), in the
+same order on all ranks; GPUs tell each other by numbers in each other's memory: "ready", the receiver's tensors may be
+written; "arrived", all rows of an exchange are there. Pushing and copying this rank's own rows have a stream each, so
+that both directions of the link and the local copies overlap; the attention kernels' stream awaits one event.
 
 Order. A stream runs its copies and its signals one after the other, and a signal is written after a fence for the
 whole system (``cuStreamWriteValue32`` without NO_MEMORY_BARRIER), so whoever sees the number sees the rows. Numbers
-only grow, so a wait is for "at least", and nothing has to be reset. Slot ``n % SLOTS`` is written again once piece
-``n - SLOTS`` has been placed. A rank issues piece n's placing after pushing n + 1, always in this order: even if the
-hardware runs everything from one queue (``CUDA_DEVICE_MAX_CONNECTIONS=1``) each wait is for something that the other
-ranks issued before they could wait for this one.
+only grow, so a wait is for "at least", and nothing has to be reset. In an exchange a rank signals "ready" before it
+waits, and pushes before it waits for what arrives, always in this order: even if the hardware runs everything from one
+queue (``CUDA_DEVICE_MAX_CONNECTIONS=1``) each wait is for something that the other ranks issued before they waited.
 
-Memory. Tensors that the side streams read or write are kept until the compute stream has been told to wait for them.
+Memory. Tensors that copies read or write, this rank's or others', are kept until the compute stream has been told to
+wait for the exchange.
 """
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 import socket
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,16 +33,13 @@ from torch import Tensor
 
 from .comm import Pending, count_sent
 from .copy_engines import CopyEngines, LocalCopies, PreparedCopies, RunningCopies
-from .moves import Exchange, exchange_of, pair_of, plan_exchange
+from .mail import Mail
+from .moves import Exchange, Pair, exchange_of, other_ranks, pair_of, plan_exchange
+from .peer_memory import PeerMemory
 
 if TYPE_CHECKING:
     from .rows import Rows
 
-SLOTS = 4
-"""Pieces that staging memory holds: as many may be under way."""
-SLOT_BYTES = 128 << 20
-"""Bytes of a slot, what all others send together: 128 MiB take a link of NVLink 4 about 0.35 ms. Before it is placed,
-each piece waits for blocks of the attention kernels to end: with 64 MiB the last pieces came late at 512K."""
 MOST_PLANS = 256
 """Exchanges that are kept prepared; lengths of sequences may change with every batch."""
 FLAG_STEP = 128
@@ -48,29 +47,36 @@ FLAG_STEP = 128
 
 
 class Peers:
-    """The ranks of a group, one host's, that write to each other's staging memory.
+    """The ranks of a group, one host's, that write to each other's tensors.
 
     Args:
         rank: this one's.
-        staging: addresses of every rank's staging memory as this rank sees them; all zeros at first.
+        flags: addresses of :meth:`flag_bytes` bytes of every rank as this rank sees them; zeros at first.
         engines: the driver's calls.
-        keep: what the memory belongs to.
-        slot_bytes: of staging memory.
+        memory: where tensors are that others write to.
+        mail: from host to host.
+        keep: what ``flags`` belongs to.
     """
 
-    def __init__(self, rank: int, staging: Sequence[int], engines: CopyEngines, keep: Any = None,
-                 slot_bytes: int = SLOT_BYTES):
-        size, others = len(staging), [r for r in range(len(staging)) if r != rank]
-        self._engines, self._keep = engines, keep
-        self._share = slot_bytes // (size - 1) // FLAG_STEP * FLAG_STEP
-        self._slots = [[base + i * slot_bytes for base in reversed(staging)] for i in range(SLOTS)]  # rank r's: -1 - r
-        flags = [base + SLOTS * slot_bytes for base in staging]
-        self._arrived = [flags[rank] + r * FLAG_STEP for r in others]
-        self._freed = [flags[rank] + (size + r) * FLAG_STEP for r in others]
-        self._tell_arrived = [flags[r] + rank * FLAG_STEP for r in others]
-        self._tell_freed = [flags[r] + (size + rank) * FLAG_STEP for r in others]
-        self._pieces = 0  # issued so far
-        self._copies: dict[Exchange, tuple] = {}
+    def __init__(self, rank: int, flags: Sequence[int], engines: CopyEngines, memory: PeerMemory, mail: Mail,
+                 keep: Any = None):
+        size = len(flags)
+        self._others = other_ranks(rank, size)
+        self._engines, self._memory, self._mail, self._keep = engines, memory, mail, keep
+        self._arrived = [flags[rank] + r * FLAG_STEP for r in self._others]
+        self._ready = [flags[rank] + (size + r) * FLAG_STEP for r in self._others]
+        self._tell_arrived = [flags[r] + rank * FLAG_STEP for r in self._others]
+        self._tell_ready = [flags[r] + (size + rank) * FLAG_STEP for r in self._others]
+        self._exchanges = 0  # issued so far
+        self._plans: dict[Exchange, tuple[LocalCopies, PreparedCopies, int]] = {}
+
+    @staticmethod
+    def flag_bytes(size: int) -> int:
+        return 2 * size * FLAG_STEP
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor that may be one of the ``outs`` of :meth:`deliver`, or of what they are views of."""
+        return self._memory.empty(shape, dtype)
 
     def fetch(self, rows: Rows, parts: Sequence[Tensor], stage: str) -> Pending:
         """Starts to collect what every rank has for this one, in global order.
@@ -83,7 +89,7 @@ class Peers:
         Returns:
             Pending, for each of ``parts`` a contiguous ``[S, h, D]``.
         """
-        outs = [x.new_empty(rows.total, *x.shape[2:]) for x in parts]
+        outs = [self.empty((rows.total, *x.shape[2:]), x.dtype) for x in parts]
         done = self._run(rows, outs, parts, stage)
         return Pending([done], outs[0], parts, stage, lambda _: outs)
 
@@ -92,15 +98,24 @@ class Peers:
         return self._engines.milestone()
 
     def deliver(self, rows: Rows, tensors: Sequence[Tensor], outs: Sequence[Tensor], stage: str,
-                after: torch.cuda.Event | None = None) -> Pending:
+                after: torch.cuda.Event | None = None, own: bool = True) -> Pending:
         """Starts to send every rank its rows of each ``[S, h, D]`` into its ``[P, T, h, D]``, by sender, rows whole.
 
         Args:
+            outs: of :meth:`empty`, with the same strides on every rank.
             after: recorded when the tensors are complete, after ``tensors`` and ``outs`` were allocated: what the
                 current stream does later may not use the memory of either. None: they are complete now.
+            own: this rank's own rows as well; else :meth:`deliver_own` must follow.
         """
-        done = self._run(rows, tensors, outs, stage, back=True, after=after)
-        return Pending([done], outs[0], tensors, stage)
+        done = self._run(rows, tensors, outs, stage, back=True, after=after, own=own)
+        return Pending([done], outs[0], (tensors, outs), stage)
+
+    def deliver_own(self, rows: Rows, tensors: Sequence[Tensor], outs: Sequence[Tensor], stage: str) -> Pending:
+        """Starts to copy this rank's rows of each ``[S, h, D]`` into its ``[P, T, h, D]``: nothing travels."""
+        pairs, bases = self._pairs(tensors, outs)
+        self._engines.begin()
+        self._engines.place(self._prepared(exchange_of(rows, pairs, True))[0], bases)
+        return Pending([self._engines.end(f"copies of {stage!r}")], outs[0], (tensors, outs), stage)
 
     def collect(self, rows: Rows, tensors: Sequence[Tensor], stage: str) -> Pending:
         """Starts to send every rank its rows of each ``[S, h, D]``.
@@ -108,50 +123,48 @@ class Peers:
         Returns:
             Pending, for each of ``tensors`` the other ranks' ``[P - 1, T, h, D]``, contiguous.
         """
-        outs = [x.new_empty(rows.size - 1, rows.local, *x.shape[1:]) for x in tensors]
+        outs = [self.empty((rows.size - 1, rows.local, *x.shape[1:]), x.dtype) for x in tensors]
         done = self._run(rows, tensors, outs, stage, back=True, others_only=True)
         return Pending([done], tensors[0], tensors, stage, lambda _: outs)
 
     def _run(self, rows: Rows, wholes: Sequence[Tensor], parts: Sequence[Tensor], stage: str, back: bool = False,
-             others_only: bool = False, after: torch.cuda.Event | None = None) -> RunningCopies:
+             others_only: bool = False, after: torch.cuda.Event | None = None, own: bool = True) -> RunningCopies:
         """Issues an exchange."""
-        exchange = exchange_of(rows, [pair_of(*x) for x in zip(wholes, parts)], self._share, back, others_only)
-        if exchange not in self._copies:
-            if len(self._copies) >= MOST_PLANS:
-                self._copies.clear()
-            self._copies[exchange] = self._prepare(exchange)
-        own, pieces, sent = self._copies[exchange]
+        pairs, bases = self._pairs(wholes, parts)
+        own_copies, push, sent = self._prepared(exchange_of(rows, pairs, back, others_only))
         count_sent(stage, sent)
-        engines, bases = self._engines, [x.data_ptr() for pair in zip(wholes, parts) for x in pair]
+        self._exchanges += 1
+        number, engines, size = self._exchanges, self._engines, self._memory.DESCRIPTION
+        what = f"context parallel exchange {stage!r}, number {number}"
+        self._mail.post(number, b"".join(map(self._memory.describe, parts if back else wholes)))
         engines.begin(after)
-        for i, (push, _) in enumerate(pieces):
-            self._push(self._pieces + i, push, bases)
-            if i:
-                self._place(self._pieces + i - 1, pieces[i - 1][1], bases)
-            else:
-                engines.place(own, bases)
-        self._place(self._pieces + len(pieces) - 1, pieces[-1][1], bases)
-        self._pieces += len(pieces)
-        return engines.end(f"context parallel exchange {stage!r}, piece {self._pieces}")
+        engines.signal(engines.placing, self._tell_ready, number)
+        for rank in self._others:
+            message = self._mail.read(number, rank, what)
+            bases += [self._memory.address(message[at:at + size]) for at in range(0, len(message), size)]
+        engines.wait_for(engines.pushing, self._ready, number)
+        engines.copy(engines.pushing, push, bases)
+        engines.signal(engines.pushing, self._tell_arrived, number)
+        if own:
+            engines.place(own_copies, bases)
+        engines.wait_for(engines.placing, self._arrived, number)
+        return engines.end(what)
 
-    def _prepare(self, exchange: Exchange) -> tuple:
+    @staticmethod
+    def _pairs(wholes: Sequence[Tensor], parts: Sequence[Tensor]) -> tuple[list[Pair], list[int]]:
+        """How they lie in memory, and where."""
+        both = list(zip(wholes, parts, strict=True))
+        return [pair_of(*x) for x in both], [x.data_ptr() for pair in both for x in pair]
+
+    def _prepared(self, exchange: Exchange) -> tuple[LocalCopies, PreparedCopies, int]:
         """A plan with its copies in the driver's form; its bytes that leave."""
-        plan = plan_exchange(exchange)
-        pieces = [(PreparedCopies(piece.push), LocalCopies(piece.place)) for piece in plan.pieces]
-        return LocalCopies(plan.own), pieces, sum(c.rows * c.width for piece in plan.pieces for c in piece.push)
-
-    def _push(self, number: int, copies: PreparedCopies, tensors: list[int]) -> None:
-        engines = self._engines
-        if number >= SLOTS:
-            engines.wait_for(engines.pushing, self._freed, number - SLOTS + 1)
-        engines.copy(engines.pushing, copies, tensors + self._slots[number % SLOTS])
-        engines.signal(engines.pushing, self._tell_arrived, number + 1)
-
-    def _place(self, number: int, copies: LocalCopies, tensors: list[int]) -> None:
-        engines = self._engines
-        engines.wait_for(engines.placing, self._arrived, number + 1)
-        engines.place(copies, tensors + self._slots[number % SLOTS])
-        engines.signal(engines.placing, self._tell_freed, number + 1)
+        if exchange not in self._plans:
+            if len(self._plans) >= MOST_PLANS:
+                self._plans.clear()
+            plan = plan_exchange(exchange)
+            self._plans[exchange] = (LocalCopies(plan.own), PreparedCopies(plan.push),
+                                     sum(c.rows * c.width for c in plan.push))
+        return self._plans[exchange]
 
 
 _met: WeakKeyDictionary[dist.ProcessGroup, Peers | None] = WeakKeyDictionary()
@@ -173,39 +186,51 @@ def peers_for(rows: Rows, group: dist.ProcessGroup, device: torch.device) -> Pee
 
 
 def _meet(group: dist.ProcessGroup, device: torch.device) -> Peers | None:
-    """Allocates staging memory that all ranks can write to; None on all ranks if that fails on one."""
+    """Finds every rank's memory and host; None on all ranks if that fails on one."""
     rank, size = dist.get_rank(group), group.size()
-    problem, memory, handle, engines = None, None, None, None
+    timeout_s = group._get_backend(device).options._timeout.total_seconds()
+    problem, engines, memory, flags, place, path = None, None, None, None, b"", None
     try:
-        import torch.distributed._symmetric_memory as symmetric  # not in every build of torch
-
-        engines = CopyEngines(device, group._get_backend(device).options._timeout.total_seconds())
-        memory = symmetric.empty(SLOTS * SLOT_BYTES + 2 * size * FLAG_STEP, dtype=torch.uint8, device=device)
-        memory.zero_()
+        engines, memory = CopyEngines(device, timeout_s), PeerMemory(device)
+        flags = memory.empty((Peers.flag_bytes(size),), torch.uint8).zero_()
+        place = memory.describe(flags)
+        if rank == 0:
+            path = _shared_file(Mail.bytes_needed(size))
         torch.cuda.synchronize(device)
     except (ImportError, AttributeError, OSError, RuntimeError) as error:
         problem = f"{type(error).__name__}: {error}"
-    if _agree_on_problem(group, problem, socket.gethostname() + Path("/proc/sys/kernel/random/boot_id").read_text()):
-        return None
-    try:
-        handle = symmetric.rendezvous(memory, group)
-        if not all(handle.buffer_ptrs):
-            problem = "a rank's memory is out of reach"
-    except RuntimeError as error:
-        problem = str(error)
-    if _agree_on_problem(group, problem):
-        return None
-    return Peers(rank, handle.buffer_ptrs, engines, (memory, handle))
+    host = socket.gethostname() + Path("/proc/sys/kernel/random/boot_id").read_text()
+    everyone = _tell_everyone(group, (problem, host, place, path))
+    mail, addresses = None, []
+    if everyone is not None:
+        try:
+            with open(everyone[0][3], "r+b") as file:
+                mail = Mail(rank, size, mmap.mmap(file.fileno(), 0), timeout_s)
+            addresses = [flags.data_ptr() if r == rank else memory.address(x[2]) for r, x in enumerate(everyone)]
+        except (OSError, RuntimeError) as error:
+            problem = f"{type(error).__name__}: {error}"
+        everyone = _tell_everyone(group, (problem, host))
+    if path is not None:
+        os.unlink(path)
+    return None if everyone is None else Peers(rank, addresses, engines, memory, mail, flags)
 
 
-def _agree_on_problem(group: dist.ProcessGroup, problem: str | None, host: str = "") -> bool:
-    """Whether any rank has a problem, or is on another host; the same on all ranks."""
+def _tell_everyone(group: dist.ProcessGroup, told: tuple) -> list[tuple] | None:
+    """What all ranks tell, (problem or None, host, ...) each; None on all if one has a problem or is on another host."""
     everyone = [None] * group.size()
-    dist.all_gather_object(everyone, (problem, host), group)
-    problems = [p for p, _ in everyone if p]
-    if len({h for _, h in everyone}) > 1:
+    dist.all_gather_object(everyone, told, group)
+    problems = [x[0] for x in everyone if x[0]]
+    if len({x[1] for x in everyone}) > 1:
         problems.append("its ranks are on several hosts")
     if problems and dist.get_rank(group) == 0:
         logging.getLogger(__name__).warning("context parallel group of %d exchanges through its library: %s",
                                             group.size(), problems[0])
-    return bool(problems)
+    return None if problems else everyone
+
+
+def _shared_file(size: int) -> str:
+    """The path of a new file of zeros in memory."""
+    handle, path = tempfile.mkstemp(prefix="moba_cp_", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+    with open(handle, "wb") as file:
+        file.truncate(size)
+    return path

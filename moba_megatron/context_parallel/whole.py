@@ -1,6 +1,7 @@
 """Attention over whole sequences on one rank, and what every schedule knows of the attention it computes."""
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -110,11 +111,18 @@ class Whole:
     method: Method
     segments: Segments
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
-        """q ``[S, H, D]``, k ``[S, HK, D]``, v ``[S, HK, DV]`` in global order: o and what backward needs."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor | Callable[[], Sequence[Tensor]]) -> tuple[Tensor, Saved]:
+        """q ``[S, H, D]``, k ``[S, HK, D]``, v ``[S, HK, DV]`` in global order: o and what backward needs.
+
+        Instead of v, what waits for it and returns it alone in a sequence: it is called when chunks are chosen.
+        """
         segments = self.segments
-        if self.method.earlier(segments):
+        earlier = self.method.earlier(segments)
+        if earlier:
             selected, routing = self.method.choose(q, k, segments)
+        if callable(v):
+            v, = v()
+        if earlier:
             o, saved = self.method.attend(q, k, v, selected, routing, segments)
             return o, [q, k, v, o, *saved]
         dense = self._dense(dense_causal, q, k, v)

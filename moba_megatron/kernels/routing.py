@@ -21,6 +21,9 @@ from .sizes import cdiv
 PROGRAMS = 8192
 """Programs that count and place. More than a card holds at once: they then write to a few kv heads' buckets at a time,
 which the second-level cache holds until its lines are full."""
+MOST_GROUPS = 1024
+"""Groups of tokens of a kv head, at most: their counters are added up one after the other, by few programs where heads
+are few."""
 COUNTER_BYTES = 32 << 20
 """Bound of the counters' memory, or half of the entries' where that is more; fewer groups of tokens keep to it."""
 
@@ -73,14 +76,14 @@ def route(selected: Tensor, num_kv_heads: int, num_chunks: int) -> Routing:
     options = tuning.config("route", device)
     limit = max(COUNTER_BYTES, entries.nbytes // 2) // (entries.element_size() * num_kv_heads * num_chunks)
     num_groups, tokens = token_groups(total, cdiv(options["BLOCK"], group * choices),
-                                      max(1, min(PROGRAMS // num_kv_heads, limit)))
+                                      max(1, min(PROGRAMS // num_kv_heads, MOST_GROUPS, limit)))
     counts = torch.empty(num_kv_heads * num_groups * num_chunks + 1, dtype=dtype, device=device)  # and a ticket
     sizes = (total, tokens, num_chunks, num_groups)
     shape = dict(H=num_heads, G=group, KS=choices)
     grid = (num_groups * num_kv_heads,)
     launch(_route_count_kernel, grid, selected, counts, *sizes, **shape, BLOCK=1024, num_warps=4)
     launch(_route_sum_kernel, (cdiv(num_chunks, 32) * num_kv_heads,),
-        counts, starts, num_chunks, num_groups, num_kv_heads, BLOCK_G=64, BLOCK_C=32, BLOCK=2048, num_warps=8)
+        counts, starts, num_chunks, num_groups, num_kv_heads, BLOCK_G=256, BLOCK_C=32, BLOCK=2048, num_warps=8)
     launch(_route_place_kernel, grid, selected, counts, starts, entries, *sizes, **shape, **options)
     return Routing(entries, starts)
 
