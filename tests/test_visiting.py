@@ -1,4 +1,6 @@
-"""Queries that visit their chunks' homes, against one rank: selection, o and gradients; bytes against the model."""
+"""Queries that visit chunks' homes or copies, against one rank: selection, o and gradients; bytes against the model."""
+from unittest import mock
+
 import numpy
 import pytest
 import torch
@@ -7,13 +9,16 @@ from ranks import run_ranks
 
 from moba_megatron import reference
 from moba_megatron.bench.distributed import Ranks
-from moba_megatron.context_parallel import Sequences, context_parallel_attention, record_waits, selective
-from moba_megatron.context_parallel.visiting import by_chunk, chunk_homes, pieces_are_chunks, ranges
+from moba_megatron.context_parallel import Sequences, context_parallel_attention, record_waits, selective, visiting
+from moba_megatron.context_parallel.services import chunk_homes, pieces_are_chunks, ranges
+from moba_megatron.context_parallel.visiting import by_chunk
 from moba_megatron.context_parallel.visitors import visitors_bwd, visitors_fwd
-from moba_megatron.context_parallel.ways import FETCH, GATHER, VISIT, RowSizes, cheapest_way, seconds_of_ways
+from moba_megatron.context_parallel.ways import (FETCH, GATHER, MIXED, OVERLOAD, VISIT, WAYS, RowSizes, cheapest_way,
+                                                 copies_of, home_of_chunks, mixed_servers, seconds_of_service,
+                                                 seconds_of_ways)
 from moba_megatron.ops import moba_attention
 from moba_megatron.plan.exchange import query_bytes
-from moba_megatron.plan.measure import Job, counted_bytes, make_inputs, measure_way, one_rank
+from moba_megatron.plan.measure import SELECTIVE, Job, counted_bytes, make_inputs, measure_way, one_rank
 from moba_megatron.plan.simulate import traffic_of_selection
 from moba_megatron.segments import Segments
 
@@ -27,6 +32,13 @@ CASES = [
     ("bf16", 240, 1, 5, 4, 4, 2, 8, 8, None, torch.bfloat16),
 ]
 SIZES = (2, 3, 4, 8)
+SERVED = {"visit": [case[0] for case in CASES], "mixed": ["sink", "bf16"],
+          "anywhere": ["gqa", "mha_batch_groups"]}
+"""Who serves, and for which cases: homes; what the model says where products cost and bytes are nearly free, so that
+busy homes are relieved; and for every rank, head and chunk any rank, with visitors in rounds."""
+TWICE = (("visit", "gqa"), ("mixed", "sink"), ("anywhere", "gqa"))
+ROUND = 40
+"""Visitors that a rank takes at once in those rounds."""
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 6e-3}
 """bf16: parts of o and dq travel rounded, as the kernels' slots are: two roundings of 2^-9 for one."""
 
@@ -53,7 +65,15 @@ def single_rank(case):
     return o.detach(), torch.autograd.grad(o, leaves, do), selected
 
 
-def compare(case, expected, group):
+def servers_for(served, table, homes, sizes, *_):
+    """Stands for cheapest_way."""
+    home = home_of_chunks(homes, table.shape[2])
+    if served == "anywhere":
+        return MIXED, torch.randint(len(table), table.shape, generator=torch.Generator().manual_seed(3))
+    return MIXED, mixed_servers(table, home, sizes, 1e18) if served == "mixed" else home.expand(table.shape)
+
+
+def compare(case, served, expected, group):
     """Relative errors of o, dq, dk, dv on this rank, and bytes sent beside those that the selection tells."""
     _, tokens, batch, chunk_size, topk, heads, kv_heads, d, dv, head_groups, dtype = case
     o, grads, selected = expected
@@ -64,13 +84,18 @@ def compare(case, expected, group):
     rows = sequences.local_rows(size, rank)
     q, k, v, do = whole_inputs(case)
     leaves = [torch.cat((x[rows], x[rows]), 2)[:, :, :x.shape[2]].requires_grad_() for x in (q, k, v)]  # strided
-    runs = []
-    for _ in range(2 if case is CASES[0] else 1):
-        with record_waits() as record:
-            got = context_parallel_attention(*leaves, sequences, chunk_size, topk, group, comm_type="selective",
-                                             head_groups=head_groups, deterministic=True, backend="reference")
-            runs.append([got, *torch.autograd.grad(got, leaves, do[rows])])
+    runs, chosen, gate = [], [], reference.gate
+    limit = ROUND * 2 * (d + dv) * dtype.itemsize if served == "anywhere" else visiting.VISITORS_BYTES
+    with mock.patch.object(selective, "cheapest_way", lambda *given: servers_for(served, *given)), \
+            mock.patch.object(reference, "gate", lambda *x: chosen.append(gate(*x)) or chosen[-1]), \
+            mock.patch.object(visiting, "VISITORS_BYTES", limit):
+        for _ in range(2 if (served, case[0]) in TWICE else 1):
+            with record_waits() as record:
+                got = context_parallel_attention(*leaves, sequences, chunk_size, topk, group, comm_type="selective",
+                                                 head_groups=head_groups, deterministic=True, backend="reference")
+                runs.append([got, *torch.autograd.grad(got, leaves, do[rows])])
     assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[-1])), "not reproducible"
+    assert torch.equal(torch.cat(chosen[:len(chosen) // len(runs)], 1).sort(2)[0], selected[rows].sort(2)[0])
     errors = [((a - b).double().norm() / b.double().norm()).item()
               for a, b in zip(runs[0], (o[rows], *(g[rows] for g in grads)))]
     sent = {stage: entry["sent_bytes"] for stage, entry in record.summary().items()}
@@ -94,27 +119,29 @@ def told(case, selected, rank, size):
 
 def on_rank(rank, size):
     torch.use_deterministic_algorithms(True)  # fills what is not written with NaN
-    selective.VISITS_FROM, selective.cheapest_way = 2, lambda *_: VISIT
+    selective.VISITS_FROM = 2
     groups = [dist.new_group(list(range(n))) for n in SIZES]
     expected = {case[0]: single_rank(case) for case in CASES}
-    results = {(case[0], n): compare(case, expected[case[0]], group)
-               for n, group in zip(SIZES, groups) if rank < n for case in CASES}
-    results["ways"] = [cheapest_way(*table_for(size, 4, 8, choices), SIZES_OF_ROWS, groups[-1])
+    results = {(served, case[0], n): compare(case, served, expected[case[0]], group)
+               for n, group in zip(SIZES, groups) if rank < n for served, names in SERVED.items()
+               for case in CASES if case[0] in names}
+    results["ways"] = [cheapest_way(*table_for(size, 4, 8, choices), SIZES_OF_ROWS, groups[-1])[0]
                        for choices in (200, 400000)]
     results["measured"] = measured_bytes(Ranks(rank, size, torch.device("cpu")))
     return results
 
 
 def measured_bytes(ranks):
-    """What plan.measure says of its two ways to be selective, for a local routing: (sent, counted) by all ranks."""
+    """What plan.measure says of its ways to be selective: (sent, counted) by all ranks, by routing and way."""
     job = Job(tokens=512, chunk_size=16, topk=3, heads=4, kv_heads=2, dim=16, backend="reference")
-    inputs = make_inputs(job, "local", torch.device("cpu"))
-    expected, selected = one_rank(job, inputs)
     found = {}
-    for name in ("selective, fetch", "selective, visit"):
-        row = measure_way(name, job, inputs, expected, ranks, repeats=1)
-        assert max(row["errors"].values()) < 1e-5
-        found[name] = sum(row["sent_bytes"]), sum(counted_bytes(name, job, selected, ranks.size, 4))
+    for routing in ("local", "sink"):
+        inputs = make_inputs(job, routing, torch.device("cpu"))
+        expected, selected = one_rank(job, inputs)
+        for name in list(SELECTIVE)[2 * (routing == "sink"):]:
+            row = measure_way(name, job, inputs, expected, ranks, repeats=1)
+            assert max(row["errors"].values()) < 1e-5
+            found[routing, name] = sum(row["sent_bytes"]), sum(counted_bytes(name, job, selected, ranks.size, 4))
     return found
 
 
@@ -124,11 +151,11 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("case", CASES, ids=[case[0] for case in CASES])
-def test_equals_one_rank(results, case, size):
-    found = [result[case[0], size] for result in results[:size]]
-    for errors, *_ in found:
-        assert max(errors) <= TOLERANCE[case[-1]], errors
+@pytest.mark.parametrize("served, name", [(served, name) for served, names in SERVED.items() for name in names])
+def test_equals_one_rank(results, served, name, size):
+    dtype = next(case[-1] for case in CASES if case[0] == name)
+    for errors, *_ in (result[served, name, size] for result in results[:size]):
+        assert max(errors) <= TOLERANCE[dtype], errors
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -136,18 +163,46 @@ def test_equals_one_rank(results, case, size):
 def test_bytes_sent_are_those_of_the_choices(results, case, size):
     *_, d, dv, _, dtype = case
     item, wide = dtype.itemsize, 8 if dtype == torch.float64 else 4  # of lse
-    for _, sent, (leaving, coming) in (result[case[0], size] for result in results[:size]):
+    for _, sent, (leaving, coming) in (result["visit", case[0], size] for result in results[:size]):
         assert sent["fwd visit"] == leaving * d * item
         assert sent["fwd return"] == coming * (dv * item + wide)
         assert sent["bwd visit"] == leaving * ((d + 2 * dv) * item + wide)
         assert sent["bwd return"] == coming * d * item
+        assert sent["fwd gather"] == sent["bwd gather"] == sent["bwd reduce"] == 0, "nothing is copied"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_sink_is_copied_and_its_queries_stay(results, size):
+    """All choose the first chunk, of rank 0: the others fetch it; what else they choose they fetch or visit."""
+    case = next(c for c in CASES if c[0] == "sink")
+    *_, chunk_size, _, _, _, d, dv, _, dtype = case
+    chunk = chunk_size * (d + dv) * dtype.itemsize
+    for rank, result in enumerate(results[:size]):
+        _, sent, (leaving, _) = result["mixed", "sink", size]
+        assert sent["fwd gather"] == sent["bwd gather"] and sent["fwd gather"] % chunk == 0
+        assert sent["fwd gather"] >= (size - 1) * chunk * (rank == 0)
+        assert sent["bwd reduce"] >= chunk * (rank > 0), "fp64 sums of dk and dv"
+        assert sent["fwd visit"] < leaving * d * dtype.itemsize or leaving == 0
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_what_exceeds_a_round_comes_in_the_next_and_is_counted(results, size):
+    """All that visits is sent, in rounds of at most ROUND visitors, a fair share of each other rank."""
+    for name in SERVED["anywhere"]:
+        first, later = (sum(result["anywhere", name, size][1].get(stage, 0) for result in results[:size])
+                        for stage in ("fwd visit", "fwd visit later"))
+        case = next(c for c in CASES if c[0] == name)
+        row = case[7] * case[-1].itemsize
+        groups = case[9] or 1
+        assert 0 < first <= groups * size * (size - 1) * -(-ROUND // (size - 1)) * row
+        assert later > 0 and (first + later) % row == 0
 
 
 def test_the_planner_expects_these_bytes(results):
     """Rows of bf16: what all ranks send, forward and backward, is the planner's bytes of a row times the choices."""
     case = next(c for c in CASES if c[0] == "bf16")
     for size in SIZES:
-        found = [result["bf16", size] for result in results[:size]]
+        found = [result["visit", "bf16", size] for result in results[:size]]
         rows = sum(leaving for *_, (leaving, _) in found)
         sent = sum(sum(sent[f"{way} {what}"] for way in ("fwd", "bwd") for what in ("visit", "return"))
                    for _, sent, _ in found)
@@ -183,22 +238,62 @@ SIZES_OF_ROWS = RowSizes(item=2, dim=128, v_dim=128, chunk_size=4096)
 def table_for(ranks, chunks_each, heads, choices):
     """A table and homes where every rank chooses each chunk of others, and its own, ``choices`` times."""
     homes = torch.arange(ranks * chunks_each).view(ranks, chunks_each)
-    return torch.full((ranks, heads, ranks * chunks_each + 1), choices, dtype=torch.int32), homes
+    table = torch.full((ranks, heads, ranks * chunks_each + 1), choices, dtype=torch.int32)
+    table[:, :, -1] = 0  # an id that no chunk has
+    return table, homes
+
+
+def times(table, homes, **given):
+    """Seconds by way."""
+    return dict(zip(WAYS, seconds_of_ways(table, homes, SIZES_OF_ROWS, **given)[0].tolist()))
 
 
 def test_seconds_of_the_ways_by_hand():
     table, homes = table_for(2, 1, 3, 10)
-    table[:, :, -1] = 0  # an id that no chunk has
-    visit, fetch, gather = seconds_of_ways(table, homes, SIZES_OF_ROWS, link=1e9).tolist()
+    found = times(table, homes, link=1e9)
     row, chunk, work = 512, 2 * 4096 * 512, 60 * 2 * 256 * 4096 * 3.5 / 300e12
-    assert visit == pytest.approx(30 * (2 * row + 4 + row + 4) / 1e9 + work)
-    assert fetch == gather == pytest.approx(3 * (chunk + 4096 * 1024) / 1e9 + work)  # K, V twice, fp32 sums of dk, dv
+    assert found[VISIT] == found[MIXED] == pytest.approx(30 * (2 * row + 4 + row + 4) / 1e9 + work)
+    fetch = 3 * (chunk + 4096 * 1024) / 1e9 + work  # K, V twice, fp32 sums of dk, dv
+    assert found[FETCH] == found[GATHER] == pytest.approx(fetch)
+
+
+def test_a_rank_fetches_what_many_of_its_choices_want():
+    table, homes = table_for(4, 2, 2, 5)  # a copy is worth 2 * 4096 * 1024 / 1544 = 5433 choices
+    table[1, :, 0], table[2, :, 0], table[3, 1, 3] = 6000, 5000, 6000
+    home = home_of_chunks(homes, table.shape[2])
+    assert home.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 0]
+    servers = mixed_servers(table, home, SIZES_OF_ROWS, 1e9)
+    copies = copies_of(table, servers, home)
+    assert copies.nonzero().tolist() == [[1, 0, 0], [1, 1, 0], [3, 1, 3]]
+    assert torch.equal(torch.where(copies, home, servers), home.expand(table.shape)), "all others visit"
+    found = times(table, homes, link=1e9)
+    assert found[MIXED] < min(found[VISIT], found[FETCH])
+
+
+def test_a_busy_home_is_relieved():
+    """All choose the chunks of two ranks of eight; copies elsewhere serve them, in the rank order of their visitors."""
+    table, homes = table_for(8, 1, 1, 0)
+    table[:, :, 0], table[:, :, 1] = 5000, 3000
+    home = home_of_chunks(homes, table.shape[2])
+    servers = mixed_servers(table, home, SIZES_OF_ROWS, 280e9)
+    served = torch.zeros(8, dtype=torch.int64).scatter_add_(0, servers.flatten(), table.long().flatten())
+    assert served.sum() == 8 * 8000 and served.max() <= 2 * served.sum() / 8 < 5000 * 8
+    copies = copies_of(table, servers, home)
+    assert (servers[copies] == copies.nonzero()[:, 0]).all(), "who has a copy uses it"
+    assert copies.sum() <= 12
+    before = seconds_of_service(table, home.expand(table.shape), home, SIZES_OF_ROWS, 280e9)
+    assert seconds_of_service(table, servers, home, SIZES_OF_ROWS, 280e9) < 0.5 * before
+    even, homes = table_for(8, 1, 1, 1000)
+    assert torch.equal(mixed_servers(even, home, SIZES_OF_ROWS, 280e9), home.expand(even.shape))
 
 
 def test_measured_bytes_are_counted_bytes(results):
     for result in results:
         for sent, counted in result["measured"].values():
             assert sent == counted > 0
+    sent = {key: sent for key, (sent, _) in results[0]["measured"].items()}
+    fetch, visit, mixed = (sent["local", name] for name in SELECTIVE)
+    assert mixed < min(fetch, visit)
 
 
 def test_all_ranks_decide_alike(results):
@@ -208,18 +303,22 @@ def test_all_ranks_decide_alike(results):
 @pytest.mark.parametrize("ranks, choices, way", [(64, 2000, VISIT), (8, 40000, GATHER), (64, 40000, GATHER)])
 def test_many_choices_of_everything_are_gathered(ranks, choices, way):
     table, homes = table_for(ranks, 4, 8, choices)
-    seconds = seconds_of_ways(table, homes, SIZES_OF_ROWS, link=30e9, members_a_node=2).tolist()
-    assert (VISIT, FETCH, GATHER)[seconds.index(min(seconds))] == way
+    found = times(table, homes, link=30e9, members_a_node=2)
+    assert min(found, key=found.get) == way
 
 
 def test_a_sink_is_fetched_and_does_not_overload_its_home():
     table, homes = table_for(64, 4, 8, 0)
     table[:, :, 100] = 100000
-    seconds = seconds_of_ways(table, homes, SIZES_OF_ROWS, link=30e9, members_a_node=8).tolist()
-    assert seconds.index(min(seconds)) == 1
-    table[:, :, 100] = 0
+    found = times(table, homes, link=30e9, members_a_node=8)
+    assert found[FETCH] == found[MIXED] == min(found.values())
+    table[:, :, :256] += 20  # and a few choices of everything: those visit
+    found = times(table, homes, link=30e9)
+    assert found[MIXED] < 0.8 * min(found[way] for way in (VISIT, FETCH, GATHER))
+    table[:] = 0
     table[0, :, 100] = 3  # few queries of one rank
-    assert seconds_of_ways(table, homes, SIZES_OF_ROWS, link=30e9).argmin() == 0
+    found = times(table, homes, link=30e9)
+    assert found[VISIT] == min(found.values())
 
 
 def test_homes_of_chunks():

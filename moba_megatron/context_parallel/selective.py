@@ -14,40 +14,24 @@ choose: where that is cheaper, the queries travel (``visiting``; what is cheaper
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..segments import Routing
-from .comm import Pending, all_gather, exchange
+from .comm import Pending, all_gather
 from .gather import Gathered
 from .head_groups import HeadGroups, Prefetch
 from .rows import place_own, take_own
-from .visiting import Visiting, chunk_homes, pieces_are_chunks, table_of_choices
-from .ways import VISIT, VISITS_FROM, RowSizes, cheapest_way
+from .services import chunk_homes, pieces_are_chunks, table_of_choices
+from .travel import Travel, true_numbers
+from .visiting import Visiting
+from .ways import MIXED, VISIT, VISITS_FROM, RowSizes, cheapest_way
 from .whole import Grads, Saved
 
 GATHER_SHARE = 0.5
 """From this share of the rows on, the whole is gathered: picking rows out and putting them in costs extra copies. The
 zigzag's causal order alone leaves 3/4. Reckoned, not measured."""
-
-
-@dataclass(frozen=True)
-class Travel:
-    """Which rows of one group of kv heads travel; a row here is one (token, kv head).
-
-    Args:
-        send: int64 ``[n]``, rows of this rank's ``[T, h, D]``, flattened to ``[T * h, D]``: for rank 0, rank 1, ...
-        send_counts: how many go to each rank.
-        take: int64 ``[m]``, rows of ``[S, h, D]``, flattened: what comes from rank 0, rank 1, ...
-        take_counts: how many come from each rank.
-    """
-
-    send: Tensor
-    send_counts: tuple[int, ...]
-    take: Tensor
-    take_counts: tuple[int, ...]
 
 
 class Selective(Gathered):
@@ -61,14 +45,14 @@ class Selective(Gathered):
         groups = self.groups(q, k, v)
         choices = self.choose_by_sums(q, k.dtype, self.send_sums(k), groups)
         routings = [routing for _, routing in choices]
-        table = self._visits(routings, q, v)
-        if table is not None:
-            o, saved = self._visiting().attend_chosen(q, k, v, groups, choices, table)
+        service = self._service(routings, q, v)
+        if service is not None:
+            o, saved = self._visiting().attend_chosen(q, k, v, groups, choices, *service)
             return o, [VISIT, *saved]
         travels = self._travels(routings, groups)
         gathered = self._fetch(k, v, groups, travels, "fwd gather")
         o, saved = self.attend(q, v.shape[2], groups, gathered, choices)
-        kept = [[x.send, x.send_counts, x.take, x.take_counts] for x in travels] if travels else None
+        kept = [x.saved() for x in travels] if travels else None
         return o, [kept, q, k, v, o, groups, saved]
 
     def backward(self, do: Tensor, saved: Saved, kv_grad_dtype: torch.dtype) -> Grads:
@@ -83,17 +67,19 @@ class Selective(Gathered):
         gathered = self._fetch(k, v, groups, travels, "bwd gather")
 
         def reduce(i: int, grads: list[Tensor], outs: list[Tensor]) -> list[Pending]:
-            return [self._return(x, out, travels[i]) for x, out in zip(grads, outs)]
+            return [travels[i].give_back(x, take_own(self.layout.rows, x), out, self.group, "bwd reduce")
+                    for x, out in zip(grads, outs)]
 
         return self.attend_bwd(do, (q, k, v, o), groups, saved, gathered, reduce, kv_grad_dtype)
 
-    def _visits(self, routings: list[Routing], q: Tensor, v: Tensor) -> Tensor | None:
-        """The table of all choices where queries had better travel, the same on every rank; None where keys had."""
+    def _service(self, routings: list[Routing], q: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The table of all choices and who serves them where queries had better travel; None where keys had."""
         if self.layout.rows.size < VISITS_FROM or not pieces_are_chunks(self.layout):
             return None
         table = table_of_choices(self.layout, routings, self.group)
         sizes = RowSizes(q.element_size(), q.shape[2], v.shape[2], self.layout.segments.chunk_size)
-        return table if cheapest_way(table, chunk_homes(self.layout), sizes, self.group) == VISIT else None
+        way, servers = cheapest_way(table, chunk_homes(self.layout), sizes, self.group)
+        return (table, servers) if way in (VISIT, MIXED) else None
 
     def _visiting(self) -> Visiting:
         return Visiting(self.method, self.layout, self.group, self.head_groups)
@@ -103,9 +89,15 @@ class Selective(Gathered):
             return self._gather(k, v, groups, stage)
 
         def start(i: int) -> tuple[Pending, Pending]:
-            return tuple(self._send(x[:, groups[i][1]], travels[i], stage) for x in (k, v))
+            return tuple(travels[i].start(x[:, groups[i][1]], self.group, stage, self._place) for x in (k, v))
 
         return Prefetch(start, [kv_heads.stop - kv_heads.start for _, kv_heads in groups])
+
+    def _place(self, x: Tensor) -> Tensor:
+        """``[S, h, D]`` with this rank's rows."""
+        out = x.new_empty(self.layout.rows.total, *x.shape[1:])
+        place_own(self.layout.rows, out, x)
+        return out
 
     def _travels(self, routings: Sequence[Routing], groups: HeadGroups) -> list[Travel] | None:
         """What travels for each group of heads; None where the whole might as well. The same answer on every rank."""
@@ -134,11 +126,11 @@ class Selective(Gathered):
         take_counts = tuple(counts[me][by] * (by != me) for by in range(size))
         sent = needed[:, :, chunk_of[me * local:(me + 1) * local]]  # [to, h, T]
         sent[me] = False
-        number = _true_numbers(sent, sum(send_counts)) % (heads * local)
+        number = true_numbers(sent, sum(send_counts)) % (heads * local)
         send = number % local * heads + number // local
         taken = needed[me][:, chunk_of].unflatten(1, (size, local)).transpose(0, 1).contiguous()  # [from, h, T]
         taken[me] = False
-        number = _true_numbers(taken, sum(take_counts))
+        number = true_numbers(taken, sum(take_counts))
         by, within = number // (heads * local), number % (heads * local)
         take = rows.rank_rows[by * local + within % local] * heads + within // local
         return Travel(send, send_counts, take, take_counts)
@@ -148,45 +140,3 @@ class Selective(Gathered):
         sequence, position = self.layout.segments.key_positions(self.layout.rows.total)
         chunk = self.layout.segments.first_chunk()[sequence] + position // self.layout.segments.chunk_size
         return chunk[self.layout.rows.rank_rows]
-
-    def _send(self, x: Tensor, travel: Travel, stage: str) -> Pending:
-        """Starts to send rows of ``x`` ``[T, h, D]``; pending: ``[S, h, D]`` with this rank's rows and those sent."""
-        heads, rows = x.shape[1], self.layout.rows
-        message = x[travel.send // heads, travel.send % heads]
-        arrived = message.new_empty(travel.take.numel(), x.shape[2])
-        works = exchange(_parts(arrived, travel.take_counts), _parts(message, travel.send_counts), x.device,
-                         self.group, stage)
-
-        def finish(arrived: Tensor) -> Tensor:
-            out = x.new_empty(rows.total, *x.shape[1:])
-            place_own(rows, out, x)
-            out.flatten(0, 1).index_copy_(0, travel.take, arrived)
-            return out
-
-        return Pending(works, arrived, message, stage, finish)
-
-    def _return(self, x: Tensor, out: Tensor, travel: Travel) -> Pending:
-        """Starts to send rows of ``x`` ``[S, h, D]`` to their owners; the wait writes the rank's sums to ``out``."""
-        rows, stage = self.layout.rows, "bwd reduce"
-        message = x.flatten(0, 1).index_select(0, travel.take)
-        arrived = message.new_empty(travel.send.numel(), x.shape[2])
-        works = exchange(_parts(arrived, travel.send_counts), _parts(message, travel.take_counts), x.device,
-                         self.group, stage)
-        total = take_own(rows, x)
-
-        def finish(arrived: Tensor) -> Tensor:
-            for to, part in zip(travel.send.split(travel.send_counts), arrived.split(travel.send_counts)):
-                total.flatten(0, 1).index_add_(0, to, part)  # a row occurs once: the order of sums is the ranks'
-            return out.copy_(total)
-
-        return Pending(works, arrived, message, stage, finish)
-
-
-def _true_numbers(mask: Tensor, count: int) -> Tensor:
-    """Numbers of the ``count`` elements that are True, in order, int64; the host knows the count and need not wait."""
-    return torch.nonzero_static(mask.flatten(), size=count).flatten()
-
-
-def _parts(x: Tensor, counts: tuple[int, ...]) -> list[Tensor | None]:
-    """``x`` cut up by counts; None for parts without rows."""
-    return [part if part.shape[0] else None for part in x.split(counts)]

@@ -1,92 +1,69 @@
-"""The schedule in which queries travel: to the ranks that hold their chosen chunks, as tokens travel to experts.
+"""The schedule in which queries travel: to the ranks that serve their chosen chunks, as tokens travel to experts.
 
-Keys and values stay. A choice (a query, a head, a chunk of another rank) is a row that visits the chunk's home, attends
-to that chunk alone and brings back its part of o and the log-sum-exp; at home the query attends to its own chunk and to
-the chosen ones there, and all parts are merged. In backward q, do, o and lse visit, dq comes back, and dK and dV are
-complete where they are: nothing is reduced over ranks. So a rank moves O(its queries), not O(the sequence).
+A choice (a query, a head, a chunk of another rank) is a row that visits the rank which serves it, attends to that chunk
+alone and brings back its part of o and the log-sum-exp; at home the query attends to its own chunk and to the chosen
+ones there, and all parts are merged. In backward q, do, o and lse visit, and dq comes back. Who serves what is decided
+in ``ways``. Mostly it is the chunk's owner: keys and values stay, dK and dV are complete where they are, and a rank
+moves O(its queries), not O(the sequence). Chunks that many choose (sinks) are served by copies: ranks fetch K and V of
+the chunk, keep them before their own rows while the group of heads is computed, attend to them as to their own chunks,
+and give back dK and dV, which the owner adds in fp32 in the order of ranks.
 
-How many rows go where is known once the choices are: the host reads 2 P numbers a group of heads, its only wait. There
-is no capacity, so nothing is dropped. Sequences are of one length, and their pieces whole chunks.
+Rows that a rank takes at once are limited (VISITORS_BYTES). What exceeds that comes in later rounds, whose bytes are
+recorded apart ("fwd visit later", "bwd visit later"): nothing is dropped. Sequences are of one length, and their pieces
+whole chunks.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..segments import Routing, Segments
-from .comm import Pending, all_gather, exchange
+from .comm import Pending, exchange
 from .gather import Gathered, sum_dtype
-from .head_groups import HeadGroups
-from .layout import ZigzagLayout
+from .head_groups import HeadGroups, Prefetch
+from .services import Service, Visit, make_services
+from .travel import Travel, parts
 from .visitors import visitors_bwd, visitors_fwd
 from .whole import Grads, Saved
 
-def pieces_are_chunks(layout: ZigzagLayout) -> bool:
-    """Whether every rank holds whole chunks, as far as the host knows."""
-    rows, segments = layout.rows, layout.segments
-    uniform = layout.blocks is not None and rows.total % segments.max_seqlen_k == 0
-    return uniform and segments.max_seqlen_k % (2 * rows.size * segments.chunk_size) == 0
-
-
-def chunk_homes(layout: ZigzagLayout) -> Tensor:
-    """Ids of every rank's chunks in the order of its rows: int64 ``[P, T / chunk_size]``."""
-    rows, segments = layout.rows, layout.segments
-    first = rows.rank_rows.unflatten(0, (rows.size, -1, segments.chunk_size))[:, :, 0]
-    return first // segments.chunk_size + first // segments.max_seqlen_k  # a sequence leaves one id unused
-
-
-def table_of_choices(layout: ZigzagLayout, routings: list[Routing], group: dist.ProcessGroup) -> Tensor:
-    """How often each rank's queries chose each chunk: int32 ``[P, HK, chunk ids]``, the same on every rank."""
-    chunks = layout.segments.num_chunks(layout.rows.total)
-    counts = torch.cat([r.starts.diff().unflatten(0, (-1, chunks)) for r in routings]).int()
-    return all_gather(counts, group, "fwd choices").wait().unflatten(0, (layout.rows.size, -1))
+VISITORS_BYTES = 2 << 30
+"""Bytes of q, do, o and dq of the visitors that a rank takes at once."""
 
 
 @dataclass(frozen=True)
-class Visit:
-    """Rows of one group of kv heads that leave this rank, and rows that come.
-
-    Args:
-        choices: int64 ``[n]``, numbers of choices ``(token * h + head) * KS + j`` that leave: rank after rank, then
-            by kv head and chunk.
-        leaving, coming: how many go to each rank, and come from each.
-        order: int64 ``[m]``, the rows that come (rank after rank) sorted by kv head and chunk.
-        cu_visitors: int32, where each (kv head, chunk of this rank) begins in that order.
-        most: visitors of one of them, upper bound.
-    """
-
-    choices: Tensor
-    leaving: tuple[int, ...]
-    coming: tuple[int, ...]
-    order: Tensor
-    cu_visitors: Tensor
-    most: int
-
-
 class Visiting(Gathered):
     """Attention of a rank's queries over chosen chunks of all ranks of ``group``, which they visit.
 
-    The layout's pieces must be whole chunks: :func:`pieces_are_chunks`.
+    The layout's pieces must be whole chunks: :func:`~.services.pieces_are_chunks`.
+
+    Args:
+        capacity: visitors that a rank takes at once; None: by VISITORS_BYTES.
     """
 
-    def attend_chosen(self, q: Tensor, k: Tensor, v: Tensor, groups: HeadGroups, choices: list,
-                      table: Tensor) -> tuple[Tensor, Saved]:
+    capacity: int | None = None
+
+    def attend_chosen(self, q: Tensor, k: Tensor, v: Tensor, groups: HeadGroups, choices: list, table: Tensor,
+                      servers: Tensor) -> tuple[Tensor, Saved]:
         """o and what backward needs, once chunks are chosen.
 
         Args:
             q, k, v: the rank's rows.
             groups: of heads, one after the other.
             choices: (selected, routing) of each group.
-            table: :func:`table_of_choices`.
+            table: :func:`~.services.table_of_choices`.
+            servers: int64, of its shape, the rank that serves these choices.
         """
-        visits = self._visits([routing for _, routing in choices], groups, table)
+        row = 2 * (q.shape[2] + v.shape[2]) * q.element_size()
+        capacity = self.capacity or max(1, VISITORS_BYTES // row)
+        services = make_services(self.layout, [routing for _, routing in choices], groups, table, servers, capacity)
+        fetched = self._fetch_copies(k, v, groups, [(x.copies, x.travel) for x in services], "fwd gather")
         o = q.new_empty(*q.shape[:2], v.shape[2])
         saved = []
-        for (heads, kv_heads), (selected, _), visit in zip(groups, choices, visits):
-            saved.append(self._attend(q[:, heads], k[:, kv_heads], v[:, kv_heads], selected, visit, o[:, heads]))
+        for (heads, _), (selected, _), service in zip(groups, choices, services):
+            saved.append(self._attend_here(q[:, heads], fetched, selected, service, o[:, heads]))
         return o, [q, k, v, o, groups, saved]
 
     def backward(self, do: Tensor, saved: Saved, kv_grad_dtype: torch.dtype) -> Grads:
@@ -94,105 +71,108 @@ class Visiting(Gathered):
         q, k, v, o, groups, saved = saved
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         dk, dv = (torch.empty(x.shape, dtype=kv_grad_dtype, device=x.device) for x in (k, v))
+        services = [(copies, Travel(*travel)) for (copies, travel, *_), *_ in saved]
+        fetched = self._fetch_copies(k, v, groups, services, "bwd gather")
         for (heads, kv_heads), rest in zip(groups, saved):
-            tensors = do[:, heads], q[:, heads], k[:, kv_heads], v[:, kv_heads], o[:, heads]
-            for out, x in zip((dq[:, heads], dk[:, kv_heads], dv[:, kv_heads]), self._attend_bwd(*tensors, rest)):
-                out.copy_(x)
+            self._attend_here_bwd(do[:, heads], q[:, heads], fetched, o[:, heads], rest,
+                                  (dq[:, heads], dk[:, kv_heads], dv[:, kv_heads]))
         return dq, dk, dv
 
-    def _home(self, kv_heads: int, selected: Tensor) -> tuple[Segments, Tensor, Routing]:
-        """This rank's rows as one sequence, the choices among its chunks, and their lists."""
-        segments, rows = self.layout.segments, self.layout.rows
-        cu_seqlens = torch.tensor([0, rows.local], dtype=torch.int32, device=selected.device)
-        home = Segments.from_cu_seqlens(cu_seqlens, rows.local, segments.chunk_size)
-        local = torch.full((segments.num_chunks(rows.total) + 1,), -1, dtype=torch.int32, device=selected.device)
-        mine = chunk_homes(self.layout)[rows.rank]
-        local[mine] = torch.arange(mine.numel(), dtype=torch.int32, device=selected.device)
-        here = local[selected.long()]  # -1 reads the last entry, which is -1
-        return home, here, self.method.stages.route(here, kv_heads, home.num_chunks(rows.local))
+    def _fetch_copies(self, k: Tensor, v: Tensor, groups: HeadGroups, services: list, stage: str) -> Prefetch:
+        """Of each group K and V ``[copies * chunk_size + T, h, D]``."""
+        def start(i: int) -> tuple[Pending, ...]:
+            copies, travel = services[i]
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, selected: Tensor, visit: Visit, out: Tensor) -> list:
+            def place(x: Tensor) -> Tensor:
+                out = x.new_empty(copies * self.layout.segments.chunk_size + x.shape[0], *x.shape[1:])
+                out[-x.shape[0]:] = x
+                return out
+
+            return tuple(travel.start(x[:, groups[i][1]], self.group, stage, place) for x in (k, v))
+
+        return Prefetch(start, [kv_heads.stop - kv_heads.start for _, kv_heads in groups])
+
+    def _segments_here(self, copies: int, device: torch.device) -> Segments:
+        """This rank's rows as one sequence, after the copies."""
+        size, rows = self.layout.segments.chunk_size, self.layout.rows.local
+        before, total = copies * size, copies * size + rows
+        places = torch.tensor([[0, rows, 0, 0], [0, total, 0, 0], [0, 0, 0, 0], [before, 0, 0, 0]],  # 16 bytes each
+                              dtype=torch.int32, device=device)
+        return Segments(places[0, :2], places[1, :2], places[2, :1], places[3, :1], rows, total, size)
+
+    def _attend_here(self, q: Tensor, fetched: Prefetch, selected: Tensor, service: Service, out: Tensor) -> list:
         """Writes o of one group of heads; returns what its backward needs."""
-        choices_per_row, size = selected.shape[2], self.layout.segments.chunk_size
+        stages, scale, size = self.method.stages, self.method.softmax_scale, self.layout.segments.chunk_size
+        queries, choices_per_row = q.flatten(0, 1), selected.shape[2]
+        arriving = self._send_queries((queries,), service.rounds[0], choices_per_row, "fwd visit")
+        k, v = (x.wait() for x in fetched.take())
+        segments = self._segments_here(service.copies, q.device)
+        kv_head = torch.arange(q.shape[1], device=q.device) // (q.shape[1] // k.shape[1])
+        here = service.chunk_here[kv_head[:, None], selected.long()]  # -1 reads the last entry, which is -1
+        routing = stages.route(here, k.shape[1], segments.num_chunks(k.shape[0]))
+        o, lse = stages.attention_fwd(q, k, v, here, segments, scale, routing)
+        k, v = by_chunk(k, size), by_chunk(v, size)
+        o_slots = o.new_zeros(lse.numel() * choices_per_row, o.shape[2])
+        lse_slots = lse.new_full((lse.numel() * choices_per_row,), -torch.inf)
+        for i, visit in enumerate(service.rounds):
+            if i:
+                arriving = self._send_queries((queries,), visit, choices_per_row, "fwd visit later")
+            visitors, = (x.wait().index_select(0, visit.order) for x in arriving)
+            served = visitors_fwd(visitors, k, v, visit.cu_visitors, service.most, scale)
+            back = [self._send(_unsorted(x, visit.order), visit.coming, visit.leaving, "fwd return") for x in served]
+            for slots, x in zip((o_slots, lse_slots), back):
+                slots.index_copy_(0, visit.choices, x.wait())
+        lse = _merge(o, lse, o_slots, lse_slots, out)
+        return [service.saved(), lse, here, routing.entries, routing.starts, choices_per_row]
+
+    def _attend_here_bwd(self, do: Tensor, q: Tensor, fetched: Prefetch, o: Tensor, saved: list,
+                         outs: tuple[Tensor, ...]) -> None:
+        """Writes dq, dk, dv of one group of heads to ``outs``."""
+        (copies, travel, most, rounds), lse, here, entries, starts, choices_per_row = saved
+        rounds, method, size = [Visit(*x) for x in rounds], self.method, self.layout.segments.chunk_size
+        tensors = [x.flatten(0, 1) for x in (do, q, o, lse)]
+        arriving = self._send_queries(tensors, rounds[0], choices_per_row, "bwd visit")
+        k, v = (x.wait() for x in fetched.take())
+        dq, *sums = method.stages.attention_bwd(
+            do, None, q, k, v, o, lse, here, self._segments_here(copies, q.device), method.softmax_scale,
+            deterministic=method.deterministic, kv_grad_dtype=sum_dtype(k.dtype), routing=Routing(entries, starts))
+        k, v = by_chunk(k, size), by_chunk(v, size)
+        slots = dq.new_zeros(dq.shape[0] * dq.shape[1] * choices_per_row, dq.shape[2])
+        for i, visit in enumerate(rounds):
+            if i:
+                arriving = self._send_queries(tensors, visit, choices_per_row, "bwd visit later")
+            do_v, q_v, o_v, lse_v = (x.wait().index_select(0, visit.order) for x in arriving)
+            dq_v, *served = visitors_bwd(do_v, q_v, k, v, o_v, lse_v, visit.cu_visitors, most, method.softmax_scale,
+                                         method.deterministic)
+            back = self._send(_unsorted(dq_v, visit.order), visit.coming, visit.leaving, "bwd return")
+            for x, part in zip(sums, served):
+                x += _by_token(part, x.shape)
+            slots.index_copy_(0, visit.choices, back.wait())
+        reducing = [Travel(*travel).give_back(x, x[copies * size:], out, self.group, "bwd reduce")
+                    for x, out in zip(sums, outs[1:])]
+        total = dq.to(sum_dtype(k.dtype))
+        for part in slots.view(*dq.shape[:2], choices_per_row, -1).unbind(2):
+            total += part
+        outs[0].copy_(total)
+        for x in reducing:
+            x.wait()
+
+    def _send_queries(self, tensors: Sequence[Tensor], visit: Visit, choices_per_row: int, stage: str) -> list[Pending]:
+        """Starts to send the rows of each ``[T * h, ...]`` that leave; pending: those that come."""
         rows = visit.choices // choices_per_row
-        arriving = self._send(q.flatten(0, 1)[rows], visit.leaving, visit.coming, "fwd visit")
-        home, here, routing = self._home(k.shape[1], selected)
-        o, lse = self.method.stages.attention_fwd(q, k, v, here, home, self.method.softmax_scale, routing)
-        visitors = arriving.wait().index_select(0, visit.order)
-        parts = visitors_fwd(visitors, by_chunk(k, size), by_chunk(v, size), visit.cu_visitors, visit.most,
-                             self.method.softmax_scale)
-        back = [self._send(_unsorted(x, visit.order), visit.coming, visit.leaving, "fwd return") for x in parts]
-        o_parts, lse_parts = (x.wait() for x in back)
-        lse = _merge(o, lse, o_parts, lse_parts, visit.choices, choices_per_row, out)
-        return [lse, here, routing.entries, routing.starts, choices_per_row, visit.choices, visit.leaving, visit.coming,
-                visit.order, visit.cu_visitors, visit.most]
-
-    def _attend_bwd(self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, saved: list) -> tuple[Tensor, ...]:
-        lse, here, entries, starts, choices_per_row, *visit = saved
-        visit, size, wide = Visit(*visit), self.layout.segments.chunk_size, sum_dtype(k.dtype)
-        rows = visit.choices // choices_per_row
-        arriving = [self._send(x.flatten(0, 1)[rows], visit.leaving, visit.coming, "bwd visit")
-                    for x in (do, q, o, lse)]
-        cu_seqlens = torch.tensor([0, q.shape[0]], dtype=torch.int32, device=q.device)
-        home = Segments.from_cu_seqlens(cu_seqlens, q.shape[0], size)
-        dq, dk, dv = self.method.stages.attention_bwd(
-            do, None, q, k, v, o, lse, here, home, self.method.softmax_scale, deterministic=self.method.deterministic,
-            kv_grad_dtype=wide, routing=Routing(entries, starts))
-        do_v, q_v, o_v, lse_v = (x.wait().index_select(0, visit.order) for x in arriving)
-        dq_v, dk_v, dv_v = visitors_bwd(do_v, q_v, by_chunk(k, size), by_chunk(v, size), o_v, lse_v, visit.cu_visitors,
-                                        visit.most, self.method.softmax_scale, self.method.deterministic)
-        back = self._send(_unsorted(dq_v, visit.order), visit.coming, visit.leaving, "bwd return")
-        dk, dv = (x.add_(_by_token(x_v, x.shape)) for x, x_v in ((dk, dk_v), (dv, dv_v)))
-        slots = _slots(back.wait(), visit.choices, dq.shape, choices_per_row)
-        total = dq.to(wide)
-        for j in range(choices_per_row):
-            total += slots[:, :, j]
-        return total, dk, dv
-
-    def _visits(self, routings: list[Routing], groups: HeadGroups, table: Tensor) -> list[Visit]:
-        """What leaves and what comes, for each group of heads."""
-        rank, homes = self.layout.rows.rank, chunk_homes(self.layout)
-        leaving = table[rank][:, homes].transpose(0, 1).contiguous()  # [to, HK, chunk there]
-        leaving[rank] = 0
-        coming = table[:, :, homes[rank]].clone()  # [from, HK, chunk here]
-        coming[rank] = 0
-        per_rank = torch.stack([torch.stack([x[:, kv].sum((1, 2)) for x in (leaving, coming)]) for _, kv in groups])
-        most = torch.stack([coming[:, kv].sum(0).amax() for _, kv in groups])
-        numbers = torch.cat((per_rank.flatten(1), most[:, None]), 1).tolist()  # the host waits here
-        return [self._visit(r, leaving[:, kv], coming[:, kv], line, homes)
-                for r, (_, kv), line in zip(routings, groups, numbers)]
-
-    def _visit(self, routing: Routing, leaving: Tensor, coming: Tensor, numbers: list[int], homes: Tensor) -> Visit:
-        size, heads = self.layout.rows.size, leaving.shape[1]
-        sent, received, most = tuple(numbers[:size]), tuple(numbers[size:2 * size]), numbers[-1]
-        chunks = routing.num_buckets // heads
-        buckets = (torch.arange(heads, device=homes.device)[None, :, None] * chunks + homes[:, None]).flatten()
-        choices = routing.entries[ranges(routing.starts.long()[buckets], leaving.flatten().long(), sum(sent))].long()
-        lengths = coming.long()
-        begins = (lengths.flatten().cumsum(0) - lengths.flatten()).view(lengths.shape)
-        sorted_by = (1, 2, 0)  # kv head, chunk, rank
-        order = ranges(begins.permute(sorted_by).flatten(), lengths.permute(sorted_by).flatten(), sum(received))
-        ends = lengths.sum(0).flatten().cumsum(0)
-        return Visit(choices, sent, received, order, torch.cat((ends.new_zeros(1), ends)).int(), most)
+        return [self._send(x[rows], visit.leaving, visit.coming, stage) for x in tensors]
 
     def _send(self, x: Tensor, leaving: tuple[int, ...], coming: tuple[int, ...], stage: str) -> Pending:
         """Starts to send the rows of ``x``, rank after rank; pending: what comes."""
         x = x.contiguous()
-        arrived = x.new_empty(sum(coming), *x.shape[1:])
-        works = exchange(_parts(arrived, coming), _parts(x, leaving), x.device, self.group, stage)
-        return Pending(works, arrived, x, stage)
+        arriving = x.new_empty(sum(coming), *x.shape[1:])
+        works = exchange(parts(arriving, coming), parts(x, leaving), x.device, self.group, stage)
+        return Pending(works, arriving, x, stage)
 
 
 def by_chunk(x: Tensor, chunk_size: int) -> Tensor:
     """``[T, h, D]`` as ``[h * T / chunk_size, chunk_size, D]``, kv head after kv head; a copy."""
     return x.unflatten(0, (-1, chunk_size)).permute(2, 0, 1, 3).flatten(0, 1).contiguous()
-
-
-def ranges(begins: Tensor, lengths: Tensor, total: int) -> Tensor:
-    """``begin, begin + 1, ...`` of each range in turn; ``total`` is the sum of the lengths, known on the host."""
-    ends = lengths.cumsum(0)
-    which = torch.repeat_interleave(lengths, output_size=total)
-    return begins[which] + torch.arange(total, device=begins.device) - (ends - lengths)[which]
 
 
 def _by_token(x: Tensor, shape: torch.Size) -> Tensor:
@@ -205,26 +185,18 @@ def _unsorted(x: Tensor, order: Tensor) -> Tensor:
     return torch.empty_like(x).index_copy_(0, order, x)
 
 
-def _slots(x: Tensor, choices: Tensor, shape: torch.Size, choices_per_row: int) -> Tensor:
-    """Rows that came back ``[n, D]`` at their choices: ``[T, h, KS, D]``, 0 where no row belongs."""
-    slots = x.new_zeros(shape[0] * shape[1] * choices_per_row, x.shape[1])
-    return slots.index_copy_(0, choices, x).view(*shape[:2], choices_per_row, x.shape[1])
+def _merge(o: Tensor, lse: Tensor, o_slots: Tensor, lse_slots: Tensor, out: Tensor) -> Tensor:
+    """Writes the merged o ``[T, h, DV]`` to ``out`` and returns the merged lse; parts are added in the order of j.
 
-
-def _merge(o: Tensor, lse: Tensor, o_parts: Tensor, lse_parts: Tensor, choices: Tensor, choices_per_row: int,
-           out: Tensor) -> Tensor:
-    """Writes the merged o ``[T, h, DV]`` to ``out`` and returns the merged lse; parts are added in the order of j."""
-    part_lse = lse.new_full((*lse.shape, choices_per_row), -torch.inf)
-    part_lse.view(-1).index_copy_(0, choices, lse_parts)
-    merged = torch.logsumexp(torch.cat((lse[:, :, None], part_lse), 2), 2)
-    slots = _slots(o_parts, choices, lse.shape, choices_per_row)
+    Args:
+        o, lse: what was computed here.
+        o_slots: ``[T * h * KS, DV]``, what came back, 0 where nothing did.
+        lse_slots: ``[T * h * KS]``, -inf there.
+    """
+    lse_parts = lse_slots.view(*lse.shape, -1)
+    merged = torch.logsumexp(torch.cat((lse[:, :, None], lse_parts), 2), 2)
     total = torch.exp(lse - merged)[:, :, None] * o
-    for j in range(choices_per_row):
-        total += torch.exp(part_lse[:, :, j] - merged)[:, :, None] * slots[:, :, j]
+    for lse_part, o_part in zip(lse_parts.unbind(2), o_slots.view(*lse_parts.shape, -1).unbind(2)):
+        total += torch.exp(lse_part - merged)[:, :, None] * o_part
     out.copy_(total)
     return merged
-
-
-def _parts(x: Tensor, counts: tuple[int, ...]) -> list[Tensor | None]:
-    """``x`` cut up by counts; None for parts without rows."""
-    return [part if part.shape[0] else None for part in x.split(counts)]

@@ -1,5 +1,9 @@
 """What the selective schedule chooses from, by the choices of all ranks: queries travel, or chunks, or everything.
 
+A choice is served where its chunk lies (the query visits), by the rank that made it (which fetches a copy of the
+chunk), or by a third rank with a copy, where the home has too much to do. So a tensor of serving ranks tells a way:
+VISIT and FETCH are its extremes, MIXED takes for each rank, kv head and chunk the cheaper one and relieves busy homes.
+
 The seconds are reckoned from constants, not measured: the busiest rank's bytes over a link and products over a rate.
 """
 from __future__ import annotations
@@ -21,7 +25,9 @@ RATE = 300e12
 """Operations a second of sparse attention."""
 PASSES = 3.5
 """Forward and backward over forward."""
-VISIT, FETCH, GATHER = "visit", "fetch", "gather"
+OVERLOAD = 1.1
+"""Work of a rank over the mean, above which visitors of its chunks are sent to copies elsewhere."""
+VISIT, GATHER, FETCH, MIXED = WAYS = "visit", "gather", "fetch", "mixed"
 
 
 @dataclass(frozen=True)
@@ -33,9 +39,26 @@ class RowSizes:
     v_dim: int
     chunk_size: int
 
+    @property
+    def visit(self) -> tuple[int, int]:
+        """Bytes of one visiting choice: what goes (q, then q, do, o, lse) and what comes back (o, lse, then dq)."""
+        row = (self.dim + self.v_dim) * self.item
+        return 2 * row + 4, row + 4
 
-def cheapest_way(table: Tensor, homes: Tensor, sizes: RowSizes, group: dist.ProcessGroup) -> str:
-    """VISIT, FETCH or GATHER, the same on every rank; the host waits for three numbers.
+    @property
+    def copy(self) -> tuple[int, int]:
+        """Bytes of one copy of a kv head's chunk: what comes (K, V, and again) and what goes back (fp32 dK, dV)."""
+        keys = self.chunk_size * (self.dim + self.v_dim)
+        return 2 * keys * self.item, 4 * keys
+
+    @property
+    def work(self) -> float:
+        """Seconds of attention of one choice, forward and backward."""
+        return 2 * (self.dim + self.v_dim) * self.chunk_size * PASSES / RATE
+
+
+def cheapest_way(table: Tensor, homes: Tensor, sizes: RowSizes, group: dist.ProcessGroup) -> tuple[str, Tensor | None]:
+    """One of WAYS, the same on every rank, and who serves what (None for GATHER); the host waits for four numbers.
 
     Args:
         table: int32 ``[P, HK, chunk ids]``, how often each rank's queries chose each chunk.
@@ -44,42 +67,124 @@ def cheapest_way(table: Tensor, homes: Tensor, sizes: RowSizes, group: dist.Proc
         group: the ranks.
     """
     between_nodes = _members_a_node(group) < group.size()
-    seconds = seconds_of_ways(table, homes, sizes, NETWORK if between_nodes else LINK,
-                              _members_a_node(group) if crowds_the_network(group) else 1).tolist()
-    return (VISIT, FETCH, GATHER)[seconds.index(min(seconds))]
+    seconds, servers = seconds_of_ways(table, homes, sizes, NETWORK if between_nodes else LINK,
+                                       _members_a_node(group) if crowds_the_network(group) else 1)
+    listed = seconds.tolist()
+    way = WAYS[listed.index(min(listed))]
+    return way, servers.get(way)
 
 
-def seconds_of_ways(table: Tensor, homes: Tensor, sizes: RowSizes, link: float, members_a_node: int = 1) -> Tensor:
-    """Seconds of VISIT, FETCH and GATHER, forward and backward: fp64 ``[3]``.
+def seconds_of_ways(table: Tensor, homes: Tensor, sizes: RowSizes, link: float,
+                    members_a_node: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
+    """Seconds of each of WAYS, forward and backward, fp64 ``[4]``; and who serves what in all of them but GATHER.
 
     Args:
         table, homes, sizes: as :func:`cheapest_way`.
         link: bytes a second.
         members_a_node: ranks of a node that share what a gather brings into it.
     """
-    size, kv_heads, _ = table.shape
-    away = table.scatter(2, homes[:, None].expand(size, kv_heads, homes.shape[1]), 0)
-    leaving, coming = away.sum((1, 2)).double(), _at_home(away.sum(0), homes)
-    fetched, given = (away > 0).sum((1, 2)).double(), _at_home((away > 0).sum(0), homes)
-    row, wide = (sizes.dim + sizes.v_dim) * sizes.item, 4
-    out, back = 2 * row + wide, row + wide  # q, then q, do, o, lse; o, lse, then dq
-    chunk, sums = 2 * sizes.chunk_size * row, sizes.chunk_size * (sizes.dim + sizes.v_dim) * wide
-    whole = (size - 1) * homes.shape[1] * kv_heads * (chunk + sums) / members_a_node
-    moved = torch.stack((_busiest(leaving, coming, out, back), _busiest(fetched, given, sums, chunk),
-                         leaving.new_tensor(whole)))
-    every = table.sum((1, 2)).double()
-    work = torch.stack(((every - leaving + coming).max(), every.max(), every.max()))
-    return moved / link + work * (2 * (sizes.dim + sizes.v_dim) * sizes.chunk_size * PASSES / RATE)
+    home = home_of_chunks(homes, table.shape[2])
+    servers = {VISIT: home.expand(table.shape), FETCH: _ranks(table).expand(table.shape),
+               MIXED: mixed_servers(table, home, sizes, link)}
+    seconds = {way: seconds_of_service(table, by, home, sizes, link) for way, by in servers.items()}
+    whole = (homes.numel() - homes.shape[1]) * table.shape[1] * sum(sizes.copy) / members_a_node
+    seconds[GATHER] = table.sum((1, 2)).max().double() * sizes.work + whole / link
+    return torch.stack([seconds[way] for way in WAYS]), servers
 
 
-def _at_home(per_chunk: Tensor, homes: Tensor) -> Tensor:
-    """``[HK, chunk ids]`` added up over the heads and each rank's chunks: ``[P]``."""
-    return per_chunk[:, homes].sum((0, 2)).double()
+def seconds_of_service(table: Tensor, servers: Tensor, home: Tensor, sizes: RowSizes, link: float) -> Tensor:
+    """Seconds where ``servers`` ``[P, HK, chunk ids]`` serve what each rank's queries chose: fp64."""
+    away = _away(_wide(table), servers)
+    leaving, coming = away.sum((1, 2)), _added_up(servers, away, len(table))
+    copies = copies_of(table, servers, home)
+    fetched, given = copies.sum((1, 2)), _added_up(home.expand(copies.shape[1:]), copies.sum(0), len(table))
+    (out, back), (copy, sums) = sizes.visit, sizes.copy
+    sent = leaving * out + coming * back + given * copy + fetched * sums
+    received = leaving * back + coming * out + given * sums + fetched * copy
+    work = _wide(table).sum((1, 2)) - leaving + coming
+    return torch.maximum(sent, received).max().double() / link + work.max().double() * sizes.work
 
 
-def _busiest(a: Tensor, b: Tensor, sent_a: int, sent_b: int) -> Tensor:
-    """Most bytes that a rank sends or receives: one of ``a`` sends ``sent_a``, brings ``sent_b``; ``b`` reversed."""
-    return torch.maximum(a * sent_a + b * sent_b, a * sent_b + b * sent_a).max()
+def mixed_servers(table: Tensor, home: Tensor, sizes: RowSizes, link: float) -> Tensor:
+    """Who serves what if the cheaper is taken for each rank, kv head and chunk: int64 ``[P, HK, chunk ids]``.
+
+    A rank fetches a chunk where its choices of it, as visitors, would be more bytes than the copy. Where that leaves a
+    home with too much work, :func:`_relieved`, and the faster of the two is taken.
+
+    Args:
+        table: as :func:`cheapest_way`; expected values, fp64, are also understood.
+        home: int64 ``[chunk ids]``, the rank of each chunk.
+        sizes, link: as :func:`seconds_of_ways`.
+    """
+    alone = _wide(table) * sum(sizes.visit) > sum(sizes.copy)
+    by_bytes = torch.where(alone, _ranks(table), home)
+    relieved = _relieved(_wide(table), by_bytes, home, sum(sizes.copy) / link / sizes.work)
+    times = [seconds_of_service(table, servers, home, sizes, link) for servers in (by_bytes, relieved)]
+    return torch.where(times[1] < times[0], relieved, by_bytes)
+
+
+def _relieved(table: Tensor, servers: Tensor, home: Tensor, least: float) -> Tensor:
+    """Servers with visitors of the busiest homes moved to copies on ranks that do less than the mean.
+
+    The largest crowds of a busy home are moved until it does as much as the mean. All that is moved, in a line, is
+    poured into the ranks that have room, one after the other: a crowd goes to few ranks, and a rank takes few crowds.
+
+    Args:
+        table, servers, home: as :func:`mixed_servers`.
+        least: a smaller crowd stays: the copy would take as long as its work.
+    """
+    away = _away(table, servers)
+    busy = table.sum((1, 2)) - away.sum((1, 2)) + _added_up(servers, away, len(table))
+    mean = busy.sum() // len(table)
+    surplus = torch.where(busy > OVERLOAD * mean, busy - mean, 0)
+    crowd, at = away.sum(0).flatten(), home.expand(table.shape[1:]).flatten()
+    order = crowd.argsort(descending=True, stable=True)
+    order = order[at[order].argsort(stable=True)]  # home after home, large crowds first
+    sizes, owner = crowd[order], at[order]
+    before = sizes.cumsum(0) - sizes
+    first = torch.searchsorted(owner, torch.arange(len(table), device=owner.device)).clamp(max=len(owner) - 1)
+    moved = torch.minimum((surplus[owner] - (before - before[first][owner])).clamp(min=0), sizes)
+    moved = torch.where(moved < least, 0, moved)
+    begin, amount = torch.empty_like(crowd), torch.empty_like(crowd)
+    begin[order], amount[order] = moved.cumsum(0) - moved, moved
+    place = away.cumsum(0) - (away + 1) // 2 - (crowd - amount).view(home.expand(table.shape[1:]).shape)
+    room = (mean - busy).clamp(min=0).cumsum(0)
+    helper = torch.searchsorted(room, place + begin.view(place.shape[1:]), right=True).clamp(max=len(table) - 1)
+    served = torch.where((place >= 0) & (away > 0), helper, servers)
+    return torch.where(copies_of(table, served, home), _ranks(table), served)  # who has a copy uses it
+
+
+def home_of_chunks(homes: Tensor, chunk_ids: int) -> Tensor:
+    """The rank of each chunk, int64 ``[chunk ids]``; of ids without a chunk 0."""
+    home = homes.new_zeros(chunk_ids)
+    home[homes.flatten()] = torch.arange(len(homes), device=homes.device).repeat_interleave(homes.shape[1])
+    return home
+
+
+def copies_of(table: Tensor, servers: Tensor, home: Tensor) -> Tensor:
+    """Which rank serves chunks that it does not own, and so needs copies of them: bool ``[P, HK, chunk ids]``."""
+    served = torch.zeros(table.shape, dtype=torch.int32, device=table.device)
+    served.scatter_add_(0, servers, (table > 0).int())
+    return (served > 0) & (home != _ranks(table))
+
+
+def _away(table: Tensor, servers: Tensor) -> Tensor:
+    """The choices that other ranks serve."""
+    return torch.where(servers != _ranks(table), table, 0)
+
+
+def _added_up(ranks: Tensor, x: Tensor, size: int) -> Tensor:
+    """``x`` added up over the entries of each rank: ``[P]``."""
+    return x.new_zeros(size).scatter_add_(0, ranks.flatten(), x.flatten())
+
+
+def _ranks(table: Tensor) -> Tensor:
+    return torch.arange(len(table), device=table.device)[:, None, None]
+
+
+def _wide(table: Tensor) -> Tensor:
+    """Whole numbers are added up exactly, in any order: every rank finds the same."""
+    return table if table.is_floating_point() else table.long()
 
 
 def _members_a_node(group: dist.ProcessGroup) -> int:

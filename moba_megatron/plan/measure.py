@@ -7,8 +7,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import shlex
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,7 @@ from torch import Tensor
 from ..bench import environment, report, timing
 from ..bench.distributed import Ranks, join, leave
 from ..context_parallel import Sequences, context_parallel_attention, record_waits, selective
-from ..context_parallel.ways import FETCH, GATHER, VISIT
+from ..context_parallel.ways import FETCH, LINK, MIXED, VISIT, RowSizes, seconds_of_ways
 from ..ops import get_stages, moba_attention
 from ..segments import Segments
 from .exchange import query_bytes
@@ -71,17 +69,23 @@ def make_inputs(job: Job, routing: str, device: torch.device) -> tuple[Tensor, .
     return q, k, v, do
 
 
-WAYS = {"all_gather": None, "a2a": None, "selective, fetch": FETCH, "selective, visit": VISIT}
+SELECTIVE = {f"selective, {way}": way for way in (FETCH, VISIT, MIXED)}
+NAMES = ("all_gather", "a2a", *SELECTIVE)
 
 
 @contextlib.contextmanager
 def forced(way: str | None):
-    """Makes the selective schedule fetch chunks, or send queries, whatever is cheaper."""
+    """Makes the selective schedule fetch chunks, send queries, or both, whatever is cheaper."""
     share = {FETCH: math.inf}.get(way, selective.GATHER_SHARE)
-    with mock.patch.object(selective, "VISITS_FROM", 2 if way == VISIT else math.inf), \
+    with mock.patch.object(selective, "VISITS_FROM", 2 if way in (VISIT, MIXED) else math.inf), \
             mock.patch.object(selective, "GATHER_SHARE", share), \
-            mock.patch.object(selective, "cheapest_way", lambda *_: way or GATHER):
+            mock.patch.object(selective, "cheapest_way", lambda *found: (way, servers_of(way, *found[:3]))):
         yield
+
+
+def servers_of(way: str, table: Tensor, homes: Tensor, sizes: RowSizes) -> Tensor:
+    """Who serves whose choices, on one machine."""
+    return seconds_of_ways(table, homes, sizes, LINK)[1][way]
 
 
 def measure_way(name: str, job: Job, inputs: tuple[Tensor, ...], expected: list[Tensor], ranks: Ranks,
@@ -97,7 +101,7 @@ def measure_way(name: str, job: Job, inputs: tuple[Tensor, ...], expected: list[
                                        comm_type=name.split(",")[0], backend=job.backend)
         return [o, *torch.autograd.grad(o, leaves, do)]
 
-    with forced(WAYS[name]):
+    with forced(SELECTIVE.get(name)):
         with record_waits() as record:
             got = both()
         if ranks.device.type == "cuda":
@@ -113,25 +117,36 @@ def measure_way(name: str, job: Job, inputs: tuple[Tensor, ...], expected: list[
 
 def counted_bytes(name: str, job: Job, selected: Tensor, size: int, item: int) -> list[int] | None:
     """What each rank ought to send, counted on the selection; for the ways of the selective schedule, else None."""
-    if "," not in name:
+    if name not in SELECTIVE:
         return None
     pieces = numpy.arange(job.tokens) // (job.tokens // (2 * size))
     owner = numpy.where(pieces < size, pieces, 2 * size - 1 - pieces)
     chosen = selected.cpu().numpy()
-    if WAYS[name] == VISIT:
-        home = numpy.where(chosen < 0, owner[:, None, None], owner[chosen * job.chunk_size])
-        moves = numpy.zeros((size, size), dtype=numpy.int64)
-        numpy.add.at(moves, (numpy.broadcast_to(owner[:, None, None], home.shape).ravel(), home.ravel()), 1)
-        numpy.fill_diagonal(moves, 0)
-        row, wide = job.dim * item, 4
-        out, back = 4 * row + wide, 2 * row + wide  # q; q, do, o, lse. o, lse; dq
-        assert item != 2 or out + back == sum(query_bytes(job.dim))
-        return (moves.sum(1) * out + moves.sum(0) * back).tolist()
-    keys = traffic_of_selection(chosen, owner, owner, job.chunk_size, job.kv_heads, size)["keys"]
-    pair = 2 * job.dim  # of K and V; a rank that fetches n rows sends n rows of fp32 sums, its owners n rows twice
-    if size > 2:  # who sends is not counted, only how much all do
-        return [int(keys.sum() * pair * (2 * item + 4))]
-    return [int(n * pair * 4 + other * pair * 2 * item) for n, other in zip(keys, keys[::-1])]
+    if SELECTIVE[name] == FETCH:
+        keys = traffic_of_selection(chosen, owner, owner, job.chunk_size, job.kv_heads, size)["keys"]
+        pair = 2 * job.dim  # of K and V; a rank that fetches n rows sends n rows of fp32 sums, its owners n rows twice
+        if size > 2:  # who sends is not counted, only how much all do
+            return [int(keys.sum() * pair * (2 * item + 4))]
+        return [int(n * pair * 4 + other * pair * 2 * item) for n, other in zip(keys, keys[::-1])]
+    home = owner[::job.chunk_size]
+    table = numpy.zeros((size, job.kv_heads, len(home)), dtype=numpy.int32)
+    rank, head, _ = numpy.broadcast_arrays(owner[:, None, None], (numpy.arange(job.heads) * job.kv_heads
+                                                                 // job.heads)[:, None], chosen)
+    numpy.add.at(table, tuple(x[chosen >= 0] for x in (rank, head, chosen)), 1)
+    homes = numpy.argsort(home, kind="stable").reshape(size, -1)
+    sizes = RowSizes(item, job.dim, job.dim, job.chunk_size)
+    servers = servers_of(SELECTIVE[name], torch.from_numpy(table), torch.from_numpy(homes), sizes).numpy()
+    row, wide, chunk, me = job.dim * item, 4, 2 * job.chunk_size * job.dim, numpy.arange(size)[:, None, None]
+    out, back = 4 * row + wide, 2 * row + wide  # q; q, do, o, lse. o, lse; dq
+    assert item != 2 or out + back == sum(query_bytes(job.dim))
+    sent = numpy.where(servers != me, table, 0).sum((1, 2)) * out
+    for server in range(size):
+        served = (servers == server) & (table > 0)
+        sent[server] += table[numpy.where(me == server, False, served)].sum() * back
+        copied = served.any(0) & (home != server)
+        sent[server] += copied.sum() * chunk * 4  # fp32 sums; its owners send K and V twice
+        numpy.add.at(sent, numpy.broadcast_to(home, copied.shape)[copied], chunk * 2 * item)
+    return sent.tolist()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -145,6 +160,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--dim", type=int, default=128)
     p.add_argument("--repeats", type=int, default=5)
     p.add_argument("--routings", nargs="+", choices=ROUTINGS, default=list(ROUTINGS))
+    p.add_argument("--ways", nargs="+", choices=NAMES, default=list(NAMES))
     p.add_argument("--budget", type=float, default=float("inf"), metavar="S", help="start no row after so many seconds")
     p.add_argument("--precompile", type=int, default=0, metavar="N", help="first compile the kernels in N processes")
     p.add_argument("--backend", default="auto", choices=("auto", "triton", "reference"))
@@ -154,14 +170,14 @@ def main(argv: list[str] | None = None) -> int:
     job = Job(arguments.tokens, arguments.chunk_size, arguments.topk, arguments.heads, arguments.kv_heads,
               arguments.dim, arguments.backend)
     begin, ranks = time.perf_counter(), join(arguments.device)
-    command = "python -m moba_megatron.plan.measure " + shlex.join(sys.argv[1:])
-    about = environment.describe(ranks.device) | {"ranks": ranks.size, "command": command}
+    about = environment.describe(ranks.device) | {"ranks": ranks.size, "command": environment.command(
+        "torchrun --nproc-per-node %d -m moba_megatron.plan.measure" % ranks.size)}
     _precompile(job, ranks, arguments.precompile)
     result = {"environment": about, "job": vars(job), "rows": []}
     for routing in arguments.routings:
         inputs = make_inputs(job, routing, ranks.device)
         expected, selected = one_rank(job, inputs)
-        for name in WAYS:
+        for name in arguments.ways:
             row = {"routing": routing, "way": name, "ranks": ranks.size}
             if name == "a2a" and job.kv_heads % ranks.size:
                 continue

@@ -9,10 +9,11 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from ranks import run_ranks
 
-from moba_megatron.context_parallel import Sequences, context_parallel_attention, record_waits, selective
+from moba_megatron.context_parallel import Sequences, context_parallel_attention, record_waits
 from moba_megatron.context_parallel.visitors import visitors_bwd, visitors_fwd
-from moba_megatron.context_parallel.ways import VISIT
+from moba_megatron.context_parallel.ways import MIXED, VISIT
 from moba_megatron.ops import moba_attention
+from moba_megatron.plan.measure import forced
 from moba_megatron.segments import Segments
 
 pytestmark = pytest.mark.gpu
@@ -46,33 +47,39 @@ def relative(a, b):
 
 
 def parity(rank, size):
-    """Relative errors of o, dq, dk, dv against one GPU, and the stages that sent something, for MHA and GQA."""
-    selective.VISITS_FROM, selective.cheapest_way = 2, lambda *_: VISIT
+    """Relative errors of o, dq, dk, dv against one GPU, and bytes by stage, for MHA and GQA, visits and copies."""
     found = {}
     for heads, kv_heads in ((16, 16), (32, 8)):
         tokens, chunk_size, topk, device = 8192, 256, 4, torch.device("cuda", rank)
         generator = torch.Generator("cuda").manual_seed(5)
         q, k, v, do = (torch.randn(tokens, h, 128, device=device, generator=generator).bfloat16()
                        for h in (heads, kv_heads, kv_heads, heads))
+        q[..., 0] += 4  # everybody chooses the first chunk, a sink
+        k[:chunk_size, :, 0] += 4
         leaves = [x.requires_grad_() for x in (q, k, v)]
         cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device=device)
         o = moba_attention(*leaves, Segments.from_cu_seqlens(cu_seqlens, tokens, chunk_size), topk)
         sequences = Sequences.uniform(tokens, 1, device)
         rows = sequences.local_rows(size, rank)
         expected = [x[rows] for x in (o, *torch.autograd.grad(o, leaves, do))]
-        local = [x.detach()[rows].requires_grad_() for x in (q, k, v)]
-        with record_waits() as record:
-            got = context_parallel_attention(*local, sequences, chunk_size, topk, dist.group.WORLD,
-                                             comm_type="selective", head_groups=2)
-            grads = torch.autograd.grad(got, local, do[rows])
-        torch.cuda.synchronize()
-        found[heads, kv_heads] = [relative(a, b) for a, b in zip((got, *grads), expected)], sorted(record.summary())
+        for way in (VISIT, MIXED):
+            local = [x.detach()[rows].requires_grad_() for x in (q, k, v)]
+            with forced(way), record_waits() as record:
+                got = context_parallel_attention(*local, sequences, chunk_size, topk, dist.group.WORLD,
+                                                 comm_type="selective", head_groups=2)
+                grads = torch.autograd.grad(got, local, do[rows])
+            torch.cuda.synchronize()
+            sent = {stage: entry["sent_bytes"] for stage, entry in record.summary().items()}
+            found[way, heads, kv_heads] = [relative(a, b) for a, b in zip((got, *grads), expected)], sent
     return found
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_against_one(tmp_path):
-    for result in run_ranks(parity, 2, tmp_path, backend="nccl"):
-        for errors, stages in result.values():
-            assert max(errors) < 1e-2, errors
-            assert {"fwd visit", "fwd return", "bwd visit", "bwd return"} <= set(stages)
+    first, second = run_ranks(parity, 2, tmp_path, backend="nccl")
+    for (way, *_), (errors, sent) in [*first.items(), *second.items()]:
+        assert max(errors) < 1e-2, errors
+        assert way == MIXED or min(sent[f"{x} {y}"] for x in ("fwd", "bwd") for y in ("visit", "return")) > 0
+    for (way, *heads), (_, sent) in first.items():  # the sink's owner, which others visit
+        assert (sent["fwd gather"] > 0) == (sent["bwd gather"] > 0) == (way == MIXED)
+        assert way == VISIT or sent["fwd return"] < first[VISIT, *heads][1]["fwd return"]

@@ -1,0 +1,199 @@
+"""Which choices visit which rank, and which chunks are copied: lists for one layer and step, made from all choices.
+
+Every rank knows the choices of all ranks and who serves them (``ways``), so both ends of a message know its length. The
+host reads 4 P numbers a group of heads, its only wait.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..segments import Routing
+from .comm import all_gather
+from .head_groups import HeadGroups
+from .layout import ZigzagLayout
+from .travel import Travel, true_numbers
+from .ways import copies_of, home_of_chunks
+
+
+def pieces_are_chunks(layout: ZigzagLayout) -> bool:
+    """Whether every rank holds whole chunks, as far as the host knows."""
+    rows, segments = layout.rows, layout.segments
+    uniform = layout.blocks is not None and rows.total % segments.max_seqlen_k == 0
+    return uniform and segments.max_seqlen_k % (2 * rows.size * segments.chunk_size) == 0
+
+
+def chunk_homes(layout: ZigzagLayout) -> Tensor:
+    """Ids of every rank's chunks in the order of its rows: int64 ``[P, T / chunk_size]``."""
+    rows, segments = layout.rows, layout.segments
+    first = rows.rank_rows.unflatten(0, (rows.size, -1, segments.chunk_size))[:, :, 0]
+    return first // segments.chunk_size + first // segments.max_seqlen_k  # a sequence leaves one id unused
+
+
+def table_of_choices(layout: ZigzagLayout, routings: list[Routing], group: dist.ProcessGroup) -> Tensor:
+    """How often each rank's queries chose each chunk: int32 ``[P, HK, chunk ids]``, the same on every rank."""
+    chunks = layout.segments.num_chunks(layout.rows.total)
+    counts = torch.cat([r.starts.diff().unflatten(0, (-1, chunks)) for r in routings]).int()
+    return all_gather(counts, group, "fwd choices").wait().unflatten(0, (layout.rows.size, -1))
+
+
+@dataclass(frozen=True)
+class Visit:
+    """Rows of one group of kv heads that leave this rank in one round, and rows that come.
+
+    Args:
+        choices: int64 ``[n]``, numbers of choices ``(token * h + head) * KS + j`` that leave: rank after rank, then
+            by kv head and chunk.
+        leaving, coming: how many go to each rank, and come from each.
+        order: int64 ``[m]``, the rows that come (rank after rank) sorted by kv head and chunk.
+        cu_visitors: int32, where each (kv head, chunk here) begins in that order.
+    """
+
+    choices: Tensor
+    leaving: tuple[int, ...]
+    coming: tuple[int, ...]
+    order: Tensor
+    cu_visitors: Tensor
+
+
+@dataclass(frozen=True)
+class Service:
+    """What this rank serves of one group of kv heads, and what of its queries others serve.
+
+    Args:
+        copies: chunks before the rank's own, of each kv head: the most that one has.
+        travel: rows of those chunks; they are read from ``[copies * chunk_size + T, h, D]``.
+        chunk_here: int32 ``[h, chunk ids + 1]``, which chunk here it is if its own queries attend to it here, else -1.
+        most: visitors of one (kv head, chunk), upper bound.
+        rounds: of visits.
+    """
+
+    copies: int
+    travel: Travel
+    chunk_here: Tensor
+    most: int
+    rounds: list[Visit]
+
+    def saved(self) -> list:
+        """What backward needs, for autograd."""
+        return [self.copies, self.travel.saved(), self.most,
+                [[x.choices, x.leaving, x.coming, x.order, x.cu_visitors] for x in self.rounds]]
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What ranks want of each other, over kv heads: choices and copies by chunk.
+
+    Args:
+        leaving: int64 ``[HK, chunk ids]``, choices of this rank that others serve.
+        servers: int64 of that shape, who serves this rank's.
+        coming: int32 ``[P, HK, chunk ids]``, choices of each other rank that this one serves.
+        given: bool ``[P, HK, M]``, which of its M chunks this rank gives to each.
+        taken: bool ``[P, HK, M]``, which of each rank's chunks this one takes.
+        held: bool ``[HK, chunk ids]``, the same by chunk.
+    """
+
+    leaving: Tensor
+    servers: Tensor
+    coming: Tensor
+    given: Tensor
+    taken: Tensor
+    held: Tensor
+
+    def of(self, kv_heads: slice) -> "Demand":
+        return Demand(*(x[kv_heads] if x.dim() == 2 else x[:, kv_heads] for x in vars(self).values()))
+
+    def numbers(self) -> Tensor:
+        """What the host must know: rows to and from each rank, chunks to and from each rank, copies, most visitors."""
+        size = len(self.coming)
+        sent = self.leaving.new_zeros(size).scatter_add_(0, self.servers.flatten(), self.leaving.flatten())
+        others = [x.sum((1, 2)) for x in (self.coming, self.given, self.taken)]
+        return torch.cat((sent, *others, self.held.sum(1).amax()[None], self.coming.sum(0).amax()[None]))
+
+
+def make_services(layout: ZigzagLayout, routings: list[Routing], groups: HeadGroups, table: Tensor, servers: Tensor,
+                  capacity: int) -> list[Service]:
+    """What this rank serves and what others serve for it, for each group of heads.
+
+    Args:
+        routings: of each group's choices.
+        table: :func:`table_of_choices`.
+        servers: int64 of its shape, the rank that serves these choices.
+        capacity: visitors that a rank takes at once, at least.
+    """
+    rank, homes = layout.rows.rank, chunk_homes(layout)
+    home = home_of_chunks(homes, table.shape[2])
+    copies = copies_of(table, servers, home)
+    coming = torch.where(servers == rank, table, 0)
+    coming[rank] = 0
+    demand = Demand(torch.where(servers[rank] == rank, 0, table[rank]).long(), servers[rank], coming,
+                    copies[:, :, homes[rank]], copies[rank][:, homes].transpose(0, 1), copies[rank])
+    demands = [demand.of(kv_heads) for _, kv_heads in groups]
+    numbers = torch.stack([x.numbers() for x in demands]).tolist()  # the host waits here
+    return [_service(routing, demand, line, homes, home, rank, layout.segments.chunk_size, capacity)
+            for routing, demand, line in zip(routings, demands, numbers)]
+
+
+def _service(routing: Routing, demand: Demand, numbers: list[int], homes: Tensor, home: Tensor, rank: int,
+             chunk_size: int, capacity: int) -> Service:
+    size, mine = homes.shape
+    heads, ids = demand.held.shape
+    sent, received, given, taken = (numbers[i * size:(i + 1) * size] for i in range(4))
+    copies, most = numbers[4 * size:]
+    chunk_here = pad(torch.where(demand.held, demand.held.cumsum(1) - 1, -1), (0, 1), value=-1)
+    chunk_here[:, homes[rank]] = copies + torch.arange(mine, device=home.device)
+    travel = _copies_travel(demand, given, taken, homes, chunk_here, chunk_size)
+    unit = torch.arange(heads * ids, device=home.device).view(heads, ids)
+    # rank after rank, of each by kv head, copies before its own chunks
+    order = ((demand.servers * heads + unit // ids) * 2 + (demand.servers == home)).flatten().argsort(stable=True)
+    choices = routing.entries[ranges(routing.starts.long()[:-1][order], demand.leaving.flatten()[order],
+                                     sum(sent))].long()
+    # copies of each kv head by id, then what is left of their places, then the rank's own chunks
+    held = torch.where(demand.held, unit % ids, ids).sort(1)[0][:, :copies]
+    here = torch.cat((held, homes[rank].expand(heads, mine)), 1)
+    visitors = pad(demand.coming, (0, 1)).gather(2, here.expand(size, *here.shape)).long()
+    limit = max(1, -(-capacity // max(1, size - 1)))
+    rounds = [_round(choices, visitors, sent, received, i * limit, limit)
+              for i in range(max(1, -(-max(sent + received) // limit)))]
+    served_here = pad(demand.servers == rank, (0, 1))
+    return Service(copies, travel, torch.where(served_here, chunk_here, -1).int(), most, rounds)
+
+
+def _round(choices: Tensor, visitors: Tensor, sent: list[int], received: list[int], begin: int, limit: int) -> Visit:
+    """The rows from ``begin`` on, at most ``limit``, of every rank's to every other."""
+    leaving, coming = (tuple(min(max(0, n - begin), limit) for n in counts) for counts in (sent, received))
+    choices = torch.cat([x[begin:begin + limit] for x in choices.split(sent)])
+    ends = visitors.flatten(1).cumsum(1)
+    inside = (ends - begin).clamp(0, limit) - (ends - visitors.flatten(1) - begin).clamp(0, limit)
+    begins = (inside.flatten().cumsum(0) - inside.flatten()).view(inside.shape)
+    order = ranges(begins.T.flatten(), inside.T.flatten(), sum(coming))
+    total = inside.sum(0).cumsum(0)
+    return Visit(choices, leaving, coming, order, torch.cat((total.new_zeros(1), total)).int())
+
+
+def _copies_travel(demand: Demand, given: list[int], taken: list[int], homes: Tensor, chunk_here: Tensor,
+                   chunk_size: int) -> Travel:
+    """Rows of chunks that are copied: both sides list them by kv head, and then in the owner's order."""
+    size, heads, mine = demand.given.shape
+    within = torch.arange(chunk_size, device=homes.device)
+
+    def rows(chunk: Tensor, head: Tensor) -> Tensor:
+        return ((chunk[:, None] * chunk_size + within) * heads + head[:, None]).flatten()
+
+    number = true_numbers(demand.given, sum(given))
+    send = rows(number % mine, number // mine % heads)
+    number = true_numbers(demand.taken, sum(taken))
+    head, chunk = number // mine % heads, homes[number // (heads * mine), number % mine]
+    take = rows(chunk_here[head, chunk], head)
+    return Travel(send, tuple(n * chunk_size for n in given), take, tuple(n * chunk_size for n in taken))
+
+
+def ranges(begins: Tensor, lengths: Tensor, total: int) -> Tensor:
+    """``begin, begin + 1, ...`` of each range in turn; ``total`` is the sum of the lengths, known on the host."""
+    ends = lengths.cumsum(0)
+    which = torch.repeat_interleave(lengths, output_size=total)
+    return begins[which] + torch.arange(total, device=begins.device) - (ends - lengths)[which]
