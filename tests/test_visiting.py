@@ -13,7 +13,7 @@ from moba_megatron.context_parallel import Sequences, context_parallel_attention
 from moba_megatron.context_parallel.services import chunk_homes, pieces_are_chunks, ranges
 from moba_megatron.context_parallel.visiting import by_chunk
 from moba_megatron.context_parallel.visitors import visitors_bwd, visitors_fwd
-from moba_megatron.context_parallel.ways import (FETCH, GATHER, MIXED, OVERLOAD, VISIT, WAYS, RowSizes, cheapest_way,
+from moba_megatron.context_parallel.ways import (FETCH, GATHER, MIXED, RELAYED_FROM, VISIT, WAYS, RowSizes, cheapest_way,
                                                  copies_of, home_of_chunks, mixed_servers, seconds_of_service,
                                                  seconds_of_ways)
 from moba_megatron.ops import moba_attention
@@ -176,13 +176,14 @@ def test_a_sink_is_copied_and_its_queries_stay(results, size):
     """All choose the first chunk, of rank 0: the others fetch it; what else they choose they fetch or visit."""
     case = next(c for c in CASES if c[0] == "sink")
     *_, chunk_size, _, _, _, d, dv, _, dtype = case
-    chunk = chunk_size * (d + dv) * dtype.itemsize
-    for rank, result in enumerate(results[:size]):
-        _, sent, (leaving, _) = result["mixed", "sink", size]
-        assert sent["fwd gather"] == sent["bwd gather"] and sent["fwd gather"] % chunk == 0
-        assert sent["fwd gather"] >= (size - 1) * chunk * (rank == 0)
-        assert sent["bwd reduce"] >= chunk * (rank > 0), "fp64 sums of dk and dv"
+    row = (d + dv) * dtype.itemsize
+    found = [result["mixed", "sink", size][1:] for result in results[:size]]
+    for rank, (sent, (leaving, _)) in enumerate(found):
+        assert sent["fwd gather"] == sent["bwd gather"] and sent["fwd gather"] % row == 0
+        assert sent["bwd reduce"] >= chunk_size * row * (rank > 0), "fp64 sums of dk and dv"
         assert sent["fwd visit"] < leaving * d * dtype.itemsize or leaving == 0
+    owner, rest = found[0][0]["fwd gather"], sum(sent["fwd gather"] for sent, _ in found[1:])
+    assert owner >= (size - 1) * chunk_size * row if size <= RELAYED_FROM else 0 < owner < rest / 2
 
 
 @pytest.mark.parametrize("size", SIZES)

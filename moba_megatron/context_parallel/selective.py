@@ -9,7 +9,8 @@ A layer whose choices cover nearly everything is gathered whole instead. K and V
 they are read, one group of heads at a time; rows that did not travel are never touched.
 
 On many ranks all queries of a rank together choose nearly everything, and a few rows of each are less than what they
-choose: where that is cheaper, the queries travel (``visiting``; what is cheaper is reckoned in ``ways``).
+choose. There it is decided for each rank, kv head and chunk whether queries travel, or a copy of the chunk
+(``visiting``; what is cheaper is reckoned in ``ways``).
 """
 from __future__ import annotations
 
@@ -26,12 +27,14 @@ from .rows import place_own, take_own
 from .services import chunk_homes, pieces_are_chunks, table_of_choices
 from .travel import Travel, true_numbers
 from .visiting import Visiting
-from .ways import MIXED, VISIT, VISITS_FROM, RowSizes, cheapest_way
+from .ways import GATHER, VISITS_FROM, RowSizes, cheapest_way
 from .whole import Grads, Saved
 
 GATHER_SHARE = 0.5
 """From this share of the rows on, the whole is gathered: picking rows out and putting them in costs extra copies. The
 zigzag's causal order alone leaves 3/4. Reckoned, not measured."""
+SERVED = "served"
+"""What :class:`Visiting` saved follows."""
 
 
 class Selective(Gathered):
@@ -48,7 +51,7 @@ class Selective(Gathered):
         service = self._service(routings, q, v)
         if service is not None:
             o, saved = self._visiting().attend_chosen(q, k, v, groups, choices, *service)
-            return o, [VISIT, *saved]
+            return o, [SERVED, *saved]
         travels = self._travels(routings, groups)
         gathered = self._fetch(k, v, groups, travels, "fwd gather")
         o, saved = self.attend(q, v.shape[2], groups, gathered, choices)
@@ -60,7 +63,7 @@ class Selective(Gathered):
         kept, *saved = saved
         if kept is None:
             return super().backward(do, saved, kv_grad_dtype)
-        if kept == VISIT:
+        if kept == SERVED:
             return self._visiting().backward(do, saved, kv_grad_dtype)
         q, k, v, o, groups, saved = saved
         travels = [Travel(*x) for x in kept]
@@ -73,13 +76,13 @@ class Selective(Gathered):
         return self.attend_bwd(do, (q, k, v, o), groups, saved, gathered, reduce, kv_grad_dtype)
 
     def _service(self, routings: list[Routing], q: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The table of all choices and who serves them where queries had better travel; None where keys had."""
+        """The table of all choices and who serves them; None on few ranks and where all keys had better be gathered."""
         if self.layout.rows.size < VISITS_FROM or not pieces_are_chunks(self.layout):
             return None
         table = table_of_choices(self.layout, routings, self.group)
         sizes = RowSizes(q.element_size(), q.shape[2], v.shape[2], self.layout.segments.chunk_size)
         way, servers = cheapest_way(table, chunk_homes(self.layout), sizes, self.group)
-        return (table, servers) if way in (VISIT, MIXED) else None
+        return None if way == GATHER else (table, servers)
 
     def _visiting(self) -> Visiting:
         return Visiting(self.method, self.layout, self.group, self.head_groups)

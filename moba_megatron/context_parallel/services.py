@@ -1,7 +1,7 @@
 """Which choices visit which rank, and which chunks are copied: lists for one layer and step, made from all choices.
 
 Every rank knows the choices of all ranks and who serves them (``ways``), so both ends of a message know its length. The
-host reads 4 P numbers a group of heads, its only wait.
+host reads 6 P numbers a group of heads, its only wait.
 """
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch.nn.functional import pad
 
 from ..segments import Routing
 from .comm import all_gather
+from .copies import Copies, copy_counts, make_copies
 from .head_groups import HeadGroups
 from .layout import ZigzagLayout
-from .travel import Travel, true_numbers
-from .ways import copies_of, home_of_chunks
+from .ways import copies_of, home_of_chunks, is_relayed
 
 
 def pieces_are_chunks(layout: ZigzagLayout) -> bool:
@@ -65,22 +65,20 @@ class Service:
     """What this rank serves of one group of kv heads, and what of its queries others serve.
 
     Args:
-        copies: chunks before the rank's own, of each kv head: the most that one has.
-        travel: rows of those chunks; they are read from ``[copies * chunk_size + T, h, D]``.
+        copies: of others' chunks, before the rank's own.
         chunk_here: int32 ``[h, chunk ids + 1]``, which chunk here it is if its own queries attend to it here, else -1.
         most: visitors of one (kv head, chunk), upper bound.
         rounds: of visits.
     """
 
-    copies: int
-    travel: Travel
+    copies: Copies
     chunk_here: Tensor
     most: int
     rounds: list[Visit]
 
     def saved(self) -> list:
         """What backward needs, for autograd."""
-        return [self.copies, self.travel.saved(), self.most,
+        return [self.copies.saved(), self.most,
                 [[x.choices, x.leaving, x.coming, x.order, x.cu_visitors] for x in self.rounds]]
 
 
@@ -91,28 +89,27 @@ class Demand:
     Args:
         leaving: int64 ``[HK, chunk ids]``, choices of this rank that others serve.
         servers: int64 of that shape, who serves this rank's.
+        relayed: bool of that shape, which chunks are copied through relays.
         coming: int32 ``[P, HK, chunk ids]``, choices of each other rank that this one serves.
-        given: bool ``[P, HK, M]``, which of its M chunks this rank gives to each.
-        taken: bool ``[P, HK, M]``, which of each rank's chunks this one takes.
-        held: bool ``[HK, chunk ids]``, the same by chunk.
+        copies: bool of that shape, which rank has copies of what.
     """
 
     leaving: Tensor
     servers: Tensor
+    relayed: Tensor
     coming: Tensor
-    given: Tensor
-    taken: Tensor
-    held: Tensor
+    copies: Tensor
 
     def of(self, kv_heads: slice) -> "Demand":
         return Demand(*(x[kv_heads] if x.dim() == 2 else x[:, kv_heads] for x in vars(self).values()))
 
-    def numbers(self) -> Tensor:
-        """What the host must know: rows to and from each rank, chunks to and from each rank, copies, most visitors."""
-        size = len(self.coming)
-        sent = self.leaving.new_zeros(size).scatter_add_(0, self.servers.flatten(), self.leaving.flatten())
-        others = [x.sum((1, 2)) for x in (self.coming, self.given, self.taken)]
-        return torch.cat((sent, *others, self.held.sum(1).amax()[None], self.coming.sum(0).amax()[None]))
+    def numbers(self, homes: Tensor, rank: int) -> Tensor:
+        """What the host must know: choices to and from each rank, :func:`copy_counts`, places for copies, most
+        visitors."""
+        sent = self.leaving.new_zeros(len(homes)).scatter_add_(0, self.servers.flatten(), self.leaving.flatten())
+        counts = copy_counts(self.copies, self.relayed, homes, rank).flatten()
+        return torch.cat((sent, self.coming.sum((1, 2)), counts, self.copies[rank].sum(1).amax()[None],
+                          self.coming.sum(0).amax()[None]))
 
 
 def make_services(layout: ZigzagLayout, routings: list[Routing], groups: HeadGroups, table: Tensor, servers: Tensor,
@@ -130,10 +127,10 @@ def make_services(layout: ZigzagLayout, routings: list[Routing], groups: HeadGro
     copies = copies_of(table, servers, home)
     coming = torch.where(servers == rank, table, 0)
     coming[rank] = 0
-    demand = Demand(torch.where(servers[rank] == rank, 0, table[rank]).long(), servers[rank], coming,
-                    copies[:, :, homes[rank]], copies[rank][:, homes].transpose(0, 1), copies[rank])
+    demand = Demand(torch.where(servers[rank] == rank, 0, table[rank]).long(), servers[rank], is_relayed(copies),
+                    coming, copies)
     demands = [demand.of(kv_heads) for _, kv_heads in groups]
-    numbers = torch.stack([x.numbers() for x in demands]).tolist()  # the host waits here
+    numbers = torch.stack([x.numbers(homes, rank) for x in demands]).tolist()  # the host waits here
     return [_service(routing, demand, line, homes, home, rank, layout.segments.chunk_size, capacity)
             for routing, demand, line in zip(routings, demands, numbers)]
 
@@ -141,26 +138,27 @@ def make_services(layout: ZigzagLayout, routings: list[Routing], groups: HeadGro
 def _service(routing: Routing, demand: Demand, numbers: list[int], homes: Tensor, home: Tensor, rank: int,
              chunk_size: int, capacity: int) -> Service:
     size, mine = homes.shape
-    heads, ids = demand.held.shape
-    sent, received, given, taken = (numbers[i * size:(i + 1) * size] for i in range(4))
-    copies, most = numbers[4 * size:]
-    chunk_here = pad(torch.where(demand.held, demand.held.cumsum(1) - 1, -1), (0, 1), value=-1)
-    chunk_here[:, homes[rank]] = copies + torch.arange(mine, device=home.device)
-    travel = _copies_travel(demand, given, taken, homes, chunk_here, chunk_size)
+    heads, ids = demand.leaving.shape
+    sent, received, *counts = (numbers[i * size:(i + 1) * size] for i in range(6))
+    places, most = numbers[6 * size:]
+    held = demand.copies[rank]
+    chunk_here = pad(torch.where(held, held.cumsum(1) - 1, -1), (0, 1), value=-1)
+    chunk_here[:, homes[rank]] = places + torch.arange(mine, device=home.device)
+    copies = make_copies(places, demand.copies, demand.relayed, chunk_here, homes, rank, chunk_size, counts)
     unit = torch.arange(heads * ids, device=home.device).view(heads, ids)
     # rank after rank, of each by kv head, copies before its own chunks
     order = ((demand.servers * heads + unit // ids) * 2 + (demand.servers == home)).flatten().argsort(stable=True)
     choices = routing.entries[ranges(routing.starts.long()[:-1][order], demand.leaving.flatten()[order],
                                      sum(sent))].long()
     # copies of each kv head by id, then what is left of their places, then the rank's own chunks
-    held = torch.where(demand.held, unit % ids, ids).sort(1)[0][:, :copies]
-    here = torch.cat((held, homes[rank].expand(heads, mine)), 1)
+    copied = torch.where(held, unit % ids, ids).sort(1)[0][:, :places]
+    here = torch.cat((copied, homes[rank].expand(heads, mine)), 1)
     visitors = pad(demand.coming, (0, 1)).gather(2, here.expand(size, *here.shape)).long()
     limit = max(1, -(-capacity // max(1, size - 1)))
     rounds = [_round(choices, visitors, sent, received, i * limit, limit)
               for i in range(max(1, -(-max(sent + received) // limit)))]
     served_here = pad(demand.servers == rank, (0, 1))
-    return Service(copies, travel, torch.where(served_here, chunk_here, -1).int(), most, rounds)
+    return Service(copies, torch.where(served_here, chunk_here, -1).int(), most, rounds)
 
 
 def _round(choices: Tensor, visitors: Tensor, sent: list[int], received: list[int], begin: int, limit: int) -> Visit:
@@ -173,23 +171,6 @@ def _round(choices: Tensor, visitors: Tensor, sent: list[int], received: list[in
     order = ranges(begins.T.flatten(), inside.T.flatten(), sum(coming))
     total = inside.sum(0).cumsum(0)
     return Visit(choices, leaving, coming, order, torch.cat((total.new_zeros(1), total)).int())
-
-
-def _copies_travel(demand: Demand, given: list[int], taken: list[int], homes: Tensor, chunk_here: Tensor,
-                   chunk_size: int) -> Travel:
-    """Rows of chunks that are copied: both sides list them by kv head, and then in the owner's order."""
-    size, heads, mine = demand.given.shape
-    within = torch.arange(chunk_size, device=homes.device)
-
-    def rows(chunk: Tensor, head: Tensor) -> Tensor:
-        return ((chunk[:, None] * chunk_size + within) * heads + head[:, None]).flatten()
-
-    number = true_numbers(demand.given, sum(given))
-    send = rows(number % mine, number // mine % heads)
-    number = true_numbers(demand.taken, sum(taken))
-    head, chunk = number // mine % heads, homes[number // (heads * mine), number % mine]
-    take = rows(chunk_here[head, chunk], head)
-    return Travel(send, tuple(n * chunk_size for n in given), take, tuple(n * chunk_size for n in taken))
 
 
 def ranges(begins: Tensor, lengths: Tensor, total: int) -> Tensor:

@@ -20,7 +20,7 @@ class Travel:
 
     Args:
         send: int64 ``[n]``, rows of this rank's ``[T, h, D]``, flattened to ``[T * h, D]``: for rank 0, rank 1, ...
-        send_counts: how many go to each rank.
+        send_counts: how many go to each rank; what a rank has for itself is copied.
         take: int64 ``[m]``, rows of the tensor ``[R, h, D]`` where they are read, flattened: what comes from rank 0,
             rank 1, ...
         take_counts: how many come from each rank.
@@ -47,7 +47,7 @@ class Travel:
         heads = x.shape[1]
         message = x[self.send // heads, self.send % heads]
         arrived = message.new_empty(self.take.numel(), x.shape[2])
-        works = exchange(parts(arrived, self.take_counts), parts(message, self.send_counts), x.device, group, stage)
+        works = _exchange(arrived, self.take_counts, message, self.send_counts, group, stage)
 
         def finish(arrived: Tensor) -> Tensor:
             out = place(x)
@@ -62,18 +62,29 @@ class Travel:
 
         Args:
             own: ``[T, h, D]``, contiguous, this rank's part of the sums of its rows; the others' are added to it.
-            out: the wait writes the sums here.
+            out: the wait writes the sums here; may be ``own``.
         """
         message = x.flatten(0, 1).index_select(0, self.take)
         arrived = message.new_empty(self.send.numel(), x.shape[2])
-        works = exchange(parts(arrived, self.send_counts), parts(message, self.take_counts), x.device, group, stage)
+        works = _exchange(arrived, self.send_counts, message, self.take_counts, group, stage)
 
         def finish(arrived: Tensor) -> Tensor:
             for to, part in zip(self.send.split(self.send_counts), arrived.split(self.send_counts)):
                 own.flatten(0, 1).index_add_(0, to, part)  # a row occurs once: the order of sums is the ranks'
-            return out.copy_(own)
+            return out if out is own else out.copy_(own)
 
         return Pending(works, arrived, message, stage, finish)
+
+
+def _exchange(arrived: Tensor, take_counts: tuple[int, ...], message: Tensor, send_counts: tuple[int, ...],
+              group: dist.ProcessGroup, stage: str) -> list:
+    """Handles of the messages between ranks; what a rank has for itself is there at once."""
+    me = dist.get_rank(group)
+    outputs, inputs = parts(arrived, take_counts), parts(message, send_counts)
+    if outputs[me] is not None:
+        outputs[me].copy_(inputs[me])
+        outputs[me] = inputs[me] = None
+    return exchange(outputs, inputs, message.device, group, stage)
 
 
 def true_numbers(mask: Tensor, count: int) -> Tensor:

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from ..segments import Routing, Segments
 from .comm import Pending, exchange
+from .copies import Copies
 from .gather import Gathered, sum_dtype
 from .head_groups import HeadGroups, Prefetch
 from .services import Service, Visit, make_services
-from .travel import Travel, parts
+from .travel import parts
 from .visitors import visitors_bwd, visitors_fwd
 from .whole import Grads, Saved
 
@@ -59,7 +60,7 @@ class Visiting(Gathered):
         row = 2 * (q.shape[2] + v.shape[2]) * q.element_size()
         capacity = self.capacity or max(1, VISITORS_BYTES // row)
         services = make_services(self.layout, [routing for _, routing in choices], groups, table, servers, capacity)
-        fetched = self._fetch_copies(k, v, groups, [(x.copies, x.travel) for x in services], "fwd gather")
+        fetched = self._fetch_copies(k, v, groups, [x.copies for x in services], "fwd gather")
         o = q.new_empty(*q.shape[:2], v.shape[2])
         saved = []
         for (heads, _), (selected, _), service in zip(groups, choices, services):
@@ -71,31 +72,25 @@ class Visiting(Gathered):
         q, k, v, o, groups, saved = saved
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         dk, dv = (torch.empty(x.shape, dtype=kv_grad_dtype, device=x.device) for x in (k, v))
-        services = [(copies, Travel(*travel)) for (copies, travel, *_), *_ in saved]
-        fetched = self._fetch_copies(k, v, groups, services, "bwd gather")
-        for (heads, kv_heads), rest in zip(groups, saved):
-            self._attend_here_bwd(do[:, heads], q[:, heads], fetched, o[:, heads], rest,
+        copies = [Copies.restored(x) for (x, *_), *_ in saved]
+        fetched = self._fetch_copies(k, v, groups, copies, "bwd gather")
+        for (heads, kv_heads), rest, held in zip(groups, saved, copies):
+            self._attend_here_bwd(do[:, heads], q[:, heads], fetched, o[:, heads], rest, held,
                                   (dq[:, heads], dk[:, kv_heads], dv[:, kv_heads]))
         return dq, dk, dv
 
-    def _fetch_copies(self, k: Tensor, v: Tensor, groups: HeadGroups, services: list, stage: str) -> Prefetch:
-        """Of each group K and V ``[copies * chunk_size + T, h, D]``."""
+    def _fetch_copies(self, k: Tensor, v: Tensor, groups: HeadGroups, copies: list[Copies], stage: str) -> Prefetch:
+        """Of each group K and V, the copies before the rank's own rows."""
         def start(i: int) -> tuple[Pending, ...]:
-            copies, travel = services[i]
-
-            def place(x: Tensor) -> Tensor:
-                out = x.new_empty(copies * self.layout.segments.chunk_size + x.shape[0], *x.shape[1:])
-                out[-x.shape[0]:] = x
-                return out
-
-            return tuple(travel.start(x[:, groups[i][1]], self.group, stage, place) for x in (k, v))
+            return tuple(copies[i].start(x[:, groups[i][1]], self.layout.segments.chunk_size, self.group, stage)
+                         for x in (k, v))
 
         return Prefetch(start, [kv_heads.stop - kv_heads.start for _, kv_heads in groups])
 
-    def _segments_here(self, copies: int, device: torch.device) -> Segments:
+    def _segments_here(self, places: int, device: torch.device) -> Segments:
         """This rank's rows as one sequence, after the copies."""
         size, rows = self.layout.segments.chunk_size, self.layout.rows.local
-        before, total = copies * size, copies * size + rows
+        before, total = places * size, places * size + rows
         places = torch.tensor([[0, rows, 0, 0], [0, total, 0, 0], [0, 0, 0, 0], [before, 0, 0, 0]],  # 16 bytes each
                               dtype=torch.int32, device=device)
         return Segments(places[0, :2], places[1, :2], places[2, :1], places[3, :1], rows, total, size)
@@ -106,7 +101,7 @@ class Visiting(Gathered):
         queries, choices_per_row = q.flatten(0, 1), selected.shape[2]
         arriving = self._send_queries((queries,), service.rounds[0], choices_per_row, "fwd visit")
         k, v = (x.wait() for x in fetched.take())
-        segments = self._segments_here(service.copies, q.device)
+        segments = self._segments_here(service.copies.places, q.device)
         kv_head = torch.arange(q.shape[1], device=q.device) // (q.shape[1] // k.shape[1])
         here = service.chunk_here[kv_head[:, None], selected.long()]  # -1 reads the last entry, which is -1
         routing = stages.route(here, k.shape[1], segments.num_chunks(k.shape[0]))
@@ -125,16 +120,16 @@ class Visiting(Gathered):
         lse = _merge(o, lse, o_slots, lse_slots, out)
         return [service.saved(), lse, here, routing.entries, routing.starts, choices_per_row]
 
-    def _attend_here_bwd(self, do: Tensor, q: Tensor, fetched: Prefetch, o: Tensor, saved: list,
+    def _attend_here_bwd(self, do: Tensor, q: Tensor, fetched: Prefetch, o: Tensor, saved: list, copies: Copies,
                          outs: tuple[Tensor, ...]) -> None:
         """Writes dq, dk, dv of one group of heads to ``outs``."""
-        (copies, travel, most, rounds), lse, here, entries, starts, choices_per_row = saved
+        (_, most, rounds), lse, here, entries, starts, choices_per_row = saved
         rounds, method, size = [Visit(*x) for x in rounds], self.method, self.layout.segments.chunk_size
         tensors = [x.flatten(0, 1) for x in (do, q, o, lse)]
         arriving = self._send_queries(tensors, rounds[0], choices_per_row, "bwd visit")
         k, v = (x.wait() for x in fetched.take())
         dq, *sums = method.stages.attention_bwd(
-            do, None, q, k, v, o, lse, here, self._segments_here(copies, q.device), method.softmax_scale,
+            do, None, q, k, v, o, lse, here, self._segments_here(copies.places, q.device), method.softmax_scale,
             deterministic=method.deterministic, kv_grad_dtype=sum_dtype(k.dtype), routing=Routing(entries, starts))
         k, v = by_chunk(k, size), by_chunk(v, size)
         slots = dq.new_zeros(dq.shape[0] * dq.shape[1] * choices_per_row, dq.shape[2])
@@ -148,7 +143,7 @@ class Visiting(Gathered):
             for x, part in zip(sums, served):
                 x += _by_token(part, x.shape)
             slots.index_copy_(0, visit.choices, back.wait())
-        reducing = [Travel(*travel).give_back(x, x[copies * size:], out, self.group, "bwd reduce")
+        reducing = [copies.give_back(x, x[copies.places * size:], out, self.group, "bwd reduce")
                     for x, out in zip(sums, outs[1:])]
         total = dq.to(sum_dtype(k.dtype))
         for part in slots.view(*dq.shape[:2], choices_per_row, -1).unbind(2):

@@ -27,6 +27,8 @@ PASSES = 3.5
 """Forward and backward over forward."""
 OVERLOAD = 1.1
 """Work of a rank over the mean, above which visitors of its chunks are sent to copies elsewhere."""
+RELAYED_FROM = 4
+"""Copies of a chunk from which on slices of it are passed on by all ranks: its owner sends it once."""
 VISIT, GATHER, FETCH, MIXED = WAYS = "visit", "gather", "fetch", "mixed"
 
 
@@ -97,10 +99,13 @@ def seconds_of_service(table: Tensor, servers: Tensor, home: Tensor, sizes: RowS
     away = _away(_wide(table), servers)
     leaving, coming = away.sum((1, 2)), _added_up(servers, away, len(table))
     copies = copies_of(table, servers, home)
-    fetched, given = copies.sum((1, 2)), _added_up(home.expand(copies.shape[1:]), copies.sum(0), len(table))
+    relayed, number = is_relayed(copies), copies.sum(0)
+    fetched, at = copies.sum((1, 2)), home.expand(number.shape)
+    given = _added_up(at, torch.where(relayed, 1, number), len(table))
     (out, back), (copy, sums) = sizes.visit, sizes.copy
-    sent = leaving * out + coming * back + given * copy + fetched * sums
-    received = leaving * back + coming * out + given * sums + fetched * copy
+    passed, slices = (torch.where(relayed, x, 0).sum() / len(table) for x in (number, 1))  # by every relay
+    sent = leaving * out + coming * back + given * copy + fetched * sums + passed * copy + slices * sums
+    received = leaving * back + coming * out + given * sums + fetched * copy + passed * sums + slices * copy
     work = _wide(table).sum((1, 2)) - leaving + coming
     return torch.maximum(sent, received).max().double() / link + work.max().double() * sizes.work
 
@@ -166,6 +171,11 @@ def copies_of(table: Tensor, servers: Tensor, home: Tensor) -> Tensor:
     served = torch.zeros(table.shape, dtype=torch.int32, device=table.device)
     served.scatter_add_(0, servers, (table > 0).int())
     return (served > 0) & (home != _ranks(table))
+
+
+def is_relayed(copies: Tensor) -> Tensor:
+    """Which chunks so many ranks want that they go through relays (``copies.Copies``): bool ``[HK, chunk ids]``."""
+    return copies.sum(0) >= RELAYED_FROM
 
 
 def _away(table: Tensor, servers: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..bench import environment, report, timing
 from ..bench.distributed import Ranks, join, leave
 from ..context_parallel import Sequences, context_parallel_attention, record_waits, selective
-from ..context_parallel.ways import FETCH, LINK, MIXED, VISIT, RowSizes, seconds_of_ways
+from ..context_parallel.ways import FETCH, LINK, MIXED, RELAYED_FROM, VISIT, RowSizes, seconds_of_ways
 from ..ops import get_stages, moba_attention
 from ..segments import Segments
 from .exchange import query_bytes
@@ -136,17 +136,34 @@ def counted_bytes(name: str, job: Job, selected: Tensor, size: int, item: int) -
     homes = numpy.argsort(home, kind="stable").reshape(size, -1)
     sizes = RowSizes(item, job.dim, job.dim, job.chunk_size)
     servers = servers_of(SELECTIVE[name], torch.from_numpy(table), torch.from_numpy(homes), sizes).numpy()
-    row, wide, chunk, me = job.dim * item, 4, 2 * job.chunk_size * job.dim, numpy.arange(size)[:, None, None]
+    row, wide, me = job.dim * item, 4, numpy.arange(size)[:, None, None]
     out, back = 4 * row + wide, 2 * row + wide  # q; q, do, o, lse. o, lse; dq
     assert item != 2 or out + back == sum(query_bytes(job.dim))
     sent = numpy.where(servers != me, table, 0).sum((1, 2)) * out
+    copied = numpy.zeros(table.shape, dtype=bool)
     for server in range(size):
         served = (servers == server) & (table > 0)
         sent[server] += table[numpy.where(me == server, False, served)].sum() * back
-        copied = served.any(0) & (home != server)
-        sent[server] += copied.sum() * chunk * 4  # fp32 sums; its owners send K and V twice
-        numpy.add.at(sent, numpy.broadcast_to(home, copied.shape)[copied], chunk * 2 * item)
+        copied[server] = served.any(0) & (home != server)
+    rows = _copied_rows(copied, home, job.chunk_size) * 2 * job.dim
+    sent += rows.sum(1) * 2 * item + rows.sum(0) * 4  # K and V twice; fp32 sums of dK and dV come back
     return sent.tolist()
+
+
+def _copied_rows(copied: numpy.ndarray, home: numpy.ndarray, chunk_size: int) -> numpy.ndarray:
+    """``[P, P]`` rows from a rank to another: chunks that few ranks copy go to them, slices of others to all ranks."""
+    size = len(copied)
+    rows, slices = numpy.zeros((size, size), dtype=numpy.int64), numpy.zeros(size, dtype=numpy.int64)
+    numpy.add.at(slices, numpy.arange(chunk_size) * size // chunk_size, 1)
+    for head, chunk in zip(*numpy.nonzero(copied.any(0))):
+        takers = numpy.flatnonzero(copied[:, head, chunk])
+        if len(takers) < RELAYED_FROM:
+            rows[home[chunk], takers] += chunk_size
+        else:
+            rows[home[chunk]] += slices
+            rows[:, takers] += slices[:, None]
+    numpy.fill_diagonal(rows, 0)
+    return rows
 
 
 def main(argv: list[str] | None = None) -> int:
