@@ -1,7 +1,12 @@
 #!/usr/bin/env bash
 # Every kernel at awkward shapes under compute-sanitizer (CUDA toolkit): memcheck, racecheck, initcheck, synccheck.
 # usage: launch/sanitize.sh [FOLDER]     logs and a summary go to FOLDER (runs/sanitizer); status 0 where all are clean
-#        COMPUTE_SANITIZER=PATH          another one than PATH's
+#        COMPUTE_SANITIZER=PATH          another one than PATH's, such as a newer toolkit's (from 2026.1 on racecheck
+#                                        judges warp-specialised kernels too); its libraries must lie beside it
+#        TOOLS="memcheck initcheck"      these only; TOOLS= compiles, and stops there
+#        COMPILED=1                      the kernels are in Triton's cache, and a run without the sanitizer was good
+# The tools side by side:  TOOLS= launch/sanitize.sh && for tool in memcheck racecheck initcheck synccheck; do
+#                              COMPILED=1 TOOLS=$tool launch/sanitize.sh runs/sanitizer/$tool & done; wait
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-runs/sanitizer}
@@ -24,10 +29,12 @@ check() {  # NAME TOOL PROGRAM [OPTION ...]: logs to NAME.log, adds to the summa
 }
 
 "$sanitizer" --version | grep Version | tee "$out/summary.txt"
-echo "compiling, without the sanitizer"
-"$python" tests/gpu/sanitizer.py >"$out/plain.log" 2>&1 || { cat "$out/plain.log"; exit 1; }
+if [ -z "${COMPILED:-}" ]; then
+    echo "compiling, without the sanitizer"
+    "$python" tests/gpu/sanitizer.py >"$out/plain.log" 2>&1 || { cat "$out/plain.log"; exit 1; }
+fi
 failed=0
-for tool in ${TOOLS:-memcheck racecheck initcheck synccheck}; do
+for tool in ${TOOLS-memcheck racecheck initcheck synccheck}; do
     options=(--kernel-name kernel_substring=_kernel)
     [ "$tool" != racecheck ] || options+=(--kernel-name-exclude kernel_substring=_hopper)
     check "$tool" "$tool" sanitizer.py "${options[@]}" || failed=1
@@ -35,7 +42,7 @@ done
 
 # Warp-specialised kernels: racecheck before 2026.1 reports mbarriers and warp groups wrongly (so its release notes).
 # It decides only where it finds none in a kernel that has none; else tests/gpu/test_hopper_delays.py is what decides.
-if [[ " ${TOOLS:-racecheck} " == *" racecheck "* ]] && "$python" tests/gpu/sanitizer.py --hopper; then
+if [[ " ${TOOLS-racecheck} " == *" racecheck "* ]] && "$python" tests/gpu/sanitizer.py --hopper; then
     options=(--kernel-name kernel_substring=_hopper --num-cuda-barriers 64)
     check racecheck-control racecheck racecheck_control.py "${options[@]}"
     control=$?

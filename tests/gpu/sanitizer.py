@@ -6,13 +6,17 @@ from pathlib import Path
 import torch
 
 sys.path[:0] = [str(Path(__file__).parents[i]) for i in (0, 1, 2)]
+import comparison
 import decoding
+import launched
+import test_attention_fwd
 import test_decode
 import test_key_convolution
 import test_op
 
 from moba_megatron import kernels, moba_attn_varlen
-from moba_megatron.kernels import hopper
+from moba_megatron.inspect import kernels as router_kernels
+from moba_megatron.kernels import copying, hopper
 from moba_megatron.ops.decode import moba_decode
 
 NAMES = ["packed, ragged, empty", "gqa", "chunk not a power of two", "smallest chunk", "large chunk", "D 80",
@@ -58,21 +62,75 @@ def decode(chunk, topk, **case) -> None:
     assert o.isfinite().all()
 
 
+def run_parts(**case) -> None:
+    """The kernels for pieces of sequences, as under context parallelism: they are put in order for dk and dv."""
+    q, k, v, selected, segments = test_attention_fwd.problem(**case)
+    o, lse = kernels.attention_fwd(q, k, v, selected, segments, 0.1)
+    grads = kernels.attention_bwd(torch.randn_like(o), None, q, k, v, o, lse, selected, segments, 0.1)
+    torch.cuda.synchronize()
+    assert all(x.isfinite().all() for x in (o, lse, *grads))
+
+
+def watch_router(lengths, chunk, topk, samples, **case) -> None:
+    """The kernels of the router's statistics."""
+    q, k, _, _, _, arguments = test_op.make(lengths, chunk, topk, **case)
+    total = q.shape[0]
+    selected, segments = comparison.selection(q, k, *arguments)
+    sequence, position = segments.query_positions(total)
+    rows = total - 1 - torch.arange(samples, device="cuda") * total // samples
+    own = segments.first_chunk()[sequence] + position // chunk
+    places = rows, own[rows], sequence[rows], position[rows]
+    groups = torch.arange(total, device="cuda") % 4 - 1
+    counts = router_kernels.counts(selected, groups, 3, segments.num_chunks(total))
+    recalls = router_kernels.recalls(q, k, selected, segments, places, 0.1)
+    torch.cuda.synchronize()
+    assert counts.sum() == (selected[groups >= 0] >= 0).sum() and recalls.isfinite().all()
+
+
+def copy(rows, width, source_pitch, target_pitch) -> None:
+    """The kernel that copies rows; nothing lies behind the last one."""
+    sizes = [(rows - 1) * pitch + width for pitch in (source_pitch, target_pitch)]
+    source, target = (torch.arange(size, device="cuda").to(torch.uint8) for size in sizes)
+    copying.copy_rows(source.data_ptr(), target.data_ptr(), rows, width, source_pitch, target_pitch,
+                      torch.cuda.current_stream())
+    torch.cuda.synchronize()
+    assert torch.equal(*(x.as_strided((rows, width), (pitch, 1))
+                         for x, pitch in ((source, source_pitch), (target, target_pitch))))
+
+
 PROGRAMS = {name: (run, case) for name, case in CASES.items()}
 PROGRAMS |= {f"convolution, {name}": (convolve, test_key_convolution.CASES[name])
              for name in ("packed, ragged, empty", "five taps, halo", "odd heads and dims")}
 PROGRAMS |= {f"decoding, {name}": (decode, test_decode.CASES[name])
              for name in ("empty, one key, less than a chunk", "pages that cut chunks, left padding", "D 24, DV 20",
                           "topk 13", "bf16, chunk 100", "fp16, D 192, DV 128")}
+PARTS = [(0, 400, 300), (1, 3, 397), (0, 0, 1), (0, 700, 211)]  # sequence, offset, length
+PROGRAMS |= {
+    "pieces of sequences": (run_parts, dict(lengths=[1000, 400], chunk=48, topk=4, heads=4, kv_heads=2, dim=64,
+                                            parts=PARTS)),
+    "pieces of sequences, D 128": (run_parts, dict(lengths=[1000, 400], chunk=128, topk=3, parts=PARTS)),
+    "router, packed, ragged, empty": (watch_router, dict(lengths=[0, 131, 7, 0, 333], chunk=16, topk=4, kv_heads=2,
+                                                         samples=37)),
+    "router, one query, D 80": (watch_router, dict(lengths=[420], chunk=100, topk=3, heads=6, kv_heads=2, dim=80,
+                                                   samples=1)),
+    "router, fp32": (watch_router, dict(lengths=[333], chunk=64, topk=3, heads=3, kv_heads=1, dtype=torch.float32,
+                                        samples=50)),
+    "copies, one row": (copy, dict(rows=1, width=4144, source_pitch=4144, target_pitch=4144)),
+    "copies, seven rows": (copy, dict(rows=7, width=48, source_pitch=48, target_pitch=160)),
+    "copies, more than a round of blocks": (copy, dict(rows=600, width=2064, source_pitch=4096, target_pitch=2064)),
+}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", nargs="+", default=list(PROGRAMS), choices=list(PROGRAMS), metavar="NAME")
     parser.add_argument("--hopper", action="store_true", help="only: status 0 where the kernels for Hopper are in use")
     arguments = parser.parse_args()
+    portable = hopper.portable(torch.empty(1, 1, 128, dtype=torch.bfloat16, device="cuda"))
     if arguments.hopper:
-        sys.exit(hopper.portable(torch.empty(1, 1, 128, dtype=torch.bfloat16, device="cuda")))
+        sys.exit(portable)
     for name in arguments.cases:
         program, case = PROGRAMS[name]
         program(**case)
         print(name, flush=True)
+    if arguments.cases == list(PROGRAMS) and (missing := launched.never_launched(hopper=not portable)):
+        sys.exit(f"no case launches {', '.join(missing)}")
