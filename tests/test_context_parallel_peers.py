@@ -242,12 +242,17 @@ def test_nothing_is_written_before_the_receiver_is_ready():
     rows = [Sequences.uniform(16, 1, torch.device("cpu")).rows(2, r) for r in range(2)]
     x = torch.randn(16, 2, 8)
     results = as_hosts(lambda r: peers[r].fetch(rows[r], [x[rows[r].own_rows][None]], "in"), 2)
-    late = engines[1].queues[2].pop(0)  # rank 1's "ready"
-    pushes = engines[0].queues[1]
-    assert not pushes[0][0](), "rank 0 pushes before rank 1 is ready"
-    while engines[1].queues[1] and engines[1].queues[1][0][0]():
-        engines[1].queues[1].pop(0)[1]()
-    assert not pushes[0][0]()
+    late, *engines[1].queues[1] = engines[1].queues[1]  # rank 1's "ready"
+    held = engines[1].queues[1][:]
+    engines[1].queues[1].clear()
+    outs = results[1]._finish(None)[0]
+    before = outs.clone()
+    for queue in (engines[0].queues[1], engines[1].queues[2], engines[0].queues[2]):
+        while queue and queue[0][0]():
+            queue.pop(0)[1]()
+    assert torch.equal(outs[rows[0].own_rows], before[rows[0].own_rows]), "rank 0 pushed before rank 1 was ready"
+    assert engines[0].queues[1], "rank 0 did not wait"
+    engines[1].queues[1] += held
     late[1]()
     run_in_any_order(engines, random.Random(1))
     assert all(torch.equal(pending.wait()[0], x) for pending in results)

@@ -47,19 +47,20 @@ class Exchanged:
         """q ``[T, H, D]``, k ``[T, HK, D]``, v ``[T, HK, DV]``, the rank's rows: o and what backward needs."""
         groups, size = self._groups(q, k, v), self.rows.size
         copied = k.shape[1] < size
+        # chunks are chosen without v: where it comes fast it comes meanwhile, beside products rather than sums
+        v_later = isinstance(self.inner, Whole) and not copied and peers_for(self.rows, self.group, q.device) is not None
         # k and v, where they are not kept, share no memory with q, which is
-        apart = [[(q, 0)], [(k, 1), (v, 1)]] if copied else [[(q, 0), (k, 1), (v, 1)]]
-        peers = peers_for(self.rows, self.group, q.device)
-        v_last = peers is not None and isinstance(self.inner, Whole) and not copied
-        if v_last:  # chunks are chosen without it
-            apart = [[(q, 0), (k, 1)], [(v, 1)]]
-        arriving = self._fetch(groups, apart, "fwd exchange in")
+        apart = [[(q, 0)], [(k, 1), (v, 1)]] if copied else [[(q, 0), (k, 1)] if v_later else [(q, 0), (k, 1), (v, 1)]]
+        stage = "fwd exchange in"
+        arriving = self._fetch(groups, apart, stage, [[(v, 1)]] if v_later else [])
         o, leaving, saved = self._empty((*q.shape[:2], v.shape[2]), q.dtype, q.device), [], []
         for group in groups:
-            *pending, last = arriving.take()
-            q_part, k_part, *v_part = arrived(pending if v_last else [*pending, last])
-            part, rest = self.inner.forward(q_part, k_part, last.wait if v_last else v_part[0])
-            del q_part, k_part, v_part, last, pending
+            pending = list(arriving.take())
+            if v_later:
+                late = pending.pop() if not saved else self._send([self._parts(v, group[1])], stage)
+                part, rest = self.inner.forward(*arrived(pending), late.wait)
+            else:
+                part, rest = self.inner.forward(*arrived(pending))
             if copied:
                 rest[1] = rest[2] = None
             saved.append(rest)
@@ -93,7 +94,7 @@ class Exchanged:
             grads = self.inner.backward(do_part, rest, grad_dtype, **ahead)
             del do_part, rest
             places = [(dq, size, heads), (dk, kv_parts, kv_heads), (dv, kv_parts, kv_heads)]
-            started = self._deliver_grads(grads, places, i + 1 == len(groups), **ahead)
+            started = self._deliver_grads(grads, places, i + 2 < len(groups), **ahead)
             del grads
             for pending in leaving:
                 pending.wait()
@@ -115,10 +116,15 @@ class Exchanged:
         number = number_of_groups(self.head_groups, kv_heads, q.nbytes, q.nbytes + k.nbytes + v.nbytes, fast)
         return split_heads(q.shape[1] // self.rows.size, kv_heads, number)
 
-    def _fetch(self, groups: HeadGroups, batches: list[list[tuple[Tensor, int]]], stage: str) -> Prefetch:
-        """Exchanges the heads of (tensor, 0 for query heads or 1 for kv heads); those of a batch may travel as one."""
+    def _fetch(self, groups: HeadGroups, batches: list[list[tuple[Tensor, int]]], stage: str,
+               with_first: Sequence[list[tuple[Tensor, int]]] = ()) -> Prefetch:
+        """Exchanges the heads of (tensor, 0 for query heads or 1 for kv heads); those of a batch may travel as one.
+
+        The first group's exchanges ``with_first`` as well.
+        """
         def start(i: int) -> tuple[Pending, ...]:
-            views = [[self._parts(x, groups[i][which]) for x, which in batch] for batch in batches]
+            now = batches if i else [*batches, *with_first]
+            views = [[self._parts(x, groups[i][which]) for x, which in batch] for batch in now]
             return tuple(self._send(together, stage) for batch in views for together in of_one_dim(batch))
 
         return Prefetch(start, [kv_heads.stop - kv_heads.start for _, kv_heads in groups])
@@ -147,22 +153,22 @@ class Exchanged:
         own = [view[me * view.shape[0] // size] for view in views]
         return to_global(self.rows, own, [*packed[:me], None, *packed[me:]], self.group, stage)
 
-    def _deliver_grads(self, grads: Grads, places: list[tuple[Tensor, int, slice]], last: bool,
+    def _deliver_grads(self, grads: Grads, places: list[tuple[Tensor, int, slice]], own_later: bool,
                        milestone: torch.cuda.Event | None = None) -> list[Pending]:
         """Starts to send every rank its rows of dq, dk and dv; dk and dv after ``milestone`` already.
 
         No memory that then travels is what dq's kernels let go of: dk and dv were allocated before the milestone, also
-        where the attention is replayed, and the places that they go to before the first group. This rank's own rows of
-        them are copied beside the next group's products (``last``: there is none), not beside dq's sums, which leave
-        no bandwidth of memory unused.
+        where the attention is replayed, and the places that they go to before the first group. With ``own_later`` this
+        rank's own rows of them are copied beside the next group's products, not beside dq's sums, which leave no
+        bandwidth of memory unused; where the next group is the last, small one, it would have to wait for them.
         """
         stage = "bwd exchange out"
         if milestone is None:
             return [self._deliver(grads, places, stage)]
         peers, outs = peers_for(self.rows, self.group, grads[0].device), list(map(_place, places))
-        started = [peers.deliver(self.rows, grads[1:], outs[1:], stage, milestone, own=last),
+        started = [peers.deliver(self.rows, grads[1:], outs[1:], stage, milestone, own=not own_later),
                    peers.deliver(self.rows, grads[:1], outs[:1], stage)]
-        if not last:
+        if own_later:
             started.append(peers.deliver_own(self.rows, grads[1:], outs[1:], stage))
         return started
 

@@ -16,9 +16,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .copy_engines import check_call, cuda_driver
+from .copy_engines import DriverError, check_call, cuda_driver
 
 _BUFFER_ID, _ENABLE_PEER_ACCESS = 7, 1  # CU_POINTER_ATTRIBUTE_BUFFER_ID, CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
+_TRIES = 8
 _LARGE = 2 << 20  # bytes that the allocator does not put among small ones, which can be shared in any case
 _SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
@@ -36,7 +37,7 @@ class PeerMemory:
         device: this rank's.
 
     Raises:
-        RuntimeError: memory of this device cannot be shared.
+        DriverError: memory of this device cannot be shared.
     """
 
     DESCRIPTION = 8 + 8 + 64
@@ -49,15 +50,29 @@ class PeerMemory:
         self._handles: dict[tuple[int, int], bytes] = {}
         self._opened: dict[bytes, int] = {}
         try:
-            self.describe(self.empty((_LARGE,), torch.uint8))
-        except RuntimeError:
+            self.empty((_LARGE,), torch.uint8)
+        except DriverError:
             self._settings = _settings_without_expandable_segments()
-            self.describe(self.empty((_LARGE,), torch.uint8))
+            self.empty((_LARGE,), torch.uint8)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor, contiguous, that others can write to; belongs to the current stream."""
+        """An uninitialised tensor, contiguous, that others can write to; belongs to the current stream.
+
+        Raises:
+            DriverError: the allocator gives no memory that can be shared.
+        """
         with torch.cuda.use_mem_pool(self._pool, self._device), self._fixed_segments():
-            return torch.empty(shape, dtype=dtype, device=self._device)
+            unfit = []
+            while True:
+                x = torch.empty(shape, dtype=dtype, device=self._device)
+                try:
+                    self.describe(x)
+                except DriverError:  # left over from before: held, so that the next one is another
+                    unfit.append(x)
+                    if len(unfit) == _TRIES:
+                        raise
+                else:
+                    return x
 
     def describe(self, x: Tensor) -> bytes:
         """For another process's :meth:`address`."""

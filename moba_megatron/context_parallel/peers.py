@@ -138,7 +138,7 @@ class Peers:
         what = f"context parallel exchange {stage!r}, number {number}"
         self._mail.post(number, b"".join(map(self._memory.describe, parts if back else wholes)))
         engines.begin(after)
-        engines.signal(engines.placing, self._tell_ready, number)
+        engines.signal(engines.pushing, self._tell_ready, number)
         for rank in self._others:
             message = self._mail.read(number, rank, what)
             bases += [self._memory.address(message[at:at + size]) for at in range(0, len(message), size)]
