@@ -3,14 +3,18 @@ import json
 
 import numpy
 import pytest
+import torch
 
+from moba_megatron.context_parallel.ways import LINK
 from moba_megatron.inspect.trace import RoutingTrace, save_trace
 from moba_megatron.plan.__main__ import main
+from moba_megatron.plan.calibration import stored
+from moba_megatron.plan.cards import find_card
 from moba_megatron.plan.exchange import query_bytes
+from moba_megatron.plan.measure import Job, counted_bytes
 from moba_megatron.plan.routing import SYNTHETIC, inclusion_of, of_trace, sink, uniform
-from moba_megatron.plan.simulate import (OVERLOAD, Layer, RankTraffic, chunks_travel, exchanged, gathered, homes,
-                                         limits, mixed, queries_travel, spread, traffic_of_selection,
-                                         zigzag_tokens)
+from moba_megatron.plan.simulate import (Layer, RankTraffic, chunks_travel, exchanged, gathered, homes, limits,
+                                         mixed, queries_travel, rate, sweep, traffic_of_selection, zigzag_tokens)
 
 SMALL = Layer(chunk_size=2, topk=2, heads=4, kv_heads=2, head_dim=16)
 KEY_ROW = 2 * 16 * 2
@@ -101,23 +105,40 @@ def test_mixed_takes_the_better_of_both_ways(make, ranks):
     layer = Layer(256, 4, 8, 4, 64)
     routing = make(256, 4)
     ways = [chunks_travel(layer, routing, ranks), queries_travel(layer, routing, ranks)]
-    both = mixed(layer, routing, ranks)
+    both = mixed(layer, routing, ranks, 1e9)
     assert both.worst < 1.35 * min(way.worst for way in ways)
     assert both.work.max() < 1.5 * ways[1].work.max() and both.work.mean() == pytest.approx(1)
+    assert mixed(layer, routing, ranks, 1e12).work.max() < 1.15, "bytes cost little: busy homes are relieved"
+
+
+def test_mixed_is_what_the_schedule_does():
+    """Where every query chooses every earlier chunk nothing is left to chance: the bytes of the real schedule."""
+    chunks, ranks = 16, 4
+    layer = Layer(chunk_size=8, topk=chunks + 1, heads=4, kv_heads=2, head_dim=16)
+    job = Job(chunks * 8, 8, layer.topk, 4, 2, 16, "reference")
+    selected = numpy.arange(chunks)[None, None].repeat(job.tokens, 0).repeat(4, 1)
+    selected = torch.from_numpy(numpy.where(selected < numpy.arange(job.tokens)[:, None, None] // 8, selected, -1))
+    for name, found in (("visit", queries_travel(layer, uniform(chunks, layer.topk), ranks)),
+                        ("mixed", mixed(layer, uniform(chunks, layer.topk), ranks, LINK))):
+        counted = counted_bytes(f"selective, {name}", job, selected, ranks, 2)
+        assert (found.forward + found.backward).sum() == pytest.approx(sum(counted), rel=1e-6)
+    assert found.about["copies"] > 0
+
+
+def test_a_sink_is_passed_on_by_all_ranks():
+    """Its owner does not send it to everybody, so mixed goes on where the best of the other ways stays behind."""
+    layer, card = Layer(256, 4, 8, 4, 64), find_card("h100")
+    rows = {row["comm"]: row for row in sweep(layer, [sink(256, 4)], [64], card, stored())}
+    found = mixed(layer, sink(256, 4), 64, rate(64, card))
+    assert found.about["relayed"] >= 1
+    assert found.worst < 0.4 * min(rows[name]["worst_bytes"] for name in ("chunks travel", "queries travel"))
+    assert rows["mixed"]["worst_bytes"] == found.worst
+    assert rows["selective"]["efficiency"] == max(row["efficiency"] for comm, row in rows.items() if comm != "a2a")
 
 
 def test_many_ranks_move_less_than_a_gather():
     layer, ranks = Layer(256, 4, 8, 4, 64), 128
-    assert mixed(layer, uniform(256, 4), ranks).worst < 0.3 * gathered(layer, 256, ranks).worst
-
-
-def test_hot_chunks_are_shared_out():
-    load, home = numpy.array([90.0, 1, 1, 1, 1, 1, 1, 1]), numpy.eye(8)
-    served, copies = spread(load, home, numpy.zeros(8))
-    assert served.sum(0) == pytest.approx(numpy.ones(8))
-    assert (served @ load).max() <= OVERLOAD * (served @ load).mean() + 1e-9
-    assert copies[0] == 0 and copies.sum() == 7
-    assert spread(numpy.ones(8), home, numpy.zeros(8))[1].sum() == 0
+    assert mixed(layer, uniform(256, 4), ranks, 1e9).worst < 0.3 * gathered(layer, 256, ranks).worst
 
 
 def test_a_trace_keeps_its_routing_when_it_is_stretched(tmp_path):

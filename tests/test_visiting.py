@@ -13,9 +13,9 @@ from moba_megatron.context_parallel import Sequences, context_parallel_attention
 from moba_megatron.context_parallel.services import chunk_homes, pieces_are_chunks, ranges
 from moba_megatron.context_parallel.visiting import by_chunk
 from moba_megatron.context_parallel.visitors import visitors_bwd, visitors_fwd
-from moba_megatron.context_parallel.ways import (FETCH, GATHER, MIXED, RELAYED_FROM, VISIT, WAYS, RowSizes, cheapest_way,
-                                                 copies_of, home_of_chunks, mixed_servers, seconds_of_service,
-                                                 seconds_of_ways)
+from moba_megatron.context_parallel.ways import (FETCH, GATHER, MIXED, RELAYED_FROM, VISIT, WAYS, RowSizes,
+                                                 cheapest_way, copies_of, home_of_chunks, mixed_servers,
+                                                 seconds_of_service, seconds_of_ways)
 from moba_megatron.ops import moba_attention
 from moba_megatron.plan.exchange import query_bytes
 from moba_megatron.plan.measure import SELECTIVE, Job, counted_bytes, make_inputs, measure_way, one_rank

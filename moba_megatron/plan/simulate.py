@@ -5,10 +5,14 @@ at random, and nothing runs on a device. ``traffic_of_selection`` counts the sam
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy
+import torch
+from torch import Tensor
 
+from ..context_parallel.ways import RowSizes, copies_of, is_relayed, mixed_servers
 from .attention_cost import BF16, FP32, AttentionShape
 from .calibration import Calibration
 from .cards import Card
@@ -16,14 +20,6 @@ from .exchange import query_bytes
 from .links import LATENCY, Group, all_gather, link_share
 from .routing import Routing
 
-OVERLOAD = 1.1
-"""Visitors of the busiest rank over the mean, above which copies are made."""
-FETCHED = 2 + FP32 / BF16
-"""Times that a fetched chunk's bytes travel: forward, again for backward, and its dk, dv in fp32."""
-HOT = 0.25
-"""Part of the ranks that fetch a chunk, above which it goes by collectives."""
-MOST_COPIES = 16
-"""Steps of that for each rank, at most."""
 EFFICIENT = 0.5
 """A comm type scales to the most ranks at which a layer still reaches this efficiency."""
 
@@ -56,7 +52,7 @@ class RankTraffic:
     Args:
         forward, backward: from other ranks.
         work: (query, head, key) products of the rank in forward, relative to an even share.
-        about: what else is worth telling, such as how many chunks a rank fetches.
+        about: what else is worth telling, such as how many chunks a rank has copies of.
     """
 
     forward: numpy.ndarray
@@ -116,59 +112,44 @@ def chunks_travel(layer: Layer, routing: Routing, ranks: int) -> RankTraffic:
 
 
 def queries_travel(layer: Layer, routing: Routing, ranks: int) -> RankTraffic:
-    """A (query, head) visits every home of a chunk it chose; (o, lse) come back; dk and dv stay at home."""
-    tokens = zigzag_tokens(routing.chunks, layer.chunk_size, ranks)
-    home = homes(tokens)
-    visit = _visits(routing, home)
-    sent = layer.heads * (tokens * (visit.sum(1)[None] - visit.T)).sum(1)
-    taken = layer.heads * ((layer.chunk_size - tokens) * visit.T).sum(1)
-    forward, backward = _moved(layer, tokens, home, sent, taken)
-    work = layer.chunk_size * layer.heads * home @ routing.inclusion.sum(0)
-    return RankTraffic(forward, backward, work / work.mean())
+    """A choice visits the home of its chunk; (o, lse) come back; dk and dv stay at home."""
+    return _served(layer, routing, ranks, lambda table, home: home.expand(table.shape))
 
 
-def _visits(routing: Routing, home: numpy.ndarray) -> numpy.ndarray:
-    """``[N, P]``: the chance that a query of chunk i goes to rank o.
+def mixed(layer: Layer, routing: Routing, ranks: int, link: float) -> RankTraffic:
+    """For each rank, chunk and kv head visits, or a copy; busy homes relieved: as ``ways`` decides in the real thing.
 
-    A query makes a fixed number of choices, so it misses a home less often than independent choices would. With ``c``
-    choices of which a share ``s`` falls on the home, ``(1 - s)^c`` is exact for one choice; where a chunk is certain
-    the product of misses is. Both are at least the true chance, so the smaller one is taken.
+    Args:
+        link: bytes a second of a rank.
     """
-    choices = numpy.maximum(routing.inclusion.sum(1), 1e-9)[:, None]
-    share = numpy.minimum(routing.inclusion @ home.T / choices, 1.0)
-    return 1 - numpy.minimum((1 - share) ** choices, numpy.exp(routing.log_miss() @ home.T))
+    sizes = RowSizes(BF16, layer.head_dim, layer.head_dim, layer.chunk_size)
+    return _served(layer, routing, ranks, lambda table, home: mixed_servers(table, home, sizes, link))
 
 
-def mixed(layer: Layer, routing: Routing, ranks: int) -> RankTraffic:
-    """For each rank, chunk and kv head the cheaper of the two: fetch the chunk, or send the queries that chose it.
+def _served(layer: Layer, routing: Routing, ranks: int,
+            decide: Callable[[Tensor, Tensor], Tensor]) -> RankTraffic:
+    """What travels where ``decide(choices of ranks, homes)`` tells who serves them; kv heads are alike.
 
-    A rank decides alone: it knows how many of its queries chose a chunk. Visitors of a chunk that would overload its
-    home are served by copies on the least busy ranks (:func:`spread`). Rows are counted a choice, although a query that
-    chose two chunks of one home could travel once. A chunk that more than HOT of the ranks fetch is broadcast, and its
-    dk and dv are summed on the way (a reduction), so that no home takes part in more than one transfer of it.
+    A home is given the rest of a chunk that pieces cut; the real schedule needs whole chunks.
     """
     tokens = zigzag_tokens(routing.chunks, layer.chunk_size, ranks)
     home = homes(tokens)
-    visitors = layer.heads / layer.kv_heads * tokens @ routing.inclusion  # [P, N], of one kv head
-    away = visitors * (1 - home)
-    chunk_bytes = layer.chunk_size * layer.key_bytes / layer.kv_heads
-    fetched = away * sum(query_bytes(layer.head_dim)) > chunk_bytes * FETCHED
-    travelling = numpy.where(fetched, 0.0, away)
-    base = (visitors - travelling).sum(1)
-    load = travelling.sum(0)
-    served, copies = spread(load, home, base)
-    sent, taken = travelling.sum(1) * layer.kv_heads, served @ load * layer.kv_heads
-    forward, backward = _moved(layer, tokens, home, sent, taken)
-    got = fetched.sum(1) * chunk_bytes * layer.kv_heads
-    fetchers = fetched.sum(0)
-    hot = fetchers > ranks * HOT
-    returned = (home @ numpy.where(hot, 0, fetchers) + hot.sum()) * chunk_bytes * layer.kv_heads
-    copied = copies * chunk_bytes * layer.kv_heads
-    copied_back = home @ numpy.maximum(0, ((served > 0) & (home == 0)).sum(0)) * chunk_bytes * layer.kv_heads
-    work = base + served @ load
-    return RankTraffic(forward + got + copied, backward + got + (returned + copied_back) * FP32 / BF16,
-                       work / work.mean(), {"fetched": float(fetched.sum(1).mean()), "copies": float(copies.mean()),
-                                             "hot": int(hot.sum())})
+    choices = layer.heads / layer.kv_heads * tokens @ routing.inclusion  # [P, N], of one kv head
+    table, at = torch.from_numpy(choices)[:, None], torch.from_numpy(tokens.argmax(0))
+    servers = decide(table, at)
+    copied = copies_of(table, servers, at)
+    relayed, copies = is_relayed(copied)[0].numpy(), copied[:, 0].numpy()
+    servers = servers[:, 0].numpy()
+    away = numpy.where(servers != numpy.arange(ranks)[:, None], choices, 0.0)
+    taken = numpy.bincount(servers.ravel(), away.ravel(), ranks)
+    forward, backward = _moved(layer, tokens, home, away.sum(1) * layer.kv_heads, taken * layer.kv_heads)
+    chunk, wanted = layer.chunk_size * layer.key_bytes, copies.sum(0)
+    slices, passed = relayed.sum() / ranks, wanted[relayed].sum() / ranks  # what each relay gets, and passes on
+    got = (copies.sum(1) + slices) * chunk
+    returned = (home @ numpy.where(relayed, 1, wanted) + passed) * chunk
+    work = choices.sum(1) - away.sum(1) + taken
+    return RankTraffic(forward + got, backward + got + returned * FP32 / BF16, work / work.mean(),
+                       {"copies": float(copies.sum(1).mean()), "relayed": int(relayed.sum())})
 
 
 def homes(tokens: numpy.ndarray) -> numpy.ndarray:
@@ -193,32 +174,10 @@ def _moved(layer: Layer, tokens: numpy.ndarray, home: numpy.ndarray, sent: numpy
     return forward, taken * (back - q) + sent * q + given * FP32 / BF16
 
 
-def spread(load: numpy.ndarray, home: numpy.ndarray, base: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Moves visitors of the busiest ranks' chunks to copies on the least busy ranks.
-
-    Args:
-        load: ``[N]`` visitors of each chunk.
-        home: ``[P, N]`` of :func:`homes`.
-        base: ``[P]`` what a rank has to do besides.
-
-    Returns:
-        ``[P, N]`` part of a chunk's visitors that a rank serves; ``[P]`` copies that it was given.
-    """
-    served, copies = home.copy(), numpy.zeros(len(home))
-    busy = base + served @ load
-    mean = busy.mean()
-    for _ in range(MOST_COPIES * len(home)):
-        top, low = int(busy.argmax()), int(busy.argmin())
-        chunk = int((served[top] * load).argmax())
-        if busy[top] <= OVERLOAD * mean or not load[chunk]:
-            break
-        moved = min(served[top, chunk] * load[chunk], busy[top] - mean, mean - busy[low])
-        copies[low] += served[low, chunk] == 0
-        served[top, chunk] -= moved / load[chunk]
-        served[low, chunk] += moved / load[chunk]
-        busy[top] -= moved
-        busy[low] += moved
-    return served, copies
+def rate(ranks: int, card: Card) -> float:
+    """Bytes a second of a rank where its partners are; the network's as soon as some are in other machines."""
+    between = Group(ranks).inside(card) < ranks
+    return (card.network if between else card.link).value * link_share()
 
 
 def seconds_of(traffic: RankTraffic, ranks: int, card: Card) -> float:
@@ -246,8 +205,7 @@ def attention_seconds(layer: Layer, chunks: int, ranks: int, card: Card, calibra
 def sweep(layer: Layer, routings: list[Routing], ranks: list[int], card: Card, calibration: Calibration) -> list[dict]:
     """Every comm type at every number of ranks, for routings of one length.
 
-    ``selective`` is the fastest of a gather, chunks and queries for the whole layer; ``mixed`` chooses by rank and
-    chunk, or gathers where that is faster.
+    ``selective`` is the fastest of a gather, chunks, queries and both mixed.
 
     Returns:
         rows: ``tokens``, ``ranks``, ``routing``, ``comm``, bytes received (mean of the ranks forward and backward, both
@@ -266,12 +224,11 @@ def sweep(layer: Layer, routings: list[Routing], ranks: list[int], card: Card, c
         for routing in routings:
             ways = [found[0][2:]]
             for comm, traffic in (("chunks travel", chunks_travel(layer, routing, p)),
-                                  ("queries travel", queries_travel(layer, routing, p))):
+                                  ("queries travel", queries_travel(layer, routing, p)),
+                                  ("mixed", mixed(layer, routing, p, rate(p, card)))):
                 ways.append((traffic, seconds_of(traffic, p, card)))
                 found.append((routing.name, comm, *ways[-1]))
-            best = mixed(layer, routing, p)
-            for comm, options in (("selective", ways), ("mixed", [found[0][2:], (best, seconds_of(best, p, card))])):
-                found.append((routing.name, comm, *min(options, key=lambda o: _layer_seconds(*o, attention))))
+            found.append((routing.name, "selective", *min(ways, key=lambda way: _layer_seconds(*way, attention))))
         for name, comm, traffic, seconds in found:
             rows.append({
                 "tokens": chunks * layer.chunk_size, "ranks": p, "routing": name, "comm": comm,
