@@ -120,7 +120,7 @@ def make_services(layout: ZigzagLayout, routings: list[Routing], groups: HeadGro
         routings: of each group's choices.
         table: :func:`table_of_choices`.
         servers: int64 of its shape, the rank that serves these choices.
-        capacity: visitors that a rank takes at once, at least.
+        capacity: visitors that a rank takes at once, about: each other rank sends an even share of it, at least one.
     """
     rank, homes = layout.rows.rank, chunk_homes(layout)
     home = home_of_chunks(homes, table.shape[2])

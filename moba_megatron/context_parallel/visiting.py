@@ -15,7 +15,6 @@ whole chunks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,17 +33,11 @@ VISITORS_BYTES = 2 << 30
 """Bytes of q, do, o and dq of the visitors that a rank takes at once."""
 
 
-@dataclass(frozen=True)
 class Visiting(Gathered):
     """Attention of a rank's queries over chosen chunks of all ranks of ``group``, which they visit.
 
     The layout's pieces must be whole chunks: :func:`~.services.pieces_are_chunks`.
-
-    Args:
-        capacity: visitors that a rank takes at once; None: by VISITORS_BYTES.
     """
-
-    capacity: int | None = None
 
     def attend_chosen(self, q: Tensor, k: Tensor, v: Tensor, groups: HeadGroups, choices: list, table: Tensor,
                       servers: Tensor) -> tuple[Tensor, Saved]:
@@ -58,8 +51,8 @@ class Visiting(Gathered):
             servers: int64, of its shape, the rank that serves these choices.
         """
         row = 2 * (q.shape[2] + v.shape[2]) * q.element_size()
-        capacity = self.capacity or max(1, VISITORS_BYTES // row)
-        services = make_services(self.layout, [routing for _, routing in choices], groups, table, servers, capacity)
+        services = make_services(self.layout, [routing for _, routing in choices], groups, table, servers,
+                                 VISITORS_BYTES // row)
         fetched = self._fetch_copies(k, v, groups, [x.copies for x in services], "fwd gather")
         o = q.new_empty(*q.shape[:2], v.shape[2])
         saved = []
