@@ -1,4 +1,4 @@
-"""Megatron-FSDP and Megatron's torch FSDP2 around a GPT with MoBA and its key convolution: DDP's losses. Two gloo ranks."""
+"""Megatron's FSDPs and distributed optimizer with MoBA and its key convolution: DDP's losses, its weight decay. gloo."""
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +12,9 @@ if torch.cuda.is_available():
     pytest.skip("stands for GPUs with the CPU, which needs a machine without one", allow_module_level=True)
 
 WRAPPERS = ["torch-fsdp2", "megatron-fsdp"]
-TOKENS, VOCAB, STEPS = 96, 32, 4
+ALL = ["ddp", "distributed optimizer", *WRAPPERS]
+TOKENS, VOCAB, STEPS = 96, 32, 5
+FILTERS = 2 * 2 * 3 * 8  # layers, kv heads, taps, head dim
 
 
 class NoCudaDevice(TorchFunctionMode):
@@ -30,23 +32,38 @@ def wrap(wrapper, model):
     from megatron.core.distributed import torch_fully_sharded_data_parallel as torch_fsdp2
     from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
     sharded = wrapper == "megatron-fsdp"
+    shared = sharded or wrapper == "distributed optimizer"
     options = dict(use_megatron_fsdp=True, data_parallel_sharding_strategy="optim_grads_params",
                    overlap_grad_reduce=True, overlap_param_gather=True,
                    gradient_reduce_div_fusion=False) if sharded else {}  # gloo cannot multiply as it adds
-    config = DistributedDataParallelConfig(use_distributed_optimizer=sharded, **options)
+    config = DistributedDataParallelConfig(use_distributed_optimizer=shared, **options)
     torch_fsdp2.DeviceMesh = SimpleNamespace(from_group=lambda group, device: DeviceMesh.from_group(group, "cpu"))
-    kinds = {"ddp": DistributedDataParallel, "megatron-fsdp": FullyShardedDataParallel,
-             "torch-fsdp2": torch_fsdp2.TorchFullyShardedDataParallel}
-    wrapped = kinds[wrapper](config=model.config, ddp_config=config, module=model)
+    kinds = {"megatron-fsdp": FullyShardedDataParallel, "torch-fsdp2": torch_fsdp2.TorchFullyShardedDataParallel}
+    wrapped = kinds.get(wrapper, DistributedDataParallel)(config=model.config, ddp_config=config, module=model)
     optimizer = get_megatron_optimizer(OptimizerConfig(
-        optimizer="adam", lr=1e-2, weight_decay=0.0, clip_grad=0.0, use_distributed_optimizer=sharded), [wrapped])
+        optimizer="adam", lr=1e-2, weight_decay=0.5, clip_grad=0.0, use_distributed_optimizer=shared), [wrapped])
+    OptimizerParamScheduler(  # sets the weight decay of each group
+        optimizer, init_lr=1e-2, max_lr=1e-2, min_lr=1e-2, lr_warmup_steps=0, lr_decay_steps=STEPS,
+        lr_decay_style="constant", start_wd=0.5, end_wd=0.5, wd_incr_steps=STEPS, wd_incr_style="constant")
     return wrapped, optimizer
 
 
+def held(model):
+    """This rank's part of the parameters, as the optimizer changes them."""
+    buffers = getattr(model, "param_and_grad_buffer", None)
+    named = buffers.optimizer_named_parameters if hasattr(buffers, "optimizer_named_parameters") else (
+        model.named_parameters())
+    return {name: (p.to_local() if hasattr(p, "to_local") else p).detach().clone() for name, p in named}
+
+
 def train(wrapper, rank):
-    """Losses of a few steps, each rank with its own tokens, and how many parameters this rank holds."""
+    """Losses of a few steps, each rank with its own tokens, what this rank holds, and what weight decay changed.
+
+    The first step has no gradient: what it changes is decayed.
+    """
     import megatron_on_cpu
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.models.gpt import GPTModel
@@ -64,28 +81,30 @@ def train(wrapper, rank):
         gradient_accumulation_fusion=False)
     model = GPTModel(config, get_moba_layer_local_spec(MoBAConfig(chunk_size=16, topk=2, key_conv=3)), VOCAB, TOKENS,
                      position_embedding_type="rope", share_embeddings_and_output_weights=False)
+    for name, parameter in model.named_parameters():
+        if "key_convolution" in name:
+            torch.nn.init.normal_(parameter)
     model, optimizer = wrap(wrapper, model)
-    losses = []
+    losses, before = [], held(model)
     for step in range(STEPS):
         model.zero_grad_buffer()
         optimizer.zero_grad()
         tokens = torch.randint(0, VOCAB, (1, TOKENS + 1), generator=torch.Generator().manual_seed(9 * step + rank))
         loss = model(tokens[:, :-1], torch.arange(TOKENS)[None], None, labels=tokens[:, 1:]).mean()
-        loss.backward()
+        (loss * min(step, 1)).backward()
         model.finish_grad_sync()
         optimizer.step()
         losses.append(loss.item())
-    parameters = model.parameters()
-    if wrapper == "megatron-fsdp":
-        parameters = [p for _, p in model.param_and_grad_buffer.optimizer_named_parameters]
-    held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in parameters)
-    return losses, held
+        if step == 0:
+            after = held(model)
+            decayed = {name for name, part in after.items() if not torch.equal(part, before[name])}
+    return losses, {name: part.numel() for name, part in after.items()}, decayed
 
 
 def everything(rank, size):
     import gpt  # noqa: F401: puts the examples on the path
     with NoCudaDevice():
-        return {wrapper: train(wrapper, rank) for wrapper in ["ddp", *WRAPPERS]}
+        return {wrapper: train(wrapper, rank) for wrapper in ALL}
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +112,19 @@ def results(tmp_path_factory):
     return run_ranks(everything, 2, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("wrapper", ALL[1:])
 def test_losses_equal_ddp(results, wrapper):
     for result in results:
-        losses, expected = result[wrapper][0], result["ddp"][0]
+        losses, parts, _ = result[wrapper]
+        expected, whole, _ = result["ddp"]
         assert losses == pytest.approx(expected, rel=1e-5)  # fp32; gradients are added up in another order
-        assert len(set(expected)) == STEPS and result[wrapper][1] < 0.6 * result["ddp"][1]
+        assert len(set(expected)) == STEPS
+        assert wrapper not in WRAPPERS or sum(parts.values()) < 0.6 * sum(whole.values())
+
+
+@pytest.mark.parametrize("wrapper", ALL)
+def test_weight_decay_spares_the_key_convolution(results, wrapper):
+    filters = sum(n for result in results for name, n in result[wrapper][1].items() if "key_convolution" in name)
+    decayed = set.union(*(result[wrapper][2] for result in results))
+    assert filters >= FILTERS and any("linear_qkv.weight" in name for name in decayed)
+    assert not [name for name in decayed if "key_convolution" in name]
