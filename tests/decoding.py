@@ -69,7 +69,8 @@ def paged(k, v, page):
     result = []
     for x in (k, v):
         pages = x.new_full((batch * each + 3, page, *x.shape[2:]), torch.nan)
-        padded = torch.cat((x, x.new_full((batch, each * page - rows, *x.shape[2:]), torch.nan)), 1)
+        padded = x.new_full((batch, each * page, *x.shape[2:]), torch.nan)
+        padded[:, :rows] = x
         pages[table.flatten()] = padded.reshape(batch * each, page, *x.shape[2:])
         result.append(pages)
     return *result, table.int()

@@ -109,8 +109,6 @@ def test_number_of_groups():
     assert number_of_groups(None, 8, little, little) == 1, "little work: one group"
     assert number_of_groups(None, 8, much, much) == 4
     assert number_of_groups(None, 4, much, much) == 3
-    assert number_of_groups(None, 8, much, much, fast=True) == 3
-    assert number_of_groups(None, 8, much, 2 * MOST_BYTES, fast=True) == 4, "a group of six heads would be too large"
     assert number_of_groups(None, 8, much, 7 * MOST_BYTES) == 7, "memory asks for more"
 
 

@@ -15,7 +15,7 @@ MOST_BYTES = 1 << 30
 """Bytes that a rank holds of a group, at most, while groups have several kv heads."""
 
 
-def number_of_groups(asked: int | None, kv_heads: int, queries: int, held: int, fast: bool = False) -> int:
+def number_of_groups(asked: int | None, kv_heads: int, queries: int, held: int) -> int:
     """How many groups to make of ``kv_heads``.
 
     Args:
@@ -24,11 +24,9 @@ def number_of_groups(asked: int | None, kv_heads: int, queries: int, held: int, 
             20.6 in 5.
         queries: bytes of the rank's queries, a measure of its work.
         held: bytes of what has travelled, all heads together.
-        fast: a large group travels while a small one is computed, so that 3 do where memory allows.
     """
     if asked is None:
-        most = 4 if kv_heads >= 8 and not (fast and held <= MOST_BYTES) else 3
-        asked = max(min(queries // LEAST_BYTES, most), -(-held // MOST_BYTES))
+        asked = max(min(queries // LEAST_BYTES, 4 if kv_heads >= 8 else 3), -(-held // MOST_BYTES))
     return max(1, min(asked, kv_heads))
 
 

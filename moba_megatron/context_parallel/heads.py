@@ -57,7 +57,8 @@ class Exchanged:
         for group in groups:
             pending = list(arriving.take())
             if v_later:
-                late = pending.pop() if not saved else self._send([self._parts(v, group[1])], stage)
+                at_end = group in (groups[0], groups[-1])
+                late = pending.pop() if at_end else self._send([self._parts(v, group[1])], stage)
                 part, rest = self.inner.forward(*arrived(pending), late.wait)
             else:
                 part, rest = self.inner.forward(*arrived(pending))
@@ -82,7 +83,8 @@ class Exchanged:
         dk, dv = (self._empty(shape, kv_grad_dtype, do.device) for shape in kv_shapes)
         again = [[(x, 1) for x in copied]] if copied else []
         arriving = self._fetch(groups, [[(do, 0)], *again], "bwd exchange in")
-        # over whole sequences dk and dv are complete before dq, and leave meanwhile
+        # over whole sequences dk and dv are complete before dq. The last group's leave meanwhile; others beside the next
+        # group's products, since the sums of dq leave no bandwidth of memory unused
         peers = peers_for(self.rows, self.group, do.device) if isinstance(self.inner, Whole) and not copied else None
         leaving = []
         for i, ((heads, kv_heads), rest) in enumerate(zip(groups, saved)):
@@ -90,11 +92,11 @@ class Exchanged:
             if copied:
                 rest = [rest[0], *keys_and_values, *rest[3:]]
             del keys_and_values
-            ahead = {} if peers is None else {"milestone": peers.milestone()}
+            ahead = {} if peers is None or i + 1 < len(groups) else {"milestone": peers.milestone()}
             grads = self.inner.backward(do_part, rest, grad_dtype, **ahead)
             del do_part, rest
             places = [(dq, size, heads), (dk, kv_parts, kv_heads), (dv, kv_parts, kv_heads)]
-            started = self._deliver_grads(grads, places, i + 2 < len(groups), **ahead)
+            started = self._deliver_grads(grads, places, **ahead)
             del grads
             for pending in leaving:
                 pending.wait()
@@ -111,19 +113,17 @@ class Exchanged:
     def _groups(self, q: Tensor, k: Tensor, v: Tensor) -> HeadGroups:
         """Groups of the heads that one rank gets."""
         kv_heads = max(1, k.shape[1] // self.rows.size)
-        # what is compiled ahead of time, on meta tensors, is what runs where ranks reach each other's memory
-        fast = q.is_meta or peers_for(self.rows, self.group, q.device) is not None
-        number = number_of_groups(self.head_groups, kv_heads, q.nbytes, q.nbytes + k.nbytes + v.nbytes, fast)
+        number = number_of_groups(self.head_groups, kv_heads, q.nbytes, q.nbytes + k.nbytes + v.nbytes)
         return split_heads(q.shape[1] // self.rows.size, kv_heads, number)
 
     def _fetch(self, groups: HeadGroups, batches: list[list[tuple[Tensor, int]]], stage: str,
-               with_first: Sequence[list[tuple[Tensor, int]]] = ()) -> Prefetch:
+               with_ends: Sequence[list[tuple[Tensor, int]]] = ()) -> Prefetch:
         """Exchanges the heads of (tensor, 0 for query heads or 1 for kv heads); those of a batch may travel as one.
 
-        The first group's exchanges ``with_first`` as well.
+        For the first and the last group, small ones, ``with_ends`` as well.
         """
         def start(i: int) -> tuple[Pending, ...]:
-            now = batches if i else [*batches, *with_first]
+            now = [*batches, *with_ends] if i in (0, len(groups) - 1) else batches
             views = [[self._parts(x, groups[i][which]) for x, which in batch] for batch in now]
             return tuple(self._send(together, stage) for batch in views for together in of_one_dim(batch))
 
@@ -153,37 +153,32 @@ class Exchanged:
         own = [view[me * view.shape[0] // size] for view in views]
         return to_global(self.rows, own, [*packed[:me], None, *packed[me:]], self.group, stage)
 
-    def _deliver_grads(self, grads: Grads, places: list[tuple[Tensor, int, slice]], own_later: bool,
+    def _deliver_grads(self, grads: Grads, places: list[tuple[Tensor, int, slice]],
                        milestone: torch.cuda.Event | None = None) -> list[Pending]:
         """Starts to send every rank its rows of dq, dk and dv; dk and dv after ``milestone`` already.
 
         No memory that then travels is what dq's kernels let go of: dk and dv were allocated before the milestone, also
-        where the attention is replayed, and the places that they go to before the first group. With ``own_later`` this
-        rank's own rows of them are copied beside the next group's products, not beside dq's sums, which leave no
-        bandwidth of memory unused; where the next group is the last, small one, it would have to wait for them.
+        where the attention is replayed, and the places that they go to before the first group.
         """
         stage = "bwd exchange out"
         if milestone is None:
             return [self._deliver(grads, places, stage)]
-        peers, outs = peers_for(self.rows, self.group, grads[0].device), list(map(_place, places))
-        started = [peers.deliver(self.rows, grads[1:], outs[1:], stage, milestone, own=not own_later),
-                   peers.deliver(self.rows, grads[:1], outs[:1], stage)]
-        if own_later:
-            started.append(peers.deliver_own(self.rows, grads[1:], outs[1:], stage))
-        return started
+        return [self._deliver(grads[1:], places[1:], stage, milestone), self._deliver(grads[:1], places[:1], stage)]
 
-    def _deliver(self, tensors: Sequence[Tensor], places: list[tuple[Tensor, int, slice]], stage: str) -> Pending:
+    def _deliver(self, tensors: Sequence[Tensor], places: list[tuple[Tensor, int, slice]], stage: str,
+                 after: torch.cuda.Event | None = None) -> Pending:
         """Starts to send every rank its rows of each ``[S, h, D]``; the wait puts them where they belong.
 
         Args:
             places: for each tensor another, the number of parts in which its heads were dealt out, and heads of each
                 of these parts.
+            after: when the tensors are complete, as :meth:`Peers.deliver` takes it; None for now.
         """
         outs = list(map(_place, places))
         peers = peers_for(self.rows, self.group, outs[0].device)
         same = all(x.dtype == out.dtype for x, out in zip(tensors, outs))
         if peers is not None and same and all(out.shape[0] == self.rows.size for out in outs):
-            return peers.deliver(self.rows, tensors, outs, stage)
+            return peers.deliver(self.rows, tensors, outs, stage, after)
         return to_local(self.rows, tensors, self.group, stage).then(lambda arrived: self._put(arrived, outs))
 
     def _put(self, arriving: list[Arrived], outs: list[Tensor]) -> None:

@@ -34,7 +34,7 @@ from torch import Tensor
 from .comm import Pending, count_sent
 from .copy_engines import CopyEngines, LocalCopies, PreparedCopies, RunningCopies
 from .mail import Mail
-from .moves import Exchange, Pair, exchange_of, other_ranks, pair_of, plan_exchange
+from .moves import Exchange, exchange_of, other_ranks, pair_of, plan_exchange
 from .peer_memory import PeerMemory
 
 if TYPE_CHECKING:
@@ -98,24 +98,16 @@ class Peers:
         return self._engines.milestone()
 
     def deliver(self, rows: Rows, tensors: Sequence[Tensor], outs: Sequence[Tensor], stage: str,
-                after: torch.cuda.Event | None = None, own: bool = True) -> Pending:
+                after: torch.cuda.Event | None = None) -> Pending:
         """Starts to send every rank its rows of each ``[S, h, D]`` into its ``[P, T, h, D]``, by sender, rows whole.
 
         Args:
             outs: of :meth:`empty`, with the same strides on every rank.
             after: recorded when the tensors are complete, after ``tensors`` and ``outs`` were allocated: what the
                 current stream does later may not use the memory of either. None: they are complete now.
-            own: this rank's own rows as well; else :meth:`deliver_own` must follow.
         """
-        done = self._run(rows, tensors, outs, stage, back=True, after=after, own=own)
+        done = self._run(rows, tensors, outs, stage, back=True, after=after)
         return Pending([done], outs[0], (tensors, outs), stage)
-
-    def deliver_own(self, rows: Rows, tensors: Sequence[Tensor], outs: Sequence[Tensor], stage: str) -> Pending:
-        """Starts to copy this rank's rows of each ``[S, h, D]`` into its ``[P, T, h, D]``: nothing travels."""
-        pairs, bases = self._pairs(tensors, outs)
-        self._engines.begin()
-        self._engines.place(self._prepared(exchange_of(rows, pairs, True))[0], bases)
-        return Pending([self._engines.end(f"copies of {stage!r}")], outs[0], (tensors, outs), stage)
 
     def collect(self, rows: Rows, tensors: Sequence[Tensor], stage: str) -> Pending:
         """Starts to send every rank its rows of each ``[S, h, D]``.
@@ -128,10 +120,10 @@ class Peers:
         return Pending([done], tensors[0], tensors, stage, lambda _: outs)
 
     def _run(self, rows: Rows, wholes: Sequence[Tensor], parts: Sequence[Tensor], stage: str, back: bool = False,
-             others_only: bool = False, after: torch.cuda.Event | None = None, own: bool = True) -> RunningCopies:
+             others_only: bool = False, after: torch.cuda.Event | None = None) -> RunningCopies:
         """Issues an exchange."""
-        pairs, bases = self._pairs(wholes, parts)
-        own_copies, push, sent = self._prepared(exchange_of(rows, pairs, back, others_only))
+        pairs = list(zip(wholes, parts, strict=True))
+        own, push, sent = self._prepared(exchange_of(rows, [pair_of(*x) for x in pairs], back, others_only))
         count_sent(stage, sent)
         self._exchanges += 1
         number, engines, size = self._exchanges, self._engines, self._memory.DESCRIPTION
@@ -139,22 +131,16 @@ class Peers:
         self._mail.post(number, b"".join(map(self._memory.describe, parts if back else wholes)))
         engines.begin(after)
         engines.signal(engines.pushing, self._tell_ready, number)
+        bases = [x.data_ptr() for pair in pairs for x in pair]
         for rank in self._others:
             message = self._mail.read(number, rank, what)
             bases += [self._memory.address(message[at:at + size]) for at in range(0, len(message), size)]
         engines.wait_for(engines.pushing, self._ready, number)
         engines.copy(engines.pushing, push, bases)
         engines.signal(engines.pushing, self._tell_arrived, number)
-        if own:
-            engines.place(own_copies, bases)
+        engines.place(own, bases)
         engines.wait_for(engines.placing, self._arrived, number)
         return engines.end(what)
-
-    @staticmethod
-    def _pairs(wholes: Sequence[Tensor], parts: Sequence[Tensor]) -> tuple[list[Pair], list[int]]:
-        """How they lie in memory, and where."""
-        both = list(zip(wholes, parts, strict=True))
-        return [pair_of(*x) for x in both], [x.data_ptr() for pair in both for x in pair]
 
     def _prepared(self, exchange: Exchange) -> tuple[LocalCopies, PreparedCopies, int]:
         """A plan with its copies in the driver's form; its bytes that leave."""
