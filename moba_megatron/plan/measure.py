@@ -20,11 +20,11 @@ from torch import Tensor
 from ..bench import environment, report, timing
 from ..bench.distributed import Ranks, join, leave
 from ..context_parallel import Sequences, context_parallel_attention, record_waits, selective
-from ..context_parallel.ways import FETCH, LINK, MIXED, RELAYED_FROM, VISIT, RowSizes, seconds_of_ways
+from ..context_parallel.ways import (FETCH, GATHER, LINK, MIXED, RELAYED_FROM, VISIT, WAYS, RowSizes, home_of_chunks,
+                                   seconds_of_ways)
 from ..ops import get_stages, moba_attention
 from ..segments import Segments
 from .exchange import query_bytes
-from .simulate import traffic_of_selection
 
 ROUTINGS = ("uniform", "local", "sink")
 LARGEST_ERROR = 2e-2
@@ -83,6 +83,13 @@ def forced(way: str | None):
         yield
 
 
+def reckoned_ms(name: str, job: Job, table: Tensor, homes: Tensor, item: int) -> float | None:
+    """Time by the model that chooses between the ways, which has no opinion on a2a."""
+    sizes = RowSizes(item, job.dim, job.dim, job.chunk_size)
+    seconds = dict(zip(WAYS, seconds_of_ways(table, homes, sizes, LINK)[0].tolist()))
+    return 1e3 * seconds[SELECTIVE.get(name, GATHER)] if name != "a2a" else None
+
+
 def servers_of(way: str, table: Tensor, homes: Tensor, sizes: RowSizes) -> Tensor:
     """Who serves whose choices, on one machine."""
     return seconds_of_ways(table, homes, sizes, LINK)[1][way]
@@ -115,27 +122,30 @@ def measure_way(name: str, job: Job, inputs: tuple[Tensor, ...], expected: list[
                            for by_stage in sent], "stages": sent}
 
 
-def counted_bytes(name: str, job: Job, selected: Tensor, size: int, item: int) -> list[int] | None:
-    """What each rank ought to send, counted on the selection; for the ways of the selective schedule, else None."""
+def choices_of(job: Job, selected: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """How often each rank chose each chunk, int32 ``[P, HK, chunks]``, and every rank's chunks, int64 ``[P, M]``."""
+    chunks = job.tokens // job.chunk_size
+    piece = torch.arange(chunks) // (chunks // (2 * size))
+    home = torch.minimum(piece, 2 * size - 1 - piece)
+    kv_head = torch.arange(job.heads, device=selected.device) * job.kv_heads // job.heads
+    rank = home.to(selected.device).repeat_interleave(job.chunk_size)
+    unit = (rank[:, None, None] * job.kv_heads + kv_head[:, None]) * chunks + selected
+    table = torch.bincount(unit[selected >= 0], minlength=size * job.kv_heads * chunks)
+    return table.view(size, job.kv_heads, chunks).int().cpu(), home.argsort(stable=True).view(size, -1)
+
+
+def counted_bytes(name: str, job: Job, table: Tensor, homes: Tensor, item: int) -> list[int] | None:
+    """What each rank ought to send, counted on the choices; for the ways of the selective schedule, else None.
+
+    Args:
+        table, homes: :func:`choices_of`.
+        item: bytes of an element of q, k, v, o.
+    """
     if name not in SELECTIVE:
         return None
-    pieces = numpy.arange(job.tokens) // (job.tokens // (2 * size))
-    owner = numpy.where(pieces < size, pieces, 2 * size - 1 - pieces)
-    chosen = selected.cpu().numpy()
-    if SELECTIVE[name] == FETCH:
-        keys = traffic_of_selection(chosen, owner, owner, job.chunk_size, job.kv_heads, size)["keys"]
-        pair = 2 * job.dim  # of K and V; a rank that fetches n rows sends n rows of fp32 sums, its owners n rows twice
-        if size > 2:  # who sends is not counted, only how much all do
-            return [int(keys.sum() * pair * (2 * item + 4))]
-        return [int(n * pair * 4 + other * pair * 2 * item) for n, other in zip(keys, keys[::-1])]
-    home = owner[::job.chunk_size]
-    table = numpy.zeros((size, job.kv_heads, len(home)), dtype=numpy.int32)
-    rank, head, _ = numpy.broadcast_arrays(owner[:, None, None], (numpy.arange(job.heads) * job.kv_heads
-                                                                 // job.heads)[:, None], chosen)
-    numpy.add.at(table, tuple(x[chosen >= 0] for x in (rank, head, chosen)), 1)
-    homes = numpy.argsort(home, kind="stable").reshape(size, -1)
-    sizes = RowSizes(item, job.dim, job.dim, job.chunk_size)
-    servers = servers_of(SELECTIVE[name], torch.from_numpy(table), torch.from_numpy(homes), sizes).numpy()
+    size, way = len(table), SELECTIVE[name]
+    servers = servers_of(way, table, homes, RowSizes(item, job.dim, job.dim, job.chunk_size)).numpy()
+    table, home = table.numpy(), home_of_chunks(homes, table.shape[2]).numpy()
     row, wide, me = job.dim * item, 4, numpy.arange(size)[:, None, None]
     out, back = 4 * row + wide, 2 * row + wide  # q; q, do, o, lse. o, lse; dq
     assert item != 2 or out + back == sum(query_bytes(job.dim))
@@ -145,19 +155,20 @@ def counted_bytes(name: str, job: Job, selected: Tensor, size: int, item: int) -
         served = (servers == server) & (table > 0)
         sent[server] += table[numpy.where(me == server, False, served)].sum() * back
         copied[server] = served.any(0) & (home != server)
-    rows = _copied_rows(copied, home, job.chunk_size) * 2 * job.dim
+    relayed_from = math.inf if way == FETCH else RELAYED_FROM  # on few ranks chunks go directly
+    rows = _copied_rows(copied, home, job.chunk_size, relayed_from) * 2 * job.dim
     sent += rows.sum(1) * 2 * item + rows.sum(0) * 4  # K and V twice; fp32 sums of dK and dV come back
     return sent.tolist()
 
 
-def _copied_rows(copied: numpy.ndarray, home: numpy.ndarray, chunk_size: int) -> numpy.ndarray:
+def _copied_rows(copied: numpy.ndarray, home: numpy.ndarray, chunk_size: int, relayed_from: float) -> numpy.ndarray:
     """``[P, P]`` rows from a rank to another: chunks that few ranks copy go to them, slices of others to all ranks."""
     size = len(copied)
     rows, slices = numpy.zeros((size, size), dtype=numpy.int64), numpy.zeros(size, dtype=numpy.int64)
     numpy.add.at(slices, numpy.arange(chunk_size) * size // chunk_size, 1)
     for head, chunk in zip(*numpy.nonzero(copied.any(0))):
         takers = numpy.flatnonzero(copied[:, head, chunk])
-        if len(takers) < RELAYED_FROM:
+        if len(takers) < relayed_from:
             rows[home[chunk], takers] += chunk_size
         else:
             rows[home[chunk]] += slices
@@ -187,6 +198,9 @@ def main(argv: list[str] | None = None) -> int:
     job = Job(arguments.tokens, arguments.chunk_size, arguments.topk, arguments.heads, arguments.kv_heads,
               arguments.dim, arguments.backend)
     begin, ranks = time.perf_counter(), join(arguments.device)
+    if job.tokens % (2 * ranks.size * job.chunk_size):
+        p.error(f"--tokens must be a multiple of 2 * ranks * --chunk-size = {2 * ranks.size * job.chunk_size}, got "
+                f"{job.tokens}")
     about = environment.describe(ranks.device) | {"ranks": ranks.size, "command": environment.command(
         "torchrun --nproc-per-node %d -m moba_megatron.plan.measure" % ranks.size)}
     _precompile(job, ranks, arguments.precompile)
@@ -194,6 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     for routing in arguments.routings:
         inputs = make_inputs(job, routing, ranks.device)
         expected, selected = one_rank(job, inputs)
+        choices = choices_of(job, selected, ranks.size)
         for name in arguments.ways:
             row = {"routing": routing, "way": name, "ranks": ranks.size}
             if name == "a2a" and job.kv_heads % ranks.size:
@@ -201,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
             if ranks.from_first(time.perf_counter() - begin > arguments.budget):
                 row |= {"status": "not run", "reason": "the time budget was spent"}
             else:
-                row |= _row(name, job, inputs, expected, selected, ranks, arguments.repeats)
+                row |= _row(name, job, inputs, expected, choices, ranks, arguments.repeats)
             result["rows"].append(row)
             if arguments.json and ranks.rank == 0:
                 report.save(arguments.json, result)
@@ -210,13 +225,14 @@ def main(argv: list[str] | None = None) -> int:
     return int(any(row["status"] in ("wrong", "failed") for row in result["rows"]))
 
 
-def _row(name: str, job: Job, inputs: tuple[Tensor, ...], expected: list[Tensor], selected: Tensor, ranks: Ranks,
-         repeats: int) -> dict:
+def _row(name: str, job: Job, inputs: tuple[Tensor, ...], expected: list[Tensor], choices: tuple[Tensor, Tensor],
+         ranks: Ranks, repeats: int) -> dict:
     try:
         row = measure_way(name, job, inputs, expected, ranks, repeats)
     except Exception as error:  # the other ways shall still be measured; where all ranks fail alike they can be
         return {"status": "failed", "reason": f"{type(error).__name__}: {str(error).strip()[:400]}"}
-    row["counted_bytes"] = counted_bytes(name, job, selected, ranks.size, inputs[0].element_size())
+    for what in (counted_bytes, reckoned_ms):
+        row[what.__name__] = what(name, job, *choices, inputs[0].element_size())
     return row | {"status": "ok" if max(row["errors"].values()) < LARGEST_ERROR else "wrong"}
 
 
@@ -251,7 +267,8 @@ def _line(row: dict) -> str:
     if "ms" not in row:
         return f"{row['routing']}, {row['way']}: {row['status']}: {row['reason']}"
     counted = f", counted {sum(row['counted_bytes']) / 2**20:.2f}" if row["counted_bytes"] else ""
-    return (f"{row['routing']}, {row['way']}: {row['ms']['median']:.2f} ms, all ranks sent "
+    reckoned = f" (reckoned {row['reckoned_ms']:.2f})" if row["reckoned_ms"] else ""
+    return (f"{row['routing']}, {row['way']}: {row['ms']['median']:.2f} ms{reckoned}, all ranks sent "
             f"{sum(row['sent_bytes']) / 2**20:.2f} MiB{counted}, largest error {max(row['errors'].values()):.1e}")
 
 

@@ -1,6 +1,7 @@
 """Visiting queries on GPUs: flash attention of chunks against fp64, and the whole schedule on two GPUs against one."""
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from ranks import run_ranks
 
-from moba_megatron.context_parallel import Sequences, context_parallel_attention, record_waits
+from moba_megatron.context_parallel import Sequences, context_parallel_attention, record_waits, visiting, ways
 from moba_megatron.context_parallel.visitors import visitors_bwd, visitors_fwd
 from moba_megatron.context_parallel.ways import MIXED, VISIT
 from moba_megatron.ops import moba_attention
@@ -47,10 +48,11 @@ def relative(a, b):
 
 
 def parity(rank, size):
-    """Relative errors of o, dq, dk, dv against one GPU, and bytes by stage, for MHA and GQA, visits and copies."""
+    """Relative errors of o, dq, dk, dv against one GPU, and bytes by stage, for MHA and GQA: visits; visits and copies;
+    and the same with every copy through relays and visitors in rounds."""
     found = {}
     for heads, kv_heads in ((16, 16), (32, 8)):
-        tokens, chunk_size, topk, device = 8192, 256, 4, torch.device("cuda", rank)
+        tokens, chunk_size, topk, device = 8192, 256, 3, torch.device("cuda", rank)
         generator = torch.Generator("cuda").manual_seed(5)
         q, k, v, do = (torch.randn(tokens, h, 128, device=device, generator=generator).bfloat16()
                        for h in (heads, kv_heads, kv_heads, heads))
@@ -62,15 +64,16 @@ def parity(rank, size):
         sequences = Sequences.uniform(tokens, 1, device)
         rows = sequences.local_rows(size, rank)
         expected = [x[rows] for x in (o, *torch.autograd.grad(o, leaves, do))]
-        for way in (VISIT, MIXED):
+        for way, relayed_from, limit in ((VISIT, 2, 1 << 30), (MIXED, 2, 1 << 30), (MIXED, 1, 1 << 20)):
             local = [x.detach()[rows].requires_grad_() for x in (q, k, v)]
-            with forced(way), record_waits() as record:
+            with forced(way), mock.patch.object(ways, "RELAYED_FROM", relayed_from), \
+                    mock.patch.object(visiting, "VISITORS_BYTES", limit), record_waits() as record:
                 got = context_parallel_attention(*local, sequences, chunk_size, topk, dist.group.WORLD,
                                                  comm_type="selective", head_groups=2)
                 grads = torch.autograd.grad(got, local, do[rows])
             torch.cuda.synchronize()
             sent = {stage: entry["sent_bytes"] for stage, entry in record.summary().items()}
-            found[way, heads, kv_heads] = [relative(a, b) for a, b in zip((got, *grads), expected)], sent
+            found[way, relayed_from, heads, kv_heads] = [relative(a, b) for a, b in zip((got, *grads), expected)], sent
     return found
 
 
@@ -80,6 +83,8 @@ def test_two_gpus_against_one(tmp_path):
     for (way, *_), (errors, sent) in [*first.items(), *second.items()]:
         assert max(errors) < 1e-2, errors
         assert way == MIXED or min(sent[f"{x} {y}"] for x in ("fwd", "bwd") for y in ("visit", "return")) > 0
-    for (way, *heads), (_, sent) in first.items():  # the sink's owner, which others visit
+    for (way, relayed_from, *heads), (_, sent) in first.items():  # the sink's owner, which others visit
         assert (sent["fwd gather"] > 0) == (sent["bwd gather"] > 0) == (way == MIXED)
-        assert way == VISIT or sent["fwd return"] < first[VISIT, *heads][1]["fwd return"]
+        assert way == VISIT or sent["fwd return"] < first[VISIT, 2, *heads][1]["fwd return"]
+    later = [sent.get("fwd visit later", 0) for (_, relayed_from, *_), (_, sent) in second.items() if relayed_from == 1]
+    assert max(later) > 0, "rounds of 1 MiB"
