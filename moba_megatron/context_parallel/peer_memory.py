@@ -19,8 +19,6 @@ from torch import Tensor
 from .copy_engines import DriverError, check_call, cuda_driver
 
 _BUFFER_ID, _ENABLE_PEER_ACCESS = 7, 1  # CU_POINTER_ATTRIBUTE_BUFFER_ID, CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
-_TRIES = 8
-_LARGE = 2 << 20  # bytes that the allocator does not put among small ones, which can be shared in any case
 _SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
@@ -35,9 +33,6 @@ class PeerMemory:
 
     Args:
         device: this rank's.
-
-    Raises:
-        DriverError: memory of this device cannot be shared.
     """
 
     DESCRIPTION = 8 + 8 + 64
@@ -45,15 +40,11 @@ class PeerMemory:
 
     def __init__(self, device: torch.device):
         self._device, self._library = device, cuda_driver()
-        self._pool = _pool(device)
+        with torch.cuda.device(device):
+            self._pool = torch.cuda.MemPool(use_on_oom=True)
         self._settings = None
         self._handles: dict[tuple[int, int], bytes] = {}
         self._opened: dict[bytes, int] = {}
-        try:
-            self.empty((_LARGE,), torch.uint8)
-        except DriverError:
-            self._settings = _settings_without_expandable_segments()
-            self.empty((_LARGE,), torch.uint8)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor, contiguous, that others can write to; belongs to the current stream.
@@ -61,18 +52,19 @@ class PeerMemory:
         Raises:
             DriverError: the allocator gives no memory that can be shared.
         """
+        try:
+            return self._allocate(shape, dtype)
+        except DriverError:
+            if self._settings is not None:
+                raise
+            self._settings = _settings_without_expandable_segments()
+            return self._allocate(shape, dtype)
+
+    def _allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         with torch.cuda.use_mem_pool(self._pool, self._device), self._fixed_segments():
-            unfit = []
-            while True:
-                x = torch.empty(shape, dtype=dtype, device=self._device)
-                try:
-                    self.describe(x)
-                except DriverError:  # left over from before: held, so that the next one is another
-                    unfit.append(x)
-                    if len(unfit) == _TRIES:
-                        raise
-                else:
-                    return x
+            x = torch.empty(shape, dtype=dtype, device=self._device)
+        self.describe(x)
+        return x
 
     def describe(self, x: Tensor) -> bytes:
         """For another process's :meth:`address`."""
@@ -113,9 +105,9 @@ class PeerMemory:
 
 
 @functools.lru_cache(maxsize=None)
-def _pool(device: torch.device) -> torch.cuda.MemPool:
-    """One for the process: groups of ranks come and go."""
-    return torch.cuda.MemPool(use_on_oom=True)
+def peer_memory(device: torch.device) -> PeerMemory:
+    """The device's, one for the process: groups of ranks come and go, and segments stay mapped."""
+    return PeerMemory(device)
 
 
 def _settings_without_expandable_segments() -> tuple[str, str]:

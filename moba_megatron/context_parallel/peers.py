@@ -35,7 +35,7 @@ from .comm import Pending, count_sent
 from .copy_engines import CopyEngines, LocalCopies, PreparedCopies, RunningCopies
 from .mail import Mail
 from .moves import Exchange, exchange_of, other_ranks, pair_of, plan_exchange
-from .peer_memory import PeerMemory
+from .peer_memory import PeerMemory, peer_memory
 
 if TYPE_CHECKING:
     from .rows import Rows
@@ -177,7 +177,7 @@ def _meet(group: dist.ProcessGroup, device: torch.device) -> Peers | None:
     timeout_s = group._get_backend(device).options._timeout.total_seconds()
     problem, engines, memory, flags, place, path = None, None, None, None, b"", None
     try:
-        engines, memory = CopyEngines(device, timeout_s), PeerMemory(device)
+        engines, memory = CopyEngines(device, timeout_s), peer_memory(device)
         flags = memory.empty((Peers.flag_bytes(size),), torch.uint8).zero_()
         place = memory.describe(flags)
         if rank == 0:
