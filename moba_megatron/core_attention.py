@@ -24,6 +24,7 @@ from .context_parallel import (Agreement, Sequences, canonical_comm_type, check_
                                context_parallel_attention)
 from .key_convolution import KeyConvolution
 from .megatron_host import host_config, host_iteration, print_once
+from .multi_token_prediction import global_layer_number, watch_multi_token_prediction
 from .ops import moba_attention
 from .ops.validation import check_cu_seqlens, check_qkv
 from .segments import Segments
@@ -72,8 +73,8 @@ class MoBACoreAttention(MegatronModule):
 
     Args:
         config: Megatron's; fields that MoBA cannot honour are refused, see Raises.
-        layer_number: 1-based, global under pipeline parallelism. Multi-token-prediction layers that are numbered
-            beyond ``config.num_layers`` are treated as the last layer; Megatron-Core 0.19 numbers them from 1.
+        layer_number: 1-based, global under pipeline parallelism. Layers of multi-token prediction are numbered behind
+            ``config.num_layers``, however Megatron numbers them, and dense where the last layer is.
         attn_mask_type: ``causal``, or ``padding_causal`` for packed sequences.
         attention_type: ``"self"``.
         attention_dropout: None for ``config.attention_dropout``, which must be 0.
@@ -98,12 +99,12 @@ class MoBACoreAttention(MegatronModule):
         super().__init__(config=config)
         refuse_unsupported(config, attn_mask_type, attention_type, attention_dropout)
         self.moba_config = _resolve_config(moba_config)
-        self.layer_number = layer_number
+        self.layer_number = global_layer_number(config, layer_number)
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = softmax_scale
         self.deterministic = self.moba_config.deterministic or config.deterministic_mode
         last = config.num_layers
-        self.full_attention = self.moba_config.is_full_attention(min(layer_number, last), last)
+        self.full_attention = self.moba_config.is_full_attention(min(self.layer_number, last), last)
         if not self.full_attention:
             _refuse_switch_in_graphs(config, self.moba_config)
         self.cp_group, self.cp_comm_type, self.cp_levels = None, None, None
@@ -258,7 +259,7 @@ class MoBAOrTEDotProductAttention:
     def __new__(cls, config: TransformerConfig, layer_number: int, *args, moba_config: MoBAConfig | None = None,
                 **kwargs):
         moba_config, last = _resolve_config(moba_config), config.num_layers
-        if not moba_config.is_full_attention(min(layer_number, last), last):
+        if not moba_config.is_full_attention(min(global_layer_number(config, layer_number), last), last):
             return MoBACoreAttention(config, layer_number, *args, moba_config=moba_config, **kwargs)
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
@@ -267,6 +268,7 @@ class MoBAOrTEDotProductAttention:
 
 def core_attention_beside(dense) -> type:
     """The class to put in a spec in place of ``dense``, the core attention that Megatron put there."""
+    watch_multi_token_prediction()
     name = getattr(getattr(dense, "module", dense), "__name__", "")
     te = name in ("TEDotProductAttention", MoBAOrTEDotProductAttention.__name__)
     return MoBAOrTEDotProductAttention if te else MoBACoreAttention

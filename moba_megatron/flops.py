@@ -71,7 +71,7 @@ def correction(args, config: MoBAConfig, iteration: int, batch_size: int, seqlen
         return 0
     layers = sum(not config.is_full_attention(min(layer, args.num_layers), args.num_layers)
                  for layer in attention_layers(args))
-    if getattr(args, "multi_latent_attention", False):
+    if getattr(args, "multi_latent_attention", False) and not _hybrid_pattern(args):
         sizes = args.num_attention_heads, args.qk_head_dim + args.qk_pos_emb_head_dim, args.v_head_dim
     else:
         sizes = args.num_attention_heads, args.kv_channels, args.kv_channels
@@ -80,13 +80,23 @@ def correction(args, config: MoBAConfig, iteration: int, batch_size: int, seqlen
 
 
 def attention_layers(args) -> list[int]:
-    """1-based numbers of the layers with softmax attention; those of multi-token prediction follow the model's."""
+    """1-based numbers of the layers whose softmax attention Megatron-LM counts; multi-token prediction follows the model.
+
+    Of hybrid models it counts ``*``, in the pattern of each prediction behind ``/`` too, and leaves out latent
+    attention, ``+``.
+    """
     if getattr(args, "experimental_attention_variant", None) is not None:
         return []
-    pattern = getattr(args, "hybrid_layer_pattern", None) or getattr(args, "hybrid_override_pattern", None)
+    pattern = _hybrid_pattern(args)
     if pattern:
-        symbols = pattern.split("/")[0].replace("|", "")  # "/" starts multi-token prediction, "|" a pipeline stage
-        return [number for number, symbol in enumerate(symbols, 1) if symbol in "*+"]
+        model, *predictions = pattern.replace("|", "").split("/")  # "|" starts a pipeline stage
+        numbers = [number for number, symbol in enumerate(model, 1) if symbol == "*"]
+        return numbers + [len(model) + depth for depth, layers in enumerate(predictions, 1)
+                          for symbol in layers if symbol == "*"]
     if getattr(args, "is_hybrid_model", False):
         return []
     return list(range(1, args.num_layers + (getattr(args, "mtp_num_layers", None) or 0) + 1))
+
+
+def _hybrid_pattern(args) -> str | None:
+    return getattr(args, "hybrid_layer_pattern", None) or getattr(args, "hybrid_override_pattern", None)

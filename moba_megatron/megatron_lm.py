@@ -112,11 +112,14 @@ def check_model(model, config: MoBAConfig) -> None:
         model: modules of this rank, one a virtual pipeline stage.
     """
     from .core_attention import MoBACoreAttention
+    from .multi_token_prediction import within_multi_token_prediction
 
+    behind = within_multi_token_prediction(model)
     layers = [module for part in model for module in part.modules() if hasattr(module, "core_attention")]
     for layer in layers:
         core, last = layer.core_attention, layer.config.num_layers
-        if isinstance(core, MoBACoreAttention) or config.is_full_attention(min(layer.layer_number, last), last):
+        number = last if id(layer) in behind else min(layer.layer_number, last)
+        if isinstance(core, MoBACoreAttention) or config.is_full_attention(number, last):
             continue
         raise ValueError(
             f"--attention moba: layer {layer.layer_number} attends through {type(core).__name__}. Its spec names its "

@@ -66,7 +66,8 @@ def test_multi_latent_attention_has_its_own_head_sizes():
     ({}, [1, 2, 3, 4]),
     ({"mtp_num_layers": 2}, [1, 2, 3, 4, 5, 6]),
     ({"hybrid_override_pattern": "M*-M*"}, [2, 5]),
-    ({"hybrid_layer_pattern": "M*|M+/*M/*M"}, [2, 4]),
+    ({"hybrid_layer_pattern": "M*|M*/*M/*M"}, [2, 4, 5, 6]),
+    ({"hybrid_layer_pattern": "M+M+"}, []),
     ({"is_hybrid_model": True, "hybrid_override_pattern": None}, []),
     ({"experimental_attention_variant": "gated_delta_net"}, []),
 ])
