@@ -80,7 +80,7 @@ def correction(args, config: MoBAConfig, iteration: int, batch_size: int, seqlen
 
 
 def attention_layers(args) -> list[int]:
-    """1-based numbers of the layers whose softmax attention Megatron-LM counts; multi-token prediction follows the model.
+    """1-based numbers of the layers whose softmax attention Megatron-LM counts; multi-token prediction is last.
 
     Of hybrid models it counts ``*``, in the pattern of each prediction behind ``/`` too, and leaves out latent
     attention, ``+``.

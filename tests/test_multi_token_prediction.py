@@ -1,4 +1,4 @@
-"""Multi-token prediction: its layers follow the model's in number, are dense with the last one, and count in the FLOPs."""
+"""Multi-token prediction: layers are numbered behind the model's, dense with its last one, and count in the FLOPs."""
 from types import SimpleNamespace
 
 import pytest
