@@ -181,6 +181,23 @@ def test_losses_under_options_of_megatron_lm(tmp_path, capsys):
     assert "must have the name of a run" in capsys.readouterr().err
 
 
+def test_stored_options_of_megatron_lm_changed_no_loss():
+    """What the README says of runs on H200s."""
+    rows = {row["name"]: row for row in report.load(report.RESULTS / "h200" / "megatron_options.json")["rows"]}
+    assert set(rows) == set(options.RUNS) and all(len(row["losses"]) == 20 for row in rows.values())
+    for name, run in options.RUNS.items():
+        if run.like:
+            ours, theirs = (rows[x]["losses"] for x in (name, run.like))
+            if "fsdp" in name:  # gradients of bf16 in another order
+                assert ours[0] == theirs[0] and max(abs(a - b) for a, b in zip(ours, theirs)) < 0.02
+            else:
+                assert ours[:run.steps] == theirs[:run.steps], name
+    assert rows["graphs-te"]["graphs"] and rows["graphs"]["graphs"]
+    assert rows["graphs"]["ms_median"] < rows["eager"]["ms_median"]
+    assert rows["cpu-offloading"]["max_allocated_mib"] < rows["offload-modules"]["max_allocated_mib"] < (
+        rows["one"]["max_allocated_mib"])
+
+
 def test_environment_names_the_commit_and_the_versions():
     about = environment.describe(torch.device("cpu"))
     assert about["torch"] == torch.__version__ and about["command"].startswith("python -m moba_megatron.bench")
