@@ -33,10 +33,10 @@ CASES = [
     ("bf16", 240, 1, 5, 4, 4, 2, 8, 8, None, torch.bfloat16),
 ]
 SIZES = (2, 3, 4, 8)
-SERVED = {"visit": [case[0] for case in CASES], "mixed": ["sink", "bf16"],
+SERVED = {"visit": [case[0] for case in CASES], "mixed": ["sink"], "model": ["bf16"],
           "anywhere": ["gqa", "mha_batch_groups"]}
 """Who serves, and for which cases: homes; what the model says where products cost and bytes are nearly free, so that
-busy homes are relieved; and for every rank, head and chunk any rank, with visitors in rounds."""
+busy homes are relieved; what it says with its own figures; any rank for every rank, head and chunk, visits in rounds."""
 TWICE = (("visit", "gqa"), ("mixed", "sink"), ("anywhere", "gqa"))
 ROUND = 40
 """Visitors that a rank takes at once in those rounds."""
@@ -66,8 +66,10 @@ def single_rank(case):
     return o.detach(), torch.autograd.grad(o, leaves, do), selected
 
 
-def servers_for(served, table, homes, sizes, *_):
+def servers_for(served, table, homes, sizes, group):
     """Stands for cheapest_way."""
+    if served == "model":
+        return cheapest_way(table, homes, sizes, group)
     home = home_of_chunks(homes, table.shape[2])
     if served == "anywhere":
         return MIXED, torch.randint(len(table), table.shape, generator=torch.Generator().manual_seed(3))
