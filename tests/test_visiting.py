@@ -36,8 +36,9 @@ SIZES = (2, 3, 4, 8)
 SERVED = {"visit": [case[0] for case in CASES], "mixed": ["sink"], "model": ["bf16"],
           "anywhere": ["gqa", "mha_batch_groups"]}
 """Who serves, and for which cases: homes; what the model says where products cost and bytes are nearly free, so that
-busy homes are relieved; what it says with its own figures; any rank for every rank, head and chunk, visits in rounds."""
+busy homes are relieved; what it says with its own figures; any rank for every rank, head and chunk, in rounds."""
 TWICE = (("visit", "gqa"), ("mixed", "sink"), ("anywhere", "gqa"))
+"""Run a second time: the same bits."""
 ROUND = 40
 """Visitors that a rank takes at once in those rounds."""
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 6e-3}
