@@ -297,8 +297,8 @@ def test_mail_of_a_rank_that_does_not_come():
     boxes[mail[0]._box(1, 1) + 16] ^= 1  # half written
     with pytest.raises(RuntimeError, match="did not come"):
         mail[0].read(1, 1, "an exchange")
-    with pytest.raises(ValueError, match="message must have at most 4080 bytes, got 5000"):
-        mail[0].post(4, bytes(5000))
+    with pytest.raises(ValueError, match="message must have at most 16368 bytes, got 20000"):
+        mail[0].post(4, bytes(20000))
 
 
 def test_off_cuda_the_library_moves_rows():

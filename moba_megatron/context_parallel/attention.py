@@ -10,7 +10,7 @@ from torch import Tensor
 from ..ops import get_stages
 from ..ops.validation import check_flag, check_scale, check_whole, check_workspace
 from .gather import Gathered
-from .heads import Exchanged, check_heads
+from .heads import Exchanged, check_heads, own_chunks
 from .layout import Sequences
 from .selective import Selective
 from .whole import Method, Whole
@@ -111,9 +111,12 @@ def make_schedule(comm_type: str, method: Method, sequences: Sequences, chunk_si
     size, rank = group.size(), dist.get_rank(group)
     if comm_type in KEYS_TRAVEL:
         return KEYS_TRAVEL[comm_type](method, sequences.zigzag(size, rank, chunk_size), group, head_groups)
+    chunks = None
     if comm_type == "a2a":
         inner = Whole(method, sequences.whole(chunk_size))
-    return Exchanged(inner, sequences.rows(size, rank), group, head_groups)
+        if method.earlier(inner.segments):
+            chunks = own_chunks(sequences, size, rank, chunk_size)
+    return Exchanged(inner, sequences.rows(size, rank), group, head_groups, chunks)
 
 
 class _ContextParallelAttention(torch.autograd.Function):

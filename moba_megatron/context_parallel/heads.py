@@ -10,16 +10,18 @@ and k and v are kept as they came and exchanged again in backward: that saves th
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..segments import Segments
 from .comm import Pending
 from .gather import Gathered, arrived, of_one_dim, sum_dtype
 from .head_groups import HeadGroups, Prefetch, number_of_groups, split_heads
+from .layout import Sequences
 from .peers import peers_for
 from .rows import Arrived, Rows, copy_rows, to_global, to_local, whole_rows
 from .whole import Grads, Saved, Whole
@@ -35,33 +37,48 @@ def check_heads(heads: int, kv_heads: int, size: int, comm_type: str) -> None:
 
 
 @dataclass(frozen=True)
+class OwnChunks:
+    """The chunks of a rank's rows, where no chunk is cut: the rows' own segments, and the chunks among all chunks."""
+
+    segments: Segments
+    rows: Rows
+
+
+def own_chunks(sequences: Sequences, size: int, rank: int, chunk_size: int) -> OwnChunks | None:
+    """The chunks of one of ``size`` ranks; None for several sequences, or where a piece of one is not whole chunks."""
+    length = sequences.max_seqlen
+    if sequences.batch != 1 or length % (2 * size * chunk_size):
+        return None
+    device = sequences.cu_seqlens.device
+    return OwnChunks(Sequences.uniform(length // size, 1, device).whole(chunk_size),
+                     Sequences.uniform(length // chunk_size, 1, device).rows(size, rank))
+
+
+@dataclass(frozen=True)
 class Exchanged:
-    """Attention with a part of the heads over the rows of all ranks of ``group``, by an inner schedule."""
+    """Attention with a part of the heads over the rows of all ranks of ``group``, by an inner schedule.
+
+    Args:
+        inner: attends.
+        rows: the rank's among all.
+        group: the ranks.
+        head_groups: as :func:`~.head_groups.number_of_groups` takes it.
+        chunks: for a choice by means that travel; None where ranks' rows cut chunks, or nothing is chosen here.
+    """
 
     inner: Whole | Gathered
     rows: Rows
     group: dist.ProcessGroup
     head_groups: int | None
+    chunks: OwnChunks | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
         """q ``[T, H, D]``, k ``[T, HK, D]``, v ``[T, HK, DV]``, the rank's rows: o and what backward needs."""
         groups, size = self._groups(q, k, v), self.rows.size
         copied = k.shape[1] < size
-        # chunks are chosen without v: where it comes fast it comes meanwhile, beside products rather than sums
-        v_later = isinstance(self.inner, Whole) and not copied and peers_for(self.rows, self.group, q.device) is not None
-        # k and v, where they are not kept, share no memory with q, which is
-        apart = [[(q, 0)], [(k, 1), (v, 1)]] if copied else [[(q, 0), (k, 1)] if v_later else [(q, 0), (k, 1), (v, 1)]]
-        stage = "fwd exchange in"
-        arriving = self._fetch(groups, apart, stage, [[(v, 1)]] if v_later else [])
+        parts = self._attend if copied or self.chunks is None else self._attend_by_means
         o, leaving, saved = self._empty((*q.shape[:2], v.shape[2]), q.dtype, q.device), [], []
-        for group in groups:
-            pending = list(arriving.take())
-            if v_later:
-                at_end = group in (groups[0], groups[-1])
-                late = pending.pop() if at_end else self._send([self._parts(v, group[1])], stage)
-                part, rest = self.inner.forward(*arrived(pending), late.wait)
-            else:
-                part, rest = self.inner.forward(*arrived(pending))
+        for group, (part, rest) in zip(groups, parts(q, k, v, groups)):
             if copied:
                 rest[1] = rest[2] = None
             saved.append(rest)
@@ -73,6 +90,50 @@ class Exchanged:
         for pending in leaving:
             pending.wait()
         return o, [q.shape, (k.shape, v.shape), [k, v] if copied else None, groups, saved]
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, groups: HeadGroups) -> Iterator[tuple[Tensor, Saved]]:
+        """o and what is saved of each group of heads."""
+        # k and v, where they are not kept, share no memory with q, which is
+        apart = [[(q, 0)], [(k, 1), (v, 1)]] if k.shape[1] < self.rows.size else [[(q, 0), (k, 1), (v, 1)]]
+        arriving = self._fetch(groups, apart, "fwd exchange in")
+        for _ in groups:
+            yield self.inner.forward(*arrived(arriving.take()))
+
+    def _attend_by_means(self, q: Tensor, k: Tensor, v: Tensor, groups: HeadGroups) -> Iterator[tuple[Tensor, Saved]]:
+        """As :meth:`_attend`: means of keys travel, so that chunks are chosen without k and v, which arrive meanwhile.
+
+        Every rank computes the means of its own rows' chunks, all heads, while the first group's q travels. Copy
+        engines bring k and v of the inner groups while these choose: beside products, not beside sums of the group
+        before, which leave no bandwidth of memory unused.
+        """
+        stage, ends = "fwd exchange in", (0, len(groups) - 1)
+        ahead = ends if peers_for(self.rows, self.group, q.device) is not None else range(len(groups))
+        means = []
+
+        def keys(i: int) -> list[Pending]:
+            views = [self._parts(x, groups[i][1]) for x in (k, v)]
+            return [self._send(together, stage) for together in of_one_dim(views)]
+
+        def start(i: int) -> tuple[Pending, ...]:
+            queries = self._send([self._parts(q, groups[i][0])], stage)
+            if not i:
+                means.append(self._send_means(k, groups))
+            return queries, *(keys(i) if i in ahead else ())
+
+        arriving = Prefetch(start, _sizes(groups))
+        of_groups = None
+        for i in range(len(groups)):
+            queries, *late = arriving.take()
+            late = late or keys(i)
+            here = arrived([queries])
+            of_groups = of_groups or arrived([means.pop()])
+            yield self.inner.forward_by_means(*here, of_groups[i], functools.partial(arrived, late))
+            del here
+
+    def _send_means(self, k: Tensor, groups: HeadGroups) -> Pending:
+        """Starts to exchange the means of this rank's chunks; pending, for each group ``[num_chunks, h, D]``."""
+        means = self.inner.method.means(k, self.chunks.segments)[:self.chunks.rows.local]
+        return self._send([self._parts(means, kv_heads) for _, kv_heads in groups], "fwd exchange in", self.chunks.rows)
 
     def backward(self, do: Tensor, saved: Saved, kv_grad_dtype: torch.dtype) -> Grads:
         """dq, dk, dv of the rank's rows; dk and dv in ``kv_grad_dtype``, rounded once."""
@@ -116,29 +177,31 @@ class Exchanged:
         number = number_of_groups(self.head_groups, kv_heads, q.nbytes, q.nbytes + k.nbytes + v.nbytes)
         return split_heads(q.shape[1] // self.rows.size, kv_heads, number)
 
-    def _fetch(self, groups: HeadGroups, batches: list[list[tuple[Tensor, int]]], stage: str,
-               with_ends: Sequence[list[tuple[Tensor, int]]] = ()) -> Prefetch:
-        """Exchanges the heads of (tensor, 0 for query heads or 1 for kv heads); those of a batch may travel as one.
-
-        For the first and the last group, small ones, ``with_ends`` as well.
-        """
+    def _fetch(self, groups: HeadGroups, batches: list[list[tuple[Tensor, int]]], stage: str) -> Prefetch:
+        """Exchanges the heads of (tensor, 0 for query heads or 1 for kv heads); those of a batch may travel as one."""
         def start(i: int) -> tuple[Pending, ...]:
-            now = [*batches, *with_ends] if i in (0, len(groups) - 1) else batches
-            views = [[self._parts(x, groups[i][which]) for x, which in batch] for batch in now]
+            views = [[self._parts(x, groups[i][which]) for x, which in batch] for batch in batches]
             return tuple(self._send(together, stage) for batch in views for together in of_one_dim(batch))
 
-        return Prefetch(start, [kv_heads.stop - kv_heads.start for _, kv_heads in groups])
+        return Prefetch(start, _sizes(groups))
 
     def _parts(self, x: Tensor, heads: slice) -> Tensor:
         """The ``heads`` of each part that x's heads are dealt out in: a view ``[parts, T, heads, D]``."""
         return x.unflatten(1, (min(self.rows.size, x.shape[1]), -1))[:, :, heads].transpose(0, 1)
 
-    def _send(self, views: list[Tensor], stage: str) -> Pending:
-        """Starts to send each rank its part of every view; where parts are fewer than ranks, neighbours share one."""
-        peers = peers_for(self.rows, self.group, views[0].device)
+    def _send(self, views: list[Tensor], stage: str, rows: Rows | None = None) -> Pending:
+        """Starts to send each rank its part of every view; where parts are fewer than ranks, neighbours share one.
+
+        Args:
+            views: each ``[parts, T, heads, D]``.
+            stage: name for :func:`~.comm.record_waits`.
+            rows: of the views; None for the rows of q, k and v.
+        """
+        rows = rows or self.rows
+        peers = peers_for(rows, self.group, views[0].device)
         if peers is not None:
-            return peers.fetch(self.rows, list(map(whole_rows, views)), stage)
-        size, me = self.rows.size, self.rows.rank
+            return peers.fetch(rows, list(map(whole_rows, views)), stage)
+        size, me = rows.size, rows.rank
         _, local, _, dim = views[0].shape
         heads = [view.shape[2] for view in views]
         packed = views[0].new_empty(size - 1, local, sum(heads), dim)
@@ -151,7 +214,7 @@ class Exchanged:
                 for message, rank in zip(out, others):
                     copy_rows(message, view[rank * view.shape[0] // size])
         own = [view[me * view.shape[0] // size] for view in views]
-        return to_global(self.rows, own, [*packed[:me], None, *packed[me:]], self.group, stage)
+        return to_global(rows, own, [*packed[:me], None, *packed[me:]], self.group, stage)
 
     def _deliver_grads(self, grads: Grads, places: list[tuple[Tensor, int, slice]],
                        milestone: torch.cuda.Event | None = None) -> list[Pending]:
@@ -204,3 +267,7 @@ def _place(place: tuple[Tensor, int, slice]) -> Tensor:
     """The heads of each part of a tensor, a view ``[parts, T, heads, D]``."""
     whole, parts, heads = place
     return whole.unflatten(1, (parts, -1))[:, :, heads].transpose(0, 1)
+
+
+def _sizes(groups: HeadGroups) -> list[int]:
+    return [kv_heads.stop - kv_heads.start for _, kv_heads in groups]

@@ -11,7 +11,7 @@ import zlib
 
 _HEADER = struct.Struct("<QII")  # number, bytes, checksum
 _ROOM = 4
-BOX_BYTES = 4096
+BOX_BYTES = 16384
 """Of a message with its header, at most."""
 
 

@@ -40,6 +40,14 @@ class Method:
         """Earlier chunks that a query can select: no sequence has more than its bound says."""
         return min(self.topk - 1, max(0, (segments.max_seqlen_k - 1) // segments.chunk_size))
 
+    def means(self, k: Tensor, segments: Segments) -> Tensor:
+        """Chunk means ``[num_chunks, HK, D]`` of keys ``[S, HK, D]``."""
+        def compute(k, *places):
+            return self.stages.chunk_means(k, self._segments(key, places)),
+
+        key, tensors = self._key(segments)
+        return repeat(self.stages, ("means", key), compute, k, *tensors, workspace_mib=self.workspace_mib)[0]
+
     def choose(self, q: Tensor, keys: Tensor, segments: Segments, kv_rows: int | None = None
                ) -> tuple[Tensor, Routing]:
         """The selection and its lists.
@@ -111,24 +119,25 @@ class Whole:
     method: Method
     segments: Segments
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor | Callable[[], Sequence[Tensor]]) -> tuple[Tensor, Saved]:
-        """q ``[S, H, D]``, k ``[S, HK, D]``, v ``[S, HK, DV]`` in global order: o and what backward needs.
-
-        Instead of v, what waits for it and returns it alone in a sequence: it is called when chunks are chosen.
-        """
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
+        """q ``[S, H, D]``, k ``[S, HK, D]``, v ``[S, HK, DV]`` in global order: o and what backward needs."""
         segments = self.segments
-        earlier = self.method.earlier(segments)
-        if earlier:
+        if self.method.earlier(segments):
             selected, routing = self.method.choose(q, k, segments)
-        if callable(v):
-            v, = v()
-        if earlier:
             o, saved = self.method.attend(q, k, v, selected, routing, segments)
             return o, [q, k, v, o, *saved]
         dense = self._dense(dense_causal, q, k, v)
         if dense is not None:
             return dense[0], [q, k, v, *dense, q.new_empty(*q.shape[:2], 0, dtype=torch.int32), None, None]
         o, saved = self.method.attend(q, k, v, None, None, segments)
+        return o, [q, k, v, o, *saved]
+
+    def forward_by_means(self, q: Tensor, means: Tensor, arrive: Callable[[], Sequence[Tensor]]
+                         ) -> tuple[Tensor, Saved]:
+        """As :meth:`forward`, with chunk means ``[num_chunks, HK, D]``; k and v are what ``arrive`` then waits for."""
+        selected, routing = self.method.choose(q, means, self.segments, q.shape[0])
+        k, v = arrive()
+        o, saved = self.method.attend(q, k, v, selected, routing, self.segments)
         return o, [q, k, v, o, *saved]
 
     def backward(self, do: Tensor, saved: Saved, kv_grad_dtype: torch.dtype,
