@@ -76,7 +76,8 @@ class Exchanged:
         """q ``[T, H, D]``, k ``[T, HK, D]``, v ``[T, HK, DV]``, the rank's rows: o and what backward needs."""
         groups, size = self._groups(q, k, v), self.rows.size
         copied = k.shape[1] < size
-        parts = self._attend if copied or self.chunks is None else self._attend_by_means
+        # one group is little work, for which more exchanges would keep the host longer than they save
+        parts = self._attend if copied or self.chunks is None or len(groups) == 1 else self._attend_by_means
         o, leaving, saved = self._empty((*q.shape[:2], v.shape[2]), q.dtype, q.device), [], []
         for group, (part, rest) in zip(groups, parts(q, k, v, groups)):
             if copied:

@@ -174,9 +174,9 @@ def peers_for(rows: Rows, group: dist.ProcessGroup, device: torch.device) -> Pee
 def _meet(group: dist.ProcessGroup, device: torch.device) -> Peers | None:
     """Finds every rank's memory and host; None on all ranks if that fails on one."""
     rank, size = dist.get_rank(group), group.size()
-    timeout_s = group._get_backend(device).options._timeout.total_seconds()
-    problem, engines, memory, flags, place, path = None, None, None, None, b"", None
+    problem, engines, memory, flags, place, path, timeout_s = None, None, None, None, b"", None, None
     try:
+        timeout_s = group._get_backend(device).options._timeout.total_seconds()
         engines, memory = CopyEngines(device, timeout_s), peer_memory(device)
         flags = memory.empty((Peers.flag_bytes(size),), torch.uint8).zero_()
         place = memory.describe(flags)
