@@ -349,7 +349,7 @@ def with_peers(rank, size, folder):
     return errors, None, sent, early, sum(p._exchanges for p in shared.peers.values())
 
 
-CASES = ("blocks_cut", "long_chunks_cut", "bf16", "one_chunk", "packed")
+CASES = ("aligned_groups", "blocks_cut", "long_chunks_cut", "bf16", "one_chunk", "packed")
 
 
 @pytest.fixture(scope="module")
