@@ -183,7 +183,7 @@ def _meet(group: dist.ProcessGroup, device: torch.device) -> Peers | None:
         if rank == 0:
             path = _shared_file(Mail.bytes_needed(size))
         torch.cuda.synchronize(device)
-    except (ImportError, AttributeError, OSError, RuntimeError) as error:
+    except (ImportError, AttributeError, OSError, RuntimeError, TypeError) as error:  # also of an older torch
         problem = f"{type(error).__name__}: {error}"
     host = socket.gethostname() + Path("/proc/sys/kernel/random/boot_id").read_text()
     everyone = _tell_everyone(group, (problem, host, place, path))
