@@ -2,10 +2,11 @@
 
 ``layout`` and ``rows`` say which rows a rank holds and move them, ``comm`` has collectives that are awaited late,
 ``agreement`` detects ranks that disagree. On one host ``peers`` moves rows by the GPUs' copy engines (``moves`` plans,
-``copy_engines`` calls the driver, ``peer_memory`` and ``mail`` find the receivers' tensors). Schedules: ``gather`` (keys and values travel), ``selective`` (those that
-were chosen do; its parts are ``ways``, ``travel``, ``visiting``, ``visitors``, ``services`` and ``copies``), ``heads``
-(heads for rows), ``whole`` (nothing travels; the inner part of ``heads``); ``attention`` chooses one by name and gives
-it a gradient.
+``copy_engines`` calls the driver, ``peer_memory`` and ``mail`` find the receivers' tensors).
+
+Schedules: ``gather`` (keys and values travel), ``selective`` (those that were chosen do; its parts are ``ways``,
+``travel``, ``visiting``, ``visitors``, ``services`` and ``copies``), ``heads`` (heads for rows), ``whole`` (nothing
+travels; the inner part of ``heads``); ``attention`` chooses one by name and gives it a gradient.
 Selection and result equal those of a single rank.
 """
 from .agreement import Agreement
