@@ -5,6 +5,10 @@
 #                                        judges warp-specialised kernels too); its libraries must lie beside it
 #        TOOLS="memcheck initcheck"      these only; TOOLS= compiles, and stops there
 #        COMPILED=1                      the kernels are in Triton's cache, and a run without the sanitizer was good
+#        TOOL_SECONDS=N                  the most that one tool may take (900)
+# initcheck watches every kernel, torch's too, for what they write counts as well. Only its reports in kernels of this
+# package count (tests/gpu/initcheck.py); others, of which torch has some, are summed up. A value that a kernel of this
+# package forgot to write is not seen so where torch reads it: the tests of values are there for that.
 # The tools side by side:  TOOLS= launch/sanitize.sh && for tool in memcheck racecheck initcheck synccheck; do
 #                              COMPILED=1 TOOLS=$tool launch/sanitize.sh runs/sanitizer/$tool & done; wait
 set -uo pipefail
@@ -21,7 +25,7 @@ sanitizer=${COMPUTE_SANITIZER:-compute-sanitizer}
 check() {  # NAME TOOL PROGRAM [OPTION ...]: logs to NAME.log, adds to the summary; status 0 where it is clean
     local name=$1 tool=$2 program=$3 status
     SECONDS=0
-    timeout "${TOOL_SECONDS:-900}" "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 20 "${@:4}" \
+    timeout "${TOOL_SECONDS:-900}" "$sanitizer" --tool "$tool" --error-exitcode 9 "${@:4}" \
         "$python" "tests/gpu/$program" >"$out/$name.log" 2>&1
     status=$?
     echo "$name: status $status, ${SECONDS} s: $(grep 'SUMMARY' "$out/$name.log" | tail -1)" | tee -a "$out/summary.txt"
@@ -35,15 +39,22 @@ if [ -z "${COMPILED:-}" ]; then
 fi
 failed=0
 for tool in ${TOOLS-memcheck racecheck initcheck synccheck}; do
-    options=(--kernel-name kernel_substring=_kernel)
+    options=(--print-limit 20 --kernel-name kernel_substring=_kernel)
     [ "$tool" != racecheck ] || options+=(--kernel-name-exclude kernel_substring=_hopper)
-    check "$tool" "$tool" sanitizer.py "${options[@]}" || failed=1
+    [ "$tool" != initcheck ] || options=(--print-limit 0 --show-backtrace device)
+    check "$tool" "$tool" sanitizer.py "${options[@]}"
+    status=$?
+    if [ "$tool" = initcheck ] && { [ "$status" -eq 0 ] || [ "$status" -eq 9 ]; }; then
+        "$python" tests/gpu/initcheck.py "$out/initcheck.log" | tee -a "$out/summary.txt"
+        status=${PIPESTATUS[0]}
+    fi
+    [ "$status" -eq 0 ] || failed=1
 done
 
 # Warp-specialised kernels: racecheck before 2026.1 reports mbarriers and warp groups wrongly (so its release notes).
 # It decides only where it finds none in a kernel that has none; else tests/gpu/test_hopper_delays.py is what decides.
 if [[ " ${TOOLS-racecheck} " == *" racecheck "* ]] && "$python" tests/gpu/sanitizer.py --hopper; then
-    options=(--kernel-name kernel_substring=_hopper --num-cuda-barriers 64)
+    options=(--print-limit 20 --kernel-name kernel_substring=_hopper --num-cuda-barriers 64)
     check racecheck-control racecheck racecheck_control.py "${options[@]}"
     control=$?
     check racecheck-hopper racecheck sanitizer.py "${options[@]}"

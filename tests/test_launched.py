@@ -1,10 +1,10 @@
-"""That the sanitizer's program knows every kernel: their names, and which of them were never launched."""
+"""That the sanitizer's program knows every kernel: names, which were never launched, whose reports initcheck has."""
 import importlib
 
 import pytest
 
 pytest.importorskip("triton.experimental.gluon")
-from gpu import launched  # noqa: E402
+from gpu import initcheck, launched  # noqa: E402
 
 
 def test_kernels_are_named_for_the_sanitizer():
@@ -24,3 +24,40 @@ def test_a_kernel_that_was_not_launched_is_named(monkeypatch):
     assert launched.never_launched(hopper=False) == ["moba_megatron.kernels.copying._copy_rows_kernel"]
     assert launched.never_launched(hopper=True) == ["moba_megatron.kernels.copying._copy_rows_kernel",
                                                     "moba_megatron.kernels.hopper_fwd._hopper_fwd_kernel"]
+
+
+TORCH = """========= Uninitialized __global__ memory read of size 8 bytes
+=========     at void at::native::vectorized_gather_kernel<(int)16, long>(char *, T2 *, bool)+0xa0
+=========     by thread (0,0,0) in block (0,0,0)
+=========     Address 0x7f653d5fd400
+========= 
+"""
+COPY = """========= Host API memory access error at host access to 0x7f653d5fde00 of size 32 bytes
+=========     Uninitialized access to 0x7f653d5fde00 on access by cudaMemcpy source
+========= 
+"""
+OWN = """========= Uninitialized __global__ memory read of size 4 bytes
+=========     at _copy_rows_kernel+0x560 in copying.py:40
+=========     by thread (3,0,0) in block (1,0,0)
+"""
+WITHIN = """========= Uninitialized __global__ memory read of size 4 bytes
+=========     at (anonymous namespace)::help(float *)+0x20 in copying.py:20
+=========         Device Frame: _copy_rows_kernel+0x80 in copying.py:40
+"""
+EXIT = "========= Target application returned an error\n"
+
+
+@pytest.mark.parametrize("body, errors, clear, said", [
+    ("", 0, True, "0 reports in the package's kernels or without a kernel, 0 in others"),
+    (TORCH + COPY + TORCH, 3, True, "3 in others: at::native::vectorized_gather_kernel 2, cudaMemcpy source 1"),
+    (TORCH + OWN + OWN, 3, False, "2 x Uninitialized __global__ memory read of size 4 bytes in _copy_rows_kernel"),
+    (TORCH + WITHIN, 2, False, "in help in _copy_rows_kernel"),
+    (TORCH, 2, False, "1 reports in the log, by its summary [2]: not decided"),
+    (EXIT + TORCH, 2, False, "1 x Target application returned an error"),
+])
+def test_reports_of_initcheck_count_in_own_kernels(body, errors, clear, said):
+    log = f"========= COMPUTE-SANITIZER\ngqa\n{body}decoding\n========= ERROR SUMMARY: {errors} error{'s'[errors == 1:]}\n"
+    text, decided = initcheck.judge(log, {name for _, name in launched.jit_functions()})
+    assert decided is clear and said in text
+    text, decided = initcheck.judge(log.split("========= ERROR SUMMARY")[0], set())
+    assert not decided and "by its summary []: not decided" in text
