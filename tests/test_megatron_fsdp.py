@@ -1,4 +1,6 @@
-"""Megatron's FSDPs and distributed optimizer with MoBA and its key convolution: DDP's losses, its weight decay. gloo."""
+"""Megatron's FSDPs and distributed optimizer with MoBA and its key convolution, eager and compiled: DDP's losses, its
+weight decay. gloo.
+"""
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +14,8 @@ if torch.cuda.is_available():
     pytest.skip("stands for GPUs with the CPU, which needs a machine without one", allow_module_level=True)
 
 WRAPPERS = ["torch-fsdp2", "megatron-fsdp"]
-ALL = ["ddp", "distributed optimizer", *WRAPPERS]
+COMPILED = [f"{wrapper}, compiled" for wrapper in WRAPPERS]
+ALL = ["ddp", "distributed optimizer", *WRAPPERS, *COMPILED]
 TOKENS, VOCAB, STEPS = 96, 32, 5
 FILTERS = 2 * 2 * 3 * 8  # layers, kv heads, taps, head dim
 
@@ -51,6 +54,16 @@ def wrap(wrapper, model):
     return wrapped, optimizer
 
 
+def compile_parts(model):
+    """Compiles each layer's attention and MLP; the layers' own forward breaks into nothing but single calls."""
+    torch.compiler.set_stance("default")  # megatron_on_cpu may have left another
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for layer in model.decoder.layers:
+        for part in (layer.self_attention, layer.mlp):
+            part.forward = torch.compile(part.forward, backend="aot_eager")
+
+
 def held(model):
     """This rank's part of the parameters, as the optimizer changes them."""
     buffers = getattr(model, "param_and_grad_buffer", None)
@@ -60,7 +73,7 @@ def held(model):
 
 
 def train(wrapper, rank):
-    """Losses of a few steps, each rank with its own tokens, what this rank holds, and what weight decay changed.
+    """Losses of a few steps, each rank with its own tokens, what this rank holds, what weight decay changed, graphs.
 
     The first step has no gradient: what it changes is decayed.
     """
@@ -84,6 +97,9 @@ def train(wrapper, rank):
     for name, parameter in model.named_parameters():
         if "key_convolution" in name:
             torch.nn.init.normal_(parameter)
+    wrapper, _, compiled = wrapper.partition(", ")
+    if compiled:
+        compile_parts(model)
     model, optimizer = wrap(wrapper, model)
     losses, before = [], held(model)
     for step in range(STEPS):
@@ -98,7 +114,8 @@ def train(wrapper, rank):
         if step == 0:
             after = held(model)
             decayed = {name for name, part in after.items() if not torch.equal(part, before[name])}
-    return losses, {name: part.numel() for name, part in after.items()}, decayed
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return losses, {name: part.numel() for name, part in after.items()}, decayed, graphs
 
 
 def everything(rank, size):
@@ -115,11 +132,12 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("wrapper", ALL[1:])
 def test_losses_equal_ddp(results, wrapper):
     for result in results:
-        losses, parts, _ = result[wrapper]
-        expected, whole, _ = result["ddp"]
+        losses, parts, _, graphs = result[wrapper]
+        expected, whole, *_ = result["ddp"]
         assert losses == pytest.approx(expected, rel=1e-5)  # fp32; gradients are added up in another order
         assert len(set(expected)) == STEPS
-        assert wrapper not in WRAPPERS or sum(parts.values()) < 0.6 * sum(whole.values())
+        assert wrapper not in WRAPPERS + COMPILED or sum(parts.values()) < 0.6 * sum(whole.values())
+        assert (graphs >= 4) == (wrapper in COMPILED), "attention and MLP of two layers"
 
 
 @pytest.mark.parametrize("wrapper", ALL)
