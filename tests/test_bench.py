@@ -222,5 +222,8 @@ def test_cost_of_watching_the_router(tmp_path, capsys):
     assert result["trained"] == [{"iteration": 6, "recall": 0.63}, {"iteration": 9, "recall": 0.645}]
     text = router.markdown(result)
     assert "| 2 x 2,048 | 4 | 4, 4 | 102.0 | 23.0 | 0.45 % |" in text and "recall 0.630 to 0.645" in text
+    later = {"environment": result["environment"] | {"commit": "later"}, "rows": [row | {"extra_ms": 11.0}]}
+    text = router.markdown(report.added(result, later))
+    assert "| 102.0 | 11.0 | 0.45 % | later |" in text and f"model at commit {result['environment']['commit']}:" in text
     log.write_text(json.dumps({"kind": "step"}) + "\n")
     assert main(["router", str(log), "--json", str(stored)]) == 1 and "no start" in capsys.readouterr().err

@@ -41,6 +41,9 @@ def test_table_takes_the_error_where_there_are_many_chunks(result):
     assert [line["note"] for line in others] == ["absent", "absent"]
     text = comparison.markdown(result)
     assert "more than 32 chunks" in text and result["environment"]["torch"] in text
+    assert "| flash-moba | MoBA |  |  |  |  | absent |" in text
+    assert {line.split(" | ")[0] for line in text.splitlines() if line.endswith("|  |  |  |  | not measured |")} == {
+        f"| {name}" for name in ("cuDNN", "moonshot-moba", "triton-moba", "flash-attn-2", "flash-attn-4")}
 
 
 def test_a_wrong_result_is_said_to_be_wrong(monkeypatch, tmp_path):

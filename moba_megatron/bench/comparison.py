@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -221,7 +221,7 @@ def table(result: dict) -> list[dict[str, str]]:
     for name in dict.fromkeys(row["name"] for row in rows):
         found = {row["tokens"]: row for row in rows if row["name"] == name}
         some = next(iter(found.values()))
-        line = {"implementation": name, "attends": "MoBA" if some["kind"] == "moba" else "to everything"}
+        line = _begin(name, some["kind"])
         for n in lengths:
             line[length(n)] = _milliseconds(found.get(n))
         peak = found.get(lengths[-1], {}).get("extra_peak_bytes")
@@ -234,6 +234,17 @@ def table(result: dict) -> list[dict[str, str]]:
             lines.append(dict.fromkeys(line, "") | {"implementation": f"{name}, in a CUDA graph", "attends": "MoBA"} | {
                 length(n): report.number(times["median"]) for n, times in graph.items()})
     return lines
+
+
+def _begin(name: str, kind: str) -> dict[str, str]:
+    return {"implementation": name, "attends": "MoBA" if kind == "moba" else "to everything"}
+
+
+def not_measured(result: dict, columns: Iterable[str]) -> list[dict[str, str]]:
+    """A line for each implementation that is compared now and that the result knows nothing of."""
+    known = {row["name"] for row in result["rows"]}
+    return [dict.fromkeys(columns, "") | _begin(entry.name, entry.kind) | {"note": "not measured"}
+            for entry in entries() if entry.name not in known]
 
 
 def length(tokens: int) -> str:
@@ -266,8 +277,9 @@ def _note(found: dict[int, dict], some: dict) -> str:
 
 def markdown(result: dict) -> str:
     """The README's table and, below it, what was measured where."""
-    about, settings = result["environment"], result["settings"]
-    return (f"{report.as_markdown(table(result))}\n\nForward and backward, ms, {settings['heads']} heads of "
+    about, settings, lines = result["environment"], result["settings"], table(result)
+    lines += not_measured(result, lines[0])
+    return (f"{report.as_markdown(lines)}\n\nForward and backward, ms, {settings['heads']} heads of "
             f"{settings['head_dim']}, {settings['dtype']}, batch 1, chunk {settings['chunk_size']}, topk "
             f"{settings['topk']}; errors at the first length with more than {MANY_CHUNKS} chunks; extra memory at the "
             f"longest. {environment.line(about)}. Made by `{about['command']}`.")

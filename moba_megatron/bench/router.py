@@ -67,13 +67,15 @@ def by_step(path: Path) -> list[dict]:
 
 
 def table(result: dict) -> list[dict[str, str]]:
-    """A run a line."""
+    """A run a line; with the commit of those that a later measurement replaced, where there are such."""
+    rows = [row for row in result["rows"] if row["status"] == "ok"]
+    later = any("commit" in row for row in rows)
     return [{"tokens a step": f"{row['settings']['global_batch_size']} x {row['settings']['seq_length']:,}",
              "layers": str(row["settings"]["num_layers"]),
              "chunk, topk": f"{row['settings']['moba_chunk_size']}, {row['settings']['moba_topk']}",
              "ms/step": report.number(row["ms"]["median"]), "a watched step, ms more": f"{row['extra_ms']:.1f}",
-             f"of a run, watched every {EVERY} steps": f"{100 * row['share']:.2f} %"}
-            for row in result["rows"] if row["status"] == "ok"]
+             f"of a run, watched every {EVERY} steps": f"{100 * row['share']:.2f} %",
+             **({"commit": row.get("commit", "")} if later else {})} for row in rows]
 
 
 def markdown(result: dict) -> str:
@@ -83,7 +85,8 @@ def markdown(result: dict) -> str:
         first, last = result["trained"][0], result["trained"][-1]
         changes = ", ".join(f"{name.replace('_', ' ')} {first[name]:.3f} to {last[name]:.3f}"
                             for name in first if name != "iteration")
-        text += f"\n\nFrom step {first['iteration']} to {last['iteration']} of the first run's model: {changes}."
+        text += (f"\n\nFrom step {first['iteration']} to {last['iteration']} of the first run's model at commit "
+                 f"{result['environment']['commit']}: {changes}.")
     return f"{text}\n\n{environment.line(result['environment'])}. {report.made_by(result)}"
 
 

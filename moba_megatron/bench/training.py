@@ -169,7 +169,8 @@ def smoke_markdown(result: dict) -> str:
     about, rows = result["environment"], result["rows"]
     done = [row for row in rows if row["status"] == "ok"]
     times = " and ".join(f"{row['step_ms']['median']:.0f} ms with {name_of(row)} ({row['ms_per_65536_tokens']:.1f} ms "
-                         f"per 65,536 tokens, {row['peak_memory_gib']:.1f} GiB at most)" for row in done)
+                         f"per 65,536 tokens, {row['minutes_per_1000_steps']:.1f} min projected for 1000 steps, "
+                         f"{row['peak_memory_gib']:.1f} GiB at most)" for row in done)
     rest = "; ".join(f"{name_of(row)} ({row['reason']})" for row in rows if row["status"] != "ok")
     return (f"Within {done[0]['memory_limit_gb']:g} GB and with the launch configurations of {done[0]['tuning_arch']} "
             f"(`LIMIT=1`), but on an {about['device'].removeprefix('NVIDIA ')}, a step of "
