@@ -1,0 +1,41 @@
+"""Megatron's FSDPs around attention and MLP, eager and compiled by inductor, on two GPUs: DDP's losses."""
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from fsdp_training import COMPILED, FSDPS, train
+from ranks import run_ranks
+
+pytest.importorskip("megatron.core")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
+"""Of losses, relative: gradients are added up in another order, and inductor keeps fp32 between fused operations."""
+
+
+def everything(rank, size):
+    import gpt  # noqa: F401: puts the examples on the path
+    found = {(dtype, wrapper): train(wrapper, rank, dtype, "inductor", head_dim=64)
+             for dtype in TOLERANCE for wrapper in ("ddp", *FSDPS, *COMPILED)}
+    for (dtype, wrapper), (losses, *_) in found.items():
+        print(f"rank {rank} {dtype} {wrapper}: {' '.join(f'{x:.6f}' for x in losses)}", flush=True)
+    return found
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return run_ranks(everything, 2, tmp_path_factory.mktemp("ranks"), backend="nccl")
+
+
+@pytest.mark.parametrize("wrapper", FSDPS + COMPILED)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_losses_equal_ddp(results, wrapper, dtype):
+    for result in results:
+        losses, parts, _, graphs = result[dtype, wrapper]
+        expected, whole, *_ = result[dtype, "ddp"]
+        assert losses == pytest.approx(expected, rel=TOLERANCE[dtype])
+        assert expected[-1] < 0.95 * expected[0], "it learns"
+        assert sum(parts.values()) < 0.6 * sum(whole.values())
+        assert (graphs >= 4) == (wrapper in COMPILED), "attention and MLP of two layers"
