@@ -11,7 +11,7 @@ TOKENS, VOCAB, STEPS = 96, 32, 5
 FILTERS = 2 * 2 * 3 * 8  # layers, kv heads, taps, head dim
 
 
-def wrap(wrapper, model):
+def wrap(wrapper, model, lr):
     """The model in Megatron's wrapper, and Megatron's optimizer for it."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.distributed import torch_fully_sharded_data_parallel as torch_fsdp2
@@ -30,10 +30,10 @@ def wrap(wrapper, model):
     kinds = {"megatron-fsdp": FullyShardedDataParallel, "torch-fsdp2": torch_fsdp2.TorchFullyShardedDataParallel}
     wrapped = kinds.get(wrapper, DistributedDataParallel)(config=model.config, ddp_config=config, module=model)
     optimizer = get_megatron_optimizer(OptimizerConfig(
-        optimizer="adam", lr=1e-2, weight_decay=0.5, clip_grad=0.0, use_distributed_optimizer=shared,
+        optimizer="adam", lr=lr, weight_decay=0.5, clip_grad=0.0, use_distributed_optimizer=shared,
         bf16=model.config.bf16, params_dtype=model.config.params_dtype), [wrapped])
     OptimizerParamScheduler(  # sets the weight decay of each group
-        optimizer, init_lr=1e-2, max_lr=1e-2, min_lr=1e-2, lr_warmup_steps=0, lr_decay_steps=STEPS,
+        optimizer, init_lr=lr, max_lr=lr, min_lr=lr, lr_warmup_steps=0, lr_decay_steps=STEPS,
         lr_decay_style="constant", start_wd=0.5, end_wd=0.5, wd_incr_steps=STEPS, wd_incr_style="constant")
     return wrapped, optimizer
 
@@ -54,7 +54,7 @@ def held(model):
     return {name: (p.to_local() if hasattr(p, "to_local") else p).detach().clone() for name, p in named}
 
 
-def train(wrapper, rank, dtype=torch.float32, backend="aot_eager", head_dim=8):
+def train(wrapper, rank, dtype=torch.float32, backend="aot_eager", head_dim=8, lr=1e-2):
     """Losses of a few steps, each rank with tokens of its own, what this rank holds, what weight decay changed, graphs.
 
     The first step has no gradient: what it changes is decayed.
@@ -65,6 +65,7 @@ def train(wrapper, rank, dtype=torch.float32, backend="aot_eager", head_dim=8):
         dtype: of the parameters and activations.
         backend: of torch.compile.
         head_dim: of four heads.
+        lr: of Adam.
     """
     import megatron_on_cpu
     from megatron.core import parallel_state, tensor_parallel
@@ -93,7 +94,7 @@ def train(wrapper, rank, dtype=torch.float32, backend="aot_eager", head_dim=8):
     wrapper, _, compiled = wrapper.partition(", ")
     if compiled:
         compile_parts(model, backend)
-    model, optimizer = wrap(wrapper, model)
+    model, optimizer = wrap(wrapper, model, lr)
     losses, before = [], held(model)
     tokens = torch.randint(0, VOCAB, (1, TOKENS + 1), generator=torch.Generator().manual_seed(rank)).to(device)
     position_ids = torch.arange(TOKENS, device=device)[None]
