@@ -150,4 +150,4 @@ def markdown_of(result: dict) -> str:
     sent = f" Link: {link / 1e9:.0f} GB/s sent by a rank in a large all-gather." if link else ""
     rows, rest = report.measured_and_rest(result["rows"])
     return (f"{report.as_markdown(table(rows))}\n\n{LEGEND}{sent}{rest}\n\n{environment.line(about)}, "
-            f"{about['ranks']} ranks. Made by `{about['command']}`.")
+            f"{about['ranks']} ranks. {report.made_by(result)}")

@@ -14,9 +14,10 @@ whole chunks.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..segments import Routing, Segments
@@ -26,7 +27,7 @@ from .gather import Gathered, sum_dtype
 from .head_groups import HeadGroups, Prefetch
 from .services import Service, Visit, make_services
 from .travel import parts
-from .visitors import visitors_bwd, visitors_fwd
+from .visitors import add_returned, merge_returned, visitors_bwd, visitors_fwd
 from .whole import Grads, Saved
 
 VISITORS_BYTES = 2 << 30
@@ -55,9 +56,13 @@ class Visiting(Gathered):
                                  VISITORS_BYTES // row)
         fetched = self._fetch_copies(k, v, groups, [x.copies for x in services], "fwd gather")
         o = q.new_empty(*q.shape[:2], v.shape[2])
-        saved = []
+        saved, finish = [], None
         for (heads, _), (selected, _), service in zip(groups, choices, services):
-            saved.append(self._attend_here(q[:, heads], fetched, selected, service, o[:, heads]))
+            rest, done = self._attend_here(q[:, heads], fetched, selected, service, o[:, heads])
+            if finish is not None:
+                finish()
+            saved, finish = [*saved, rest], done
+        finish()
         return o, [q, k, v, o, groups, saved]
 
     def backward(self, do: Tensor, saved: Saved, kv_grad_dtype: torch.dtype) -> Grads:
@@ -67,9 +72,14 @@ class Visiting(Gathered):
         dk, dv = (torch.empty(x.shape, dtype=kv_grad_dtype, device=x.device) for x in (k, v))
         copies = [Copies.restored(x) for (x, *_), *_ in saved]
         fetched = self._fetch_copies(k, v, groups, copies, "bwd gather")
+        finish = None
         for (heads, kv_heads), rest, held in zip(groups, saved, copies):
-            self._attend_here_bwd(do[:, heads], q[:, heads], fetched, o[:, heads], rest, held,
-                                  (dq[:, heads], dk[:, kv_heads], dv[:, kv_heads]))
+            done = self._attend_here_bwd(do[:, heads], q[:, heads], fetched, o[:, heads], rest, held,
+                                         (dq[:, heads], dk[:, kv_heads], dv[:, kv_heads]))
+            if finish is not None:
+                finish()
+            finish = done
+        finish()
         return dq, dk, dv
 
     def _fetch_copies(self, k: Tensor, v: Tensor, groups: HeadGroups, copies: list[Copies], stage: str) -> Prefetch:
@@ -88,8 +98,9 @@ class Visiting(Gathered):
                               dtype=torch.int32, device=device)
         return Segments(places[0, :2], places[1, :2], places[2, :1], places[3, :1], rows, total, size)
 
-    def _attend_here(self, q: Tensor, fetched: Prefetch, selected: Tensor, service: Service, out: Tensor) -> list:
-        """Writes o of one group of heads; returns what its backward needs."""
+    def _attend_here(self, q: Tensor, fetched: Prefetch, selected: Tensor, service: Service,
+                     out: Tensor) -> tuple[list, Callable[[], None]]:
+        """Computes one group of heads; what its backward needs, and what is left to do: to write o when parts come."""
         stages, scale, size = self.method.stages, self.method.softmax_scale, self.layout.segments.chunk_size
         queries, choices_per_row = q.flatten(0, 1), selected.shape[2]
         arriving = self._send_queries((queries,), service.rounds[0], choices_per_row, "fwd visit")
@@ -99,23 +110,28 @@ class Visiting(Gathered):
         here = service.chunk_here[kv_head[:, None], selected.long()]  # -1 reads the last entry, which is -1
         routing = stages.route(here, k.shape[1], segments.num_chunks(k.shape[0]))
         o, lse = stages.attention_fwd(q, k, v, here, segments, scale, routing)
-        k, v = by_chunk(k, size), by_chunk(v, size)
-        o_slots = o.new_zeros(lse.numel() * choices_per_row, o.shape[2])
-        lse_slots = lse.new_full((lse.numel() * choices_per_row,), -torch.inf)
+        if any(sum(x.coming) for x in service.rounds):
+            k, v = by_chunk(k, size), by_chunk(v, size)
+        returned = Returned(service.rounds, self.group, "fwd return", (o.flatten(0, 1), lse.flatten()))
         for i, visit in enumerate(service.rounds):
             if i:
                 arriving = self._send_queries((queries,), visit, choices_per_row, "fwd visit later")
             visitors, = (x.wait().index_select(0, visit.order) for x in arriving)
-            served = visitors_fwd(visitors, k, v, visit.cu_visitors, service.most, scale)
-            back = [self._send(_unsorted(x, visit.order), visit.coming, visit.leaving, "fwd return") for x in served]
-            for slots, x in zip((o_slots, lse_slots), back):
-                slots.index_copy_(0, visit.choices, x.wait())
-        lse = _merge(o, lse, o_slots, lse_slots, out)
-        return [service.saved(), lse, here, routing.entries, routing.starts, choices_per_row]
+            returned.send(visit, visitors_fwd(visitors, k, v, visit.cu_visitors, service.most, scale))
+        saved = [service.saved(), lse, here, routing.entries, routing.starts, choices_per_row]
+
+        def finish() -> None:
+            o_parts, lse_parts = returned.wait()
+            if returned.number:
+                saved[1] = merge_returned(o, lse, o_parts, lse_parts, returned.places(here.shape), out)
+            else:
+                out.copy_(o)
+
+        return saved, finish
 
     def _attend_here_bwd(self, do: Tensor, q: Tensor, fetched: Prefetch, o: Tensor, saved: list, copies: Copies,
-                         outs: tuple[Tensor, ...]) -> None:
-        """Writes dq, dk, dv of one group of heads to ``outs``."""
+                         outs: tuple[Tensor, ...]) -> Callable[[], None]:
+        """Computes one group of heads; what is left to do: to write dq, dk, dv to ``outs`` when parts come."""
         (_, most, rounds), lse, here, entries, starts, choices_per_row = saved
         rounds, method, size = [Visit(*x) for x in rounds], self.method, self.layout.segments.chunk_size
         tensors = [x.flatten(0, 1) for x in (do, q, o, lse)]
@@ -124,38 +140,84 @@ class Visiting(Gathered):
         dq, *sums = method.stages.attention_bwd(
             do, None, q, k, v, o, lse, here, self._segments_here(copies.places, q.device), method.softmax_scale,
             deterministic=method.deterministic, kv_grad_dtype=sum_dtype(k.dtype), routing=Routing(entries, starts))
-        k, v = by_chunk(k, size), by_chunk(v, size)
-        slots = dq.new_zeros(dq.shape[0] * dq.shape[1] * choices_per_row, dq.shape[2])
+        if any(sum(x.coming) for x in rounds):
+            k, v = by_chunk(k, size), by_chunk(v, size)
+        returned = Returned(rounds, self.group, "bwd return", (dq.flatten(0, 1),))
         for i, visit in enumerate(rounds):
             if i:
                 arriving = self._send_queries(tensors, visit, choices_per_row, "bwd visit later")
             do_v, q_v, o_v, lse_v = (x.wait().index_select(0, visit.order) for x in arriving)
             dq_v, *served = visitors_bwd(do_v, q_v, k, v, o_v, lse_v, visit.cu_visitors, most, method.softmax_scale,
                                          method.deterministic)
-            back = self._send(_unsorted(dq_v, visit.order), visit.coming, visit.leaving, "bwd return")
-            for x, part in zip(sums, served):
-                x += _by_token(part, x.shape)
-            slots.index_copy_(0, visit.choices, back.wait())
+            returned.send(visit, (dq_v,))
+            if sum(visit.coming):
+                for x, part in zip(sums, served):
+                    x += _by_token(part, x.shape)
         reducing = [copies.give_back(x, x[copies.places * size:], out, self.group, "bwd reduce")
                     for x, out in zip(sums, outs[1:])]
-        total = dq.to(sum_dtype(k.dtype))
-        for part in slots.view(*dq.shape[:2], choices_per_row, -1).unbind(2):
-            total += part
-        outs[0].copy_(total)
-        for x in reducing:
-            x.wait()
+
+        def finish() -> None:
+            dq_parts, = returned.wait()
+            if returned.number:
+                add_returned(dq, dq_parts, returned.places(here.shape), outs[0])
+            else:
+                outs[0].copy_(dq)
+            for x in reducing:
+                x.wait()
+
+        return finish
 
     def _send_queries(self, tensors: Sequence[Tensor], visit: Visit, choices_per_row: int, stage: str) -> list[Pending]:
         """Starts to send the rows of each ``[T * h, ...]`` that leave; pending: those that come."""
         rows = visit.choices // choices_per_row
-        return [self._send(x[rows], visit.leaving, visit.coming, stage) for x in tensors]
+        return [send_rows(x[rows], x.new_empty(sum(visit.coming), *x.shape[1:]), visit.leaving, visit.coming,
+                          self.group, stage) for x in tensors]
 
-    def _send(self, x: Tensor, leaving: tuple[int, ...], coming: tuple[int, ...], stage: str) -> Pending:
-        """Starts to send the rows of ``x``, rank after rank; pending: what comes."""
-        x = x.contiguous()
-        arriving = x.new_empty(sum(coming), *x.shape[1:])
-        works = exchange(parts(arriving, coming), parts(x, leaving), x.device, self.group, stage)
-        return Pending(works, arriving, x, stage)
+
+class Returned:
+    """What comes back for the choices of one group of heads: rows in the order in which they leave, round after round.
+
+    Args:
+        rounds: of visits.
+        group: of the ranks.
+        stage: name for ``record_waits``.
+        like: tensors whose rows are like those that come back.
+    """
+
+    def __init__(self, rounds: list[Visit], group: dist.ProcessGroup, stage: str, like: Sequence[Tensor]):
+        self._rounds, self._group, self._stage = rounds, group, stage
+        self.number = sum(sum(x.leaving) for x in rounds)
+        self._parts = [x.new_empty(self.number, *x.shape[1:]) for x in like]
+        self._pending, self._filled = [], 0
+
+    def send(self, visit: Visit, served: Sequence[Tensor]) -> None:
+        """Starts to send what this rank's visitors take home, and to receive what its own bring."""
+        self.wait()  # the memory of the round before
+        end = self._filled + sum(visit.leaving)
+        self._pending = [send_rows(_unsorted(x, visit.order), parts[self._filled:end], visit.coming, visit.leaving,
+                                   self._group, self._stage) for x, parts in zip(served, self._parts)]
+        self._filled = end
+
+    def wait(self) -> list[Tensor]:
+        """All that has come back, once it is here and all that was sent has left."""
+        for pending in self._pending:
+            pending.wait()
+        self._pending = []
+        return self._parts
+
+    def places(self, shape: torch.Size) -> Tensor:
+        """The row of each choice's part, int32 ``[T, h, KS]``, or -1."""
+        choices = torch.cat([x.choices for x in self._rounds])
+        places = torch.full(shape, -1, dtype=torch.int32, device=choices.device)
+        places.view(-1)[choices] = torch.arange(self.number, dtype=torch.int32, device=choices.device)
+        return places
+
+
+def send_rows(x: Tensor, out: Tensor, leaving: tuple[int, ...], coming: tuple[int, ...], group: dist.ProcessGroup,
+              stage: str) -> Pending:
+    """Starts to send the rows of ``x``, rank after rank; pending: ``out``, filled with what comes."""
+    x = x.contiguous()
+    return Pending(exchange(parts(out, coming), parts(x, leaving), x.device, group, stage), out, x, stage)
 
 
 def by_chunk(x: Tensor, chunk_size: int) -> Tensor:
@@ -171,20 +233,3 @@ def _by_token(x: Tensor, shape: torch.Size) -> Tensor:
 def _unsorted(x: Tensor, order: Tensor) -> Tensor:
     """The rows of ``x`` back where ``index_select`` by ``order`` took them from."""
     return torch.empty_like(x).index_copy_(0, order, x)
-
-
-def _merge(o: Tensor, lse: Tensor, o_slots: Tensor, lse_slots: Tensor, out: Tensor) -> Tensor:
-    """Writes the merged o ``[T, h, DV]`` to ``out`` and returns the merged lse; parts are added in the order of j.
-
-    Args:
-        o, lse: what was computed here.
-        o_slots: ``[T * h * KS, DV]``, what came back, 0 where nothing did.
-        lse_slots: ``[T * h * KS]``, -inf there.
-    """
-    lse_parts = lse_slots.view(*lse.shape, -1)
-    merged = torch.logsumexp(torch.cat((lse[:, :, None], lse_parts), 2), 2)
-    total = torch.exp(lse - merged)[:, :, None] * o
-    for lse_part, o_part in zip(lse_parts.unbind(2), o_slots.view(*lse_parts.shape, -1).unbind(2)):
-        total += torch.exp(lse_part - merged)[:, :, None] * o_part
-    out.copy_(total)
-    return merged

@@ -1,11 +1,14 @@
-"""Attention of visiting queries: each attends to all keys of the one chunk that it came for.
+"""Attention of visiting queries, each to all keys of the one chunk that it came for, and the merge of what they bring.
 
-On CUDA flash attention 2 of torch, with a chunk as a sequence; elsewhere, and for what that cannot take, plain torch.
+On CUDA the attention is torch's flash attention 2, with a chunk as a sequence, and the merge a kernel; elsewhere, and for
+what these cannot take, plain torch.
 """
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from ..kernels import merging
 
 FLASH_MAX_DIM = 256
 
@@ -25,7 +28,9 @@ def visitors_fwd(q: Tensor, k: Tensor, v: Tensor, cu_visitors: Tensor, most: int
     Returns:
         o ``[n, DV]`` in q's dtype; lse ``[n]``, natural log, fp32 (fp64 for fp64).
     """
-    if q.shape[0] and _is_flash(q, v):
+    if not q.shape[0]:
+        return q.new_empty(0, v.shape[2]), q.new_empty(0, dtype=_wide(q.dtype))
+    if _is_flash(q, v):
         cu_keys = _key_starts(k)
         o, lse, *_ = torch.ops.aten._flash_attention_forward(
             q[:, None], k.flatten(0, 1)[:, None], v.flatten(0, 1)[:, None], cu_visitors, cu_keys, most, k.shape[1], 0.0,
@@ -54,7 +59,9 @@ def visitors_bwd(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Te
         dq ``[n, D]`` in q's dtype; dk ``[B, chunk_size, D]``, dv ``[B, chunk_size, DV]``: fp32 (fp64 for fp64).
     """
     wide = _wide(q.dtype)
-    if q.shape[0] and _is_flash(q, v) and not deterministic:
+    if not q.shape[0]:
+        return torch.empty_like(q), *(x.new_zeros((), dtype=wide).expand(x.shape) for x in (k, v))
+    if _is_flash(q, v) and not deterministic:
         state = torch.empty(2, dtype=torch.uint64, device=q.device)
         dq, dk, dv = torch.ops.aten._flash_attention_backward(
             do[:, None], q[:, None], k.flatten(0, 1)[:, None], v.flatten(0, 1)[:, None], o[:, None], lse[None],
@@ -70,6 +77,50 @@ def visitors_bwd(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Te
         dq[rows] = (dscore @ k[chunk].to(wide)).to(q.dtype)
         dk[chunk] = dscore.T @ q[rows].to(wide)
     return dq, dk, dv
+
+
+def merge_returned(o: Tensor, lse: Tensor, o_parts: Tensor, lse_parts: Tensor, places: Tensor, out: Tensor) -> Tensor:
+    """Writes o, merged with what came back for some of the choices; parts are added in the order of j.
+
+    Args:
+        o: ``[T, h, DV]``, computed here; contiguous.
+        lse: ``[T, h]`` of it, natural log.
+        o_parts: ``[n, DV]``, what came back.
+        lse_parts: ``[n]``.
+        places: int32 ``[T, h, KS]``, the row of each choice's part, or -1.
+        out: ``[T, h, DV]``, written.
+
+    Returns:
+        The log-sum-exp of all, ``[T, h]``.
+    """
+    if _has_kernel(o):
+        merged = torch.empty_like(lse)
+        merging.merge_parts(o, lse, o_parts, lse_parts, places, out, merged)
+        return merged
+    slots = torch.cat((lse_parts, lse_parts.new_full((1,), -torch.inf)))[places.long()]
+    merged = torch.logsumexp(torch.cat((lse[:, :, None], slots), 2), 2)
+    total = torch.exp(lse - merged)[:, :, None] * o
+    for place, part in zip(places.unbind(2), slots.unbind(2)):
+        there = place >= 0
+        total[there] += torch.exp(part - merged)[there][:, None] * o_parts[place[there].long()]
+    out.copy_(total)
+    return merged
+
+
+def add_returned(x: Tensor, parts: Tensor, places: Tensor, out: Tensor) -> None:
+    """Writes ``x`` ``[T, h, D]`` and what came back added up to ``out``: as :func:`merge_returned` without weights."""
+    if _has_kernel(x):
+        merging.add_parts(x, parts, places, out)
+        return
+    total = x.to(_wide(x.dtype), copy=True)
+    for place in places.unbind(2):
+        there = place >= 0
+        total[there] += parts[place[there].long()]
+    out.copy_(total)
+
+
+def _has_kernel(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype != torch.float64
 
 
 def _is_flash(q: Tensor, v: Tensor) -> bool:

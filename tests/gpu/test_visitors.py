@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from ranks import run_ranks
 
 from moba_megatron.context_parallel import Sequences, context_parallel_attention, record_waits, visiting, ways
-from moba_megatron.context_parallel.visitors import visitors_bwd, visitors_fwd
+from moba_megatron.context_parallel.visitors import add_returned, merge_returned, visitors_bwd, visitors_fwd
 from moba_megatron.context_parallel.ways import MIXED, VISIT
 from moba_megatron.ops import moba_attention
 from moba_megatron.plan.measure import forced
@@ -41,6 +41,30 @@ def test_visitors(dtype, dim):
     for got, wanted in zip(grads, expected):
         assert relative(got, wanted) < 1e-2
     assert not grads[1][0].any() and not grads[2][3].any(), "a chunk without visitors has no gradient"
+
+
+@pytest.mark.parametrize("dtype, dim, share", [
+    (torch.bfloat16, 128, 0.4), (torch.float16, 64, 1.0), (torch.float32, 80, 0.1), (torch.bfloat16, 128, 0.0)])
+def test_merge(dtype, dim, share):
+    tokens, heads, topk = 700, 6, 7
+    generator = torch.Generator("cuda").manual_seed(2)
+    there = torch.rand(tokens, heads, topk, device="cuda", generator=generator) < share
+    number = int(there.sum())
+    places = torch.full(there.shape, -1, dtype=torch.int32, device="cuda")
+    places[there] = torch.randperm(number, device="cuda", generator=generator).int()
+    o, parts, lse, lse_parts = (torch.randn(*shape, device="cuda", generator=generator)
+                                for shape in ((tokens, heads, dim), (number, dim), (tokens, heads), (number,)))
+    o, parts, lse, lse_parts = o.to(dtype), parts.to(dtype), 10 * lse, 10 * lse_parts
+    outs = torch.full((2, tokens, heads + 1, dim), torch.nan, dtype=dtype, device="cuda")
+    merged = merge_returned(o, lse, parts, lse_parts, places, outs[0, :, 1:])
+    add_returned(o, parts, places, outs[1, :, 1:])
+    expected = torch.empty(2, *o.shape, dtype=torch.float64, device="cuda")
+    wide = [x.double() for x in (o, lse, parts, lse_parts)]
+    assert relative(merged, merge_returned(*wide, places, expected[0])) < 1e-6
+    add_returned(wide[0], wide[2], places, expected[1])
+    for out, wanted in zip(outs, expected):
+        assert relative(out[:, 1:], wanted) < {torch.bfloat16: 3e-3, torch.float16: 4e-4, torch.float32: 2e-6}[dtype]
+        assert out[:, 0].isnan().all(), "another head"
 
 
 def relative(a, b):
