@@ -13,7 +13,7 @@ from moba_megatron.context_parallel import (Sequences, context_parallel_attentio
                                             ways)
 from moba_megatron.context_parallel.services import chunk_homes, pieces_are_chunks, ranges
 from moba_megatron.context_parallel.visiting import by_chunk
-from moba_megatron.context_parallel.visitors import visitors_bwd, visitors_fwd
+from moba_megatron.context_parallel.visitors import cut, visitors_bwd, visitors_fwd
 from moba_megatron.context_parallel.ways import (FETCH, GATHER, HANDLING, MIXED, RELAYED_FROM, VISIT, WAYS, RowSizes,
                                                  cheapest_way, copies_of, home_of_chunks, mixed_servers,
                                                  seconds_of_service, seconds_of_ways)
@@ -65,6 +65,17 @@ def single_rank(case):
     o = moba_attention(q, k, v, segments, topk, backend="reference")
     selected = reference.gate(q.detach(), reference.chunk_means(k.detach(), segments), segments, topk)
     return o.detach(), torch.autograd.grad(o, leaves, do), selected
+
+
+@pytest.mark.parametrize("counts", [(0, 1, 9, 0, 4, 5, 0), (8,), (0,), (3, 3), (0, 0, 17)])
+def test_lists_are_cut(counts):
+    starts = torch.tensor([0, *counts]).cumsum(0).int()
+    begins, of = cut(starts, sum(counts), 4)
+    expected = [(i, starts[i].item() + n, min(starts[i] + n + 4, starts[i + 1]).item())
+                for i, count in enumerate(counts) for n in range(0, count, 4)]
+    parts = list(zip(of.tolist(), begins.tolist(), begins[1:].tolist()))
+    assert parts[:len(expected)] == expected
+    assert all(begin == end == sum(counts) for _, begin, end in parts[len(expected):])
 
 
 def servers_for(served, table, homes, sizes, group):

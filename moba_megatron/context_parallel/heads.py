@@ -145,8 +145,8 @@ class Exchanged:
         dk, dv = (self._empty(shape, kv_grad_dtype, do.device) for shape in kv_shapes)
         again = [[(x, 1) for x in copied]] if copied else []
         arriving = self._fetch(groups, [[(do, 0)], *again], "bwd exchange in")
-        # over whole sequences dk and dv are complete before dq. The last group's leave meanwhile; others beside the next
-        # group's products, since the sums of dq leave no bandwidth of memory unused
+        # over whole sequences dk and dv are complete before dq. The last group's leave meanwhile; others beside the
+        # products of the next, since the sums of dq leave no bandwidth of memory unused
         peers = peers_for(self.rows, self.group, do.device) if isinstance(self.inner, Whole) and not copied else None
         leaving = []
         for i, ((heads, kv_heads), rest) in enumerate(zip(groups, saved)):

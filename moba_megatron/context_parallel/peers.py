@@ -202,7 +202,7 @@ def _meet(group: dist.ProcessGroup, device: torch.device) -> Peers | None:
 
 
 def _tell_everyone(group: dist.ProcessGroup, told: tuple) -> list[tuple] | None:
-    """What all ranks tell, (problem or None, host, ...) each; None on all if one has a problem or is on another host."""
+    """What all ranks tell, (problem or None, host, ...) each; None on all where one has a problem or another host."""
     everyone = [None] * group.size()
     dist.all_gather_object(everyone, told, group)
     problems = [x[0] for x in everyone if x[0]]

@@ -1,16 +1,16 @@
 """Attention of visiting queries, each to all keys of the one chunk that it came for, and the merge of what they bring.
 
-On CUDA the attention is torch's flash attention 2, with a chunk as a sequence, and the merge a kernel; elsewhere, and for
-what these cannot take, plain torch.
+On CUDA the attention is torch's flash attention 2, with a chunk as a sequence, and the merge a kernel; elsewhere, and
+for what these cannot take, plain torch.
 """
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..kernels import merging
-
 FLASH_MAX_DIM = 256
+LONGEST = 16384
+"""Visitors of a chunk in a sequence of flash attention: its backward walks through each in one line."""
 
 
 def visitors_fwd(q: Tensor, k: Tensor, v: Tensor, cu_visitors: Tensor, most: int,
@@ -62,11 +62,13 @@ def visitors_bwd(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Te
     if not q.shape[0]:
         return torch.empty_like(q), *(x.new_zeros((), dtype=wide).expand(x.shape) for x in (k, v))
     if _is_flash(q, v) and not deterministic:
-        state = torch.empty(2, dtype=torch.uint64, device=q.device)
-        dq, dk, dv = torch.ops.aten._flash_attention_backward(
-            do[:, None], q[:, None], k.flatten(0, 1)[:, None], v.flatten(0, 1)[:, None], o[:, None], lse[None],
-            cu_visitors, _key_starts(k), most, k.shape[1], 0.0, False, state, state[0], scale=softmax_scale)
-        return dq[:, 0], dk.view(k.shape).to(wide), dv.view(v.shape).to(wide)
+        if most > LONGEST:
+            cu_parts, chunk = cut(cu_visitors, q.shape[0], LONGEST)
+            dq, *grads = _flash_bwd(do, q, k[chunk], v[chunk], o, lse, cu_parts, LONGEST, softmax_scale)
+            sums = [torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v)]
+            return dq, *(total.index_add_(0, chunk, x.to(wide)) for total, x in zip(sums, grads))
+        dq, *grads = _flash_bwd(do, q, k, v, o, lse, cu_visitors, most, softmax_scale)
+        return dq, *(x.to(wide) for x in grads)
     dq = torch.empty_like(q)
     dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
     delta = (do.to(wide) * o.to(wide)).sum(1)
@@ -77,6 +79,35 @@ def visitors_bwd(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Te
         dq[rows] = (dscore @ k[chunk].to(wide)).to(q.dtype)
         dk[chunk] = dscore.T @ q[rows].to(wide)
     return dq, dk, dv
+
+
+def _flash_bwd(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, cu_visitors: Tensor, most: int,
+               softmax_scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv in the inputs' dtype."""
+    state = torch.empty(2, dtype=torch.uint64, device=q.device)
+    dq, dk, dv = torch.ops.aten._flash_attention_backward(
+        do[:, None], q[:, None], k.flatten(0, 1)[:, None], v.flatten(0, 1)[:, None], o[:, None], lse[None],
+        cu_visitors, _key_starts(k), most, k.shape[1], 0.0, False, state, state[0], scale=softmax_scale)
+    return dq[:, 0], dk.view(k.shape), dv.view(v.shape)
+
+
+def cut(starts: Tensor, rows: int, longest: int) -> tuple[Tensor, Tensor]:
+    """Lists cut into parts, without asking the device how many there are.
+
+    Args:
+        starts: int32 ``[B + 1]``, where each list begins, and where the last ends.
+        rows: in all lists.
+        longest: rows of a part.
+
+    Returns:
+        int32 ``[N + 1]``, where each part begins, N = B + rows // longest, empty ones last; int64 ``[N]``, its list.
+    """
+    parts = (starts.diff() + longest - 1) // longest
+    ends = parts.cumsum(0)
+    number = torch.arange(len(parts) + rows // longest, device=starts.device)
+    of = torch.searchsorted(ends, number, right=True).clamp(max=len(parts) - 1)
+    begin = torch.minimum(starts[of] + (number - (ends - parts)[of]) * longest, starts[of + 1])
+    return torch.cat((begin, starts[-1:])).int(), of
 
 
 def merge_returned(o: Tensor, lse: Tensor, o_parts: Tensor, lse_parts: Tensor, places: Tensor, out: Tensor) -> Tensor:
@@ -94,6 +125,7 @@ def merge_returned(o: Tensor, lse: Tensor, o_parts: Tensor, lse_parts: Tensor, p
         The log-sum-exp of all, ``[T, h]``.
     """
     if _has_kernel(o):
+        from ..kernels import merging
         merged = torch.empty_like(lse)
         merging.merge_parts(o, lse, o_parts, lse_parts, places, out, merged)
         return merged
@@ -110,6 +142,7 @@ def merge_returned(o: Tensor, lse: Tensor, o_parts: Tensor, lse_parts: Tensor, p
 def add_returned(x: Tensor, parts: Tensor, places: Tensor, out: Tensor) -> None:
     """Writes ``x`` ``[T, h, D]`` and what came back added up to ``out``: as :func:`merge_returned` without weights."""
     if _has_kernel(x):
+        from ..kernels import merging
         merging.add_parts(x, parts, places, out)
         return
     total = x.to(_wide(x.dtype), copy=True)

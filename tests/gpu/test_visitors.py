@@ -10,7 +10,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from ranks import run_ranks
 
-from moba_megatron.context_parallel import Sequences, context_parallel_attention, record_waits, visiting, ways
+from moba_megatron.context_parallel import Sequences, context_parallel_attention, record_waits, visiting, visitors, ways
 from moba_megatron.context_parallel.visitors import add_returned, merge_returned, visitors_bwd, visitors_fwd
 from moba_megatron.context_parallel.ways import MIXED, VISIT
 from moba_megatron.ops import moba_attention
@@ -21,8 +21,11 @@ pytestmark = pytest.mark.gpu
 COUNTS = (0, 1, 300, 0, 64, 129)
 
 
-@pytest.mark.parametrize("dtype, dim", [(torch.bfloat16, 128), (torch.float16, 64), (torch.float32, 32)])
-def test_visitors(dtype, dim):
+@pytest.mark.parametrize("dtype, dim, longest", [
+    (torch.bfloat16, 128, 1 << 14), (torch.float16, 64, 1 << 14), (torch.float32, 32, 1 << 14),
+    (torch.bfloat16, 128, 100)])
+def test_visitors(dtype, dim, longest, monkeypatch):
+    monkeypatch.setattr(visitors, "LONGEST", longest)
     generator = torch.Generator("cuda").manual_seed(1)
 
     def normal(*shape):
