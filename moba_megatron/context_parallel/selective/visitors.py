@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels import merging
+from ...kernels import merging
 
 FLASH_MAX_DIM = 256
 
