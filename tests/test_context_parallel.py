@@ -8,12 +8,12 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from moba_megatron import reference
-from moba_megatron.context_parallel import selective
 from moba_megatron.context_parallel import (COMM_TYPES, Agreement, Sequences, canonical_comm_type, check_groups,
                                             check_zigzag, context_parallel_attention, record_waits)
 from moba_megatron.context_parallel.attention import check_sequences
 from moba_megatron.context_parallel.head_groups import MOST_BYTES, number_of_groups, split_heads
-from moba_megatron.context_parallel.rows import copy_rows
+from moba_megatron.context_parallel.selective import schedule as selective
+from moba_megatron.context_parallel.transport.rows import copy_rows
 from moba_megatron.kernels import launcher
 from moba_megatron.ops import moba_attention
 from moba_megatron.segments import Segments

@@ -18,12 +18,12 @@ import torch.distributed as dist
 import test_context_parallel as cp
 from ranks import run_ranks
 
-from moba_megatron.context_parallel import heads, rows as rows_module
-from moba_megatron.context_parallel import Sequences, context_parallel_attention, record_waits
-from moba_megatron.context_parallel.copy_engines import CopyEngines, _MemoryOperation, _Rectangle
-from moba_megatron.context_parallel.mail import Mail
-from moba_megatron.context_parallel.moves import Copy, exchange_of, pair_of, plan_exchange
-from moba_megatron.context_parallel.peers import Peers, peers_for
+from moba_megatron.context_parallel import Sequences, context_parallel_attention, heads, record_waits
+from moba_megatron.context_parallel.transport import rows as rows_module
+from moba_megatron.context_parallel.transport.copy_engines import CopyEngines, _MemoryOperation, _Rectangle
+from moba_megatron.context_parallel.transport.mail import Mail
+from moba_megatron.context_parallel.transport.moves import Copy, exchange_of, pair_of, plan_exchange
+from moba_megatron.context_parallel.transport.peers import Peers, peers_for
 
 
 class HostDriver:

@@ -9,14 +9,15 @@ from ranks import run_ranks
 
 from moba_megatron import reference
 from moba_megatron.bench.distributed import Ranks
-from moba_megatron.context_parallel import (Sequences, context_parallel_attention, record_waits, selective, visiting,
-                                            ways)
-from moba_megatron.context_parallel.services import chunk_homes, pieces_are_chunks, ranges
-from moba_megatron.context_parallel.visiting import by_chunk
-from moba_megatron.context_parallel.visitors import cut, visitors_bwd, visitors_fwd
-from moba_megatron.context_parallel.ways import (FETCH, GATHER, HANDLING, MIXED, RELAYED_FROM, VISIT, WAYS, RowSizes,
-                                                 cheapest_way, copies_of, home_of_chunks, mixed_servers,
-                                                 seconds_of_service, seconds_of_ways)
+from moba_megatron.context_parallel import Sequences, context_parallel_attention, record_waits
+from moba_megatron.context_parallel.selective import schedule as selective
+from moba_megatron.context_parallel.selective import visiting, ways
+from moba_megatron.context_parallel.selective.services import chunk_homes, pieces_are_chunks, ranges
+from moba_megatron.context_parallel.selective.visiting import by_chunk
+from moba_megatron.context_parallel.selective.visitors import cut, visitors_bwd, visitors_fwd
+from moba_megatron.context_parallel.selective.ways import (FETCH, GATHER, HANDLING, MIXED, RELAYED_FROM, VISIT, WAYS,
+                                                           RowSizes, cheapest_way, copies_of, home_of_chunks,
+                                                           mixed_servers, seconds_of_service, seconds_of_ways)
 from moba_megatron.ops import moba_attention
 from moba_megatron.plan.exchange import query_bytes
 from moba_megatron.plan.measure import SELECTIVE, Job, choices_of, counted_bytes, make_inputs, measure_way, one_rank

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .comm import Pending, all_gather
+from .transport.comm import Pending, all_gather
 
 
 class Agreement:

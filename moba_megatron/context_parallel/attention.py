@@ -12,7 +12,7 @@ from ..ops.validation import check_flag, check_scale, check_whole, check_workspa
 from .gather import Gathered
 from .heads import Exchanged, check_heads, own_chunks
 from .layout import Sequences
-from .selective import Selective
+from .selective.schedule import Selective
 from .whole import Method, Whole
 
 COMM_TYPES = ("all_gather", "a2a", "a2a+all_gather", "selective")

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..segments import Routing
-from .comm import Pending, all_gather
 from .head_groups import HeadGroups, Prefetch, number_of_groups, split_heads
 from .layout import BlockExchange, ZigzagLayout
-from .rows import copy_rows, reduce_to_local, to_global
+from .transport.comm import Pending, all_gather
+from .transport.rows import copy_rows, reduce_to_local, to_global
 from .whole import Grads, Method, Saved
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from .comm import Pending
+from .transport.comm import Pending
 
 HeadGroups = list[tuple[slice, slice]]
 """Query heads and kv heads of each group."""

@@ -18,12 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..segments import Segments
-from .comm import Pending
 from .gather import Gathered, arrived, of_one_dim, sum_dtype
 from .head_groups import HeadGroups, Prefetch, number_of_groups, split_heads
 from .layout import Sequences
-from .peers import peers_for
-from .rows import Arrived, Rows, copy_rows, to_global, to_local, whole_rows
+from .transport.comm import Pending
+from .transport.peers import peers_for
+from .transport.rows import Arrived, Rows, copy_rows, to_global, to_local, whole_rows
 from .whole import Grads, Saved, Whole
 
 
@@ -195,7 +195,7 @@ class Exchanged:
 
         Args:
             views: each ``[parts, T, heads, D]``.
-            stage: name for :func:`~.comm.record_waits`.
+            stage: name for :func:`~.transport.comm.record_waits`.
             rows: of the views; None for the rows of q, k and v.
         """
         rows = rows or self.rows

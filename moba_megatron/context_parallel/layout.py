@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..segments import SUM_BLOCK, Segments
-from .rows import MAX_RUNS, Rows
+from .transport.rows import MAX_RUNS, Rows
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from ..context_parallel import COMM_TYPES
-from ..context_parallel.ways import VISITS_FROM
+from ..context_parallel.selective.ways import VISITS_FROM
 from .attention_cost import BF16, FP32
 from .cards import Card
 from .links import NOTHING, Group, Traffic, all_gather, all_to_all

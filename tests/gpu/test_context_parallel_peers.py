@@ -17,7 +17,7 @@ from test_context_parallel import RecordedGate
 from moba_megatron import kernels
 from moba_megatron.bench.cp_compile import Job, compile_schedules
 from moba_megatron.context_parallel import Sequences, context_parallel_attention
-from moba_megatron.context_parallel.peers import peers_for
+from moba_megatron.context_parallel.transport.peers import peers_for
 from moba_megatron.kernels import launcher
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]

@@ -10,9 +10,10 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from ranks import run_ranks
 
-from moba_megatron.context_parallel import Sequences, context_parallel_attention, record_waits, visiting, visitors, ways
-from moba_megatron.context_parallel.visitors import add_returned, merge_returned, visitors_bwd, visitors_fwd
-from moba_megatron.context_parallel.ways import MIXED, VISIT
+from moba_megatron.context_parallel import Sequences, context_parallel_attention, record_waits
+from moba_megatron.context_parallel.selective import visiting, visitors, ways
+from moba_megatron.context_parallel.selective.visitors import add_returned, merge_returned, visitors_bwd, visitors_fwd
+from moba_megatron.context_parallel.selective.ways import MIXED, VISIT
 from moba_megatron.ops import moba_attention
 from moba_megatron.plan.measure import forced
 from moba_megatron.segments import Segments

@@ -20,15 +20,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..segments import Routing, Segments
-from .comm import Pending, exchange
+from ...segments import Routing, Segments
+from ..gather import Gathered, sum_dtype
+from ..head_groups import HeadGroups, Prefetch
+from ..transport.comm import Pending, exchange
+from ..whole import Grads, Saved
 from .copies import Copies
-from .gather import Gathered, sum_dtype
-from .head_groups import HeadGroups, Prefetch
 from .services import Service, Visit, make_services
 from .travel import parts
 from .visitors import add_returned, merge_returned, visitors_bwd, visitors_fwd
-from .whole import Grads, Saved
 
 VISITORS_BYTES = 2 << 30
 """Bytes of q, do, o and dq of the visitors that a rank takes at once."""

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .comm import Pending
+from ..transport.comm import Pending
 from .travel import Travel, true_numbers
 
 

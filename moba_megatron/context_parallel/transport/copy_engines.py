@@ -116,7 +116,7 @@ class CopyEngines:
     _kernels = None
 
     def __init__(self, device: torch.device, timeout_s: float):
-        from ..kernels import copying  # needs Triton
+        from ...kernels import copying  # needs Triton
         self._kernels, self._library, self._watch = copying, cuda_driver(), _Watch(timeout_s)
         # of high priority: what they wait for must not stand behind kernels that were launched first
         self._streams = [torch.cuda.Stream(device, priority=-1) for _ in range(2)]

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .rows import crowds_the_network
+from ..transport.rows import crowds_the_network
 
 VISITS_FROM = 16
 """Below so many ranks queries do not travel: a gather inside a machine hides behind attention."""

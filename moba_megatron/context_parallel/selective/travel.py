@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .comm import Pending, exchange
+from ..transport.comm import Pending, exchange
 
 
 @dataclass(frozen=True)

@@ -19,16 +19,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..segments import Routing
-from .comm import Pending, all_gather
-from .gather import Gathered
-from .head_groups import HeadGroups, Prefetch
-from .rows import place_own, take_own
+from ...segments import Routing
+from ..gather import Gathered
+from ..head_groups import HeadGroups, Prefetch
+from ..transport.comm import Pending, all_gather
+from ..transport.rows import place_own, take_own
+from ..whole import Grads, Saved
 from .services import chunk_homes, pieces_are_chunks, table_of_choices
 from .travel import Travel, true_numbers
 from .visiting import Visiting
 from .ways import GATHER, VISITS_FROM, RowSizes, cheapest_way
-from .whole import Grads, Saved
 
 GATHER_SHARE = 0.5
 """From this share of the rows on, the whole is gathered: picking rows out and putting them in costs extra copies. The

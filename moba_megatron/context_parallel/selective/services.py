@@ -12,11 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..segments import Routing
-from .comm import all_gather
+from ...segments import Routing
+from ..head_groups import HeadGroups
+from ..layout import ZigzagLayout
+from ..transport.comm import all_gather
 from .copies import Copies, copy_counts, make_copies
-from .head_groups import HeadGroups
-from .layout import ZigzagLayout
 from .ways import copies_of, home_of_chunks, is_relayed
 
 
