@@ -11,7 +11,7 @@ from moba_megatron import reference
 from moba_megatron.context_parallel import (COMM_TYPES, Agreement, Sequences, canonical_comm_type, check_groups,
                                             check_zigzag, context_parallel_attention, record_waits)
 from moba_megatron.context_parallel.attention import check_sequences
-from moba_megatron.context_parallel.head_groups import MOST_BYTES, number_of_groups, split_heads
+from moba_megatron.context_parallel.head_groups import MOST_BYTES, MUCH_BYTES, number_of_groups, split_heads
 from moba_megatron.context_parallel.selective import schedule as selective
 from moba_megatron.context_parallel.transport.rows import copy_rows
 from moba_megatron.kernels import launcher
@@ -109,7 +109,7 @@ def test_number_of_groups():
     assert number_of_groups(9, 4, little, little) == 4
     assert number_of_groups(None, 8, little, little) == 1, "little work: one group"
     assert number_of_groups(None, 8, much, much) == 4
-    assert number_of_groups(None, 4, much, much) == 3
+    assert number_of_groups(None, 4, much, much) == 3 and number_of_groups(None, 4, MUCH_BYTES, much) == 4
     assert number_of_groups(None, 8, much, 7 * MOST_BYTES) == 7, "memory asks for more"
 
 

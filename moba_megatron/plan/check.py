@@ -8,6 +8,7 @@ from pathlib import Path
 from ..bench.cases import Case
 from ..bench.report import GIB, RESULTS, load
 from ..config import MoBAConfig
+from ..context_parallel.selective.ways import MIXED, VISIT
 from . import measured
 from .calibration import Calibration, calibrate, leave_one_out, median_error
 from .cards import Card, find_card
@@ -60,7 +61,7 @@ def sections(folder: Path = RESULTS / "h200") -> list[Section]:
     calibration = calibrate(kernels, card, "kernels.json")
     found = [_kernels(kernels, card), _memory(kernels), _end_to_end(card, calibration)]
     for pattern, readers in (("cp*.json", (_context_parallel, _sent)), ("gpt*.json", (_gpt, _gpt_memory)),
-                             ("selective*.json", (_selective_bytes,))):
+                             ("selective*.json", (_selective_bytes, _selective_ways))):
         results = [load(path) for path in sorted(folder.glob(pattern))]
         sections_of = [read(results, card, calibration) for read in readers] if results else []
         found += [section for section in sections_of if section.rows]
@@ -138,6 +139,14 @@ def _selective_bytes(results: list[dict], card: Card, calibration: Calibration) 
     found = [_row(f"{row['routing']}, {row['way']} on {row['ranks']}", sum(row["sent_bytes"]) / GIB,
                   sum(row["counted_bytes"]) / GIB) for row in _rows(results) if row["counted_bytes"]]
     return Section("Bytes of the selective exchange (selective*.json): counted on the selection", found, "GiB")
+
+
+def _selective_ways(results: list[dict], card: Card, calibration: Calibration) -> Section:
+    """Of `plan.measure`: times beside those by which the schedule chooses between its ways, as the run reckoned."""
+    found = [_row(f"{row['routing']}, {row['way']} on {row['ranks']}", row["ms"]["median"], row["reckoned_ms"],
+                  any(way in row["way"] for way in (VISIT, MIXED)))  # ways.HANDLING, ways.PLANNING
+             for row in _rows(results) if row.get("reckoned_ms")]
+    return Section("Gather and the ways of the selective exchange (selective*.json)", found)
 
 
 def _step(row: dict, card: Card, calibration: Calibration) -> tuple[str, Prediction] | None:

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from ..context_parallel import COMM_TYPES
+from ..context_parallel.head_groups import number_of_groups, split_heads
 from ..context_parallel.selective.ways import VISITS_FROM
 from .attention_cost import BF16, FP32
 from .cards import Card
@@ -95,8 +96,9 @@ def exchange(comm_type: str, x: LocalShape, size: int, stride: int, inner: int, 
         kv_heads = max(1, x.kv_heads // inner)
         kv_bytes = x.kv_bytes * kv_heads * inner // x.kv_heads
         keys = _by_head_groups(Group(size // inner, stride * inner), kv_bytes, kv_heads, card)
-        return Exchange(heads.first + keys.first, keys.rest, heads.after, heads.backward_first + keys.backward_first,
-                        keys.backward_rest, keys.backward_after + heads.backward_after)
+        return Exchange(heads.first + keys.first, heads.rest + keys.rest, heads.after,
+                        heads.backward_first + keys.backward_first, heads.backward_rest + keys.backward_rest,
+                        keys.backward_after + heads.backward_after)
     if comm_type == "selective":
         group = Group(size, stride)
         ways = [_by_head_groups(group, x.kv_bytes, x.kv_heads, card), _chunks_travel(group, x, card)]
@@ -114,10 +116,17 @@ def _by_head_groups(group: Group, kv_bytes: float, kv_heads: int, card: Card) ->
 
 
 def _heads_for_sequence(group: Group, x: LocalShape, card: Card) -> Exchange:
-    """q, k, v out and o back; backward do out, dq, dk, dv back. Fewer kv heads than ranks are repeated."""
+    """q, k, v out and o back; backward do out, dq, dk, dv back. Fewer kv heads than ranks are repeated.
+
+    Groups of heads travel while others are computed: what waits is the first group, and the last on its way back.
+    """
     kv_bytes = x.kv_bytes * max(1, group.size / x.kv_heads)
     inputs, output = all_to_all(group, x.q_bytes + kv_bytes, card), all_to_all(group, x.q_bytes, card)
-    return Exchange(first=inputs, after=output, backward_first=output, backward_after=inputs)
+    kv_heads = max(1, x.kv_heads // group.size)
+    groups = split_heads(kv_heads, kv_heads, number_of_groups(None, kv_heads, x.q_bytes, x.q_bytes + x.kv_bytes))
+    first, last = ((heads.stop - heads.start) / kv_heads for heads, _ in (groups[0], groups[-1]))
+    return Exchange(inputs * first, inputs * (1 - first) + output * (1 - last), output * last,
+                    output * first, output * (1 - first) + inputs * (1 - last), inputs * last)
 
 
 def union_share(x: LocalShape) -> float:

@@ -21,11 +21,12 @@ from ..bench import environment, report, timing
 from ..bench.distributed import Ranks, join, leave
 from ..context_parallel import Sequences, context_parallel_attention, record_waits
 from ..context_parallel.selective import schedule as selective
-from ..context_parallel.selective.ways import (FETCH, GATHER, LINK, MIXED, RELAYED_FROM, VISIT, WAYS, RowSizes,
-                                               home_of_chunks, seconds_of_ways)
+from ..context_parallel.selective.ways import (FETCH, GATHER, LINK, MIXED, PLANNING, RELAYED_FROM, VISIT, WAYS,
+                                               RowSizes, home_of_chunks, seconds_of_ways)
 from ..ops import get_stages, moba_attention
 from ..segments import Segments
 from .exchange import query_bytes
+from .pictures import measured_ways
 
 ROUTINGS = ("uniform", "local", "sink")
 LARGEST_ERROR = 2e-2
@@ -88,6 +89,7 @@ def reckoned_ms(name: str, job: Job, table: Tensor, homes: Tensor, item: int) ->
     """Time by the model that chooses between the ways, which has no opinion on a2a."""
     sizes = RowSizes(item, job.dim, job.dim, job.chunk_size)
     seconds = dict(zip(WAYS, seconds_of_ways(table, homes, sizes, LINK)[0].tolist()))
+    seconds[FETCH] -= PLANNING  # forced as few ranks do it, which have nothing to decide
     return 1e3 * seconds[SELECTIVE.get(name, GATHER)] if name != "a2a" else None
 
 
@@ -195,7 +197,11 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--backend", default="auto", choices=("auto", "triton", "reference"))
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     p.add_argument("--json", type=Path, metavar="PATH", help="write everything measured, after every row")
+    p.add_argument("--draw", nargs=2, type=Path, metavar=("JSON", "PNG"), help="draw a stored result, measure nothing")
     arguments = p.parse_args(argv)
+    if arguments.draw:
+        measured_ways(report.load(arguments.draw[0]), arguments.draw[1])
+        return 0
     job = Job(arguments.tokens, arguments.chunk_size, arguments.topk, arguments.heads, arguments.kv_heads,
               arguments.dim, arguments.backend)
     begin, ranks = time.perf_counter(), join(arguments.device)

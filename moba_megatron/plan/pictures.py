@@ -93,6 +93,39 @@ def scaling(rows: list[dict], title: str, path: Path) -> None:
     _save(pyplot, figure, path)
 
 
+def measured_ways(result: dict, path: Path) -> None:
+    """Draws what ``plan.measure`` measured: milliseconds and GiB sent by all ranks, of every way for every routing.
+
+    Args:
+        result: its JSON.
+        path: .png or .svg.
+    """
+    pyplot = _pyplot()
+    rows = [row for row in result["rows"] if row["status"] == "ok"]
+    ways, routings = (list(dict.fromkeys(row[key] for row in rows)) for key in ("way", "routing"))
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 4.2), sharey=True)
+    height = 0.8 / len(routings)
+    values = (("forward and backward, ms; line: reckoned beforehand", lambda row: row["ms"]["median"]),
+              ("sent by all ranks, GiB", lambda row: sum(row["sent_bytes"]) / 2**30))
+    for axis, (label, value) in zip(axes, values):
+        for row in rows:
+            routing = routings.index(row["routing"])
+            at = ways.index(row["way"]) + (routing - (len(routings) - 1) / 2) * height
+            axis.barh(at, value(row), height, color=f"C{routing}",
+                      label=row["routing"] if row["way"] == ways[0] else None)
+            if axis is axes[0] and row.get("reckoned_ms"):
+                axis.vlines(row["reckoned_ms"], at - height / 2, at + height / 2, color="k")
+        axis.set_xlabel(label)
+        axis.grid(True, axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(ways)), ways)
+    axes[0].invert_yaxis()
+    axes[1].legend(fontsize=8)
+    job, about = result["job"], result["environment"]
+    figure.suptitle(f"Measured: {about['ranks']} x {about['device']}, {_short(job['tokens'])} tokens, {job['heads']}:"
+                    f"{job['kv_heads']} heads, chunks of {job['chunk_size']}, topk {job['topk']}", fontsize=10)
+    _save(pyplot, figure, path)
+
+
 def _short(tokens: float) -> str:
     return f"{tokens / 2**20:g}M" if tokens >= 1 << 20 else f"{tokens / 2**10:g}K"
 

@@ -12,7 +12,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from ..context_parallel.selective.ways import HANDLING, RowSizes, copies_of, is_relayed, mixed_servers
+from ..context_parallel.selective.ways import HANDLING, PLANNING, RowSizes, copies_of, is_relayed, mixed_servers
 from .attention_cost import BF16, FP32, AttentionShape
 from .calibration import Calibration
 from .cards import Card
@@ -52,7 +52,8 @@ class RankTraffic:
     Args:
         forward, backward: from other ranks.
         work: (query, head, key) products of the rank in forward, relative to an even share.
-        handling: seconds that the busiest rank spends on visiting rows, beside their bytes and products.
+        handling: seconds for deciding what travels and, on the busiest rank, for visiting rows, beside their bytes
+            and products.
         about: what else is worth telling, such as how many chunks a rank has copies of.
     """
 
@@ -110,8 +111,7 @@ def chunks_travel(layer: Layer, routing: Routing, ranks: int) -> RankTraffic:
     remote = need * (layer.chunk_size - tokens)
     received = remote.sum(1) * layer.key_bytes
     returned = ((need.sum(0)[None] - need) * tokens).sum(1) * layer.key_bytes * FP32 / BF16  # to the owners
-    return RankTraffic(received, received + returned, numpy.ones(ranks),
-                       about={"union": float(need.mean())})
+    return RankTraffic(received, received + returned, numpy.ones(ranks), PLANNING, {"union": float(need.mean())})
 
 
 def queries_travel(layer: Layer, routing: Routing, ranks: int) -> RankTraffic:
@@ -151,7 +151,7 @@ def _served(layer: Layer, routing: Routing, ranks: int,
     got = (copies.sum(1) + slices) * chunk
     returned = (home @ numpy.where(relayed, 1, wanted) + passed) * chunk
     work = choices.sum(1) - away.sum(1) + taken
-    handling = (away.sum(1) + taken).max() * layer.kv_heads * HANDLING
+    handling = PLANNING + (away.sum(1) + taken).max() * layer.kv_heads * HANDLING
     return RankTraffic(forward + got, backward + got + returned * FP32 / BF16, work / work.mean(), float(handling),
                        {"copies": float(copies.sum(1).mean()), "relayed": int(relayed.sum())})
 

@@ -24,9 +24,10 @@ OPTIMIZER_BYTES = 30
 """Read and written by Adam for a parameter."""
 LOSS_BYTES = 16
 """Read and written for an entry of the logits, forward and backward."""
-HIDDEN_COST = 0.9
-"""What communication beside attention costs it, over its own time on the machine's links: they share multiprocessors
-and memory. Of four all_gather rows of `bench cp` on two H200s (2026-11-22): 0.8 to 1.3."""
+HIDDEN_COST, HIDDEN_COST_NCCL = 0.4, 0.9
+"""What communication beside attention costs it, over its own time on the machine's links: they share memory, and with
+NCCL, which is what goes between machines, multiprocessors. Of all_gather rows of `bench cp` on two H200s: eight by copy
+engines (2026-11-23), four by NCCL (2026-11-22: 0.8 to 1.3)."""
 RING_SECONDS = 1.6e-3
 """What p2p adds to a layer's forward, and to its backward, in Transformer Engine on two H200s beside half of one GPU's
 time (a row of ``measured.END_TO_END``)."""
@@ -204,7 +205,8 @@ def _hide(moved: Exchange, forward: float, backward: float, again: bool, card: C
     part = Part()
     for first, rest, after, compute in passes:
         late = max(0.0, rest.seconds - compute)
-        slower = min(rest.seconds - late, HIDDEN_COST * links.link_seconds(rest.link + rest.network, card))
+        cost = HIDDEN_COST_NCCL if rest.network else HIDDEN_COST
+        slower = min(rest.seconds - late, cost * links.link_seconds(rest.link + rest.network, card))
         part += Part(first.seconds + late + after.seconds + slower, rest.seconds - late - slower, first + rest + after)
     return part
 

@@ -24,18 +24,11 @@ def everything(rank, size):
     return found
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    return run_ranks(everything, 2, tmp_path_factory.mktemp("ranks"), backend="nccl")
-
-
-@pytest.mark.parametrize("wrapper", FSDPS + COMPILED)
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_losses_equal_ddp(results, wrapper, dtype):
-    for result in results:
-        losses, parts, _, graphs = result[dtype, wrapper]
-        expected, whole, *_ = result[dtype, "ddp"]
-        assert losses == pytest.approx(expected, rel=TOLERANCE[dtype])
-        assert expected[-1] < 0.95 * expected[0], "it learns"
-        assert sum(parts.values()) < 0.6 * sum(whole.values())
-        assert (graphs >= 4) == (wrapper in COMPILED), "attention and MLP of two layers"
+def test_losses_equal_ddp(tmp_path):
+    for result in run_ranks(everything, 2, tmp_path, backend="nccl"):
+        for (dtype, wrapper), (losses, parts, _, graphs) in result.items():
+            expected, whole, *_ = result[dtype, "ddp"]
+            assert losses == pytest.approx(expected, rel=TOLERANCE[dtype]), wrapper
+            assert expected[-1] < 0.95 * expected[0], "it learns"
+            assert wrapper == "ddp" or sum(parts.values()) < 0.6 * sum(whole.values())
+            assert (graphs >= 4) == (wrapper in COMPILED), "attention and MLP of two layers"

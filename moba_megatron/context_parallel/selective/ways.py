@@ -4,7 +4,8 @@ A choice is served where its chunk lies (the query visits), by the rank that mad
 chunk), or by a third rank with a copy, where the home has too much to do. So a tensor of serving ranks tells a way:
 VISIT and FETCH are its extremes, MIXED takes for each rank, kv head and chunk the cheaper one and relieves busy homes.
 
-The seconds are reckoned from constants: the busiest rank's bytes over a link, products over a rate, rows handled.
+The seconds are reckoned from constants: the busiest rank's bytes over a link, products over a rate, rows handled, and
+what it takes to plan. ``python -m moba_megatron.plan --check`` sets them beside measurements.
 """
 from __future__ import annotations
 
@@ -23,9 +24,11 @@ LINK, NETWORK = 280e9, 30e9
 """Bytes a second between GPUs of a node (measured on H200s: 255 to 320), and between nodes (assumed)."""
 RATE = 300e12
 """Operations a second of sparse attention."""
-HANDLING = 5e-9
-"""Seconds of a rank for each row that it sends or serves, beside bytes and products: picking, sorting, putting results
-in their places. From one measurement: two H200s, queries alone, uniform, 128K tokens: 155.5 ms, 12.4M rows."""
+HANDLING, PLANNING = 2.1e-9, 14e-3
+"""Seconds, forward and backward. HANDLING: of a rank for each row that it sends or serves, beside bytes and products:
+picking, sorting, merging. PLANNING: of the host, to decide who serves what and to list what travels, while the GPU has
+nothing to do. Both from six measurements: two H200s, 128K tokens, 32:8 heads, chunks of 512, topk 8, visit and mixed
+with three routings, which they give within 8 %."""
 PASSES = 3.5
 """Forward and backward over forward."""
 OVERLOAD = 1.1
@@ -91,14 +94,14 @@ def seconds_of_ways(table: Tensor, homes: Tensor, sizes: RowSizes, link: float,
     home = home_of_chunks(homes, table.shape[2])
     servers = {VISIT: home.expand(table.shape), FETCH: _ranks(table).expand(table.shape),
                MIXED: mixed_servers(table, home, sizes, link)}
-    seconds = {way: seconds_of_service(table, by, home, sizes, link) for way, by in servers.items()}
+    seconds = {way: PLANNING + seconds_of_service(table, by, home, sizes, link) for way, by in servers.items()}
     whole = (homes.numel() - homes.shape[1]) * table.shape[1] * sum(sizes.copy) / members_a_node
     seconds[GATHER] = table.sum((1, 2)).max().double() * sizes.work + whole / link
     return torch.stack([seconds[way] for way in WAYS]), servers
 
 
 def seconds_of_service(table: Tensor, servers: Tensor, home: Tensor, sizes: RowSizes, link: float) -> Tensor:
-    """Seconds where ``servers`` ``[P, HK, chunk ids]`` serve what each rank's queries chose: fp64."""
+    """Seconds where ``servers`` ``[P, HK, chunk ids]`` serve what each rank's queries chose, without PLANNING: fp64."""
     away = _away(_wide(table), servers)
     leaving, coming = away.sum((1, 2)), _added_up(servers, away, len(table))
     copies = copies_of(table, servers, home)
