@@ -5,6 +5,8 @@ host reads 6 P numbers a group of heads, its only wait.
 """
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -112,9 +114,11 @@ class Demand:
                           self.coming.sum(0).amax()[None]))
 
 
-def make_services(layout: ZigzagLayout, routings: list[Routing], groups: HeadGroups, table: Tensor, servers: Tensor,
-                  capacity: int) -> list[Service]:
-    """What this rank serves and what others serve for it, for each group of heads.
+def services_of(layout: ZigzagLayout, routings: list[Routing], groups: HeadGroups, table: Tensor, servers: Tensor,
+                capacity: int) -> Callable[[int], Service]:
+    """What this rank serves and what others serve for it, of each group of heads by its number, made when asked for.
+
+    So the host makes those of later groups while the GPU computes the first.
 
     Args:
         routings: of each group's choices.
@@ -131,8 +135,13 @@ def make_services(layout: ZigzagLayout, routings: list[Routing], groups: HeadGro
                     coming, copies)
     demands = [demand.of(kv_heads) for _, kv_heads in groups]
     numbers = torch.stack([x.numbers(homes, rank) for x in demands]).tolist()  # the host waits here
-    return [_service(routing, demand, line, homes, home, rank, layout.segments.chunk_size, capacity)
-            for routing, demand, line in zip(routings, demands, numbers)]
+
+    @functools.cache
+    def service(group: int) -> Service:
+        return _service(routings[group], demands[group], numbers[group], homes, home, rank, layout.segments.chunk_size,
+                        capacity)
+
+    return service
 
 
 def _service(routing: Routing, demand: Demand, numbers: list[int], homes: Tensor, home: Tensor, rank: int,
@@ -145,6 +154,9 @@ def _service(routing: Routing, demand: Demand, numbers: list[int], homes: Tensor
     chunk_here = pad(torch.where(held, held.cumsum(1) - 1, -1), (0, 1), value=-1)
     chunk_here[:, homes[rank]] = places + torch.arange(mine, device=home.device)
     copies = make_copies(places, demand.copies, demand.relayed, chunk_here, homes, rank, chunk_size, counts)
+    served_here = torch.where(pad(demand.servers == rank, (0, 1)), chunk_here, -1).int()
+    if not sum(sent + received):
+        return Service(copies, served_here, 0, [_nobody(homes)])
     unit = torch.arange(heads * ids, device=home.device).view(heads, ids)
     # rank after rank, of each by kv head, copies before its own chunks
     order = ((demand.servers * heads + unit // ids) * 2 + (demand.servers == home)).flatten().argsort(stable=True)
@@ -157,8 +169,13 @@ def _service(routing: Routing, demand: Demand, numbers: list[int], homes: Tensor
     limit = max(1, -(-capacity // max(1, size - 1)))
     rounds = [_round(choices, visitors, sent, received, i * limit, limit)
               for i in range(max(1, -(-max(sent + received) // limit)))]
-    served_here = pad(demand.servers == rank, (0, 1))
-    return Service(copies, torch.where(served_here, chunk_here, -1).int(), most, rounds)
+    return Service(copies, served_here, most, rounds)
+
+
+def _nobody(homes: Tensor) -> Visit:
+    """A round without visits."""
+    nothing, none = homes.new_empty(0), (0,) * len(homes)
+    return Visit(nothing, none, none, nothing, nothing.int())
 
 
 def _round(choices: Tensor, visitors: Tensor, sent: list[int], received: list[int], begin: int, limit: int) -> Visit:

@@ -26,7 +26,7 @@ from ..head_groups import HeadGroups, Prefetch
 from ..transport.comm import Pending, exchange
 from ..whole import Grads, Saved
 from .copies import Copies
-from .services import Service, Visit, make_services
+from .services import Service, Visit, services_of
 from .travel import parts
 from .visitors import add_returned, merge_returned, visitors_bwd, visitors_fwd
 
@@ -52,13 +52,13 @@ class Visiting(Gathered):
             servers: int64, of its shape, the rank that serves these choices.
         """
         row = 2 * (q.shape[2] + v.shape[2]) * q.element_size()
-        services = make_services(self.layout, [routing for _, routing in choices], groups, table, servers,
-                                 VISITORS_BYTES // row)
-        fetched = self._fetch_copies(k, v, groups, [x.copies for x in services], "fwd gather")
+        service = services_of(self.layout, [routing for _, routing in choices], groups, table, servers,
+                              VISITORS_BYTES // row)
+        fetched = self._fetch_copies(k, v, groups, lambda group: service(group).copies, "fwd gather")
         o = q.new_empty(*q.shape[:2], v.shape[2])
         saved, finish = [], None
-        for (heads, _), (selected, _), service in zip(groups, choices, services):
-            rest, done = self._attend_here(q[:, heads], fetched, selected, service, o[:, heads])
+        for group, ((heads, _), (selected, _)) in enumerate(zip(groups, choices)):
+            rest, done = self._attend_here(q[:, heads], fetched, selected, service(group), o[:, heads])
             if finish is not None:
                 finish()
             saved, finish = [*saved, rest], done
@@ -71,7 +71,7 @@ class Visiting(Gathered):
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         dk, dv = (torch.empty(x.shape, dtype=kv_grad_dtype, device=x.device) for x in (k, v))
         copies = [Copies.restored(x) for (x, *_), *_ in saved]
-        fetched = self._fetch_copies(k, v, groups, copies, "bwd gather")
+        fetched = self._fetch_copies(k, v, groups, copies.__getitem__, "bwd gather")
         finish = None
         for (heads, kv_heads), rest, held in zip(groups, saved, copies):
             done = self._attend_here_bwd(do[:, heads], q[:, heads], fetched, o[:, heads], rest, held,
@@ -82,10 +82,11 @@ class Visiting(Gathered):
         finish()
         return dq, dk, dv
 
-    def _fetch_copies(self, k: Tensor, v: Tensor, groups: HeadGroups, copies: list[Copies], stage: str) -> Prefetch:
+    def _fetch_copies(self, k: Tensor, v: Tensor, groups: HeadGroups, copies: Callable[[int], Copies],
+                      stage: str) -> Prefetch:
         """Of each group K and V, the copies before the rank's own rows."""
         def start(i: int) -> tuple[Pending, ...]:
-            return tuple(copies[i].start(x[:, groups[i][1]], self.layout.segments.chunk_size, self.group, stage)
+            return tuple(copies(i).start(x[:, groups[i][1]], self.layout.segments.chunk_size, self.group, stage)
                          for x in (k, v))
 
         return Prefetch(start, [kv_heads.stop - kv_heads.start for _, kv_heads in groups])

@@ -31,6 +31,8 @@ nothing to do. Both from six measurements: two H200s, 128K tokens, 32:8 heads, c
 with three routings, which they give within 8 %."""
 PASSES = 3.5
 """Forward and backward over forward."""
+AT_ONCE = 1 << 21
+"""Entries of a table up to which several ways are reckoned in one go: fewer kernels for the host to launch."""
 OVERLOAD = 1.1
 """Work of a rank over the mean, above which visitors of its chunks are sent to copies elsewhere."""
 RELAYED_FROM = 4
@@ -92,46 +94,69 @@ def seconds_of_ways(table: Tensor, homes: Tensor, sizes: RowSizes, link: float,
         members_a_node: ranks of a node that share what a gather brings into it.
     """
     home = home_of_chunks(homes, table.shape[2])
-    servers = {VISIT: home.expand(table.shape), FETCH: _ranks(table).expand(table.shape),
-               MIXED: mixed_servers(table, home, sizes, link)}
-    seconds = {way: PLANNING + seconds_of_service(table, by, home, sizes, link) for way, by in servers.items()}
+    of_ways = torch.stack((home.expand(table.shape), _ranks(table).expand(table.shape),
+                           *_mixed(table, home, sizes, link)))
+    visit, fetch, by_bytes, relieved = (PLANNING + seconds_of_service(table, of_ways, home, sizes, link)).unbind()
     whole = (homes.numel() - homes.shape[1]) * table.shape[1] * sum(sizes.copy) / members_a_node
-    seconds[GATHER] = table.sum((1, 2)).max().double() * sizes.work + whole / link
-    return torch.stack([seconds[way] for way in WAYS]), servers
+    gather = table.sum((1, 2)).max().double() * sizes.work + whole / link
+    mixed = torch.where(relieved < by_bytes, of_ways[3], of_ways[2])
+    seconds = {VISIT: visit, GATHER: gather, FETCH: fetch, MIXED: torch.minimum(by_bytes, relieved)}
+    return torch.stack([seconds[way] for way in WAYS]), {VISIT: of_ways[0], FETCH: of_ways[1], MIXED: mixed}
 
 
 def seconds_of_service(table: Tensor, servers: Tensor, home: Tensor, sizes: RowSizes, link: float) -> Tensor:
-    """Seconds where ``servers`` ``[P, HK, chunk ids]`` serve what each rank's queries chose, without PLANNING: fp64."""
-    away = _away(_wide(table), servers)
-    leaving, coming = away.sum((1, 2)), _added_up(servers, away, len(table))
+    """Seconds where ``servers`` serve what each rank's queries chose, without PLANNING.
+
+    Args:
+        table: ``[P, HK, chunk ids]``.
+        servers: int64 ``[..., P, HK, chunk ids]``.
+        home: int64 ``[chunk ids]``.
+        sizes, link: as :func:`seconds_of_ways`.
+
+    Returns:
+        fp64 ``[...]``.
+    """
+    if servers.dim() > table.dim() and table.numel() > AT_ONCE:
+        return torch.stack([seconds_of_service(table, x, home, sizes, link) for x in servers])
+    away, size = _away(_wide(table), servers), len(table)
+    leaving, coming = away.sum((-1, -2)), _added_up(servers, away, size)
     copies = copies_of(table, servers, home)
-    relayed, number = is_relayed(copies), copies.sum(0)
-    fetched, at = copies.sum((1, 2)), home.expand(number.shape)
-    given = _added_up(at, torch.where(relayed, 1, number), len(table))
+    number = copies.sum(-3)
+    relayed = number >= RELAYED_FROM
+    fetched = copies.sum((-1, -2))
+    given = _added_up(home.expand(number.shape), torch.where(relayed, 1, number), size, 2)
     (out, back), (copy, sums) = sizes.visit, sizes.copy
-    passed, slices = (torch.where(relayed, x, 0).sum() / len(table) for x in (number, 1))  # by every relay
+    passed, slices = (torch.where(relayed, x, 0).sum((-1, -2)).double()[..., None] / size
+                      for x in (number, 1))  # by every relay
     sent = leaving * out + coming * back + given * copy + fetched * sums + passed * copy + slices * sums
     received = leaving * back + coming * out + given * sums + fetched * copy + passed * sums + slices * copy
-    moved = torch.maximum(sent, received).max().double() / link + (leaving + coming).max().double() * HANDLING
-    return moved + (_wide(table).sum((1, 2)) - leaving + coming).max().double() * sizes.work
+    work = _wide(table).sum((1, 2)) - leaving + coming
+    return (torch.maximum(sent, received).amax(-1).double() / link + (leaving + coming).amax(-1).double() * HANDLING
+            + work.amax(-1).double() * sizes.work)
 
 
 def mixed_servers(table: Tensor, home: Tensor, sizes: RowSizes, link: float) -> Tensor:
     """Who serves what if the cheaper is taken for each rank, kv head and chunk: int64 ``[P, HK, chunk ids]``.
-
-    A rank fetches a chunk where its choices of it, as visitors, would cost more than the copy. Where that leaves a
-    home with too much work, :func:`_relieved`, and the faster of the two is taken.
 
     Args:
         table: as :func:`cheapest_way`; expected values, fp64, are also understood.
         home: int64 ``[chunk ids]``, the rank of each chunk.
         sizes, link: as :func:`seconds_of_ways`.
     """
+    servers = torch.stack(_mixed(table, home, sizes, link))
+    by_bytes, relieved = seconds_of_service(table, servers, home, sizes, link).unbind()
+    return torch.where(relieved < by_bytes, servers[1], servers[0])
+
+
+def _mixed(table: Tensor, home: Tensor, sizes: RowSizes, link: float) -> tuple[Tensor, Tensor]:
+    """Two ways to mix, of which the faster is taken.
+
+    In the first a rank fetches a chunk where its choices of it, as visitors, would cost more than the copy. Where that
+    leaves a home with too much work the second is :func:`_relieved`.
+    """
     alone = table.double() * (sum(sizes.visit) + HANDLING * link) > sum(sizes.copy)
     by_bytes = torch.where(alone, _ranks(table), home)
-    relieved = _relieved(_wide(table), by_bytes, home, sum(sizes.copy) / link / sizes.work)
-    times = [seconds_of_service(table, servers, home, sizes, link) for servers in (by_bytes, relieved)]
-    return torch.where(times[1] < times[0], relieved, by_bytes)
+    return by_bytes, _relieved(_wide(table), by_bytes, home, sum(sizes.copy) / link / sizes.work)
 
 
 def _relieved(table: Tensor, servers: Tensor, home: Tensor, least: float) -> Tensor:
@@ -173,9 +198,9 @@ def home_of_chunks(homes: Tensor, chunk_ids: int) -> Tensor:
 
 
 def copies_of(table: Tensor, servers: Tensor, home: Tensor) -> Tensor:
-    """Which rank serves chunks that it does not own, and so needs copies of them: bool ``[P, HK, chunk ids]``."""
-    served = torch.zeros(table.shape, dtype=torch.int32, device=table.device)
-    served.scatter_add_(0, servers, (table > 0).int())
+    """Which rank serves chunks that it does not own, and so needs copies of them: bool, of ``servers``' shape."""
+    served = torch.zeros(servers.shape, dtype=torch.int32, device=table.device)
+    served.scatter_add_(-3, servers, (table > 0).int().expand(servers.shape))
     return (served > 0) & (home != _ranks(table))
 
 
@@ -189,9 +214,10 @@ def _away(table: Tensor, servers: Tensor) -> Tensor:
     return torch.where(servers != _ranks(table), table, 0)
 
 
-def _added_up(ranks: Tensor, x: Tensor, size: int) -> Tensor:
-    """``x`` added up over the entries of each rank: ``[P]``."""
-    return x.new_zeros(size).scatter_add_(0, ranks.flatten(), x.flatten())
+def _added_up(ranks: Tensor, x: Tensor, size: int, dims: int = 3) -> Tensor:
+    """``x`` added up over the entries of each rank in its last ``dims`` dimensions: ``[..., P]``."""
+    ranks, x = ranks.flatten(-dims), x.flatten(-dims)
+    return x.new_zeros(*x.shape[:-1], size).scatter_add_(-1, ranks, x)
 
 
 def _ranks(table: Tensor) -> Tensor:
