@@ -1,11 +1,13 @@
 """The planner's arithmetic: hand-computed cases, what must grow with what, units, and the commands that it prints."""
 import argparse
 import json
+import re
 from dataclasses import replace
 
 import numpy
 import pytest
 from pretraining.arguments import parse_args
+from ranks import ROOT
 
 from moba_megatron import MoBAConfig
 from moba_megatron.arguments import add_moba_arguments, config_from_args
@@ -355,3 +357,31 @@ def test_nothing_fits_is_said(capsys):
 def test_local_shape_is_a_ranks_part():
     x = local_shape(run(), Layout(2, 8, 1, 4, "all_gather"))
     assert (x.tokens, x.heads, x.kv_heads) == ((1 << 18) // 8, 16, 4)
+
+
+def test_the_pages_say_what_the_check_says():
+    """Medians of the stored check, as both READMEs print them."""
+    stored = json.loads((ROOT / "moba_megatron/plan/results/check.json").read_text())["sections"]
+    medians = [f"{section['median_error']:.1%}".replace("%", " %") for section in stored]
+    kernels, memory, full, cp, sent, steps, peaks, ways_bytes, ways = medians
+    for page, expected in (("README.md", [kernels, memory, full, f"{steps}; {peaks}", f"{cp}; {sent}",
+                                          f"{ways}; {ways_bytes}"]),
+                           ("moba_megatron/plan/README.md", [kernels, memory, full, steps, peaks, cp, sent, ways_bytes,
+                                                             ways])):
+        text = (ROOT / page).read_text()
+        table = text[re.search(r"\| predicted .*median error", text).start():].split("\n\n")[0].splitlines()[2:]
+        column = 1 if page == "README.md" else 2
+        assert [line.strip("| ").split(" | ")[column] for line in table] == expected
+
+
+def test_the_page_says_what_was_measured():
+    """The table of the selective exchange, of its stored measurement."""
+    rows = json.loads((ROOT / "moba_megatron/bench/results/h200/selective.json").read_text())["rows"]
+    page = (ROOT / "moba_megatron/plan/README.md").read_text()
+    for way in dict.fromkeys(row["way"] for row in rows):
+        times = []
+        for routing in ("uniform", "local", "sink"):
+            row, = (row for row in rows if (row["way"], row["routing"]) == (way, routing))
+            reckoned = f" ({row['reckoned_ms']:.1f})" if row["reckoned_ms"] else ""
+            times.append(f"{row['ms']['median']:.1f}{reckoned}")
+        assert f"| {way} | {' | '.join(times)} |" in page

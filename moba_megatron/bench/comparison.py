@@ -267,6 +267,7 @@ def _note(found: dict[int, dict], some: dict) -> str:
     if some["status"] == "absent":
         return "absent"
     notes = [some["version"]] if some.get("version") else []
+    notes += dict.fromkeys(f"commit {row['commit']}" for row in found.values() if "commit" in row)
     for n, row in found.items():
         if row["status"] == "wrong":
             notes.append(f"wrong at {length(n)}")
@@ -282,4 +283,4 @@ def markdown(result: dict) -> str:
     return (f"{report.as_markdown(lines)}\n\nForward and backward, ms, {settings['heads']} heads of "
             f"{settings['head_dim']}, {settings['dtype']}, batch 1, chunk {settings['chunk_size']}, topk "
             f"{settings['topk']}; errors at the first length with more than {MANY_CHUNKS} chunks; extra memory at the "
-            f"longest. {environment.line(about)}. Made by `{about['command']}`.")
+            f"longest. {environment.line(about)}. {report.made_by(result)}")

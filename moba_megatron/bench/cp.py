@@ -109,6 +109,7 @@ def cells(row: dict) -> dict[str, str]:
             "comm": row["comm"], "P": str(row["ranks"])}
     line |= dict.fromkeys(("ms", "p20-p80", "forward", "1 GPU ms", "efficiency", "goal", "exposed ms", "1/4 link ms",
                            "full/P ms", "extra GiB", "error o, dq, dk, dv", "note"), "")
+    line["commit"] = row.get("commit", "")
     if not ok:
         return line | {"ms": "-", "note": f"{row['status']}: {row['reason']}"}
     ms, number = row["ms"], report.number

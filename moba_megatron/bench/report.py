@@ -150,14 +150,15 @@ def added(stored: dict, more: dict) -> dict:
 
     Such rows carry the ``commit`` of their run; ``added`` lists the environments of these runs.
     """
-    commit, fresh = more["environment"]["commit"], {_name(r): r for r in more["rows"] if r["status"] == "ok"}
-    rows = [{**fresh.pop(_name(row)), "commit": commit} if _name(row) in fresh else row for row in stored["rows"]]
+    commit, fresh = more["environment"]["commit"], {_key(r): r for r in more["rows"] if r["status"] == "ok"}
+    rows = [{**fresh.pop(_key(row)), "commit": commit} if _key(row) in fresh else row for row in stored["rows"]]
     rows += [{**row, "commit": commit} for row in fresh.values()]
     return stored | {"rows": rows, "added": [*stored.get("added", []), more["environment"]]}
 
 
-def _name(row: dict) -> str:
-    return row["name"] if "name" in row else row["case"]["name"]
+def _key(row: dict) -> tuple[str, int | None]:
+    """What a row is of: its name, and the length where rows of several lengths have one name."""
+    return row["name"] if "name" in row else row["case"]["name"], row.get("tokens")
 
 
 def made_by(result: dict) -> str:

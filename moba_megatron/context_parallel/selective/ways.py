@@ -27,8 +27,9 @@ RATE = 300e12
 HANDLING, PLANNING = 2.1e-9, 14e-3
 """Seconds, forward and backward. HANDLING: of a rank for each row that it sends or serves, beside bytes and products:
 picking, sorting, merging. PLANNING: of the host, to decide who serves what and to list what travels, while the GPU has
-nothing to do. Both from six measurements: two H200s, 128K tokens, 32:8 heads, chunks of 512, topk 8, visit and mixed
-with three routings, which they give within 8 %."""
+nothing to do (it varied by half from machine to machine). Both from six measurements: two H200s, 128K tokens, 32:8
+heads, chunks of 512, topk 8, visit and mixed with three routings, which they give within 8 %, a later run within
+16 %."""
 PASSES = 3.5
 """Forward and backward over forward."""
 AT_ONCE = 1 << 21
