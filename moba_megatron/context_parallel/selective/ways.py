@@ -122,8 +122,7 @@ def seconds_of_service(table: Tensor, servers: Tensor, home: Tensor, sizes: RowS
     away, size = _away(_wide(table), servers), len(table)
     leaving, coming = away.sum((-1, -2)), _added_up(servers, away, size)
     copies = copies_of(table, servers, home)
-    number = copies.sum(-3)
-    relayed = number >= RELAYED_FROM
+    number, relayed = copies.sum(-3), is_relayed(copies)
     fetched = copies.sum((-1, -2))
     given = _added_up(home.expand(number.shape), torch.where(relayed, 1, number), size, 2)
     (out, back), (copy, sums) = sizes.visit, sizes.copy
@@ -206,8 +205,8 @@ def copies_of(table: Tensor, servers: Tensor, home: Tensor) -> Tensor:
 
 
 def is_relayed(copies: Tensor) -> Tensor:
-    """Which chunks so many ranks want that they go through relays (``copies.Copies``): bool ``[HK, chunk ids]``."""
-    return copies.sum(0) >= RELAYED_FROM
+    """Chunks that so many ranks want that they go through relays (``copies.Copies``): bool ``[..., HK, chunk ids]``."""
+    return copies.sum(-3) >= RELAYED_FROM
 
 
 def _away(table: Tensor, servers: Tensor) -> Tensor:
