@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from .. import moba_attn_varlen
 from . import environment, oracle, report, speed, timing
 from .cases import Case, make_inputs
-from .peers import PEERS, AbsentError, Attend, find
+from .peers import PEERS, AbsentError, Attend
 
 OWN = "moba_megatron"
 WRONG = 0.1

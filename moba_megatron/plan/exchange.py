@@ -8,11 +8,11 @@ moves less than is reckoned here.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..context_parallel import COMM_TYPES
 from ..context_parallel.head_groups import number_of_groups, split_heads
-from ..context_parallel.selective.ways import VISITS_FROM
+from ..context_parallel.selective.ways import HANDLING, PLANNING, VISITS_FROM
 from .attention_cost import BF16, FP32
 from .cards import Card
 from .links import NOTHING, Group, Traffic, all_gather, all_to_all
@@ -57,6 +57,8 @@ class Exchange:
         first, rest: before attention: what must be there to begin, and what may come while it runs.
         after: when attention is done.
         backward_first, backward_rest, backward_after: the same for the backward pass.
+        nccl: all of it goes by NCCL, also inside a machine.
+        beside: seconds of a layer for deciding what travels and for handling visiting rows, which nothing hides.
     """
 
     first: Traffic = NOTHING
@@ -65,6 +67,8 @@ class Exchange:
     backward_first: Traffic = NOTHING
     backward_rest: Traffic = NOTHING
     backward_after: Traffic = NOTHING
+    nccl: bool = False
+    beside: float = 0.0
 
     @property
     def forward(self) -> Traffic:
@@ -75,7 +79,8 @@ class Exchange:
         return self.backward_first + self.backward_rest + self.backward_after
 
 
-def exchange(comm_type: str, x: LocalShape, size: int, stride: int, inner: int, card: Card) -> Exchange:
+def exchange(comm_type: str, x: LocalShape, size: int, stride: int, inner: int, card: Card,
+             head_groups: int | None = None) -> Exchange:
     """Collectives of a layer.
 
     Args:
@@ -84,26 +89,26 @@ def exchange(comm_type: str, x: LocalShape, size: int, stride: int, inner: int, 
         size, stride: of the context parallel group.
         inner: for ``a2a+all_gather``, ranks that exchange heads; the others gather.
         card: with its links.
+        head_groups: groups of heads in which ``a2a`` travels; None for as many as the schedule makes.
     """
     if size == 1:
         return Exchange()
     if comm_type == "all_gather":
         return _by_head_groups(Group(size, stride), x.kv_bytes, x.kv_heads, card)
     if comm_type == "a2a":
-        return _heads_for_sequence(Group(size, stride), x, card)
+        return _heads_for_sequence(Group(size, stride), x, card, head_groups)
     if comm_type == "a2a+all_gather":
-        heads = _heads_for_sequence(Group(inner, stride), x, card)
+        heads = _heads_for_sequence(Group(inner, stride), x, card, 1)  # the gather is what goes in groups
         kv_heads = max(1, x.kv_heads // inner)
         kv_bytes = x.kv_bytes * kv_heads * inner // x.kv_heads
         keys = _by_head_groups(Group(size // inner, stride * inner), kv_bytes, kv_heads, card)
-        return Exchange(heads.first + keys.first, heads.rest + keys.rest, heads.after,
-                        heads.backward_first + keys.backward_first, heads.backward_rest + keys.backward_rest,
-                        keys.backward_after + heads.backward_after)
+        return Exchange(heads.first + keys.first, keys.rest, heads.after, heads.backward_first + keys.backward_first,
+                        keys.backward_rest, keys.backward_after + heads.backward_after)
     if comm_type == "selective":
         group = Group(size, stride)
         ways = [_by_head_groups(group, x.kv_bytes, x.kv_heads, card), _chunks_travel(group, x, card)]
         ways += [_queries_travel(group, x, card)] if size >= VISITS_FROM else []
-        return min(ways, key=lambda e: e.forward.seconds + e.backward.seconds)
+        return min(ways, key=lambda e: e.forward.seconds + e.backward.seconds + e.beside)
     raise ValueError(f"comm_type must be one of {', '.join(COMM_TYPES)}, got {comm_type!r}")
 
 
@@ -115,7 +120,7 @@ def _by_head_groups(group: Group, kv_bytes: float, kv_heads: int, card: Card) ->
                     backward_rest=one * (kv_heads - 1) + back * (kv_heads - 1), backward_after=back)
 
 
-def _heads_for_sequence(group: Group, x: LocalShape, card: Card) -> Exchange:
+def _heads_for_sequence(group: Group, x: LocalShape, card: Card, asked: int | None) -> Exchange:
     """q, k, v out and o back; backward do out, dq, dk, dv back. Fewer kv heads than ranks are repeated.
 
     Groups of heads travel while others are computed: what waits is the first group, and the last on its way back.
@@ -123,7 +128,7 @@ def _heads_for_sequence(group: Group, x: LocalShape, card: Card) -> Exchange:
     kv_bytes = x.kv_bytes * max(1, group.size / x.kv_heads)
     inputs, output = all_to_all(group, x.q_bytes + kv_bytes, card), all_to_all(group, x.q_bytes, card)
     kv_heads = max(1, x.kv_heads // group.size)
-    groups = split_heads(kv_heads, kv_heads, number_of_groups(None, kv_heads, x.q_bytes, x.q_bytes + x.kv_bytes))
+    groups = split_heads(kv_heads, kv_heads, number_of_groups(asked, kv_heads, x.q_bytes, x.q_bytes + x.kv_bytes))
     first, last = ((heads.stop - heads.start) / kv_heads for heads, _ in (groups[0], groups[-1]))
     return Exchange(inputs * first, inputs * (1 - first) + output * (1 - last), output * last,
                     output * first, output * (1 - first) + inputs * (1 - last), inputs * last)
@@ -143,10 +148,11 @@ def query_bytes(head_dim: int) -> tuple[int, int]:
 
 
 def _chunks_travel(group: Group, x: LocalShape, card: Card) -> Exchange:
-    return _by_head_groups(group, x.kv_bytes * union_share(x), x.kv_heads, card)
+    planning = PLANNING if group.size >= VISITS_FROM else 0.0
+    return replace(_by_head_groups(group, x.kv_bytes * union_share(x), x.kv_heads, card), nccl=True, beside=planning)
 
 
 def _queries_travel(group: Group, x: LocalShape, card: Card) -> Exchange:
     rows = x.tokens * x.heads * (x.topk - 1)
     forward, backward = (all_to_all(group, rows * size, card) for size in query_bytes(x.head_dim))
-    return Exchange(rest=forward, backward_rest=backward)
+    return Exchange(rest=forward, backward_rest=backward, nccl=True, beside=PLANNING + 2 * rows * HANDLING)

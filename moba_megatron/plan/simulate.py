@@ -12,7 +12,8 @@ import numpy
 import torch
 from torch import Tensor
 
-from ..context_parallel.selective.ways import HANDLING, PLANNING, RowSizes, copies_of, is_relayed, mixed_servers
+from ..context_parallel.selective.ways import (HANDLING, PLANNING, VISITS_FROM, RowSizes, copies_of, is_relayed,
+                                               mixed_servers)
 from .attention_cost import BF16, FP32, AttentionShape
 from .calibration import Calibration
 from .cards import Card
@@ -52,8 +53,8 @@ class RankTraffic:
     Args:
         forward, backward: from other ranks.
         work: (query, head, key) products of the rank in forward, relative to an even share.
-        handling: seconds for deciding what travels and, on the busiest rank, for visiting rows, beside their bytes
-            and products.
+        handling: seconds that the busiest rank spends on visiting rows, beside their bytes and products.
+        planning: seconds for deciding what travels, before anything else.
         about: what else is worth telling, such as how many chunks a rank has copies of.
     """
 
@@ -61,6 +62,7 @@ class RankTraffic:
     backward: numpy.ndarray
     work: numpy.ndarray
     handling: float = 0.0
+    planning: float = 0.0
     about: dict = field(default_factory=dict)
 
     @property
@@ -111,7 +113,12 @@ def chunks_travel(layer: Layer, routing: Routing, ranks: int) -> RankTraffic:
     remote = need * (layer.chunk_size - tokens)
     received = remote.sum(1) * layer.key_bytes
     returned = ((need.sum(0)[None] - need) * tokens).sum(1) * layer.key_bytes * FP32 / BF16  # to the owners
-    return RankTraffic(received, received + returned, numpy.ones(ranks), PLANNING, {"union": float(need.mean())})
+    return RankTraffic(received, received + returned, numpy.ones(ranks), planning=_planning(ranks),
+                       about={"union": float(need.mean())})
+
+
+def _planning(ranks: int) -> float:
+    return PLANNING if ranks >= VISITS_FROM else 0.0
 
 
 def queries_travel(layer: Layer, routing: Routing, ranks: int) -> RankTraffic:
@@ -151,9 +158,9 @@ def _served(layer: Layer, routing: Routing, ranks: int,
     got = (copies.sum(1) + slices) * chunk
     returned = (home @ numpy.where(relayed, 1, wanted) + passed) * chunk
     work = choices.sum(1) - away.sum(1) + taken
-    handling = PLANNING + (away.sum(1) + taken).max() * layer.kv_heads * HANDLING
+    handling = (away.sum(1) + taken).max() * layer.kv_heads * HANDLING
     return RankTraffic(forward + got, backward + got + returned * FP32 / BF16, work / work.mean(), float(handling),
-                       {"copies": float(copies.sum(1).mean()), "relayed": int(relayed.sum())})
+                       _planning(ranks), {"copies": float(copies.sum(1).mean()), "relayed": int(relayed.sum())})
 
 
 def homes(tokens: numpy.ndarray) -> numpy.ndarray:
@@ -245,7 +252,7 @@ def sweep(layer: Layer, routings: list[Routing], ranks: list[int], card: Card, c
 
 def _layer_seconds(traffic: RankTraffic, seconds: float, attention: float) -> float:
     """What the busiest rank takes where communication hides behind attention as far as it can."""
-    return max(seconds, attention * float(traffic.work.max()) + traffic.handling)
+    return traffic.planning + max(seconds, attention * float(traffic.work.max()) + traffic.handling)
 
 
 def limits(rows: list[dict]) -> list[dict]:

@@ -156,7 +156,8 @@ def _layer(run: Run, layout: Layout, card: Card, calibration: Calibration, dense
     forward, backward, host = _attention(run, layout, card, calibration, dense)
     moved = Exchange()
     if layout.comm_type in COMM_TYPES:  # the ring of p2p is part of the time of attention
-        moved = exchange(layout.comm_type, local_shape(run, layout), layout.cp, layout.tp, layout.inner, card)
+        moved = exchange(layout.comm_type, local_shape(run, layout), layout.cp, layout.tp, layout.inner, card,
+                         1 if dense else None)  # dense layers are Transformer Engine's own
     context = _hide(moved, forward, backward, attention_again, card)
     passes = 4 if again else 3
     attention = forward * (2 if attention_again else 1) + backward
@@ -202,10 +203,10 @@ def _hide(moved: Exchange, forward: float, backward: float, again: bool, card: C
     """
     passes = [(moved.first, moved.rest, moved.after, forward)] * (2 if again else 1)
     passes.append((moved.backward_first, moved.backward_rest, moved.backward_after, backward))
-    part = Part()
+    part = Part(moved.beside * (2 if again else 1))
     for first, rest, after, compute in passes:
         late = max(0.0, rest.seconds - compute)
-        cost = HIDDEN_COST_NCCL if rest.network else HIDDEN_COST
+        cost = HIDDEN_COST_NCCL if moved.nccl or rest.network else HIDDEN_COST
         slower = min(rest.seconds - late, cost * links.link_seconds(rest.link + rest.network, card))
         part += Part(first.seconds + late + after.seconds + slower, rest.seconds - late - slower, first + rest + after)
     return part

@@ -60,12 +60,12 @@ def test_merge(dtype, dim, share):
                                 for shape in ((tokens, heads, dim), (number, dim), (tokens, heads), (number,)))
     o, parts, lse, lse_parts = o.to(dtype), parts.to(dtype), 10 * lse, 10 * lse_parts
     outs = torch.full((2, tokens, heads + 1, dim), torch.nan, dtype=dtype, device="cuda")
-    merged = merge_returned(o, lse, parts, lse_parts, places, outs[0, :, 1:])
-    add_returned(o, parts, places, outs[1, :, 1:])
+    merged = merge_returned(o, lse, parts, lse_parts, places, outs[0, :, 1:], True)
+    add_returned(o, parts, places, outs[1, :, 1:], True)
     expected = torch.empty(2, *o.shape, dtype=torch.float64, device="cuda")
     wide = [x.double() for x in (o, lse, parts, lse_parts)]
-    assert relative(merged, merge_returned(*wide, places, expected[0])) < 1e-6
-    add_returned(wide[0], wide[2], places, expected[1])
+    assert relative(merged, merge_returned(*wide, places, expected[0], False)) < 1e-6
+    add_returned(wide[0], wide[2], places, expected[1], False)
     for out, wanted in zip(outs, expected):
         assert relative(out[:, 1:], wanted) < {torch.bfloat16: 3e-3, torch.float16: 4e-4, torch.float32: 2e-6}[dtype]
         assert out[:, 0].isnan().all(), "another head"

@@ -32,7 +32,8 @@ from .ways import GATHER, VISITS_FROM, RowSizes, cheapest_way
 
 GATHER_SHARE = 0.5
 """From this share of the rows on, the whole is gathered: picking rows out and putting them in costs extra copies. The
-zigzag's causal order alone leaves 3/4. Reckoned, not measured."""
+zigzag's causal order alone leaves 3/4: at that, two H200s took 51 ms where they gathered in 45 (128K tokens, 32:8
+heads, chunks of 512, topk 8), for a gather's rows go to their place by copy engines."""
 SERVED = "served"
 """What :class:`Visiting` saved follows."""
 

@@ -1,7 +1,7 @@
 """Which choices visit which rank, and which chunks are copied: lists for one layer and step, made from all choices.
 
 Every rank knows the choices of all ranks and who serves them (``ways``), so both ends of a message know its length. The
-host reads 6 P numbers a group of heads, its only wait.
+host reads 6 P + 2 numbers a group of heads, of all groups at once: its only wait beside that of ``cheapest_way``.
 """
 from __future__ import annotations
 

@@ -91,6 +91,10 @@ class Visiting(Gathered):
 
         return Prefetch(start, [kv_heads.stop - kv_heads.start for _, kv_heads in groups])
 
+    @property
+    def _by_kernels(self) -> bool:
+        return hasattr(self.method.stages, "repeat")
+
     def _segments_here(self, places: int, device: torch.device) -> Segments:
         """This rank's rows as one sequence, after the copies."""
         size, rows = self.layout.segments.chunk_size, self.layout.rows.local
@@ -124,7 +128,8 @@ class Visiting(Gathered):
         def finish() -> None:
             o_parts, lse_parts = returned.wait()
             if returned.number:
-                saved[1] = merge_returned(o, lse, o_parts, lse_parts, returned.places(here.shape), out)
+                saved[1] = merge_returned(o, lse, o_parts, lse_parts, returned.places(here.shape), out,
+                                          self._by_kernels)
             else:
                 out.copy_(o)
 
@@ -160,7 +165,7 @@ class Visiting(Gathered):
         def finish() -> None:
             dq_parts, = returned.wait()
             if returned.number:
-                add_returned(dq, dq_parts, returned.places(here.shape), outs[0])
+                add_returned(dq, dq_parts, returned.places(here.shape), outs[0], self._by_kernels)
             else:
                 outs[0].copy_(dq)
             for x in reducing:

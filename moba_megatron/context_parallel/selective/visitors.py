@@ -110,7 +110,8 @@ def cut(starts: Tensor, rows: int, longest: int) -> tuple[Tensor, Tensor]:
     return torch.cat((begin, starts[-1:])).int(), of
 
 
-def merge_returned(o: Tensor, lse: Tensor, o_parts: Tensor, lse_parts: Tensor, places: Tensor, out: Tensor) -> Tensor:
+def merge_returned(o: Tensor, lse: Tensor, o_parts: Tensor, lse_parts: Tensor, places: Tensor, out: Tensor,
+                   kernel: bool) -> Tensor:
     """Writes o, merged with what came back for some of the choices; parts are added in the order of j.
 
     Args:
@@ -120,11 +121,12 @@ def merge_returned(o: Tensor, lse: Tensor, o_parts: Tensor, lse_parts: Tensor, p
         lse_parts: ``[n]``.
         places: int32 ``[T, h, KS]``, the row of each choice's part, or -1.
         out: ``[T, h, DV]``, written.
+        kernel: by the Triton kernel, where it can.
 
     Returns:
         The log-sum-exp of all, ``[T, h]``.
     """
-    if _has_kernel(o):
+    if kernel and _has_kernel(o):
         from ...kernels import merging
         merged = torch.empty_like(lse)
         merging.merge_parts(o, lse, o_parts, lse_parts, places, out, merged)
@@ -139,9 +141,9 @@ def merge_returned(o: Tensor, lse: Tensor, o_parts: Tensor, lse_parts: Tensor, p
     return merged
 
 
-def add_returned(x: Tensor, parts: Tensor, places: Tensor, out: Tensor) -> None:
+def add_returned(x: Tensor, parts: Tensor, places: Tensor, out: Tensor, kernel: bool) -> None:
     """Writes ``x`` ``[T, h, D]`` and what came back added up to ``out``: as :func:`merge_returned` without weights."""
-    if _has_kernel(x):
+    if kernel and _has_kernel(x):
         from ...kernels import merging
         merging.add_parts(x, parts, places, out)
         return

@@ -10,6 +10,7 @@ what it takes to plan. ``python -m moba_megatron.plan --check`` sets them beside
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,14 +96,22 @@ def seconds_of_ways(table: Tensor, homes: Tensor, sizes: RowSizes, link: float,
         members_a_node: ranks of a node that share what a gather brings into it.
     """
     home = home_of_chunks(homes, table.shape[2])
-    of_ways = torch.stack((home.expand(table.shape), _ranks(table).expand(table.shape),
-                           *_mixed(table, home, sizes, link)))
-    visit, fetch, by_bytes, relieved = (PLANNING + seconds_of_service(table, of_ways, home, sizes, link)).unbind()
+    visits, fetches = home.expand(table.shape), _ranks(table).expand(table.shape)
+    mixes = _mixed(table, home, sizes, link)
+    seconds = PLANNING + _seconds_of_each(table, (visits, fetches, *mixes), home, sizes, link)
+    visit, fetch, by_bytes, relieved = seconds.unbind()
     whole = (homes.numel() - homes.shape[1]) * table.shape[1] * sum(sizes.copy) / members_a_node
     gather = table.sum((1, 2)).max().double() * sizes.work + whole / link
-    mixed = torch.where(relieved < by_bytes, of_ways[3], of_ways[2])
+    mixed = torch.where(relieved < by_bytes, mixes[1], mixes[0])
     seconds = {VISIT: visit, GATHER: gather, FETCH: fetch, MIXED: torch.minimum(by_bytes, relieved)}
-    return torch.stack([seconds[way] for way in WAYS]), {VISIT: of_ways[0], FETCH: of_ways[1], MIXED: mixed}
+    return torch.stack([seconds[way] for way in WAYS]), {VISIT: visits, FETCH: fetches, MIXED: mixed}
+
+
+def _seconds_of_each(table: Tensor, candidates: Sequence[Tensor], home: Tensor, sizes: RowSizes, link: float) -> Tensor:
+    """:func:`seconds_of_service` of each of several servers: fp64 ``[n]``."""
+    if table.numel() > AT_ONCE:
+        return torch.stack([seconds_of_service(table, servers, home, sizes, link) for servers in candidates])
+    return seconds_of_service(table, torch.stack(tuple(candidates)), home, sizes, link)
 
 
 def seconds_of_service(table: Tensor, servers: Tensor, home: Tensor, sizes: RowSizes, link: float) -> Tensor:
@@ -117,8 +126,6 @@ def seconds_of_service(table: Tensor, servers: Tensor, home: Tensor, sizes: RowS
     Returns:
         fp64 ``[...]``.
     """
-    if servers.dim() > table.dim() and table.numel() > AT_ONCE:
-        return torch.stack([seconds_of_service(table, x, home, sizes, link) for x in servers])
     away, size = _away(_wide(table), servers), len(table)
     leaving, coming = away.sum((-1, -2)), _added_up(servers, away, size)
     copies = copies_of(table, servers, home)
@@ -143,9 +150,9 @@ def mixed_servers(table: Tensor, home: Tensor, sizes: RowSizes, link: float) -> 
         home: int64 ``[chunk ids]``, the rank of each chunk.
         sizes, link: as :func:`seconds_of_ways`.
     """
-    servers = torch.stack(_mixed(table, home, sizes, link))
-    by_bytes, relieved = seconds_of_service(table, servers, home, sizes, link).unbind()
-    return torch.where(relieved < by_bytes, servers[1], servers[0])
+    mixes = _mixed(table, home, sizes, link)
+    by_bytes, relieved = _seconds_of_each(table, mixes, home, sizes, link).unbind()
+    return torch.where(relieved < by_bytes, mixes[1], mixes[0])
 
 
 def _mixed(table: Tensor, home: Tensor, sizes: RowSizes, link: float) -> tuple[Tensor, Tensor]:
