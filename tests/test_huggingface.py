@@ -1,7 +1,7 @@
 """MoBA in Transformers: training, packing, padding, prefill and generation against the oracle's dense masks."""
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import AttentionInterface, DynamicCache, StaticCache
 
 import huggingface_models as hf
 from moba_megatron import MoBAConfig, register_moba
@@ -143,6 +143,26 @@ def test_generate(decode, kind, monkeypatch):
         prompt = ids[row, 23 - length:]
         expected = hf.greedy(reference, prompt, steps, length if decode == "dense" else None)
         assert got[row].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("keyword", [None, "past_key_value", "past_key_values", "cache", "layer_past"])
+def test_the_cache_is_known_by_its_type(keyword, monkeypatch):
+    """Transformers has renamed the argument that brings the cache (5.24: cache); the means are filled once all the same."""
+    class Layer(torch.nn.Module):
+        layer_idx, config = 0, hf.model().config
+
+        def forward(self, x, *args, **kwargs):
+            cache, = args or kwargs.values()
+            return AttentionInterface()["moba"](self, x, *cache.update(x[:, :2], x[:, :2], 0), None)[0]
+
+    register_moba(CONFIG, decode="moba")
+    filled, fill = [], huggingface_cache.fill_chunk_means
+    monkeypatch.setattr(huggingface_cache, "fill_chunk_means", lambda *x, **y: (filled.append(1), fill(*x, **y)))
+    layer, cache = Layer(), DynamicCache()
+    for tokens in (23, 1, 1, 1, 1):
+        x = torch.randn(1, 4, tokens, 8)
+        layer(x, cache) if keyword is None else layer(x, **{keyword: cache})
+    assert len(filled) == 1
 
 
 def test_decoded_tokens_depend_on_how_they_attend():

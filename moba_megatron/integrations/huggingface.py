@@ -18,7 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from ..config import MoBAConfig
 from ..ops import moba_attention
 from ..segments import Segments
-from .huggingface_cache import sparse_decode, take_note
+from .huggingface_cache import sparse_decode, watch
 from .huggingface_mask import attended_slots, is_layout, moba_mask, packed_rows, row_segments, uniform_segments
 
 DECODES = ("dense", "moba")
@@ -99,7 +99,7 @@ def moba_attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, 
     o = moba_attention(q, k, v, segments, max(1, topk), softmax_scale=scaling, deterministic=config.deterministic,
                        backend=settings.backend)
     if settings.decode == "moba":
-        take_note(module)  # the means are made by the first step; from here on the layer is watched
+        watch(module)  # the means are made by the first step, and kept from there on
     return o.unflatten(0, (query.shape[0], query.shape[2])), None
 
 

@@ -3,14 +3,19 @@
 An attention layer is handed the keys, not the cache they came from. So a layer that decodes gets a forward pre-hook,
 which sees the cache before it takes the new key, and whether its keys are still what the last step left. Where they are
 not (another cache, a crop, beams that changed places), the means are made anew from all keys.
+
+The hook knows the cache by its type: its keyword has been past_key_value, past_key_values and, from Transformers 5.24
+on, cache. The means stand on the layer of the cache, the hook's note in the thread that runs it; the module has neither.
 """
 from __future__ import annotations
 
+import threading
 import weakref
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from ..config import MoBAConfig
 from ..ops.decode import fill_chunk_means, moba_decode
@@ -21,11 +26,18 @@ class _Means:
     """Means ``[B, chunks, HK, D]`` of a cache layer, and the keys that they were right for when a step ended."""
 
     means: Tensor
+    chunk_size: int
     keys: weakref.ref
     version: int | None
 
     def belong_to(self, keys: Tensor | None) -> bool:
         return keys is not None and self.keys() is keys and self.version is not None and self.version == keys._version
+
+    def __reduce__(self):
+        return type(None), ()  # a saved or copied cache has keys of its own: its means are made anew
+
+
+_noted = threading.local()  # .call: the layer that this thread is about to run, its layer of the cache, are means right
 
 
 @torch.compiler.disable
@@ -43,7 +55,8 @@ def sparse_decode(module: torch.nn.Module, query: Tensor, key: Tensor, value: Te
     Returns:
         o ``[B, 1, H, DV]``.
     """
-    cache, kept = take_note(module)
+    watch(module)
+    cache, kept = _take_note(module, config.chunk_size)
     k, v = key.transpose(1, 2), value.transpose(1, 2)
     if layout is None:
         lengths, starts = torch.full((key.shape[0],), key.shape[2], dtype=torch.int32, device=key.device), None
@@ -56,35 +69,41 @@ def sparse_decode(module: torch.nn.Module, query: Tensor, key: Tensor, value: Te
     o = moba_decode(query[:, :, 0], k, v, means, lengths, config.chunk_size, config.topk, cache_starts=starts,
                     softmax_scale=scaling, backend=backend)
     if cache is not None and cache.keys is key:  # an offloaded or quantized cache hands out copies
-        cache.moba_means = _Means(means, weakref.ref(key), _version(key))
+        cache.moba_means = _Means(means, config.chunk_size, weakref.ref(key), _version(key))
     return o[:, None]
 
 
-def take_note(module: torch.nn.Module) -> tuple[object | None, _Means | None]:
+def watch(module: torch.nn.Module) -> None:
+    """Has an attention layer note its cache from its next call on."""
+    if not getattr(module, "moba_watched", False):
+        module.register_forward_pre_hook(_note_cache, with_kwargs=True)
+        module.moba_watched = True
+
+
+def _take_note(module: torch.nn.Module, chunk_size: int) -> tuple[object | None, _Means | None]:
     """The layer of the cache that this call of an attention layer came with, and its means where they are right.
 
-    Both None at the layer's first call, which has it watched from the next one on.
+    Both None in a call that was not watched.
     """
-    if not hasattr(module, "moba_watched"):
-        module.register_forward_pre_hook(_note_cache, with_kwargs=True)
-        module.moba_watched = None
-    if module.moba_watched is None:
+    call, _noted.call = getattr(_noted, "call", None), None
+    if call is None or call[0]() is not module:
         return None, None
-    cache, kept = module.moba_watched
-    module.moba_watched = None
-    return cache(), kept
+    cache = call[1]()
+    kept = getattr(cache, "moba_means", None) if call[2] else None
+    return cache, kept if kept is not None and kept.chunk_size == chunk_size else None
 
 
 @torch.compiler.disable
 def _note_cache(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-    """Before the layer runs: which layer of which cache, and the means that are right for its keys as they are."""
-    module.moba_watched = None
-    layers = getattr(kwargs.get("past_key_values"), "layers", None)
-    if layers is not None and module.layer_idx < len(layers):
+    """Before the layer runs: which layer of which cache, and whether its means are right for its keys as they are."""
+    _noted.call = None
+    given = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
+    layers = getattr(getattr(given, "self_attention_cache", given), "layers", ())
+    if module.layer_idx < len(layers):
         cache = layers[module.layer_idx]
         kept = getattr(cache, "moba_means", None)
         right = kept is not None and kept.belong_to(getattr(cache, "keys", None))
-        module.moba_watched = weakref.ref(cache), kept if right else None
+        _noted.call = weakref.ref(module), weakref.ref(cache), right
 
 
 def _room(k: Tensor, means: Tensor | None, chunk_size: int) -> Tensor:
