@@ -27,7 +27,7 @@ from .megatron_host import host_config, host_iteration, print_once
 from .multi_token_prediction import global_layer_number, watch_multi_token_prediction
 from .ops import moba_attention
 from .ops.validation import check_cu_seqlens, check_qkv
-from .segments import Segments
+from .segments import Segments, uniform_segments
 
 HIERARCHICAL = "a2a+all_gather"
 _iteration: int | None = None
@@ -201,10 +201,7 @@ class MoBACoreAttention(MegatronModule):
             if seqlen_q > seqlen_k:
                 raise ValueError(f"key must have at least query's {seqlen_q} tokens, got {seqlen_k}")
             chunk_size = max(1, seqlen_k) if dense else self.moba_config.chunk_size
-            segments = _uniform_segments(seqlen_q, seqlen_k, batch, chunk_size, query.device)
-            if query.is_cuda and torch.cuda.is_current_stream_capturing():
-                _captured[id(segments)] = segments
-            return segments
+            return uniform_segments(seqlen_q, seqlen_k, batch, chunk_size, query.device)
         cu_seqlens, max_seqlen = _packed_lengths(packed, query.shape[0], query.device)
         chunk_size = max(1, max_seqlen) if dense else self.moba_config.chunk_size
         return Segments.from_cu_seqlens(cu_seqlens, max_seqlen, chunk_size)
@@ -393,22 +390,6 @@ def _guarded(method):
         return method(self, *args, **kwargs)
 
     return guarded
-
-
-_captured: dict[int, Segments] = {}
-"""Those that CUDA graphs read: their memory must outlive the cache below."""
-
-
-@functools.lru_cache(maxsize=64)
-def _uniform_segments(seqlen_q: int, seqlen_k: int, batch: int, chunk_size: int, device: torch.device) -> Segments:
-    """Sequences of one length: the last ``seqlen_q`` positions of each of ``batch`` sequences of ``seqlen_k`` keys."""
-    with torch.inference_mode(False):  # the cached tensors must be fit for training, whoever asks first
-        count = torch.arange(batch + 1, dtype=torch.int32, device=device)
-        if seqlen_q == seqlen_k:
-            return Segments.from_cu_seqlens(count * seqlen_k, seqlen_k, chunk_size)
-        return Segments(cu_seqlens_q=count * seqlen_q, cu_seqlens_k=count * seqlen_k, seq_ids=count[:-1],
-                        offsets=torch.full_like(count[:-1], seqlen_k - seqlen_q), max_seqlen_q=seqlen_q,
-                        max_seqlen_k=seqlen_k, chunk_size=chunk_size)
 
 
 def _packed_lengths(packed: PackedSeqParams, total: int, device: torch.device) -> tuple[Tensor, int]:

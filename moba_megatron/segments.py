@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .tensor_cache import cached_tensors, is_unobserved
+
 SUM_BLOCK = 64
 """Rows in one partial sum of keys, counted from the chunk's start: a leaf of the tree of sums behind its mean."""
 
@@ -49,12 +51,12 @@ class Segments:
             max_seqlen: upper bound of a sequence's length, tokens.
             chunk_size: keys in a chunk.
         """
-        n = cu_seqlens.numel() - 1
-        device = cu_seqlens.device
-        return cls(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
-                   seq_ids=torch.arange(n, device=device, dtype=torch.int32),
-                   offsets=torch.zeros(n, device=device, dtype=torch.int32),
-                   max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen, chunk_size=chunk_size, packed=True)
+        if is_unobserved(cu_seqlens):
+            seq_ids, offsets = _counted(cu_seqlens.numel() - 1, cu_seqlens.device)
+        else:  # of the same kind of tensor as cu_seqlens
+            offsets = torch.zeros_like(cu_seqlens[1:])
+            seq_ids = torch.ones_like(offsets).cumsum(0, dtype=torch.int32) - 1
+        return cls(cu_seqlens, cu_seqlens, seq_ids, offsets, max_seqlen, max_seqlen, chunk_size, packed=True)
 
     @property
     def num_segments(self) -> int:
@@ -86,6 +88,23 @@ class Segments:
         row = torch.arange(total_k, device=cu.device)
         sequence = torch.searchsorted(cu, row, right=True) - 1
         return sequence, row - cu[sequence]
+
+
+@cached_tensors
+def uniform_segments(queries: int, keys: int, batch: int, chunk_size: int, device: torch.device) -> Segments:
+    """Sequences of one length: the last ``queries`` positions of each of ``batch`` sequences of ``keys`` keys."""
+    count = torch.arange(batch + 1, dtype=torch.int32, device=device)
+    if queries == keys:
+        return Segments.from_cu_seqlens(count * keys, keys, chunk_size)
+    offsets = torch.full_like(count[:-1], keys - queries)
+    return Segments(count * queries, count * keys, count[:-1], offsets, queries, keys, chunk_size)
+
+
+@cached_tensors
+def _counted(number: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """0, 1, 2, ... and as many zeros."""
+    return (torch.arange(number, dtype=torch.int32, device=device),
+            torch.zeros(number, dtype=torch.int32, device=device))
 
 
 @dataclass(frozen=True)

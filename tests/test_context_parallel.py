@@ -310,8 +310,26 @@ def bad_input_everywhere(rank, size):
     return texts
 
 
+def packed_signatures(rank, size):
+    """What is new over calls with other packings of the same number of sequences; and how many signatures are kept."""
+    new = []
+    for packing in range(3):
+        with Agreement(dist.group.WORLD) as agreement:
+            agreement.signature = "7 packed sequences"
+            new.append(agreement.is_new())
+            if new[-1]:
+                agreement.signature += f", cu_seqlens [{packing}]"
+    limit, Agreement.MOST_AGREED = Agreement.MOST_AGREED, 8
+    for length in range(20):
+        with Agreement(dist.group.WORLD) as agreement:
+            agreement.signature = f"length {length}"
+    Agreement.MOST_AGREED = limit
+    return new, sum(map(len, Agreement._agreed.values()))
+
+
 def everything(rank, size):
-    return compare_with_single_rank(rank, size), bad_input_everywhere(rank, size), properties(rank, size)
+    return (compare_with_single_rank(rank, size), bad_input_everywhere(rank, size), properties(rank, size),
+            packed_signatures(rank, size))
 
 
 @pytest.fixture(scope="module")
@@ -340,7 +358,7 @@ def test_bytes_sent(results):
     """Counted against what should travel: 16 rows of 8 floats a head, 8 heads, 4 kv heads, 4 ranks."""
     row = 16 * 8 * 4
     blocks = 2 * 4 * 8 * 4  # two whole chunks of a block each, or its rows: never more than the keys
-    for _, _, sent in results:
+    for _, _, sent, _ in results:
         gathered = 3 * 2 * 4 * row
         assert sent["all_gather"] == {"fwd sums": sent["all_gather"]["fwd sums"], "fwd gather": gathered,
                                       "bwd gather": gathered, "bwd reduce": gathered}
@@ -354,7 +372,7 @@ def test_selective_sends_what_was_chosen(results):
     """A sink goes from its owner to all others, and its gradients back; nothing else does."""
     row = 8 * 4
     sink = 8 * 4 * row * 2  # rows of a chunk, kv heads, K and V
-    for rank, (_, _, sent) in enumerate(results):
+    for rank, (_, _, sent, _) in enumerate(results):
         sent = sent["selective"]
         assert sent["sink"]["fwd gather"] == sent["sink"]["bwd gather"] == (3 * sink if rank == 0 else 0)
         assert sent["sink"]["bwd reduce"] == (0 if rank == 0 else sink)
@@ -363,11 +381,16 @@ def test_selective_sends_what_was_chosen(results):
 
 
 def test_bad_input_raises_on_every_rank(results):
-    for texts in zip(*(texts for _, texts, _ in results)):
+    for texts in zip(*(texts for _, texts, _, _ in results)):
         assert texts[0] is not None and len(set(texts)) == 1, texts
     raised, shape, _ = results[0][1]
     assert raised == "context parallel rank 1: the sequence length must be even"
     assert "rank 0: query (8, 2), as agreed; rank 1: query (8, 2), other shape" in shape
+
+
+def test_packings_are_new_once_and_signatures_do_not_pile_up(results):
+    for *_, (new, kept) in results:
+        assert new == [True, False, False] and kept <= 8 * 10  # a handful of groups
 
 
 @pytest.mark.parametrize("given, expected", [("allgather", "all_gather"), ("a2a+allgather", "a2a+all_gather"),

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..tensor_cache import cached_tensors
 from .transport.comm import Pending, all_gather
 
 
@@ -33,12 +34,15 @@ class Agreement:
     """
 
     HEADER_BYTES = 512
-    _agreed: set[tuple[str, str]] = set()
+    MOST_AGREED = 1024
+    """Signatures that a group remembers; beyond it forgets all, on every rank at the same call."""
+    _agreed: dict[str, set[str]] = {}  # by group
     _unread: dict[str, deque] = {}
 
     def __init__(self, group: dist.ProcessGroup):
         self.group = group
         self.signature = ""
+        self._new: list[str] = []
 
     def __enter__(self) -> "Agreement":
         self._read_finished()
@@ -51,18 +55,27 @@ class Agreement:
             return False
         text = "!" + str(error) if error is not None else self.signature
         device = _group_device(self.group)
-        headers = all_gather(_header(text, device, self.HEADER_BYTES), self.group, "agreement")
-        key = (self.group.group_name, text)
-        if device.type == "cuda" and key in self._agreed:
+        headers = all_gather(_header(text, self.HEADER_BYTES, device), self.group, "agreement")
+        if device.type == "cuda" and text in self._known:
             self._read_later(headers, device)
         else:
             self._check(headers.wait(), error)
-            self._agreed.add(key)
+            if len(self._known) + 2 > self.MOST_AGREED:
+                self._known.clear()
+            self._known.update(self._new or (text,))
         return False
 
     def is_new(self) -> bool:
-        """Whether the exchange at the end of the block will make the host wait anyway: costly checks may go with it."""
-        return (self.group.group_name, self.signature) not in self._agreed
+        """Whether the exchange at the end of the block will make the host wait anyway: costly checks may go with it.
+
+        What is then added to the signature is compared this once; the signature as it is now is known from then on.
+        """
+        self._new = [] if self.signature in self._known else [self.signature]
+        return bool(self._new)
+
+    @property
+    def _known(self) -> set[str]:
+        return self._agreed.setdefault(self.group.group_name, set())
 
     def _check(self, headers: Tensor, error: Exception | None = None) -> None:
         rows = headers.view(self.group.size(), self.HEADER_BYTES).cpu()
@@ -91,11 +104,9 @@ class Agreement:
             self._check(unread.popleft()[1])
 
 
-@functools.lru_cache(maxsize=64)
-def _header(text: str, device: torch.device, size: int) -> Tensor:
-    raw = text.encode()[:size]
-    with torch.inference_mode(False):
-        return torch.tensor(list(raw.ljust(size, b"\0")), dtype=torch.uint8).to(device)
+@cached_tensors
+def _header(text: str, size: int, device: torch.device) -> Tensor:
+    return torch.tensor(list(text.encode()[:size].ljust(size, b"\0")), dtype=torch.uint8, device=device)
 
 
 def _group_device(group: dist.ProcessGroup) -> torch.device:

@@ -6,13 +6,13 @@ stages want "global" order (sequence after sequence).
 """
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..segments import SUM_BLOCK, Segments
+from ..tensor_cache import cached_tensors, is_capturing
 from .transport.rows import MAX_RUNS, Rows
 
 
@@ -82,7 +82,7 @@ class Sequences:
     @classmethod
     def uniform(cls, seqlen: int, batch: int, device: torch.device) -> "Sequences":
         """``batch`` sequences of ``seqlen`` tokens. Everything is known on the host: layouts are made once and kept."""
-        return _uniform(seqlen, batch, torch.device(device))
+        return cls(_uniform(seqlen, batch, torch.device(device)), seqlen, batch * seqlen, batch)
 
     @classmethod
     def packed(cls, cu_seqlens: Tensor, max_seqlen: int, total: int) -> "Sequences":
@@ -92,13 +92,11 @@ class Sequences:
     def part(self, size: int) -> "Sequences":
         """What one of ``size`` ranks holds, joined up: every sequence ``size`` times shorter."""
         if self.batch is not None:
-            return _uniform(self.max_seqlen // size, self.batch, self.cu_seqlens.device)
+            return Sequences.uniform(self.max_seqlen // size, self.batch, self.cu_seqlens.device)
         return Sequences(self.cu_seqlens // size, self.max_seqlen // size, self.total // size, None)
 
     def whole(self, chunk_size: int) -> Segments:
         """Every sequence as one segment: attention on a single rank."""
-        if self.batch is not None:
-            return _whole_uniform(self.max_seqlen, self.batch, chunk_size, self.cu_seqlens.device)
         return Segments.from_cu_seqlens(self.cu_seqlens, self.max_seqlen, chunk_size)
 
     def rows(self, size: int, rank: int) -> Rows:
@@ -114,9 +112,11 @@ class Sequences:
     def zigzag(self, size: int, rank: int, chunk_size: int) -> ZigzagLayout:
         """The layout of one of ``size`` ranks."""
         if self.batch is not None:
-            return _zigzag_uniform(self.max_seqlen, self.batch, size, rank, chunk_size, self.cu_seqlens.device)
-        segments = _segments(self.cu_seqlens, self.max_seqlen, size, rank, chunk_size)
-        return ZigzagLayout(segments, self.rows(size, rank), None)
+            segments, blocks = _zigzag_uniform(self.max_seqlen, self.batch, size, rank, chunk_size,
+                                               self.cu_seqlens.device)
+        else:
+            segments, blocks = _segments(self.cu_seqlens, self.max_seqlen, size, rank, chunk_size), None
+        return ZigzagLayout(segments, self.rows(size, rank), blocks)
 
 
 def check_zigzag(length: int, size: int, name: str) -> None:
@@ -126,40 +126,30 @@ def check_zigzag(length: int, size: int, name: str) -> None:
                          "--seq-length, or pad each packed sequence")
 
 
-# what follows keeps tensors: they must be fit for training, whoever asks first, hence inference_mode(False)
-
-@functools.lru_cache(maxsize=64)
-def _uniform(seqlen: int, batch: int, device: torch.device) -> Sequences:
-    with torch.inference_mode(False):
-        return Sequences(torch.arange(batch + 1, dtype=torch.int32, device=device) * seqlen, seqlen, batch * seqlen,
-                         batch)
+@cached_tensors
+def _uniform(seqlen: int, batch: int, device: torch.device) -> Tensor:
+    """cu_seqlens."""
+    return torch.arange(batch + 1, dtype=torch.int32, device=device) * seqlen
 
 
-@functools.lru_cache(maxsize=64)
-def _whole_uniform(seqlen: int, batch: int, chunk_size: int, device: torch.device) -> Segments:
-    with torch.inference_mode(False):
-        return Segments.from_cu_seqlens(_uniform(seqlen, batch, device).cu_seqlens, seqlen, chunk_size)
-
-
-@functools.lru_cache(maxsize=64)
+@cached_tensors
 def _rows_uniform(seqlen: int, batch: int, size: int, rank: int, device: torch.device) -> Rows:
-    with torch.inference_mode(False):
-        piece = seqlen // (2 * size)
-        runs = tuple(tuple(sequence * seqlen + (2 * size - 1 - r if second else r) * piece for r in range(size))
-                     for sequence in range(batch) for second in (False, True))
-        return _rows(_uniform(seqlen, batch, device).cu_seqlens, batch * seqlen, size, rank,
-                     runs if len(runs) <= MAX_RUNS else None)
+    piece = seqlen // (2 * size)
+    runs = tuple(tuple(sequence * seqlen + (2 * size - 1 - r if second else r) * piece for r in range(size))
+                 for sequence in range(batch) for second in (False, True))
+    return _rows(_uniform(seqlen, batch, device), batch * seqlen, size, rank, runs if len(runs) <= MAX_RUNS else None)
 
 
-@functools.lru_cache(maxsize=16)
+@cached_tensors
 def _zigzag_uniform(seqlen: int, batch: int, size: int, rank: int, chunk_size: int,
-                    device: torch.device) -> ZigzagLayout:
-    with torch.inference_mode(False):
-        cpu = torch.device("cpu")
-        segments = _segments(_uniform(seqlen, batch, cpu).cu_seqlens, seqlen, size, rank, chunk_size)
-        blocks = _block_exchange(segments, _rows_uniform(seqlen, batch, size, rank, cpu), seqlen, batch)
-        return ZigzagLayout(_to(segments, device), _rows_uniform(seqlen, batch, size, rank, device),
-                            _to(blocks, device))
+                    device: torch.device) -> tuple[Segments, BlockExchange]:
+    if is_capturing(device):
+        raise RuntimeError("context parallel attention must run once with the same shapes before it is captured in a "
+                           "CUDA graph")
+    cu_seqlens = _uniform(seqlen, batch, device)
+    segments = _segments(cu_seqlens, seqlen, size, rank, chunk_size)
+    rows = _rows(cu_seqlens, batch * seqlen, size, rank, None)
+    return segments, _block_exchange(segments, rows, seqlen, batch)
 
 
 def _segments(cu_seqlens: Tensor, max_seqlen: int, size: int, rank: int, chunk_size: int) -> Segments:
@@ -197,20 +187,22 @@ def _block_exchange(segments: Segments, rows: Rows, seqlen: int, batch: int) -> 
     per_chunk = -(-chunk // SUM_BLOCK)
     num_chunks = segments.num_chunks(batch * seqlen)
     local_total, piece = batch * seqlen // size, seqlen // (2 * size)
+    device = segments.cu_seqlens_k.device
     # every block of every full chunk: its row in the table, its first global row, its rows
-    chunks = torch.arange(seqlen // chunk)
-    first = (chunks[:, None] * chunk + torch.arange(per_chunk) * SUM_BLOCK).flatten()
-    count = torch.clamp(chunk - torch.arange(per_chunk) * SUM_BLOCK, max=SUM_BLOCK).repeat(chunks.numel())
+    chunks, blocks = torch.arange(seqlen // chunk, device=device), torch.arange(per_chunk, device=device)
+    first = (chunks[:, None] * chunk + blocks * SUM_BLOCK).flatten()
+    count = torch.clamp(chunk - blocks * SUM_BLOCK, max=SUM_BLOCK).repeat(chunks.numel())
     is_cut = first // piece != (first + count - 1) // piece
-    sequence = torch.arange(batch)[:, None]
+    sequence = torch.arange(batch, device=device)[:, None]
     ids = segments.first_chunk()[:, None] + chunks
-    target = (ids[:, :, None] * per_chunk + torch.arange(per_chunk)).flatten()
+    target = (ids[:, :, None] * per_chunk + blocks).flatten()
     first, count, is_cut = (sequence * seqlen + first).flatten(), count.repeat(batch), is_cut.repeat(batch)
 
     whole_at = rows.global_rows[first[~is_cut]]
     cut_first, cut_count = first[is_cut], count[is_cut]
     cut_begin = torch.cumsum(cut_count, 0) - cut_count
-    cut_global = torch.repeat_interleave(cut_first - cut_begin, cut_count) + torch.arange(int(cut_count.sum()))
+    cut_global = torch.repeat_interleave(cut_first - cut_begin, cut_count)
+    cut_global = cut_global + torch.arange(cut_global.numel(), device=device)
     cut_at = rows.global_rows[cut_global]
     # a message holds a rank's whole blocks, then its rows of cut blocks, both in global order
     at = torch.cat((whole_at, cut_at))
@@ -230,11 +222,5 @@ def _number_within(owner: Tensor, size: int) -> tuple[Tensor, int]:
     """For each element its number among those of the same owner, in order; and the largest owner's count."""
     per_owner = torch.bincount(owner, minlength=size)
     order = torch.argsort(owner, stable=True)
-    number = torch.arange(owner.numel()) - (torch.cumsum(per_owner, 0) - per_owner)[owner[order]]
+    number = torch.arange(owner.numel(), device=owner.device) - (torch.cumsum(per_owner, 0) - per_owner)[owner[order]]
     return torch.empty_like(number).scatter_(0, order, number), int(per_owner.max())
-
-
-def _to(record, device: torch.device):
-    """A copy of a dataclass with its tensors on a device."""
-    values = {f.name: getattr(record, f.name) for f in fields(record)}
-    return type(record)(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()})

@@ -17,9 +17,9 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from ..config import MoBAConfig
 from ..ops import moba_attention
-from ..segments import Segments
+from ..segments import Segments, uniform_segments
 from .huggingface_cache import sparse_decode, watch
-from .huggingface_mask import attended_slots, is_layout, moba_mask, packed_rows, row_segments, uniform_segments
+from .huggingface_mask import attended_slots, is_layout, moba_mask, packed_rows, row_segments
 
 DECODES = ("dense", "moba")
 BACKENDS = {

@@ -6,7 +6,6 @@ and the queries are the last ones. It has four dimensions so that Transformers h
 """
 from __future__ import annotations
 
-import functools
 from typing import Callable
 
 import torch
@@ -88,18 +87,6 @@ def row_segments(layout: Tensor, queries: int, slots: int, chunk_size: int) -> S
             max_seqlen_q=queries, max_seqlen_k=slots, chunk_size=chunk_size)
 
     return _remembered(layout, ("segments", queries, slots, chunk_size), build)
-
-
-@functools.lru_cache(maxsize=64)
-def uniform_segments(queries: int, slots: int, batch: int, chunk_size: int, device: torch.device) -> Segments:
-    """Rows without padding, whose queries are their last tokens."""
-    with torch.inference_mode(False):  # the cached tensors must be fit for training, whoever asks first
-        count = torch.arange(batch + 1, dtype=torch.int32, device=device)
-        if queries == slots:
-            return Segments.from_cu_seqlens(count * slots, slots, chunk_size)
-        return Segments(cu_seqlens_q=count * queries, cu_seqlens_k=count * slots, seq_ids=count[:-1],
-                        offsets=torch.full_like(count[:-1], slots - queries), max_seqlen_q=queries, max_seqlen_k=slots,
-                        chunk_size=chunk_size)
 
 
 def packed_rows(position_ids: Tensor, batch: int, length: int) -> tuple[Tensor, int] | None:

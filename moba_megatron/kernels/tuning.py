@@ -42,7 +42,7 @@ def config(stage: str, device: torch.device | None = None, **key: int) -> dict[s
     return dict(_lookup(stage, arch_of(device), tuple(sorted(key.items()))))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.lru_cache(maxsize=1024)  # chunk_size is any length where attention is dense
 def _lookup(stage: str, arch: str, key: tuple[tuple[str, int], ...]) -> dict[str, int]:
     found = next((row for row in rows(stage) if row.fits(arch, dict(key))), None)
     if "record" in _forced:

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..segments import Routing, Segments
+from ..tensor_cache import is_unobserved
 from .backend import check_backend, get_stages, repeat
 from .dense import dense_causal, dense_causal_bwd
 from .validation import (check_cu_seqlens, check_flag, check_qkv, check_scale, check_segments, check_whole,
@@ -52,7 +53,7 @@ def moba_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
     check_whole("moba_chunk_size", moba_chunk_size, 1)
     check_whole("moba_topk", moba_topk, 1)
     cu_seqlens = check_cu_seqlens(cu_seqlens, max_seqlen, q.shape[0], q.device)
-    segments = _whole_sequences(cu_seqlens, max_seqlen, moba_chunk_size)
+    segments = Segments.from_cu_seqlens(cu_seqlens, max_seqlen, moba_chunk_size)
     return _attend(q, k, v, segments, moba_topk, softmax_scale, deterministic, backend, return_lse, workspace_mib)
 
 
@@ -81,38 +82,6 @@ def moba_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, topk: in
     return _attend(q, k, v, segments, topk, softmax_scale, deterministic, backend, return_lse, workspace_mib)
 
 
-def _whole_sequences(cu_seqlens: Tensor, max_seqlen: int, chunk_size: int) -> Segments:
-    """``Segments.from_cu_seqlens``, with sequence numbers and offsets that are there already, if it can be."""
-    if _is_plain_eager(cu_seqlens):
-        number, device = len(cu_seqlens) - 1, cu_seqlens.device
-        counted = _counted.get((number, device)) or _count(number, device)
-        if counted:
-            return Segments(cu_seqlens, cu_seqlens, *counted, max_seqlen, max_seqlen, chunk_size, True)
-    return Segments.from_cu_seqlens(cu_seqlens, max_seqlen, chunk_size)
-
-
-_bases: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
-"""0, 1, 2, ... and as many zeros, by their number and device. Kept for good: captured graphs may read them."""
-_counted: dict[tuple[int, torch.device], tuple[Tensor, ...]] = {}
-"""The first of them, as many as there were sequences."""
-
-
-def _count(number: int, device: torch.device) -> tuple[Tensor, ...] | None:
-    """Adds an entry to ``_counted``, which all streams may read; None while a graph is captured, if that takes work."""
-    size = max(64, 1 << (number - 1).bit_length())
-    if (size, device) not in _bases:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return None
-        with torch.inference_mode(False):
-            numbers = torch.arange(size, dtype=torch.int32)
-            _bases[size, device] = numbers.to(device), torch.zeros_like(numbers).to(device)  # waits for the copies
-    if len(_counted) >= 1024:
-        _counted.clear()
-    with torch.inference_mode(False):
-        _counted[number, device] = tuple(x[:number] for x in _bases[size, device])
-    return _counted[number, device]
-
-
 def _attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, topk: int, softmax_scale: float | None,
             deterministic: bool, backend: str, return_lse: bool,
             workspace_mib: float | None) -> Tensor | tuple[Tensor, Tensor]:
@@ -128,7 +97,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, topk: int, soft
     arguments = (segments.cu_seqlens_q, segments.cu_seqlens_k, segments.seq_ids, segments.offsets,
                  segments.max_seqlen_q, segments.max_seqlen_k, chunk_size, segments.packed, topk, scale,
                  deterministic, backend, workspace_mib)
-    if _is_plain_eager(q, k, v):
+    if is_unobserved(q, k, v):  # a Function does the custom operators' work at less cost to the host
         o, lse = _Attention.apply(q, k, v, arguments)
     else:
         o, lse, *_ = _forward(q, k, v, *arguments)
@@ -150,16 +119,6 @@ def causal_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_
     return moba_attn_varlen(q, k, v, cu_seqlens, max_seqlen, max(1, max_seqlen), 1, softmax_scale=softmax_scale,
                             deterministic=deterministic, backend=backend, return_lse=return_lse,
                             workspace_mib=workspace_mib)
-
-
-def _is_plain_eager(*tensors: Tensor) -> bool:
-    """Whether nothing but autograd looks on: then a Function does the custom operators' work at less cost to the host.
-
-    Compilers, fake and meta tensors, dispatch modes (as selective checkpointing) and transforms get the operators.
-    """
-    return (not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
-            and not torch._C._are_functorch_transforms_active()
-            and all(type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta for x in tensors))
 
 
 def _attention_fwd(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, seq_ids: Tensor,

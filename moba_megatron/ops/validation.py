@@ -95,7 +95,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, max_seqlen: int, total: int, device: to
     check_whole(max_name, max_seqlen, 0)
     if total >= 2 ** 31:
         raise ValueError(f"at most 2^31 - 1 packed tokens are supported, got {total}")
-    if _values_readable(device):
+    if _values_readable(cu_seqlens):
         _check_cu_seqlens_values(cu_seqlens.tolist(), max_seqlen, total, name, max_name)
     return cu_seqlens.int()
 
@@ -123,12 +123,15 @@ def check_segments(segments: Segments, total_q: int, total_k: int, device: torch
     if segments.packed and number != segments.num_sequences:
         raise ValueError(f"segments.packed must be False unless every segment is a whole sequence, got True with "
                          f"{number} segments of {segments.num_sequences} sequences")
-    if _values_readable(device):
+    if all(map(_values_readable, (segments.cu_seqlens_q, segments.cu_seqlens_k, segments.seq_ids, segments.offsets))):
         _check_segments_values(segments)
 
 
-def _values_readable(device: torch.device) -> bool:
-    return not torch.compiler.is_compiling() and (device.type == "cpu" or CHECK_CUDA_VALUES and device.type == "cuda")
+def _values_readable(x: Tensor) -> bool:
+    """Whether reading costs no wait that nobody asked for, and there are values: not those of fakes or of a batch."""
+    return (not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter)
+            and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+            and (x.device.type == "cpu" or CHECK_CUDA_VALUES and x.is_cuda))
 
 
 def _check_indices(name: str, x: Tensor, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> None:

@@ -11,6 +11,7 @@ from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
 
 from moba_megatron import MoBAConfig, MoBACoreAttention, core_attention, get_moba_layer_local_spec  # noqa: E402
+from moba_megatron.tensor_cache import cached_tensors  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 MOBA = MoBAConfig(chunk_size=512, topk=8, backend="triton")
@@ -149,7 +150,7 @@ def test_a_graph_outlives_the_cache_of_lengths():
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             captured = core(q, k, v)
-        core_attention._uniform_segments.cache_clear()
+        cached_tensors.clear()
         junk = [torch.full((n,), 7, dtype=torch.int32, device="cuda") for n in (1, 2, 3) for _ in range(500)]
         captured.zero_()
         graph.replay()

@@ -1,0 +1,143 @@
+"""Tensors that depend only on numbers the host knows (cu_seqlens of equal lengths, orders of rows), made once and kept.
+
+Whoever asks first must not decide what all others get: a pass with fake tensors, a transform, a compiler or a CUDA
+graph under capture makes its own and leaves nothing behind; inference mode leaves tensors that training can use.
+"""
+from __future__ import annotations
+
+import functools
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+def is_unobserved(*tensors: Tensor) -> bool:
+    """Whether nothing but autograd looks on: no compiler, no dispatch mode (fake tensors, selective checkpointing), no
+    transform, no meta tensor or tensor subclass. Tensors made then are ordinary ones."""
+    return (not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+            and not torch._C._are_functorch_transforms_active()
+            and all(type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta for x in tensors))
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream records a CUDA graph of work for this device."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+@dataclass
+class _Entry:
+    value: object
+    tensors: list[Tensor]
+    streams: set[int] = field(default_factory=set)
+    """Those on which it has been used: the allocator must not reuse its memory before their work is done."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in self.tensors)
+
+
+class TensorCache:
+    """Decorator of functions ``build(*numbers, device)`` that return a tensor, or tuples or dataclasses of tensors.
+
+    ``build`` depends on nothing but its arguments, which are hashable. For a GPU it runs on the CPU, and its result's
+    copy has arrived before anybody gets it, so every stream may read it at once. Where something looks on, ``build``
+    runs with the device itself; under capture it must then wait for nothing.
+
+    Args:
+        max_bytes: of what all decorated functions keep together; the least recently used goes first. What is larger is
+            kept alone. What a CUDA graph reads comes on top and is kept for good: a graph does not say when it is gone.
+        max_entries: the same for the number of results.
+    """
+
+    def __init__(self, max_bytes: int, max_entries: int):
+        self.max_bytes, self.max_entries = max_bytes, max_entries
+        self._entries: OrderedDict[tuple, _Entry] = OrderedDict()
+        self._captured: dict[tuple, _Entry] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, build: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(build)
+        def cached(*args):
+            if not is_unobserved() or args[-1].type == "meta":
+                return build(*args)
+            *numbers, device = args
+            if device.type == "cuda" and device.index is None:
+                device = torch.device("cuda", torch.cuda.current_device())
+            capturing = is_capturing(device)
+            entry = self._find((build, *numbers, device), capturing)
+            if entry is None and capturing:
+                return build(*args)
+            if entry is None:
+                with torch.inference_mode(False):
+                    entry = _on_device(build(*numbers, torch.device("cpu")), device)
+                self._keep((build, *numbers, device), entry)
+            if device.type == "cuda" and not capturing:
+                _note_stream(entry, device)
+            return entry.value
+
+        return cached
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is kept and may be dropped."""
+        return sum(entry.nbytes for entry in self._entries.values())
+
+    def clear(self) -> None:
+        """Forgets everything but what CUDA graphs read."""
+        with self._lock:
+            self._entries.clear()
+
+    def _find(self, key: tuple, capturing: bool) -> _Entry | None:
+        with self._lock:
+            entry = self._captured.get(key)
+            if entry is None and key in self._entries:
+                self._entries.move_to_end(key)
+                entry = self._entries[key]
+                if capturing:
+                    self._captured[key] = self._entries.pop(key)
+            return entry
+
+    def _keep(self, key: tuple, entry: _Entry) -> None:
+        with self._lock:
+            self._entries[key] = entry
+            total = self.nbytes
+            while len(self._entries) > 1 and (total > self.max_bytes or len(self._entries) > self.max_entries):
+                total -= self._entries.popitem(last=False)[1].nbytes
+
+
+cached_tensors = TensorCache(64 << 20, 1024)
+
+
+def _on_device(value, device: torch.device) -> _Entry:
+    """An entry with copies of the value's tensors; the host waits for them, but not for other work on the device."""
+    copies: dict[int, Tensor] = {}  # a tensor that occurs twice is copied once
+
+    def copied(x):
+        if isinstance(x, Tensor):
+            return copies.setdefault(id(x), x.to(device))
+        if is_dataclass(x):
+            return type(x)(**{f.name: copied(getattr(x, f.name)) for f in fields(x)})
+        return tuple(map(copied, x)) if isinstance(x, tuple) else x
+
+    with torch.cuda.stream(_copy_stream(device) if device.type == "cuda" else None):
+        return _Entry(copied(value), list(copies.values()))
+
+
+@functools.lru_cache(maxsize=None)
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _note_stream(entry: _Entry, device: torch.device) -> None:
+    stream = torch._C._cuda_getCurrentRawStream(device.index)
+    if stream not in entry.streams:
+        for x in entry.tensors:
+            x.record_stream(torch.cuda.current_stream(device))
+        entry.streams.add(stream)
