@@ -1,6 +1,6 @@
 # The model and the recipe that the pretrain_*.sh scripts share (source it): 24 layers, 1024 wide, 32K tokens.
 # MoBA everywhere but in the last three layers, which is the paper's layer-wise hybrid (section 3.2).
-RUN="${RUN:-runs/pretrain}"
+RUN="${RUN:-$RUNS/pretrain}"
 MODEL=(
     --num-layers 24 --hidden-size 1024 --num-attention-heads 8 --group-query-attention --num-query-groups 2
     --ffn-hidden-size 2816 --seq-length 32768 --rotary-base 500000

@@ -8,7 +8,7 @@ source "$(dirname "$0")/common.sh"
 
 setup plot,deepspeed
 prepare_plays
-RUN="${RUN:-runs/deepspeed}"
+RUN="${RUN:-$RUNS/deepspeed}"
 GPUS="${GPUS:-$(gpu_count)}"
 if [ "$GPUS" -ge 1 ]; then
     model=(--num-layers 24 --hidden-size 1024 --num-attention-heads 8 --num-query-groups 2 --ffn-hidden-size 2816

@@ -20,10 +20,13 @@ fi
 [ -n "${DATA_PATH:-}" ] || die "DATA_PATH is not set: make data with examples/prepare_data.py" \
     "where every machine sees it"
 
+GPUS="${GPUS:-${SLURM_GPUS_ON_NODE:-}}"
+need_gpu
 setup plot
-GPUS="${GPUS:-${SLURM_GPUS_ON_NODE:-$(gpu_count)}}"
+need_gpu
+GPUS="${GPUS:-$(gpu_count)}"
 TP="${TP:-1}" PP="${PP:-1}"
-[ "$GPUS" -ge 1 ] || die "no GPU is visible here; GPUS=8 names the number in each machine"
+[ "$GPUS" -ge 1 ] || die "no GPU is visible here: GPUS=8 names the number in each machine"
 CP="${CP:-$GPUS}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 run "$PY" -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$GPUS" \

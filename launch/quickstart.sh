@@ -7,7 +7,7 @@
 #   bash launch/quickstart.sh --moba-topk 4      further flags go to examples/pretrain_gpt.py
 source "$(dirname "$0")/common.sh"
 
-RUN="${RUN:-runs/quickstart}"
+RUN="${RUN:-$RUNS/quickstart}"
 ITERS="${ITERS:-240}"
 setup plot
 prepare_plays

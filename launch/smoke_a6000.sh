@@ -19,4 +19,4 @@ fi
 limit=()
 [ "${LIMIT:-0}" = 0 ] || limit=(--limit-to-a6000)
 run "$PY" examples/compare_50m.py --a6000 --gpus 1 "${lengths[@]}" "${limit[@]}" \
-    --output "${OUTPUT:-runs/smoke_a6000}" "$@" -- "${train[@]}"
+    --output "${OUTPUT:-$RUNS/smoke_a6000}" "$@" -- "${train[@]}"

@@ -15,6 +15,7 @@ pytest() {
     [ "$code" = 0 ] || [ "$code" = 5 ] || status=$code # 5: the arguments select no test of this part
 }
 workers=(--numprocesses "$workers" --dist loadfile --timeout 1200)
+[ -w "$ROOT" ] || workers+=(-p no:cacheprovider)
 pytest "$PY" -m pytest "${workers[@]}" tests --ignore tests/interpreted "$@"
 # Triton decides once a process whether it compiles or interprets.
 pytest env TRITON_INTERPRET=1 "$PY" -m pytest "${workers[@]}" tests/interpreted "$@"

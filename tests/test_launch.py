@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ["quickstart.sh", "test.sh", "pretrain_single_gpu.sh", "pretrain_multi_gpu.sh", "pretrain_multi_node.sh",
-           "pretrain_deepspeed.sh"]
-TOOLS = ["bash", "awk", "cat", "cksum", "cut", "df", "dirname", "grep", "head", "mkdir", "rm"]
+SCRIPTS = ["quickstart.sh", "test.sh", "test_newest.sh", "pretrain_single_gpu.sh", "pretrain_multi_gpu.sh",
+           "pretrain_multi_node.sh", "pretrain_deepspeed.sh"]
+TOOLS = ["bash", "awk", "cat", "cksum", "cut", "df", "dirname", "grep", "head", "mkdir", "realpath", "rm", "sed", "sleep",
+         "timeout"]
 
 
 def launch(script: str, *flags: str, path: str | None = None, **variables: str) -> subprocess.CompletedProcess:
@@ -41,7 +42,7 @@ class TestDryRun:
     @pytest.fixture
     def dry(self, tmp_path):
         return {"DRY_RUN": "1", "VENV": str(tmp_path / "venv"), "GPUS": "4", "NNODES": "2", "MASTER_ADDR": "first",
-                "DATA_PATH": "data/mine"}
+                "DATA_PATH": "data/mine", "TORCH_CPU": "torch==2.13.0"}  # nothing has to be asked
 
     @pytest.mark.parametrize("script", SCRIPTS)
     def test_prints_every_step_and_does_nothing(self, tmp_path, dry, script):
@@ -50,17 +51,17 @@ class TestDryRun:
         commands = [line for line in result.stderr.splitlines() if line.startswith("+ ")]
         assert any("-m venv" in line for line in commands)
         assert any("pip install" in line and "--editable" in line for line in commands)
-        goal = {"test.sh": "-m pytest", "pretrain_deepspeed.sh": "examples/pretrain_deepspeed.py"}.get(
-            script, "examples/pretrain_gpt.py")
+        goal = {"test.sh": "-m pytest", "test_newest.sh": "-m pytest",
+                "pretrain_deepspeed.sh": "examples/pretrain_deepspeed.py"}.get(script, "examples/pretrain_gpt.py")
         assert any(goal in line for line in commands)
         assert not (tmp_path / "venv").exists()
 
     @pytest.mark.parametrize("script", SCRIPTS)
     def test_flags_are_passed_on_last(self, dry, script):
-        flag = ["-k", "gate"] if script == "test.sh" else ["--seq-length", "4096"]
+        flag = ["-k", "gate"] if script.startswith("test") else ["--seq-length", "4096"]
         result = launch(script, *flag, **dry)
         ends = [line for line in result.stderr.splitlines() if line.endswith(" ".join(flag))]
-        assert len(ends) == (2 if script in ("quickstart.sh", "test.sh") else 1), result.stderr
+        assert len(ends) == (2 if script in ("quickstart.sh", "test.sh", "test_newest.sh") else 1), result.stderr
 
     def test_quickstart_stops_and_resumes(self, dry):
         lines = launch("quickstart.sh", **dry, ITERS="100").stderr.splitlines()
@@ -113,6 +114,97 @@ class TestMissingThings:
         command("df", bare_path, 'echo header; echo "/dev/x 100 100 2097152 100% /"\n')
         result = launch("test.sh", path=str(bare_path), VENV=str(bare_path / "venv"))
         assert result.returncode == 1 and "needs 4 GB" in result.stderr and "2 GB are free" in result.stderr
+
+
+    @pytest.mark.parametrize("script", ["pretrain_single_gpu.sh", "pretrain_multi_gpu.sh", "pretrain_multi_node.sh"])
+    def test_no_gpu_is_said_before_anything_is_installed(self, bare_path, script):
+        command("python3", bare_path, "")
+        result = launch(script, path=str(bare_path), VENV=str(bare_path / "venv"), NNODES="2", MASTER_ADDR="first",
+                        DATA_PATH="data/mine")
+        assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
+        assert result.stderr.startswith("error: no GPU is visible here")
+
+    def test_no_sanitizer(self, bare_path):
+        result = launch("sanitize.sh", path=str(bare_path))
+        assert result.returncode == 1 and result.stderr.startswith("error: there is no compute-sanitizer")
+
+
+PYTHON = """echo "python3 $*" >>"$CALLS"
+case "$*" in
+    *"-m venv"*) mkdir -p "$VENV/bin"; cat "$0" >"$VENV/bin/python"; chmod +x "$VENV/bin/python" ;;
+    *"index versions torch"*) echo "Available versions: 2.15.0, ${PIP_HAS:-}, 2.13.0" ;;
+esac
+"""
+
+
+class TestWhichTorch:
+    """What is announced is what is installed, on machines made of stubs: of Python, uv and the driver."""
+
+    @pytest.fixture
+    def install(self, tmp_path, bare_path):
+        for tool in ("chmod", "mkdir"):
+            (bare_path / tool).unlink(missing_ok=True)
+            (bare_path / tool).symlink_to(shutil.which(tool))
+        command("python3", bare_path, PYTHON)
+        command("df", tmp_path, "echo header; echo /dev/x 100 100 99999999 1%")
+        (bare_path / "df").unlink()
+        shutil.copy(tmp_path / "df", bare_path / "df")
+        calls = tmp_path / "calls"
+
+        def install(**variables) -> tuple[str, list[str]]:
+            calls.write_text("")
+            result = launch("smoke_a6000.sh", path=str(bare_path), VENV=str(tmp_path / "venv"), CALLS=str(calls),
+                            **variables)
+            assert result.returncode == 0, result.stderr
+            installs = [line for line in calls.read_text().splitlines() if "pip install" in line]
+            printed = [line for line in result.stderr.splitlines() if line.startswith("+") and "pip install" in line]
+            ran = [line for line in installs if "--dry-run" not in line]
+            assert len(printed) == len(ran) or variables.get("DRY_RUN")
+            return result.stderr, ran or printed
+
+        return install
+
+    @pytest.mark.parametrize("dry", ["0", "1"])
+    @pytest.mark.parametrize("has, says, torch", [
+        ("2.13.0+cpu", "the CPU build of torch==2.13.0, which pip finds", ["torch==2.13.0+cpu"]),
+        ("", "no CPU build of torch==2.13.0 that uv or pip finds: the standard build", []),
+    ], ids=["the CPU build", "no CPU build"])
+    def test_pip(self, install, dry, has, says, torch):
+        said, ran = install(PIP_HAS=has, DRY_RUN=dry)
+        assert says in said and said.index(says) < said.index("pip install") and " GB to download" in said
+        assert [line.split()[-1] for line in ran[:-2]] == torch
+        assert "--constraint launch/constraints-cpu.txt --editable" in ran[-2]
+
+    def test_uv_is_asked_first(self, install, bare_path):
+        command("uv", bare_path, 'echo "uv $*" >>"$CALLS"')
+        said, ran = install(PIP_HAS="2.13.0+cpu")
+        assert "the CPU build of torch==2.13.0, which uv finds" in said
+        assert ran[0].startswith("uv pip install") and ran[0].endswith("--torch-backend=cpu torch==2.13.0")
+        assert not any("+cpu" in line for line in ran)
+
+    @pytest.mark.parametrize("script", ["exit 1", "sleep 60"], ids=["fails", "hangs"])
+    def test_uv_that_finds_nothing(self, install, bare_path, script):
+        command("uv", bare_path, script)
+        said, ran = install(PIP_HAS="2.13.0+cpu", UV_SECONDS="1")
+        assert "which pip finds" in said and ran[0].endswith("pip install --quiet torch==2.13.0+cpu")
+
+    def test_uv_that_breaks_in_the_middle(self, install, bare_path):
+        command("uv", bare_path, 'echo "uv $*" >>"$CALLS"; case "$*" in *--dry-run*) ;; *) exit 1 ;; esac')
+        said, ran = install()
+        assert "uv failed; pip goes on" in said and "--constraint launch/constraints-cpu.txt" in ran[-2]
+
+    def test_cuda(self, install, bare_path):
+        command("nvidia-smi", bare_path, 'echo "GPU 0: a card"')
+        said, ran = install()
+        assert "A GPU is here: torch==2.11.0 with CUDA" in said and "3 GB to download" in said
+        assert len(ran) == 2 and "--constraint launch/constraints-cuda.txt --editable" in ran[0]
+
+    def test_other_versions(self, install):
+        said, ran = install(TORCH_CPU="torch==2.14.1 triton==3.8.0")
+        assert "TORCH_CPU asks for torch==2.14.1 triton==3.8.0" in said
+        assert ran[0].endswith("torch==2.14.1 triton==3.8.0") and "--constraint launch/constraints.txt" in ran[1]
+        said, ran = install(CONSTRAINTS="")
+        assert "--upgrade --upgrade-strategy eager --editable" in ran[-2] and "--constraint" not in "".join(ran)
 
 
 def test_ci_runs_the_tests():

@@ -113,6 +113,6 @@ def test_two_gpus_against_one(tmp_path):
         assert way == MIXED or min(sent[f"{x} {y}"] for x in ("fwd", "bwd") for y in ("visit", "return")) > 0
     for (way, relayed_from, *heads), (_, sent) in first.items():  # the sink's owner, which others visit
         assert (sent["fwd gather"] > 0) == (sent["bwd gather"] > 0) == (way == MIXED)
-        assert way == VISIT or sent["fwd return"] < first[VISIT, 2, *heads][1]["fwd return"]
+        assert way == VISIT or sent["fwd return"] < first[(VISIT, 2, *heads)][1]["fwd return"]
     later = [sent.get("fwd visit later", 0) for (_, relayed_from, *_), (_, sent) in second.items() if relayed_from == 1]
     assert max(later) > 0, "rounds of 1 MiB"

@@ -1,0 +1,69 @@
+"""The versions that are promised: Python's syntax in every file, and constraints that pip can meet."""
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("moba_megatron", "examples", "tests", "patches", "launch")
+COMPILE = "import sys; [compile(open(name, encoding='utf-8').read(), name, 'exec') for name in sys.argv[1:]]"
+
+
+def oldest_python() -> str | None:
+    """A Python 3.10 of this machine, by any of the names under which it is usually found."""
+    homes = [Path(home) for home in (os.environ.get("PYENV_ROOT"), Path.home() / ".pyenv", "/root/.pyenv") if home]
+    pyenv = shutil.which("pyenv")
+    homes += [Path(pyenv).resolve().parents[1]] if pyenv else []
+    names = [sys.executable, shutil.which("python3.10"), *(str(found) for home in homes
+                                                           for found in home.glob("versions/3.10.*/bin/python"))]
+    for name in filter(None, names):
+        probe = subprocess.run([name, "-c", "import sys; print(*sys.version_info[:2])"], capture_output=True, text=True)
+        if probe.stdout.split() == ["3", "10"]:
+            return name
+    return None
+
+
+def test_every_file_compiles_for_the_oldest_python():
+    files = [str(path) for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+    assert len(files) > 200
+    python = oldest_python()
+    if python:
+        command = [python, "-c", COMPILE, *files]
+    else:  # its parser knows what each release of Python added
+        command = [sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "--select", "E9",
+                   "--target-version", "py310", *files]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def pins(name: str) -> dict[str, list[str]]:
+    """Package to its lines in a constraints file and in those that it reads."""
+    found: dict[str, list[str]] = {}
+    for line in (ROOT / "launch" / name).read_text().splitlines():
+        if line.startswith("-c "):
+            found |= pins(line[3:])
+        elif line and not line.startswith("#"):
+            found.setdefault(re.match(r"[a-z0-9-]+", line).group(), []).append(line)
+    return found
+
+
+@pytest.mark.parametrize("name", ["constraints-cpu.txt", "constraints-cuda.txt"])
+def test_every_requirement_has_one_exact_version(name):
+    """For each Python, whatever pyproject.toml asks for; the lower bounds there stay for those who install by hand."""
+    markers = pytest.importorskip("packaging.requirements")
+    found = pins(name)
+    wanted = re.findall(r'^ +"([a-z-]+)(?:[>\[]|")', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    wanted = [package for package in wanted if package != "moba"] + ["deepspeed", "transformers", "accelerate"]
+    assert {"torch", "triton", "megatron-core", "numpy", "pytest", "hypothesis"} <= set(wanted)
+    for package, lines in found.items():
+        for python in ("3.10", "3.11", "3.12", "3.13"):
+            settings = {"python_version": python, "python_full_version": f"{python}.0"}
+            parsed = [markers.Requirement(line) for line in lines]
+            holding = [one for one in parsed if one.marker is None or one.marker.evaluate(settings)]
+            assert len(holding) <= 1 and all(str(one.specifier).startswith("==") for one in holding), lines
+            assert holding or package not in wanted, (package, python)
+    assert set(wanted) <= set(found)
