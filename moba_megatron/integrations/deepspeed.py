@@ -29,6 +29,7 @@ from ..context_parallel import Agreement, Sequences, check_zigzag, context_paral
 from ..ops import causal_attn_varlen, moba_attn_varlen
 from ..ops.validation import check_qkv
 from ..rendezvous import init_process_group
+from .mixed_precision import same_dtype
 
 METHODS = ("none", "ulysses", "zigzag")
 
@@ -175,6 +176,7 @@ class MoBAAttention(nn.Module):
         Raises:
             ValueError: heads or lengths that the method cannot split.
         """
+        q, k, v = same_dtype(q, k, v)
         if self.parallel.method == "zigzag":
             return self._zigzag(q, k, v)
         if self.ulysses is None:

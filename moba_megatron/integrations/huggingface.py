@@ -6,6 +6,7 @@ padding, packed rows, prefill over a cache, static caches. A new token attends d
 """
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -17,9 +18,10 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from ..config import MoBAConfig
 from ..ops import moba_attention
-from ..segments import Segments, uniform_segments
+from ..segments import Segments
 from .huggingface_cache import sparse_decode, watch
-from .huggingface_mask import attended_slots, is_layout, moba_mask, packed_rows, row_segments
+from .huggingface_mask import attended_slots, is_layout, moba_mask, packed_bounds, row_segments
+from .mixed_precision import same_dtype
 
 DECODES = ("dense", "moba")
 BACKENDS = {
@@ -85,6 +87,7 @@ def moba_attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, 
         ValueError: a setting of the model that MoBA does not have; the message names it.
     """
     refuse(module, attention_mask, dropout, kwargs)
+    query, key, value = same_dtype(query, key, value)
     config, topk = settings.config, settings.config.topk
     dense = config.is_full_attention(module.layer_idx + 1, module.config.num_hidden_layers)
     if query.shape[2] == 1 and key.shape[2] > 1:
@@ -93,35 +96,21 @@ def moba_attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, 
         slots = attended_slots(attention_mask, key.shape[2])
         return sdpa_attention_forward(module, query, key, value, slots, scaling=scaling, is_causal=False)
     segments = _segments(query, key, attention_mask, kwargs, config.chunk_size)
-    if dense:
-        topk = -(-segments.max_seqlen_k // config.chunk_size)  # all chunks
+    if dense:  # one chunk that holds everything
+        segments, topk = dataclasses.replace(segments, chunk_size=max(1, segments.max_seqlen_k)), 1
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    o = moba_attention(q, k, v, segments, max(1, topk), softmax_scale=scaling, deterministic=config.deterministic,
+    o = moba_attention(q, k, v, segments, topk, softmax_scale=scaling, deterministic=config.deterministic,
                        backend=settings.backend)
-    if settings.decode == "moba":
+    if settings.decode == "moba" and not torch.compiler.is_compiling():
         watch(module)  # the means are made by the first step, and kept from there on
     return o.unflatten(0, (query.shape[0], query.shape[2])), None
 
 
-def _segments(query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict, chunk_size: int) -> Segments:
+def _segments(query: Tensor, key: Tensor, layout: Tensor | None, kwargs: dict, chunk_size: int) -> Segments:
     """Where the queries stand among the keys."""
-    batch, _, queries, _ = query.shape
-    cu_seqlens = kwargs.get("cu_seq_lens_q")
-    if cu_seqlens is not None:
-        max_seqlen = kwargs.get("max_length_q")
-        if mask is not None or key.shape[2] != queries:
-            raise ValueError("cu_seq_lens_q must come without attention_mask and without a cache, got "
-                             f"{'an attention_mask' if mask is not None else f'{key.shape[2]} keys'} for {queries} "
-                             "queries a row")
-        max_seqlen = batch * queries if max_seqlen is None else int(max_seqlen)
-        return Segments.from_cu_seqlens(cu_seqlens.to(query.device).int(), max_seqlen, chunk_size)
-    if mask is not None:
-        return row_segments(mask, queries, key.shape[2], chunk_size)
-    if key.shape[2] == queries and kwargs.get("position_ids") is not None:
-        packing = packed_rows(kwargs["position_ids"], batch, queries)
-        if packing is not None:
-            return Segments.from_cu_seqlens(packing[0].to(query.device), packing[1], chunk_size)
-    return uniform_segments(queries, key.shape[2], batch, chunk_size, query.device)
+    if kwargs.get("cu_seq_lens_q") is not None:
+        return packed_bounds(kwargs["cu_seq_lens_q"], kwargs.get("max_length_q"), query, key, layout, chunk_size)
+    return row_segments(query, key, layout, kwargs.get("position_ids"), chunk_size)
 
 
 def refuse(module: torch.nn.Module, attention_mask: Tensor | None, dropout: float, kwargs: dict) -> None:

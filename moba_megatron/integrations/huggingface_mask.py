@@ -1,18 +1,30 @@
 """What Transformers knows of a batch (padding masks, cache positions, packed rows) as MoBA's query segments.
 
-A mask is never built. What the attention layers get in its place is a layout: int32 ``[B, 1, 1, 3]`` with the first
-slot of each row's sequence, the slot after its last, and the slot of the first query; or None, where every slot counts
-and the queries are the last ones. It has four dimensions so that Transformers hands it on as it is.
+A mask is never built. What the attention layers get in its place is a layout, int32 and of four dimensions, so that
+Transformers hands it on as it is:
+
+| layout | says |
+|---|---|
+| ``[B, 1, 1, 3]`` | padded rows, static caches: first slot of the row's sequence, slot after its last, slot of the first query |
+| ``[B, 1, T, 1]`` | packed rows: the first slot of each token's sequence |
+| None | every slot counts, and the queries are the last ones |
+
+Eagerly the host reads what it wants to know. Where it cannot (compiled, exported, captured into a CUDA graph) the same
+answer comes from tensors of static size, and a refusal from :func:`_demand`.
 """
 from __future__ import annotations
 
+import dataclasses
 from typing import Callable
 
 import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function
 
-from ..segments import Segments
+from ..segments import Segments, uniform_segments
+from ..tensor_cache import is_capturing
+
+PROBED_QUERIES = 8
 
 
 def moba_mask(batch_size: int, q_length: int | None = None, kv_length: int | None = None, q_offset: int | Tensor = 0,
@@ -25,38 +37,49 @@ def moba_mask(batch_size: int, q_length: int | None = None, kv_length: int | Non
         q_offset: slot of the first query; a tensor for static caches. Transformers 4 gives ``cache_position`` instead,
             the slots of all queries.
         kv_offset: slots that a sliding cache has dropped; must be 0.
-        mask_function: must be plain causal, or causal within packed rows.
+        mask_function: must be plain causal, or (without attention_mask and cache) causal within packed rows.
         attention_mask: bool ``[B, slots]``, False for padding; a row's True must be in one run.
         kwargs: ``local_size`` of sliding and chunked attention is refused.
 
     Raises:
         ValueError: the model attends in a way that MoBA does not; the message says which.
     """
-    _refuse_patterns(mask_function, attention_mask, kv_offset, kwargs)
-    free = not torch.compiler.is_compiling() and not _capturing()
+    if kwargs.get("local_size") is not None or kv_offset:
+        raise ValueError("sliding_window (or attention_chunk_size) is not supported by MoBA attention, got "
+                         f"{kwargs.get('local_size') or kv_offset}: set config.sliding_window = None, or leave such a "
+                         "model to another attention")
     if cache_position is not None:
         q_length, q_offset = cache_position.shape[0], cache_position[0]
-        if free and int(q_offset) + q_length == kv_length:
+        if _readable(q_offset) and int(q_offset) + q_length == kv_length:
             q_offset = int(q_offset)
+    places = (attention_mask, cache_position, q_offset)
+    device = next((x.device for x in places if isinstance(x, Tensor)), kwargs.get("device"))
+    if mask_function is not causal_mask_function:
+        if attention_mask is not None or kwargs.get("use_vmap") or q_length != kv_length:
+            raise ValueError(NOT_CAUSAL.format(getattr(mask_function, "__qualname__", type(mask_function).__name__)))
+        return _packed_layout(mask_function, batch_size, q_length, device)
     at_end = not isinstance(q_offset, Tensor) and q_offset + q_length == kv_length
     if attention_mask is None and at_end:
         return None
-    places = (attention_mask, cache_position, q_offset)
-    device = next((x.device for x in places if isinstance(x, Tensor)), kwargs.get("device"))
     offset = torch.as_tensor(q_offset, device=device).reshape(1)
     if attention_mask is None:
         start, end = torch.zeros_like(offset), offset + q_length
     else:
-        start, end = _runs(attention_mask[:, :kv_length], offset + q_length, free)
-        if free and at_end and attention_mask.shape[1] >= kv_length and bool((end - start == kv_length).all()):
+        start, end = _runs(attention_mask[:, :kv_length], offset + q_length)
+        if _readable(end) and at_end and attention_mask.shape[1] >= kv_length and (end - start == kv_length).all():
             return None
     layout = torch.stack([x.expand(batch_size) for x in (start, end, offset)], 1)
     return layout.int()[:, None, None]
 
 
+NOT_CAUSAL = ("the model must attend causally for MoBA attention, got the mask function {}: leave such a model to "
+              "another attention")
+
+
 def is_layout(mask: Tensor) -> bool:
     """Whether this is what :func:`moba_mask` makes, and no mask of another kind."""
-    return mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[1:] == (1, 1, 3)
+    return (mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[1] == 1
+            and (mask.shape[3] == 1 or mask.shape[2:] == (1, 3)))
 
 
 def attended_slots(layout: Tensor | None, slots: int) -> Tensor | None:
@@ -67,86 +90,207 @@ def attended_slots(layout: Tensor | None, slots: int) -> Tensor | None:
     return (slot >= layout[..., :1]) & (slot < layout[..., 1:2])
 
 
-def row_segments(layout: Tensor, queries: int, slots: int, chunk_size: int) -> Segments:
+def row_segments(query: Tensor, key: Tensor, layout: Tensor | None, position_ids: Tensor | None,
+                 chunk_size: int) -> Segments:
+    """Where the queries of a batch stand among its keys.
+
+    Args:
+        query: ``[B, H, Q, D]``; key: ``[B, HK, S, D]``.
+        layout: of :func:`moba_mask`.
+        position_ids: ``[B or 1, Q]``, what the layers were sent; None or of other dimensions where they say nothing.
+            Where they go back within a row's sequence, another sequence begins, whatever the layout is: a mask of ones
+            or a fresh cache does not make one of packed documents. Positions that jump forward say nothing.
+        chunk_size: keys in a chunk.
+
+    Raises:
+        ValueError: packed sequences over a cache that holds other keys than theirs.
+    """
+    (batch, _, queries, _), slots = query.shape, key.shape[2]
+    if layout is not None and layout.shape[3] == 1:
+        first = layout[:, 0, :, 0]
+        return _remembered(layout, ("packed", chunk_size), lambda: _packed_segments(
+            first == torch.arange(queries, device=first.device), chunk_size))
+    if layout is None:
+        segments = uniform_segments(queries, slots, batch, chunk_size, query.device)
+    else:
+        segments = _remembered(layout, ("padded", queries, slots, chunk_size),
+                               lambda: _padded_segments(layout, queries, slots, chunk_size))
+    if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != queries:
+        return segments
+
+    def build() -> Segments | None:
+        restarts = _restarts(position_ids, layout, batch)
+        if _readable(restarts) and not restarts.any():
+            return None
+        if queries != slots:
+            none = ~restarts.any(1)
+            return dataclasses.replace(segments, cu_seqlens_q=_demand(segments.cu_seqlens_q, none, OVER_A_CACHE))
+        slot = torch.arange(slots, device=restarts.device)
+        begins = restarts | (slot == 0)
+        if layout is not None:
+            begins |= (slot == layout[:, 0, 0, :1]) | (slot == layout[:, 0, 0, 1:2])
+        return _packed_segments(begins, chunk_size)
+
+    if not _readable(query):
+        return build()
+    return _remembered(position_ids if layout is None else layout, ("restarts", id(position_ids), batch, slots,
+                                                                     chunk_size), build) or segments
+
+
+def packed_bounds(cu_seqlens: Tensor, max_seqlen: int | Tensor | None, query: Tensor, key: Tensor,
+                  layout: Tensor | None, chunk_size: int) -> Segments:
+    """Segments of the sequences that ``cu_seq_lens_q`` names, over all rows one after the other; ``query``, ``key`` and
+    ``layout`` as for :func:`row_segments`.
+
+    Raises:
+        ValueError: there is a cache, or an attention_mask that is not all ones.
+    """
+    (batch, _, queries, _), slots = query.shape, key.shape[2]
+    if slots != queries:
+        raise ValueError(f"cu_seq_lens_q must come without a cache, got {slots} keys for {queries} queries a row")
+    cu_seqlens = cu_seqlens.to(query.device).int()
+    if layout is not None and layout.shape[3] == 3:
+        whole = (layout[:, 0, 0, 0] == 0) & (layout[:, 0, 0, 1] == slots)
+        cu_seqlens = _demand(cu_seqlens, whole, "cu_seq_lens_q must come without attention_mask, or with ones alone, "
+                                                "got 0 in row {row}")
+    if max_seqlen is None or isinstance(max_seqlen, Tensor) and not _readable(max_seqlen):
+        max_seqlen = batch * queries
+    return Segments.from_cu_seqlens(cu_seqlens, int(max_seqlen), chunk_size)
+
+
+OVER_A_CACHE = ("position_ids must not go back within a row (packed sequences) over a cache that holds other keys, got "
+                "that in row {row}: train with use_cache=False")
+
+
+def _padded_segments(layout: Tensor, queries: int, slots: int, chunk_size: int) -> Segments:
     """Segments of padded rows: what lies before a row's sequence, the sequence, and what lies behind it.
 
     Padding attends to itself alone, so that no length has to be known on the host; nobody reads the result. Chunks are
     counted from the sequence's own start.
     """
-    def build() -> Segments:
-        start, end, offset = layout[:, 0, 0].unbind(1)
-        row = torch.arange(layout.shape[0], device=layout.device, dtype=torch.int32)
-        bounds = torch.stack((torch.zeros_like(start), start, end), 1)  # first slot of each part
-        first_query = torch.clamp(bounds - offset[:, None], 0, queries)
-        total = layout.new_full((1,), layout.shape[0])
-        return Segments(
-            cu_seqlens_q=torch.cat(((first_query + row[:, None] * queries).flatten(), total * queries)),
-            cu_seqlens_k=torch.cat(((bounds + row[:, None] * slots).flatten(), total * slots)),
-            seq_ids=torch.arange(3 * layout.shape[0], device=layout.device, dtype=torch.int32),
-            offsets=torch.clamp(offset[:, None] - bounds, min=0).flatten(),
-            max_seqlen_q=queries, max_seqlen_k=slots, chunk_size=chunk_size)
-
-    return _remembered(layout, ("segments", queries, slots, chunk_size), build)
+    start, end, offset = layout[:, 0, 0].unbind(1)
+    row = torch.arange(layout.shape[0], device=layout.device, dtype=torch.int32)
+    bounds = torch.stack((torch.zeros_like(start), start, end), 1)  # first slot of each part
+    first_query = torch.clamp(bounds - offset[:, None], 0, queries)
+    total = layout.new_full((1,), layout.shape[0])
+    return Segments(
+        cu_seqlens_q=torch.cat(((first_query + row[:, None] * queries).flatten(), total * queries)),
+        cu_seqlens_k=torch.cat(((bounds + row[:, None] * slots).flatten(), total * slots)),
+        seq_ids=torch.arange(3 * layout.shape[0], device=layout.device, dtype=torch.int32),
+        offsets=torch.clamp(offset[:, None] - bounds, min=0).flatten(),
+        max_seqlen_q=queries, max_seqlen_k=slots, chunk_size=chunk_size)
 
 
-def packed_rows(position_ids: Tensor, batch: int, length: int) -> tuple[Tensor, int] | None:
-    """Sequences packed into rows, which begin where a position is not the one before plus 1.
+def _packed_segments(begins: Tensor, chunk_size: int) -> Segments:
+    """Segments of the sequences that begin where ``begins`` ``[B, T]`` is True, as its first column is.
 
-    Returns:
-        cu_seqlens int32 and the longest length; None where every row is one sequence.
+    Where the host cannot read, how many there are is a bound: sequences beyond those that are there have no tokens.
+    The kernels' grids grow with it, so it is not the number of tokens, and more sequences than that are refused.
     """
-    def build() -> tuple[Tensor, int] | None:
-        begins = torch.ones(position_ids.shape, dtype=torch.bool, device=position_ids.device)
-        begins[:, 1:] = position_ids.diff(dim=1) != 1
-        begins = begins.expand(batch, length).flatten().nonzero()[:, 0].tolist()
-        if len(begins) == batch:
-            return None
-        bounds = [*begins, batch * length]
-        longest = max(end - begin for begin, end in zip(bounds, bounds[1:]))
-        return torch.tensor(bounds, dtype=torch.int32, device=position_ids.device), longest
-
-    if position_ids.dim() != 2 or position_ids.shape[1] != length or torch.compiler.is_compiling() or _capturing():
-        return None
-    return _remembered(position_ids, ("packing", batch), build)
-
-
-def _remembered(of: Tensor, key: tuple, build: Callable):
-    """``build()``, or what an earlier layer of the same forward built from the same tensor."""
-    if torch.compiler.is_compiling() or of.is_inference():
-        return build()
-    key = (*key, of._version)
-    if getattr(of, "moba_remembered", (None,))[0] != key:
-        of.moba_remembered = key, build()
-    return of.moba_remembered[1]
+    (batch, length), total = begins.shape, begins.numel()
+    begins = begins.flatten()
+    if _readable(begins):
+        cu_seqlens = torch.cat((begins.nonzero()[:, 0], begins.new_full((1,), total, dtype=torch.long))).int()
+        return Segments.from_cu_seqlens(cu_seqlens, int(cu_seqlens.diff().max()), chunk_size)
+    most = torch.sym_min(total, batch + torch.sym_max(2048, total // 32))
+    number = begins.cumsum(0)
+    fits = begins & (number <= most)
+    cu_seqlens = torch.full((most + 1,), total, device=begins.device).scatter(
+        0, torch.where(fits, number - 1, most), torch.where(fits, torch.arange(total, device=begins.device), total))
+    cu_seqlens = _demand(cu_seqlens.int(), number[-1:] <= most,
+                         "position_ids must begin at most 2048 sequences a batch, or one every 32 tokens, where a model "
+                         "is compiled, exported or captured: give the bounds as cu_seq_lens_q, or do not compile")
+    segments = Segments.from_cu_seqlens(cu_seqlens, length, chunk_size)
+    return dataclasses.replace(segments, packed=False)  # the dense kernels' grids are sequences times the longest
 
 
-def _runs(mask: Tensor, limit: Tensor, check: bool) -> tuple[Tensor, Tensor]:
+def _packed_layout(mask_function: Callable, batch: int, length: int, device: torch.device) -> Tensor | None:
+    """The layout of rows that a mask function cuts into sequences, within which it must be causal.
+
+    Transformers' versions compose such functions differently, and compilers hide what they are made of; so it is
+    called: for the neighbours and the first key of every query, and for all keys of a few queries.
+    """
+    row, slot = torch.arange(batch, device=device)[:, None], torch.arange(length, device=device)[None]
+
+    def sees(query: Tensor, key: Tensor) -> Tensor:
+        return mask_function(row, torch.zeros_like(row), query, key).expand(batch, length)
+
+    first = torch.where(sees(slot, (slot - 1).clamp(min=0)) & (slot > 0), 0, slot).cummax(1).values
+    causal = (sees(slot, slot) & sees(slot, first) & ~(sees(slot, (first - 1).clamp(min=0)) & (first > 0))
+              & ~(sees(slot, (slot + 1).clamp(max=length - 1)) & (slot < length - 1))).all(1)
+    query = torch.arange(1, PROBED_QUERIES + 1, device=device)[None, :, None] * length // PROBED_QUERIES - 1
+    query = query.clamp(min=0)
+    row, key = row[:, :, None], slot[:, None]
+    within = (key <= query) & (first[row, key] == first[row, query])
+    causal &= (mask_function(row, torch.zeros_like(row), query, key) == within).flatten(1).all(1)
+    layout = _demand(first.int()[:, None, :, None], causal,
+                     NOT_CAUSAL.format(getattr(mask_function, "__qualname__", "of row {row}")))
+    return None if _readable(layout) and not first.any() else layout
+
+
+def _restarts(position_ids: Tensor, layout: Tensor | None, batch: int) -> Tensor:
+    """Where a row's sequence goes back to an earlier position, or begins anew after one token: bool ``[B, Q]``."""
+    step = position_ids.diff(dim=1)
+    back = torch.nn.functional.pad((step < 0) | (step == 0) & (position_ids[:, 1:] == 0), (1, 0))
+    back = back.expand(batch, -1)
+    if layout is None:
+        return back
+    start, end, offset = layout[:, 0, 0].split(1, 1)
+    slot = offset + torch.arange(back.shape[1], device=layout.device)
+    return back & (slot > start) & (slot < end)
+
+
+def _runs(mask: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
     """First slot of each row's True below ``limit``, and the slot after the last; both 0 where there is none."""
     slot = torch.arange(mask.shape[1], device=mask.device)
     valid = mask.bool() & (slot < limit[:, None])
     count = valid.sum(1)
     start = valid.int().argmax(1)
     end = torch.where(count > 0, mask.shape[1] - valid.flip(1).int().argmax(1), start)
-    if check:
-        holes = (end - start != count).tolist()
-        if any(holes):
-            raise ValueError("attention_mask must be 1 in one run of each row (left or right padding) for MoBA "
-                             f"attention, got 0 in between in row {holes.index(True)}: to generate, pad on the left")
-    return start, end
+    return start, _demand(end, end - start == count,
+                          "attention_mask must be 1 in one run of each row (left or right padding) for MoBA attention, "
+                          "got 0 in between in row {row}: to generate, pad on the left")
 
 
-def _refuse_patterns(mask_function: Callable, attention_mask: Tensor | None, kv_offset: int, kwargs: dict) -> None:
-    if kwargs.get("local_size") is not None or kv_offset:
-        raise ValueError("sliding_window (or attention_chunk_size) is not supported by MoBA attention, got "
-                         f"{kwargs.get('local_size') or kv_offset}: set config.sliding_window = None, or leave such a "
-                         "model to another attention")
-    if mask_function is causal_mask_function:
-        return
-    name = getattr(mask_function, "__qualname__", repr(mask_function))
-    if attention_mask is not None or not name.startswith("and_masks") or kwargs.get("use_vmap"):
-        raise ValueError(f"the model must attend causally for MoBA attention, got the mask function {name}: leave such "
-                         "a model to another attention")
+def _remembered(of: Tensor, key: tuple, build: Callable):
+    """``build()``, or what an earlier layer of the same forward built from the same tensor."""
+    if not _readable(of) or of.is_inference():
+        return build()
+    version, known = getattr(of, "moba_remembered", (None, {}))
+    if version != of._version:
+        known = {}
+        of.moba_remembered = of._version, known
+    if key not in known:
+        known[key] = build()
+    return known[key]
 
 
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+def _readable(x: Tensor) -> bool:
+    """Whether the host may read values, and keep what it makes of them: no compiler, fake tensor or graph capture."""
+    return not (torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta or is_capturing(x.device))
+
+
+def _demand(x: Tensor, ok: Tensor, message: str) -> Tensor:
+    """``x``, or ValueError with the first row whose ``ok`` ``[rows]`` is False for ``{row}`` in the message.
+
+    Where the host cannot read, an operator of the graph does it, on CUDA by a device-side assertion.
+    """
+    if not _readable(ok):
+        return _demand_op(x, ok, message)
+    if not ok.all():
+        raise ValueError(message.replace("{row}", str(int(ok.int().argmin()))))
+    return x
+
+
+@torch.library.custom_op("moba_megatron::demand", mutates_args=())
+def _demand_op(x: Tensor, ok: Tensor, message: str) -> Tensor:
+    if ok.is_cuda:
+        torch._assert_async(ok.all(), message.replace("{row}", "some"))
+    else:
+        _demand(x, ok, message)
+    return x.clone()
+
+
+@_demand_op.register_fake
+def _(x: Tensor, ok: Tensor, message: str) -> Tensor:
+    return torch.empty_like(x)
