@@ -11,53 +11,54 @@ from pathlib import Path
 import numpy as np
 from pretraining.monitor import read_log
 
+from moba_megatron import plotting
 from moba_megatron.inspect.picture import draw_trace
 from moba_megatron.inspect.trace import load_trace
+from moba_megatron.plotting import LIGHT
 
 
 def plot_loss(records: dict, path: Path) -> None:
     """The loss of each step, its running mean, the validations, and where the run was resumed."""
-    from matplotlib import pyplot as plt
-
     iterations = [r["iteration"] for r in records["step"]]
     losses = np.array([r["loss"] for r in records["step"]])
-    figure, axes = plt.subplots(figsize=(8, 4.5))
-    axes.plot(iterations, losses, color="tab:blue", alpha=0.35, linewidth=1, label="training, each step")
-    window = max(1, len(losses) // 20)
-    if window > 1:
-        mean = np.convolve(losses, np.ones(window) / window, mode="valid")
-        axes.plot(iterations[window - 1:], mean, color="tab:blue", label=f"training, mean of {window} steps")
-    if records["validation"]:
-        axes.plot([r["iteration"] for r in records["validation"]], [r["loss"] for r in records["validation"]],
-                  "o", color="tab:orange", label="validation")
-    for start in records["start"]:
-        if start["iteration"] > 0:
-            axes.axvline(start["iteration"], color="grey", linestyle="--", linewidth=1, label="stopped and resumed")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    _save(figure, path)
+    with plotting.figure(path) as (_, axes):
+        axes.plot(iterations, losses, color=LIGHT.accent, alpha=0.3, linewidth=0.8)
+        labels, window = [], max(1, len(losses) // 20)
+        if window > 1:
+            mean = np.convolve(losses, np.ones(window) / window, mode="valid")
+            axes.plot(iterations[window - 1:], mean, color=LIGHT.accent, linewidth=2)
+            labels.append((mean[-1], f"training: {mean[-1]:.2f}", LIGHT.accent))
+        if records["validation"]:
+            values = [(r["iteration"], r["loss"]) for r in records["validation"]]
+            axes.plot(*zip(*values), "o", color=LIGHT.others[0], markersize=5)
+            labels.append((values[-1][1], f"validation: {values[-1][1]:.2f}", LIGHT.others[0]))
+        for start in records["start"]:
+            if start["iteration"] > 0:
+                axes.axvline(start["iteration"], color=LIGHT.muted, linestyle="--", linewidth=1)
+                axes.text(start["iteration"], axes.get_ylim()[1], " resumed", color=LIGHT.muted, va="top", fontsize=8)
+        axes.set_xlabel(f"step; line: mean of {window} steps", loc="left")
+        axes.set_title("Loss, nats per token")
+        axes.figure.draw_without_rendering()
+        plotting.label_ends(axes, labels)
+    print(path)
 
 
 def plot_position(records: dict, path: Path) -> None:
-    """The loss by position of every validation: how much the model gains from what lies far back."""
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5))
-    for record in records["validation"]:
-        middle = [(first + last) / 2 for first, last, _ in record["by_position"]]
-        losses = [loss for _, _, loss in record["by_position"]]
-        axes.plot(middle, losses, "o-", label=f"after step {record['iteration']}")
-    axes.set_xlabel("position in the sequence (tokens)")
-    axes.set_ylabel("validation loss (nats per token)")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    _save(figure, path)
-
-
-def _save(figure, path: Path) -> None:
-    figure.savefig(path, dpi=130, bbox_inches="tight")
+    """The loss by position of every validation, with two standard errors as a band: the gain from far back."""
+    with plotting.figure(path) as (_, axes):
+        labels = []
+        for record, colour in zip(records["validation"][-4:], (*LIGHT.others[:3], LIGHT.accent)[-4:]):
+            middle = [(first + last) / 2 for first, last, _ in record["by_position"]]
+            losses = np.array([loss for _, _, loss in record["by_position"]])
+            axes.plot(middle, losses, "o-", color=colour, markersize=3)
+            if "standard_errors" in record:  # logs of 0.1 have none
+                noise = 2 * np.array(record["standard_errors"])
+                axes.fill_between(middle, losses - noise, losses + noise, color=colour, alpha=0.2, linewidth=0)
+            labels.append((losses[-1], f"step {record['iteration']}: {losses[-1]:.2f}", colour))
+        axes.set_xlabel("position in the sequence; band: 2 standard errors", loc="left")
+        axes.set_title("Validation loss, nats per token")
+        axes.figure.draw_without_rendering()
+        plotting.label_ends(axes, labels)
     print(path)
 
 
@@ -67,9 +68,6 @@ def main(argv=None) -> int:
     parser.add_argument("run", type=Path, help="the run's directory")
     args = parser.parse_args(argv)
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
         records = read_log(args.run / "log.jsonl")
         plot_loss(records, args.run / "loss.png")
         if records["validation"]:

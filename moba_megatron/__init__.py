@@ -12,10 +12,16 @@
 The names that need megatron-core or transformers are imported on first use.
 """
 import importlib
+from typing import TYPE_CHECKING
 
 from .config import MoBAConfig
 from .moba_triton import moba_attn_varlen_triton
 from .ops import moba_attn_varlen
+
+if TYPE_CHECKING:
+    from .core_attention import MoBACoreAttention
+    from .integrations.huggingface import register_moba
+    from .layer_specs import get_moba_layer_local_spec, get_moba_layer_with_transformer_engine_spec
 
 _LAZY_NAMES = {
     "MoBACoreAttention": "core_attention",
@@ -24,8 +30,9 @@ _LAZY_NAMES = {
     "register_moba": "integrations.huggingface",
 }
 
-__version__ = "0.1.0"
-__all__ = ["MoBAConfig", "moba_attn_varlen", "moba_attn_varlen_triton", *_LAZY_NAMES]
+__version__ = "0.2.0"
+__all__ = ["MoBAConfig", "MoBACoreAttention", "get_moba_layer_local_spec", "get_moba_layer_with_transformer_engine_spec",
+           "moba_attn_varlen", "moba_attn_varlen_triton", "register_moba"]
 
 
 def __getattr__(name: str):

@@ -5,7 +5,7 @@ import argparse
 import os
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from .config import CHOICES, MoBAConfig
 
@@ -77,7 +77,7 @@ def config_from_environment(environment: Mapping[str, str] | None = None) -> MoB
         ValueError: a variable cannot be read; the message names it.
     """
     environment = os.environ if environment is None else environment
-    values = {}
+    values: dict[str, Any] = {}
     for field, kind in _fields():
         name = "MOBA_" + field.name.upper()
         text = environment.get(name, "").strip()

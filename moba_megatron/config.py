@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 BACKENDS = ("auto", "triton", "reference")
 KEY_CONV_WIDTHS = (0, 3, 5)
@@ -23,7 +24,7 @@ def _whole(name: str, value, minimum: int) -> int:
     return value
 
 
-def _parse_layers(value: str | Iterable[int]) -> tuple[str, object]:
+def _parse_layers(value: str | Iterable[int]) -> tuple[str, Any]:
     """Turns the layer rule into ("none" | "all", None), ("last" | "every", n) or ("set", numbers)."""
     expected = ("MoBAConfig.full_attention_layers must be 'none', 'all', 'last:N', 'every:N' or 1-based layer numbers "
                 f"such as '1,2,24' or (1, 2, 24); got {value!r}")

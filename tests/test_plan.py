@@ -16,7 +16,7 @@ from moba_megatron.bench.cases import CASES, flops
 from moba_megatron.bench.cp_cases import find_rows
 from moba_megatron.bench.gpt_cases import rows_for
 from moba_megatron.launch import check_flags
-from moba_megatron.plan import CARDS, MODELS, Model, Run, check, find_card, parse_size, plan, predict
+from moba_megatron.plan import CARDS, MODELS, Model, Run, calibration, check, find_card, parse_size, plan, predict
 from moba_megatron.plan.__main__ import main
 from moba_megatron.plan.attention_cost import STAGES, TERMS, AttentionShape, term_seconds
 from moba_megatron.plan.calibration import Observation, fit, non_negative, shape_of, stored
@@ -359,25 +359,30 @@ def test_local_shape_is_a_ranks_part():
     assert (x.tokens, x.heads, x.kv_heads) == ((1 << 18) // 8, 16, 4)
 
 
-def test_the_pages_say_what_the_check_says():
-    """Medians of the stored check, as both READMEs print them."""
+def test_the_page_says_what_the_check_says():
+    """Medians of the stored check, as the planner's page prints them."""
     stored = json.loads((ROOT / "moba_megatron/plan/results/check.json").read_text())["sections"]
     medians = [f"{section['median_error']:.1%}".replace("%", " %") for section in stored]
     kernels, memory, full, cp, sent, steps, peaks, ways_bytes, ways = medians
-    for page, expected in (("README.md", [kernels, memory, full, f"{steps}; {peaks}", f"{cp}; {sent}",
-                                          f"{ways}; {ways_bytes}"]),
-                           ("moba_megatron/plan/README.md", [kernels, memory, full, steps, peaks, cp, sent, ways_bytes,
-                                                             ways])):
-        text = (ROOT / page).read_text()
-        table = text[re.search(r"\| predicted .*median error", text).start():].split("\n\n")[0].splitlines()[2:]
-        column = 1 if page == "README.md" else 2
-        assert [line.strip("| ").split(" | ")[column] for line in table] == expected
+    text = (ROOT / "docs/planner.md").read_text()
+    table = text[re.search(r"\| predicted .*median error", text).start():].split("\n\n")[0].splitlines()[2:]
+    assert [line.strip("| ").split(" | ")[2] for line in table] == [kernels, memory, full, steps, peaks, cp, sent,
+                                                                    ways_bytes, ways]
+
+
+def test_stored_coefficients_are_those_of_the_stored_rows():
+    """What the wheel holds; after a new measurement: python -m moba_megatron.plan --fit"""
+    rows = json.loads(calibration.MEASURED.read_text())["rows"]
+    fresh = calibration.calibrate(rows, find_card("h200"), stored().source)
+    assert stored().coefficients == pytest.approx(fresh.coefficients, rel=1e-6)
+    assert (stored().dense, stored().host_forward, stored().host_backward) == pytest.approx(
+        (fresh.dense, fresh.host_forward, fresh.host_backward))
 
 
 def test_the_page_says_what_was_measured():
     """The table of the selective exchange, of its stored measurement."""
     rows = json.loads((ROOT / "moba_megatron/bench/results/h200/selective.json").read_text())["rows"]
-    page = (ROOT / "moba_megatron/plan/README.md").read_text()
+    page = (ROOT / "docs/planner.md").read_text()
     for way in dict.fromkeys(row["way"] for row in rows):
         times = []
         for routing in ("uniform", "local", "sink"):

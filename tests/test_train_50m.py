@@ -165,13 +165,10 @@ def _row(attention, n, ms, seed=1, loss=1.0, tail=0.9):
             "validations": [{"loss": loss, "by_position": [(0, 8, 2.0), (8, 16, tail)]}]}
 
 
-@pytest.mark.parametrize("times, verdict", [((100, 110), "stretch"), ((120, 130), "must"),
-                                            ((120, 150), "missed: 150 ms >= 140 at 32K")])
-def test_speed_table_judges_the_goals(times, verdict):
-    rows = [_row("moba", n, ms) for n, ms in zip((8192, 32768), times)] + [_row("full", 32768, 300)]
+def test_speed_table_has_measured_rows_only():
+    rows = [_row("moba", n, ms) for n, ms in zip((8192, 32768), (100, 110))] + [_row("full", 32768, 300)]
     lines = {line["attention"]: line for line in training.speed_table(rows)}
-    assert lines["moba"]["note"] == verdict and lines["full (cuDNN)"]["32K"] == "300.0"
-    assert lines["FlashMoBA"]["8K"] == "156"
+    assert list(lines) == ["moba", "full (cuDNN)"] and lines["full (cuDNN)"]["32K"] == "300.0"
 
 
 def test_learning_table_pairs_runs_by_seed():

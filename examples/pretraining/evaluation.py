@@ -10,10 +10,15 @@ from . import data
 
 @dataclass(frozen=True)
 class Validation:
-    """A validation's losses, nats a token; `by_position`: (first, last + 1, loss) for each part of the sequence."""
+    """A validation's losses, nats a token.
+
+    `by_position`: (first, last + 1, loss) for each part of the sequence; `standard_errors`: of these losses, over
+    their tokens.
+    """
 
     loss: float
     by_position: list[tuple[int, int, float]]
+    standard_errors: list[float]
 
     @property
     def trailing_loss(self) -> float:
@@ -24,8 +29,8 @@ class Validation:
 def evaluate(args, model, dataset) -> Validation:
     """Runs `eval_iters` global batches forward, the same in every call; called by all ranks, same result on all."""
     device = torch.cuda.current_device()
-    # [position, (sum of losses, tokens)]; fp64, so that the order of ranks does not show.
-    sums = torch.zeros(args.seq_length, 2, dtype=torch.float64, device=device)
+    # [position, (sum of losses, tokens, sum of squared losses)]; fp64, so that the order of ranks does not show.
+    sums = torch.zeros(args.seq_length, 3, dtype=torch.float64, device=device)
 
     def forward_step(iterator, model):
         batch = next(iterator)
@@ -33,7 +38,8 @@ def evaluate(args, model, dataset) -> Validation:
 
         def collect(losses):
             mask = batch["loss_mask"].flatten()
-            rows = torch.stack([losses.float().flatten() * mask, mask], dim=-1)
+            losses_of_tokens = losses.float().flatten() * mask
+            rows = torch.stack([losses_of_tokens, mask, losses_of_tokens ** 2], dim=-1)
             sums.index_add_(0, batch["position_ids"].flatten(), rows.double())
             count = mask.sum().int()
             return losses.sum(), count, {}
@@ -55,8 +61,10 @@ def evaluate(args, model, dataset) -> Validation:
     torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     torch.distributed.broadcast(sums, parallel_state.get_pipeline_model_parallel_last_rank(),
                                 group=parallel_state.get_pipeline_model_parallel_group())
-    parts = sums.view(args.loss_position_bins, -1, 2).sum(1).tolist()
+    parts = sums.view(args.loss_position_bins, -1, 3).sum(1).tolist()
     width = args.seq_length // args.loss_position_bins
-    by_position = [(i * width, (i + 1) * width, total / max(count, 1)) for i, (total, count) in enumerate(parts)]
-    total, count = sums.sum(0).tolist()
-    return Validation(total / max(count, 1), by_position)
+    by_position = [(i * width, (i + 1) * width, total / max(count, 1)) for i, (total, count, _) in enumerate(parts)]
+    errors = [max(squares / max(count, 1) - (total / max(count, 1)) ** 2, 0) ** 0.5 / max(count, 1) ** 0.5
+              for total, count, squares in parts]
+    total, count, _ = sums.sum(0).tolist()
+    return Validation(total / max(count, 1), by_position, errors)

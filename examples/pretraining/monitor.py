@@ -81,7 +81,7 @@ class Monitor:
         if not self.enabled:
             return
         self.record("validation", iteration=iteration, loss=result.loss, trailing_loss=result.trailing_loss,
-                    by_position=result.by_position)
+                    by_position=result.by_position, standard_errors=result.standard_errors)
         if self.board is not None:
             self.board.add_scalar("loss/validation", result.loss, iteration)
             self.board.add_scalar("loss/validation-trailing", result.trailing_loss, iteration)

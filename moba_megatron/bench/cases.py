@@ -1,4 +1,4 @@
-"""What is measured: the rows of the speed table, their goals, what peers take, and the floor that the card sets."""
+"""What is measured: the rows of the speed table, and the floor that the card sets."""
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
@@ -16,11 +16,7 @@ SKEW = 4.0
 
 @dataclass(frozen=True)
 class Case:
-    """One row: one sequence of ``tokens``; times in ms on an H200, forward and backward, gate and routing included.
-
-    ``must`` and ``stretch`` are this project's goals. ``flash_moba`` and ``cudnn`` were measured before this package
-    existed (bf16, batch 1), cuDNN being full causal attention; ``min_over_cudnn`` is a goal relative to cuDNN.
-    """
+    """One row: one sequence of ``tokens``, forward and backward, gate and routing included."""
 
     name: str
     tokens: int
@@ -32,12 +28,6 @@ class Case:
     dtype: str = "bfloat16"
     skewed: bool = False
     deterministic: bool = False
-    must: float | None = None
-    stretch: float | None = None
-    flash_moba: float | None = None
-    cudnn: float | None = None
-    min_over_cudnn: float | None = None
-    max_extra_gib: float | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -49,17 +39,17 @@ class Case:
 
 K = 1024
 CASES = (
-    Case("8K-512-3", 8 * K, 512, 3, must=1.6, stretch=1.1, cudnn=2.0),
-    Case("32K-512-3", 32 * K, 512, 3, must=4.5, stretch=3.5, cudnn=28),
-    Case("32K-128-8", 32 * K, 128, 8, must=4.5, stretch=3.5, flash_moba=13.7, cudnn=28),
-    Case("128K-128-8", 128 * K, 128, 8, must=20, stretch=14, flash_moba=87.8, cudnn=460, max_extra_gib=3.1),
-    Case("128K-512-8", 128 * K, 512, 8, must=44, stretch=34, flash_moba=104, cudnn=460),
-    Case("128K-2048-3", 128 * K, 2048, 3, must=60, stretch=48, flash_moba=118, cudnn=460),
-    Case("512K-128-8", 512 * K, 128, 8, must=100, stretch=70, flash_moba=798, max_extra_gib=12.3),
-    Case("512K-4096-12", 512 * K, 4096, 12, must=2100, stretch=1700, flash_moba=3346),
-    Case("gqa-128K-512-8", 128 * K, 512, 8, heads=32, kv_heads=8, must=85, stretch=66, flash_moba=202, cudnn=913),
-    Case("1head-32K-512-3", 32 * K, 512, 3, heads=1, kv_heads=1, must=0.7, stretch=0.4, flash_moba=2.7, cudnn=1.9),
-    Case("d64-32K-512-3", 32 * K, 512, 3, heads=8, kv_heads=8, head_dim=64, min_over_cudnn=4.0),
+    Case("8K-512-3", 8 * K, 512, 3),
+    Case("32K-512-3", 32 * K, 512, 3),
+    Case("32K-128-8", 32 * K, 128, 8),
+    Case("128K-128-8", 128 * K, 128, 8),
+    Case("128K-512-8", 128 * K, 512, 8),
+    Case("128K-2048-3", 128 * K, 2048, 3),
+    Case("512K-128-8", 512 * K, 128, 8),
+    Case("512K-4096-12", 512 * K, 4096, 12),
+    Case("gqa-128K-512-8", 128 * K, 512, 8, heads=32, kv_heads=8),
+    Case("1head-32K-512-3", 32 * K, 512, 3, heads=1, kv_heads=1),
+    Case("d64-32K-512-3", 32 * K, 512, 3, heads=8, kv_heads=8, head_dim=64),
     Case("fp16-128K-512-8", 128 * K, 512, 8, dtype="float16"),
     Case("skewed-128K-512-8", 128 * K, 512, 8, skewed=True),
     Case("deterministic-128K-512-8", 128 * K, 512, 8, deterministic=True),

@@ -102,13 +102,16 @@ def add_table(subcommands) -> None:
     p.add_argument("path", nargs="?", type=Path, help="JSON of a measurement (default: the stored one)")
     p.add_argument("--name", default="kernels", choices=tables.TABLES, help="which table (kernels)")
     p.add_argument("--add", type=Path, metavar="JSON", help="first take a later run's rows into the stored result")
-    p.add_argument("--write", type=Path, metavar="README.md", help="replace what is between the file's markers")
+    p.add_argument("--write", type=Path, metavar="PAGE.md", help="replace what is between the file's markers")
     p.set_defaults(run=run_table)
 
 
 def run_table(arguments: argparse.Namespace) -> int:
     """Prints or writes the markdown table."""
     table = tables.TABLES[arguments.name]
+    if not table.path.exists() and (arguments.add or arguments.path is None):
+        print(f"no {table.path}: stored results are in a checkout, not in the wheel; name a JSON file", file=sys.stderr)
+        return 2
     if arguments.add:
         report.save(table.path, report.added(report.load(table.path), report.load(arguments.add)))
     if arguments.write is None:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,7 @@ LENGTHS = (8192, 16384, 32768, 65536, 131072)
 
 @dataclass(frozen=True)
 class Entry:
-    """One implementation: a row of the README's table."""
+    """One implementation: a row of the table."""
 
     name: str
     kind: str  # moba or full
@@ -64,7 +64,7 @@ def entries() -> list[Entry]:
 
 
 def add_readme(subcommands) -> None:
-    p = subcommands.add_parser("readme", help="the README's comparison with other implementations and full attention")
+    p = subcommands.add_parser("readme", help="the comparison with other implementations and full attention")
     p.add_argument("--tokens", nargs="+", type=int, default=list(LENGTHS), metavar="N", help="sequence lengths")
     p.add_argument("--only", nargs="+", choices=[entry.name for entry in entries()], metavar="NAME",
                    help="only these rows: " + ", ".join(entry.name for entry in entries()))
@@ -231,20 +231,19 @@ def table(result: dict) -> list[dict[str, str]]:
         lines.append(line)
         graph = {n: row["graph_ms"] for n, row in found.items() if "graph_ms" in row}
         if graph:
-            lines.append(dict.fromkeys(line, "") | {"implementation": f"{name}, in a CUDA graph", "attends": "MoBA"} | {
+            lines.append(dict.fromkeys(line, "") | _begin(f"{name}, in a CUDA graph", "moba") | {
                 length(n): report.number(times["median"]) for n, times in graph.items()})
     return lines
 
 
 def _begin(name: str, kind: str) -> dict[str, str]:
-    return {"implementation": name, "attends": "MoBA" if kind == "moba" else "to everything"}
+    return {"implementation": name, "attention": "MoBA" if kind == "moba" else "full"}
 
 
-def not_measured(result: dict, columns: Iterable[str]) -> list[dict[str, str]]:
-    """A line for each implementation that is compared now and that the result knows nothing of."""
-    known = {row["name"] for row in result["rows"]}
-    return [dict.fromkeys(columns, "") | _begin(entry.name, entry.kind) | {"note": "not measured"}
-            for entry in entries() if entry.name not in known]
+def not_measured(result: dict) -> list[str]:
+    """The implementations that can be compared and that the result has no time of."""
+    known = {row["name"] for row in result["rows"] if row["status"] != "absent"}
+    return [entry.name for entry in entries() if entry.name not in known]
 
 
 def length(tokens: int) -> str:
@@ -272,15 +271,16 @@ def _note(found: dict[int, dict], some: dict) -> str:
         if row["status"] == "wrong":
             notes.append(f"wrong at {length(n)}")
         elif row["status"] == "failed" and "not tried" not in row["reason"]:
-            notes.append(f"{length(n)}: {row['reason'][:60]}")
+            notes.append(f"failed at {length(n)}")
     return "; ".join(notes)
 
 
 def markdown(result: dict) -> str:
-    """The README's table and, below it, what was measured where."""
-    about, settings, lines = result["environment"], result["settings"], table(result)
-    lines += not_measured(result, lines[0])
+    """The table and, below it, what was measured where."""
+    about, settings, left = result["environment"], result["settings"], not_measured(result)
+    lines = [line for line in table(result) if line["implementation"] not in left]
+    rest = f" Not measured: {', '.join(left)}." if left else ""
     return (f"{report.as_markdown(lines)}\n\nForward and backward, ms, {settings['heads']} heads of "
             f"{settings['head_dim']}, {settings['dtype']}, batch 1, chunk {settings['chunk_size']}, topk "
             f"{settings['topk']}; errors at the first length with more than {MANY_CHUNKS} chunks; extra memory at the "
-            f"longest. {environment.line(about)}. {report.made_by(result)}")
+            f"longest.{rest} {environment.line(about)}. {report.made_by(result)}")

@@ -107,7 +107,7 @@ def cells(row: dict) -> dict[str, str]:
     ok = row["status"] == "ok"
     line = {"row": case["name"], "heads x D": f"{case['heads']}:{case['kv_heads']} x {case['head_dim']}",
             "comm": row["comm"], "P": str(row["ranks"])}
-    line |= dict.fromkeys(("ms", "p20-p80", "forward", "1 GPU ms", "efficiency", "goal", "exposed ms", "1/4 link ms",
+    line |= dict.fromkeys(("ms", "p20-p80", "forward", "1 GPU ms", "efficiency", "exposed ms", "1/4 link ms",
                            "full/P ms", "extra GiB", "error o, dq, dk, dv", "note"), "")
     line["commit"] = row.get("commit", "")
     if not ok:
@@ -118,8 +118,6 @@ def cells(row: dict) -> dict[str, str]:
              "error o, dq, dk, dv": " ".join(f"{e:.1e}" for e in row["errors"].values())}
     if "efficiency" in row:
         line |= {"1 GPU ms": number(row["one_gpu_ms"]["median"]), "efficiency": f"{row['efficiency']:.3f}"}
-    if row.get("goal") and "efficiency" in row:
-        line |= {"goal": f"{row['goal']:.2f}", "note": "" if row["efficiency"] >= row["goal"] else "missed"}
     if "exposed" in row:
         line |= {"exposed ms": number(sum(x["ms"] for x in row["exposed"].values())),
                  "1/4 link ms": "< " + number(row["quarter_link_ms"])}

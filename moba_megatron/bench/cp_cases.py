@@ -1,4 +1,4 @@
-"""What `bench cp` measures: shapes, ways to communicate, and the goals of strong scaling."""
+"""What `bench cp` measures: shapes, ways to communicate."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -26,8 +26,6 @@ TINY = (
 """Not in the table: they try the benchmark itself where there is no GPU."""
 LONGEST_SCALED = 512 * K
 """Beyond this a row says that it runs, in which time and memory; there is no time on one GPU beside it."""
-GOALS = {2: ((128 * K, 0.90), (512 * K, 0.95)), 4: ((128 * K, 0.85), (512 * K, 0.92))}
-"""Ranks -> least efficiency t(1) / (P t(P)) from a number of tokens on."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +42,6 @@ class Row:
     @property
     def scaled(self) -> bool:
         return self.case.tokens <= LONGEST_SCALED
-
-
-def goal(row: Row, size: int) -> float | None:
-    """The least efficiency that the project asks for; None where it asks for none."""
-    if not row.scaled:
-        return None
-    return max((least for tokens, least in GOALS.get(size, ()) if row.case.tokens >= tokens), default=None)
 
 
 def find_rows(names: list[str] | None, comms: list[str]) -> list[Row]:

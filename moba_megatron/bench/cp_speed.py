@@ -15,7 +15,7 @@ from .. import moba_attn_varlen
 from ..context_parallel import Agreement, Sequences, context_parallel_attention, record_waits
 from . import dense, timing
 from .cases import K, Case, make_inputs
-from .cp_cases import Row, goal, hierarchy
+from .cp_cases import Row, hierarchy
 from .distributed import Ranks
 from .speed import FEW, SLOW_MS
 
@@ -57,7 +57,7 @@ def measure_row(row: Row, ranks: Ranks, settings: Settings) -> dict:
     """
     begin = time.perf_counter()
     result = {"name": row.name, "case": row.case.as_dict(), "comm": row.comm, "ranks": ranks.size,
-              "backend": settings.backend, "goal": goal(row, ranks.size)}
+              "backend": settings.backend}
     try:
         call = _call(row, ranks, settings)
         if call is None:

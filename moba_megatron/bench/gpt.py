@@ -111,19 +111,11 @@ def progress(row: dict) -> str:
             f"step; loss {row['loss']:.5f}{norm}; wall {row['wall_s']:.0f} s")
 
 
-def _verdict(row: dict) -> str:
-    must, stretch = row["row"]["must"], row["row"]["stretch"]
-    if must is None:
-        return ""
-    ms = row["ms"]["median"]
-    return "stretch" if ms <= stretch else "must" if ms <= must else f"missed: {ms:.0f} > {must:.0f}"
-
-
 def cells(row: dict, full_ms: dict[tuple[int, bool], float]) -> dict[str, str]:
     """One line of the table: column -> text. ``full_ms``: (tokens, fp8) -> the fastest full attention's ms."""
     about = row["row"]
     line = {"row": row["name"], "P": str(row["ranks"])}
-    line |= dict.fromkeys(("ms/step", "p20-p80", "tokens/s", "x full", "linear floor", "peak GiB", "must", "loss",
+    line |= dict.fromkeys(("ms/step", "p20-p80", "tokens/s", "x full", "linear floor", "peak GiB", "loss",
                            "grad norm", "sparse calls", "note", "commit"), "")
     if row["status"] != "ok":
         return line | {"ms/step": "-", "note": f"{row['status']}: {row['reason']}"}
@@ -134,9 +126,9 @@ def cells(row: dict, full_ms: dict[tuple[int, bool], float]) -> dict[str, str]:
         "x full": f"{full / ms['median']:.2f}" if full and about["attention"] == "moba" else "",
         "linear floor": number(row["linear_floor_ms"]),
         "peak GiB": f"{row['peak_bytes'] / GIB:.1f}" if row["peak_bytes"] else "",
-        "must": number(about["must"]), "loss": f"{row['loss']:.4f}",
+        "loss": f"{row['loss']:.4f}",
         "grad norm": f"{row['grad_norm']:.4f}" if row["grad_norm"] else "",
-        "sparse calls": str(row["attention"]["sparse_calls"]), "note": _verdict(row),
+        "sparse calls": str(row["attention"]["sparse_calls"]),
         "commit": row.get("commit", "")}
 
 
@@ -150,6 +142,23 @@ def table(rows: list[dict]) -> list[dict[str, str]]:
     lines = [cells(row, full_ms) for row in rows]
     used = [name for name in (lines[0] if lines else ()) if any(line[name] for line in lines)]
     return [{name: line[name] for name in used} for line in lines]
+
+
+def speedup_markdown(result: dict) -> str:
+    """What MoBA's chunk size and topk gain over full attention in the whole model, at each length."""
+    rows = [row for row in result["rows"] if row["status"] == "ok" and not row["row"]["fp8"]
+            and row["row"]["full_layers"] == "none" and not row["row"]["recompute"]]
+    full = {row["row"]["tokens"]: row["ms"]["median"] for row in rows if row["row"]["attention"] == "full"}
+    found: dict[tuple[int, int], dict[int, float]] = {}
+    for row in rows:
+        about = row["row"]
+        if about["attention"] == "moba" and about["tokens"] in full:
+            gain = full[about["tokens"]] / row["ms"]["median"]
+            found.setdefault((about["chunk_size"], about["topk"]), {})[about["tokens"]] = gain
+    return report.as_markdown([
+        {"chunk size, topk": f"{chunk_size}, {topk}"}
+        | {f"{tokens // 1024}K tokens": f"{gains[tokens]:.2f}x" if tokens in gains else "" for tokens in sorted(full)}
+        for (chunk_size, topk), gains in sorted(found.items())])
 
 
 LEGEND = ("24 layers, 1024 wide, 8 heads of 128, 2 kv groups, SwiGLU 2816, RoPE, RMSNorm, 256 byte tokens, bf16, one "

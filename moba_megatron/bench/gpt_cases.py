@@ -1,7 +1,7 @@
-"""What `bench gpt` measures: a GPT of 24 layers at several lengths, attentions and layouts, and the project's goals."""
+"""What `bench gpt` measures: a GPT of 24 layers at several lengths, attentions and layouts."""
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 from ..config import MoBAConfig
 from .cases import Case, K
@@ -42,7 +42,6 @@ class Row:
         tp: tensor parallel ranks (with sequence parallelism); the others are context parallel.
         recompute: every layer's forward again in backward.
         fp8: linear layers in fp8 (current scaling); attention stays bf16.
-        goals: ranks -> (must, stretch), ms a step.
     """
 
     tokens: int
@@ -54,8 +53,6 @@ class Row:
     tp: int = 1
     recompute: bool = False
     fp8: bool = False
-    must: float | None = None
-    stretch: float | None = None
 
     @property
     def name(self) -> str:
@@ -80,21 +77,21 @@ def _moba(tokens: int, **options) -> Row:
 
 
 ONE = (
-    _moba(128 * K, must=1400, stretch=1100), Row(128 * K, "full"), Row(32 * K, "full"), _moba(32 * K),
+    _moba(128 * K), Row(128 * K, "full"), Row(32 * K, "full"), _moba(32 * K),
     _moba(32 * K, topk=3), _moba(128 * K, topk=3), _moba(128 * K, full_layers="last:3"), _moba(128 * K, fp8=True),
     _moba(32 * K, chunk_size=4096, topk=12), _moba(128 * K, chunk_size=4096, topk=12), Row(32 * K, "full", fp8=True),
     _moba(256 * K, recompute=True),
 )
 TWO = (
-    _moba(128 * K, comm="all_gather", must=760, stretch=600), _moba(128 * K, comm="a2a", must=760, stretch=600),
+    _moba(128 * K, comm="all_gather"), _moba(128 * K, comm="a2a"),
     Row(128 * K, "full", comm="p2p"), _moba(256 * K, comm="all_gather", recompute=True), _moba(128 * K, tp=2),
     Row(128 * K, "full", comm="a2a"), Row(128 * K, "full", tp=2),
     _moba(128 * K, comm="all_gather", full_layers="last:3"), _moba(128 * K, comm="all_gather", fp8=True),
 )
 FOUR = (
-    _moba(128 * K, comm="all_gather", must=400, stretch=330), _moba(128 * K, comm="a2a", must=400, stretch=330),
-    Row(128 * K, "full", comm="p2p"), _moba(256 * K, comm="all_gather", must=850, stretch=680),
-    _moba(256 * K, comm="a2a", must=850, stretch=680), Row(256 * K, "full", comm="p2p"),
+    _moba(128 * K, comm="all_gather"), _moba(128 * K, comm="a2a"),
+    Row(128 * K, "full", comm="p2p"), _moba(256 * K, comm="all_gather"),
+    _moba(256 * K, comm="a2a"), Row(256 * K, "full", comm="p2p"),
     _moba(1024 * K, comm="all_gather", recompute=True), _moba(128 * K, comm="a2a+all_gather"),
     Row(128 * K, "full", comm="all_gather"), _moba(128 * K, comm="all_gather", tp=2),
     Row(128 * K, "full", comm="p2p", tp=2),
@@ -110,8 +107,7 @@ def rows_for(size: int, names: list[str] | None, tiny: bool) -> list[Row]:
     Raises:
         ValueError: a word matches nothing.
     """
-    more = tuple(replace(row, must=None, stretch=None) for row in FOUR)
-    rows = TINY if tiny else {1: ONE, 2: TWO, 4: FOUR}.get(size, more)
+    rows = TINY if tiny else {1: ONE, 2: TWO}.get(size, FOUR)
     if not names:
         return list(rows)
     found = []

@@ -1,4 +1,4 @@
-"""Turns measured rows into tables: aligned text for the terminal, markdown for the README."""
+"""Turns measured rows into tables: aligned text for the terminal, markdown for the pages."""
 from __future__ import annotations
 
 import json
@@ -9,59 +9,21 @@ from . import environment
 from .cases import Case, plain_twin
 
 RESULTS = Path(__file__).parent / "results"
-README_TABLE = "h200/kernels.json"
-FP16_MAX = 1.03
-SKEWED_MAX = 1.5
 GIB = 2 ** 30
 
 
 def case_of(row: dict) -> Case:
-    return Case(**row["case"])
+    return Case(**{name: value for name, value in row["case"].items() if name in Case.__dataclass_fields__})
 
 
-def verdicts(rows: list[dict]) -> dict[str, str]:
-    """What each row's goal says of it: ``stretch``, ``must`` or ``missed: why``; nothing for rows without a goal."""
-    times = {row["case"]["name"]: row["ms"]["median"] for row in rows if "ms" in row}
-    found = {}
-    for row in rows:
-        case = case_of(row)
-        if row["status"] != "ok":
-            found[case.name] = f"{row['status']}: {row['reason']}"
-            continue
-        missed, ms = [], times[case.name]
-        if case.must and ms > case.must:
-            missed.append(f"{ms:.3g} ms > {case.must:g}")
-        if case.max_extra_gib and (row["extra_peak_bytes"] or 0) > case.max_extra_gib * GIB:
-            missed.append(f"{row['extra_peak_bytes'] / GIB:.2f} GiB > {case.max_extra_gib:g}")
-        if case.min_over_cudnn and "cudnn_ms" in row and row["cudnn_ms"]["median"] < case.min_over_cudnn * ms:
-            missed.append(f"{row['cudnn_ms']['median'] / ms:.2f}x cuDNN < {case.min_over_cudnn:g}")
-        missed += _against_twin(case, ms, times)
-        if missed:
-            found[case.name] = "missed: " + ", ".join(missed)
-        elif case.must:
-            found[case.name] = "stretch" if ms <= case.stretch else "must"
-        elif case.min_over_cudnn:
-            found[case.name] = "must"
-    return found
-
-
-def _against_twin(case: Case, ms: float, times: dict[str, float]) -> list[str]:
-    twin = plain_twin(case)
-    limit = FP16_MAX if case.dtype == "float16" else SKEWED_MAX if case.skewed else None
-    if twin is None or limit is None or twin.name not in times:
-        return []
-    ratio = ms / times[twin.name]
-    return [f"{ratio:.2f}x {twin.name} > {limit:g}"] if ratio > limit else []
-
-
-def cells(row: dict, verdict: str, times: dict[str, float]) -> dict[str, str]:
+def cells(row: dict, times: dict[str, float]) -> dict[str, str]:
     """One line of the table: column -> text."""
     case = case_of(row)
     ms, forward, cudnn = row.get("ms"), row.get("forward_ms"), row.get("cudnn_ms")
     twin = plain_twin(case)
-    beside = ""
+    note = "" if row["status"] == "ok" else f"{row['status']}: {row['reason']}"
     if ms and twin and twin.name in times:
-        beside = f"{ms['median'] / times[twin.name]:.2f}x {twin.name}"
+        note = f"{ms['median'] / times[twin.name]:.2f}x {twin.name}"
     return {
         "row": case.name,
         "heads x D": f"{case.heads}:{case.kv_heads} x {case.head_dim}",
@@ -71,12 +33,10 @@ def cells(row: dict, verdict: str, times: dict[str, float]) -> dict[str, str]:
         "graph": number(row["graph_ms"]["median"]) if "graph_ms" in row else "",
         "floor": number(row["floor_ms"]),
         "x floor": f"{ms['median'] / row['floor_ms']:.1f}" if ms else "-",
-        "must": number(case.must), "stretch": number(case.stretch),
-        "FlashMoBA": number(case.flash_moba),
         "cuDNN full": number(cudnn["median"]) if cudnn else "",
         "extra GiB": f"{row['extra_peak_bytes'] / GIB:.2f}" if row.get("extra_peak_bytes") else "",
         "error o, dq, dk, dv": _errors(row),
-        "note": "; ".join(x for x in (verdict, beside) if x), "commit": row.get("commit", ""),
+        "note": note, "commit": row.get("commit", ""),
     }
 
 
@@ -94,9 +54,8 @@ def _errors(row: dict) -> str:
 
 def table(rows: list[dict]) -> list[dict[str, str]]:
     """All rows as cells, without the columns that are empty throughout."""
-    verdict = verdicts(rows)
     times = {row["case"]["name"]: row["ms"]["median"] for row in rows if "ms" in row}
-    lines = [cells(row, verdict.get(row["case"]["name"], ""), times) for row in rows]
+    lines = [cells(row, times) for row in rows]
     used = [name for name in (lines[0] if lines else ()) if any(line[name] for line in lines)]
     return [{name: line[name] for name in used} for line in lines]
 
@@ -121,7 +80,7 @@ def as_markdown(lines: list[dict[str, str]]) -> str:
 
 
 def markdown_of(result: dict) -> str:
-    """What stands in the README between its markers: the table, and below it where and how it was measured."""
+    """What stands in the page between its markers: the table, and below it where and how it was measured."""
     about = result["environment"]
     return f"{as_markdown(table(result['rows']))}\n\n{environment.line(about)}. {made_by(result)}"
 

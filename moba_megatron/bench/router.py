@@ -79,7 +79,7 @@ def table(result: dict) -> list[dict[str, str]]:
 
 
 def markdown(result: dict) -> str:
-    """The README's table; below it what the router of the first run has learned, and where that was measured."""
+    """The table; below it what the router of the first run has learned, and where that was measured."""
     text = report.as_markdown(table(result))
     if len(result.get("trained", [])) > 1:
         first, last = result["trained"][0], result["trained"][-1]

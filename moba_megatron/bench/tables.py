@@ -14,7 +14,7 @@ class Table:
 
     stored: str
     markdown: Callable[[dict], str]
-    page: str = "README.md"
+    page: str = "docs/benchmarks.md"
 
     @property
     def path(self) -> Path:
@@ -22,20 +22,21 @@ class Table:
 
 
 TABLES = {
-    "kernels": Table(report.README_TABLE, report.markdown_of),
+    "speedup": Table("h200/gpt-p1.json", gpt.speedup_markdown, "README.md"),
+    "kernels": Table("h200/kernels.json", report.markdown_of),
     "comparison": Table("h200/comparison.json", comparison.markdown),
     "training-speed": Table("h200/training_speed.json", training.speed_markdown),
     "smoke": Table("h200/smoke.json", training.smoke_markdown),
     "deepspeed": Table("h200/deepspeed.json", zero.markdown),
-    "continued": Table("h200/continued.json", training.switch_markdown, "examples/megatron_lm/README.md"),
+    "continued": Table("h200/continued.json", training.switch_markdown),
     "decode": Table("h200/decode.json", decode.markdown),
     "learning": Table("h200/learning.json", training.learning_markdown),
     "cp-p2": Table("h200/cp-p2.json", cp.markdown_of),
     "gpt-p1": Table("h200/gpt-p1.json", gpt.markdown_of),
     "gpt-p2": Table("h200/gpt-p2.json", gpt.markdown_of),
     "router": Table("h200/router.json", router.markdown),
-    "megatron-options": Table("h200/megatron_options.json", options.markdown, "examples/megatron_lm/README.md"),
-    "mla": Table("h200/mla.json", options.mla_markdown, "examples/megatron_lm/README.md"),
+    "megatron-options": Table("h200/megatron_options.json", options.markdown),
+    "mla": Table("h200/mla.json", options.mla_markdown),
 }
 
 

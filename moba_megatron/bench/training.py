@@ -7,15 +7,6 @@ from collections import defaultdict
 from . import environment
 from .report import as_markdown, made_by
 
-MUST = {8192: 130, 32768: 140}
-STRETCH = {8192: 115, 32768: 120}
-"""ms per 65,536 tokens with MoBA, chunk 512, topk 3, on an H200: this project's goals."""
-KNOWN = {
-    "MoBA on flash-attn": {8192: 309, 32768: 371}, "Triton-MoBA": {8192: 259, 32768: 350},
-    "FlashMoBA": {8192: 156, 32768: 180}, "flash attention 2": {8192: 180, 32768: 492},
-    "cuDNN": {8192: 141, 32768: 358},
-}
-"""The same on the same model, in plain torch without compilation, measured before this package existed."""
 A6000, A6000_GB = "NVIDIA RTX A6000", 48
 
 
@@ -67,7 +58,7 @@ def beside_a6000(result: dict) -> str:
 
 
 def speed_table(rows: list[dict]) -> list[dict[str, str]]:
-    """An attention a line, ms per 65,536 tokens at each sequence length, then what was known before."""
+    """An attention a line, ms per 65,536 tokens at each sequence length."""
     lengths = sorted({row["seq_length"] for row in rows})
     by_name: dict[str, dict[int, dict]] = defaultdict(dict)
     for row in rows:
@@ -84,12 +75,7 @@ def speed_table(rows: list[dict]) -> list[dict[str, str]]:
         line[f"tokens/s at {longest // 1024}K" if longest else "tokens/s"] = f"{at['tokens_per_s']:,.0f}" if ok else ""
         line["peak GiB"] = ", ".join(f"{row['peak_memory_gib']:.1f}" for n, row in sorted(found.items())
                                      if row["status"] == "ok" and row["peak_memory_gib"])
-        line["note"] = _verdict(found) if name == "moba" else ""
         lines.append(line)
-    for name, known in KNOWN.items():
-        line = dict.fromkeys(lines[0] if lines else (), "")
-        line |= {"attention": name, "note": "measured before, without compilation"}
-        lines.append(line | {f"{n // 1024}K": str(known[n]) for n in lengths if n in known})
     return lines
 
 
@@ -97,21 +83,6 @@ def _milliseconds(row: dict | None) -> str:
     if row is None:
         return ""
     return f"{row['ms_per_65536_tokens']:.1f}" if row["status"] == "ok" else row["status"]
-
-
-def _verdict(found: dict[int, dict]) -> str:
-    """What the goals say of MoBA's rows."""
-    missed, stretched = [], True
-    for n, must in MUST.items():
-        row = found.get(n)
-        if row is None or row["status"] != "ok":
-            missed.append(f"no time at {n // 1024}K")
-            continue
-        ms = row["ms_per_65536_tokens"]
-        stretched &= ms < STRETCH[n]
-        if ms >= must:
-            missed.append(f"{ms:.0f} ms >= {must} at {n // 1024}K")
-    return "missed: " + ", ".join(missed) if missed else "stretch" if stretched else "must"
 
 
 def learning_table(rows: list[dict]) -> list[dict[str, str]]:
@@ -155,17 +126,17 @@ def _markdown(table, result: dict) -> str:
 
 
 def speed_markdown(result: dict) -> str:
-    """The README's table of end-to-end times."""
+    """The table of end-to-end times."""
     return _markdown(speed_table, result)
 
 
 def learning_markdown(result: dict) -> str:
-    """The README's table of final losses."""
+    """The table of final losses."""
     return _markdown(learning_table, result)
 
 
 def smoke_markdown(result: dict) -> str:
-    """What the README says of `launch/smoke_a6000.sh`: sentences, no table, for they are two rows."""
+    """What the page says of `launch/smoke_a6000.sh`: sentences, no table, for they are two rows."""
     about, rows = result["environment"], result["rows"]
     done = [row for row in rows if row["status"] == "ok"]
     times = " and ".join(f"{row['step_ms']['median']:.0f} ms with {name_of(row)} ({row['ms_per_65536_tokens']:.1f} ms "

@@ -51,7 +51,7 @@ def _memory(row: dict) -> str:
 
 
 def markdown(result: dict) -> str:
-    """The README's table and, below it, what was measured where."""
+    """The table and, below it, what was measured where."""
     about, shared = result["environment"], result["settings"]
     rest = report.measured_and_rest(result["rows"])[1]
     return (f"{report.as_markdown(table(result))}\n\n{shared['num_layers']} layers, {shared['hidden_size']} wide, "

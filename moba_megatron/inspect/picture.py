@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .. import plotting
 from .report import Report
 from .trace import RoutingTrace
 
@@ -20,47 +21,53 @@ def draw_trace(trace: RoutingTrace, path: str | Path) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    plt = _pyplot()
     layers, heads = spread(trace.layers, MOST_PANELS), spread(range(trace.num_heads), MOST_PANELS)
-    figure, grid = plt.subplots(len(layers), len(heads), figsize=(2.3 * len(heads) + 1.2, 2.3 * len(layers) + 0.8),
-                                squeeze=False, sharex=True, sharey=True, layout="constrained")
-    image = None
-    for row, layer in zip(grid, layers):
-        shares = trace.shares(layer)
-        for axes, head in zip(row, heads):
-            image = axes.imshow(coarse(shares[head], MOST_CELLS), aspect="auto", cmap="magma_r", vmin=0, vmax=1,
-                                extent=(0, trace.num_chunks, trace.num_chunks, 0), interpolation="nearest")
-        row[0].set_ylabel(f"layer {layer}\nchunk of the query", fontsize=9)
-    for axes, head in zip(grid[0], heads):
-        axes.set_title(f"head {head}", fontsize=9)
-    figure.supxlabel(f"chunk ({trace.chunk_size} keys; the diagonal is the query's own)", fontsize=9)
-    figure.colorbar(image, ax=grid, label="share of queries that attend to the chunk", shrink=0.8)
-    _save(figure, path)
+    ticks = [int(x) for x in spread(range(trace.num_chunks), 3)]
+    with plotting.figure(path, rows=len(layers), columns=len(heads), width=max(plotting.WIDTH, 1.05 * len(heads)),
+                         height=1.05 * len(layers) + 1.1, squeeze=False, sharex=True, sharey=True) as (drawn, grid):
+        for row, layer in zip(grid, layers):
+            shares = trace.shares(layer)
+            for axes, head in zip(row, heads):
+                table = coarse(shares[head], MOST_CELLS)
+                future = np.triu(np.ones_like(table, dtype=bool), 1)
+                image = axes.imshow(np.ma.masked_array(table, future), aspect="auto", cmap="magma_r", vmin=0, vmax=1,
+                                    extent=(-0.5, trace.num_chunks - 0.5, trace.num_chunks - 0.5, -0.5),
+                                    interpolation="nearest")
+                axes.set_xticks(ticks, ticks)
+                axes.set_yticks(ticks, ticks)
+                axes.grid(visible=False)
+                axes.tick_params(labelsize=8)
+            row[0].set_ylabel(f"layer {layer}", fontsize=9)
+        for axes, head in zip(grid[0], heads):
+            axes.set_title(f"head {head}", fontsize=9)
+        drawn.suptitle(f"Down: the query's chunk. Across: the chunk it attends to.\n{trace.chunk_size} keys a chunk, "
+                       f"topk {trace.topk}", fontsize=9, x=0.02, ha="left")
+        drawn.colorbar(image, ax=grid, label="share of the chunk's queries", location="bottom", aspect=40, pad=0.02)
 
 
 def draw_report(report: Report, path: str | Path) -> None:
-    """A heat map for each statistic: layers down, heads across.
+    """A heat map for each statistic, one below the other: layers down, heads across.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    plt = _pyplot()
     layers = sorted(report)
     names = list(report[layers[0]])
     heads = len(report[layers[0]][names[0]])
-    size = max(1.6, 0.22 * heads) * len(names) + 2, 0.25 * len(layers) + 1.8
-    figure, row = plt.subplots(1, len(names), figsize=size, sharey=True, layout="constrained")
-    for axes, name in zip(row, names):
-        values = np.array([report[layer][name] for layer in layers])
-        image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=None if name == "imbalance" else 0,
-                            vmax=None if name == "imbalance" else 1, interpolation="nearest")
-        axes.set_title(f"{name.replace('_', ' ')}\nmean {values.mean():.2f}", fontsize=9)
-        axes.set_xlabel("head", fontsize=9)
-        axes.set_yticks(range(len(layers)), layers)
-        axes.set_xticks(spread(range(heads), MOST_PANELS))
-        figure.colorbar(image, ax=axes, shrink=0.8)
-    row[0].set_ylabel("layer", fontsize=9)
-    _save(figure, path)
+    with plotting.figure(path, rows=len(names), width=max(plotting.WIDTH, 0.14 * heads + 1.4),
+                         height=(max(0.5, 0.14 * len(layers)) + 0.75) * len(names), squeeze=False) as (drawn, grid):
+        for axes, name in zip(grid[:, 0], names):
+            values = np.array([report[layer][name] for layer in layers])
+            image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=None if name == "imbalance" else 0,
+                                vmax=None if name == "imbalance" else 1, interpolation="nearest")
+            axes.set_title(f"{name.replace('_', ' ')}, mean {values.mean():.2f}", fontsize=9)
+            shown = spread(range(len(layers)), MOST_PANELS)
+            axes.set_yticks(shown, [layers[i] for i in shown])
+            axes.set_xticks(spread(range(heads), MOST_PANELS))
+            axes.set_ylabel("layer")
+            axes.grid(visible=False)
+            drawn.colorbar(image, ax=axes)
+        axes.set_xlabel("head")
 
 
 def coarse(table: np.ndarray, most: int) -> np.ndarray:
@@ -78,19 +85,3 @@ def spread(items, most: int) -> list:
     if len(items) <= most:
         return items
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
-
-
-def _pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _save(figure, path: str | Path) -> None:
-    from matplotlib import pyplot
-
-    figure.savefig(path, dpi=130, bbox_inches="tight")
-    pyplot.close(figure)

@@ -1,7 +1,7 @@
 """The tuning table: rows for every stage, most particular first. How rows are read: ``tuning.py``.
 
 ``why`` names the measurement that chose the row: milliseconds on an H200, bf16, 16 heads of 128, Triton 3.6, unless it
-says otherwise. ``NOTES.md`` has all attempts.
+says otherwise. ``docs/kernel-notes.md`` has all attempts.
 """
 from dataclasses import dataclass
 

@@ -1,6 +1,8 @@
 """The public operator: MoBA over packed sequences or query segments, as torch custom operators with a gradient."""
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -11,6 +13,20 @@ from .backend import check_backend, get_stages, repeat
 from .dense import dense_causal, dense_causal_bwd
 from .validation import (check_cu_seqlens, check_flag, check_qkv, check_scale, check_segments, check_whole,
                          check_workspace)
+
+
+@overload
+def moba_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, moba_chunk_size: int,
+                     moba_topk: int, *, softmax_scale: float | None = ..., deterministic: bool = ...,
+                     backend: str = ..., return_lse: Literal[False] = ...,
+                     workspace_mib: float | None = ...) -> Tensor: ...
+
+
+@overload
+def moba_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, moba_chunk_size: int,
+                     moba_topk: int, *, softmax_scale: float | None = ..., deterministic: bool = ...,
+                     backend: str = ..., return_lse: Literal[True],
+                     workspace_mib: float | None = ...) -> tuple[Tensor, Tensor]: ...
 
 
 def moba_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, moba_chunk_size: int,
@@ -55,6 +71,18 @@ def moba_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
     cu_seqlens = check_cu_seqlens(cu_seqlens, max_seqlen, q.shape[0], q.device)
     segments = Segments.from_cu_seqlens(cu_seqlens, max_seqlen, moba_chunk_size)
     return _attend(q, k, v, segments, moba_topk, softmax_scale, deterministic, backend, return_lse, workspace_mib)
+
+
+@overload
+def moba_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, topk: int, *,
+                   softmax_scale: float | None = ..., deterministic: bool = ..., backend: str = ...,
+                   return_lse: Literal[False] = ..., workspace_mib: float | None = ...) -> Tensor: ...
+
+
+@overload
+def moba_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, topk: int, *,
+                   softmax_scale: float | None = ..., deterministic: bool = ..., backend: str = ...,
+                   return_lse: Literal[True], workspace_mib: float | None = ...) -> tuple[Tensor, Tensor]: ...
 
 
 def moba_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, topk: int, *,

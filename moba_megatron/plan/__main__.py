@@ -46,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--picture", type=Path, metavar="PATH", help="time against sequence length, as .png or .svg")
     p.add_argument("--cards", action="store_true", help="print the card table with its sources, and end")
     p.add_argument("--check", action="store_true", help="predictions beside every stored measurement, and end")
+    p.add_argument("--fit", action="store_true", help="fit the coefficients to the stored rows, write them, and end")
     p.add_argument("--results", type=Path, metavar="DIR", default=RESULTS / "h200",
                    help="for --check: a folder of JSON by `bench kernels`, `cp`, `gpt` and `plan.measure` on H200s")
     p.add_argument("--simulate", type=Path, metavar="DIR",
@@ -70,6 +71,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if arguments.check:
         return _check(arguments.results, arguments.json)
+    if arguments.fit:
+        print(f"wrote {calibration.COEFFICIENTS}, fitted to {calibration.write_coefficients().source}")
+        return 0
     if arguments.simulate:
         return _simulate(arguments)
     if arguments.seq is None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy
 
-from ..bench.report import RESULTS, load
+from ..bench.report import RESULTS, load, save
 from . import measured
 from .attention_cost import FORWARD, STAGES, TERMS, AttentionShape, AttentionTime, dense_seconds, term_seconds
 from .cards import Card, find_card
 
+COEFFICIENTS = Path(__file__).with_name("coefficients.json")
+"""What :func:`stored` reads, written by ``python -m moba_megatron.plan --fit``."""
+MEASURED = RESULTS / "h200" / "kernels.json"
 HOST_BOUND = 1.25
 """A row is bound by launching where the call takes this many times what its CUDA graph takes."""
 SHORT_MS = 2.0
@@ -108,7 +111,7 @@ def observations_of(rows: Iterable[dict], source: str) -> list[Observation]:
 
 def stage_observations() -> list[Observation]:
     """Stages that were timed alone (``measured.STAGES``), for what whole rows cannot tell apart."""
-    return [Observation(f"{s}-{c}-{k}", stage, AttentionShape(s, c, k, heads, kv_heads, 128), ms / 1e3, "NOTES.md")
+    return [Observation(f"{s}-{c}-{k}", stage, AttentionShape(s, c, k, heads, kv_heads, 128), ms / 1e3, "kernel notes")
             for s, c, k, heads, kv_heads, stage, ms in measured.STAGES]
 
 
@@ -173,9 +176,17 @@ def calibrate(rows: list[dict], card: Card, source: str, without: AttentionShape
 
 
 @lru_cache(maxsize=None)
-def stored(path: Path = RESULTS / "h200" / "kernels.json") -> Calibration:
+def stored() -> Calibration:
     """The calibration by the rows that are stored for the H200."""
-    return calibrate(load(path)["rows"], find_card("h200"), str(Path(*path.parts[-2:])))
+    return Calibration(**load(COEFFICIENTS))
+
+
+def write_coefficients(path: Path = MEASURED) -> Calibration:
+    """Fits to the stored rows and writes what :func:`stored` reads."""
+    fitted = calibrate(load(path)["rows"], find_card("h200"), str(Path(*path.parts[-2:])))
+    save(COEFFICIENTS, asdict(fitted))
+    stored.cache_clear()
+    return fitted
 
 
 def leave_one_out(rows: list[dict], card: Card, source: str) -> list[dict]:

@@ -26,7 +26,7 @@ from ..context_parallel.selective.ways import (FETCH, GATHER, LINK, MIXED, PLANN
 from ..ops import get_stages, moba_attention
 from ..segments import Segments
 from .exchange import query_bytes
-from .pictures import measured_ways
+from .pictures import measured_variants
 
 ROUTINGS = ("uniform", "local", "sink")
 LARGEST_ERROR = 2e-2
@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--draw", nargs=2, type=Path, metavar=("JSON", "PNG"), help="draw a stored result, measure nothing")
     arguments = p.parse_args(argv)
     if arguments.draw:
-        measured_ways(report.load(arguments.draw[0]), arguments.draw[1])
+        measured_variants(report.load(arguments.draw[0]), arguments.draw[1])
         return 0
     job = Job(arguments.tokens, arguments.chunk_size, arguments.topk, arguments.heads, arguments.kv_heads,
               arguments.dim, arguments.backend)

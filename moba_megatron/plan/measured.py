@@ -50,6 +50,6 @@ STAGES = (
     (128 * K, 512, 8, 16, 16, "own", 2.27),
     (128 * K, 2048, 3, 16, 16, "own", 3.33),
 )
-"""Stages timed alone while they were written (kernels/NOTES.md, H200, heads of 128, bf16): sequence, chunk, topk,
+"""Stages timed alone while they were written (docs/kernel-notes.md, H200, heads of 128, bf16): sequence, chunk, topk,
 heads, kv heads, stage, ms; without those that other kernels have replaced. Used until stored rows have
 ``stages_ms``."""

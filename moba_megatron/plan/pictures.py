@@ -4,6 +4,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from .. import plotting
+from ..plotting import LIGHT
 from .calibration import Calibration
 from .cards import Card
 from .models import Run, default_batch
@@ -39,121 +41,92 @@ def costs_by_length(run: Run, card: Card, calibration: Calibration) -> dict[str,
 
 def time_against_length(run: Run, card: Card, calibration: Calibration, path: Path) -> None:
     """Draws :func:`costs_by_length` into ``path`` (.png or .svg)."""
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    names = {"moba": f"MoBA, chunk {run.moba.chunk_size}, topk {run.moba.topk}, full layers: "
-                     f"{run.moba.full_attention_layers}", "full": "full attention"}
-    for attention, points in costs_by_length(run, card, calibration).items():
-        if points:
-            axes.plot(*zip(*points), marker="o", label=names[attention])
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.xaxis.set_major_formatter(lambda tokens, _: _short(tokens))
-    axes.set_xlabel("tokens of a sequence")
-    axes.set_ylabel("GPU seconds a million tokens")
-    axes.set_title(f"Predicted, {run.model.parameters / 1e9:.2g}B parameters on {run.gpus} x {card.name}, best layout",
-                   fontsize=10)
-    _finish(pyplot, figure, axes, path)
+    names = {"moba": f"MoBA ({run.moba.chunk_size}, {run.moba.topk})", "full": "full attention"}
+    lines = {name: points for name, points in costs_by_length(run, card, calibration).items() if points}
+    with plotting.figure(path) as (_, axes):
+        labels = []
+        for attention, points in lines.items():
+            colour = LIGHT.accent if attention == "moba" else LIGHT.others[0]
+            axes.plot(*zip(*points), color=colour, linewidth=2, marker="o", markersize=4)
+            labels.append((points[-1][1], f"{names[attention]}: {points[-1][1]:.0f}", colour))
+        plotting.log_axis(axes)
+        plotting.length_axis(axes, sorted({tokens for points in lines.values() for tokens, _ in points})[::2])
+        axes.set_title(f"Predicted GPU seconds per million tokens,\n{run.model.parameters / 1e9:.2g}B parameters, "
+                       f"{run.gpus} x {card.name}")
+        axes.figure.draw_without_rendering()
+        plotting.label_ends(axes, labels)
 
 
-def scaling(rows: list[dict], title: str, path: Path) -> None:
-    """Draws simulated rows of one length: received bytes and efficiency of a layer against ranks.
+def simulated(result: dict, folder: Path) -> list[Path]:
+    """Draws a simulation's efficiencies of a layer against ranks, a picture a length, a line a comm type.
+
+    ``selective`` (the cheapest of its methods) has a line for each made-up routing and one for the first recorded one.
 
     Args:
-        rows: of ``simulate.sweep``.
-        title: above the picture.
-        path: .png or .svg.
+        result: what ``scenarios.write`` stores.
+        folder: where ``exchange_LENGTH.png`` goes.
+
+    Returns:
+        the files.
     """
-    pyplot = _pyplot()
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 4.8))
-    lines: dict[tuple[str, str], list[dict]] = {}
+    layer, drawn = result["layer"], []
+    for tokens in dict.fromkeys(row["tokens"] for row in result["rows"]):
+        name = f"{tokens / 2**20:g}M"
+        drawn.append(folder / f"exchange_{name}.png")
+        _efficiency([row for row in result["rows"] if row["tokens"] == tokens],
+                    f"Simulated efficiency of an attention layer,\n{name} tokens, ({layer['chunk_size']}, "
+                    f"{layer['topk']}), {result['card']}", drawn[-1])
+    return drawn
+
+
+def _efficiency(rows: list[dict], title: str, path: Path) -> None:
+    lines: dict[str, list[tuple[int, float]]] = {}
+    recorded = next((row["routing"] for row in rows if row["routing"].startswith("layer")), None)
     for row in rows:
-        lines.setdefault((row["comm"], row["routing"]), []).append(row)
-    routings = list(dict.fromkeys(routing for _, routing in lines))
-    styles = {"all_gather": "k-", "a2a": "k:", "chunks travel": "--", "queries travel": "-.",
-              "selective": "--o", "mixed": "-"}
-    for (comm, routing), points in lines.items():
-        color = {} if styles[comm].startswith("k") else {"color": f"C{routings.index(routing)}"}
-        name = comm if routing == "any" else f"{comm}, {routing}"
-        ranks = [row["ranks"] for row in points]
-        left.plot(ranks, [row["worst_bytes"] / 1e9 for row in points], styles[comm], label=name, **color)
-        right.plot(ranks, [row["efficiency"] for row in points], styles[comm], label=name, **color)
-    for axes, label in ((left, "GB received by the busiest rank, a layer and step"),
-                        (right, "efficiency of the attention layer")):
+        routing = row["routing"]
+        if row["comm"] in ("all_gather", "a2a"):
+            lines.setdefault(row["comm"], []).append((row["ranks"], row["efficiency"]))
+        elif row["comm"] == "selective" and (routing == recorded or not routing.startswith("layer")):
+            name = f"selective, {'recorded' if routing == recorded else routing}"
+            lines.setdefault(name, []).append((row["ranks"], row["efficiency"]))
+    with plotting.figure(path, height=3.4) as (_, axes):
+        labels = []
+        for (name, points), colour in zip(lines.items(), (LIGHT.ink, LIGHT.muted, LIGHT.accent, *LIGHT.others)):
+            axes.plot(*zip(*points), color=colour, linewidth=2 if name in ("all_gather", "a2a") else 1.5, marker="o",
+                      markersize=3)
+            at = "" if points[-1][0] == rows[-1]["ranks"] else f" (to {points[-1][0]})"
+            labels.append((points[-1][1], f"{name}{at}: {points[-1][1]:.2f}", colour))
         axes.set_xscale("log", base=2)
-        axes.set_xlabel("ranks")
-        axes.set_ylabel(label)
-        axes.xaxis.set_major_formatter("{x:g}")
-    left.set_yscale("log")
-    right.set_ylim(0, 1.05)
-    right.grid(True, alpha=0.3)
-    figure.suptitle(title, fontsize=10)
-    left.grid(True, alpha=0.3)
-    right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    _save(pyplot, figure, path)
+        ticks = sorted({ranks for points in lines.values() for ranks, _ in points})[::2]
+        axes.set_xticks(ticks, [str(ranks) for ranks in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel("ranks", loc="left")
+        axes.set_ylim(0, 1.05)
+        axes.set_title(title)
+        axes.figure.draw_without_rendering()
+        plotting.label_ends(axes, labels)
 
 
-def measured_ways(result: dict, path: Path) -> None:
-    """Draws what ``plan.measure`` measured: milliseconds and GiB sent by all ranks, of every way for every routing.
+def measured_variants(result: dict, path: Path) -> None:
+    """Draws what ``plan.measure`` measured: milliseconds of every variant, a panel a routing, reckoned times as ticks.
 
     Args:
         result: its JSON.
         path: .png or .svg.
     """
-    pyplot = _pyplot()
     rows = [row for row in result["rows"] if row["status"] == "ok"]
-    ways, routings = (list(dict.fromkeys(row[key] for row in rows)) for key in ("way", "routing"))
-    figure, axes = pyplot.subplots(1, 2, figsize=(13, 4.2), sharey=True)
-    height = 0.8 / len(routings)
-    values = (("forward and backward, ms; line: reckoned beforehand", lambda row: row["ms"]["median"]),
-              ("sent by all ranks, GiB", lambda row: sum(row["sent_bytes"]) / 2**30))
-    for axis, (label, value) in zip(axes, values):
-        for row in rows:
-            routing = routings.index(row["routing"])
-            at = ways.index(row["way"]) + (routing - (len(routings) - 1) / 2) * height
-            axis.barh(at, value(row), height, color=f"C{routing}",
-                      label=row["routing"] if row["way"] == ways[0] else None)
-            if axis is axes[0] and row.get("reckoned_ms"):
-                axis.vlines(row["reckoned_ms"], at - height / 2, at + height / 2, color="k")
-        axis.set_xlabel(label)
-        axis.grid(True, axis="x", alpha=0.3)
-    axes[0].set_yticks(range(len(ways)), ways)
-    axes[0].invert_yaxis()
-    axes[1].legend(fontsize=8)
-    job, about = result["job"], result["environment"]
-    figure.suptitle(f"Measured: {about['ranks']} x {about['device']}, {_short(job['tokens'])} tokens, {job['heads']}:"
-                    f"{job['kv_heads']} heads, chunks of {job['chunk_size']}, topk {job['topk']}", fontsize=10)
-    _save(pyplot, figure, path)
-
-
-def _short(tokens: float) -> str:
-    return f"{tokens / 2**20:g}M" if tokens >= 1 << 20 else f"{tokens / 2**10:g}K"
-
-
-def _finish(pyplot, figure, axes, path: Path) -> None:
-    axes.grid(True, which="major", alpha=0.3)
-    axes.legend(fontsize=8)
-    _save(pyplot, figure, path)
-
-
-def _save(pyplot, figure, path: Path) -> None:
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
-    pyplot.close(figure)
-
-
-def _pyplot():
-    """matplotlib without a display.
-
-    Raises:
-        ImportError: it is not installed; says how.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'moba_megatron[plot]'") from error
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    return pyplot
+    names, routings = (list(dict.fromkeys(row[key] for row in rows)) for key in ("way", "routing"))
+    with plotting.figure(path, rows=len(routings), height=0.4 + 1.25 * len(routings), sharex=True) as (drawn, panels):
+        for axes, routing in zip([panels] if len(routings) == 1 else panels, routings):
+            for row in (row for row in rows if row["routing"] == routing):
+                at, ms = names.index(row["way"]), row["ms"]["median"]
+                axes.barh(at, ms, height=0.7, color=LIGHT.accent if "selective" in row["way"] else LIGHT.muted)
+                if row.get("reckoned_ms"):
+                    axes.vlines(row["reckoned_ms"], at - 0.45, at + 0.45, color=LIGHT.others[0], linewidth=2)
+                axes.text(max(ms, row.get("reckoned_ms") or 0), at, f" {ms:.0f} ms", va="center", fontsize=8)
+            axes.set_yticks(range(len(names)), names, fontsize=8)
+            axes.invert_yaxis()
+            axes.grid(axis="y", visible=False)
+            axes.set_title(f"{routing} routing")
+        axes.set_xlim(0, 1.15 * max(row["ms"]["median"] for row in rows))
+        axes.set_xlabel("ms, forward + backward; orange: reckoned", loc="right")

@@ -55,15 +55,11 @@ def write(folder: Path, layer: Layer, lengths: list[int], card: Card, trace: Pat
         if tokens % layer.chunk_size:
             raise ValueError(f"--seq must be a multiple of --chunk-size {layer.chunk_size}, got {tokens}")
         ranks = [p for p in RANKS if tokens % (2 * p) == 0 and tokens // (2 * p) >= 64]
-        found = sweep(layer, routings_for(layer, tokens, trace), ranks, card, calibration)
-        rows += found
-        name = f"{tokens / 2**20:g}M"
-        pictures.scaling(found, f"Simulated: {name} tokens, chunk {layer.chunk_size}, topk {layer.topk}, {layer.heads}:"
-                         f"{layer.kv_heads} heads of {layer.head_dim}, one attention layer, {card.name}",
-                         folder / f"exchange_{name}.png")
+        rows += sweep(layer, routings_for(layer, tokens, trace), ranks, card, calibration)
     result = {"environment": about(), "simulated": True, "card": card.name, "calibration": calibration.source,
               "layer": vars(layer), "limits": limits(rows), "rows": rows}
     save(folder / "exchange.json", result)
+    pictures.simulated(result, folder)
     return table(result["limits"])
 
 

@@ -1,0 +1,113 @@
+"""Matplotlib figures that stay legible at 375 pixels: one width, labels at the ends of lines instead of a legend."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+WIDTH = 4.2
+"""Inches: shown 375 pixels wide, text of 9 points is 11 pixels high."""
+DPI = 200
+LINE = 0.16
+"""Inches between two labels, at least."""
+HIGHEST = 0.95
+"""Of the axes' height: where the highest label may stand, below the title."""
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a page."""
+
+    paper: str
+    ink: str
+    muted: str
+    accent: str
+    grid: str
+    others: tuple[str, ...]
+
+
+LIGHT = Theme("#ffffff", "#1f2328", "#59636e", "#0a5cc4", "#d8dee4",
+              ("#b3470b", "#1a7f37", "#8250df", "#59636e", "#0b7285", "#9a6700"))
+DARK = Theme("#0d1117", "#e6edf3", "#9aa4af", "#58a6ff", "#30363d",
+             ("#f0883e", "#3fb950", "#bc8cff", "#9aa4af", "#39c5cf", "#d29922"))
+
+
+@contextmanager
+def figure(path: str | Path, rows: int = 1, columns: int = 1, width: float = WIDTH, height: float = 3.0,
+           theme: Theme = LIGHT, **options):
+    """A figure in a theme's colours, written to ``path`` when the block ends; yields (figure, axes).
+
+    Args:
+        path: of the file; its folder is made. An .svg has neither date nor random ids.
+        rows, columns, options: of ``pyplot.subplots``.
+        width, height: inches.
+
+    Raises:
+        ImportError: matplotlib is not installed; says how.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install 'moba_megatron[plot]'") from error
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    path = Path(path)
+    look = {"figure.facecolor": theme.paper, "axes.facecolor": theme.paper, "savefig.facecolor": theme.paper,
+            "text.color": theme.ink, "axes.labelcolor": theme.ink, "xtick.color": theme.muted,
+            "ytick.color": theme.muted, "axes.edgecolor": theme.muted, "grid.color": theme.grid, "font.size": 9,
+            "axes.titlesize": 10, "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
+            "axes.axisbelow": True, "axes.grid": True, "axes.grid.axis": "y", "svg.hashsalt": path.name}
+    with pyplot.rc_context(look):
+        drawn, axes = pyplot.subplots(rows, columns, figsize=(width, height), **{"layout": "constrained", **options})
+        try:
+            yield drawn, axes
+            path.parent.mkdir(parents=True, exist_ok=True)
+            drawn.savefig(path, dpi=DPI, metadata={"Date": None} if path.suffix == ".svg" else None)
+        finally:
+            pyplot.close(drawn)
+
+
+def label_ends(axes, labels: Sequence[tuple[float, str, str]]) -> None:
+    """Writes labels to the right of the axes, each beside the y at which its line ends, moved apart where they touch.
+
+    Args:
+        axes: with their limits set.
+        labels: (y of the line's end, text, colour).
+    """
+    height = axes.figure.get_figheight() * axes.get_position().height
+    step = LINE / height
+    places = [(axes.transAxes.inverted().transform(axes.transData.transform((axes.get_xlim()[1], y)))[1], text, colour)
+              for y, text, colour in labels]
+    places.sort()
+    spread: list[float] = []
+    for y, _, _ in places:
+        spread.append(max(y, spread[-1] + step) if spread else y)
+    excess = max(0.0, spread[-1] - HIGHEST) if spread else 0.0
+    for y, (_, text, colour) in zip(spread, places):
+        axes.text(1.02, y - excess, text, transform=axes.transAxes, color=colour, va="center", fontsize=9)
+
+
+def short(tokens: float) -> str:
+    """A number of tokens as 32K or 1M."""
+    return f"{tokens / 2**20:g}M" if tokens >= 1 << 20 else f"{tokens / 2**10:g}K"
+
+
+def length_axis(axes, tokens: Sequence[int], label: str = "tokens in the sequence") -> None:
+    """A logarithmic x axis with a tick at each of the lengths."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(tokens), [short(n) for n in tokens])
+    axes.minorticks_off()
+    axes.set_xlabel(label, loc="left")
+
+
+def log_axis(axes) -> None:
+    """A logarithmic y axis with plain numbers, also at 2 and 5 where it spans little."""
+    from matplotlib.ticker import LogLocator
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 300 * low else (1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()

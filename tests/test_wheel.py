@@ -1,0 +1,92 @@
+"""The wheel: code, type marker, templates, coefficients; small; and it works where there is no checkout."""
+import importlib
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from ranks import ROOT
+
+import moba_megatron
+
+tomllib = pytest.importorskip("tomllib", reason="Python 3.11")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+DATA = {"py.typed", "inspect/page.html", "plan/coefficients.json"}
+LARGEST = 400_000
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """Built by the project's own backend, from a copy, since building writes into the tree."""
+    build_meta = pytest.importorskip("setuptools.build_meta")
+    source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        (source / name).write_bytes((ROOT / name).read_bytes())
+    for path in (ROOT / "moba_megatron").rglob("*"):
+        if path.is_file() and "__pycache__" not in path.parts:
+            target = source / path.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    code = f"import {build_meta.__name__} as backend; print(backend.build_wheel({str(output)!r}))"
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True, timeout=120)
+    path, = output.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """The wheel unpacked in a folder of its own."""
+    folder = tmp_path_factory.mktemp("installed")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def test_it_holds_code_and_little_else(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name.removeprefix("moba_megatron/") for name in archive.namelist() if ".dist-info/" not in name}
+    assert {name for name in names if not name.endswith(".py")} == DATA
+    code = {str(path.relative_to(ROOT / "moba_megatron")) for path in (ROOT / "moba_megatron").rglob("*.py")}
+    assert {name for name in names if name.endswith(".py")} == code
+    assert wheel.stat().st_size < LARGEST
+
+
+@pytest.mark.parametrize("arguments, status, says", [
+    (["-m", "moba_megatron.plan", "--seq", "128K", "--gpus", "8", "--card", "h200"], 0, "torchrun"),
+    (["-m", "moba_megatron.plan", "--check"], 2, "--results must be a folder with kernels.json"),
+    (["-m", "moba_megatron.inspect", "--help"], 0, "--from-trace"),
+    (["-m", "moba_megatron.bench", "--help"], 0, "kernels"),
+    (["-m", "moba_megatron.bench", "table"], 2, "in a checkout"),
+    (["-m", "moba_megatron.launch", "--help"], 0, "SCRIPT"),
+    (["-m", "moba_megatron.plan.measure", "--help"], 0, "--routings"),
+    (["-c", "import moba_megatron; print(moba_megatron.__file__)"], 0, "installed"),
+])
+def test_entry_points_start_outside_the_checkout(installed, tmp_path, arguments, status, says):
+    environment = {**os.environ, "PYTHONPATH": str(installed), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True,
+                          timeout=120)
+    assert done.returncode == status, done.stderr[-2000:]
+    assert says in done.stdout + done.stderr
+
+
+def test_every_documented_module_is_an_entry_point_of_the_wheel(installed):
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md")]
+    for module in {m for page in pages for m in re.findall(r"-m (moba_megatron[\w.]*)", page.read_text())}:
+        path = installed / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+
+
+@pytest.mark.parametrize("name, target", sorted(PROJECT["project"]["scripts"].items()))
+def test_console_commands_exist(name, target):
+    module, function = target.split(":")
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_one_version():
+    version = moba_megatron.__version__
+    for path, words in (("README.md", f"Version {version};"), ("CHANGELOG.md", f"## {version}"),
+                        ("CITATION.cff", f"version: {version}\n")):
+        assert words in (ROOT / path).read_text(), path
