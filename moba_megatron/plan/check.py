@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..bench.cases import Case
-from ..bench.report import GIB, RESULTS, load
+from ..bench.report import GIB, RESULTS, case_of, load
 from ..config import MoBAConfig
 from ..context_parallel.selective.ways import MIXED, VISIT
 from . import measured
@@ -78,7 +78,7 @@ def _memory(rows: Iterable[dict]) -> Section:
     found = []
     for row in rows:
         if row["status"] == "ok" and row["extra_peak_bytes"]:
-            case = Case(**row["case"])
+            case = case_of(row)
             run = Run(_model_of(case), case.tokens, 1, 1, MoBAConfig(case.chunk_size, case.topk))
             predicted = attention_working(run, Layout(1, 1, 1, 1))
             found.append(_row(case.name, row["extra_peak_bytes"] / GIB, predicted / GIB))
@@ -107,7 +107,7 @@ def _rows(results: list[dict]) -> list[dict]:
 
 def _layer(row: dict, card: Card, calibration: Calibration) -> tuple[str, Prediction]:
     """A row of `bench cp` and its prediction: a model of one layer, of which attention and exchange count."""
-    case, size = Case(**row["case"]), row["ranks"]
+    case, size = case_of(row), row["ranks"]
     run = Run(_model_of(case), case.tokens, size, 1, MoBAConfig(case.chunk_size, case.topk))
     layout = Layout(1, size, 1, 1, row["comm"], INNER if "+" in row["comm"] else 1)
     return f"{row['name']} on {size}", predict(run, layout, card, calibration, optimizer=False)
