@@ -45,6 +45,21 @@ dense = [layer.self_attention.core_attention.full_attention for layer in model.d
 assert dense == [False, True, True, True], dense
 """
 
+DEEPSPEED = """
+import torch
+from types import SimpleNamespace
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+layer_number, num_layers, mask = 1, 2, torch.ones(1, 1200)
+tokens, engine = torch.arange(1200)[None], SimpleNamespace(backward=lambda loss: loss.backward())
+x = torch.randn(1, 1200, 4, 16, requires_grad=True)
+losses = torch.zeros(1, 1200)
+{block}
+assert parallel.size == 1 and torch.equal(tokens, torch.arange(1200)[None])
+losses = attention(x, x, x).flatten(2).sum(-1)
+engine.backward(mean_over_ranks(losses, mask))
+assert x.grad.isfinite().all() and x.grad.abs().sum() > 0
+"""
+
 
 def text_of(page: str) -> str:
     return (ROOT / page).read_text(encoding="utf-8")
@@ -164,12 +179,21 @@ def test_transformers_blocks(page, block, tmp_path):
     assert names["model"].config._attn_implementation == "moba"
 
 
-def test_megatron_block():
-    pytest.importorskip("megatron.core")
-    [block] = [block for _, block in BLOCKS if "GPTModel" in block]
+@pytest.mark.parametrize("package, program, word, here", [
+    ("megatron.core", MEGATRON, "GPTModel", {}),
+    ("deepspeed", DEEPSPEED, "SequenceParallel",
+     {"size=4": "size=1", "engine.backward(mean_over_ranks(losses, mask))": ""}),
+], ids=["megatron", "deepspeed"])
+def test_blocks_of_hosts(package, program, word, here):
+    """A block in a process of its own, with what it says is yours put around it; ``here``: on one rank."""
+    pytest.importorskip(package)
+    [block] = [block for _, block in BLOCKS if word in block]
+    for given, changed in here.items():
+        assert given in block
+        block = block.replace(given, changed)
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
                    "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'examples'}"}
-    subprocess.run([sys.executable, "-c", MEGATRON.replace("{block}", block)], env=environment, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program.replace("{block}", block)], env=environment, check=True, timeout=120)
 
 
 def test_every_python_block_is_run_by_a_test():
