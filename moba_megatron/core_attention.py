@@ -222,16 +222,19 @@ class MoBACoreAttention(MegatronModule):
             check_groups(levels, comm_type, q.shape[1], k.shape[1])
             agreement.signature = (
                 f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}, {q.dtype}, "
-                f"{comm_type}, " + ("dense" if dense else f"chunk_size {moba.chunk_size}, topk {moba.topk}"))
+                f"{comm_type}, " + ("dense" if dense else f"chunk_size {moba.chunk_size}, topk {moba.topk}")
+                + f", cp_head_groups {moba.cp_head_groups}" + ", deterministic" * self.deterministic
+                + (f", key_conv {moba.key_conv}" if self.key_convolution is not None else ""))
             if packed is None:
                 seqlen = query.shape[0] * size
                 check_zigzag(seqlen, size, "the sequence length")
                 sequences = Sequences.uniform(seqlen, query.shape[1], q.device)
             else:
                 cu_seqlens, seqlen = _packed_lengths(packed, q.shape[0] * size, q.device)
-                agreement.signature += f", {cu_seqlens.numel() - 1} sequences, max_seqlen {seqlen}"
-                if q.device.type == "cpu" or agreement.is_new():
-                    agreement.signature += _check_packed_zigzag(cu_seqlens, q.shape[0] * size, size)
+                agreement.signature += ", packed"
+                if self.key_convolution is not None:  # what it exchanges is as large as there are sequences
+                    agreement.signature += f", {cu_seqlens.numel() - 1} sequences"
+                agreement.compare_lengths(cu_seqlens, seqlen, q.shape[0] * size)
                 sequences = Sequences.packed(cu_seqlens, seqlen, q.shape[0] * size)
         if self.key_convolution is not None:
             k = self.key_convolution(k, sequences.cu_seqlens, group)
@@ -402,17 +405,6 @@ def _packed_lengths(packed: PackedSeqParams, total: int, device: torch.device) -
     if padded or max_seqlen is None:  # max_seqlen_q speaks of the lengths without padding
         max_seqlen = total
     return check_cu_seqlens(cu_seqlens, max_seqlen, total, device), max_seqlen
-
-
-def _check_packed_zigzag(cu_seqlens: Tensor, total: int, size: int) -> str:
-    """Checks the values of cu_seqlens for the zigzag layout; returns a checksum of them as text."""
-    values = cu_seqlens.tolist()
-    if values[0] != 0 or values[-1] != total:
-        raise ValueError(f"cu_seqlens must run from 0 to the tokens of all context parallel ranks, {total}, got "
-                         f"{values[0]} to {values[-1]}")
-    for i, (begin, end) in enumerate(zip(values, values[1:])):
-        check_zigzag(end - begin, size, f"the length of packed sequence {i}")
-    return f", cu_seqlens {values[:6]}{'...' if len(values) > 6 else ''} (checksum {hash(tuple(values)):x})"
 
 
 def _to_thd(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ import random
 import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import pytest
 import torch
@@ -78,7 +79,7 @@ class HostEngines(CopyEngines):
     pushing, placing = 1, 2
 
     def __init__(self, one_queue=False):
-        self.queues, self._operations, self.early = {1: [], 2: []}, {}, 0
+        self.queues, self._operations, self.early, self._streams = {1: [], 2: []}, {}, 0, []
         if one_queue:
             self.queues[2] = self.queues[1]
         self._library = HostDriver(lambda stream, *operation: self.queues[stream].append(operation))
@@ -254,6 +255,79 @@ def test_nothing_is_written_before_the_receiver_is_ready():
     assert engines[0].queues[1], "rank 0 did not wait"
     engines[1].queues[1] += held
     late[1]()
+    run_in_any_order(engines, random.Random(1))
+    assert all(torch.equal(pending.wait()[0], x) for pending in results)
+
+
+class CanaryMemory(HostMemory):
+    """Tensors with other memory behind them, which nothing may write to."""
+
+    def __init__(self):
+        self.blocks = []
+
+    def empty(self, shape, dtype):
+        block = torch.full((math.prod(shape) + 4096,), 7.0).to(dtype)
+        self.blocks.append(block[-4096:])
+        return block[:-4096].view(shape)
+
+
+# what one rank exchanges and what another one does: (sequences' length, number, heads, dtype, stage)
+DIFFERENT = {"length": ((48, 1, 4, torch.float32, "in"), (24, 1, 4, torch.float32, "in")),
+             "number": ((48, 1, 4, torch.float32, "in"), (24, 2, 4, torch.float32, "in")),
+             "heads": ((48, 1, 4, torch.float32, "in"), (48, 1, 8, torch.float32, "in")),
+             "dtype": ((48, 1, 4, torch.bfloat16, "in"), (48, 1, 4, torch.float32, "in")),
+             "stage": ((48, 1, 4, torch.float32, "fwd gather"), (48, 1, 4, torch.float32, "bwd gather"))}
+
+
+@pytest.mark.parametrize("size, odd", [(2, 0), (2, 1), (3, 2)])
+@pytest.mark.parametrize("way", ["fetch", "collect", "deliver"])
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_ranks_that_differ(what, way, size, odd):
+    """All raise the same error in that exchange, nothing is written beyond a tensor, and later exchanges are right."""
+    peers, engines, _ = in_process(size)
+    for p in peers:
+        p._memory = CanaryMemory()
+
+    def exchange(rank, length, number, heads, dtype, stage):
+        rows = Sequences.uniform(length * size, number, torch.device("cpu")).rows(size, rank)
+        x = torch.arange(rows.total * heads * 8).view(rows.total, heads, 8).to(dtype)
+        if way == "fetch":
+            return peers[rank].fetch(rows, [x[rows.own_rows][None]], stage), x
+        if way == "collect":
+            return peers[rank].collect(rows, [x], stage), x[rows.own_rows].expand(size - 1, -1, -1, -1)
+        out = peers[rank].empty((size, rows.local, heads, 8), dtype)
+        done = peers[rank].deliver(rows, [x], [out], stage).then(lambda _: [torch.cat((out[:rank], out[rank + 1:]))])
+        return done, x[rows.own_rows].expand(size - 1, -1, -1, -1)
+
+    def error_of(rank):
+        with pytest.raises(ValueError, match="must exchange the same rows, got rank 0: .*; rank 1: ") as caught:
+            exchange(rank, *DIFFERENT[what][rank == odd])
+        return str(caught.value)
+
+    good = DIFFERENT[what][0]
+    pending = as_hosts(lambda r: exchange(r, *good), size)  # still under way when ranks differ
+    assert len(set(as_hosts(error_of, size))) == 1
+    pending += as_hosts(lambda r: exchange(r, *good), size)
+    run_in_any_order(engines, random.Random(1))
+    for done, wanted in pending:
+        assert torch.equal(done.wait()[0], wanted)
+    assert all((block == 7).all() for p in peers for block in p._memory.blocks)
+
+
+def test_a_rank_that_raised_before_an_exchange():
+    """The one that waits for it raises at once, and both can go on: nobody takes the message that was of no use."""
+    peers, engines, _ = in_process(2)
+    rows = [Sequences.uniform(16, 1, torch.device("cpu")).rows(2, r) for r in range(2)]
+    x = torch.randn(16, 2, 8)
+
+    def look():
+        raise ValueError("context parallel rank 1: odd")
+
+    with mock.patch.object(peers[0], "_look", look), pytest.raises(ValueError, match="rank 1: odd"):
+        peers[0].fetch(rows[0], [x[rows[0].own_rows][None]], "in")
+    with pytest.raises(ValueError, match="odd"):  # nor can rank 1 read it any more
+        peers[1]._mail.read(1, 0, "an exchange", look)
+    results = as_hosts(lambda r: peers[r].fetch(rows[r], [x[rows[r].own_rows][None]], "in"), 2)
     run_in_any_order(engines, random.Random(1))
     assert all(torch.equal(pending.wait()[0], x) for pending in results)
 

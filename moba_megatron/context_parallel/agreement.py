@@ -3,13 +3,19 @@ from __future__ import annotations
 
 import functools
 from collections import deque
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..tensor_cache import cached_tensors
-from .transport.comm import Pending, all_gather
+from ..tensor_cache import cached_tensors, is_unobserved
+from .transport.comm import Pending, all_gather, members_a_node
+
+_FIRST = 6  # values of cu_seqlens that an error shows
+_FACTS = 7 + _FIRST
+_MOST_UNREAD = 64
 
 
 class Agreement:
@@ -18,34 +24,37 @@ class Agreement:
     Inside the ``with`` block a rank checks its own input and sets ``signature`` to a text of everything that the
     following collectives depend on (shapes, dtypes, chunk size). At its end the ranks exchange that text, or the text
     of the error that was raised, in a message of fixed size: it cannot itself fail to match, whatever the inputs are.
+    Values on the device that no collective's size depends on go with it: :meth:`compare_lengths`.
 
-    Cost: with gloo one all-gather of 512 bytes a call, read at once. With NCCL the host reads the message at once only
-    where this rank has a signature that the group has not yet agreed on (the first call, a new sequence length).
-    Otherwise neither the host nor the compute stream waits: a side stream copies the message to pinned memory, and it
-    is looked at when the next attention call begins. A rank whose input changed alone is on the reading side and
-    raises immediately; its peers raise at their next call. In a CUDA graph under capture nothing is exchanged.
+    Cost: with gloo one all-gather of some 600 bytes a call, read at once. With NCCL the host reads the message at once
+    only where the signature is not the one that the calls before foretell (the first calls, another length): layers
+    that come in the same order again cost no wait. Otherwise neither the host nor the compute stream waits: a side
+    stream copies the message to pinned memory, and it is looked at when the next attention call begins. Ranks that
+    agreed so far foretell the same, so where they differ now all but one signature's ranks read at once, and raise
+    before a collective of another size begins; the rest raise at their next call, or while they wait for another rank's
+    host. On CUDA collectives may then be under way that never end: let the process end. In a CUDA graph under capture
+    nothing is exchanged.
 
     Args:
         group: the context parallel group.
 
     Raises:
-        ValueError: at the end of the block, with the same text on every rank, where a rank raised TypeError or
-            ValueError in the block or where the signatures differ.
+        ValueError: at the end of the block or the beginning of a later one, with the same text on every rank, where a
+            rank raised TypeError or ValueError in the block or where signatures or lengths differ.
     """
 
     HEADER_BYTES = 512
-    MOST_AGREED = 1024
-    """Signatures that a group remembers; beyond it forgets all, on every rank at the same call."""
-    _agreed: dict[str, set[str]] = {}  # by group
-    _unread: dict[str, deque] = {}
+    """Of the text."""
+    MOST_CHANGES = 256
+    """What a group remembers of the order of signatures; beyond it forgets all, on every rank at the same call."""
 
     def __init__(self, group: dist.ProcessGroup):
         self.group = group
         self.signature = ""
-        self._new: list[str] = []
+        self._foretold_by, self._lengths = None, None
 
     def __enter__(self) -> "Agreement":
-        self._read_finished()
+        self.look(self.group)
         return self
 
     def __exit__(self, exc_type, error, traceback) -> bool:
@@ -53,60 +62,175 @@ class Agreement:
             return False
         if _capturing():
             return False
-        text = "!" + str(error) if error is not None else self.signature
-        device = _group_device(self.group)
-        headers = all_gather(_header(text, self.HEADER_BYTES, device), self.group, "agreement")
-        if device.type == "cuda" and text in self._known:
-            self._read_later(headers, device)
+        text, device = "!" + str(error) if error is not None else self.signature, _group_device(self.group)
+        if error is None and members_a_node(self.group) > 1:  # how rows travel between nodes depends on it
+            text += f", {members_a_node(self.group)} ranks a node"
+        message = self._message(text, device)
+        headers = all_gather(message, self.group, "agreement")
+        calls, known = _calls_of(self.group), self._foretold_by or self.signature
+        if error is None and known == calls.foretold() and _may_be_late(device):
+            calls.unread.append((*_read_later(headers, device), message))
         else:
-            self._check(headers.wait(), error)
-            if len(self._known) + 2 > self.MOST_AGREED:
-                self._known.clear()
-            self._known.update(self._new or (text,))
+            self.look(self.group, wait=True)  # ranks that failed then are not here
+            _check(self.group, headers.wait(), error)
+        calls.add(known)
         return False
 
     def is_new(self) -> bool:
-        """Whether the exchange at the end of the block will make the host wait anyway: costly checks may go with it.
+        """Whether the host will wait at the end of the block: costly checks may go with it.
 
-        What is then added to the signature is compared this once; the signature as it is now is known from then on.
+        What is added to the signature afterwards is compared, but does not make later calls new.
         """
-        self._new = [] if self.signature in self._known else [self.signature]
-        return bool(self._new)
+        self._foretold_by = self.signature
+        return self.signature != _calls_of(self.group).foretold()
 
-    @property
-    def _known(self) -> set[str]:
-        return self._agreed.setdefault(self.group.group_name, set())
+    def compare_lengths(self, cu_seqlens: Tensor, max_seqlen: int, total: int) -> None:
+        """Has packed sequences' lengths checked and compared: on the device, once for all layers of a batch.
 
-    def _check(self, headers: Tensor, error: Exception | None = None) -> None:
-        rows = headers.view(self.group.size(), self.HEADER_BYTES).cpu()
-        texts = [bytes(row.tolist()).rstrip(b"\0").decode("utf-8", "ignore") for row in rows]
-        problems = [f"context parallel rank {rank}: {t[1:]}" for rank, t in enumerate(texts) if t.startswith("!")]
-        if problems:
-            raise ValueError("; ".join(problems)) from error
-        if len(set(texts)) > 1:
-            each = "; ".join(f"rank {rank}: {t}" for rank, t in enumerate(texts))
-            raise ValueError("all ranks of a context parallel group must call attention with the same shapes, dtypes "
-                             f"and MoBA settings, got {each}. Check the lengths that the data loader gives each rank")
+        Args:
+            cu_seqlens: int32 or int64 ``[B + 1]``: from 0 to ``total``, each length a multiple of twice the group's
+                size and at most ``max_seqlen``.
+            total: tokens of all ranks.
+        """
+        self._lengths = cu_seqlens, max_seqlen, total
 
-    def _read_later(self, pending: Pending, device: torch.device) -> None:
-        with torch.cuda.stream(_side_stream(device)):
-            headers = pending.wait()
-            copy = torch.empty(headers.shape, dtype=headers.dtype, pin_memory=True)
-            copy.copy_(headers, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        # the device tensor is kept too: its memory must not be reused before the copy is done
-        self._unread.setdefault(self.group.group_name, deque()).append((event, copy, headers))
+    @classmethod
+    def look(cls, group: dist.ProcessGroup, wait: bool = False) -> None:
+        """Raises ValueError where messages that are here by now, or with ``wait`` all, show that ranks disagree."""
+        unread = _calls_of(group).unread
+        while unread and not _capturing():
+            event, rows, *_ = unread[0]
+            if wait or len(unread) > _MOST_UNREAD:
+                event.synchronize()
+            if not event.query():
+                return
+            unread.popleft()
+            _check(group, rows)
 
-    def _read_finished(self) -> None:
-        unread = self._unread.get(self.group.group_name)
-        while unread and not _capturing() and unread[0][0].query():
-            self._check(unread.popleft()[1])
+    def _message(self, text: str, device: torch.device) -> Tensor:
+        header = _header(text, self.HEADER_BYTES, self.HEADER_BYTES + 8 * _FACTS, device)
+        if self._lengths is None or text.startswith("!"):
+            return header
+        facts = _facts_of_lengths(*self._lengths, self.group.size()).to(device)
+        return torch.cat((header[:self.HEADER_BYTES], facts.view(torch.uint8)))
+
+
+class _Calls:
+    """A group's calls so far: as long as the ranks agree, the same on all of them.
+
+    Attributes:
+        runs: the last two signatures that differ, and how many calls in a row had each; the last one's are last.
+        after: what came after such runs the last time, where it was another signature.
+        unread: messages on their way, the oldest first.
+    """
+
+    def __init__(self):
+        self.runs: tuple = None, 0, None, 0
+        self.after: dict[tuple, str] = {}
+        self.unread: deque = deque()
+
+    def foretold(self) -> str | None:
+        """The next signature, if all is as before."""
+        return self.after.get(self.runs, self.runs[2])
+
+    def add(self, signature: str) -> None:
+        last, times = self.runs[2:]
+        if signature == last:
+            self.after.pop(self.runs, None)
+            self.runs = *self.runs[:2], last, times + 1
+            return
+        if len(self.after) >= Agreement.MOST_CHANGES:
+            self.after.clear()
+        self.after[self.runs] = signature
+        self.runs = last, times, signature, 1
+
+
+_groups: WeakKeyDictionary[dist.ProcessGroup, _Calls] = WeakKeyDictionary()
+
+
+def _calls_of(group: dist.ProcessGroup) -> _Calls:
+    if group not in _groups:
+        _groups[group] = _Calls()
+    return _groups[group]
+
+
+def _check(group: dist.ProcessGroup, rows: Tensor, error: Exception | None = None) -> None:
+    """Raises ValueError unless every rank's message is good and says the same; the group then begins anew."""
+    try:
+        _compare(rows.view(group.size(), -1).cpu(), error)
+    except ValueError:
+        _groups.pop(group, None)
+        raise
+
+
+def _compare(rows: Tensor, error: Exception | None) -> None:
+    texts = [bytes(row.tolist()).rstrip(b"\0").decode("utf-8", "ignore") for row in rows[:, :Agreement.HEADER_BYTES]]
+    facts = rows[:, Agreement.HEADER_BYTES:].contiguous().view(torch.int64).tolist()
+    problems = [t[1:] if t.startswith("!") else _problem_of_lengths(f, len(rows)) for t, f in zip(texts, facts)]
+    if any(problems):
+        raise ValueError("; ".join(f"context parallel rank {rank}: {problem}"
+                                   for rank, problem in enumerate(problems) if problem)) from error
+    if len(set(texts)) > 1 or any(f != facts[0] for f in facts):
+        each = "; ".join(f"rank {rank}: {t}{_text_of_lengths(f)}" for rank, (t, f) in enumerate(zip(texts, facts)))
+        raise ValueError("all ranks of a context parallel group must call attention with the same shapes, dtypes "
+                         f"and MoBA settings, got {each}. Check the lengths that the data loader gives each rank")
+
+
+_known_facts = WeakTensorKeyDictionary()
+"""By cu_seqlens: when and for what they were computed, and the facts."""
+
+
+def _facts_of_lengths(cu_seqlens: Tensor, max_seqlen: int, total: int, size: int) -> Tensor:
+    """int64 ``[_FACTS]``: total, sequences, max_seqlen, checksum, last value; the first bad length's place (-1: none)
+    and value; the first values."""
+    stream = torch.cuda.current_stream(cu_seqlens.device).cuda_stream if cu_seqlens.is_cuda else None
+    kept = is_unobserved(cu_seqlens) and not cu_seqlens.is_inference()  # else changes of it are not counted
+    when = (cu_seqlens._version, max_seqlen, total, size, stream) if kept else None
+    known = _known_facts.get(cu_seqlens)
+    if kept and known is not None and known[0] == when:
+        return known[1]
+    cu = cu_seqlens.long()
+    lengths = cu.diff()
+    bad = (lengths % (2 * size) != 0) | (lengths < 0) | (lengths > max_seqlen)
+    at = bad.int().argmax(0, keepdim=True)
+    mixed = (cu + 1) * -7046029254386353131
+    checksum = ((mixed ^ (mixed >> 29)) * (2 * torch.arange(cu.numel(), device=cu.device) + 1)).sum(0, keepdim=True)
+    host = [cu.new_full((1,), x) for x in (total, lengths.numel(), max_seqlen)]  # filled: nothing is copied
+    first = cu.new_zeros(_FIRST)
+    first[:cu.numel()] = cu[:_FIRST]
+    facts = torch.cat((*host, checksum, cu[-1:], torch.where(bad.any(), at, -1), lengths.gather(0, at), first))
+    if kept:
+        _known_facts[cu_seqlens] = when, facts
+    return facts
+
+
+def _problem_of_lengths(facts: list[int], size: int) -> str:
+    total, _, max_seqlen, _, last, at, length, first, *_ = facts
+    if first != 0 or last != total:
+        return (f"cu_seqlens must run from 0 to the tokens of all context parallel ranks, {total}, got {first} to "
+                f"{last}")
+    if at < 0 or not total:
+        return ""
+    if length < 0:
+        return f"cu_seqlens must not decrease, got length {length} of packed sequence {at}"
+    if length > max_seqlen:
+        return f"max_seqlen must be at least the longest sequence, got {max_seqlen} and packed sequence {at} of {length}"
+    return (f"the length of packed sequence {at} must be a multiple of 2 * context_parallel_size = {2 * size}, got "
+            f"{length}: pad each packed sequence")
+
+
+def _text_of_lengths(facts: list[int]) -> str:
+    total, number, max_seqlen, checksum, *_ = facts
+    if not total:
+        return ""
+    values = facts[-_FIRST:][:number + 1]
+    return (f", {number} sequences, max_seqlen {max_seqlen}, cu_seqlens {values}{'...' if number >= _FIRST else ''} "
+            f"(checksum {checksum % 2 ** 64:x})")
 
 
 @cached_tensors
-def _header(text: str, size: int, device: torch.device) -> Tensor:
-    return torch.tensor(list(text.encode()[:size].ljust(size, b"\0")), dtype=torch.uint8, device=device)
+def _header(text: str, text_bytes: int, size: int, device: torch.device) -> Tensor:
+    return torch.tensor(list(text.encode()[:text_bytes].ljust(size, b"\0")), dtype=torch.uint8, device=device)
 
 
 def _group_device(group: dist.ProcessGroup) -> torch.device:
@@ -114,6 +238,21 @@ def _group_device(group: dist.ProcessGroup) -> torch.device:
     if dist.get_backend(group) == "gloo" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def _may_be_late(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _read_later(headers: Pending, device: torch.device) -> tuple[torch.cuda.Event, Tensor, Tensor]:
+    """When the messages are here, where, and what must be kept until then: its memory must not be used again."""
+    with torch.cuda.stream(_side_stream(device)):
+        rows = headers.wait()
+        copy = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+        copy.copy_(rows, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+    return event, copy, rows
 
 
 @functools.lru_cache(maxsize=None)

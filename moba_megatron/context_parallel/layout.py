@@ -86,8 +86,12 @@ class Sequences:
 
     @classmethod
     def packed(cls, cu_seqlens: Tensor, max_seqlen: int, total: int) -> "Sequences":
-        """Sequences whose lengths are known on the device only; nothing is read back."""
-        return cls(cu_seqlens.int(), max_seqlen, total, None)
+        """Sequences whose lengths are known on the device only; nothing is read back.
+
+        Lengths that break the contract are for :meth:`Agreement.compare_lengths` to report, after the fact: until then
+        nothing outside the ``total`` rows is touched.
+        """
+        return cls(cu_seqlens.int().clamp(0, total), max_seqlen, total, None)
 
     def part(self, size: int) -> "Sequences":
         """What one of ``size`` ranks holds, joined up: every sequence ``size`` times shorter."""
@@ -168,12 +172,12 @@ def _rows(cu_seqlens: Tensor, total: int, size: int, rank: int, runs: tuple[tupl
     cu = cu_seqlens.long()
     pieces, local = (cu[1:] - cu[:-1]) // (2 * size), cu // size
     row = torch.arange(total, device=cu.device)
-    sequence = torch.searchsorted(cu, row, right=True) - 1
+    sequence = (torch.searchsorted(cu, row, right=True) - 1).clamp(0, pieces.numel() - 1)
     piece, within = _divide(row - cu[sequence], pieces[sequence])
     owner = torch.where(piece < size, piece, 2 * size - 1 - piece)
     second = (piece >= size) * pieces[sequence]
-    global_rows = owner * (total // size) + local[sequence] + second + within
-    rank_rows = torch.empty_like(row).scatter_(0, global_rows, row)
+    global_rows = (owner * (total // size) + local[sequence] + second + within).clamp(0, total - 1)
+    rank_rows = row.clone().scatter_(0, global_rows, row)
     return Rows(size, rank, global_rows, rank_rows, runs)
 
 

@@ -213,7 +213,8 @@ class MoBAAttention(nn.Module):
             check_qkv(*packed)
             check_zigzag(length, parallel.size, "the sequence length")
             agreement.signature = (f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, {q.dtype}, "
-                                   f"chunk_size {chunk_size}, topk {topk}")
+                                   f"chunk_size {chunk_size}, topk {topk}, cp_head_groups {config.cp_head_groups}"
+                                   + ", deterministic" * config.deterministic)
         sequences = Sequences.uniform(length, batch, q.device)
         o = context_parallel_attention(*packed, sequences, chunk_size, topk, parallel.group,
                                        head_groups=config.cp_head_groups, softmax_scale=self.softmax_scale,

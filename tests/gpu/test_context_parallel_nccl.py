@@ -1,5 +1,6 @@
 """Context parallel attention on NCCL and the Triton kernels: 2 and 4 GPUs against one, every communication type."""
 import os
+import re
 import sys
 import time
 from dataclasses import replace
@@ -34,13 +35,18 @@ CASES = {
 }
 
 
+# ranks that exchange heads: where there are two GPUs, one level or the other is a rank alone
+LEVELS = {2: {"a2a+all_gather": 2, "a2a+all_gather, inner 1": 1}, 4: {"a2a+all_gather": 2}}
+
+
 def compile_everything(size):
     """Fills Triton's cache in parallel: the ranks would compile the same kernels one after the other."""
     jobs = []
     for lengths, uniform, chunk_size, topk, heads, kv_heads, d, head_groups, dtype in CASES.values():
         job = Job("a2a", 1, 8 * max(lengths), chunk_size, topk, heads, kv_heads, d, dtype, head_groups=1)
-        jobs += [job, *(replace(job, comm_type=comm_type, size=size, packed=not uniform, head_groups=head_groups)
-                        for comm_type in ("all_gather", "a2a", "a2a+all_gather")[:3 if size == 4 else 2])]
+        jobs += [job, *(replace(job, comm_type=comm_type, size=size, packed=not uniform, head_groups=head_groups,
+                                inner=inner)
+                        for comm_type, inner in (("all_gather", 2), ("a2a", 2), *LEVELS[size].items()))]
     major, minor = torch.cuda.get_device_capability()
     print(f"compiled in {compile_schedules(jobs, 10 * major + minor, min(12, os.cpu_count())):.0f} s")
 
@@ -48,17 +54,20 @@ def compile_everything(size):
 def parity(rank, size):
     groups = {comm_type: dist.group.WORLD for comm_type in ("all_gather", "a2a", "selective")}
     selective.GATHER_SHARE = 2  # rows are picked out although nearly all are chosen
-    if size == 4:
-        inner, outer = ([dist.new_group(ranks) for ranks in both] for both in (([0, 1], [2, 3]), ([0, 2], [1, 3])))
-        groups["a2a+all_gather"] = [inner[rank // 2], outer[rank % 2]]
+    for comm_type, inner in LEVELS[size].items():
+        insides = [dist.new_group(list(range(i, i + inner))) for i in range(0, size, inner)]
+        across = [dist.new_group(list(range(i, size, inner))) for i in range(inner)]
+        groups[comm_type] = [insides[rank // inner], across[rank % inner]]
     results = {(name, comm_type): compare(*case, comm_type, group, size, rank)
                for name, case in CASES.items() for comm_type, group in groups.items()
                if case[1] or comm_type != "selective"}
-    return results, bad_input(rank), sorted(groups)
+    packed = {comm_type: packed_steps(rank, size, comm_type, dist.group.WORLD) for comm_type in ("all_gather", "a2a")}
+    return results, bad_input(rank), sorted(groups), packed
 
 
 def compare(lengths, uniform, chunk_size, topk, heads, kv_heads, d, head_groups, dtype, comm_type, group, size, rank):
-    """Whether the selection is the same, whether two runs are, and relative errors of o, dq, dk, dv."""
+    """Whether means and selection are the same, whether two runs are, and relative errors of o, dq, dk, dv."""
+    comm_type = comm_type.split(",")[0]
     generator = torch.Generator(device="cuda").manual_seed(5)
     total = sum(lengths)
     q, k, v, do = (torch.randn(total, h, d, device="cuda", generator=generator).to(dtype)
@@ -81,12 +90,54 @@ def compare(lengths, uniform, chunk_size, topk, heads, kv_heads, d, head_groups,
         runs.append([got.detach(), *torch.autograd.grad(got, local, do[rows])])
     same = True
     if topk > 1:
-        selected = kernels.gate(q, kernels.chunk_means(k, segments), segments, topk)
+        means = kernels.chunk_means(k, segments)
+        selected = kernels.gate(q, means, segments, topk)
         chosen_rows, chosen_heads = selecting_rows_and_heads(lengths, comm_type, group, heads)
         same = torch.equal(torch.cat(recorded.selected, 1).sort(2)[0],
                            selected[chosen_rows.cuda()][:, chosen_heads].sort(2)[0])
+        kv_part = sorted({h * kv_heads // heads for h in range(heads)[chosen_heads]})
+        got_means = torch.cat(recorded.means, 1)  # without the row of no chunk, where means travel
+        same = same and torch.equal(got_means, means[:got_means.shape[0], kv_part])
     reproducible = dtype == torch.bfloat16 or all(torch.equal(a, b) for a, b in zip(*runs))
     return same, reproducible, [((a - b).float().norm() / b.float().norm()).item() for a, b in zip(runs[1], expected)]
+
+
+def packed_steps(rank, size, comm_type, group):
+    """Steps of three layers over packed sequences, from the second on with no wait of the host; then lengths differ.
+
+    Returns what the first call of each step was told, and the text of the error that this rank's next call raised.
+    """
+    total, device = 8 * 1024, torch.device("cuda", rank)
+    q, k, v = (torch.randn(total // size, h, 128, device=device).bfloat16().requires_grad_() for h in (16, 16, 16))
+
+    def call(cu_seqlens):
+        with Agreement(group) as agreement:
+            agreement.signature = f"packed, {comm_type}"
+            told = agreement.is_new()
+            agreement.compare_lengths(cu_seqlens, total, total)
+        sequences = Sequences.packed(cu_seqlens, total, total)
+        o = context_parallel_attention(q, k, v, sequences, 128, 4, group, comm_type=comm_type, head_groups=2)
+        torch.autograd.grad(o, (q, k, v), torch.ones_like(o))
+        return told
+
+    told, texts = [], []
+    packings = [cu_seqlens_of(x).cuda() for x in ([total // 2] * 2, [8 * 300, 8 * 724], [8 * 24, 8 * 500, 8 * 500])]
+    torch.cuda.synchronize()
+    for step, cu_seqlens in enumerate(packings):
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            told.append([call(cu_seqlens) for _ in range(3)])
+        except RuntimeError as error:  # the host waited; the same on every rank
+            told.append(str(error))
+        torch.cuda.set_sync_debug_mode("default")
+    for call_number in range(2):
+        try:
+            call(packings[min(rank, 1) if call_number == 0 else 0])  # other lengths of one size: no collective differs
+        except ValueError as error:
+            texts.append(str(error))
+        torch.cuda.synchronize()
+        time.sleep(0.5)
+    return told, texts
 
 
 def bad_input(rank):
@@ -146,25 +197,70 @@ def results(tmp_path_factory, request):
     return run_ranks(parity, request.param, tmp_path_factory.mktemp("ranks"), backend="nccl")
 
 
-@pytest.mark.parametrize("comm_type", ["all_gather", "a2a", "a2a+all_gather", "selective"])
+@pytest.mark.parametrize("comm_type", ["all_gather", "a2a", *LEVELS[2], "selective"])
 @pytest.mark.parametrize("name", CASES)
 def test_equals_one_gpu(results, name, comm_type):
     if comm_type not in results[0][2]:
-        pytest.skip("needs four GPUs")
+        pytest.skip("of two GPUs")
     if comm_type == "selective" and not CASES[name][1]:
         pytest.skip("refuses packed sequences")
     # 16-bit results are rounded once more, or differently
     bound = 1e-5 if CASES[name][-1] == torch.float32 else 5e-3
     for result, *_ in results:
         same, reproducible, errors = result[name, comm_type]
-        assert same, "a rank selected other chunks"
+        assert same, "a rank has other means, or selected other chunks"
         assert reproducible, "two runs in deterministic mode differ"
         assert max(errors) <= bound, errors
 
 
 def test_bad_input_raises_everywhere(results):
     texts = [texts for _, texts, *_ in results]
-    assert all(t == texts[0] for t in texts) and "rank 0: agreed; rank 1: changed" in texts[0][0]
+    assert all(t == texts[0] for t in texts) and re.search("rank 0: agreed.*; rank 1: changed", texts[0][0])
+
+
+@pytest.mark.parametrize("comm_type", ["all_gather", "a2a"])
+def test_packed_layers_do_not_wait(results, comm_type):
+    """After the first step, whatever is packed; where lengths differ all ranks' next calls raise."""
+    for *_, packed in results:
+        told, texts = packed[comm_type]
+        assert told == [[True, False, False], [False] * 3, [False] * 3]
+        assert len(texts) == 1 and texts == results[0][-1][comm_type][1], texts
+        assert re.search(r"rank 0: packed, .* 2 sequences, .*; rank 1: packed, .* 2 sequences", texts[0])
+
+
+def lengths_differ(rank, size, folder):
+    """By NCCL: after two agreed lengths rank 1 alone gets the other one. Collectives that never end are left behind."""
+    os.environ["MOBA_CP_COPY_ENGINES"] = "0"
+    device, group = torch.device("cuda", rank), dist.group.WORLD
+
+    def attend(n):
+        x = [torch.randn(n // size, h, 128, device=device).bfloat16() for h in (16, 16, 16)]
+        with Agreement(group) as agreement:
+            agreement.signature = f"length {n}"
+        return context_parallel_attention(*x, Sequences.uniform(n, 1, device), 128, 4, group, head_groups=2)
+
+    for n in (8192, 4096, 8192, 4096):
+        attend(n)
+    torch.cuda.synchronize()
+    dist.barrier()
+    raised = None
+    for number in range(2):
+        try:
+            attend(8192 if rank == 0 else 4096)
+        except ValueError as error:
+            raised = number, str(error)
+            break
+        time.sleep(1)
+    torch.save(raised, Path(folder) / f"result{rank}.pt")
+    time.sleep(3)  # the other rank may still be about to raise
+    os._exit(0)
+
+
+def test_lengths_that_differ_raise_everywhere(results, tmp_path):
+    """The rank whose length is not foretold raises in that call, the other one in its next."""
+    raised = run_ranks(lengths_differ, 2, tmp_path, str(tmp_path), backend="nccl", seconds=60)
+    assert [number for number, _ in raised] == [1, 0] and raised[0][1] == raised[1][1]
+    assert re.search("rank 0: length 8192.*; rank 1: length 4096", raised[0][1])
 
 
 def test_cuda_graph(tmp_path):

@@ -1,9 +1,16 @@
 """Exchanges by copy engines on GPUs: against the library's, repeated, in two groups, recomputed; a rank that hangs."""
+import gc
+import logging
 import os
 import sys
+import tempfile
+import threading
 import time
+import weakref
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +23,9 @@ from test_context_parallel import RecordedGate
 
 from moba_megatron import kernels
 from moba_megatron.bench.cp_compile import Job, compile_schedules
-from moba_megatron.context_parallel import Sequences, context_parallel_attention
+from moba_megatron.context_parallel import Agreement, Sequences, context_parallel_attention
+from moba_megatron.context_parallel.transport import copy_engines, peers
+from moba_megatron.context_parallel.transport.peer_memory import PeerMemory, peer_memory
 from moba_megatron.context_parallel.transport.peers import peers_for
 from moba_megatron.kernels import launcher
 
@@ -36,17 +45,21 @@ def compile_everything():
     compile_schedules(jobs, 10 * major + minor, min(12, os.cpu_count()))
 
 
-def use(copy_engines):
-    os.environ["MOBA_CP_COPY_ENGINES"] = "1" if copy_engines else "0"
+def group_without_copy_engines(rank, size):
+    """A new group of all ranks that exchanges through NCCL: what the variable says at its first exchange decides."""
+    group, device = dist.new_group(), torch.device("cuda", rank)
+    with mock.patch.dict(os.environ, MOBA_CP_COPY_ENGINES="0"):
+        assert peers_for(Sequences.uniform(TOKENS, 1, device).rows(size, rank), group, device) is None
+    return group
 
 
 class Layer:
     """A shape of attention on this rank."""
 
-    def __init__(self, name, rank, size):
+    def __init__(self, name, rank, size, tokens=TOKENS):
         self.heads, self.kv_heads, batch, self.head_groups, self.chunk_size = SHAPES[name]
-        self.sequences = Sequences.uniform(TOKENS // batch, batch, torch.device("cuda", rank))
-        self.rows, self.rank = TOKENS // size, rank
+        self.sequences = Sequences.uniform(tokens // batch, batch, torch.device("cuda", rank))
+        self.rows, self.rank = tokens // size, rank
 
     def inputs(self, seed):
         """q, k, v and the gradient of o."""
@@ -68,16 +81,15 @@ class Layer:
 
 def against_the_library(rank, size):
     """Whether the selection, and o and gradients, are the same bits; by shape and communication type."""
-    results = {}
+    results, groups = {}, [group_without_copy_engines(rank, size), dist.group.WORLD]
     for name in SHAPES:
         layer = Layer(name, rank, size)
         inputs = layer.inputs(0)
         for comm_type in TYPES:
             runs = []
-            for engines in (False, True):
-                use(engines)
+            for group in groups:
                 with RecordedGate(kernels) as recorded:
-                    got = layer.step(inputs, comm_type, dist.group.WORLD)
+                    got = layer.step(inputs, comm_type, group)
                 runs.append([torch.cat(recorded.selected, 1), *got])
             results[name, comm_type] = [torch.equal(a, b) for a, b in zip(*runs)]
     return results
@@ -89,13 +101,12 @@ def repeated(rank, size):
     Also the chunk sizes for which a2a's backward was replayed in the end, and so let dk and dv leave before dq.
     """
     groups, wrong, chance = [dist.group.WORLD, dist.new_group()], {}, torch.Generator().manual_seed(rank)
+    library = group_without_copy_engines(rank, size)
     layers = [Layer(name, rank, size) for name in ("mha", "batch", "long_chunks")]
     for i in range(60):
         layer, comm_type = layers[i % 3], TYPES[i // 3 % 2]
         inputs = layer.inputs(i)
-        use(False)
-        expected = layer.step(inputs, comm_type, groups[0])
-        use(True)
+        expected = layer.step(inputs, comm_type, library)
         if rank == i // 4 % size:
             time.sleep(0.02 * torch.rand(1, generator=chance).item())
         # nothing waits between the two: the second is under way while the first one's tensors are let go of
@@ -154,3 +165,138 @@ def test_a_rank_that_hangs_is_reported(results, tmp_path):
                                              "not come within 4 s"):
         run_ranks(one_hangs, 2, tmp_path, backend="nccl", seconds=40)
     assert time.monotonic() - begin < 35
+
+
+class Refusing:
+    """The CUDA driver, but for one call."""
+
+    def __init__(self, call):
+        self._call, self._driver = call, copy_engines.cuda_driver()
+
+    def __getattr__(self, name):
+        return (lambda *_: 801) if name == self._call else getattr(self._driver, name)
+
+
+def failing(error):
+    return mock.Mock(side_effect=error)
+
+
+def refusing(call):
+    driver = Refusing(call)
+    return mock.patch.object(copy_engines, "cuda_driver", lambda: driver)
+
+
+# (the rank on which it fails, a patch, what the line must say)
+FAILURES = {
+    "memory operations": (1, lambda: refusing("cuStreamBatchMemOp_v2"), "cuStreamBatchMemOp failed"),
+    "copies": (0, lambda: refusing("cuMemcpy3DBatchAsync_v2"), "cuMemcpy3DBatchAsync failed"),
+    "mapping": (1, lambda: mock.patch.object(PeerMemory, "address", failing(OSError("cuIpcOpenMemHandle"))),
+                "cuIpcOpenMemHandle"),
+    "boot_id": (1, lambda: mock.patch.object(peers, "Path", failing(PermissionError(13, "denied"))), "denied"),
+    "mmap": (0, lambda: mock.patch.object(peers, "mmap", SimpleNamespace(mmap=failing(OSError("no map")))), "no map"),
+    "no file": (0, lambda: mock.patch.object(tempfile, "mkstemp", failing(OSError(2, "no /dev/shm"))), "/dev/shm"),
+    "off": (1, lambda: mock.patch.dict(os.environ, MOBA_CP_COPY_ENGINES="0"), "MOBA_CP_COPY_ENGINES=0"),
+}
+
+
+def set_up_fails(layer, rank):
+    """By failure: whether a new group does without copy engines, whether its o is the same bits, and rank 0's lines."""
+    inputs, lines, results = layer.inputs(0), [], {}
+    log = logging.getLogger(peers.__name__)
+    log.addFilter(lambda record: lines.append(record.getMessage()))
+    expected = layer.step(inputs, "a2a", dist.group.WORLD)
+    for name, (where, patch, _) in FAILURES.items():
+        lines.clear()
+        group = dist.new_group()
+        with patch() if rank == where else mock.MagicMock():
+            got = layer.step(inputs, "a2a", group)
+        results[name] = group not in peers._met or peers._met[group] is None, torch.equal(got[0], expected[0]), [*lines]
+    return results
+
+
+def group_is_let_go(layer):
+    """Whether nothing knows a group that used copy engines and was destroyed; watches before, meanwhile, after."""
+    def watches():
+        return [thread.name for thread in threading.enumerate()].count("moba context parallel watch")
+
+    group, before = dist.new_group(), watches()
+    layer.step(layer.inputs(0), "a2a", group)
+    torch.cuda.synchronize()
+    dist.barrier()
+    known, meanwhile = weakref.ref(group), watches()
+    dist.destroy_process_group(group)
+    del group
+    gc.collect()
+    time.sleep(2.5)
+    return known() is None, before, meanwhile, watches()
+
+
+def lengths_differ(layers, rank):
+    """What this rank raised where lengths differ, without Agreement and with it; words of others' tensors overwritten.
+
+    layers: of a long and of a short sequence; rank 0 gets the long one where they differ.
+    """
+    long, short = layers
+    mine, texts = layers[rank], []
+    expected = long.step(long.inputs(0), "a2a", dist.group.WORLD)
+    memory = peer_memory(torch.device("cuda", rank))
+    canaries = [memory.empty((1 << 18,), torch.int32).fill_(7) for _ in range(32)]  # what else lives in the pool
+    torch.cuda.synchronize()
+    dist.barrier()
+
+    def call(layer, comm_type):
+        with Agreement(dist.group.WORLD) as agreement:
+            agreement.signature = f"{layer.rows} rows"
+        layer.attend(*layer.inputs(0)[:3], comm_type, dist.group.WORLD)
+
+    def attempt(function, *arguments):
+        try:
+            function(*arguments)
+        except ValueError as error:
+            texts.append(str(error))
+
+    attempt(mine.step, mine.inputs(0), "a2a", dist.group.WORLD)
+    again = long.step(long.inputs(0), "a2a", dist.group.WORLD)
+    texts.append(all(torch.equal(a, b) for a, b in zip(again, expected)))
+    for layer in (long, short, long, short):
+        call(layer, "all_gather")
+    torch.cuda.synchronize()
+    dist.barrier()
+    attempt(call, mine, "all_gather")  # long is foretold: rank 1 waits and raises, rank 0 while it waits for rank 1
+    return texts, sum(int((x != 7).sum()) for x in canaries)
+
+
+def drills(rank, size, folder):
+    layers = [Layer("gqa", rank, size, tokens) for tokens in (TOKENS, TOKENS // 2)]
+    results = set_up_fails(layers[0], rank), group_is_let_go(layers[0]), lengths_differ(layers, rank)
+    torch.save(results, Path(folder) / f"result{rank}.pt")
+    time.sleep(2)  # the other rank may be about to raise; what it began never ends
+    os._exit(0)
+
+
+@pytest.fixture(scope="module")
+def drilled(results, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("drills")
+    return run_ranks(drills, 2, folder, str(folder), backend="nccl", seconds=120)
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_set_up_fails_on_all_ranks_alike(drilled, name):
+    for rank, (failures, *_) in enumerate(drilled):
+        without, same, lines = failures[name]
+        assert without and same
+        assert len(lines) == (rank == 0) and all(FAILURES[name][2] in line for line in lines), lines
+
+
+def test_groups_are_let_go(drilled):
+    for _, group, _ in drilled:
+        assert group == (True, 1, 2, 1), "forgotten; the watch of all ranks' group is left"
+
+
+def test_lengths_that_differ_raise_everywhere(drilled):
+    """In that call on both ranks, and nothing is written that is not a receiver's."""
+    assert [overwritten for *_, (_, overwritten) in drilled] == [0, 0]
+    (unchecked, same, checked), others = (texts for *_, (texts, _) in drilled)
+    assert [unchecked, same, checked] == others and same is True
+    assert "must exchange the same rows, got rank 0: fwd exchange in: 4096 rows a rank" in unchecked
+    assert "rank 0: 4096 rows" in checked and "rank 1: 2048 rows" in checked

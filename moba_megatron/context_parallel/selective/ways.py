@@ -9,7 +9,6 @@ what it takes to plan. ``python -m moba_megatron.plan --check`` sets them beside
 """
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..transport.rows import crowds_the_network
+from ..transport.comm import crowds_the_network, members_a_node
 
 VISITS_FROM = 16
 """Below so many ranks queries do not travel: a gather inside a machine hides behind attention."""
@@ -78,9 +77,9 @@ def cheapest_way(table: Tensor, homes: Tensor, sizes: RowSizes, group: dist.Proc
         sizes: of the layer.
         group: the ranks.
     """
-    between_nodes = _members_a_node(group) < group.size()
-    seconds, servers = seconds_of_ways(table, homes, sizes, NETWORK if between_nodes else LINK,
-                                       _members_a_node(group) if crowds_the_network(group) else 1)
+    members = members_a_node(group)
+    seconds, servers = seconds_of_ways(table, homes, sizes, NETWORK if members < group.size() else LINK,
+                                       members if crowds_the_network(group) else 1)
     listed = seconds.tolist()
     way = WAYS[listed.index(min(listed))]
     return way, servers.get(way)
@@ -234,10 +233,3 @@ def _ranks(table: Tensor) -> Tensor:
 def _wide(table: Tensor) -> Tensor:
     """Whole numbers are added up exactly, in any order: every rank finds the same."""
     return table if table.is_floating_point() else table.long()
-
-
-def _members_a_node(group: dist.ProcessGroup) -> int:
-    """Ranks of the group on the fullest node."""
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or max(1, torch.cuda.device_count())
-    nodes = [rank // per_node for rank in dist.get_process_group_ranks(group)]
-    return max(nodes.count(node) for node in set(nodes))

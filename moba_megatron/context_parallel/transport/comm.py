@@ -4,7 +4,9 @@ With meta tensors nothing travels: a schedule run on them compiles what it will 
 """
 from __future__ import annotations
 
+import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -101,6 +103,20 @@ class Pending:
     def _wait(self) -> None:
         for work in self._works:
             work.wait()
+
+
+def crowds_the_network(group: dist.ProcessGroup) -> bool:
+    """Whether several members of the group share a node while others are on other nodes.
+
+    Sending to each member on its own would then carry the same bytes between nodes several times.
+    """
+    return torch.cuda.is_available() and 1 < members_a_node(group) < group.size()
+
+
+def members_a_node(group: dist.ProcessGroup) -> int:
+    """Ranks of the group on the fullest node."""
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or max(1, torch.cuda.device_count())
+    return max(Counter(rank // per_node for rank in dist.get_process_group_ranks(group)).values())
 
 
 def count_sent(stage: str, size: int) -> None:

@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Sequence
 
@@ -142,6 +143,22 @@ class CopyEngines:
         self._watch.add(done, what)
         return RunningCopies(done)
 
+    def attempt(self, addresses: Sequence[int], flags: torch.Tensor) -> None:
+        """Does once what exchanges do, so that what this driver, GPU or Triton refuses is refused here, and waits.
+
+        Args:
+            addresses: of zeros that all ranks' GPUs can write to; they stay zeros.
+            flags: this rank's, zeros, at least 32 bytes.
+        """
+        zeros, bases = Copy(0, 0, 16, 1, 0, 16, 1, 16), [flags.data_ptr(), flags.data_ptr() + 16]
+        self.begin()
+        self.signal(self.pushing, list(addresses), 0)
+        self.wait_for(self.placing, [flags.data_ptr()], 0)
+        self.copy(self.pushing, PreparedCopies([zeros]), bases)
+        self.place(LocalCopies([zeros]), bases)
+        for stream in self._streams:
+            stream.synchronize()
+
     def copy(self, stream: int, copies: PreparedCopies, bases: list[int]) -> None:
         """Issues copies between memory at ``bases``, by the numbers that the copies name; they run in any order."""
         number, address = copies.at(bases)
@@ -167,7 +184,7 @@ class CopyEngines:
         self._operate(stream, _WRITE, addresses, value)
 
     def _operate(self, stream: int, operation: int, addresses: list[int], value: int) -> None:
-        key = addresses[0], operation
+        key = operation, *addresses
         if key not in self._operations:
             form = (_MemoryOperation * len(addresses))(*(_MemoryOperation(operation, x) for x in addresses))
             self._operations[key] = form, ctypes.addressof(form), len(addresses)
@@ -188,20 +205,29 @@ class _Watch:
     def add(self, done: torch.cuda.Event, what: str) -> None:
         self._unfinished.append((time.monotonic(), done, what))
         if self._thread is None:
-            self._thread = threading.Thread(target=self._look, name="moba context parallel watch", daemon=True)
+            self._thread = threading.Thread(target=_look_again, args=(weakref.ref(self),), daemon=True,
+                                            name="moba context parallel watch")
             self._thread.start()
 
-    def _look(self) -> None:
-        # a query from this thread must not spoil a CUDA graph that another one captures
-        check_call(cuda_driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(ctypes.c_int(_RELAXED))), "watching")
-        while True:
-            time.sleep(min(self.INTERVAL_S, self._timeout_s / 4))
-            while self._unfinished and self._unfinished[0][1].query():
-                self._unfinished.popleft()
-            if self._unfinished:
-                began, _, what = self._unfinished[0]
-                waited = time.monotonic() - began
-                if waited > self._timeout_s:
-                    print(f"moba_megatron: {what} was not done after {waited:.0f} s: another rank failed, hangs or "
-                          "is slower than the process group's timeout. This process ends", file=sys.stderr, flush=True)
-                    os._exit(1)
+    def look(self) -> float:
+        """Ends the process where something is late; seconds until the next look."""
+        while self._unfinished and self._unfinished[0][1].query():
+            self._unfinished.popleft()
+        if self._unfinished:
+            began, _, what = self._unfinished[0]
+            waited = time.monotonic() - began
+            if waited > self._timeout_s:
+                print(f"moba_megatron: {what} was not done after {waited:.0f} s: another rank failed, hangs or "
+                      "is slower than the process group's timeout. This process ends", file=sys.stderr, flush=True)
+                os._exit(1)
+        return min(self.INTERVAL_S, self._timeout_s / 4)
+
+
+def _look_again(reference: weakref.ref[_Watch]) -> None:
+    """Looks until nobody has the watch any more: a group that was destroyed leaves no thread."""
+    # a query from this thread must not spoil a CUDA graph that another one captures
+    check_call(cuda_driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(ctypes.c_int(_RELAXED))), "watching")
+    while (watch := reference()) is not None:
+        seconds = watch.look()
+        del watch
+        time.sleep(seconds)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 import time
 import zlib
+from collections.abc import Callable
 
 _HEADER = struct.Struct("<QII")  # number, bytes, checksum
 _ROOM = 4
@@ -40,8 +41,12 @@ class Mail:
         self._memory[at + _HEADER.size:at + _HEADER.size + len(message)] = message
         _HEADER.pack_into(self._memory, at, number, len(message), _checksum(number, message))
 
-    def read(self, number: int, rank: int, what: str) -> bytes:
-        """Another rank's message; waits for it.
+    def take_back(self, number: int) -> None:
+        """Removes this rank's message, which is of no use any more."""
+        _HEADER.pack_into(self._memory, self._box(self._rank, number), 0, 0, 0)
+
+    def read(self, number: int, rank: int, what: str, look: Callable[[], None] = lambda: None) -> bytes:
+        """Another rank's message; waits for it, and looks meanwhile whether waiting makes sense.
 
         Raises:
             RuntimeError: it does not come in time; ``what`` says of what it is part.
@@ -58,6 +63,7 @@ class Mail:
             if now > deadline:
                 raise RuntimeError(f"{what}: rank {rank} of {self._size} did not come within {self._timeout_s:.0f} s: "
                                    "it failed, hangs or is slower than the process group's timeout")
+            look()
             time.sleep(0 if now < deadline - self._timeout_s + 0.002 else 50e-6)
 
     def _box(self, rank: int, number: int) -> int:

@@ -88,6 +88,15 @@ def exchange_of(rows: Rows, pairs: list[Pair], back: bool = False, others_only: 
     return Exchange(rows.size, rows.rank, rows.local, rows.runs, tuple(pairs), back, others_only)
 
 
+def what_ranks_expect(e: Exchange) -> str:
+    """What decides where a rank writes into others' tensors, as text; sources may lie otherwise on each rank."""
+    tensors = [f"{p.width} bytes a row in {p.parts} parts"
+               + (f" {p.part_step} apart, rows {p.pitch} apart" if e.back else f", rows {p.whole_pitch} apart")
+               for p in e.pairs]
+    return (f"{e.local} rows a rank, runs at {e.runs}, {'; '.join(tensors)}" + ", to their rank" * e.back
+            + ", but its own" * e.others_only)
+
+
 def other_ranks(rank: int, size: int) -> list[int]:
     """All but this one, the next one first: no two ranks begin with the same."""
     return [(rank + i) % size for i in range(1, size)]

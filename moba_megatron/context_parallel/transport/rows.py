@@ -5,8 +5,6 @@ place: nothing is permuted. Otherwise messages are whole ranks' rows, permuted b
 """
 from __future__ import annotations
 
-import functools
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .comm import Pending, all_gather, exchange, exchange_all, reduce_scatter
+from .comm import Pending, all_gather, crowds_the_network, exchange, exchange_all, reduce_scatter
 from .moves import rows_are_whole
 from .peers import peers_for
 
@@ -201,18 +199,6 @@ def copy_rows(out: Tensor, x: Tensor) -> None:
         except RuntimeError:  # rows, or the steps between them, are no multiple of 16 bytes: as it is
             pass
     out.copy_(x)
-
-
-@functools.lru_cache(maxsize=None)
-def crowds_the_network(group: dist.ProcessGroup) -> bool:
-    """Whether several members of the group share a node while others are on other nodes.
-
-    Sending to each member on its own would then carry the same bytes between nodes several times.
-    """
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or max(1, torch.cuda.device_count())
-    ranks = dist.get_process_group_ranks(group)
-    nodes = {rank // per_node for rank in ranks}
-    return torch.cuda.is_available() and 1 < len(nodes) < len(ranks)
 
 
 def _without(tensors: Sequence[Tensor | None], rank: int) -> list[Tensor | None]:

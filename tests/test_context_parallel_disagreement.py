@@ -1,0 +1,377 @@
+"""Ranks that disagree, set-up that fails on one of them, groups that come and go; three processes over gloo.
+
+Messages are read late, as NCCL's are: the stand-in looks whether gloo has them. Copy engines are simulated.
+"""
+import gc
+import glob
+import logging
+import os
+import socket
+import tempfile
+import threading
+import time
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from test_context_parallel_peers import EagerEngines, FileMemory, HostDriver
+
+from moba_megatron.context_parallel import Agreement, Sequences, agreement, context_parallel_attention
+from moba_megatron.context_parallel.transport import copy_engines, peers
+from moba_megatron.context_parallel.transport.copy_engines import DriverError
+
+CPU = torch.device("cpu")
+
+
+class LateMessage:
+    """What tells whether a gloo message is here, in place of a CUDA event."""
+
+    never = False  # not before somebody waits
+
+    def __init__(self, headers):
+        self._works, self._waited = list(headers._works), False
+
+    def query(self):
+        return (self._waited or not self.never) and all(work.is_completed() for work in self._works)
+
+    def synchronize(self):
+        for work in self._works:
+            work.wait()
+        self._waited = True
+
+
+class CountedWaits:
+    """How often Agreement has the host wait for a message of its own call."""
+
+    def __enter__(self):
+        self.number, look = 0, Agreement.look
+
+        def counted(group, wait=False):
+            self.number += wait
+            return look(group, wait)
+
+        self._patch = mock.patch.object(Agreement, "look", staticmethod(counted))
+        self._patch.start()
+        return self
+
+    def __exit__(self, *_):
+        self._patch.stop()
+
+
+def call(signature, lengths=None, max_seqlen=48, error=None):
+    with Agreement(dist.group.WORLD) as a:
+        if error is not None:
+            raise error
+        a.signature = signature
+        if lengths is not None:
+            a.compare_lengths(lengths, max_seqlen, 96)
+
+
+def cu(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def packing(step):
+    """Lengths of three ranks' 96 tokens, another for each of many steps."""
+    return cu(0, *sorted(6 * (step // 7 ** i % 7 + 8 * i) for i in range(2)), 96)
+
+
+def waits_of_steps():
+    """Waits in each of six steps, a new packing in each: three layers of one kind and two of another, and so on."""
+    waits = []
+    for step in range(6):
+        lengths = packing(step)
+        with CountedWaits() as counted:
+            for layer in ("sparse", "sparse", "sparse", "dense", "dense", "sparse", "dense"):
+                call(f"packed, {layer}", lengths, 96)
+        waits.append(counted.number)
+    return waits
+
+
+def is_new():
+    """What three calls alike are told that add to their signature where it is new."""
+    told = []
+    for _ in range(3):
+        with Agreement(dist.group.WORLD) as a:
+            a.signature = "query ..., 4 sequences"
+            told.append(a.is_new())
+            if told[-1]:
+                a.signature += ", the values that it was dear to read"
+    return told
+
+
+def kept_after(calls):
+    """The most that is kept during so many batches, all of them different: changes, lengths, messages unread."""
+    changes = [len(agreement._calls_of(dist.group.WORLD).after) for step in range(calls)
+               if call(f"{step} sequences", packing(step), 96) is None]
+    LateMessage.never = True  # a device that lags behind
+    for step in range(100):
+        call("packed", packing(step), 96)
+    kept = max(changes), len(agreement._known_facts), len(agreement._calls_of(dist.group.WORLD).unread)
+    LateMessage.never = False
+    Agreement.look(dist.group.WORLD, wait=True)
+    return kept
+
+
+def raised_by(calls):
+    """In which of the calls, each given as arguments, the first error came, and its text."""
+    for number, arguments in enumerate(calls):
+        try:
+            call(**arguments)
+        except ValueError as error:
+            return number, str(error)
+        for message, *_ in agreement._calls_of(dist.group.WORLD).unread:
+            message.synchronize()
+    return None
+
+
+GOOD = (0, 36, 96)
+PACKED = dict(signature="packed", lengths=cu(*GOOD), max_seqlen=60)
+# what rank 1 alone gets in a call whose like all ranks have had before, what the others get
+CASES = {
+    "length": (dict(signature="length 64"), dict(signature="length 32")),
+    "length, not foretold": (dict(signature="length 32"), dict(signature="length 64")),
+    "layer": (dict(signature="length 64"), dict(signature="dense")),
+    "new": (dict(signature="length 128"), dict(signature="length 32")),
+    "error": (dict(signature="", error=TypeError("query must be a tensor")), dict(signature="length 32")),
+    "other lengths": (PACKED | dict(lengths=cu(0, 48, 96)), PACKED),
+    "more sequences": (PACKED | dict(lengths=cu(*GOOD, 96)), PACKED),
+    "other max_seqlen": (PACKED | dict(max_seqlen=66), PACKED),
+    "ends early": (PACKED | dict(lengths=cu(0, 36, 90)), PACKED),
+    "odd": (PACKED | dict(lengths=cu(0, 34, 96)), PACKED),
+    "decreases": (PACKED | dict(lengths=cu(0, 36, 30, 96)), PACKED),
+    "too long": (PACKED | dict(max_seqlen=48), PACKED),
+}
+
+
+def disagreements(rank):
+    """By case: in which call from the disagreement on each rank raised, and what."""
+    results = {}
+    for name, (wrong, right) in CASES.items():
+        for _ in range(2):  # in the end a call of length 64 is foretold, or a packed one
+            for known in (dict(signature="length 64"), dict(signature="dense"), PACKED, dict(signature="length 32")):
+                call(**known)
+                call(**known)
+        Agreement.look(dist.group.WORLD, wait=True)
+        if right is PACKED:
+            for known in (dict(signature="length 64"), dict(signature="dense")):
+                call(**known)
+                call(**known)
+        results[name] = raised_by([wrong if rank == 1 else right, right])
+        dist.barrier()
+    call(signature="the group is usable again")
+    return results
+
+
+class Stand:
+    """Copy engines of this process, in memory that the others map."""
+
+    def __init__(self, folder, rank):
+        self.memory = FileMemory(folder, rank)
+        self.patches = [mock.patch.object(peers, "CopyEngines", lambda device, timeout_s: EagerEngines()),
+                        mock.patch.object(peers, "peer_memory", lambda device: self.memory)]
+
+    def __enter__(self):
+        for patch in self.patches:
+            patch.start()
+        return self
+
+    def __exit__(self, *_):
+        for patch in self.patches:
+            patch.stop()
+
+
+def failing(error):
+    return mock.Mock(side_effect=error)
+
+
+def variable(value):
+    return mock.patch.dict(os.environ, MOBA_CP_COPY_ENGINES=value)
+
+
+# what fails on one rank: a patch, what the line must say, whether it is rank 0's alone
+FAILURES = {
+    "no driver": (lambda: mock.patch.object(peers, "CopyEngines", failing(OSError("no libcuda.so.1"))), "no libcuda"),
+    "no Triton": (lambda: mock.patch.object(peers, "CopyEngines", failing(ImportError("no triton"))), "no triton"),
+    "any error": (lambda: mock.patch.object(peers, "peer_memory", failing(KeyError("pool"))), "KeyError: 'pool'"),
+    "no handle": (lambda: mock.patch.object(FileMemory, "describe", failing(DriverError("cuIpcGetMemHandle"))),
+                  "cuIpcGetMemHandle"),
+    "memory operations": (lambda: mock.patch.object(HostDriver, "cuStreamBatchMemOp_v2", lambda *_: 801),
+                          "cuStreamBatchMemOp failed with CUDA driver error 801"),
+    "copies": (lambda: mock.patch.object(HostDriver, "cuMemcpy3DBatchAsync_v2", lambda *_: 801), "error 801"),
+    "boot_id": (lambda: mock.patch.object(Path, "read_text", failing(PermissionError(13, "denied"))), "denied"),
+    "host name": (lambda: mock.patch.object(socket, "gethostname", lambda: "elsewhere"), "several hosts"),
+    "mmap": (lambda: mock.patch.object(peers, "mmap", SimpleNamespace(mmap=failing(OSError("no map")))), "no map"),
+    "mapping": (lambda: mock.patch.object(FileMemory, "address", failing(DriverError("cuIpcOpenMemHandle"))),
+                "cuIpcOpenMemHandle"),
+    "off": (lambda: variable("0"), "MOBA_CP_COPY_ENGINES=0"),
+    "nonsense": (lambda: variable("yes"), "MOBA_CP_COPY_ENGINES must be 0 or 1, got 'yes'"),
+    "no file": (lambda: mock.patch.object(tempfile, "mkstemp", failing(OSError(2, "no /dev/shm"))), "/dev/shm"),
+    "no room": (lambda: mock.patch.object(os, "posix_fallocate", failing(OSError(28, "No space left"))), "No space"),
+}
+ON_RANK_0 = ("no file", "no room")
+
+
+class Lines(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.texts = []
+
+    def emit(self, record):
+        self.texts.append(record.getMessage())
+
+
+def meet(group, lines):
+    """Whether the group gets copy engines, and the lines that this rank wrote meanwhile."""
+    lines.texts.clear()
+    return peers._meet(group, CPU) is not None, list(lines.texts)
+
+
+def set_up(rank, folder):
+    """By case, what :func:`meet` said on this rank."""
+    lines, results = Lines(), {}
+    logging.getLogger(peers.__name__).addHandler(lines)
+    logging.getLogger(peers.__name__).propagate = False
+    two, three = dist.new_group([0, 1]), dist.group.WORLD
+    files = set(glob.glob("/dev/shm/moba_cp_*"))
+    with Stand(folder, rank):
+        if rank < 2:
+            results["two"] = meet(two, lines)
+            with mock.patch.object(os, "unlink", failing(PermissionError(1, "kept"))) if rank == 0 else variable(""):
+                results["file stays"] = meet(two, lines)
+            for path in set(glob.glob("/dev/shm/moba_cp_*")) - files if rank == 0 else ():
+                os.unlink(path)
+            for name, (patch, _) in FAILURES.items():
+                for where in (0,) if name in ON_RANK_0 else (0, 1):
+                    with patch() if rank == where else mock.MagicMock():
+                        results[name, where] = meet(two, lines)
+        dist.barrier()
+        results["three"] = meet(three, lines)
+        for name, value in {"three on one": "1" if rank == 1 else "", "three wanted": "1", "three off": "0"}.items():
+            with variable(value):
+                results[name] = meet(three, lines)
+    left = set(glob.glob("/dev/shm/moba_cp_*")) - files
+    return results, sorted(left) if rank == 0 else []
+
+
+def groups_come_and_go(rank, folder):
+    """What still knows a group that was used and destroyed."""
+    group = dist.new_group()
+    with Stand(folder, rank), variable("1"):
+        peers._met[group] = peers._meet(group, CPU)
+    assert peers._met[group] is not None
+    with Agreement(group) as a:
+        a.signature = "once"
+    x = [torch.randn(24, 6, 8).requires_grad_() for _ in range(3)]
+    for comm_type in ("all_gather", "a2a", "selective"):
+        o = context_parallel_attention(*x, Sequences.uniform(72, 1, CPU), 8, 3, group, comm_type=comm_type,
+                                       backend="reference")
+        o.sum().backward()
+    dist.barrier()
+    known, its_peers = weakref.ref(group), weakref.ref(peers._met[group])
+    dist.destroy_process_group(group)
+    del group, o, a
+    gc.collect()
+    return known() is None, its_peers() is None, len(peers._met)
+
+
+def everything(rank, size, folder):
+    folder = Path(folder)
+    agreement._may_be_late = lambda device: True
+    agreement._read_later = lambda headers, device: (LateMessage(headers), headers._output)
+    return dict(waits=waits_of_steps(), new=is_new(), kept=kept_after(300), apart=disagreements(rank),
+                set_up=set_up(rank, folder), groups=groups_come_and_go(rank, folder))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    return run_ranks(everything, 3, folder, str(folder), seconds=200)
+
+
+def test_layers_do_not_wait_after_the_first_steps(results):
+    """Whatever the batches hold; and a signature that is added to becomes known."""
+    for result in results:
+        first, second, *rest = result["waits"]
+        assert 2 <= first <= 5 and second <= 3 and not any(rest), result["waits"]
+        assert result["new"] == [True, False, False]
+
+
+def test_what_is_kept_is_bounded(results):
+    for result in results:
+        changes, lengths, unread = result["kept"]
+        assert changes == 256 and lengths <= 1 and 60 <= unread <= 65, result["kept"]
+
+
+@pytest.mark.parametrize("name, expected", {
+    "length": "rank 0: length 32; rank 1: length 64; rank 2: length 32",
+    "length, not foretold": "rank 0: length 64; rank 1: length 32; rank 2: length 64",
+    "layer": "rank 0: dense; rank 1: length 64",
+    "new": "rank 0: length 32; rank 1: length 128",
+    "error": "context parallel rank 1: query must be a tensor",
+    "other lengths": r"cu_seqlens \[0, 36, 96\] \(checksum .*; rank 1: .*cu_seqlens \[0, 48, 96\]",
+    "more sequences": "rank 0: packed, 2 sequences, .*; rank 1: packed, 3 sequences",
+    "other max_seqlen": "rank 0: .*max_seqlen 60.*; rank 1: .*max_seqlen 66",
+    "ends early": "context parallel rank 1: cu_seqlens must run from 0 to .*, 96, got 0 to 90",
+    "odd": "context parallel rank 1: the length of packed sequence 0 must be a multiple of .* = 6, got 34",
+    "decreases": "context parallel rank 1: cu_seqlens must not decrease, got length -6 of packed sequence 1",
+    "too long": "context parallel rank 1: max_seqlen must be at least the longest sequence, got 48 and .* 1 of 60",
+}.items())
+def test_all_ranks_raise_by_the_next_call(results, name, expected):
+    raised = [result["apart"][name] for result in results]
+    assert None not in raised and len({text for _, text in raised}) == 1, raised
+    with pytest.raises(ValueError, match=expected):
+        raise ValueError(raised[0][1])
+    numbers = [number for number, _ in raised]
+    if CASES[name][1] is PACKED:  # what no collective depends on
+        assert numbers == [1, 1, 1]
+    else:  # ranks that do not raise at once all have the same
+        assert numbers[1] == 0 or numbers[0] == numbers[2] == 0, numbers
+        assert max(numbers) <= 1
+
+
+def test_set_up_fails_on_all_ranks_alike(results):
+    """Every failure on either rank: both get the library, rank 0 says why, once."""
+    (first, left), (second, _) = results[0]["set_up"], results[1]["set_up"]
+    assert not left, "files stay in shared memory"
+    assert first["two"] == second["two"] == (True, []) and first["file stays"][0] and second["file stays"][0]
+    cases = [(name, where) for name in FAILURES for where in ((0,) if name in ON_RANK_0 else (0, 1))]
+    assert set(cases) == {key for key in first if isinstance(key, tuple)}
+    for name, where in cases:
+        met, lines = first[name, where]
+        assert not met and second[name, where] == (False, []), (name, where)
+        assert len(lines) == 1 and FAILURES[name][1] in lines[0], (name, lines)
+        assert f"rank {where}: " in lines[0] or name == "host name", lines
+
+
+def test_beyond_two_ranks_copy_engines_are_chosen(results):
+    by_rank = [result["set_up"][0] for result in results]
+    for said in by_rank:
+        assert said["three"] == said["three off"] == (False, []), "what was chosen needs no line"
+        assert said["three wanted"] == (True, [])
+        assert not said["three on one"][0]
+    assert len(by_rank[0]["three on one"][1]) == 1 and "MOBA_CP_COPY_ENGINES=1" in by_rank[0]["three on one"][1][0]
+
+
+def test_groups_are_let_go(results):
+    for result in results:
+        assert result["groups"] == (True, True, 0), "the group, its peers, the table of groups"
+
+
+def test_watch_ends_with_its_engines(monkeypatch):
+    monkeypatch.setattr(copy_engines, "cuda_driver", lambda: SimpleNamespace(
+        cuThreadExchangeStreamCaptureMode=lambda mode: 0))
+    before = set(threading.enumerate())
+    watch = copy_engines._Watch(0.2)
+    watch.add(SimpleNamespace(query=lambda: True), "an exchange")
+    (thread,) = set(threading.enumerate()) - before
+    time.sleep(0.15)
+    assert thread.is_alive()
+    del watch
+    thread.join(5)
+    assert not thread.is_alive()
