@@ -233,7 +233,7 @@ class MoBACoreAttention(MegatronModule):
                 cu_seqlens, seqlen = _packed_lengths(packed, q.shape[0] * size, q.device)
                 agreement.signature += ", packed"
                 if self.key_convolution is not None:  # what it exchanges is as large as there are sequences
-                    agreement.signature += f", {cu_seqlens.numel() - 1} sequences"
+                    agreement.signature += f" halos of {cu_seqlens.numel() - 1}"
                 agreement.compare_lengths(cu_seqlens, seqlen, q.shape[0] * size)
                 sequences = Sequences.packed(cu_seqlens, seqlen, q.shape[0] * size)
         if self.key_convolution is not None:

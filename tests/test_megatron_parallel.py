@@ -2,6 +2,8 @@
 
 fp64 throughout, so that agreement is a matter of rounding and not of luck. Four gloo processes run all layouts in turn.
 """
+from dataclasses import replace
+
 import pytest
 import torch
 from ranks import run_ranks
@@ -166,7 +168,8 @@ def bad_input(rank):
     assert core.moba_config == MOBA
     wrong = parallel_state.get_context_parallel_rank() == 1
 
-    def call(length=16, dtype=torch.float64, packed=None, **kwargs):
+    def call(length=16, dtype=torch.float64, packed=None, settings=(), **kwargs):
+        core.moba_config = replace(MOBA, **dict(settings))
         shape = (length, 1) if packed is None else (length,)
         q, kv = torch.ones(*shape, 4, 8, dtype=dtype), torch.ones(*shape, 2, 8, dtype=dtype)
         return core(q, kwargs.pop("key", kv), kv, None, packed_seq_params=packed, **kwargs)
@@ -183,6 +186,7 @@ def bad_input(rank):
         "packed length": dict(packed=lengths(0, 14, 32)),
         "packed total": dict(packed=lengths(0, 16, 28)),
         "other packed": dict(packed=lengths(0, 12, 32)),
+        "a variable": dict(settings={"cp_head_groups": 7}),  # as MOBA_CP_HEAD_GROUPS on one rank only
     }
     texts = {}
     for name, bad in problems.items():
@@ -326,6 +330,7 @@ def test_bad_input_raises_on_every_rank(results):
         "bias": "context parallel rank 1: attention_bias must be None",
         "packed length": "context parallel rank 1: the length of packed sequence 0 must be a multiple of .* got 14",
         "packed total": "context parallel rank 1: cu_seqlens must run from 0 to the number of tokens 32, got 0 to 28",
+        "a variable": "rank 0: .*cp_head_groups .*; rank 1: .*cp_head_groups 7",
         "other packed": r"rank 0: .*cu_seqlens \[0, 16, 32\].*; rank 1: .*cu_seqlens \[0, 12, 32\]",
     }.items():
         assert texts[name] is not None, f"{name}: no error"

@@ -214,7 +214,7 @@ def _problem_of_lengths(facts: list[int], size: int) -> str:
     if length < 0:
         return f"cu_seqlens must not decrease, got length {length} of packed sequence {at}"
     if length > max_seqlen:
-        return f"max_seqlen must be at least the longest sequence, got {max_seqlen} and packed sequence {at} of {length}"
+        return f"max_seqlen must be at least the longest sequence, got {max_seqlen}, packed sequence {at} has {length}"
     return (f"the length of packed sequence {at} must be a multiple of 2 * context_parallel_size = {2 * size}, got "
             f"{length}: pad each packed sequence")
 
