@@ -21,6 +21,8 @@ def _whole(name: str, value, minimum: int) -> int:
         raise TypeError(f"MoBAConfig.{name} must be an int, got {value!r} of type {type(value).__name__}")
     if value < minimum:
         raise ValueError(f"MoBAConfig.{name} must be at least {minimum}, got {value}")
+    if value >= 2 ** 31:
+        raise ValueError(f"MoBAConfig.{name} must be below 2^31, got {value}")
     return value
 
 

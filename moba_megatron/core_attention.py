@@ -26,7 +26,7 @@ from .key_convolution import KeyConvolution
 from .megatron_host import host_config, host_iteration, print_once
 from .multi_token_prediction import global_layer_number, watch_multi_token_prediction
 from .ops import moba_attention
-from .ops.validation import check_cu_seqlens, check_qkv
+from .ops.validation import cast_under_autocast, check_cu_seqlens, check_qkv
 from .segments import Segments, uniform_segments
 
 HIERARCHICAL = "a2a+all_gather"
@@ -213,7 +213,7 @@ class MoBACoreAttention(MegatronModule):
             comm_type, levels = (HIERARCHICAL, self.cp_levels) if group is self.cp_group else ("all_gather", group)
         with Agreement(group) as agreement:
             check(query, key, value)
-            q, k, v = _to_thd(query, key, value)
+            q, k, v = cast_under_autocast(*_to_thd(query, key, value))
             check_qkv(q, k, v)
             v = _apart_from_projection(q, k, v)
             if q.shape[0] != k.shape[0]:

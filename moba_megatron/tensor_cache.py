@@ -20,10 +20,11 @@ P, R = ParamSpec("P"), TypeVar("R")
 
 def is_unobserved(*tensors: Tensor) -> bool:
     """Whether nothing but autograd looks on: no compiler, no dispatch mode (fake tensors, selective checkpointing), no
-    transform, no meta tensor or tensor subclass. Tensors made then are ordinary ones."""
+    transform, no meta or batched tensor, no tensor subclass. Tensors made then are ordinary ones."""
     return (not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
             and not torch._C._are_functorch_transforms_active()
-            and all(type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta for x in tensors))
+            and all(type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta
+                    and not torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors))
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -74,6 +74,8 @@ def arguments(**changed):
     (dict(block_table=torch.zeros(2, dtype=torch.int32)), "block_table must have shape .2, None., got .2,."),
     (dict(topk=0), "topk must be at least 1, got 0"),
     (dict(chunk_size=0), "chunk_size must be at least 1, got 0"),
+    (dict(chunk_size=2 ** 70), "chunk_size must be below 2\\^31, got"),
+    (dict(topk=2 ** 70), "topk must be below 2\\^31, got"),
     (dict(backend="triton"), "backend='triton' needs CUDA tensors"),
 ], ids=str)
 def test_refusals(changed, message):

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..ops import get_stages
-from ..ops.validation import check_flag, check_scale, check_whole, check_workspace
+from ..ops.validation import cast_under_autocast, check_flag, check_scale, check_whole, check_workspace
 from .gather import Gathered
 from .heads import Exchanged, check_heads, own_chunks
 from .layout import Sequences
@@ -66,6 +66,9 @@ def context_parallel_attention(q: Tensor, k: Tensor, v: Tensor, sequences: Seque
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range, or heads cannot be dealt out.
     """
+    q, k, v = cast_under_autocast(q, k, v)
+    check_whole("chunk_size", chunk_size, 1)
+    check_whole("topk", topk, 1)
     check_flag("deterministic", deterministic)
     check_workspace(workspace_mib)
     if head_groups is not None:

@@ -8,4 +8,6 @@ from .backend import get_stages
 from .key_convolution import key_convolution
 from .moba_attention import causal_attn_varlen, moba_attention, moba_attn_varlen
 
+from . import flop_formulas  # isort: skip  # noqa: F401  of operators that are there by now
+
 __all__ = ["causal_attn_varlen", "get_stages", "key_convolution", "moba_attention", "moba_attn_varlen"]

@@ -7,6 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..tensor_cache import is_unobserved
 from .backend import check_backend, get_stages, repeat
 from .validation import FLOAT_DTYPES, check_flag, check_scale, check_whole
 
@@ -22,7 +23,8 @@ def moba_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, means_cache: Tensor
     into a CUDA graph.
 
     Args:
-        q: ``[B, H, D]``, bf16, fp16, fp32 (or fp64: reference only).
+        q: ``[B, H, D]``, bf16, fp16, fp32 (or fp64: reference only). Under ``torch.autocast`` it may have another dtype
+            than the caches, and is cast to theirs.
         k_cache: ``[B, S, HK, D]``, any strides; with a block table, pages ``[pages, page_size, HK, D]``.
         v_cache: as k_cache, with a head dim DV of its own.
         means_cache: ``[B, chunks, HK, D]`` in k's dtype, contiguous in its last dimension, ``chunks`` at least the rows
@@ -49,12 +51,13 @@ def moba_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, means_cache: Tensor
     Source: arXiv 2502.13189, section 2.2, for one query.
     """
     _check_caches(k_cache, means_cache, cache_seqlens, chunk_size, block_table, cache_starts)
+    q = _cast_query(q, k_cache)
     _check_query(q, k_cache, v_cache)
     check_whole("topk", topk, 1)
     check_flag("return_lse", return_lse)
     check_backend(backend)
     scale = check_scale(softmax_scale, q.shape[2])
-    run = _decode_op if torch.compiler.is_compiling() else _decode
+    run = _decode if is_unobserved(q, k_cache, cache_seqlens) else _decode_op
     o, lse = run(q, k_cache, v_cache, means_cache, cache_seqlens, chunk_size, topk, block_table, cache_starts, scale,
                  backend)
     return (o, lse) if return_lse else o
@@ -71,6 +74,7 @@ def decode_selection(q: Tensor, k_cache: Tensor, means_cache: Tensor, cache_seql
         int32 ``[B, H, topk - 1]``: chunk numbers within each sequence in no particular order, -1 where fewer exist.
     """
     _check_caches(k_cache, means_cache, cache_seqlens, chunk_size, block_table, cache_starts)
+    q = _cast_query(q, k_cache)
     _check_query(q, k_cache, k_cache)
     check_whole("topk", topk, 1)
     check_backend(backend)
@@ -87,7 +91,7 @@ def fill_chunk_means(k_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor
     """
     _check_caches(k_cache, means_cache, cache_seqlens, chunk_size, block_table, cache_starts)
     check_backend(backend)
-    run = _means_op if torch.compiler.is_compiling() else _means
+    run = _means if is_unobserved(k_cache, cache_seqlens) else _means_op
     run(k_cache, means_cache, cache_seqlens, chunk_size, block_table, cache_starts, backend)
 
 
@@ -169,6 +173,15 @@ def _check_query(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(f"{name} must be {q.dtype} on {q.device} as q, got {x.dtype} on {x.device}")
+
+
+def _cast_query(q: Tensor, k_cache: Tensor) -> Tensor:
+    """Under autocast q takes the caches' dtype: caches are not copied."""
+    device = k_cache.device.type
+    if (isinstance(q, Tensor) and q.dtype in FLOAT_DTYPES[:3] and k_cache.dtype in FLOAT_DTYPES[:3]
+            and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return q.to(k_cache.dtype)
+    return q
 
 
 def _check_4d(name: str, x: Tensor) -> None:

@@ -49,7 +49,7 @@ def dense_causal(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen
             q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, True, False, scale=scale)
     else:
         o, lse = flash_packages.forward(kernel, q, k, v, cu_seqlens, max_seqlen, scale)
-    return o, lse.t().contiguous()
+    return o.contiguous(), lse.t().contiguous()  # theirs has q's order of dimensions
 
 
 def dense_causal_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .backend import get_stages
-from .validation import FLOAT_DTYPES, check_cu_seqlens
+from .validation import FLOAT_DTYPES, cast_under_autocast, check_cu_seqlens
 
 WIDTHS = (3, 5)
 
@@ -33,6 +33,8 @@ def key_convolution(k: Tensor, weight: Tensor, cu_seqlens: Tensor, halo: Tensor 
 
     Source: arXiv 2511.11571, section on key convolution.
     """
+    if halo is not None:
+        k, halo = cast_under_autocast(k, halo)
     _check(k, weight, halo)
     cu_seqlens = check_cu_seqlens(cu_seqlens, k.shape[0], k.shape[0], k.device)
     if halo is not None and halo.shape[0] != cu_seqlens.numel() - 1:

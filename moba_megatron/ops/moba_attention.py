@@ -5,14 +5,13 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..segments import Routing, Segments
 from ..tensor_cache import is_unobserved
 from .backend import check_backend, get_stages, repeat
 from .dense import dense_causal, dense_causal_bwd
-from .validation import (check_cu_seqlens, check_flag, check_qkv, check_scale, check_segments, check_whole,
-                         check_workspace)
+from .validation import (cast_under_autocast, check_cu_seqlens, check_flag, check_qkv, check_scale, check_segments,
+                         check_whole, check_workspace)
 
 
 @overload
@@ -39,6 +38,13 @@ def moba_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
     ``moba_topk - 1`` earlier chunks with the largest ``<q, mean key>``. Ties go to the later chunk; no gradient flows
     through the selection. Where ``max_seqlen <= moba_topk * moba_chunk_size`` this is causal attention.
 
+    A NaN or inf in a row of k or v makes NaN of the rows that attend to it. The kernels, as FlashAttention's, may
+    spread it to rows of the same tile before it, which multiply it by 0; the reference does not. A chunk whose score
+    is NaN or -inf is not selected.
+
+    Under ``torch.autocast`` q, k and v of one dtype are computed in it; of several, all are cast to autocast's dtype as
+    for ``scaled_dot_product_attention`` (fp64 never is). First derivatives only, by reverse mode; ``vmap`` loops.
+
     Args:
         q: ``[T, H, D]``, bf16, fp16, fp32 or fp64 (fp64: reference only); any strides.
         k: ``[T, HK, D]``, H a multiple of HK (GQA, MQA without repeating).
@@ -62,6 +68,7 @@ def moba_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
 
     Source: arXiv 2502.13189, section 2.2.
     """
+    q, k, v = cast_under_autocast(q, k, v)
     check_qkv(q, k, v)
     if q.shape[0] != k.shape[0]:
         raise ValueError(f"k must have q's {q.shape[0]} tokens, got {k.shape[0]}: for queries over other keys use "
@@ -104,6 +111,7 @@ def moba_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, topk: in
     Raises:
         TypeError, ValueError: as :func:`moba_attn_varlen`.
     """
+    q, k, v = cast_under_autocast(q, k, v)
     check_qkv(q, k, v)
     check_whole("topk", topk, 1)
     check_segments(segments, q.shape[0], k.shape[0], q.device)
@@ -125,11 +133,25 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, topk: int, soft
     arguments = (segments.cu_seqlens_q, segments.cu_seqlens_k, segments.seq_ids, segments.offsets,
                  segments.max_seqlen_q, segments.max_seqlen_k, chunk_size, segments.packed, topk, scale,
                  deterministic, backend, workspace_mib)
-    if is_unobserved(q, k, v):  # a Function does the custom operators' work at less cost to the host
+    if is_unobserved(q, k, v):
         o, lse = _Attention.apply(q, k, v, arguments)
-    else:
+    elif torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() and _differentiates():
+            raise NotImplementedError("torch.compile of a torch.func transform with derivatives over MoBA attention is "
+                                      "not implemented: compile what is inside of it, or use torch.autograd")
         o, lse, *_ = _forward(q, k, v, *arguments)
+    else:
+        o, lse, *_ = _TransformedAttention.apply(q, k, v, *arguments)
     return (o, lse) if return_lse else o
+
+
+def _differentiates() -> bool:
+    """Whether a transform of torch.func that takes derivatives is active."""
+    kinds = torch._C._functorch.TransformType
+    return any(layer.key() in (kinds.Grad, kinds.Jvp) for layer in torch._C._functorch.get_interpreter_stack() or ())
+
+
+_differentiates._dynamo_marked_constant = True  # a compiler asks while it traces
 
 
 def causal_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *,
@@ -232,26 +254,28 @@ def _(do, dlse, q, k, v, o, lse, selected, *_):
 
 
 def _setup_context(ctx, inputs, output):
+    """Saves what :func:`_gradients` wants."""
     q, k, v, *arguments = inputs
-    _keep(ctx, q, k, v, arguments, output)
-    ctx.mark_non_differentiable(*output[2:])
-
-
-def _keep(ctx, q, k, v, arguments, output):
-    """Saves what :func:`_gradients` wants; ``arguments`` are those of the operator behind q, k and v."""
     ctx.save_for_backward(q, k, v, *output, *arguments[:4])
     ctx.constants = (*arguments[4:8], *arguments[9:])
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[2:])
+
+
+def _unobserved_bwd(do, dlse, q, *arguments):
+    """The operator, or where nothing looks on its work alone."""
+    unobserved = is_unobserved(do, q) and (dlse is None or is_unobserved(dlse))
+    return (_attention_bwd if unobserved else _backward)(do, dlse, q, *arguments)
 
 
 def _gradients(backward, ctx, do, dlse):
     q, k, v, o, lse, *integers = ctx.saved_tensors
     if do is None:
         do = torch.zeros_like(o)
-    return backward(do, dlse, q, k, v, o, lse, *integers, *ctx.constants)
+    return *backward(do, dlse, q, k, v, o, lse, *integers, *ctx.constants), *(None,) * 13
 
 
-_forward.register_autograd(lambda ctx, do, dlse, *_: (*_gradients(_backward, ctx, do, dlse), *(None,) * 13),
+_forward.register_autograd(lambda ctx, do, dlse, *_: _gradients(_backward, ctx, do, dlse),
                            setup_context=_setup_context)
 
 
@@ -261,10 +285,56 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, arguments):
         output = _attention_fwd(q, k, v, *arguments)
-        _keep(ctx, q, k, v, arguments, output)
+        _setup_context(ctx, (q, k, v, *arguments), output)
         return output[:2]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, do, dlse):
-        return *_gradients(_attention_bwd, ctx, do, dlse), None
+        backward = _AttentionBackward.apply if torch.is_grad_enabled() else _unobserved_bwd
+        return _gradients(backward, ctx, do, dlse)[:4]
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise NotImplementedError("forward-mode differentiation (torch.func.jvp, jacfwd, hessian, forward_ad) of MoBA "
+                                  "attention is not implemented: use torch.func.vjp, jacrev or torch.autograd")
+
+
+class _Transformed(torch.autograd.Function):
+    """What the Functions that torch.func may transform share."""
+
+    @classmethod
+    def vmap(cls, info, in_dims, *args):
+        """One call after the other."""
+        def at(i):
+            return (x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims))
+
+        results = tuple(map(torch.stack, zip(*(cls.apply(*at(i)) for i in range(info.batch_size)))))
+        return results, (0,) * len(results)
+
+    jvp = staticmethod(_Attention.jvp)
+
+
+class _TransformedAttention(_Transformed):
+    @staticmethod
+    def forward(q, k, v, *arguments):
+        return (_attention_fwd if is_unobserved(q, k, v) else _forward)(q, k, v, *arguments)
+
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    def backward(ctx, do, dlse, *_):
+        return _gradients(_AttentionBackward.apply, ctx, do, dlse)
+
+
+class _AttentionBackward(_Transformed):
+    @staticmethod
+    def forward(*arguments):
+        return _unobserved_bwd(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError("second derivatives of MoBA attention are not implemented")

@@ -44,13 +44,26 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"head_dim must be at least 1, got {q.shape[2]} for q and k, {v.shape[2]} for v")
 
 
+def cast_under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors; where they have several dtypes and autocast is on, cast as it casts the inputs of
+    ``scaled_dot_product_attention``: all to its dtype but those in fp64."""
+    first = tensors[0]
+    if (all(isinstance(x, Tensor) for x in tensors) and any(x.dtype != first.dtype for x in tensors)
+            and torch.amp.is_autocast_available(first.device.type) and torch.is_autocast_enabled(first.device.type)):
+        dtype = torch.get_autocast_dtype(first.device.type)
+        return tuple(x.to(dtype) if x.dtype in FLOAT_DTYPES[:3] and x.device == first.device else x for x in tensors)
+    return tensors
+
+
 def check_whole(name: str, value: int, minimum: int) -> int:
-    """An int of at least ``minimum``; a bool, a float or a tensor is refused."""
+    """An int of at least ``minimum`` and below 2^31; a bool, a float or a tensor is refused."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         hint = ": read it on the host once, with .item()" if isinstance(value, Tensor) else ""
         raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}{hint}")
     if isinstance(value, int) and value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    if isinstance(value, int) and value >= 2 ** 31:
+        raise ValueError(f"{name} must be below 2^31, got {value}")
     return value
 
 
@@ -60,7 +73,11 @@ def check_scale(softmax_scale: float | None, head_dim: int) -> float:
         return head_dim ** -0.5
     if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)):
         raise TypeError(f"softmax_scale must be a float or None, got {softmax_scale!r}")
-    if not math.isfinite(softmax_scale):
+    try:
+        finite = math.isfinite(softmax_scale)
+    except OverflowError:  # an int beyond all floats
+        finite = False
+    if not finite:
         raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
     return float(softmax_scale)
 

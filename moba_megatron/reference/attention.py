@@ -1,6 +1,7 @@
 """Attention over the selected chunks, reference: a masked softmax and its gradient by blocks of queries."""
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -13,6 +14,17 @@ SCORE_ELEMENTS = 1 << 24
 """Attention scores held at once: bounds the memory of a block of queries."""
 
 
+def _in_own_precision(stage):
+    """A stage that computes in its inputs' precision under autocast, too."""
+    @functools.wraps(stage)
+    def outside_autocast(first, *args, **kwargs):
+        with torch.autocast(first.device.type, enabled=False):
+            return stage(first, *args, **kwargs)
+
+    return outside_autocast
+
+
+@_in_own_precision
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: Segments, softmax_scale: float,
                   routing: Routing | None = None) -> tuple[Tensor, Tensor]:
     """Softmax attention over the own chunk and the selected ones, keys at or before the query.
@@ -40,6 +52,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: S
     return o, lse
 
 
+@_in_own_precision
 def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
                   selected: Tensor, segments: Segments, softmax_scale: float, *, deterministic: bool = False,
                   kv_grad_dtype: torch.dtype | None = None,
