@@ -168,6 +168,19 @@ def disagreements(rank):
     return results
 
 
+def raised_while_waiting(rank):
+    """What a rank raises that waits in an exchange, of whatever group, for one that failed."""
+    for _ in range(2):
+        call("as before")
+    deadline = time.monotonic() + 30
+    try:
+        call("as before", error=ValueError("no good") if rank == 1 else None)
+        while time.monotonic() < deadline:
+            Agreement.look()
+    except ValueError as error:
+        return str(error)
+
+
 class Stand:
     """Copy engines of this process, in memory that the others map."""
 
@@ -285,6 +298,7 @@ def everything(rank, size, folder):
     agreement._may_be_late = lambda device: True
     agreement._read_later = lambda headers, device: (LateMessage(headers), headers._output)
     return dict(waits=waits_of_steps(), new=is_new(), kept=kept_after(300), apart=disagreements(rank),
+                waiting=raised_while_waiting(rank),
                 set_up=set_up(rank, folder), groups=groups_come_and_go(rank, folder))
 
 
@@ -320,7 +334,7 @@ def test_what_is_kept_is_bounded(results):
     "ends early": "context parallel rank 1: cu_seqlens must run from 0 to .*, 96, got 0 to 90",
     "odd": "context parallel rank 1: the length of packed sequence 0 must be a multiple of .* = 6, got 34",
     "decreases": "context parallel rank 1: cu_seqlens must not decrease, got length -6 of packed sequence 1",
-    "too long": "context parallel rank 1: max_seqlen must be at least the longest sequence, got 48, packed sequence 1 has 60",
+    "too long": "context parallel rank 1: max_seqlen must be at least the longest .*, got 48, packed sequence 1 has 60",
 }.items())
 def test_all_ranks_raise_by_the_next_call(results, name, expected):
     raised = [result["apart"][name] for result in results]
@@ -333,6 +347,10 @@ def test_all_ranks_raise_by_the_next_call(results, name, expected):
     else:  # ranks that do not raise at once all have the same
         assert numbers[1] == 0 or numbers[0] == numbers[2] == 0, numbers
         assert max(numbers) <= 1
+
+
+def test_waiting_ends_where_a_rank_failed(results):
+    assert {result["waiting"] for result in results} == {"context parallel rank 1: no good"}
 
 
 def test_set_up_fails_on_all_ranks_alike(results):

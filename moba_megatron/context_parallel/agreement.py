@@ -63,8 +63,9 @@ class Agreement:
         if _capturing():
             return False
         text, device = "!" + str(error) if error is not None else self.signature, _group_device(self.group)
-        if error is None and members_a_node(self.group) > 1:  # how rows travel between nodes depends on it
-            text += f", {members_a_node(self.group)} ranks a node"
+        members = members_a_node(self.group)
+        if error is None and members > 1:  # how rows travel between nodes depends on it
+            text += f", {members} ranks a node"
         message = self._message(text, device)
         headers = all_gather(message, self.group, "agreement")
         calls, known = _calls_of(self.group), self._foretold_by or self.signature
@@ -95,17 +96,22 @@ class Agreement:
         self._lengths = cu_seqlens, max_seqlen, total
 
     @classmethod
-    def look(cls, group: dist.ProcessGroup, wait: bool = False) -> None:
-        """Raises ValueError where messages that are here by now, or with ``wait`` all, show that ranks disagree."""
-        unread = _calls_of(group).unread
-        while unread and not _capturing():
-            event, rows, *_ = unread[0]
-            if wait or len(unread) > _MOST_UNREAD:
-                event.synchronize()
-            if not event.query():
-                return
-            unread.popleft()
-            _check(group, rows)
+    def look(cls, group: dist.ProcessGroup | None = None, wait: bool = False) -> None:
+        """Raises ValueError where messages that are here by now, or with ``wait`` all, show that ranks disagree.
+
+        Args:
+            group: None for all groups: who waits in one may do so since another one's ranks disagreed.
+        """
+        for each in list(_groups) if group is None else [group]:
+            unread = _calls_of(each).unread
+            while unread and not _capturing():
+                event, rows, *_ = unread[0]
+                if wait or len(unread) > _MOST_UNREAD:
+                    event.synchronize()
+                if not event.query():
+                    break
+                unread.popleft()
+                _check(each, rows)
 
     def _message(self, text: str, device: torch.device) -> Tensor:
         header = _header(text, self.HEADER_BYTES, self.HEADER_BYTES + 8 * _FACTS, device)

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -113,10 +114,15 @@ def crowds_the_network(group: dist.ProcessGroup) -> bool:
     return torch.cuda.is_available() and 1 < members_a_node(group) < group.size()
 
 
+_members: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
+
+
 def members_a_node(group: dist.ProcessGroup) -> int:
     """Ranks of the group on the fullest node."""
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or max(1, torch.cuda.device_count())
-    return max(Counter(rank // per_node for rank in dist.get_process_group_ranks(group)).values())
+    if group not in _members:
+        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or max(1, torch.cuda.device_count())
+        _members[group] = max(Counter(rank // per_node for rank in dist.get_process_group_ranks(group)).values())
+    return _members[group]
 
 
 def count_sent(stage: str, size: int) -> None:

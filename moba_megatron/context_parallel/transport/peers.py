@@ -29,7 +29,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -231,10 +231,7 @@ def _meet(group: dist.ProcessGroup, device: torch.device) -> Peers | None:
     if path is not None:
         with contextlib.suppress(OSError):
             os.unlink(path)
-    if everyone is None:
-        return None
-    here = ref(group)  # the group must be free to go: these peers go with it
-    return Peers(rank, addresses, engines, memory, mail, flags, lambda: Agreement.look(here()))
+    return None if everyone is None else Peers(rank, addresses, engines, memory, mail, flags, Agreement.look)
 
 
 NOT_CHOSEN = "MOBA_CP_COPY_ENGINES=0", "copy engines among more than two ranks are chosen by MOBA_CP_COPY_ENGINES=1"
