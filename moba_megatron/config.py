@@ -1,14 +1,14 @@
 """MoBAConfig: the hyper-parameters of MoBA, validated in one place, and the default that a launcher may set."""
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 BACKENDS = ("auto", "triton", "reference")
 KEY_CONV_WIDTHS = (0, 3, 5)
 CHOICES = {"backend": BACKENDS, "decode": ("moba", "dense")}
-"""Fields that are one of a few words."""
+"""Fields that are one of a few words (or None, where that is the default)."""
 
 
 def _flag(default, help: str):
@@ -71,9 +71,9 @@ class MoBAConfig:
         workspace_mib: limit of the Triton kernels' scratch memory, MiB; None for ``MOBA_WORKSPACE_MIB``, else 1024.
         key_conv: taps of the key convolution (arXiv 2511.11571) in MoBA layers, 3 or 5; 0 for none. It has parameters,
             zeros at first, where it changes nothing.
-        decode: how a token that Megatron-Core's static inference adds to its cache attends in MoBA layers: ``moba``,
-            which is what a forward over the whole prefix gives, or ``dense``, to all before it. Prompts attend sparsely
-            in both. (Transformers: an argument of ``register_moba``.)
+        decode: how a new token attends to a cache in MoBA layers: ``moba``, which is what a forward over the whole
+            prefix gives, or ``dense``, to all before it. Prompts attend sparsely in both. None: the host's own, ``moba``
+            in Megatron-Core's static inference, ``dense`` in Transformers.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range; the message names it.
@@ -91,7 +91,8 @@ class MoBAConfig:
     workspace_mib: int | None = _flag(None, "limit of the kernels' scratch memory in MiB; unset: MOBA_WORKSPACE_MIB, "
                                             "else 1024")
     key_conv: int = _flag(0, "taps of the convolution over keys in MoBA layers, 3 or 5; 0: none")
-    decode: str = _flag("moba", "attention of generated tokens in static inference, moba or dense")
+    decode: str | None = _flag(None, "attention of generated tokens, moba or dense; unset: moba in Megatron-Core's "
+                                     "static inference")
 
     def __post_init__(self):
         _whole("chunk_size", self.chunk_size, 1)
@@ -107,7 +108,7 @@ class MoBAConfig:
         if not isinstance(self.deterministic, bool):
             raise TypeError(f"MoBAConfig.deterministic must be a bool, got {self.deterministic!r}")
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
+            if getattr(self, name) not in (*choices, getattr(type(self), name)):
                 raise ValueError(f"MoBAConfig.{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
         rule, numbers = _parse_layers(self.full_attention_layers)
         if rule == "set" and not isinstance(self.full_attention_layers, str):
@@ -140,6 +141,18 @@ class MoBAConfig:
     def is_full_step(self, iteration: int) -> bool:
         """Whether every layer attends densely at this training iteration (0-based)."""
         return self.full_attention_from_step is not None and iteration >= self.full_attention_from_step
+
+    def refuse(self, host: str, reasons: Mapping[str, str]) -> None:
+        """Raises ValueError where a field that a host cannot honour is not at its default.
+
+        Args:
+            host: for the message, such as "for Transformers".
+            reasons: why each of these fields cannot be honoured, and what to do instead.
+        """
+        for name, reason in reasons.items():
+            value, default = getattr(self, name), getattr(MoBAConfig, name)
+            if value != default:
+                raise ValueError(f"MoBAConfig.{name} must be {default} {host}, got {value!r}: {reason}")
 
     def describe(self) -> str:
         """One line with every field, for logs."""

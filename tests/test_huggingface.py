@@ -1,11 +1,17 @@
 """MoBA in Transformers: training, packing, padding, prefill and generation against the oracle's dense masks."""
+import copy
+import io
+import pickle
+import threading
+
 import pytest
 import torch
 from transformers import AttentionInterface, DynamicCache, StaticCache
+from transformers.masking_utils import AttentionMaskInterface
 
 import huggingface_models as hf
 from moba_megatron import MoBAConfig, register_moba
-from moba_megatron.integrations import huggingface_cache
+from moba_megatron.integrations import huggingface, huggingface_cache
 
 CONFIG = MoBAConfig(chunk_size=hf.CHUNK, topk=hf.TOPK)
 
@@ -210,6 +216,99 @@ def test_a_cache_that_was_changed(kind):
             torch.testing.assert_close(got, model(mixed[:, :i + 1], use_cache=False).logits[:, -1])
 
 
+def recomputed(model, ids):
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits[:, -1]
+
+
+def test_threads_that_share_a_model():
+    """Another thread's step, with a cache of its own, runs in the middle of this one's."""
+    register_moba(CONFIG, decode="moba")
+    model, mine, other = hf.model(layers=1).eval(), hf.tokens(1, 30), hf.tokens(1, 30, seed=9)
+    caches = [cache_for("dynamic", model, 1) for _ in range(2)]
+    for cache, ids in zip(caches, (mine, other)):
+        step_logits(model, ids[:, :27], cache)
+        step_logits(model, ids[:, 27:28], cache)
+    found, main = {}, threading.current_thread()
+
+    def step_of_the_other(*_):
+        if threading.current_thread() is main:
+            thread = threading.Thread(target=lambda: found.update(other=step_logits(model, other[:, 28:29], caches[1])))
+            thread.start()
+            thread.join()
+
+    with model.model.layers[0].self_attn.register_forward_pre_hook(step_of_the_other):
+        got = step_logits(model, mine[:, 28:29], caches[0])
+    torch.testing.assert_close(got, recomputed(model, mine[:, :29]))
+    torch.testing.assert_close(found["other"], recomputed(model, other[:, :29]))
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("between", ["another chunk size", "another attention", "a copy", "inference mode", "saving"])
+def test_a_cache_between_two_steps(kind, between):
+    """What may happen to a cache or to the settings between steps leaves the next steps what recomputing gives."""
+    register_moba(CONFIG, decode="moba")
+    model, ids, other = hf.model().eval(), hf.tokens(1, 36), hf.tokens(1, 36, seed=9)
+    cache = cache_for(kind, model, 1)
+    with torch.inference_mode(between == "inference mode" and kind == "dynamic"):
+        step_logits(model, ids[:, :21], cache)
+        for i in (21, 22):
+            step_logits(model, ids[:, i:i + 1], cache)
+    if between == "another chunk size":
+        register_moba(MoBAConfig(chunk_size=5, topk=2), decode="moba")
+    elif between == "another attention":
+        model.set_attn_implementation("sdpa")
+        for i in range(23, 29):
+            step_logits(model, ids[:, i:i + 1], cache)
+        model.set_attn_implementation("moba")
+    elif between == "a copy":  # shallow: what both hold they must not write into
+        copied = copy.copy(cache)
+        copied.layers = [copy.copy(layer) for layer in cache.layers]
+        if kind == "dynamic":
+            for i in range(23, 32):
+                step_logits(model, other[:, i:i + 1], copied)
+    elif between == "saving":
+        for saved in (model, cache):
+            file = io.BytesIO()
+            torch.save(saved, file)
+            file.seek(0)
+            loaded = torch.load(file, weights_only=False)
+        assert type(pickle.loads(pickle.dumps(cache))) is type(copy.deepcopy(cache)) is type(loaded)
+        cache = loaded
+    with torch.no_grad():  # layers before the last one saw the old settings or another attention: so must what is wanted
+        for i in range(29 if between == "another attention" else 23, 34):
+            before = copy.deepcopy(cache)
+            for layer in before.layers:
+                layer.keys, layer.values = layer.keys.clone(), layer.values.clone()  # without means
+            torch.testing.assert_close(step_logits(model, ids[:, i:i + 1], cache),
+                                       step_logits(model, ids[:, i:i + 1], before))
+
+
+def test_means_are_kept_in_inference_mode(monkeypatch):
+    register_moba(CONFIG, decode="moba")
+    filled, fill = [], huggingface_cache.fill_chunk_means
+    monkeypatch.setattr(huggingface_cache, "fill_chunk_means", lambda *x, **y: (filled.append(1), fill(*x, **y)))
+    model, ids = hf.model().eval(), hf.tokens(1, 30)
+    with torch.inference_mode():
+        got = model.generate(ids, max_new_tokens=6, do_sample=False)
+    assert len(filled) == 2
+    assert torch.equal(got, model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=False))
+
+
+def test_compiled_steps_over_a_static_cache(monkeypatch):
+    """One graph without a break; the means that the prompt left are found, kept, and right where an eager step ends."""
+    register_moba(CONFIG, decode="moba")
+    model, ids = hf.model(layers=1).eval(), hf.tokens(1, 36)
+    cache = cache_for("static", model, 1)
+    step_logits(model, ids[:, :22], cache)
+    monkeypatch.setattr(huggingface_cache, "fill_chunk_means", None)  # no step makes means
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for i in range(22, 34):
+        torch.testing.assert_close(step_logits(compiled, ids[:, i:i + 1], cache), recomputed(model, ids[:, :i + 1]))
+    monkeypatch.undo()
+    torch.testing.assert_close(step_logits(model, ids[:, 34:35], cache), recomputed(model, ids[:, :35]))
+
+
 def test_beams():
     """Beams that change places in the cache find what recomputing the prefix finds."""
     register_moba(CONFIG, decode="moba")
@@ -252,7 +351,81 @@ def test_refused_calls(given, message):
     (lambda: register_moba(512), TypeError, "config must be a MoBAConfig, got int"),
     (lambda: register_moba(decode="sparse"), ValueError, "decode must be one of dense, moba; got 'sparse'"),
     (lambda: register_moba(MoBAConfig(full_attention_from_step=3)), ValueError, "full_attention_from_step must be"),
-], ids=["config", "decode", "step"])
+    (lambda: register_moba(MoBAConfig(decode="dense"), decode="moba"), ValueError, "decode must be MoBAConfig.decode"),
+], ids=["config", "decode", "step", "two decodes"])
 def test_refused_registrations(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits
+
+
+class TestRegistration:
+    def test_names_have_settings_of_their_own(self):
+        """Two models, two configurations, in turns and in threads; a name of one's own leaves the common ones alone."""
+        ids, expected = hf.tokens(1, 30), {}
+        for topk in (1, 3):
+            register_moba(MoBAConfig(hf.CHUNK, topk))
+            expected[topk] = logits(hf.model(), ids)
+            register_moba(MoBAConfig(hf.CHUNK, topk), name=f"moba_{topk}")
+        register_moba(CONFIG)
+        models = {topk: hf.model(attention=f"moba_{topk}") for topk in expected}
+        assert not torch.allclose(expected[1], expected[3])
+        for topk in (1, 3, 1):
+            assert torch.equal(logits(models[topk], ids), expected[topk])
+        found = {}
+        threads = [threading.Thread(target=lambda topk=topk: found.update({topk: logits(models[topk], ids)}))
+                   for topk in models]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert all(torch.equal(found[topk], expected[topk]) for topk in expected)
+
+    def test_registering_again_says_what_it_does(self, recwarn):
+        model, ids = hf.model(), hf.tokens(1, 30)
+        register_moba(CONFIG)
+        assert not [w for w in recwarn if "register_moba" in str(w.message)]
+        with pytest.warns(UserWarning, match="all models with attn_implementation='moba' now attend by MoBA: chunk_size"
+                                             r".*topk=1.* register_moba\(..., name="):
+            register_moba(MoBAConfig(hf.CHUNK, 1))
+        got = logits(model, ids)
+        register_moba(MoBAConfig(hf.CHUNK, 1), name="moba_again")
+        assert torch.equal(got, logits(hf.model(attention="moba_again"), ids))
+
+    def test_who_holds_the_registered_function_has_the_latest_settings(self):
+        """DeepSpeed's Ulysses keeps the function that it finds, and puts its own in front of later ones."""
+        held, model, ids = AttentionInterface()["moba"], hf.model(), hf.tokens(1, 30)
+        register_moba(MoBAConfig(hf.CHUNK, 1))
+        expected = logits(model, ids)
+        register_moba(CONFIG)
+        assert not torch.equal(logits(model, ids), expected)
+        AttentionInterface.register("moba_held", held)
+        AttentionMaskInterface.register("moba_held", huggingface.moba_mask)
+        register_moba(MoBAConfig(hf.CHUNK, 1))
+        assert torch.equal(logits(hf.model(attention="moba_held"), ids), expected)
+
+    def test_a_process_that_did_not_register_is_told(self, monkeypatch):
+        monkeypatch.setattr(huggingface, "_settings", {})
+        with pytest.raises(RuntimeError, match=r"'moba' has no settings in this process: call .*register_moba"):
+            hf.model()(hf.tokens(1, 9))
+
+    @pytest.mark.parametrize("name, error", [
+        (3, TypeError), ("", ValueError), ("sdpa", ValueError), ("flash_moba", ValueError), ("kernels/moba", ValueError),
+        ("moba_oracle", ValueError)], ids=repr)
+    def test_refused_names(self, name, error):
+        with pytest.raises(error, match="name must be"):
+            register_moba(CONFIG, name=name)
+
+
+@pytest.mark.parametrize("keyword", ["indices", "block_indices", "sinks", "head_mask", "cache_of_pages"])
+def test_unknown_arguments_of_attention_are_refused(keyword):
+    """Models with a selection of their own hand it to the attention; what MoBA does not know it must not drop."""
+    model, ids = hf.model(), hf.tokens(1, 9)
+    with pytest.raises(ValueError, match=f"{keyword} is not supported by MoBA attention, got a Tensor: LlamaAttention"):
+        model(ids, **{keyword: torch.zeros(1)})
+    with torch.no_grad():
+        assert torch.equal(model(ids, **{keyword: None}).logits, model(ids, output_hidden_states=True).logits)

@@ -133,6 +133,15 @@ class SequenceParallel:
         return x.chunk(self.size, dim)[self.rank]
 
 
+def check_config(config: MoBAConfig, method: str) -> None:
+    """Raises ValueError where a field of the config cannot be honoured under this way of sharing sequences."""
+    reasons = {"key_conv": "MoBAAttention has no parameters, Megatron-Core's layers have the convolution",
+               "decode": "MoBAAttention keeps no cache, Megatron-Core and Transformers generate"}
+    if method != "zigzag":
+        reasons["cp_head_groups"] = f"only zigzag sends keys in groups, the method is {method}"
+    config.refuse("under DeepSpeed", reasons)
+
+
 class MoBAAttention(nn.Module):
     """Causal MoBA (or dense attention, by layer and iteration) on this rank's part of the sequences.
 
@@ -144,7 +153,7 @@ class MoBAAttention(nn.Module):
         softmax_scale: None for ``1/sqrt(head_dim)``.
 
     Raises:
-        ValueError: ``layer_number`` is out of range.
+        ValueError: ``layer_number`` is out of range, or the config has a field that cannot be honoured here.
     """
 
     def __init__(self, config: MoBAConfig, layer_number: int, num_layers: int,
@@ -152,6 +161,7 @@ class MoBAAttention(nn.Module):
         super().__init__()
         self.config = config
         self.parallel = parallel or SequenceParallel()
+        check_config(config, self.parallel.method)
         self.softmax_scale = softmax_scale
         self.full_attention = config.is_full_attention(layer_number, num_layers)
         self.iteration = 0
@@ -197,7 +207,7 @@ class MoBAAttention(nn.Module):
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * length
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
         options = {"softmax_scale": self.softmax_scale, "deterministic": self.config.deterministic,
-                   "backend": self.config.backend}
+                   "backend": self.config.backend, "workspace_mib": self.config.workspace_mib}
         if self._is_dense():
             o = causal_attn_varlen(q, k, v, cu_seqlens, length, **options)
         else:
@@ -218,7 +228,8 @@ class MoBAAttention(nn.Module):
         sequences = Sequences.uniform(length, batch, q.device)
         o = context_parallel_attention(*packed, sequences, chunk_size, topk, parallel.group,
                                        head_groups=config.cp_head_groups, softmax_scale=self.softmax_scale,
-                                       deterministic=config.deterministic, backend=config.backend)
+                                       deterministic=config.deterministic, backend=config.backend,
+                                       workspace_mib=config.workspace_mib)
         return o.unflatten(0, q.shape[:2])
 
     def extra_repr(self) -> str:

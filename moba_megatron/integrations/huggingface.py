@@ -6,9 +6,10 @@ padding, packed rows, prefill over a cache, static caches. A new token attends d
 """
 from __future__ import annotations
 
-import dataclasses
 import functools
-from dataclasses import dataclass
+import re
+import warnings
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,31 +17,36 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
-from ..config import MoBAConfig
+from ..config import CHOICES, MoBAConfig
 from ..ops import moba_attention
 from ..segments import Segments
-from .huggingface_cache import sparse_decode, watch
+from .huggingface_cache import fill_after_prompt, follow_caches, sparse_decode
 from .huggingface_mask import attended_slots, is_layout, moba_mask, packed_bounds, row_segments
 from .mixed_precision import same_dtype
 
-DECODES = ("dense", "moba")
 BACKENDS = {
     "moba": None, "efficient_moba": None, "triton_moba": None,
     "moba_reference": "reference", "naive_moba": "reference", "moba_naive": "reference",
 }
 """The names that are registered, and the backend of each; None for the config's."""
 
+_settings: dict[str, MoBAConfig] = {}
+"""By name. The registered functions look here at each call, so that whoever holds one has the latest settings."""
 
-def register_moba(config: MoBAConfig | None = None, *, decode: str = "dense") -> None:
+
+def register_moba(config: MoBAConfig | None = None, *, decode: str | None = None, name: str | None = None) -> None:
     """Makes MoBA known to Transformers, for models that are built or switched (``set_attn_implementation``) to it.
 
     Names: ``moba`` (also ``efficient_moba``, ``triton_moba``) with the config's backend, ``moba_reference`` (also
-    ``naive_moba``, ``moba_naive``) with the reference. Registering again replaces the settings for all models.
+    ``naive_moba``, ``moba_naive``) with the reference. Registering a name again replaces its settings for all models
+    that attend by it, with a warning; models with settings of their own have names of their own. Every process
+    registers for itself.
 
     Args:
         config: chunk size, topk, dense layers (``full_attention_layers``), backend; None for ``MoBAConfig()``.
         decode: how a single new token attends to a cache: ``dense``, or ``moba``: it chooses chunks too. A prompt, and
-            several tokens at once over a cache, always attend by MoBA.
+            several tokens at once over a cache, always attend by MoBA. None for the config's, ``dense`` unless set.
+        name: register this name alone, such as ``moba_512``; None for those above.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or value; the message names it.
@@ -48,27 +54,46 @@ def register_moba(config: MoBAConfig | None = None, *, decode: str = "dense") ->
     config = MoBAConfig() if config is None else config
     if not isinstance(config, MoBAConfig):
         raise TypeError(f"config must be a MoBAConfig, got {type(config).__name__}")
-    if decode not in DECODES:
-        raise ValueError(f"decode must be one of {', '.join(DECODES)}; got {decode!r}")
-    if config.full_attention_from_step is not None:
-        raise ValueError("MoBAConfig.full_attention_from_step must be None for Transformers, whose models do not know "
-                         f"the training step, got {config.full_attention_from_step}: train in two runs instead")
-    for name, backend in BACKENDS.items():
-        settings = _Settings(config, backend or config.backend, decode)
-        AttentionInterface.register(name, functools.partial(moba_attention_forward, settings=settings))
-        AttentionMaskInterface.register(name, moba_mask)
+    if decode not in (None, *CHOICES["decode"]):
+        raise ValueError(f"decode must be one of dense, moba; got {decode!r}")
+    if decode and config.decode and decode != config.decode:
+        raise ValueError(f"decode must be MoBAConfig.decode where both are given, got {decode!r} and {config.decode!r}")
+    config.refuse("for Transformers", {
+        "full_attention_from_step": "its models do not know the training step, train in two runs instead",
+        "cp_head_groups": "its models know no context parallelism",
+        "key_conv": "its models have no place for the convolution's parameters"})
+    names = tuple(BACKENDS) if name is None else (_check_name(name),)
+    if (decode or config.decode) == "moba":
+        follow_caches()
+    config = replace(config, decode=decode or config.decode or "dense")
+    if _settings.get(names[0], config) != config:
+        warnings.warn(f"register_moba: all models with attn_implementation={names[0]!r} now attend by "
+                      f"{config.describe()}: to keep the settings they had, give one of the two a name of its own, "
+                      "register_moba(..., name=\"moba_2\")", stacklevel=2)
+    for name in names:
+        _settings[name] = replace(config, backend=BACKENDS.get(name) or config.backend)
+        _make_known(name)
 
 
-@dataclass(frozen=True)
-class _Settings:
-    config: MoBAConfig
-    backend: str
-    decode: str
+def _make_known(name: str) -> None:
+    AttentionInterface.register(name, functools.partial(moba_attention_forward, name=name))
+    AttentionMaskInterface.register(name, moba_mask)
+
+
+def _check_name(name: str) -> str:
+    """Transformers reads meanings into names: of kernels to download, of its own attentions."""
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a str, got {type(name).__name__}")
+    foreign = name not in _settings and name not in BACKENDS and name in AttentionInterface()
+    if foreign or not re.fullmatch(r"\w+", name) or re.search("eager|sdpa|flash|flex|paged", name):
+        raise ValueError("name must be of letters, digits and _, and none of Transformers' attentions (nor contain "
+                         f"eager, sdpa, flash, flex or paged), got {name!r}")
+    return name
 
 
 def moba_attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,
                            attention_mask: Tensor | None, dropout: float = 0.0, scaling: float | None = None, *,
-                           settings: _Settings, **kwargs) -> tuple[Tensor, None]:
+                           name: str, **kwargs) -> tuple[Tensor, None]:
     """What an attention layer of Transformers calls, after RoPE and after its cache has taken the new keys.
 
     Args:
@@ -77,7 +102,7 @@ def moba_attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, 
         attention_mask: what :func:`moba_mask` made.
         dropout: must be 0.
         scaling: multiplies the scores.
-        settings: what :func:`register_moba` was given.
+        name: whose settings :func:`register_moba` was given.
         kwargs: ``cu_seq_lens_q``, ``max_length_q`` and ``position_ids`` place packed sequences.
 
     Returns:
@@ -85,25 +110,34 @@ def moba_attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, 
 
     Raises:
         ValueError: a setting of the model that MoBA does not have; the message names it.
+        RuntimeError: nothing was registered in this process.
     """
+    if name not in _settings:
+        raise RuntimeError(f"attn_implementation={name!r} has no settings in this process: call "
+                           "moba_megatron.register_moba(MoBAConfig(...)) before the model runs, in each process")
+    config = _settings[name]
     refuse(module, attention_mask, dropout, kwargs)
     query, key, value = same_dtype(query, key, value)
-    config, topk = settings.config, settings.config.topk
+    topk = config.topk
     dense = config.is_full_attention(module.layer_idx + 1, module.config.num_hidden_layers)
     if query.shape[2] == 1 and key.shape[2] > 1:
-        if settings.decode == "moba" and not dense:
-            return sparse_decode(module, query, key, value, attention_mask, scaling, config, settings.backend), None
+        if config.decode == "moba" and not dense:
+            return sparse_decode(query, key, value, attention_mask, scaling, config), None
         slots = attended_slots(attention_mask, key.shape[2])
         return sdpa_attention_forward(module, query, key, value, slots, scaling=scaling, is_causal=False)
     segments = _segments(query, key, attention_mask, kwargs, config.chunk_size)
     if dense:  # one chunk that holds everything
-        segments, topk = dataclasses.replace(segments, chunk_size=max(1, segments.max_seqlen_k)), 1
+        segments, topk = replace(segments, chunk_size=max(1, segments.max_seqlen_k)), 1
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     o = moba_attention(q, k, v, segments, topk, softmax_scale=scaling, deterministic=config.deterministic,
-                       backend=settings.backend)
-    if settings.decode == "moba" and not torch.compiler.is_compiling():
-        watch(module)  # the means are made by the first step, and kept from there on
+                       backend=config.backend, workspace_mib=config.workspace_mib)
+    if config.decode == "moba" and not dense and key.shape[2] > query.shape[2]:
+        fill_after_prompt(key, attention_mask, config)
     return o.unflatten(0, (query.shape[0], query.shape[2])), None
+
+
+for _name in BACKENDS:  # so that a model that runs without settings is told what is missing
+    _make_known(_name)
 
 
 def _segments(query: Tensor, key: Tensor, layout: Tensor | None, kwargs: dict, chunk_size: int) -> Segments:
@@ -113,22 +147,33 @@ def _segments(query: Tensor, key: Tensor, layout: Tensor | None, kwargs: dict, c
     return row_segments(query, key, layout, kwargs.get("position_ids"), chunk_size)
 
 
+UNDERSTOOD = frozenset((
+    "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "is_causal",
+    # what a model's forward hands through to all layers, and which changes no attention
+    "num_items_in_batch", "output_hidden_states", "output_router_logits", "return_dict", "use_cache", "cache_position",
+    "seq_idx"))
+REFUSED = {
+    "attention_dropout": "set config.attention_dropout = 0",
+    "sliding_window": "set config.sliding_window = None, or leave such a model to another attention",
+    "softcap": "MoBA does not bend scores",
+    "s_aux": "MoBA has no sinks",
+    "position_bias": "MoBA adds nothing to scores",
+    "output_attentions": "MoBA never has the weights in one place",
+    "cache": "generate() works, with caches that are not paged",
+}
+"""What attention layers ask for that MoBA does not have, and what to do. Names that are in neither are refused too."""
+MEANINGS = {"s_aux": "s_aux (attention sinks)", "cache": "cache (paged, continuous batching)"}
+
+
 def refuse(module: torch.nn.Module, attention_mask: Tensor | None, dropout: float, kwargs: dict) -> None:
     """Raises ValueError where the model asks for what MoBA does not have; silence would mean another model."""
-    unsupported = (
-        ("attention_dropout", dropout > 0, dropout, "set config.attention_dropout = 0"),
-        ("sliding_window", kwargs.get("sliding_window") is not None, kwargs.get("sliding_window"),
-         "set config.sliding_window = None, or leave such a model to another attention"),
-        ("softcap", kwargs.get("softcap") is not None, kwargs.get("softcap"), "MoBA does not bend scores"),
-        ("s_aux (attention sinks)", kwargs.get("s_aux") is not None, "a tensor", "MoBA has no sinks"),
-        ("position_bias", kwargs.get("position_bias") is not None, "a tensor", "MoBA adds nothing to scores"),
-        ("head_mask", kwargs.get("head_mask") is not None, "a tensor", "MoBA has none"),
-        ("output_attentions", bool(kwargs.get("output_attentions")), True, "MoBA never has the weights in one place"),
-        ("cache (paged, continuous batching)", kwargs.get("cache") is not None, "a cache", "generate() works"),
-    )
-    for name, asked, value, hint in unsupported:
-        if asked:
-            raise ValueError(f"{name} is not supported by MoBA attention, got {value}: {hint}")
+    for name, value in {"attention_dropout": dropout or None, **kwargs}.items():
+        if value is None or value is False or name in UNDERSTOOD:
+            continue
+        got = repr(value) if isinstance(value, (bool, int, float, str)) else f"a {type(value).__name__}"
+        raise ValueError(f"{MEANINGS.get(name, name)} is not supported by MoBA attention, got {got}: "
+                         + REFUSED.get(name, f"{type(module).__name__} attends in a way of its own, leave such a model "
+                                             "to another attention"))
     is_causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise ValueError(f"is_causal must be True for MoBA attention, got False in {type(module).__name__}")

@@ -1,109 +1,108 @@
-"""Sparse decoding in Transformers: the means of chunks beside each layer of a cache, for as long as they are its own.
+"""Sparse decoding in Transformers: the means of chunks beside the keys of a cache, for as long as they are right.
 
-An attention layer is handed the keys, not the cache they came from. So a layer that decodes gets a forward pre-hook,
-which sees the cache before it takes the new key, and whether its keys are still what the last step left. Where they are
-not (another cache, a crop, beams that changed places), the means are made anew from all keys.
-
-The hook knows the cache by its type: its keyword has been past_key_value, past_key_values and, from Transformers 5.24
-on, cache. The means stand on the layer of the cache, the hook's note in the thread that runs it; the module has neither.
+An attention layer is handed a cache's keys, not the cache, so the means are attributes of the tensor of keys. A static
+cache writes into one tensor; a growing one makes a new tensor at every step, to which :func:`follow_caches` hands them
+on. Every other change of a cache (a crop, beams that change places, offloading, a step by another attention) leaves a
+tensor without means, or one written to more often than they know; then they are made anew. So nothing has to be told,
+threads share nothing, and a cache can be saved.
 """
 from __future__ import annotations
 
-import threading
-import weakref
-from dataclasses import dataclass
+import functools
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import DynamicLayer
 
 from ..config import MoBAConfig
 from ..ops.decode import fill_chunk_means, moba_decode
 
 
-@dataclass
-class _Means:
-    """Means ``[B, chunks, HK, D]`` of a cache layer, and the keys that they were right for when a step ended."""
-
-    means: Tensor
-    chunk_size: int
-    keys: weakref.ref
-    version: int | None
-
-    def belong_to(self, keys: Tensor | None) -> bool:
-        return keys is not None and self.keys() is keys and self.version is not None and self.version == keys._version
-
-    def __reduce__(self):
-        return type(None), ()  # a saved or copied cache has keys of its own: its means are made anew
-
-
-_noted = threading.local()  # .call: the layer that this thread is about to run, its layer of the cache, are means right
-
-
-@torch.compiler.disable
-def sparse_decode(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, layout: Tensor | None,
-                  scaling: float | None, config: MoBAConfig, backend: str) -> Tensor:
+def sparse_decode(query: Tensor, key: Tensor, value: Tensor, layout: Tensor | None, scaling: float | None,
+                  config: MoBAConfig) -> Tensor:
     """One new token a row, which chooses chunks as :func:`moba_megatron.ops.decode.moba_decode` says.
 
     Args:
-        module: the attention layer.
         query: ``[B, H, 1, D]``; key, value: ``[B, HK, slots, D]``, the cache with the new token.
         layout: of ``huggingface_mask.moba_mask``, or None where every slot counts.
         scaling: multiplies the scores.
-        config, backend: chunk size and topk; which backend.
+        config: chunk size, topk and backend.
 
     Returns:
         o ``[B, 1, H, DV]``.
     """
-    watch(module)
-    cache, kept = _take_note(module, config.chunk_size)
     k, v = key.transpose(1, 2), value.transpose(1, 2)
-    if layout is None:
-        lengths, starts = torch.full((key.shape[0],), key.shape[2], dtype=torch.int32, device=key.device), None
-    else:
-        starts, end = layout[:, 0, 0, 0].contiguous(), layout[:, 0, 0, 1]
-        lengths = end - starts
-    means = _room(k, None if kept is None else kept.means, config.chunk_size)
-    if kept is None:
-        fill_chunk_means(k, means, lengths, config.chunk_size, cache_starts=starts, backend=backend)
+    lengths, starts = _places(key, layout)
+    means = _kept(key, config.chunk_size)
+    # A graph writes into means that are there and keeps no new ones: CUDA graphs would take their memory back.
+    if means is None or not (torch.compiler.is_compiling() or key.moba_writes + 1 == _writes(key)):
+        means = _room(k, None, config.chunk_size)
+        fill_chunk_means(k, means, lengths, config.chunk_size, cache_starts=starts, backend=config.backend)
+    means = _room(k, means, config.chunk_size)
     o = moba_decode(query[:, :, 0], k, v, means, lengths, config.chunk_size, config.topk, cache_starts=starts,
-                    softmax_scale=scaling, backend=backend)
-    if cache is not None and cache.keys is key:  # an offloaded or quantized cache hands out copies
-        cache.moba_means = _Means(means, config.chunk_size, weakref.ref(key), _version(key))
+                    softmax_scale=scaling, backend=config.backend)
+    _keep(key, means, config.chunk_size)
     return o[:, None]
 
 
-def watch(module: torch.nn.Module) -> None:
-    """Has an attention layer note its cache from its next call on."""
-    if not getattr(module, "moba_watched", False):
-        module.register_forward_pre_hook(_note_cache, with_kwargs=True)
-        module.moba_watched = True
+def fill_after_prompt(key: Tensor, layout: Tensor | None, config: MoBAConfig) -> None:
+    """Makes the means of a cache that took several tokens, so that the steps after it, compiled ones too, find them."""
+    means = _kept(key, config.chunk_size)
+    if means is None:
+        if torch.compiler.is_compiling():
+            return
+        means = _room(key.transpose(1, 2), None, config.chunk_size)
+        if hasattr(key, "_dynamo_static_input_type"):  # as Transformers marks the keys of a static cache
+            torch._dynamo.mark_static_address(means)
+    lengths, starts = _places(key, layout)
+    means = _room(key.transpose(1, 2), means, config.chunk_size)
+    fill_chunk_means(key.transpose(1, 2), means, lengths, config.chunk_size, cache_starts=starts,
+                     backend=config.backend)
+    _keep(key, means, config.chunk_size)
 
 
-def _take_note(module: torch.nn.Module, chunk_size: int) -> tuple[object | None, _Means | None]:
-    """The layer of the cache that this call of an attention layer came with, and its means where they are right.
+def follow_caches() -> None:
+    """Has every growing cache hand the means of its keys on to the tensor that takes their place, once a process."""
+    update = DynamicLayer.update
+    if hasattr(update, "moba_follows"):
+        return
 
-    Both None in a call that was not watched.
-    """
-    call, _noted.call = getattr(_noted, "call", None), None
-    if call is None or call[0]() is not module:
-        return None, None
-    cache = call[1]()
-    kept = getattr(cache, "moba_means", None) if call[2] else None
-    return cache, kept if kept is not None and kept.chunk_size == chunk_size else None
+    @functools.wraps(update)
+    def follow(self, *args, **kwargs):
+        before = getattr(self, "keys", None)
+        # Taken, not copied: a shallow copy of the cache must not write into the same means.
+        kept = None if before is None or torch.compiler.is_compiling() else vars(before).pop("moba_means", None)
+        is_right = kept is not None and before.moba_writes == _writes(before)
+        found = update(self, *args, **kwargs)
+        if is_right:
+            self.keys.moba_means, self.keys.moba_writes = kept, _writes(self.keys) - 1  # this token's are to come
+        return found
+
+    follow.moba_follows = True
+    DynamicLayer.update = follow
 
 
-@torch.compiler.disable
-def _note_cache(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-    """Before the layer runs: which layer of which cache, and whether its means are right for its keys as they are."""
-    _noted.call = None
-    given = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
-    layers = getattr(getattr(given, "self_attention_cache", given), "layers", ())
-    if module.layer_idx < len(layers):
-        cache = layers[module.layer_idx]
-        kept = getattr(cache, "moba_means", None)
-        right = kept is not None and kept.belong_to(getattr(cache, "keys", None))
-        _noted.call = weakref.ref(module), weakref.ref(cache), right
+def _places(key: Tensor, layout: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Keys of each row and the slot of the first one, int32 ``[B]``; None for 0."""
+    if layout is None:
+        return torch.full((key.shape[0],), key.shape[2], dtype=torch.int32, device=key.device), None
+    starts = layout[:, 0, 0, 0].contiguous()
+    return layout[:, 0, 0, 1] - starts, starts
+
+
+def _kept(key: Tensor, chunk_size: int) -> Tensor | None:
+    """The means ``[B, chunks, HK, D]`` beside a cache's keys, which may be out of date; None without any that fit."""
+    size, means = getattr(key, "moba_means", (0, None))
+    if size != chunk_size or means.shape[0] != key.shape[0] or means.dtype != key.dtype:
+        return None
+    if not torch.compiler.is_compiling() and means.is_inference() and not torch.is_inference_mode_enabled():
+        return None  # which nobody may write into any more
+    return means
+
+
+def _keep(key: Tensor, means: Tensor, chunk_size: int) -> None:
+    if not torch.compiler.is_compiling():
+        key.moba_means, key.moba_writes = (chunk_size, means), _writes(key)
 
 
 def _room(k: Tensor, means: Tensor | None, chunk_size: int) -> Tensor:
@@ -117,6 +116,6 @@ def _room(k: Tensor, means: Tensor | None, chunk_size: int) -> Tensor:
     return grown
 
 
-def _version(x: Tensor) -> int | None:
-    """How often a tensor was written to; None for inference tensors, which do not count."""
-    return None if x.is_inference() else x._version
+def _writes(x: Tensor) -> int:
+    """How often a tensor was written to. Inference tensors do not count: a static cache of them is read anew."""
+    return 0 if x.is_inference() else x._version

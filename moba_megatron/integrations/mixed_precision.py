@@ -15,4 +15,6 @@ def same_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]
     dtype = v.dtype
     if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
-    return q.to(dtype), k.to(dtype), v.to(dtype)
+    # As they are where nothing is to be done, under torch.compile too: a cache's keys carry attributes.
+    q, k, v = (x if x.dtype == dtype else x.to(dtype) for x in (q, k, v))
+    return q, k, v
