@@ -140,8 +140,12 @@ def one_hangs(rank, size):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def compiled():
     compile_everything()
+
+
+@pytest.fixture(scope="module")
+def results(compiled, tmp_path_factory):
     return run_ranks(copy_engine_tests, 2, tmp_path_factory.mktemp("ranks"), backend="nccl")
 
 
@@ -158,7 +162,7 @@ def test_fresh_inputs_again_and_again(results):
         assert replayed == {128, 512}
 
 
-def test_a_rank_that_hangs_is_reported(results, tmp_path):
+def test_a_rank_that_hangs_is_reported(compiled, tmp_path):
     """The rank that waits for it raises an error, and not after minutes."""
     begin = time.monotonic()
     with pytest.raises(AssertionError, match=r"context parallel exchange 'fwd exchange in', number \d+: rank 1 of 2 did "
@@ -275,7 +279,7 @@ def drills(rank, size, folder):
 
 
 @pytest.fixture(scope="module")
-def drilled(results, tmp_path_factory):
+def drilled(compiled, tmp_path_factory):
     folder = tmp_path_factory.mktemp("drills")
     return run_ranks(drills, 2, folder, str(folder), backend="nccl", seconds=120)
 
