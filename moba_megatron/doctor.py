@@ -37,7 +37,7 @@ PACKAGES = (  # distribution, module, what it is for
     ("transformers", "transformers", "the Hugging Face integration"),
 )
 OTHER_VARIABLES = {"MOBA_WORKSPACE_MIB", "MOBA_CHECK_INPUTS", "MOBA_TUNING_FILE", "MOBA_TUNING_ARCH", "MOBA_COMMIT",
-                   "MOBA_DENSE"}
+                   "MOBA_DENSE", "MOBA_CP_COPY_ENGINES"}
 LIMIT_BF16 = 0.02  # relative RMS error of kernels against the reference: 5 bf16 roundings (2^-8) at worst
 
 

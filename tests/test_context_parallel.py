@@ -79,6 +79,17 @@ def test_row_maps(size, lengths, uniform):
                 assert torch.equal(everything[rows.global_run(run, r)], expected)
 
 
+@pytest.mark.parametrize("cu_seqlens", [(0, 24, 40), (0, 23, 48), (0, 47, 17, 48), (0, 60, 48), (0, 24, 72)])
+@pytest.mark.parametrize("size", [2, 3])
+def test_row_maps_of_bad_lengths_stay_inside(size, cu_seqlens):
+    """On a GPU they are known only later: nothing may be read or written elsewhere until then."""
+    sequences = Sequences.packed(torch.tensor(cu_seqlens, dtype=torch.int32), 48, 48)
+    layout = sequences.zigzag(size, size - 1, 7)
+    for rows in (layout.rows.global_rows, layout.rows.rank_rows):
+        assert rows.min() >= 0 and rows.max() < 48
+    assert layout.segments.cu_seqlens_k.max() <= 48 and layout.segments.cu_seqlens_q.max() <= 48 // size
+
+
 def test_parts_of_a_hierarchy():
     """What an inner group holds together is what one rank of the outer group would hold."""
     for lengths, uniform in (([48], True), ([48, 96], False)):

@@ -1,4 +1,7 @@
 """The doctor: what it reports, and that its exit status tells."""
+import re
+from pathlib import Path
+
 import pytest
 
 from moba_megatron import doctor, launch
@@ -37,3 +40,10 @@ def test_an_unknown_megatron_is_said(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "megatron_version", lambda: "0.42.0")
     assert "0.42.0, not checked (checked: 0.13 to 0.20)" in run(capsys, "--no-self-test")[1]
     assert launch.is_known_version("0.16.1") and not launch.is_known_version("unknown")
+
+
+def test_every_variable_that_the_package_reads_is_known():
+    """But for those of settings' fields, whose names are made."""
+    sources = "".join(path.read_text() for path in Path(doctor.__file__).parent.rglob("*.py"))
+    read = set(re.findall(r'environ(?:\.get\(|\[)"(MOBA_\w+)"', sources))
+    assert {"MOBA_DENSE", "MOBA_CP_COPY_ENGINES"} <= read <= doctor.OTHER_VARIABLES
