@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+import transformers
 from transformers import AttentionInterface, DynamicCache, StaticCache
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -327,6 +328,40 @@ def test_refused_models(changes, message):
         hf.model(**changes).train()(hf.tokens(1, 9))
 
 
+@pytest.mark.parametrize("sliding_window", [4096, None])
+def test_windows_are_refused_in_the_layers_that_get_one(sliding_window):
+    """Qwen2-MoE makes the mask of a window that none of its layers has (use_sliding_window=False, its default)."""
+    def moe(attention, **changes):
+        torch.manual_seed(0)
+        config = transformers.Qwen2MoeConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=64, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+            shared_expert_intermediate_size=16, initializer_range=.3, sliding_window=sliding_window, **changes)
+        config._attn_implementation = attention
+        return transformers.Qwen2MoeForCausalLM(config).eval()
+
+    register_moba(MoBAConfig(64, 8))
+    ids = hf.tokens(1, 40)
+    torch.testing.assert_close(logits(moe("moba"), ids), logits(moe("sdpa"), ids), rtol=0, atol=1e-4)
+    if sliding_window:
+        with pytest.raises(ValueError, match="sliding_window .*is not supported by MoBA attention, got 4096"):
+            logits(moe("moba", use_sliding_window=True, max_window_layers=2), ids)
+
+
+def test_a_window_that_only_the_mask_knows():
+    layout = huggingface.moba_mask(2, 9, 9, local_size=5)
+    with pytest.raises(ValueError, match=r"sliding_window \(or attention_chunk_size\) is not supported .*, got 5 in Llama"):
+        huggingface.refuse(hf.model().model.layers[0].self_attn, layout, 0.0, {})
+
+
+def test_models_with_an_indexer_are_refused_by_name():
+    """DeepSeek-V3.2 reads its mask before any attention is called."""
+    model = hf.model()
+    model.config.index_topk = 7
+    with pytest.raises(ValueError, match="index_topk .*DeepSeek-V3.2.* is not supported by MoBA attention, got 7"):
+        model(hf.tokens(1, 9))
+
+
 def test_refused_layers():
     model = hf.model()
     model.model.layers[1].self_attn.is_causal = False
@@ -336,6 +371,7 @@ def test_refused_layers():
 
 @pytest.mark.parametrize("given, message", [
     (dict(attention_mask=torch.tensor([[1, 1, 0, 1, 1]])), "attention_mask must be 1 in one run .* in row 0"),
+    (dict(attention_mask=torch.tensor([[1, 1, 0, 0, 1]])), "PEFT's prefix and prompt tuning .* pad on the right"),
     (dict(attention_mask=torch.ones(1, 1, 5, 5, dtype=torch.bool)), "attention_mask must be a 2-dimensional padding"),
     (dict(output_attentions=True), "output_attentions is not supported"),
     (dict(softcap=3.0), "softcap is not supported by MoBA attention, got 3.0"),

@@ -162,7 +162,8 @@ REFUSED = {
     "cache": "generate() works, with caches that are not paged",
 }
 """What attention layers ask for that MoBA does not have, and what to do. Names that are in neither are refused too."""
-MEANINGS = {"s_aux": "s_aux (attention sinks)", "cache": "cache (paged, continuous batching)"}
+MEANINGS = {"sliding_window": "sliding_window (or attention_chunk_size)", "s_aux": "s_aux (attention sinks)",
+            "cache": "cache (paged, continuous batching)"}
 
 
 def refuse(module: torch.nn.Module, attention_mask: Tensor | None, dropout: float, kwargs: dict) -> None:
@@ -177,6 +178,9 @@ def refuse(module: torch.nn.Module, attention_mask: Tensor | None, dropout: floa
     is_causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise ValueError(f"is_causal must be True for MoBA attention, got False in {type(module).__name__}")
+    if attention_mask is not None and attention_mask.shape[-1] == 0:
+        raise ValueError(f"{MEANINGS['sliding_window']} is not supported by MoBA attention, got "
+                         f"{attention_mask.shape[2]} in {type(module).__name__}: {REFUSED['sliding_window']}")
     if attention_mask is not None and not is_layout(attention_mask):
         raise ValueError("attention_mask must be a 2-dimensional padding mask [batch, tokens] for MoBA attention, got "
                          f"{attention_mask.dtype} of shape {tuple(attention_mask.shape)}")

@@ -8,6 +8,7 @@ Transformers hands it on as it is:
 | ``[B, 1, 1, 3]`` | padded rows, static caches: first slot of the row's sequence, slot after its last, slot of the first query |
 | ``[B, 1, T, 1]`` | packed rows: the first slot of each token's sequence |
 | None | every slot counts, and the queries are the last ones |
+| ``[B, 1, W, 0]`` | a window of W: refused in the layer that gets it |
 
 Eagerly the host reads what it wants to know. Where it cannot (compiled, exported, captured into a CUDA graph) the same
 answer comes from tensors of static size, and a refusal from :func:`_demand`.
@@ -36,18 +37,19 @@ def moba_mask(batch_size: int, q_length: int | None = None, kv_length: int | Non
         batch_size, q_length, kv_length: rows, queries a row, slots of keys a row.
         q_offset: slot of the first query; a tensor for static caches. Transformers 4 gives ``cache_position`` instead,
             the slots of all queries.
-        kv_offset: slots that a sliding cache has dropped; must be 0.
+        kv_offset: slots that a sliding cache has dropped.
         mask_function: must be plain causal, or (without attention_mask and cache) causal within packed rows.
         attention_mask: bool ``[B, slots]``, False for padding; a row's True must be in one run.
-        kwargs: ``local_size`` of sliding and chunked attention is refused.
+        kwargs: ``local_size`` of sliding and chunked attention; ``config``, the model's.
 
     Raises:
         ValueError: the model attends in a way that MoBA does not; the message says which.
     """
-    if kwargs.get("local_size") is not None or kv_offset:
-        raise ValueError("sliding_window (or attention_chunk_size) is not supported by MoBA attention, got "
-                         f"{kwargs.get('local_size') or kv_offset}: set config.sliding_window = None, or leave such a "
-                         "model to another attention")
+    if getattr(kwargs.get("config"), "index_topk", None) is not None:
+        raise ValueError("index_topk (an indexer that chooses keys, as DeepSeek-V3.2 has) is not supported by MoBA "
+                         f"attention, got {kwargs['config'].index_topk}: leave such a model to another attention")
+    if kwargs.get("local_size") is not None or kv_offset:  # models make this mask whether or not a layer gets it
+        return torch.empty(batch_size, 1, kwargs.get("local_size") or kv_offset, 0, dtype=torch.int32)
     if cache_position is not None:
         q_length, q_offset = cache_position.shape[0], cache_position[0]
         if _readable(q_offset) and int(q_offset) + q_length == kv_length:
@@ -249,7 +251,8 @@ def _runs(mask: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
     end = torch.where(count > 0, mask.shape[1] - valid.flip(1).int().argmax(1), start)
     return start, _demand(end, end - start == count,
                           "attention_mask must be 1 in one run of each row (left or right padding) for MoBA attention, "
-                          "got 0 in between in row {row}: to generate, pad on the left")
+                          "got 0 in between in row {row}: to generate, pad on the left; PEFT's prefix and prompt tuning "
+                          "put tokens before left padding, so pad on the right, or pass prompts of one length")
 
 
 def _remembered(of: Tensor, key: tuple, build: Callable):
