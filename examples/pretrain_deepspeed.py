@@ -31,8 +31,8 @@ from deepspeed.checkpoint.constants import (
     UNIVERSAL_CHECKPOINT_VERSION_KEY,
     UNIVERSAL_CHECKPOINT_VERSION_VALUE,
 )
-from pretraining import data
-from pretraining.agreement import SharedError, abort, gather, lost_rank, on_all_ranks
+from pretraining import checkpointing, data
+from pretraining.agreement import RunError, SharedError, abort, gather, lost_rank, on_all_ranks, on_first_rank
 from pretraining.arguments import Parser, add_data_args, add_logging_args, require_positive
 from pretraining.monitor import Monitor
 from pretraining.torch_gpt import GPT, GPTConfig
@@ -44,6 +44,8 @@ from moba_megatron.integrations.deepspeed import METHODS, MoBAAttention, Sequenc
 # What must agree between a checkpoint and the run that loads it, or the weights mean something else.
 ARCHITECTURE = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size",
                 "rotary_base")
+# What must agree, or DeepSpeed's files are others.
+FORMAT = ("zero_stage", "bf16")
 
 
 def parse_args(argv=None):
@@ -72,7 +74,7 @@ def _add_deepspeed_args(parser):
     group.add_argument("--sequence-parallel-size", type=int, default=1, help="ranks that share a sequence")
     group.add_argument("--activation-checkpointing", action="store_true", help="recompute each layer in backward")
     group.add_argument("--deepspeed-config", metavar="FILE.json",
-                       help="settings for deepspeed.initialize; they win over those made from the flags")
+                       help="further settings for deepspeed.initialize, in any section; flags it may only repeat")
     group.add_argument("--save", help="directory for checkpoints")
     group.add_argument("--save-interval", type=int)
     group.add_argument("--exit-interval", type=int, help="stop, with a checkpoint, after iterations divisible by this")
@@ -140,11 +142,31 @@ def _derive_and_validate(args):
                          "ones only under ZeRO")
     if args.save_interval and not args.save:
         raise ValueError("--save-interval needs --save, the directory for checkpoints")
+    moba_deepspeed.check_config(args.moba_config, args.sequence_parallel)
+    args.deepspeed_settings = deepspeed_config(args)
     args.eval_iters = 0  # the data set builder's name for "no validation samples"
 
 
+FLAG_OF = {
+    "train_batch_size": "--global-batch-size",
+    "train_micro_batch_size_per_gpu": "--micro-batch-size",
+    "gradient_accumulation_steps": "--global-batch-size",
+    "gradient_clipping": "--clip-grad",
+    "bf16.enabled": "--bf16",
+    "zero_optimization.stage": "--zero-stage",
+    "checkpoint.load_universal": "--universal-checkpoint",
+    "optimizer": "--lr, --weight-decay, --adam-beta1 and --adam-beta2",
+    "scheduler": "--lr, --min-lr and --lr-warmup-iters",
+}
+"""What --deepspeed-config may only repeat: the program reads it from flags."""
+
+
 def deepspeed_config(args) -> dict:
-    """The settings for `deepspeed.initialize`."""
+    """The settings for `deepspeed.initialize`: the flags', and those of --deepspeed-config in every section.
+
+    Raises:
+        ValueError: the file cannot be read, or contradicts a flag.
+    """
     config = {
         "train_micro_batch_size_per_gpu": args.micro_batch_size,
         "gradient_accumulation_steps": args.global_batch_size // (args.micro_batch_size * args.data_parallel_size),
@@ -156,8 +178,29 @@ def deepspeed_config(args) -> dict:
         "steps_per_print": sys.maxsize,
     }
     if args.deepspeed_config:
-        config |= json.loads(Path(args.deepspeed_config).read_text(encoding="utf-8"))
+        try:
+            given = json.loads(Path(args.deepspeed_config).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--deepspeed-config {args.deepspeed_config} must be a JSON file: {error}") from None
+        if not isinstance(given, dict):
+            raise ValueError(f"--deepspeed-config {args.deepspeed_config} must hold an object, got {given!r}")
+        _merge(config, given, args.deepspeed_config)
     return config
+
+
+def _merge(config: dict, given: dict, file: str, section: str = "") -> None:
+    for name, value in given.items():
+        path, old = section + name, config.get(name)
+        if isinstance(old, dict):
+            if not isinstance(value, dict):
+                raise ValueError(f"--deepspeed-config {file}: {path} must be an object, got {value!r}")
+            _merge(old, value, file, path + ".")
+        elif path not in FLAG_OF:
+            config[name] = value
+        elif value not in (old, "auto"):
+            made = "absent" if old is None else repr(old)
+            raise ValueError(f"--deepspeed-config {file}: {path} must be {made}, as the flags make it, got {value!r}: "
+                             f"change {FLAG_OF[path]} instead")
 
 
 def build_model(args, vocab_size: int, parallel: SequenceParallel | None = None) -> GPT:
@@ -191,7 +234,7 @@ def build_engine(args, vocab_size: int, parallel: SequenceParallel, device: torc
             made whole by the CPU's, as under the other stages.
     """
     torch.manual_seed(args.seed)
-    config = deepspeed_config(args)
+    config = args.deepspeed_settings
     with deepspeed.zero.Init(config_dict_or_path=config, enabled=args.zero_stage == 3 and in_parts):
         model = build_model(args, vocab_size, parallel)
     optimizer, schedule = optimizer_and_schedule(args, model, fused=device.type == "cuda")
@@ -199,6 +242,16 @@ def build_engine(args, vocab_size: int, parallel: SequenceParallel, device: torc
     if args.activation_checkpointing:
         deepspeed.checkpointing.configure(None, deepspeed_config=engine.config)
     return engine
+
+
+def describe(engine) -> dict:
+    """What the engine has, whoever set it."""
+    return {"ZeRO stage": int(engine.zero_optimization_stage()),
+            "bf16": bool(engine.bfloat16_enabled()),
+            "micro batch": engine.train_micro_batch_size_per_gpu(),
+            "accumulation": engine.gradient_accumulation_steps(),
+            "gradient clipping": engine.gradient_clipping(),
+            "reduce bucket": engine.zero_reduce_bucket_size()}
 
 
 def _lr_factor(args, step: int) -> float:
@@ -211,16 +264,35 @@ def _lr_factor(args, step: int) -> float:
 
 
 def save_checkpoint(args, engine, iteration: int) -> Path:
-    """Writes the state after `iteration` steps; called by all ranks."""
-    if dist.get_rank() == 0:
-        Path(args.save).mkdir(parents=True, exist_ok=True)
-        (Path(args.save) / "architecture.json").write_text(json.dumps({x: getattr(args, x) for x in ARCHITECTURE}))
+    """Writes the state after `iteration` steps; called by all ranks.
+
+    The file that names the last checkpoint is written when all others are, and the sizes of those, so that a run may
+    end at any moment of it.
+
+    Raises:
+        RunError: it could not be written; earlier checkpoints are as they were.
+    """
     state = {"iteration": iteration,
              # what DeepSpeed's converter to universal checkpoints asks for
              UNIVERSAL_CHECKPOINT_INFO: {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}}
     tag = f"iter_{iteration:07d}"
-    engine.save_checkpoint(args.save, tag=tag, client_state=state)
+    try:
+        engine.save_checkpoint(args.save, tag=tag, client_state=state, save_latest=False)
+    except (OSError, RuntimeError) as error:
+        if lost_rank(error, args.distributed_timeout_minutes):
+            raise
+        raise RunError(f"the checkpoint of step {iteration} could not be saved in {args.save}: {error}. Checkpoints "
+                       "before it are whole: resume with --load") from error
+    dist.barrier()
+    on_first_rank(_publish, args, tag)
     return Path(args.save) / tag
+
+
+def _publish(args, tag: str) -> None:
+    run = {name: getattr(args, name) for name in (*ARCHITECTURE, *FORMAT)} | {"ranks": dist.get_world_size()}
+    (Path(args.save) / "architecture.json").write_text(json.dumps(run))
+    checkpointing.write_sizes(Path(args.save) / tag)
+    checkpointing.name_last(Path(args.save) / "latest", tag)
 
 
 def is_saved(args, iteration: int) -> bool:
@@ -229,27 +301,82 @@ def is_saved(args, iteration: int) -> bool:
         interval and iteration % interval == 0 for interval in (args.exit_interval, args.save_interval)))
 
 
-def load_checkpoint(args, engine) -> int:
-    """Restores everything from the last checkpoint in --load; returns its iteration, 0 where there is none.
+def load_checkpoint(args, engine, say) -> int:
+    """Restores everything from the last whole checkpoint in --load, but for what flags say of the optimizer.
+
+    Args:
+        say: is called with the warning that a later checkpoint is damaged.
+
+    Returns:
+        its iteration, 0 where there is none.
 
     Raises:
-        SharedError: the checkpoint is of another architecture, or the ranks see different directories.
+        SharedError: the checkpoint is of another architecture or was written in a way that this run cannot read, or the
+            ranks see different directories.
     """
-    latest = Path(args.load) / ("latest_universal" if args.universal_checkpoint else "latest")
-    found = gather(latest.read_text() if latest.is_file() else None)
+    found = gather(on_all_ranks(_find_checkpoint, args))
     if len(set(found)) > 1:
         raise SharedError(f"--load {args.load}: the ranks see different checkpoints, {found}; every machine must see "
                           "the same directory")
-    if found[0] is None:
-        if args.universal_checkpoint:
-            raise SharedError(f"--universal-checkpoint: there is no {latest}; make it with "
-                              "python -m deepspeed.checkpoint.ds_to_universal")
+    tag, warning = found[0]
+    if tag is None:
         return 0
-    for name, value in json.loads((Path(args.load) / "architecture.json").read_text()).items():
-        if value != getattr(args, name):
-            raise SharedError(f"--load {args.load}: the checkpoint was written with --{name.replace('_', '-')} "
-                              f"{value}, this run has {getattr(args, name)}: give the checkpoint's value")
-    return moba_deepspeed.load_checkpoint(engine, args.load)["iteration"]
+    if warning:
+        say(f"warning: {warning}")
+    saved = on_all_ranks(lambda: json.loads((Path(args.load) / "architecture.json").read_text()))
+    saved = {"ranks": dist.get_world_size()} | saved
+    for name in ARCHITECTURE:
+        if saved[name] != getattr(args, name):
+            raise SharedError(f"--load {args.load}: the checkpoint was written with {_flag(name, saved[name])}, this "
+                              f"run has {getattr(args, name)}: give the checkpoint's value")
+    _check_format(args, saved)
+    iteration = moba_deepspeed.load_checkpoint(engine, args.load, tag)["iteration"]
+    _set_hyper_parameters(args, engine)
+    return iteration
+
+
+def _find_checkpoint(args) -> tuple[str | None, str | None]:
+    """The checkpoint's tag, None where there is none, and a warning where a later one is damaged."""
+    if args.universal_checkpoint:
+        latest = Path(args.load) / "latest_universal"
+        if not latest.is_file():
+            raise ValueError(f"--universal-checkpoint: there is no {latest}; make it with "
+                             "python -m deepspeed.checkpoint.ds_to_universal")
+        return latest.read_text().strip(), None
+    iteration, warning = checkpointing.last_whole_checkpoint(args.load, "latest", part=".")
+    return None if iteration is None else f"iter_{iteration:07d}", warning
+
+
+def _check_format(args, saved: dict) -> None:
+    """Raises SharedError where DeepSpeed cannot read this run's state from what was written."""
+    world, stage = dist.get_world_size(), saved.get("zero_stage", args.zero_stage)
+    how = "python -m deepspeed.checkpoint.ds_to_universal and --universal-checkpoint"
+    if args.universal_checkpoint:
+        if (stage == 3) != (args.zero_stage == 3):
+            raise SharedError(f"--load {args.load}: the universal checkpoint is of --zero-stage {stage}, this run has "
+                              f"{args.zero_stage}: DeepSpeed converts within ZeRO 3 and between ZeRO 1 and 2")
+        return
+    for name in FORMAT:
+        if saved.get(name, getattr(args, name)) != getattr(args, name):
+            raise SharedError(f"--load {args.load}: the checkpoint was written with {_flag(name, saved[name])}, this "
+                              f"run has {getattr(args, name)}: give the checkpoint's value, or convert it ({how})")
+    if args.zero_stage and saved["ranks"] != world:
+        raise SharedError(f"--load {args.load}: the checkpoint was written by {saved['ranks']} ranks, this run has "
+                          f"{world}: start as many, or convert it ({how})")
+
+
+def _flag(name: str, value) -> str:
+    return f"--{name.replace('_', '-')} {value}"
+
+
+def _set_hyper_parameters(args, engine) -> None:
+    """The flags' learning rate, weight decay and betas in the place of the checkpoint's."""
+    schedule = engine.lr_scheduler
+    schedule.base_lrs = [args.lr] * len(schedule.base_lrs)
+    lr = args.lr * _lr_factor(args, schedule.last_epoch)
+    for group, weight_decay in zip(engine.optimizer.param_groups, (args.weight_decay, 0.0)):
+        group.update(lr=lr, initial_lr=args.lr, weight_decay=weight_decay, betas=(args.adam_beta1, args.adam_beta2))
+    schedule._last_lr = [lr] * len(schedule.base_lrs)
 
 
 def batches(args, dataset, parallel: SequenceParallel, first: int, device: torch.device):
@@ -312,12 +439,16 @@ def pretrain(args, device: torch.device) -> None:
     parallel = SequenceParallel.over_ranks(args.sequence_parallel, args.sequence_parallel_size)
     dataset, _ = data.build_datasets(args, blend, tokenizer)
     engine = build_engine(args, tokenizer.vocab_size, parallel, device)
-    first = load_checkpoint(args, engine) if args.load else 0
+    warnings = []
+    first = load_checkpoint(args, engine, warnings.append) if args.load else 0
     monitor = Monitor(args, dist.get_rank(), first)
-    monitor.say(f"ZeRO stage {args.zero_stage}, {args.moba_config.describe()}, sequences of {args.seq_length} tokens "
+    for warning in warnings:
+        monitor.say(warning)
+    monitor.say("DeepSpeed: " + ", ".join(f"{name} {value}" for name, value in describe(engine).items()))
+    monitor.say(f"{args.moba_config.describe()}, sequences of {args.seq_length} tokens "
                 f"over {parallel.size} rank(s) ({parallel.method}), {parallel.data_size} at a time; "
                 + (f"resuming after step {first} from {args.load}" if first else "starting afresh"))
-    monitor.record("start", iteration=first, args={
+    monitor.record("start", iteration=first, engine=describe(engine), args={
         name: value for name, value in vars(args).items() if isinstance(value, (bool, int, float, str, list))})
     iterator = batches(args, dataset, parallel, first, device)
     for iteration, report in steps(args, engine, iterator, first, device):
@@ -342,6 +473,8 @@ def main(argv=None) -> int:
         abort(f"error: {error}", 2, shared=True)
     except ValueError as error:
         abort(f"error: {error}", 2)
+    except RunError as error:
+        abort(f"error: {error}", 1)
     except Exception as error:
         lost = lost_rank(error, args.distributed_timeout_minutes)
         if lost:

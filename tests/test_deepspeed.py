@@ -1,5 +1,6 @@
 """DeepSpeed on two CPU ranks: ZeRO, Ulysses and context parallelism train as plain torch does, resume, convert."""
 import argparse
+import json
 from functools import partial
 from pathlib import Path
 
@@ -47,6 +48,16 @@ BF16 = ("zero2-zigzag", "zero3-ulysses")
 COMPARED = ("torch/none/512", "zero3/none/512", "zero2/zigzag/512")
 
 
+OTHERWISE = {
+    ("--ffn-hidden-size", "64"): "--ffn-hidden-size 128, this run has 64",
+    ("--zero-stage", "3"): "written with --zero-stage 1, this run has 3: give the checkpoint's value, or convert it",
+    ("--bf16",): "written with --bf16 False, this run has True",
+    ("--universal-checkpoint",): "there is no .*latest_universal; make it with",
+}
+RETUNED = ("zero0", "zero3-zigzag")
+RETUNING = ("--lr", "3e-2", "--min-lr", "1e-3", "--weight-decay", "0.5")  # from the third step on
+
+
 @pytest.fixture(scope="module")
 def data_path(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("data")
@@ -88,8 +99,19 @@ def train(rank, data_path, directory):
         place = f"{directory}/{name}"
         run(f"resumed-{name}", *RUNS[name], "--save", place, "--exit-interval", "2")
         run(f"resumed-{name}", *RUNS[name], "--load", place)
-    with pytest.raises(SharedError, match="--ffn-hidden-size 128, this run has 64"):
-        run("other", *RUNS["zero1"], "--load", f"{directory}/{RESUMED[0]}", "--ffn-hidden-size", "64")
+    for more, message in OTHERWISE.items():
+        with pytest.raises(SharedError, match=message):
+            run("other", *RUNS["zero1-ulysses"], "--load", f"{directory}/{RESUMED[0]}", *more)
+    settings = Path(directory, f"settings{rank}.json")
+    settings.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": 1000}, "bf16": {},
+                                    "gradient_accumulation_steps": "auto"}))
+    run("merged", *RUNS["zero2"], "--deepspeed-config", str(settings))
+    for name in RETUNED:
+        place = f"{directory}/retuned-{name}"
+        run(f"retuned-{name}", *RUNS[name], "--save", place, "--save-interval", "1", "--exit-interval", "2")
+        run(f"retuned-{name}", *RUNS[name], "--load", place, *RETUNING)
+        damage(rank, place)
+        run(f"damaged-{name}", *RUNS[name], "--load", place)
     for saved, loaded in UNIVERSAL.items():
         place = f"{directory}/{saved}"
         if rank == 0:
@@ -112,9 +134,25 @@ def logs(ranks) -> Path:
     return ranks[0]
 
 
+def damage(rank, place):
+    """Cuts the largest file of the last checkpoint short."""
+    if rank == 0:
+        file = max(Path(place, "iter_0000002").iterdir(), key=lambda file: file.stat().st_size)
+        with open(file, "r+b") as opened:
+            opened.truncate(file.stat().st_size // 2)
+    dist.barrier()
+
+
 @pytest.fixture(scope="module")
 def plain(data_path) -> list[tuple]:
-    """The same training in one process by torch alone: (loss, gradient norm, learning rate) of each step."""
+    return train_plainly(data_path)
+
+
+def train_plainly(data_path, changes=()) -> list[tuple]:
+    """The same training in one process by torch alone: (loss, gradient norm, learning rate) of each step.
+
+    With other flags from the third step on, if given.
+    """
     args = job.parse_args(flags(data_path, "--micro-batch-size", "4"))
     blend, tokenizer = data.read_tokenizer(args.data_path)
     dataset, _ = data.build_datasets(args, blend, tokenizer)
@@ -124,15 +162,17 @@ def plain(data_path) -> list[tuple]:
     groups = [{"params": [p for name, p in model.named_parameters() if ("norm" in name) == norm],
                "weight_decay": 0.0 if norm else args.weight_decay} for norm in (False, True)]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(args.adam_beta1, args.adam_beta2))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: job._lr_factor(args, step))
     curve = []
     for batch in torch.utils.data.DataLoader(dataset, batch_sampler=data.Samples(args, 0, 0, args.train_iters)):
+        if len(curve) == 2 and changes:
+            args = job.parse_args(flags(data_path, "--micro-batch-size", "4", *changes))
+        for group, weight_decay in zip(groups, (args.weight_decay, 0.0)):
+            group.update(lr=args.lr * job._lr_factor(args, len(curve)), weight_decay=weight_decay)
         loss = model(batch["tokens"], batch["position_ids"], batch["labels"]).mean()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
         curve.append((loss.item(), norm.item(), optimizer.param_groups[0]["lr"]))
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad()
     return curve
 
@@ -160,6 +200,25 @@ class TestTraining:
         records = read_log(logs / f"resumed-{name}.jsonl")
         assert [r["iteration"] for r in records["start"]] == [0, 2]
         assert curve(logs, f"resumed-{name}") == curve(logs, name)
+
+    @pytest.mark.parametrize("name", RETUNED)
+    def test_resuming_obeys_the_flags(self, logs, data_path, name):
+        got, want = np.array(curve(logs, f"retuned-{name}")), np.array(train_plainly(data_path, RETUNING))
+        assert got == pytest.approx(want, rel=1e-4)
+        assert want[2, 2] > 2 * want[1, 2] and want[3, 0] != train_plainly(data_path, RETUNING[:4])[3][0]
+
+    @pytest.mark.parametrize("name", RETUNED)
+    def test_a_damaged_checkpoint_is_passed_over(self, logs, name):
+        records = read_log(logs / f"damaged-{name}.jsonl")
+        assert [r["iteration"] for r in records["start"]] == [1]
+        assert curve(logs, f"damaged-{name}") == curve(logs, name)[1:]
+
+    def test_settings_are_merged_into_sections(self, logs, plain):
+        """A bucket size leaves the stage as it is, an empty section the dtype."""
+        assert np.array(curve(logs, "merged")) == pytest.approx(np.array(plain), rel=1e-4)
+        engine = read_log(logs / "merged.jsonl")["start"][0]["engine"]
+        assert engine == {"ZeRO stage": 2, "bf16": False, "micro batch": 1, "accumulation": 2,
+                          "gradient clipping": 1.0, "reduce bucket": 1000}
 
     @pytest.mark.parametrize("name", UNIVERSAL)
     def test_universal_checkpoint_resumes_otherwise(self, logs, plain, name):
@@ -316,6 +375,9 @@ class TestBadInput:
         pytest.param(["--save-interval", "2"], "needs --save", id="save interval"),
         pytest.param(["--min-lr", "1"], "--min-lr must be between", id="lr"),
         pytest.param(["--lr-warmup-iters", "4"], "--lr-warmup-iters must be below", id="warmup"),
+        pytest.param(["--moba-key-conv", "3"], "MoBAConfig.key_conv must be 0 under DeepSpeed", id="key conv"),
+        pytest.param(["--moba-cp-head-groups", "2"], "MoBAConfig.cp_head_groups must be None", id="head groups"),
+        pytest.param(["--deepspeed-config", "none.json"], "none.json must be a JSON file", id="no settings"),
     ])
     def test_flags_are_judged_before_anything_starts(self, monkeypatch, capsys, more, message):
         monkeypatch.setenv("WORLD_SIZE", "2")
@@ -323,3 +385,23 @@ class TestBadInput:
         with pytest.raises(SystemExit) as exit:
             job.parse_args(flags(Path("x"), *more))
         assert exit.value.code == 2 and message in capsys.readouterr().err
+
+    @pytest.mark.parametrize("settings, message", [
+        ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage must be 1, as the flags make it, got 2: change "
+                                              "--zero-stage instead"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled must be False, as the flags make it, got True: change --bf16"),
+        ({"bf16": True}, "bf16 must be an object, got True"),
+        ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps must be 2, as the flags make it, got 1"),
+        ({"train_batch_size": 8}, "train_batch_size must be absent, as the flags make it, got 8: change --global"),
+        ({"gradient_clipping": 0.5}, "gradient_clipping must be 1.0, as the flags make it, got 0.5: change --clip"),
+        ({"optimizer": {"type": "SGD"}}, "optimizer must be absent"),
+        ([], "must hold an object, got []"),
+    ], ids=str)
+    def test_settings_that_contradict_the_flags(self, monkeypatch, capsys, tmp_path, settings, message):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", "0")
+        file = tmp_path / "settings.json"
+        file.write_text(json.dumps(settings))
+        with pytest.raises(SystemExit):
+            job.parse_args(flags(Path("x"), "--deepspeed-config", str(file)))
+        assert message in capsys.readouterr().err

@@ -26,6 +26,7 @@ _ARCHITECTURE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_
 # tensor or pipeline parallel size.
 _OPTIMIZER_LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
 _FILES = "files.json"
+LATEST = "latest_checkpointed_iteration.txt"
 _METADATA = {"distrib_optim_sharding_type": "dp_reshardable"}
 
 
@@ -76,19 +77,33 @@ def _reason(error: BaseException) -> str:
 
 def _publish(partial: Path, directory: Path, iteration: int) -> None:
     """Makes a whole checkpoint the last one."""
-    sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-    (partial / _FILES).write_text(json.dumps(sizes, indent=1))
+    write_sizes(partial)
     if directory.exists():  # damaged, or of a run that ended before it named it
         shutil.rmtree(directory)
     partial.rename(directory)
-    latest = _latest_file(directory.parent)
+    name_last(directory.parent / LATEST, str(iteration))
+
+
+def write_sizes(directory: Path) -> None:
+    """Notes the sizes of a checkpoint's files beside them, when all are written."""
+    sizes = {file.name: file.stat().st_size for file in sorted(directory.iterdir()) if file.name != _FILES}
+    (directory / _FILES).write_text(json.dumps(sizes, indent=1))
+
+
+def name_last(latest: Path, text: str) -> None:
+    """Writes the file that names the last checkpoint, at once or not at all."""
     new = latest.with_suffix(".partial")
-    new.write_text(str(iteration))
+    new.write_text(text)
     new.replace(latest)
 
 
-def last_whole_checkpoint(directory: str) -> tuple[int | None, str | None]:
+def last_whole_checkpoint(directory: str, latest: str = LATEST,
+                          part: str = "metadata.json") -> tuple[int | None, str | None]:
     """The checkpoint to resume from.
+
+    Args:
+        latest: name of the file that names the last one, by its iteration or its directory.
+        part: without which a checkpoint is incomplete.
 
     Returns:
         its iteration, None where there is none; and a warning where a later one is damaged.
@@ -96,26 +111,25 @@ def last_whole_checkpoint(directory: str) -> tuple[int | None, str | None]:
     Raises:
         ValueError: the directory's record of the last one is damaged, or no checkpoint is whole.
     """
-    latest = _latest_file(directory)
-    if not latest.is_file():
+    if not (Path(directory) / latest).is_file():
         return None, None
-    text = latest.read_text().strip()
+    text = (Path(directory) / latest).read_text().strip().removeprefix("iter_")
     if not text.isdigit():
-        raise ValueError(f"--load {directory}: {latest.name} must hold an iteration number, got {text!r}")
-    problem = _damage(directory, int(text))
+        raise ValueError(f"--load {directory}: {latest} must hold an iteration number, got {text!r}")
+    problem = _damage(directory, int(text), part)
     if problem is None:
         return int(text), None
     earlier = {int(path.name[5:]) for path in Path(directory).glob("iter_" + "[0-9]" * 7)}
     for iteration in sorted((n for n in earlier if n < int(text)), reverse=True):
-        if _damage(directory, iteration) is None:
+        if _damage(directory, iteration, part) is None:
             return iteration, f"--load {directory}: {problem}; going back to iter_{iteration:07d}, the last whole one"
     raise ValueError(f"--load {directory}: {problem}, and there is no whole checkpoint before it")
 
 
-def _damage(directory: str, iteration: int) -> str | None:
+def _damage(directory: str, iteration: int, part: str) -> str | None:
     """What is wrong with a checkpoint, None where all its files are there and as long as they were."""
     place = Path(directory) / f"iter_{iteration:07d}"
-    if not (place / "metadata.json").is_file():
+    if not (place / part).exists():
         return f"{place.name} is missing or incomplete"
     if not (place / _FILES).is_file():  # of a writer that keeps no such list
         return None
@@ -181,7 +195,3 @@ def _restore_adam_step(optimizer, updates: int) -> None:
             for state in part.optimizer.state.values():
                 if "step" in state:
                     state["step"] = torch.full_like(state["step"], updates)
-
-
-def _latest_file(directory: str | Path) -> Path:
-    return Path(directory) / "latest_checkpointed_iteration.txt"

@@ -251,8 +251,8 @@ def _runs(mask: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
     end = torch.where(count > 0, mask.shape[1] - valid.flip(1).int().argmax(1), start)
     return start, _demand(end, end - start == count,
                           "attention_mask must be 1 in one run of each row (left or right padding) for MoBA attention, "
-                          "got 0 in between in row {row}: to generate, pad on the left; PEFT's prefix and prompt tuning "
-                          "put tokens before left padding, so pad on the right, or pass prompts of one length")
+                          "got 0 in between in row {row}: to generate, pad on the left; PEFT's prefix and prompt "
+                          "tuning put tokens before left padding, so pad on the right, or pass prompts of one length")
 
 
 def _remembered(of: Tensor, key: tuple, build: Callable):
