@@ -66,9 +66,11 @@ class TensorCache:
     def __call__(self, build: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(build)
         def cached(*args):
-            if not is_unobserved() or args[-1].type == "meta":
-                return build(*args)
             *numbers, device = args
+            if device.type == "meta":  # a schedule that is compiled only: how large tensors are may depend on values
+                return _on_device(build(*numbers, torch.device("cpu")), device).value
+            if not is_unobserved():
+                return build(*args)
             if device.type == "cuda" and device.index is None:
                 device = torch.device("cuda", torch.cuda.current_device())
             capturing = is_capturing(device)

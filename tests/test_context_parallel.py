@@ -79,6 +79,17 @@ def test_row_maps(size, lengths, uniform):
                 assert torch.equal(everything[rows.global_run(run, r)], expected)
 
 
+def test_layouts_on_meta_are_those_of_the_cpu():
+    """By which schedules are compiled ahead of time."""
+    for seqlen, chunk_size in ((96, 8), (72, 20)):
+        meta, cpu = (Sequences.uniform(seqlen, 1, torch.device(device)).zigzag(2, 1, chunk_size)
+                     for device in ("meta", "cpu"))
+        for part in ("segments", "rows", "blocks"):
+            for name, x in vars(getattr(cpu, part)).items():
+                y = getattr(getattr(meta, part), name)
+                assert (y.is_meta and y.shape == x.shape) if isinstance(x, torch.Tensor) else x == y, (part, name)
+
+
 @pytest.mark.parametrize("cu_seqlens", [(0, 24, 40), (0, 23, 48), (0, 47, 17, 48), (0, 60, 48), (0, 24, 72)])
 @pytest.mark.parametrize("size", [2, 3])
 def test_row_maps_of_bad_lengths_stay_inside(size, cu_seqlens):
