@@ -20,7 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from ..config import CHOICES, MoBAConfig
 from ..ops import moba_attention
 from ..segments import Segments
-from .huggingface_cache import fill_after_prompt, follow_caches, sparse_decode
+from .huggingface_cache import fill_after_prompt, follow_caches, is_in_prompt, note_prompts, sparse_decode
 from .huggingface_mask import attended_slots, is_layout, moba_mask, packed_bounds, row_segments
 from .mixed_precision import same_dtype
 
@@ -45,7 +45,8 @@ def register_moba(config: MoBAConfig | None = None, *, decode: str | None = None
     Args:
         config: chunk size, topk, dense layers (``full_attention_layers``), backend; None for ``MoBAConfig()``.
         decode: how a single new token attends to a cache: ``dense``, or ``moba``: it chooses chunks too. A prompt, and
-            several tokens at once over a cache, always attend by MoBA. None for the config's, ``dense`` unless set.
+            several tokens at once over a cache, always attend by MoBA; in ``generate()`` a prompt's last token does so
+            where it comes alone, elsewhere that is a new token. None for the config's, ``dense`` unless set.
         name: register this name alone, such as ``moba_512``; None for those above.
 
     Raises:
@@ -63,9 +64,8 @@ def register_moba(config: MoBAConfig | None = None, *, decode: str | None = None
         "cp_head_groups": "its models know no context parallelism",
         "key_conv": "its models have no place for the convolution's parameters"})
     names = tuple(BACKENDS) if name is None else (_check_name(name),)
-    if (decode or config.decode) == "moba":
-        follow_caches()
     config = replace(config, decode=decode or config.decode or "dense")
+    follow_caches() if config.decode == "moba" else note_prompts()
     if _settings.get(names[0], config) != config:
         warnings.warn(f"register_moba: all models with attn_implementation={names[0]!r} now attend by "
                       f"{config.describe()}: to keep the settings they had, give one of the two a name of its own, "
@@ -120,9 +120,9 @@ def moba_attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, 
     query, key, value = same_dtype(query, key, value)
     topk = config.topk
     dense = config.is_full_attention(module.layer_idx + 1, module.config.num_hidden_layers)
-    if query.shape[2] == 1 and key.shape[2] > 1:
-        if config.decode == "moba" and not dense:
-            return sparse_decode(query, key, value, attention_mask, scaling, config), None
+    if query.shape[2] == 1 and key.shape[2] > 1 and config.decode == "moba" and not dense:
+        return sparse_decode(query, key, value, attention_mask, scaling, config), None
+    if query.shape[2] == 1 and key.shape[2] > 1 and (dense or not is_in_prompt(key, attention_mask)):
         slots = attended_slots(attention_mask, key.shape[2])
         return sdpa_attention_forward(module, query, key, value, slots, scaling=scaling, is_causal=False)
     segments = _segments(query, key, attention_mask, kwargs, config.chunk_size)

@@ -1,4 +1,4 @@
-"""Sparse decoding in Transformers: the means of chunks beside the keys of a cache, for as long as they are right.
+"""Caches in Transformers: the means of chunks for sparse decoding, beside a cache's keys for as long as they are right.
 
 An attention layer is handed a cache's keys, not the cache, so the means are attributes of the tensor of keys. A static
 cache writes into one tensor; a growing one makes a new tensor at every step, to which :func:`follow_caches` hands them
@@ -9,10 +9,12 @@ threads share nothing, and a cache can be saved.
 from __future__ import annotations
 
 import functools
+import threading
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
+from transformers.generation import GenerationMixin
 
 from ..config import MoBAConfig
 from ..ops.decode import fill_chunk_means, moba_decode
@@ -80,6 +82,44 @@ def follow_caches() -> None:
 
     follow.moba_follows = True
     DynamicLayer.update = follow
+
+
+_generation = threading.local()
+
+
+def note_prompts() -> None:
+    """Has ``generate()`` note how long its prompt is, once a process."""
+    generate = GenerationMixin.generate
+    if hasattr(generate, "moba_notes"):
+        return
+
+    @functools.wraps(generate)
+    def note(self, inputs=None, *args, **kwargs):
+        before = getattr(_generation, "prompt", 0)
+        given = (inputs, *(kwargs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask")))
+        _generation.prompt = max((x.shape[1] for x in given if isinstance(x, Tensor) and x.dim() > 1), default=0)
+        try:
+            return generate(self, inputs, *args, **kwargs)
+        finally:
+            _generation.prompt = before
+
+    note.moba_notes = True
+    GenerationMixin.generate = note
+
+
+def is_in_prompt(key: Tensor, layout: Tensor | None) -> bool:
+    """Whether a single query is of the prompt of the ``generate()`` that runs in this thread, which may come in pieces.
+
+    Args:
+        key: ``[B, HK, slots, D]``; layout: of ``huggingface_mask.moba_mask``. A static cache's says where the query is.
+    """
+    prompt = 0 if torch.compiler.is_compiling() else getattr(_generation, "prompt", 0)
+    if not prompt:
+        return False
+    if key.shape[2] <= prompt or layout is not None and int(layout[0, 0, 0, 2]) < prompt:
+        return True
+    _generation.prompt = 0  # from here on the tokens are new: the host need not look again
+    return False
 
 
 def _places(key: Tensor, layout: Tensor | None) -> tuple[Tensor, Tensor | None]:
