@@ -2,6 +2,7 @@
 
 What is replayed without its stages is in ``test_replay.py``; nothing is here.
 """
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -104,6 +105,65 @@ def test_nothing_is_started_from_a_record_while_recording_is_off(monkeypatch):
     assert [entry[0] for entry in log] == ["triton", "triton"]
 
 
+def test_nor_where_the_environment_turns_it_off(monkeypatch):
+    log = []
+    kernel, x = Kernel(log, "x", "size", "BLOCK"), torch.zeros(8)
+    for setting in ("1", "0"):
+        monkeypatch.setenv("MOBA_PREPARED_LAUNCHES", setting)
+        call(kernel, x, BLOCK=16)
+    assert [entry[0] for entry in log] == ["triton", "triton"]
+    monkeypatch.delenv("MOBA_PREPARED_LAUNCHES")
+    call(kernel, x, BLOCK=16)
+    assert log[2][0] != "triton"
+
+
+class OnCard(SimpleNamespace):
+    """As a tensor on a CUDA device, as far as a launch looks at it."""
+
+    def __init__(self, number):
+        super().__init__(device=torch.device("cuda", number), shape=(8,), dtype=torch.float32, data_ptr=lambda: 4096,
+                         stride=lambda: (1,), detach=lambda: self)
+
+
+def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch):
+    """Recorded or not, within a call or outside; afterwards the current device is what it was."""
+    current = [0]
+
+    @contextlib.contextmanager
+    def device(wanted):
+        before, current[0] = current[0], wanted.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(launcher.driver.active, "get_current_device", lambda: current[0])
+    monkeypatch.setattr(launcher.driver.active, "get_current_stream", lambda number: f"stream of {number}")
+    log = []
+    kernel = Kernel(log, "x", "size", "BLOCK")
+    real = Kernel.__getitem__
+    monkeypatch.setattr(Kernel, "__getitem__", lambda self, grid: (log.append(current[0]), real(self, grid))[1])
+    for number in (1, 0, 1):
+        launcher.launch(kernel, (4,), OnCard(number), 7, BLOCK=16)
+        call(kernel, OnCard(number), BLOCK=16)
+        assert current == [0]
+    assert [x for x in log if isinstance(x, int)] == [1, 1, 0, 0, 1]
+    assert [entry[1][3] for entry in log if isinstance(entry, tuple) and entry[0] != "triton"] == ["stream of 1"]
+    assert [key[0] for key in launcher._records] == [1, 0]
+
+
+def test_a_fault_of_a_recorded_launch_goes_through_triton(caplog):
+    log = []
+    kernel, x = Kernel(log, "x", "size", "BLOCK"), torch.zeros(8)
+    call(kernel, x, BLOCK=16)
+    record, = launcher._records.values()
+    record.launches[0].compiled.run = lambda *args: 1 / 0
+    for _ in range(3):
+        call(kernel, x, BLOCK=16)
+    assert [entry[0] for entry in log] == ["triton"] * 4
+    assert caplog.text.count("prepared launches of a call are not used any more: ZeroDivisionError") == 1
+
+
 def test_launches_of_a_call_are_kept_in_order_and_an_error_leaves_nothing_behind():
     log = []
     first, second = Kernel(log, "x", "A"), Kernel(log, "x", "B")
@@ -121,6 +181,7 @@ def test_launches_of_a_call_are_kept_in_order_and_an_error_leaves_nothing_behind
 
     with pytest.raises(RuntimeError, match="between"):
         both(fail=True)
+    assert not any(vars(launcher._current).get(name) for name in launcher._STATE)
     launcher.launch(second, (1,), x, B=2)  # not taken for the call's second launch
     both()
     both()

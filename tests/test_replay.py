@@ -114,8 +114,8 @@ def driver(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
     yield driver
-    for module in ("attention_bwd", "attention_fwd", "chunk_means", "gating", "routing", "hopper_fwd", "hopper_bwd_dq",
-                   "hopper_bwd_dkv", "decode"):
+    for module in ("attention_bwd", "attention_fwd", "bounds", "chunk_means", "gating", "routing", "hopper_fwd",
+                   "hopper_bwd_dq", "hopper_bwd_dkv", "decode"):
         for kernel in vars(importlib.import_module(f"moba_megatron.kernels.{module}")).values():
             if isinstance(kernel, JITFunction):
                 kernel.device_caches.pop(CARD, None)
@@ -380,13 +380,90 @@ def test_an_error_within_the_traced_call_keeps_no_replay(driver, monkeypatch):
     assert all(replays())
 
 
-def test_an_error_of_the_driver_is_raised(driver):
+FAULTS = ("cuLaunchKernelEx", "cuTensorMapReplaceAddress", "Trace.add", "Trace.replay", "encode_map")
+
+
+def break_at(name, number, error, driver, monkeypatch):
+    """Call ``number`` of a function of the preparation or of the driver raises; the others do their work."""
+    owner = {"Trace.add": replay.Trace, "Trace.replay": replay.Trace, "encode_map": replay}.get(name, driver)
+    name = name.rpartition(".")[2]
+    real, calls = getattr(owner, name), []
+
+    def broken(*args):
+        calls.append(1)
+        if len(calls) == number:
+            raise error
+        return real(*args)
+
+    monkeypatch.setattr(owner, name, broken)
+    return calls
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_falls_back_to_triton(name, driver, monkeypatch, caplog):
+    tensors, call = make(**CASES["1 head"])
+    call(*tensors)
+    if name.startswith("cu"):
+        call(*tensors)
+    with monkeypatch.context() as patch:
+        assert break_at(name, 2 if name == "cuLaunchKernelEx" else 1, OSError("a fault"), driver, patch) == []
+        call(*cloned(tensors))
+    assert "any more: OSError: a fault" in caplog.text
+    assert sum(record.faulty for record in launcher._records.values()) == 1
+    assert_ordinary_launches(call, tensors, driver, monkeypatch, calls=3)
+
+
+def test_an_error_of_the_driver_falls_back_to_triton(driver, monkeypatch, caplog):
     tensors, call = make(**CASES["1 head"])
     for _ in range(2):
         call(*tensors)
     driver.error = 719
-    with pytest.raises(RuntimeError, match="refused a launch: error 719"):
+    assert_ordinary_launches(call, tensors, driver, monkeypatch, calls=2)
+    assert caplog.text.count("the CUDA driver refused a launch: error 719") == 2
+
+
+def assert_ordinary_launches(call, tensors, driver, monkeypatch, calls=1):
+    """The last of some calls launches what one without any record does, with its own tensors' addresses."""
+    inputs = {x.data_ptr() for x in tensors}
+
+    def last_launches():
+        driver.launches = []
         call(*tensors)
+        return [(name, *launch, [value if not isinstance(value, tuple) else value[1] if value[1] in inputs else "scratch"
+                                 for value in values]) for name, *launch, values in driver.launches]
+
+    for _ in range(calls):
+        got = last_launches()
+    with monkeypatch.context() as patch:
+        patch.setattr(launcher, "_RECORDING", False)
+        assert got == last_launches()
+    assert {x.data_ptr() for x in tensors[:4]} <= {value for *_, values in got for value in values}
+
+
+@pytest.mark.parametrize("name", ["cuTensorMapReplaceAddress", "cuLaunchKernelEx", "_pack", "Trace.add"])
+def test_an_interrupt_leaves_nothing_half_written(name, driver, monkeypatch):
+    """A's addresses were the last, B's are being written, the call is interrupted, and A comes again as it was."""
+    tensors, call = make(**CASES["1 head"])
+    others, number, interrupted = cloned(tensors), 0, True
+    for _ in range(3 if name != "Trace.add" else 1):
+        call(*tensors)
+    while interrupted:
+        number += 1
+        with monkeypatch.context() as patch:
+            if name == "_pack":
+                for prepared in filter(None, replays()):
+                    patch.setattr(prepared, "_pack", lambda *args, real=prepared._pack: (
+                        real(*args), (_ for _ in ()).throw(KeyboardInterrupt()))[0])
+                calls = [1] * number
+            else:
+                calls = break_at(name, number, KeyboardInterrupt(), driver, patch)
+            try:
+                call(*others)
+            except KeyboardInterrupt:
+                pass
+            interrupted = len(calls) >= number and not (name == "_pack" and number > 1)
+        assert_ordinary_launches(call, tensors, driver, monkeypatch)
+    assert number > 1
 
 
 @pytest.mark.parametrize("change", ["strides", "alignment", "dtype", "length", "option"])

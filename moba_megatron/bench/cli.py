@@ -39,9 +39,9 @@ def add_kernels(subcommands) -> None:
 
 def run_kernels(arguments: argparse.Namespace) -> int:
     """Measures the rows, prints the table; 1 if a row failed or was wrong."""
-    from . import precompile, speed
+    from . import precompile, speed, timing
     begin = time.perf_counter()
-    device = torch.device(arguments.device)
+    device = timing.use_device(arguments.device)
     cases = find_cases(arguments.rows)
     result = {"environment": environment.describe(device), "rows": []}
     print(environment.line(result["environment"]), flush=True)

@@ -83,7 +83,7 @@ def add_readme(subcommands) -> None:
 
 def run_readme(arguments: argparse.Namespace) -> int:
     """Measures every row and prints the table; 1 where one of this package failed or was wrong."""
-    device = torch.device(arguments.device)
+    device = timing.use_device(arguments.device)
     result = {"environment": environment.describe(device), "rows": [], "settings": {
         name: getattr(arguments, name) for name in ("chunk_size", "topk", "heads", "head_dim", "dtype")}}
     for entry in entries():

@@ -273,7 +273,7 @@ def add_decode(subcommands) -> None:
 
 def run_decode(arguments: argparse.Namespace) -> int:
     """Measures the rows, prints the table; 1 if a row failed or was wrong."""
-    begin, device = time.perf_counter(), torch.device(arguments.device)
+    begin, device = time.perf_counter(), timing.use_device(arguments.device)
     changed = {name: value for name, value in (("tokens", arguments.tokens), ("chunk_size", arguments.chunk_size))
                if value}
     result = {"environment": environment.describe(device), "steps": STEPS, "rows": []}

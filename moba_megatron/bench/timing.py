@@ -25,6 +25,14 @@ def input_sets(bytes_each: int, device: torch.device) -> int:
     return max(1, min(MOST_INPUT_SETS, -(-L2_MULTIPLE * cache // bytes_each)))
 
 
+def use_device(name: str) -> torch.device:
+    """The device of this name, made the current one: events and graphs are the current device's."""
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device
+
+
 def measure(run: Callable[[int], object], device: torch.device, repeats: int, warmup: int = 2) -> list[float]:
     """Milliseconds of each of ``repeats`` calls ``run(i)`` after warm-up, enqueued without waiting in between."""
     for i in range(warmup):

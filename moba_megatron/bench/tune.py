@@ -74,7 +74,7 @@ def climb(start: dict[str, int], measure: Callable[[dict[str, int]], float | Non
 
 def _functions(arguments: argparse.Namespace, head_dim: int, chunk_size: int) -> dict[str, Callable[[], object]]:
     """Prefix of stage names -> the function that runs such stages, on inputs of its own."""
-    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    device, dtype = timing.use_device(arguments.device), getattr(torch, arguments.dtype)
 
     def normal(heads: int) -> Tensor:
         return torch.randn(arguments.tokens, heads, head_dim, device=device, dtype=dtype)
@@ -154,7 +154,7 @@ def tune(arguments: argparse.Namespace) -> dict:
 def _tune_problem(arguments: argparse.Namespace, head_dim: int, chunk_size: int, end: float):
     """Yields the rows for one head dim and chunk size, until the clock says ``end``."""
     forced: dict[str, dict[str, int]] = {}
-    device = torch.device(arguments.device)
+    device = timing.use_device(arguments.device)
     for prefix, run in _functions(arguments, head_dim, chunk_size).items():
         for stage, (key, row) in _looked_up(run).items():
             wanted = stage.startswith(prefix) and stage in (arguments.stages or (stage,))

@@ -5,6 +5,8 @@ those 88 us by the driver, 35 us by 32 blocks (H200; alone 1.5 and 1.0 TB/s).
 """
 from __future__ import annotations
 
+import os
+
 import torch
 import triton
 import triton.language as tl
@@ -32,9 +34,10 @@ def copy_rows(source: int, target: int, rows: int, width: int, source_pitch: int
     constants = (width // _UNIT, source_pitch // _UNIT, target_pitch // _UNIT, _BLOCK, BLOCKS)
     key = (stream.device, *constants)
     known = _compiled.get(key)
-    if known is not None:
-        known.run(BLOCKS, 1, 1, stream.cuda_stream, known.function, known.packed_metadata, None, None, None, source,
-                  target, rows, *constants)
+    if known is not None and os.environ.get("MOBA_PREPARED_LAUNCHES") != "0":
+        with launcher.on_device(stream.device):
+            known.run(BLOCKS, 1, 1, stream.cuda_stream, known.function, known.packed_metadata, None, None, None, source,
+                      target, rows, *constants)
         return
     with torch.cuda.stream(stream):
         compiled = _copy_rows_kernel[(BLOCKS,)](source, target, rows, *constants, num_warps=_WARPS)

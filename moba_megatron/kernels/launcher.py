@@ -7,7 +7,9 @@ that one the whole course is prepared, if it can be (``replay.py``), so that fro
 """
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import threading
 from dataclasses import dataclass, field
 from typing import Callable
@@ -20,7 +22,7 @@ from triton.runtime import driver
 
 from . import INTERPRETED, tuning
 from .replay import NotReplayable, Replay, Trace
-from .workspace import give_limit, workspace_limit
+from .workspace import give_limit, given_limit, workspace_limit
 
 logger = logging.getLogger("moba_megatron")
 
@@ -29,28 +31,45 @@ MAX_SIGNATURES = 512
 _RECORDING = not INTERPRETED and triton.__version__.startswith(("3.6.", "3.7."))  # whose compiled kernels are known
 _records: dict[tuple, "_Record"] = {}
 _current = threading.local()
+_STATE = ("record", "position", "trace", "milestone")
+"""What a thread keeps in ``_current`` during a call, besides the limit of its workspace."""
+
+
+def on_device(device: torch.device):
+    """A context in which a CUDA device is the current one, with its own current stream; nothing where it is already.
+
+    Triton launches on the current device's stream, whatever the tensors' device is.
+    """
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
-    """``kernel[grid](*args, **constants)``: first the run-time arguments, then constexprs and options by name."""
-    record = getattr(_current, "record", None)
-    if record is None or _hooked():
-        kernel[grid](*args, **constants)
-        return
-    position = _current.position
-    _current.position = position + 1
-    known = record.launches.get(position)
-    if known is None or known.kernel is not kernel or known.constants != constants:
-        compiled = kernel[grid](*args, **constants)
-        values = tuple(constants.get(parameter.name, parameter.default) for parameter in kernel.params[len(args):])
-        known = record.launches[position] = _Launch(kernel, constants, compiled, values)
-    else:
-        compiled = known.compiled
-        device = driver.active.get_current_device()
-        compiled.run(*grid, *(1,) * (3 - len(grid)), driver.active.get_current_stream(device), compiled.function,
-                     compiled.packed_metadata, None, None, None, *args, *known.values)
-    if _current.trace is not None:
-        _current.trace.add(compiled, grid, (*args, *known.values))
+    """``kernel[grid](*args, **constants)`` on the first argument's device: run-time arguments, constexprs by name."""
+    with on_device(args[0].device):
+        record = getattr(_current, "record", None)
+        if record is None or record.faulty or _hooked():
+            kernel[grid](*args, **constants)
+            return
+        position = _current.position
+        _current.position = position + 1
+        known = record.launches.get(position)
+        if known is None or known.kernel is not kernel or known.constants != constants:
+            compiled = kernel[grid](*args, **constants)
+            values = tuple(constants.get(parameter.name, parameter.default) for parameter in kernel.params[len(args):])
+            known = record.launches[position] = _Launch(kernel, constants, compiled, values)
+        else:
+            try:
+                device = driver.active.get_current_device()
+                known.compiled.run(*grid, *(1,) * (3 - len(grid)), driver.active.get_current_stream(device),
+                                   known.compiled.function, known.compiled.packed_metadata, None, None, None, *args,
+                                   *known.values)
+            except Exception as error:
+                record.give_up(error)
+                kernel[grid](*args, **constants)
+        if _current.trace is not None:
+            _current.trace.add(known.compiled, grid, (*args, *known.values))
 
 
 def milestone_reached() -> None:
@@ -67,45 +86,88 @@ def repeat(options: tuple, compute: Callable[..., tuple[Tensor, ...]], *tensors:
            workspace_mib: float | None = None, milestone: torch.cuda.Event | None = None) -> tuple[Tensor, ...]:
     """``compute(*tensors)``, whose launches, allocations and results a later call with the same signature repeats.
 
+    A fault in what is repeated (not in ``compute`` itself) is said in a warning, and calls of this signature go through
+    Triton from then on. MOBA_PREPARED_LAUNCHES=0 lets every call do so.
+
     Args:
         options: whatever besides the tensors decides what ``compute`` does; hashable.
-        compute: its results are tensors that it allocates, each contiguous; it waits for nothing.
-        tensors: all tensors that ``compute`` reads; None is allowed.
+        compute: its results are tensors that it allocates, each contiguous; it waits for nothing, and may run again.
+        tensors: all tensors that ``compute`` reads, on one device; None is allowed.
         workspace_mib: the limit of ``compute``'s scratch memory; None for the environment's.
         milestone: recorded on the current stream where ``compute`` first says :func:`milestone_reached`, or at its end.
     """
-    addresses = [0 if x is None else x.data_ptr() for x in tensors]
-    key = _signature(options, tensors, addresses, workspace_mib)
-    record = _records.get(key)
-    replay = None if record is None else record.replay
-    if replay is not None and key[0] in getattr(_current, "devices", ()) and not _hooked():
-        results = replay.run(addresses, tensors[0].device, driver.active.get_current_stream(key[0]), milestone)
-        if results is not None:
-            return results
-    with _Recorded(key, workspace_mib, milestone):
-        known = key is not None and not _hooked()
-        traced = known and record is not None and replay is None and not record.refused
-        results = _traced(record, compute, tensors) if traced else compute(*tensors)
-        milestone_reached()  # if compute has not said so
-    if not known:
+    with on_device(tensors[0].device) if tensors else contextlib.nullcontext():
+        addresses = [0 if x is None else x.data_ptr() for x in tensors]
+        key = _signature(options, tensors, addresses, workspace_mib)
+        record = _record_of(key)
+        if record is None:
+            return _call(None, None, compute, tensors, workspace_mib, milestone)
+        results, fault = None, None
+        try:
+            if record.replay is None:
+                if record.launches and not record.refused:
+                    results = _traced(record, compute, tensors, workspace_mib, milestone)
+            elif key[0] in getattr(_current, "devices", ()):
+                stream = driver.active.get_current_stream(key[0])
+                results = record.replay.run(addresses, tensors[0].device, stream, milestone)
+        except Exception as error:
+            fault = error
+        if results is None:
+            results = _call(record, None, compute, tensors, workspace_mib, milestone)
+        if fault is not None:  # an error of compute's own has been met again
+            record.give_up(fault)
+        # Triton has seen to it that this thread has the device's context: from now on its calls may be replayed
+        _current.devices = getattr(_current, "devices", frozenset()) | {key[0]}
         return results
-    # Triton has seen to it that this thread has the device's context: from now on its calls may be replayed
-    _current.devices = getattr(_current, "devices", frozenset()) | {key[0]}
-    return results
 
 
-def _traced(record: "_Record", compute: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor | None, ...]
-            ) -> tuple[Tensor, ...]:
+def _traced(record: "_Record", compute: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor | None, ...],
+            workspace_mib: float | None, milestone: torch.cuda.Event | None) -> tuple[Tensor, ...]:
     """Runs a call, and keeps its replay if it can be replayed."""
-    trace = _current.trace = Trace(tensors)
+    trace = Trace(tensors)
     with trace:
-        results = compute(*trace.inputs)
+        results = _call(record, trace, compute, trace.inputs, workspace_mib, milestone)
     try:
         record.replay = trace.replay(results)
     except NotReplayable as error:
         record.refused = True
         logger.debug("moba_megatron: a call is not replayed: %s", error)
     return results
+
+
+def _call(record: "_Record | None", trace: Trace | None, compute: Callable[..., tuple[Tensor, ...]],
+          tensors: tuple[Tensor | None, ...], workspace_mib: float | None, milestone: torch.cuda.Event | None
+          ) -> tuple[Tensor, ...]:
+    """``compute(*tensors)``, during which this thread's launches belong to a record, and are traced."""
+    before, limit = {name: getattr(_current, name, None) for name in _STATE}, given_limit()
+
+    def restore() -> None:
+        vars(_current).update(before)
+        give_limit(limit)
+
+    if before["trace"] is not None:
+        before["trace"].refuse("a call within the call")
+    try:
+        try:
+            vars(_current).update(record=record, position=0, trace=trace, milestone=milestone)
+            give_limit(workspace_mib)
+            results = compute(*tensors)
+            milestone_reached()  # if compute has not said so
+            return results
+        finally:
+            restore()
+    finally:  # an interrupt may have come in the first: whatever launches next must not be taken for this call's
+        restore()
+
+
+def _record_of(key: tuple | None) -> "_Record | None":
+    """The record of a signature, a new one at first; None where nothing is recorded."""
+    if key is None or _hooked():
+        return None
+    if key not in _records and len(_records) >= MAX_SIGNATURES:
+        _records.clear()
+    record = _records.setdefault(key, _Record())
+    return None if record.faulty else record
 
 
 def _hooked() -> bool:
@@ -116,7 +178,7 @@ def _hooked() -> bool:
 def _signature(options: tuple, tensors: tuple[Tensor | None, ...], addresses: list[int],
                workspace_mib: float | None) -> tuple | None:
     """What decides the launches of a call, or None where they are not recorded."""
-    if not _RECORDING or tuning.is_forced():
+    if not _RECORDING or tuning.is_forced() or os.environ.get("MOBA_PREPARED_LAUNCHES") == "0":
         return None
     limit = workspace_limit() if workspace_mib is None else int(workspace_mib * (1 << 20))
     key = [driver.active.get_current_device(), limit, options]
@@ -140,25 +202,10 @@ class _Record:
     launches: dict[int, _Launch] = field(default_factory=dict)
     replay: Replay | None = None
     refused: bool = False
+    faulty: bool = False
 
-
-class _Recorded:
-    """Within the block this thread's launches belong to a call with this signature (None: they are not recorded)."""
-
-    def __init__(self, key: tuple | None, workspace_mib: float | None, milestone: torch.cuda.Event | None):
-        self._key, self._workspace_mib, self._milestone = key, workspace_mib, milestone
-
-    def __enter__(self) -> None:
-        self._before = tuple(getattr(_current, name, None) for name in ("record", "position", "trace", "milestone"))
-        if self._before[2] is not None:
-            self._before[2].refuse("a call within the call")
-        self._limit_before, _current.milestone = give_limit(self._workspace_mib), self._milestone
-        if self._key is None:
-            return
-        if self._key not in _records and len(_records) >= MAX_SIGNATURES:
-            _records.clear()
-        _current.record, _current.position, _current.trace = _records.setdefault(self._key, _Record()), 0, None
-
-    def __exit__(self, *error) -> None:
-        _current.record, _current.position, _current.trace, _current.milestone = self._before
-        give_limit(self._limit_before)
+    def give_up(self, error: Exception) -> None:
+        """From now on the calls go through Triton."""
+        self.faulty, self.replay = True, None
+        logger.warning("moba_megatron: prepared launches of a call are not used any more: %s: %s",
+                       type(error).__name__, error)

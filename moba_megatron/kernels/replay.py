@@ -247,12 +247,14 @@ class Replay:
         try:
             driver = cuda_driver()
             if pointers != self._last:
+                self._last = []  # an interrupt may come before all are written
                 self._pack(self._pointers, 0, *pointers)
                 for address, slot in self._maps:
                     if error := driver.cuTensorMapReplaceAddress(address, pointers[slot]):
                         raise RuntimeError(f"the CUDA driver refused a tensor map's address: error {error}")
                 self._last = pointers
             if stream != self._stream:
+                self._stream = None
                 for config in self._configs:
                     config.stream = stream
                 self._stream = stream

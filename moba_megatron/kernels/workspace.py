@@ -10,11 +10,14 @@ DEFAULT_MIB = 1024
 _given = threading.local()
 
 
-def give_limit(mib: float | None) -> float | None:
-    """Sets this thread's limit in MiB, which comes before the environment's; None for none. Returns the one before."""
-    before = getattr(_given, "mib", None)
+def given_limit() -> float | None:
+    """This thread's limit in MiB, which comes before the environment's; None for none."""
+    return getattr(_given, "mib", None)
+
+
+def give_limit(mib: float | None) -> None:
+    """Sets :func:`given_limit`."""
     _given.mib = mib
-    return before
 
 
 def workspace_limit() -> int:
@@ -23,7 +26,7 @@ def workspace_limit() -> int:
     Raises:
         ValueError: MOBA_WORKSPACE_MIB is not a positive number.
     """
-    given = getattr(_given, "mib", None)
+    given = given_limit()
     if given is not None:
         return int(given * (1 << 20))
     text = os.environ.get("MOBA_WORKSPACE_MIB", "")

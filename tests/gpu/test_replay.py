@@ -7,7 +7,7 @@ import torch
 
 from gpu.test_op import gradients, make
 from moba_megatron import moba_attn_varlen
-from moba_megatron.kernels import launcher
+from moba_megatron.kernels import launcher, replay
 
 pytestmark = pytest.mark.gpu
 
@@ -134,3 +134,43 @@ def test_captured_after_a_replay():
         assert_equal(gradients(*static, arguments), ordinary(*static, arguments))  # eager between replays of the graph
         graph.replay()
         assert_equal(captured, ordinary(*static, arguments))
+
+
+def test_an_interrupt_while_addresses_are_written():
+    """A's were the last, B's are half written, and A comes again with its old addresses."""
+    (*a, _, arguments), (*b, _, _) = (make(**CASES["chunk 512"]) for _ in range(2))
+    want = ordinary(*a, arguments)
+    with torch.no_grad():
+        def call(tensors):
+            return moba_attn_varlen(*tensors[:3], *arguments, backend="triton")
+
+        for _ in range(3):
+            call(b)
+        call(a)
+        driver, state = replay.cuda_driver(), {"armed": True}
+
+        class Interrupted:
+            def __getattr__(self, name):
+                if name == "cuTensorMapReplaceAddress" and state.pop("armed", False):
+                    raise KeyboardInterrupt
+                return getattr(driver, name)
+
+        with pytest.raises(KeyboardInterrupt), mock.patch.object(replay, "cuda_driver", Interrupted):
+            call(b)
+        assert torch.equal(call(a), want[0])
+
+
+def test_a_fault_and_the_environment_variable(monkeypatch, caplog):
+    *tensors, _, arguments = make(**CASES["chunk 128"])
+    want = ordinary(*tensors, arguments)
+    for _ in range(2):
+        gradients(*tensors, arguments)
+    with mock.patch.object(replay, "cuda_driver", lambda: 1 / 0):
+        assert_equal(gradients(*tensors, arguments), want)
+    assert caplog.text.count("ZeroDivisionError") == 2
+    assert all(record.faulty for record in launcher._records.values())
+    assert_equal(gradients(*tensors, arguments), want)
+    launcher._records.clear()
+    monkeypatch.setenv("MOBA_PREPARED_LAUNCHES", "0")
+    assert_equal(gradients(*tensors, arguments), want)
+    assert not launcher._records
