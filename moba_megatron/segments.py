@@ -31,6 +31,9 @@ class Segments:
         max_seqlen_k: upper bound of a sequence's length, tokens, known on the host.
         chunk_size: keys in a chunk.
         packed: True where segments are the sequences themselves (``cu_seqlens_q`` is ``cu_seqlens_k``, offsets 0).
+        exact: True where the maker vouches, without looking, for all of this and that every row of q and k belongs to a
+            sequence. False lets the device bound lengths and clear what belongs to none: a few microseconds a call, and
+            no cuDNN, which can take sequences of one length only.
     """
 
     cu_seqlens_q: Tensor
@@ -41,22 +44,24 @@ class Segments:
     max_seqlen_k: int
     chunk_size: int
     packed: bool = False
+    exact: bool = False
 
     @classmethod
-    def from_cu_seqlens(cls, cu_seqlens: Tensor, max_seqlen: int, chunk_size: int) -> "Segments":
+    def from_cu_seqlens(cls, cu_seqlens: Tensor, max_seqlen: int, chunk_size: int, exact: bool = False) -> "Segments":
         """Self-attention over packed sequences: segment ``b`` is the whole of sequence ``b``.
 
         Args:
-            cu_seqlens: int32 ``[B + 1]``, non-decreasing, from 0 to the number of tokens.
+            cu_seqlens: int32 ``[B + 1]``, non-decreasing, from 0 to the number of tokens; or to less, where not exact.
             max_seqlen: upper bound of a sequence's length, tokens.
             chunk_size: keys in a chunk.
+            exact: as of the class.
         """
         if is_unobserved(cu_seqlens):
             seq_ids, offsets = _counted(cu_seqlens.numel() - 1, cu_seqlens.device)
         else:  # of the same kind of tensor as cu_seqlens
             offsets = torch.zeros_like(cu_seqlens[1:])
             seq_ids = torch.ones_like(offsets).cumsum(0, dtype=torch.int32) - 1
-        return cls(cu_seqlens, cu_seqlens, seq_ids, offsets, max_seqlen, max_seqlen, chunk_size, packed=True)
+        return cls(cu_seqlens, cu_seqlens, seq_ids, offsets, max_seqlen, max_seqlen, chunk_size, True, exact)
 
     @property
     def num_segments(self) -> int:
@@ -76,10 +81,10 @@ class Segments:
         return starts // self.chunk_size + torch.arange(self.num_sequences, device=starts.device)
 
     def query_positions(self, total_q: int) -> tuple[Tensor, Tensor]:
-        """The sequence and the position in it of each local query: two int64 ``[total_q]``."""
+        """The sequence and the position in it of each local query: two int64 ``[total_q]``; any for those of none."""
         cu = self.cu_seqlens_q.long()
         row = torch.arange(total_q, device=cu.device)
-        segment = torch.searchsorted(cu, row, right=True) - 1
+        segment = (torch.searchsorted(cu, row, right=True) - 1).clamp(max=self.num_segments - 1)
         return self.seq_ids.long()[segment], self.offsets.long()[segment] + row - cu[segment]
 
     def key_positions(self, total_k: int) -> tuple[Tensor, Tensor]:
@@ -95,9 +100,9 @@ def uniform_segments(queries: int, keys: int, batch: int, chunk_size: int, devic
     """Sequences of one length: the last ``queries`` positions of each of ``batch`` sequences of ``keys`` keys."""
     count = torch.arange(batch + 1, dtype=torch.int32, device=device)
     if queries == keys:
-        return Segments.from_cu_seqlens(count * keys, keys, chunk_size)
+        return Segments.from_cu_seqlens(count * keys, keys, chunk_size, exact=True)
     offsets = torch.full_like(count[:-1], keys - queries)
-    return Segments(count * queries, count * keys, count[:-1], offsets, queries, keys, chunk_size)
+    return Segments(count * queries, count * keys, count[:-1], offsets, queries, keys, chunk_size, exact=True)
 
 
 @cached_tensors
@@ -105,6 +110,11 @@ def _counted(number: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """0, 1, 2, ... and as many zeros."""
     return (torch.arange(number, dtype=torch.int32, device=device),
             torch.zeros(number, dtype=torch.int32, device=device))
+
+
+def entry_dtype(num_choices: int) -> torch.dtype:
+    """int32 while it holds every choice's number (up to 1M tokens with 32 heads and topk 64), and a tile beyond it."""
+    return torch.int32 if num_choices < 2 ** 31 - 2 ** 16 else torch.int64
 
 
 @dataclass(frozen=True)

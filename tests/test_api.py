@@ -101,9 +101,6 @@ WRONG_LENGTHS = {
     "negative": (dict(cu_seqlens=ints(-4, 24)), ValueError, "cu_seqlens must run from 0", "got -4 to 24"),
     "negative inside": (dict(cu_seqlens=ints(0, -5, 24)), ValueError, "cu_seqlens must not decrease",
                         "got 0 then -5 at index 1"),
-    "ends early": (dict(cu_seqlens=ints(0, 10, 20)), ValueError,
-                   "cu_seqlens must run from 0 to the number of tokens 24",
-                   "got 0 to 20"),
     "ends late": (dict(cu_seqlens=ints(0, 10, 25)), ValueError, "cu_seqlens must run from 0", "got 0 to 25"),
     "decreases": (dict(cu_seqlens=ints(0, 14, 10, 24)), ValueError, "cu_seqlens must not decrease",
                   "got 14 then 10 at index 2"),
@@ -116,8 +113,8 @@ WRONG_LENGTHS = {
     "max_seqlen text": (dict(max_seqlen="14"), TypeError, "max_seqlen must be an int", "'14'", "str"),
     "max_seqlen tensor": (dict(max_seqlen=torch.tensor(14)), TypeError, "max_seqlen must be an int", "Tensor",
                           ".item()"),
-    "int64, ends early": (dict(cu_seqlens=ints(0, 20, dtype=torch.int64)), ValueError, "cu_seqlens must run",
-                          "0 to 20"),
+    "int64, ends late": (dict(cu_seqlens=ints(0, 28, dtype=torch.int64)), ValueError, "cu_seqlens must run",
+                         "0 to 28"),
 }
 WRONG_CHUNKS = {
     "chunk 0": (dict(chunk_size=0), ValueError, "chunk_size must be at least 1", "got 0"),
@@ -185,8 +182,10 @@ TAIL = Segments(ints(0, 3, 7), ints(0, 10, 24), ints(1, 0), ints(5, 6), 4, 14, 4
                        ("segments.cu_seqlens_k must have 1 dimension", "(1, 2)")),
     "another device": (dict(seq_ids=ints(1, 0).to("meta")), ValueError, ("segments.seq_ids must be on q's device",
                                                                          "meta")),
-    "queries end early": (dict(cu_seqlens_q=ints(0, 3, 6)), ValueError,
-                          ("segments.cu_seqlens_q must run from 0 to the number of tokens 7", "0 to 6")),
+    "queries end late": (dict(cu_seqlens_q=ints(0, 3, 8)), ValueError,
+                         ("segments.cu_seqlens_q must run from 0 to the number of tokens 7", "0 to 8")),
+    "rows behind": (dict(cu_seqlens_q=ints(0, 3, 6), exact=True), ValueError,
+                    ("segments.exact must be False where rows lie behind the last sequence", "6 of 7 queries")),
     "queries decrease": (dict(cu_seqlens_q=ints(0, 8, 7)), ValueError, ("segments.cu_seqlens_q must not decrease",
                                                                         "8 then 7")),
     "keys end late": (dict(cu_seqlens_k=ints(0, 10, 25)), ValueError,
@@ -287,7 +286,7 @@ def test_gradcheck():
 def operator_arguments(requires_grad=True):
     qkv = [GOOD[name].clone().requires_grad_(requires_grad) for name in "qkv"]
     whole = Segments.from_cu_seqlens(GOOD["cu_seqlens"], 14, 4)
-    return *qkv, whole.cu_seqlens_q, whole.cu_seqlens_k, whole.seq_ids, whole.offsets, 14, 14, 4, True
+    return *qkv, whole.cu_seqlens_q, whole.cu_seqlens_k, whole.seq_ids, whole.offsets, 14, 14, 4, True, False
 
 
 def test_opcheck_forward():

@@ -12,7 +12,7 @@ import re
 import subprocess
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 from unittest import mock
 
@@ -164,6 +164,8 @@ def run_stages(problem: Problem) -> None:
     v = empty(problem.kv_heads, dim_v)
     cu_seqlens = torch.empty(problem.sequences + 1, dtype=torch.int32, device="meta")
     segments = Segments.from_cu_seqlens(cu_seqlens, problem.tokens, problem.chunk_size)
+    kernels.bounded(replace(segments, packed=False), problem.tokens, problem.tokens)
+    segments = kernels.bounded(segments, problem.tokens, problem.tokens)
     means = kernels.chunk_means(k, segments)
     if problem.topk > 1:
         selected = kernels.gate(q, means, segments, problem.topk)

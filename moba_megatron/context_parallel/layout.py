@@ -101,7 +101,7 @@ class Sequences:
 
     def whole(self, chunk_size: int) -> Segments:
         """Every sequence as one segment: attention on a single rank."""
-        return Segments.from_cu_seqlens(self.cu_seqlens, self.max_seqlen, chunk_size)
+        return Segments.from_cu_seqlens(self.cu_seqlens, self.max_seqlen, chunk_size, exact=self.batch is not None)
 
     def rows(self, size: int, rank: int) -> Rows:
         """The rows of one of ``size`` ranks."""
@@ -119,7 +119,7 @@ class Sequences:
             segments, blocks = _zigzag_uniform(self.max_seqlen, self.batch, size, rank, chunk_size,
                                                self.cu_seqlens.device)
         else:
-            segments, blocks = _segments(self.cu_seqlens, self.max_seqlen, size, rank, chunk_size), None
+            segments, blocks = _segments(self.cu_seqlens, self.max_seqlen, size, rank, chunk_size, False), None
         return ZigzagLayout(segments, self.rows(size, rank), blocks)
 
 
@@ -151,12 +151,12 @@ def _zigzag_uniform(seqlen: int, batch: int, size: int, rank: int, chunk_size: i
         raise RuntimeError("context parallel attention must run once with the same shapes before it is captured in a "
                            "CUDA graph")
     cu_seqlens = _uniform(seqlen, batch, device)
-    segments = _segments(cu_seqlens, seqlen, size, rank, chunk_size)
+    segments = _segments(cu_seqlens, seqlen, size, rank, chunk_size, True)
     rows = _rows(cu_seqlens, batch * seqlen, size, rank, None)
     return segments, _block_exchange(segments, rows, seqlen, batch)
 
 
-def _segments(cu_seqlens: Tensor, max_seqlen: int, size: int, rank: int, chunk_size: int) -> Segments:
+def _segments(cu_seqlens: Tensor, max_seqlen: int, size: int, rank: int, chunk_size: int, exact: bool) -> Segments:
     cu = cu_seqlens.long()
     pieces = (cu[1:] - cu[:-1]) // (2 * size)
     local = cu // size
@@ -165,7 +165,8 @@ def _segments(cu_seqlens: Tensor, max_seqlen: int, size: int, rank: int, chunk_s
         cu_seqlens_q=torch.cat((starts, local[-1:])).int(), cu_seqlens_k=cu_seqlens,
         seq_ids=torch.arange(pieces.numel(), device=cu.device, dtype=torch.int32).repeat_interleave(2),
         offsets=torch.stack((rank * pieces, (2 * size - 1 - rank) * pieces), dim=1).flatten().int(),
-        max_seqlen_q=-(-max_seqlen // (2 * size)), max_seqlen_k=max_seqlen, chunk_size=chunk_size)
+        max_seqlen_q=-(-max_seqlen // (2 * size)), max_seqlen_k=max_seqlen, chunk_size=chunk_size,
+        exact=exact)
 
 
 def _rows(cu_seqlens: Tensor, total: int, size: int, rank: int, runs: tuple[tuple[int, ...], ...] | None) -> Rows:

@@ -103,13 +103,13 @@ class Method:
     def _key(self, segments: Segments) -> tuple[tuple, tuple[Tensor, ...]]:
         """What decides the launches besides tensors, and the tensors of segments."""
         s = segments
-        return ((s.max_seqlen_q, s.max_seqlen_k, s.chunk_size, s.packed, self.topk, self.softmax_scale,
+        return ((s.max_seqlen_q, s.max_seqlen_k, s.chunk_size, s.packed, s.exact, self.topk, self.softmax_scale,
                  self.deterministic), (s.cu_seqlens_q, s.cu_seqlens_k, s.seq_ids, s.offsets))
 
     @staticmethod
     def _segments(key: tuple, tensors: tuple[Tensor, ...]) -> Segments:
         """The segments again, of what :meth:`_key` gave."""
-        return Segments(*tensors, *key[:4])
+        return Segments(*tensors, *key[:5])
 
 
 @dataclass(frozen=True)
@@ -158,4 +158,4 @@ class Whole:
         s = self.segments
         if not self.method.may_be_dense:
             return None
-        return function(*tensors, s.cu_seqlens_k, s.max_seqlen_k, self.method.softmax_scale, **options)
+        return function(*tensors, s.cu_seqlens_k, s.max_seqlen_k, self.method.softmax_scale, exact=s.exact, **options)

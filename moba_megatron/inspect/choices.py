@@ -118,7 +118,7 @@ def look(module: MoBACoreAttention, q: Tensor, k: Tensor, segments: Segments, gr
         dist.all_gather_into_tensor(ranks, k.contiguous(), group=group)
         k = ranks[global_rows]
     stages = get_stages(moba.backend, q.device)
-    numbers = segments.max_seqlen_q, segments.max_seqlen_k, segments.chunk_size, segments.packed
+    numbers = segments.max_seqlen_q, segments.max_seqlen_k, segments.chunk_size, segments.packed, segments.exact
 
     def compute(q, k, *places):
         same = Segments(*places, *numbers)

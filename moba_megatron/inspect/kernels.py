@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..kernels.jit_helpers import _chunk_keys
+from ..kernels.jit_helpers import _chunk_keys, _offset
 from ..kernels.launcher import launch, repeat
 from ..kernels.sizes import cdiv, next_power_of_2
 from ..segments import Segments
@@ -103,15 +103,15 @@ def _mass_kernel(q, k, cu_seqlens_k, rows, sequences, positions, parts, n, num_s
     sees = inside & (first_key <= begin) & (last >= begin) & (begin < tl.load(cu_seqlens_k + sequence + 1))
     row = tl.load(rows + query, mask=inside, other=0)
     dim = tl.arange(0, BLOCK_D)
-    tile = tl.load(q + row[:, None] * stride_qt + head[:, None].to(tl.int64) * stride_qh + dim[None, :] * stride_qd,
+    tile = tl.load(q + (_offset(row, stride_qt) + _offset(head, stride_qh))[:, None] + _offset(dim, stride_qd)[None, :],
                    mask=sees[:, None] & (dim < D)[None, :], other=0.0)
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     keys_end = tl.where(tl.max(sees.to(tl.int32), 0) > 0, end, begin)
     for first in range(begin, keys_end, BLOCK_N):
         key = first + tl.arange(0, BLOCK_N)
-        keys = tl.load(k + key[None, :].to(tl.int64) * stride_ks + kv_head.to(tl.int64) * stride_kh
-                       + dim[:, None] * stride_kd, mask=(key < end)[None, :] & (dim < D)[:, None], other=0.0)
+        keys = tl.load(k + (_offset(key, stride_ks) + _offset(kv_head, stride_kh))[None, :]
+                       + _offset(dim, stride_kd)[:, None], mask=(key < end)[None, :] & (dim < D)[:, None], other=0.0)
         score = tl.dot(tile, keys, input_precision="ieee") * scale
         score = tl.where(sees[:, None] & (key < end)[None, :] & (key[None, :] <= last[:, None]), score, float("-inf"))
         before = largest

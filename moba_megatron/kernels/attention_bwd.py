@@ -16,6 +16,8 @@ from . import hopper, tuning
 from .attention_bwd_dkdv import _attention_bwd_dkv_kernel, _attention_bwd_dkv_sum_kernel
 from .attention_bwd_dq import _attention_bwd_dq_kernel, _attention_bwd_dq_own_kernel
 from .attention_fwd import _check, _describable, _key_source, tma_available
+from .bounds import clear_rows
+from .jit_helpers import _offset
 from .launcher import launch, milestone_reached
 from .routing import Tiles, make_tiles, route
 from .sizes import cdiv, head_block, next_power_of_2
@@ -46,7 +48,7 @@ def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tens
         routing: of ``selected``, as forward used it; None to make it again.
 
     Returns:
-        dq ``[T, H, D]``, dk ``[S, HK, D]``, dv ``[S, HK, DV]``.
+        dq ``[T, H, D]``, dk ``[S, HK, D]``, dv ``[S, HK, DV]``; 0 for rows of no segment or sequence.
 
     Raises:
         TypeError: fp64. ValueError: a head dim above 256, or chunks below 16.
@@ -58,6 +60,12 @@ def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tens
     dv = torch.empty(v.shape, dtype=kv_grad_dtype or v.dtype, device=v.device)
     if q.shape[0] == 0:
         return dq, dk.zero_(), dv.zero_()
+    if not segments.exact:
+        if segments.packed:
+            clear_rows(segments.cu_seqlens_k, (dq, 0), (dk, 0), (dv, 0))
+        else:
+            clear_rows(segments.cu_seqlens_q, (dq, 0))
+            clear_rows(segments.cu_seqlens_k, (dk, 0), (dv, 0))
     x = _Inputs(q, k, v, do, _row_terms(do, o, dlse, lse), selected.contiguous(), segments, softmax_scale)
     everything = (0, x.kv_heads)
     if x.slots == 0:
@@ -195,8 +203,8 @@ def _attention_bwd_delta_kernel(
     valid = row < num_rows
     keep = valid[:, None] & (cols[None, :] < DV)
     token, head = row // H, row % H
-    a = tl.load(do + (token * stride_dot + head * stride_doh)[:, None] + cols[None, :], mask=keep, other=0.0)
-    b = tl.load(o + (token * stride_ot + head * stride_oh)[:, None] + cols[None, :], mask=keep, other=0.0)
+    a = tl.load(do + (_offset(token, stride_dot) + _offset(head, stride_doh))[:, None] + cols[None, :], mask=keep, other=0.0)
+    b = tl.load(o + (_offset(token, stride_ot) + _offset(head, stride_oh))[:, None] + cols[None, :], mask=keep, other=0.0)
     x = tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)  # 0 beyond the last row
     if dlse is not None:
         x -= tl.load(dlse + row, mask=valid, other=0.0).to(tl.float32)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .jit_helpers import _chunk_keys, _find_piece, _piece_items
+from .jit_helpers import _chunk_keys, _find_piece, _offset, _piece_items
 
 
 @triton.jit
@@ -17,9 +17,9 @@ def _gather_rows(pointer, token, head, stride_t, stride_h, G: tl.constexpr, D: t
     """Rows of tokens and heads (int64; a scalar head if G is 1), zero beyond D."""
     cols = tl.arange(0, BLOCK_D)
     if G == 1:
-        rows = (pointer + head * stride_h) + (token * stride_t)[:, None]
+        rows = (pointer + _offset(head, stride_h)) + _offset(token, stride_t)[:, None]
     else:
-        rows = pointer + (token * stride_t + head * stride_h)[:, None]
+        rows = pointer + (_offset(token, stride_t) + _offset(head, stride_h))[:, None]
     if D < BLOCK_D:
         x = tl.load(rows + cols[None, :], mask=cols[None, :] < D, other=0.0)
     else:
@@ -134,8 +134,8 @@ def _attention_bwd_dkv_kernel(
     key_row = rows.to(tl.int64)
     key_valid = rows < chunk_end
     key_position = rows - tl.load(cu_seqlens_k + sequence)
-    k_rows = _load_rows_where(k + kv_head.to(tl.int64) * stride_kh, key_row * stride_kt, key_valid, D, BLOCK_D)
-    v_rows = _load_rows_where(v + kv_head.to(tl.int64) * stride_vh, key_row * stride_vt, key_valid, DV, BLOCK_DV)
+    k_rows = _load_rows_where(k + _offset(kv_head, stride_kh), _offset(rows, stride_kt), key_valid, D, BLOCK_D)
+    v_rows = _load_rows_where(v + _offset(kv_head, stride_vh), _offset(rows, stride_vt), key_valid, DV, BLOCK_DV)
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
 
@@ -192,13 +192,13 @@ def _attention_bwd_dkv_kernel(
                               first_position - tile * BLOCK_N + chunk_size)
             blocks = tl.maximum(tl.cdiv(high - low, BLOCK_M), 0)
             for i in range(0, blocks * G):
-                head = (kv_head * G + i // blocks).to(tl.int64)
+                head = kv_head * G + i // blocks
                 query_position = low + i % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
                 valid = query_position < high
-                token = (row_begin - origin + query_position).to(tl.int64)
-                q_rows = _load_rows_where(q + head * stride_qh, token * stride_qt, valid, D, BLOCK_D)
-                do_rows = _load_rows_where(do + head * stride_doh, token * stride_dot, valid, DV, BLOCK_DV)
-                row_lse, row_delta = _load_terms(terms, tl.where(valid, token * H + head, num_rows), BLOCK_M)
+                token = row_begin - origin + query_position
+                q_rows = _load_rows_where(q + _offset(head, stride_qh), _offset(token, stride_qt), valid, D, BLOCK_D)
+                do_rows = _load_rows_where(do + _offset(head, stride_doh), _offset(token, stride_dot), valid, DV, BLOCK_DV)
+                row_lse, row_delta = _load_terms(terms, tl.where(valid, _offset(token, H) + head, num_rows), BLOCK_M)
                 p, ds = _weights(k_rows, v_rows, q_rows, do_rows, row_lse, row_delta,
                                  key_position[:, None] <= query_position[None, :], qk_scale, HAS_KEEP=True,
                                  PRECISION=PRECISION)

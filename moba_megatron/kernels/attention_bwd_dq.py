@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 
 from .attention_bwd_dkdv import _entry_row, _gather_rows, _load_rows_where
-from .jit_helpers import _chunk_keys, _query_tile
+from .attention_fwd import _load_keys
+from .jit_helpers import _chunk_keys, _offset, _query_tile
 
 
 @triton.jit(do_not_specialize=["num_chunks", "num_sequences", "kv_head_begin", "kv_head_end"])
@@ -59,25 +60,6 @@ def _attention_bwd_dq_kernel(
 
 
 @triton.jit
-def _load_keys(source, row, end, head, stride_row, stride_head, D: tl.constexpr, BLOCK_N: tl.constexpr,
-               BLOCK_D: tl.constexpr, USE_TMA: tl.constexpr, PARTIAL: tl.constexpr):
-    """Rows ``row .. row + BLOCK_N`` of one head; zeros from row ``end`` on where PARTIAL."""
-    if USE_TMA:
-        x = source.load([head, row, 0]).reshape(BLOCK_N, BLOCK_D)
-    else:
-        rows = row + tl.arange(0, BLOCK_N)
-        cols = tl.arange(0, BLOCK_D)
-        pointers = source + head.to(tl.int64) * stride_head + rows[:, None].to(tl.int64) * stride_row + cols[None, :]
-        if PARTIAL:
-            x = tl.load(pointers, mask=(rows < end)[:, None] & (cols[None, :] < D), other=0.0)
-        elif D < BLOCK_D:
-            x = tl.load(pointers, mask=cols[None, :] < D, other=0.0)
-        else:
-            x = tl.load(pointers)
-    return x
-
-
-@triton.jit
 def _own_dq_step(dq, q_rows, do_rows, row_lse, row_delta, k, v, k_row, k_end, kv_head, keep_from, keep_to, first,
                  qk_scale, stride_kt, stride_kh, stride_vt, stride_vh, D: tl.constexpr, DV: tl.constexpr,
                  BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
@@ -116,8 +98,8 @@ def _attention_bwd_dq_own_kernel(
     rows = first_row + tl.arange(0, BLOCK_M)
     valid = rows < q_end
     row = rows.to(tl.int64)
-    q_rows = _load_rows_where(q + head.to(tl.int64) * stride_qh, row * stride_qt, valid, D, BLOCK_D)
-    do_rows = _load_rows_where(do + head.to(tl.int64) * stride_doh, row * stride_dot, valid, DV, BLOCK_DV)
+    q_rows = _load_rows_where(q + _offset(head, stride_qh), _offset(rows, stride_qt), valid, D, BLOCK_D)
+    do_rows = _load_rows_where(do + _offset(head, stride_doh), _offset(rows, stride_dot), valid, DV, BLOCK_DV)
     row_lse = tl.load(terms + (row * H + head) * 4, mask=valid, other=float("inf"))
     row_delta = tl.load(terms + (row * H + head) * 4 + 1, mask=valid, other=0.0)
 

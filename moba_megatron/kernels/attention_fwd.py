@@ -15,7 +15,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..segments import Routing, Segments
 from . import INTERPRETED, hopper, tuning
-from .jit_helpers import _chunk_keys, _query_tile
+from .bounds import clear_rows
+from .jit_helpers import _chunk_keys, _offset, _query_tile
 from .launcher import launch
 from .routing import Tiles, make_tiles, route
 from .sizes import head_block, next_power_of_2
@@ -41,10 +42,10 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: S
         routing: of ``selected``; None to make it here.
 
     Returns:
-        o ``[T, H, DV]`` in q's dtype; lse ``[T, H]``, fp32, natural log.
+        o ``[T, H, DV]`` in q's dtype; lse ``[T, H]``, fp32, natural log; 0 and -inf for rows of no segment.
 
     Raises:
-        TypeError: fp64. ValueError: a head dim above 256, or chunks below 16.
+        TypeError: fp64. ValueError: a head dim above 256, chunks below 16, or 2^31 rows (token, head).
     """
     _check(q, v, selected, segments)
     if softmax_scale < 0:  # the running maximum is taken before the scale
@@ -57,6 +58,8 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: S
     lse = torch.empty(total_q, num_heads, dtype=torch.float32, device=q.device)
     if total_q == 0:
         return o, lse
+    if not segments.exact:
+        clear_rows(segments.cu_seqlens_q, (o, 0), (lse, -math.inf))
     if slots == 0:
         _own_merge(q, k, v, selected, None, None, o, lse, segments, qk_scale, (0, num_kv_heads))
         return o, lse
@@ -83,6 +86,9 @@ def _check(q: Tensor, v: Tensor, selected: Tensor, segments: Segments) -> None:
     if max(q.shape[2], v.shape[2]) > MAX_HEAD_DIM:
         raise ValueError(f"head_dim must be at most {MAX_HEAD_DIM} for the Triton kernels, got {q.shape[2]} for q and "
                          f"k, {v.shape[2]} for v: use backend='reference'")
+    rows = max(q.shape[0] * q.shape[1], (v.shape[0] + segments.num_sequences) * v.shape[1])
+    if rows >= 2 ** 31:  # numbers of rows (token, head) and of buckets (kv head, chunk) are 32 bits wide
+        raise ValueError(f"tokens times heads must be below 2^31 for the Triton kernels, got {rows}: use fewer tokens")
     if segments.chunk_size < 16 and selected.shape[2]:
         raise ValueError(f"chunk_size must be at least 16 for the Triton kernels, got {segments.chunk_size}: "
                          "use backend='reference'")
@@ -242,7 +248,7 @@ def _load_keys(source, row, end, head, stride_row, stride_head, D: tl.constexpr,
     else:
         rows = row + tl.arange(0, BLOCK_N)
         cols = tl.arange(0, BLOCK_D)
-        pointers = source + head.to(tl.int64) * stride_head + rows[:, None].to(tl.int64) * stride_row + cols[None, :]
+        pointers = source + _offset(head, stride_head) + _offset(rows, stride_row)[:, None] + cols[None, :]
         if MASKED:
             tile = tl.load(pointers, mask=(rows[:, None] < end) & (cols[None, :] < D), other=0.0)
         elif D < BLOCK_D:
@@ -264,8 +270,11 @@ def _gather_queries(q, entries, begin, end, first_head, group_heads, stride_qt, 
     choice = entry - token * (H * KS)  # head * KS + j
     if WIDE:
         token = token.to(tl.int64)
+        row = _offset(token, stride_qt) + _offset(choice // KS, stride_qh)
+    else:
+        row = token * stride_qt + choice // KS * stride_qh
     cols = tl.arange(0, BLOCK_D)
-    pointers = q + (token * stride_qt + choice // KS * stride_qh)[:, None] + cols[None, :]
+    pointers = q + row[:, None] + cols[None, :]
     if D < BLOCK_D:
         rows = tl.load(pointers, mask=cols[None, :] < D, other=0.0)
     else:
@@ -440,7 +449,7 @@ def _attention_fwd_own_kernel(
     valid = rows < q_end
     row = rows.to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
-    q_rows = tl.load(q + head.to(tl.int64) * stride_qh + row[:, None] * stride_qt + cols[None, :],
+    q_rows = tl.load(q + _offset(head, stride_qh) + _offset(rows, stride_qt)[:, None] + cols[None, :],
                      mask=valid[:, None] & (cols[None, :] < D), other=0.0)
 
     position = first_position + tl.minimum(rows, q_end - 1) - first_row  # in the sequence

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..segments import SUM_BLOCK, Segments
 from . import tuning
-from .jit_helpers import _chunk_keys
+from .jit_helpers import _chunk_keys, _offset
 from .launcher import launch
 from .sizes import cdiv, next_power_of_2
 
@@ -103,12 +103,13 @@ def _config(k: Tensor, columns: int, num_items: int, num_blocks: int) -> dict[st
 def _add_rows(k, first, count, column, stride_s, stride_h, stride_d, HK: tl.constexpr, D: tl.constexpr,
               SUM_BLOCK: tl.constexpr):
     """fp32 sums ``[BLOCK_B, BLOCK_C]`` of ``count`` rows from row ``first``, each ``[BLOCK_B]``, added one by one."""
-    at = first.to(tl.int64)[:, None] * stride_s + (column // D * stride_h + column % D * stride_d)[None, :]
+    at = _offset(first, stride_s)[:, None] + (_offset(column // D, stride_h) + _offset(column % D, stride_d))[None, :]
     inside = (column < HK * D)[None, :]
     total = tl.zeros(at.shape, tl.float32)
     for row in tl.range(0, SUM_BLOCK, loop_unroll_factor=16):
         keep = (row < count)[:, None] & inside
-        total += tl.load(k + at + row * stride_s, mask=keep, other=0.0).to(tl.float32)
+        total += tl.load(k + at, mask=keep, other=0.0).to(tl.float32)
+        at += stride_s
     return total
 
 
@@ -155,8 +156,8 @@ def _block_sums_kernel(k, starts, counts, sums, num_runs, stride_s, stride_h, st
 
 @triton.jit(do_not_specialize=["num_blocks"])
 def _means_from_block_sums_kernel(sums, means, size, columns, num_blocks, chunk_size, BLOCK: tl.constexpr):
-    item = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    at = (item // columns).to(tl.int64) * num_blocks * columns + item % columns
+    item = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = item // columns * num_blocks * columns + item % columns
     total = tl.zeros([BLOCK], tl.float32)
     for _ in range(num_blocks):
         total += tl.load(sums + at, mask=item < size, other=0.0)

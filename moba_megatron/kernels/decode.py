@@ -19,6 +19,7 @@ from torch import Tensor
 from ..segments import SUM_BLOCK
 from . import INTERPRETED, tuning
 from .chunk_means import _mean
+from .jit_helpers import _offset
 from .launcher import launch
 from .sizes import cdiv, head_block, next_power_of_2
 
@@ -165,10 +166,10 @@ def _places(cache_seqlens: Tensor, block_table: Tensor | None, cache_starts: Ten
 def _row_offsets(block_table, sequence, row, stride_b, stride_t, stride_table, PAGE_SIZE: tl.constexpr):
     """Offsets, in elements, of rows of one sequence's part of a cache; int64."""
     if PAGE_SIZE > 0:
-        page = tl.load(block_table + sequence.to(tl.int64) * stride_table + row // PAGE_SIZE)
-        offsets = page.to(tl.int64) * stride_b + (row % PAGE_SIZE).to(tl.int64) * stride_t
+        page = tl.load(block_table + _offset(sequence, stride_table) + row // PAGE_SIZE)
+        offsets = _offset(page, stride_b) + _offset(row % PAGE_SIZE, stride_t)
     else:
-        offsets = sequence.to(tl.int64) * stride_b + row.to(tl.int64) * stride_t
+        offsets = _offset(sequence, stride_b) + _offset(row, stride_t)
     return offsets
 
 
@@ -180,7 +181,7 @@ def _chunk_mean(k, block_table, sequence, first, chunk_size, kv_head, stride_b, 
     col = tl.arange(0, BLOCK_D)
     lane = tl.arange(0, MEAN_LANES)
     total = tl.zeros([BLOCK_D], tl.float32)
-    k += kv_head.to(tl.int64) * stride_h
+    k += _offset(kv_head, stride_h)
     for begin in range(0, chunk_size, MEAN_LANES * SUM_BLOCK):
         sums = tl.zeros([MEAN_LANES, BLOCK_D], tl.float32)
         for i in tl.range(0, tl.minimum(SUM_BLOCK, chunk_size), loop_unroll_factor=8):
@@ -188,7 +189,7 @@ def _chunk_mean(k, block_table, sequence, first, chunk_size, kv_head, stride_b, 
             inside = row < chunk_size
             at = _row_offsets(block_table, sequence, tl.where(inside, first + row, first), stride_b, stride_t,
                               stride_table, PAGE_SIZE)
-            sums += tl.load(k + at[:, None] + (col * stride_d)[None, :], mask=inside[:, None] & (col < D)[None, :],
+            sums += tl.load(k + at[:, None] + _offset(col, stride_d)[None, :], mask=inside[:, None] & (col < D)[None, :],
                             other=0.0).to(tl.float32)
         for i in tl.static_range(MEAN_LANES):
             total += tl.sum(tl.where((lane == i)[:, None], sums, 0.0), 0)  # picks out one row, exactly
@@ -214,8 +215,8 @@ def _decode_means_kernel(
     mean = _chunk_mean(k, block_table, sequence, first, chunk_size, kv_head, stride_kb, stride_kt, stride_kh, stride_kd,
                        stride_table, D, BLOCK_D, SUM_BLOCK, MEAN_LANES, PAGE_SIZE)
     col = tl.arange(0, BLOCK_D)
-    tl.store(means + sequence.to(tl.int64) * stride_mb + chunk.to(tl.int64) * stride_mt + kv_head * stride_mh + col,
-             mean.to(means.dtype.element_ty), mask=col < D)
+    to = means + _offset(sequence, stride_mb) + _offset(chunk, stride_mt) + _offset(kv_head, stride_mh)
+    tl.store(to + col, mean.to(means.dtype.element_ty), mask=col < D)
 
 
 @triton.jit
@@ -231,7 +232,7 @@ def _mean_rows(means, first, own, stride_mt, D: tl.constexpr, BLOCK_C: tl.conste
     """Means ``[BLOCK_C, BLOCK_D]`` of the chunks from ``first``; zeros from chunk ``own`` on."""
     chunk = first + tl.arange(0, BLOCK_C)
     col = tl.arange(0, BLOCK_D)
-    return tl.load(means + chunk.to(tl.int64)[:, None] * stride_mt + col[None, :],
+    return tl.load(means + _offset(chunk, stride_mt)[:, None] + col[None, :],
                    mask=(chunk < own)[:, None] & (col < D)[None, :], other=0.0)
 
 
@@ -254,9 +255,9 @@ def _decode_gate_kernel(
     # a chunk whose last key came with the query before this one; with no position before, there is none
     fresh = tl.where((position > 0) & (position == own * chunk_size), own - 1, -1)
     col = tl.arange(0, BLOCK_D)
-    q_rows = tl.load(q + sequence.to(tl.int64) * stride_qb + (kv_head * G + head).to(tl.int64)[:, None] * stride_qh
-                     + (col * stride_qd)[None, :], mask=(head < G)[:, None] & (col < D)[None, :], other=0.0)
-    means += sequence.to(tl.int64) * stride_mb + kv_head.to(tl.int64) * stride_mh
+    q_rows = tl.load(q + _offset(sequence, stride_qb) + _offset(kv_head * G + head, stride_qh)[:, None]
+                     + _offset(col, stride_qd)[None, :], mask=(head < G)[:, None] & (col < D)[None, :], other=0.0)
+    means += _offset(sequence, stride_mb) + _offset(kv_head, stride_mh)
     fresh_score = tl.zeros([BLOCK_G], tl.float32)
     if fresh >= 0:
         first = fresh * chunk_size
@@ -265,7 +266,7 @@ def _decode_gate_kernel(
         mean = _chunk_mean(k, block_table, sequence, first, chunk_size, kv_head, stride_kb, stride_kt, stride_kh,
                            stride_kd, stride_table, D, BLOCK_D, SUM_BLOCK, MEAN_LANES, PAGE_SIZE)
         mean = mean.to(means.dtype.element_ty)
-        tl.store(means + fresh.to(tl.int64) * stride_mt + col, mean, mask=col < D)
+        tl.store(means + _offset(fresh, stride_mt) + col, mean, mask=col < D)
         fresh_score = tl.sum(q_rows.to(tl.float32) * mean.to(tl.float32)[None, :], 1)
 
     NONE: tl.constexpr = -0x7FFFFFFFFFFFFFFF
@@ -289,7 +290,7 @@ def _decode_gate_kernel(
             found = tl.max(keys, 1)
             worst = tl.min(best, 1)
     chosen = tl.where(best == NONE, -1, best & 0x7FFFFFFF).to(tl.int32)
-    row = (sequence * HK + kv_head) * G + head
+    row = (_offset(sequence, HK) + kv_head) * G + head
     tl.store(selected + row[:, None] * KS + place, chosen, mask=(head < G)[:, None] & (place < KS))
 
 
@@ -344,10 +345,10 @@ def _decode_attention_kernel(
         start = tl.load(cache_starts + sequence)
     head = tl.arange(0, BLOCK_G)
     col, col_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    q_rows = tl.load(q + sequence.to(tl.int64) * stride_qb + (kv_head * G + head).to(tl.int64)[:, None] * stride_qh
-                     + (col * stride_qd)[None, :], mask=(head < G)[:, None] & (col < D)[None, :], other=0.0)
-    k += kv_head.to(tl.int64) * stride_kh
-    v += kv_head.to(tl.int64) * stride_vh
+    q_rows = tl.load(q + _offset(sequence, stride_qb) + _offset(kv_head * G + head, stride_qh)[:, None]
+                     + _offset(col, stride_qd)[None, :], mask=(head < G)[:, None] & (col < D)[None, :], other=0.0)
+    k += _offset(kv_head, stride_kh)
+    v += _offset(kv_head, stride_vh)
     m = tl.full([BLOCK_G], -float("inf"), tl.float32)
     l = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_DV], tl.float32)
@@ -356,7 +357,7 @@ def _decode_attention_kernel(
         inside = row < end
         row = start + tl.where(inside, row, begin)
         k_at = _row_offsets(block_table, sequence, row, stride_kb, stride_kt, stride_table, PAGE_SIZE)
-        k_rows = tl.load(k + k_at[:, None] + (col * stride_kd)[None, :], mask=inside[:, None] & (col < D)[None, :],
+        k_rows = tl.load(k + k_at[:, None] + _offset(col, stride_kd)[None, :], mask=inside[:, None] & (col < D)[None, :],
                          other=0.0)
         s = tl.dot(q_rows, tl.trans(k_rows), input_precision=PRECISION) * qk_scale  # [BLOCK_G, BLOCK_N]
         s = tl.where(inside[None, :], s, -float("inf"))
@@ -366,7 +367,7 @@ def _decode_attention_kernel(
         alpha = tl.exp2(m - shift)
         l = l * alpha + tl.sum(p, 1)
         v_at = _row_offsets(block_table, sequence, row, stride_vb, stride_vt, stride_table, PAGE_SIZE)
-        v_rows = tl.load(v + v_at[:, None] + (col_v * stride_vd)[None, :],
+        v_rows = tl.load(v + v_at[:, None] + _offset(col_v, stride_vd)[None, :],
                          mask=inside[:, None] & (col_v < DV)[None, :], other=0.0)
         acc = tl.dot(p.to(v_rows.dtype), v_rows, acc * alpha[:, None], input_precision=PRECISION)
         m = m_new

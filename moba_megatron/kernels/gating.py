@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..segments import Segments
 from . import tuning
-from .jit_helpers import _query_tile
+from .bounds import clear_rows
+from .jit_helpers import _offset, _query_tile
 from .launcher import launch
 from .sizes import head_block, next_power_of_2
 
@@ -38,12 +39,20 @@ def gate(q: Tensor, means: Tensor, segments: Segments, topk: int) -> Tensor:
 
     Returns:
         int32 ``[T, H, topk - 1]``: chunk ids in no particular order, -1 where fewer exist.
+
+    Raises:
+        ValueError: means of 2^31 elements or more.
     """
+    if means.numel() >= 2 ** 31:  # offsets within them are 32 bits wide
+        raise ValueError(f"chunk means must have fewer than 2^31 elements for the Triton kernels, got "
+                         f"{tuple(means.shape)}: use larger chunks")
     total, num_heads, head_dim = q.shape
     choices = topk - 1
     selected = torch.empty(total, num_heads, choices, dtype=torch.int32, device=q.device)
     if selected.numel() == 0:
         return selected
+    if not segments.exact:
+        clear_rows(segments.cu_seqlens_q, (selected, -1))
     q = q if q.stride(2) == 1 else q.contiguous()
     means = means.contiguous()
     options = tuning.config("gate", q.device, head_dim=head_dim, itemsize=q.element_size(), choices=choices)
@@ -243,7 +252,7 @@ def _gate_kernel(
     limit = (position + tl.minimum(BLOCK_M, row_end - row) - 1) // chunk_size  # the most that a row has
     every = position // chunk_size  # the fewest
     col = tl.arange(0, BLOCK_D)
-    q_rows = tl.load(q + head.to(tl.int64) * stride_qh + rows[:, None] * stride_qt + col[None, :],
+    q_rows = tl.load(q + _offset(head, stride_qh) + _offset(rows, stride_qt)[:, None] + col[None, :],
                      mask=valid[:, None] & (col < D)[None, :], other=0.0)
     means += (first_chunk.to(tl.int64) * HK + head // (H // HK)) * D
 

@@ -65,10 +65,10 @@ def key_tile(options: dict[str, int], chunk_size: int) -> int:
 
 
 def describable(x: Tensor) -> bool:
-    """Whether :func:`describe` can: the heads of a token side by side."""
+    """Whether :func:`describe` can: the heads of a token side by side, at coordinates of 32 bits."""
     row, head = strides(x)
     width = (x.shape[1] - 1) * head + x.shape[2]
-    return 0 < width <= row or (x.shape[0] == 1 and width < 2 ** 31)
+    return 0 < width < 2 ** 31 and (width <= row or x.shape[0] == 1)
 
 
 def describe(x: Tensor, block: int):

@@ -25,6 +25,7 @@ LOADER_WARPS = gl.constexpr(4)
 _find_piece = gluon.jit(jit_helpers._find_piece.fn)
 _piece_items = gluon.jit(jit_helpers._piece_items.fn)
 _chunk_keys = gluon.jit(jit_helpers._chunk_keys.fn)
+_offset = gluon.jit(jit_helpers._offset.fn)
 
 
 @gluon.jit
@@ -53,7 +54,7 @@ def _slot(entry, kv_head, first_head, group_heads, H: gl.constexpr, G: gl.conste
 def _copy_rows(smem, pointer, token, head, stride_t, stride_h, ROWS: gl.constexpr):
     """Starts copies of whole rows of tokens and heads; strides in units of eight elements."""
     cols = gl.arange(0, smem.shape[1], layout=gl.SliceLayout(0, ROWS))
-    rows = pointer + (token * stride_t + head * stride_h) * 8
+    rows = pointer + (_offset(token, stride_t) + _offset(head, stride_h)) * 8
     async_copy.async_copy_global_to_shared(smem, rows[:, None] + cols[None, :])
 
 
@@ -61,7 +62,7 @@ def _copy_rows(smem, pointer, token, head, stride_t, stride_h, ROWS: gl.constexp
 def _copy_rows_where(smem, pointer, token, head, stride_t, stride_h, keep, ROWS: gl.constexpr):
     """As :func:`_copy_rows`, with zeros where not ``keep``."""
     cols = gl.arange(0, smem.shape[1], layout=gl.SliceLayout(0, ROWS))
-    rows = pointer + (token * stride_t + head * stride_h) * 8
+    rows = pointer + (_offset(token, stride_t) + _offset(head, stride_h)) * 8
     async_copy.async_copy_global_to_shared(smem, rows[:, None] + cols[None, :], mask=keep[:, None])
 
 
@@ -71,7 +72,7 @@ def _copy_keys(source, smem, full, row, end, kv_head, stride_t, stride_h, USE_TM
     BLOCK_N: gl.constexpr = smem.shape[0]
     if USE_TMA:
         mbarrier.expect(full, 2 * BLOCK_N * smem.shape[1])
-        tma.async_copy_global_to_shared(source, [row, (kv_head * stride_h * 8).to(gl.int32)], full, smem)
+        tma.async_copy_global_to_shared(source, [row, (_offset(kv_head, stride_h) * 8).to(gl.int32)], full, smem)
     else:
         rows = row + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, ROWS))
         _copy_rows_where(smem, source, rows.to(gl.int64), kv_head.to(gl.int64), stride_t, stride_h, rows < end, ROWS)

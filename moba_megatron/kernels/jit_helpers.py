@@ -10,6 +10,18 @@ import triton.language as tl
 
 
 @triton.jit
+def _offset(index, stride):
+    """Elements from the first to the one of an int32 index: the one way to multiply by a stride that came as argument.
+
+    Triton passes a stride as int32 where its value fits, so that the product with an int32 index would wrap from 2^31
+    elements on: with heads outermost, ``[heads, tokens, 128]`` of 1M tokens, that is head 16. Loops add bounded 32-bit
+    offsets to a base made here. Where a launcher has proved that no offset of a tensor leaves int32 (``_wide`` in
+    ``attention_fwd.py``), a kernel may multiply in 32 bits under ``not WIDE``. tests/test_addresses.py looks for the rest.
+    """
+    return index.to(tl.int64) * stride
+
+
+@triton.jit
 def _find_piece(cu, num_runs, size, piece):
     """The run of a piece (a scalar or a tensor of numbers): the last ``b`` with ``cu[b] // size + b <= piece``."""
     run = piece * 0

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .jit_helpers import _find_piece, _piece_items
+from .bounds import clear_rows
+from .jit_helpers import _find_piece, _offset, _piece_items
 from .launcher import launch
 from .sizes import cdiv, next_power_of_2
 
@@ -26,7 +27,7 @@ def key_convolution_fwd(k: Tensor, weight: Tensor, cu_seqlens: Tensor, halo: Ten
     Args:
         k: ``[S, HK, D]``, bf16, fp16 or fp32; any strides.
         weight: ``[HK, W, D]``, contiguous; tap l meets the key l rows before.
-        cu_seqlens: int32 ``[N + 1]``, the rows at which runs begin, and S last.
+        cu_seqlens: int32 ``[N + 1]``, the rows at which runs begin, and the last one's end; rows behind it give 0.
         halo: ``[N, W - 1, HK, D]``, contiguous, the keys before each run; None for zeros.
 
     Returns:
@@ -38,6 +39,7 @@ def key_convolution_fwd(k: Tensor, weight: Tensor, cu_seqlens: Tensor, halo: Ten
     runs, columns = cu_seqlens.numel() - 1, kv_heads * head_dim
     pieces = total // TILE["BLOCK_T"] + runs
     if out.numel():
+        clear_rows(cu_seqlens, (out, 0))
         launch(_key_convolution_fwd_kernel, (pieces, cdiv(columns, TILE["BLOCK_C"])), k, weight, cu_seqlens, halo, out,
                runs, k.stride(0), k.stride(1), HK=kv_heads, D=head_dim, W=weight.shape[1], **TILE)
     return out
@@ -61,6 +63,7 @@ def key_convolution_bwd(dout: Tensor, k: Tensor, weight: Tensor, cu_seqlens: Ten
     shape = dict(HK=kv_heads, D=head_dim, W=taps)
     grid = cdiv(columns, TILE["BLOCK_C"])
     if dk.numel():
+        clear_rows(cu_seqlens, (dk, 0))
         launch(_key_convolution_bwd_kernel, (pieces, grid), dout, k, weight, cu_seqlens, halo, dk, partials, runs,
                k.stride(0), k.stride(1), ROWS=ROWS, BLOCK_W=next_power_of_2(taps), **shape, **TILE)
     if dhalo is not None and dhalo.numel():
@@ -75,9 +78,9 @@ def _key_rows(k, halo, run, begin, end, i, column, stride_t, stride_h, HK: tl.co
               W: tl.constexpr):
     """Keys ``[BLOCK_T, BLOCK_C]`` in fp32 at the places ``i`` of a run; its halo has -(W - 1) to -1, beyond it is 0."""
     inside = (column < HK * D)[None, :]
-    row = (begin + i).to(tl.int64)
+    row = begin + i
     own = (i >= 0) & (begin + i < end)
-    x = tl.load(k + row[:, None] * stride_t + (column // D * stride_h + column % D)[None, :],
+    x = tl.load(k + _offset(row, stride_t)[:, None] + (_offset(column // D, stride_h) + column % D)[None, :],
                 mask=own[:, None] & inside, other=0.0).to(tl.float32)
     if halo is not None:
         row = run.to(tl.int64) * (W - 1) + (W - 1) + i

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .jit_helpers import _offset
 from .launcher import launch
 from .sizes import cdiv, next_power_of_2
 
@@ -73,5 +74,5 @@ def _merge_parts_kernel(x, parts, places, out, lse, lse_parts, merged, rows, str
     if lse is not None:
         total /= weights[:, None]
         tl.store(merged + row, top + tl.log(weights), mask=inside)
-    at = (row // H * stride_t + row % H * stride_h)[:, None] + column
+    at = (_offset(row // H, stride_t) + _offset(row % H, stride_h))[:, None] + column
     tl.store(out + at, total.to(out.dtype.element_ty), mask=inside[:, None] & (column < D))

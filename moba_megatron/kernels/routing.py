@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..segments import Routing
+from ..segments import Routing, entry_dtype
 from . import tuning
 from .jit_helpers import _find_piece, _piece_items
 from .launcher import launch
@@ -76,7 +76,8 @@ def route(selected: Tensor, num_kv_heads: int, num_chunks: int) -> Routing:
     options = tuning.config("route", device)
     limit = max(COUNTER_BYTES, entries.nbytes // 2) // (entries.element_size() * num_kv_heads * num_chunks)
     num_groups, tokens = token_groups(total, cdiv(options["BLOCK"], group * choices),
-                                      max(1, min(PROGRAMS // num_kv_heads, MOST_GROUPS, limit)))
+                                      max(1, selected.numel() >> 29,  # a group numbers its own in 32 bits
+                                          min(PROGRAMS // num_kv_heads, MOST_GROUPS, limit)))
     counts = torch.empty(num_kv_heads * num_groups * num_chunks + 1, dtype=dtype, device=device)  # and a ticket
     sizes = (total, tokens, num_chunks, num_groups)
     shape = dict(H=num_heads, G=group, KS=choices)
@@ -103,11 +104,6 @@ def make_tiles(routing: Routing, block: int) -> Tiles:
         starts, tiles.bucket, tiles.begin, tiles.end, tiles.starts, num_tiles, num_buckets, block, BLOCK=256,
         num_warps=4)
     return tiles
-
-
-def entry_dtype(num_choices: int) -> torch.dtype:
-    """int32 while it holds every choice's number: up to 1M tokens with 32 heads and topk 64."""
-    return torch.int32 if num_choices < 2 ** 31 else torch.int64
 
 
 def token_groups(total: int, least_tokens: int, most_groups: int) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """Where MoBA is plain causal attention: the fastest dense kernel that is there, as a pair of stage functions.
 
-cuDNN for sequences of one length; for packed ones flash-attn 3 or 4 on Hopper and 4 on Blackwell where installed, else
+cuDNN for sequences that are known to be of one length; for packed ones flash-attn 3 or 4 on Hopper and 4 on Blackwell where installed, else
 flash attention 2 (torch's own build). A function that returns None declines, and the caller goes on with the project's
 kernels; forward and backward may be mixed, since both take o and lse. MOBA_DENSE chooses another kernel, or none.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import flash_packages
+from .backend import get_stages
 from .flash_packages import FLASH_2, FLASH_3, FLASH_4, Variant
 
 logger = logging.getLogger("moba_megatron")
@@ -22,20 +23,22 @@ CHOICES = {"cudnn": (CUDNN,), "flash2": (FLASH, FLASH_2), "fa3": (FLASH_3,), "fa
 """MOBA_DENSE: the kernels it leaves, each where it can; ``auto``, the default, orders them by card."""
 
 
-def dense_causal(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
-                 scale: float) -> tuple[Tensor, Tensor] | None:
+def dense_causal(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, *,
+                 exact: bool = False) -> tuple[Tensor, Tensor] | None:
     """Causal self-attention over packed sequences.
 
     Args:
         q: ``[T, H, D]``, bf16 or fp16 on CUDA; k: ``[T, HK, D]``; v: ``[T, HK, DV]``; any strides.
-        cu_seqlens: int32 ``[B + 1]``, 0 to T.
+        cu_seqlens: int32 ``[B + 1]``, 0 to T, or less where not exact.
         max_seqlen: upper bound of a sequence's length.
         scale: multiplies the scores.
+        exact: as of ``Segments``: without it cuDNN, which takes equal lengths only, declines.
 
     Returns:
-        o ``[T, H, DV]``, lse ``[T, H]`` (natural log, fp32); or None where no dense kernel fits.
+        o ``[T, H, DV]``, lse ``[T, H]`` (natural log, fp32), 0 and -inf for rows of no sequence; or None where no dense
+        kernel fits.
     """
-    kernel = dense_kernel(q, k, v, cu_seqlens, max_seqlen)
+    kernel = dense_kernel(q, k, v, cu_seqlens, max_seqlen, exact=exact)
     if kernel is None:
         return None
     if kernel == CUDNN:
@@ -49,25 +52,27 @@ def dense_causal(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen
             q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, True, False, scale=scale)
     else:
         o, lse = flash_packages.forward(kernel, q, k, v, cu_seqlens, max_seqlen, scale)
-    return o.contiguous(), lse.t().contiguous()  # theirs has q's order of dimensions
+    # theirs has q's order of dimensions
+    return _cleared(exact, cu_seqlens, (o.contiguous(), 0), (lse.t().contiguous(), -torch.inf))
 
 
 def dense_causal_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
-                     cu_seqlens: Tensor, max_seqlen: int, scale: float, *,
+                     cu_seqlens: Tensor, max_seqlen: int, scale: float, *, exact: bool = False,
                      deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor] | None:
     """Gradients of :func:`dense_causal`.
 
     Args:
         do: ``[T, H, DV]``, gradient of o.
         dlse: gradient of lse, ``[T, H]``; only flash-attn 4 can take one, so without it anything but None declines.
-        q, k, v, cu_seqlens, max_seqlen, scale: as forward.
+        q, k, v, cu_seqlens, max_seqlen, scale, exact: as forward.
         o, lse: forward's results, of whichever kernel.
         deterministic: bitwise reproducible, which only the packages can do: declines without them.
 
     Returns:
         dq ``[T, H, D]``, dk ``[T, HK, D]``, dv ``[T, HK, DV]``; or None.
     """
-    kernel = dense_kernel(q, k, v, cu_seqlens, max_seqlen, deterministic=deterministic, with_dlse=dlse is not None)
+    kernel = dense_kernel(q, k, v, cu_seqlens, max_seqlen, exact=exact, deterministic=deterministic,
+                          with_dlse=dlse is not None)
     if kernel is None:
         return None
     do = do if do.stride(-1) == 1 and _aligned(do) else do.contiguous()
@@ -88,11 +93,18 @@ def dense_causal_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: T
     else:
         dlse = None if dlse is None else dlse.t().contiguous()
         grads = flash_packages.backward(kernel, do, dlse, q, k, v, o, lse, cu_seqlens, max_seqlen, scale, deterministic)
-    return tuple(x.contiguous() for x in grads)
+    return _cleared(exact, cu_seqlens, *((x.contiguous(), 0) for x in grads))
 
 
-def dense_kernel(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, deterministic: bool = False,
-                 with_dlse: bool = False) -> str | None:
+def _cleared(exact: bool, cu_seqlens: Tensor, *filled: tuple[Tensor, float]) -> tuple[Tensor, ...]:
+    """The tensors, with rows behind the last sequence filled: the packages do not write them."""
+    if not exact:
+        get_stages("auto", cu_seqlens.device).clear_rows(cu_seqlens, *filled)
+    return tuple(x for x, _ in filled)
+
+
+def dense_kernel(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, exact: bool = False,
+                 deterministic: bool = False, with_dlse: bool = False) -> str | None:
     """Which dense kernel takes these tensors, from what the host knows; None for none. Says its choice once.
 
     Raises:
@@ -100,7 +112,7 @@ def dense_kernel(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen
         ImportError: MOBA_DENSE asks for a package that is not there.
     """
     variant = Variant(q.device, q.dtype, q.shape[2], v.shape[2], q.shape[1] // k.shape[1], deterministic, with_dlse)
-    choice = _choose(dense_setting(), variant, q, k, v, cu_seqlens.numel() - 1, max_seqlen)
+    choice = _choose(dense_setting(), variant, q, k, v, cu_seqlens.numel() - 1, max_seqlen, exact)
     _say(choice, variant)
     return choice
 
@@ -117,8 +129,8 @@ def dense_setting() -> str:
     return setting
 
 
-def _choose(setting: str, variant: Variant, q: Tensor, k: Tensor, v: Tensor, batch: int,
-            max_seqlen: int) -> str | None:
+def _choose(setting: str, variant: Variant, q: Tensor, k: Tensor, v: Tensor, batch: int, max_seqlen: int,
+            exact: bool) -> str | None:
     capability = _capability(q.device)
     if capability is None or q.dtype not in (torch.bfloat16, torch.float16) or 0 in (q.numel(), batch):
         return None
@@ -126,7 +138,7 @@ def _choose(setting: str, variant: Variant, q: Tensor, k: Tensor, v: Tensor, bat
         return None
     for kernel in _by_card(capability) if setting == "auto" else CHOICES[setting]:
         if kernel == CUDNN:
-            takes = _is_plain(variant) and _cudnn_takes(q, k, v, batch, max_seqlen)
+            takes = exact and _is_plain(variant) and _cudnn_takes(q, k, v, batch, max_seqlen)
         elif kernel == FLASH:
             # the backward of larger head dims needs the shared memory of sm_80 or sm_90
             takes = _is_plain(variant) and (variant.dim <= 128 or capability in ((8, 0), (9, 0)))
@@ -159,7 +171,8 @@ def _cudnn_takes(q: Tensor, k: Tensor, v: Tensor, batch: int, max_seqlen: int) -
         return False
     views = tuple(_batched(x, batch) for x in (q, k, v))
     params = torch.backends.cuda.SDPAParams(*views, None, 0.0, True, k.shape[1] != q.shape[1])
-    return torch.backends.cuda.can_use_cudnn_attention(params)
+    with torch.cuda.device_of(q):  # it looks at the current device
+        return torch.backends.cuda.can_use_cudnn_attention(params)
 
 
 def _capability(device: torch.device) -> tuple[int, int] | None:

@@ -10,7 +10,7 @@ from ..flops import MULTIPLY_AND_ADD, attended_pairs, scored_pairs
 
 @register_flop_formula(torch.ops.moba_megatron.attention_fwd, get_raw=True)
 def forward_flops(q, k, v, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_seqlen_k, chunk_size,
-                  packed, topk, *args, out_val=None, **kwargs) -> int:
+                  packed, exact, topk, *args, out_val=None, **kwargs) -> int:
     """Two products over the attended pairs of query and key, and the gate's over the scored pairs of query and chunk.
 
     Exact where the places of segments can be read (the device is waited for); of fake tensors it is what packed

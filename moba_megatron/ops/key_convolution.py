@@ -21,7 +21,8 @@ def key_convolution(k: Tensor, weight: Tensor, cu_seqlens: Tensor, halo: Tensor 
     Args:
         k: ``[S, HK, D]``, packed keys; any strides.
         weight: ``[HK, W, D]``, W of 3 or 5, any float dtype; tap l meets the key l rows before.
-        cu_seqlens: int32 ``[N + 1]`` on k's device, 0 to S: runs of rows that follow one another.
+        cu_seqlens: int32 ``[N + 1]`` on k's device, 0 to S: runs of rows that follow one another; rows behind the last
+            give 0.
         halo: ``[N, W - 1, HK, D]``, the keys before each run where it does not start a sequence; None for zeros.
         backend: ``auto``, ``triton`` or ``reference``.
 
@@ -41,6 +42,7 @@ def key_convolution(k: Tensor, weight: Tensor, cu_seqlens: Tensor, halo: Tensor 
         raise ValueError(f"halo must have one entry for each of the {cu_seqlens.numel() - 1} runs of cu_seqlens, got "
                          f"{halo.shape[0]}")
     stages = get_stages(backend, k.device)
+    cu_seqlens = stages.bounded_lengths(cu_seqlens, k.shape[0])
     if hasattr(stages, "key_convolution_fwd"):
         return _KeyConvolution.apply(k, weight, cu_seqlens, halo, stages)
     return stages.key_convolution(k, weight, cu_seqlens, halo)  # the reference, differentiable as it is

@@ -6,7 +6,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from ..segments import Routing, Segments
+from ..segments import Routing, Segments, entry_dtype
 from ..tensor_cache import is_unobserved
 from .backend import check_backend, get_stages, repeat
 from .dense import dense_causal, dense_causal_bwd
@@ -49,7 +49,9 @@ def moba_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
         q: ``[T, H, D]``, bf16, fp16, fp32 or fp64 (fp64: reference only); any strides.
         k: ``[T, HK, D]``, H a multiple of HK (GQA, MQA without repeating).
         v: ``[T, HK, DV]``.
-        cu_seqlens: int32 ``[B + 1]`` on q's device, 0 to T, non-decreasing; chunks start with each sequence.
+        cu_seqlens: int32 ``[B + 1]`` on q's device, non-decreasing from 0; chunks start with each sequence. Rows from
+            ``cu_seqlens[-1]`` on give o 0, lse -inf, and take no gradient. On CUDA, where values are not looked at, others
+            than these are bounded: nothing is read or written outside of the tensors.
         max_seqlen: upper bound of a sequence's length, tokens.
         moba_chunk_size: keys in a chunk, at least 1 (Triton: at least 16).
         moba_topk: chunks a query attends to, its own included, at least 1.
@@ -129,9 +131,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, topk: int, soft
     check_backend(backend)
     chunk_size = segments.chunk_size
     if segments.max_seqlen_k <= topk * chunk_size:  # every earlier chunk is chosen: causal attention, one chunk
-        chunk_size, topk = max(chunk_size, segments.max_seqlen_k), 1
+        chunk_size, topk = max(1, segments.max_seqlen_k), 1
     arguments = (segments.cu_seqlens_q, segments.cu_seqlens_k, segments.seq_ids, segments.offsets,
-                 segments.max_seqlen_q, segments.max_seqlen_k, chunk_size, segments.packed, topk, scale,
+                 segments.max_seqlen_q, segments.max_seqlen_k, chunk_size, segments.packed, segments.exact, topk, scale,
                  deterministic, backend, workspace_mib)
     if is_unobserved(q, k, v):
         o, lse = _Attention.apply(q, k, v, arguments)
@@ -172,31 +174,34 @@ def causal_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_
 
 
 def _attention_fwd(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, seq_ids: Tensor,
-                   offsets: Tensor, max_seqlen_q: int, max_seqlen_k: int, chunk_size: int, packed: bool, topk: int,
-                   softmax_scale: float, deterministic: bool, backend: str, workspace_mib: float | None
+                   offsets: Tensor, max_seqlen_q: int, max_seqlen_k: int, chunk_size: int, packed: bool, exact: bool,
+                   topk: int, softmax_scale: float, deterministic: bool, backend: str, workspace_mib: float | None
                    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, lse, and the integers that backward wants: the selection, and its routing's entries and starts."""
     stages = get_stages(backend, q.device)
     earlier = min(topk - 1, max(0, (max_seqlen_k - 1) // chunk_size))  # no query has more earlier chunks than this
 
+    def bounded(*places):
+        segments = Segments(*places, max_seqlen_q, max_seqlen_k, chunk_size, packed, exact)
+        return stages.bounded(segments, q.shape[0], k.shape[0])
+
     def compute(q, k, v, *places):
-        segments = Segments(*places, max_seqlen_q, max_seqlen_k, chunk_size, packed)
+        segments = bounded(*places)
         selected = stages.gate(q, stages.chunk_means(k, segments), segments, earlier + 1)
         routing = stages.route(selected, k.shape[1], segments.num_chunks(k.shape[0]))
         o, lse = stages.attention_fwd(q, k, v, selected, segments, softmax_scale, routing)
         return o, lse, selected, routing.entries, routing.starts
 
     if earlier:
-        options = ("forward", max_seqlen_q, max_seqlen_k, chunk_size, packed, earlier, softmax_scale, deterministic)
+        options = ("forward", max_seqlen_q, max_seqlen_k, chunk_size, packed, exact, earlier, softmax_scale,
+                   deterministic)
         return repeat(stages, options, compute, q, k, v, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets,
                       workspace_mib=workspace_mib)
     nothing = [torch.empty(shape, dtype=torch.int32, device=q.device) for shape in ((*q.shape[:2], 0), (0,), (0,))]
-    result = None
+    result, segments = None, bounded(cu_seqlens_q, cu_seqlens_k, seq_ids, offsets)
     if _may_be_dense(backend, packed, max_seqlen_k, chunk_size):
-        result = dense_causal(q, k, v, cu_seqlens_k, max_seqlen_k, softmax_scale)
+        result = dense_causal(q, k, v, segments.cu_seqlens_k, max_seqlen_k, softmax_scale, exact=exact)
     if result is None:
-        segments = Segments(cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_seqlen_k, chunk_size,
-                            packed)
         result = stages.attention_fwd(q, k, v, nothing[0], segments, softmax_scale)
     return *result, *nothing
 
@@ -210,13 +215,13 @@ _forward = torch.library.custom_op("moba_megatron::attention_fwd", _attention_fw
 
 
 @_forward.register_fake
-def _(q, k, v, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_seqlen_k, chunk_size, packed, topk,
-      softmax_scale, deterministic, backend, workspace_mib):
+def _(q, k, v, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_seqlen_k, chunk_size, packed, exact,
+      topk, softmax_scale, deterministic, backend, workspace_mib):
     earlier = min(topk - 1, max(0, (max_seqlen_k - 1) // chunk_size))
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     choices = q.shape[0] * q.shape[1] * earlier
     buckets = k.shape[1] * (k.shape[0] // chunk_size + cu_seqlens_k.shape[0] - 1) + 1 if earlier else 0
-    wide = torch.int32 if choices < 2 ** 31 else torch.int64
+    wide = entry_dtype(choices)
     return (q.new_empty(q.shape[0], q.shape[1], v.shape[2]), q.new_empty(q.shape[:2], dtype=lse_dtype),
             q.new_empty(q.shape[0], q.shape[1], earlier, dtype=torch.int32), q.new_empty(choices, dtype=wide),
             q.new_empty(buckets, dtype=wide))
@@ -225,22 +230,28 @@ def _(q, k, v, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_s
 def _attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
                    selected: Tensor, entries: Tensor, starts: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
                    seq_ids: Tensor, offsets: Tensor, max_seqlen_q: int, max_seqlen_k: int, chunk_size: int,
-                   packed: bool, softmax_scale: float, deterministic: bool, backend: str,
+                   packed: bool, exact: bool, softmax_scale: float, deterministic: bool, backend: str,
                    workspace_mib: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    stages = get_stages(backend, q.device)
+
+    def bounded(*places):
+        segments = Segments(*places, max_seqlen_q, max_seqlen_k, chunk_size, packed, exact)
+        return stages.bounded(segments, q.shape[0], k.shape[0])
+
     if selected.shape[2] == 0 and _may_be_dense(backend, packed, max_seqlen_k, chunk_size):
-        dense = dense_causal_bwd(do, dlse, q, k, v, o, lse, cu_seqlens_k, max_seqlen_k, softmax_scale,
+        lengths = bounded(cu_seqlens_q, cu_seqlens_k, seq_ids, offsets).cu_seqlens_k
+        dense = dense_causal_bwd(do, dlse, q, k, v, o, lse, lengths, max_seqlen_k, softmax_scale, exact=exact,
                                  deterministic=deterministic)
         if dense is not None:
             return dense
-    stages = get_stages(backend, q.device)
 
     def compute(do, dlse, q, k, v, o, lse, selected, entries, starts, *places):
-        segments = Segments(*places, max_seqlen_q, max_seqlen_k, chunk_size, packed)
+        segments = bounded(*places)
         routing = Routing(entries, starts) if selected.shape[2] else None
         return stages.attention_bwd(do, dlse, q, k, v, o, lse, selected, segments, softmax_scale,
                                     deterministic=deterministic, routing=routing)
 
-    options = ("backward", max_seqlen_q, max_seqlen_k, chunk_size, packed, softmax_scale, deterministic)
+    options = ("backward", max_seqlen_q, max_seqlen_k, chunk_size, packed, exact, softmax_scale, deterministic)
     return repeat(stages, options, compute, do, dlse, q, k, v, o, lse, selected, entries, starts, cu_seqlens_q,
                   cu_seqlens_k, seq_ids, offsets, workspace_mib=workspace_mib)
 
@@ -257,7 +268,7 @@ def _setup_context(ctx, inputs, output):
     """Saves what :func:`_gradients` wants."""
     q, k, v, *arguments = inputs
     ctx.save_for_backward(q, k, v, *output, *arguments[:4])
-    ctx.constants = (*arguments[4:8], *arguments[9:])
+    ctx.constants = (*arguments[4:9], *arguments[10:])
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:])
 
@@ -272,7 +283,7 @@ def _gradients(backward, ctx, do, dlse):
     q, k, v, o, lse, *integers = ctx.saved_tensors
     if do is None:
         do = torch.zeros_like(o)
-    return *backward(do, dlse, q, k, v, o, lse, *integers, *ctx.constants), *(None,) * 13
+    return *backward(do, dlse, q, k, v, o, lse, *integers, *ctx.constants), *(None,) * 14
 
 
 _forward.register_autograd(lambda ctx, do, dlse, *_: _gradients(_backward, ctx, do, dlse),

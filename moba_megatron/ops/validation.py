@@ -141,7 +141,7 @@ def check_segments(segments: Segments, total_q: int, total_k: int, device: torch
         raise ValueError(f"segments.packed must be False unless every segment is a whole sequence, got True with "
                          f"{number} segments of {segments.num_sequences} sequences")
     if all(map(_values_readable, (segments.cu_seqlens_q, segments.cu_seqlens_k, segments.seq_ids, segments.offsets))):
-        _check_segments_values(segments)
+        _check_segments_values(segments, total_q, total_k)
 
 
 def _values_readable(x: Tensor) -> bool:
@@ -164,8 +164,9 @@ def _check_indices(name: str, x: Tensor, device: torch.device, dtypes: tuple[tor
 
 
 def _check_cu_seqlens_values(values: list[int], max_seqlen: int, total: int, name: str, max_name: str) -> None:
-    if values[0] != 0 or values[-1] != total:
-        raise ValueError(f"{name} must run from 0 to the number of tokens {total}, got {values[0]} to {values[-1]}")
+    if values[0] != 0 or values[-1] > total:
+        raise ValueError(f"{name} must run from 0 to the number of tokens {total} at most, got {values[0]} to "
+                         f"{values[-1]}")
     lengths = [b - a for a, b in zip(values, values[1:])]
     if min(lengths) < 0:
         at = next(i for i, n in enumerate(lengths) if n < 0)
@@ -175,7 +176,7 @@ def _check_cu_seqlens_values(values: list[int], max_seqlen: int, total: int, nam
                          f"got {max_seqlen}")
 
 
-def _check_segments_values(segments: Segments) -> None:
+def _check_segments_values(segments: Segments, total_q: int, total_k: int) -> None:
     cu_q, cu_k = segments.cu_seqlens_q.tolist(), segments.cu_seqlens_k.tolist()
     seq_ids, offsets = segments.seq_ids.tolist(), segments.offsets.tolist()
     for i, (sequence, offset) in enumerate(zip(seq_ids, offsets)):
@@ -186,6 +187,9 @@ def _check_segments_values(segments: Segments) -> None:
         if offset < 0 or queries and offset + queries > keys:
             raise ValueError(f"segments.offsets must be 0 or more and leave a segment within its sequence: segment {i} "
                              f"has {queries} queries from position {offset}, sequence {sequence} has {keys} keys")
+    if segments.exact and (cu_q[-1], cu_k[-1]) != (total_q, total_k):
+        raise ValueError(f"segments.exact must be False where rows lie behind the last sequence: got {cu_q[-1]} of "
+                         f"{total_q} queries and {cu_k[-1]} of {total_k} keys in sequences")
     if segments.packed and not (cu_q == cu_k and seq_ids == list(range(len(seq_ids))) and not any(offsets)):
         raise ValueError("segments.packed must be False unless every segment is a whole sequence: got True with other "
                          "cu_seqlens_q than cu_seqlens_k, or with seq_ids or offsets of parts of sequences")

@@ -4,10 +4,11 @@ Stages, as in ``moba_megatron.kernels``: ``chunk_means`` (and its halves ``block
 ``gate``, ``route``, ``attention_fwd``, ``attention_bwd``. ``key_convolution`` may come before them.
 """
 from .attention import attention_bwd, attention_fwd
+from .bounds import bounded, bounded_lengths, clear_rows
 from .chunk_means import block_sums, chunk_means, means_from_block_sums
 from .gating import gate
 from .key_convolution import key_convolution
 from .routing import route
 
-__all__ = ["attention_bwd", "attention_fwd", "block_sums", "chunk_means", "gate", "key_convolution",
-           "means_from_block_sums", "route"]
+__all__ = ["attention_bwd", "attention_fwd", "block_sums", "bounded", "bounded_lengths", "chunk_means", "clear_rows",
+           "gate", "key_convolution", "means_from_block_sums", "route"]

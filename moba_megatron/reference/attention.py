@@ -39,10 +39,11 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: S
         routing: of ``selected``; not needed here, the kernels gather by it.
 
     Returns:
-        o ``[T, H, DV]`` in q's dtype; lse ``[T, H]``, natural log, fp32 (fp64 for fp64).
+        o ``[T, H, DV]`` in q's dtype; lse ``[T, H]``, natural log, fp32 (fp64 for fp64); 0 and -inf for rows of no
+        segment.
     """
-    o = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
-    lse = torch.empty(q.shape[:2], dtype=accumulate_dtype(q.dtype), device=q.device)
+    o = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
+    lse = torch.full(q.shape[:2], -torch.inf, dtype=accumulate_dtype(q.dtype), device=q.device)
     for rows, keys, mask in _blocks(q, k, selected, segments):
         score = _scores(_grouped(q[rows], k), k[keys].to(lse.dtype), mask, softmax_scale)
         lse_rows = torch.logsumexp(score, dim=3)
@@ -72,13 +73,13 @@ def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tens
         routing: of ``selected``; not needed here.
 
     Returns:
-        dq ``[T, H, D]``, dk ``[S, HK, D]``, dv ``[S, HK, DV]``.
+        dq ``[T, H, D]``, dk ``[S, HK, D]``, dv ``[S, HK, DV]``; 0 for rows of no segment or sequence.
     """
     dtype = accumulate_dtype(q.dtype)
     delta = (do.to(dtype) * o.to(dtype)).sum(2)
     if dlse is not None:
         delta = delta - dlse.to(dtype)
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
     dk = torch.zeros(k.shape, dtype=dtype, device=k.device)
     dv = torch.zeros(v.shape, dtype=dtype, device=v.device)
     for rows, keys, mask in _blocks(q, k, selected, segments):

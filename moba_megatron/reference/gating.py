@@ -34,6 +34,7 @@ def gate(q: Tensor, means: Tensor, segments: Segments, topk: int) -> Tensor:
     sequence, position = segments.query_positions(total_q)
     first = segments.first_chunk()[sequence]
     own = first + position // segments.chunk_size
+    own = torch.where(torch.arange(total_q, device=q.device) < segments.cu_seqlens_q[-1], own, first)  # -1 behind it
     ids = torch.arange(num_chunks, device=q.device)
     rows = max(1, SCORE_ELEMENTS // (num_heads * num_chunks * q.shape[2]))
     for begin in range(0, total_q, rows):

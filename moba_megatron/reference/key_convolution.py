@@ -12,7 +12,7 @@ def key_convolution(k: Tensor, weight: Tensor, cu_seqlens: Tensor, halo: Tensor 
     Args:
         k: ``[S, HK, D]``.
         weight: ``[HK, W, D]``; tap l meets the key l rows before.
-        cu_seqlens: int32 ``[N + 1]``, the rows at which runs begin, and S last.
+        cu_seqlens: int32 ``[N + 1]``, the rows at which runs begin, and the last one's end; rows behind it give 0.
         halo: ``[N, W - 1, HK, D]``, the keys before each run; None for zeros.
 
     Returns:
@@ -20,14 +20,16 @@ def key_convolution(k: Tensor, weight: Tensor, cu_seqlens: Tensor, halo: Tensor 
     """
     total, taps = k.shape[0], weight.shape[1]
     wide = torch.promote_types(k.dtype, torch.float32)
+    row = torch.arange(total, device=k.device)
+    inside = (row < cu_seqlens[-1])[:, None, None]
+    k = torch.where(inside, k, 0)  # a NaN behind the last run must not reach a gradient
     if halo is None:
         halo = k.new_zeros(cu_seqlens.numel() - 1, taps - 1, *k.shape[1:])
     rows = torch.cat((k, halo.flatten(0, 1))).to(wide)
-    row = torch.arange(total, device=k.device)
-    run = torch.searchsorted(cu_seqlens.long(), row, right=True) - 1
+    run = (torch.searchsorted(cu_seqlens.long(), row, right=True) - 1).clamp(max=cu_seqlens.numel() - 2)
     place = row - cu_seqlens.long()[run]
     filtered = torch.zeros(k.shape, dtype=wide, device=k.device)
     for tap in range(taps):
         in_halo = total + run * (taps - 1) + taps - 1 + place - tap
         filtered = filtered + weight[:, tap].to(wide) * rows[torch.where(place >= tap, row - tap, in_halo)]
-    return (rows[:total] + F.silu(filtered)).to(k.dtype)
+    return torch.where(inside, rows[:total] + F.silu(filtered), 0).to(k.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..segments import Routing
+from ..segments import Routing, entry_dtype
 
 
 def route(selected: Tensor, num_kv_heads: int, num_chunks: int) -> Routing:
@@ -18,7 +18,7 @@ def route(selected: Tensor, num_kv_heads: int, num_chunks: int) -> Routing:
     num_buckets = num_kv_heads * num_chunks
     kv_head = torch.arange(selected.shape[1], device=selected.device) // (selected.shape[1] // num_kv_heads)
     bucket = torch.where(selected < 0, num_buckets, kv_head[:, None] * num_chunks + selected).flatten()
-    dtype = torch.int32 if selected.numel() < 2 ** 31 else torch.int64
+    dtype = entry_dtype(selected.numel())
     ordered, entries = torch.sort(bucket, stable=True)
     starts = torch.searchsorted(ordered, torch.arange(num_buckets + 1, device=selected.device))
     return Routing(entries.to(dtype), starts.to(dtype))

@@ -103,18 +103,20 @@ def no_packages(monkeypatch):
     monkeypatch.setattr(flash_packages, "fits", lambda *_: False)
 
 
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", ""])
 @pytest.mark.parametrize("case", DENSE.values(), ids=DENSE.keys())
-def test_dense_kernels(case, no_packages):
+def test_dense_kernels(case, exact, no_packages):
     """o, lse and gradients of the dense kernels inside torch, each as good as eager attention."""
     q, k, v, selected, segments = problem(**case, chunk=1024, topk=1)
     cu_seqlens, max_seqlen, scale = segments.cu_seqlens_q, segments.max_seqlen_q, 0.11
     torch.use_deterministic_algorithms(False)  # cuDNN's kernel is refused under them
     if torch.cuda.get_device_capability() == (9, 0):
         one_length = len(set(case["lengths"])) == 1
-        assert dense_kernel(q, k, v, cu_seqlens, max_seqlen) == (CUDNN if one_length else FLASH)
+        assert dense_kernel(q, k, v, cu_seqlens, max_seqlen, exact=True) == (CUDNN if one_length else FLASH)
+        assert dense_kernel(q, k, v, cu_seqlens, max_seqlen) == FLASH
     do = torch.randn(q.shape[0], q.shape[1], v.shape[2], device="cuda", dtype=q.dtype)
-    o, lse = dense_causal(q, k, v, cu_seqlens, max_seqlen, scale)
-    grads = dense_causal_bwd(do, None, q, k, v, o, lse, cu_seqlens, max_seqlen, scale)
+    o, lse = dense_causal(q, k, v, cu_seqlens, max_seqlen, scale, exact=exact)
+    grads = dense_causal_bwd(do, None, q, k, v, o, lse, cu_seqlens, max_seqlen, scale, exact=exact)
     mask = comparison.dense_mask(selected, segments, q.shape[0], k.shape[0])
     exact, eager = (comparison.attend(q, k, v, do, None, mask, scale, dtype) for dtype in (torch.float64, q.dtype))
     got = dict(zip(("o", "lse", "dq", "dk", "dv"), (o, lse, *grads)))

@@ -101,7 +101,7 @@ class Visiting(Gathered):
         before, total = places * size, places * size + rows
         places = torch.tensor([[0, rows, 0, 0], [0, total, 0, 0], [0, 0, 0, 0], [before, 0, 0, 0]],  # 16 bytes each
                               dtype=torch.int32, device=device)
-        return Segments(places[0, :2], places[1, :2], places[2, :1], places[3, :1], rows, total, size)
+        return Segments(places[0, :2], places[1, :2], places[2, :1], places[3, :1], rows, total, size, exact=True)
 
     def _attend_here(self, q: Tensor, fetched: Prefetch, selected: Tensor, service: Service,
                      out: Tensor) -> tuple[list, Callable[[], None]]:
