@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -27,6 +26,8 @@ from .megatron_host import host_config, host_iteration, print_once
 from .multi_token_prediction import global_layer_number, watch_multi_token_prediction
 from .ops import moba_attention
 from .ops.validation import cast_under_autocast, check_cu_seqlens, check_qkv
+from .refusals import (check_attention_mask, check_packed, guard_paths_around_core_attention, raise_what_arrived,
+                       refuse_arguments, refuse_switch_in_graphs, refuse_unsupported, watch_attention_layers)
 from .segments import Segments, uniform_segments
 
 HIERARCHICAL = "a2a+all_gather"
@@ -86,17 +87,23 @@ class MoBACoreAttention(MegatronModule):
         model_comm_pgs: the same for 0.13 and 0.14. Without either, Megatron's ``parallel_state``.
         moba_config: None for the default set by :func:`~moba_megatron.config.set_default_config`, else Megatron-LM's
             ``--moba-*`` flags (where it was patched or launched for MoBA), else the ``MOBA_*`` environment variables.
-        **kwargs: ``k_channels``, ``v_channels`` and others that Megatron passes; head sizes are read off the tensors.
+        k_channels: head size of the keys where it is not ``config.kv_channels``, for the key convolution.
+        v_channels: not used: head sizes are read off the tensors.
+        **kwargs: others that a Megatron release may pass: None, False or empty.
 
     Raises:
+        TypeError: an argument in kwargs that says something.
         ValueError: an option that MoBA does not support; the message names Megatron's flag.
+        RuntimeError: a Megatron whose inference MoBA cannot guard.
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str,
                  attention_dropout: float | None = None, softmax_scale: float | None = None,
                  cp_comm_type: str | list[str] | None = None, pg_collection=None, model_comm_pgs=None,
-                 moba_config: MoBAConfig | None = None, **kwargs):
+                 moba_config: MoBAConfig | None = None, k_channels: int | None = None, v_channels: int | None = None,
+                 **kwargs):
         super().__init__(config=config)
+        refuse_arguments(kwargs, "")
         refuse_unsupported(config, attn_mask_type, attention_type, attention_dropout)
         self.moba_config = _resolve_config(moba_config)
         self.layer_number = global_layer_number(config, layer_number)
@@ -106,7 +113,7 @@ class MoBACoreAttention(MegatronModule):
         last = config.num_layers
         self.full_attention = self.moba_config.is_full_attention(min(self.layer_number, last), last)
         if not self.full_attention:
-            _refuse_switch_in_graphs(config, self.moba_config)
+            refuse_switch_in_graphs(config, self.moba_config)
         self.cp_group, self.cp_comm_type, self.cp_levels = None, None, None
         if config.context_parallel_size > 1:
             self.cp_comm_type = resolve_cp_comm_type(cp_comm_type, config, layer_number)
@@ -115,14 +122,14 @@ class MoBACoreAttention(MegatronModule):
                 self.cp_levels = _hierarchical_groups(pg_collection, layer_number)
         self.key_convolution = None
         if self.moba_config.key_conv and not self.full_attention:
-            self.key_convolution = KeyConvolution(config, self.moba_config.key_conv, kwargs.get("k_channels"),
+            self.key_convolution = KeyConvolution(config, self.moba_config.key_conv, k_channels,
                                                   self.moba_config.backend,
                                                   getattr(pg_collection or model_comm_pgs, "tp", None))
-        _guard_paths_around_core_attention()
+        guard_paths_around_core_attention(MoBACoreAttention)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
                 attn_mask_type: AttnMaskType | None = None, attention_bias: Tensor | None = None,
-                packed_seq_params: PackedSeqParams | None = None) -> Tensor:
+                packed_seq_params: PackedSeqParams | None = None, **kwargs) -> Tensor:
         """Attention for one microbatch.
 
         With a key/value cache (static inference) there are more keys than queries; the queries are the last ones.
@@ -133,11 +140,14 @@ class MoBACoreAttention(MegatronModule):
             query: ``[s, b, h, d]``, or packed ``[t, h, d]``; any strides.
             key: ``[s, b, hk, d]`` or ``[t, hk, d]``.
             value: ``[s, b, hk, dv]`` or ``[t, hk, dv]``.
-            attention_mask: ignored, as for every causal ``attn_mask_type`` in Megatron: it can only say "causal" again.
+            attention_mask: None, or bool ``[1 or b, 1 or h, s_q, s_k]`` that says "causal" again, True where a query
+                must not look; under context parallelism ``[.., s_q, whole sequence]``. Its values are read at once on
+                the CPU, on a GPU at a later call, which raises for it. Not read for packed sequences.
             attn_mask_type: overrides the constructor's; ``no_mask`` only for one query (decoding).
             attention_bias: must be None.
             packed_seq_params: THD format. ``cu_seqlens`` cover all tokens, all context parallel ranks; a ``cp_group``
                 in it takes the place of the module's.
+            **kwargs: others that a Megatron release may pass: None, False or empty.
 
         Returns:
             ``[s, b, h * dv]``, or packed ``[t, h * dv]``.
@@ -146,10 +156,12 @@ class MoBACoreAttention(MegatronModule):
             TypeError, ValueError: unsupported arguments, or tensors that do not fit. Under context parallelism a
                 ValueError with the same text on every rank of the group.
         """
+        raise_what_arrived()
         group = self._group_for(packed_seq_params)
         packed = packed_seq_params if packed_seq_params is not None and packed_seq_params.qkv_format == "thd" else None
         dense = self.full_attention or self.moba_config.is_full_step(get_iteration())
-        check = functools.partial(self._check_call, attn_mask_type or self.attn_mask_type, attention_bias, packed)
+        check = functools.partial(self._check_call, attn_mask_type or self.attn_mask_type, attention_bias, packed,
+                                  attention_mask, group, kwargs)
         if group is None:
             check(query, key, value)
             q, k, v = _to_thd(query, key, value)
@@ -168,7 +180,8 @@ class MoBACoreAttention(MegatronModule):
         return _from_thd(o, query)
 
     @staticmethod
-    def _check_call(mask_type, attention_bias, packed, query, key, value) -> None:
+    def _check_call(mask_type, attention_bias, packed, attention_mask, group, kwargs, query, key, value) -> None:
+        refuse_arguments(kwargs, ".forward")
         dims = 4 if packed is None else 3
         for name, x in (("query", query), ("key", key), ("value", value)):
             if not isinstance(x, Tensor) or x.dim() != dims:
@@ -181,6 +194,10 @@ class MoBACoreAttention(MegatronModule):
         if not decoding and mask_type not in (AttnMaskType.causal, *([AttnMaskType.padding_causal] if packed else [])):
             raise ValueError("attn_mask_type must be causal (or padding_causal with packed_seq_params), got "
                              f"{mask_type}: for padded batches use packed sequences")
+        if packed is not None:
+            check_packed(packed, group)
+        else:
+            check_attention_mask(attention_mask, query, key, group)
 
     def _group_for(self, packed_seq_params) -> dist.ProcessGroup | None:
         """The context parallel group of this call (dynamic context parallelism brings its own), None for one rank."""
@@ -246,6 +263,10 @@ class MoBACoreAttention(MegatronModule):
             comm_type=comm_type, head_groups=moba.cp_head_groups, softmax_scale=self.softmax_scale,
             deterministic=self.deterministic, backend=moba.backend, workspace_mib=moba.workspace_mib)
 
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        state_dict.pop(f"{prefix}_extra_state", None)  # of Transformer Engine's attention, in all its checkpoints
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_repr(self) -> str:
         return f"layer_number={self.layer_number}, " + ("dense" if self.full_attention else self.moba_config.describe())
 
@@ -266,57 +287,15 @@ class MoBAOrTEDotProductAttention:
         return TEDotProductAttention(config, layer_number, *args, **kwargs)
 
 
+watch_attention_layers()  # here, since a spec may name MoBACoreAttention itself
+
+
 def core_attention_beside(dense) -> type:
     """The class to put in a spec in place of ``dense``, the core attention that Megatron put there."""
     watch_multi_token_prediction()
     name = getattr(getattr(dense, "module", dense), "__name__", "")
     te = name in ("TEDotProductAttention", MoBAOrTEDotProductAttention.__name__)
     return MoBAOrTEDotProductAttention if te else MoBACoreAttention
-
-
-def refuse_unsupported(config: TransformerConfig, attn_mask_type: AttnMaskType, attention_type: str,
-                       attention_dropout: float | None) -> None:
-    """Raises ValueError for an option that MoBA attention would have to ignore; the message names Megatron's flag."""
-    if attention_type != "self":
-        raise ValueError(f"attention_type must be 'self', got {attention_type!r}: MoBA has no cross attention")
-    if attn_mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal):
-        raise ValueError(f"attn_mask_type must be AttnMaskType.causal, got {attn_mask_type}: MoBA is causal; for "
-                         "padded batches use packed sequences")
-    dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-    if dropout > 0:
-        raise ValueError(f"attention_dropout must be 0, got {dropout}: pass --attention-dropout 0 (Megatron's default "
-                         "is 0.1; --hidden-dropout is not affected)")
-    for field, allowed, reason in _UNSUPPORTED_FIELDS:
-        value = getattr(config, field, allowed)
-        if value != allowed and value is not None:
-            flag = "--" + field.replace("_", "-")
-            raise ValueError(f"{flag} (TransformerConfig.{field}) must be {allowed!r}, got {value!r}: {reason}")
-
-
-_UNSUPPORTED_FIELDS = (
-    ("window_size", None, "MoBA selects chunks itself and has no sliding window"),
-    ("softmax_type", "vanilla", "MoBA has no softmax offset or attention sink"),
-    ("qk_clip", False, "MoBA does not report the maximal attention logit"),
-    ("log_max_attention_logit", False, "MoBA does not report the maximal attention logit"),
-    ("fp8_dot_product_attention", False, "MoBA attends in bf16, fp16 or fp32; fp8 linear layers are fine"),
-    ("fp8_multi_head_attention", False, "MoBA attends in bf16, fp16 or fp32; fp8 linear layers are fine"),
-    ("apply_query_key_layer_scaling", False, "MoBA does not scale scores by layer"),
-    ("batch_invariant_mode", False, "it needs kernels that MoBA does not use"),
-    ("flash_decode", False, "decoding with it bypasses core attention and would be dense"),
-)
-"""Fields of TransformerConfig, where this version has them, with the value that MoBA works with and why no other."""
-
-
-def _refuse_switch_in_graphs(config: TransformerConfig, moba_config: MoBAConfig) -> None:
-    """Raises ValueError where a CUDA graph would go on replaying sparse attention beyond the step that ends it."""
-    flags = {"--cuda-graph-impl": getattr(config, "cuda_graph_impl", "none"),
-             "--enable-cuda-graph": getattr(config, "enable_cuda_graph", False),
-             "--external-cuda-graph": getattr(config, "external_cuda_graph", False)}
-    for flag, value in flags.items():
-        if moba_config.full_attention_from_step is not None and value not in (False, None, "none"):
-            raise ValueError(f"--moba-full-attention-from-step (or -last-fraction) cannot be used with {flag}, got "
-                             f"{moba_config.full_attention_from_step} and {value!r}: a captured graph never becomes "
-                             "dense. Capture nothing, or stop at that step and resume with --attention full")
 
 
 def resolve_cp_comm_type(cp_comm_type: str | list[str] | None, config: TransformerConfig, layer_number: int) -> str:
@@ -373,26 +352,6 @@ def _environment_config() -> MoBAConfig:
     config = config_from_environment()
     print_once(f"> {config.describe()} (from MOBA_* environment variables and defaults)")
     return config
-
-
-@functools.lru_cache(maxsize=1)
-def _guard_paths_around_core_attention() -> None:
-    """Makes Megatron's inference paths that bypass core attention refuse MoBA layers: they would be dense, silently."""
-    for name in ("flash_decode", "flash_decode_and_prefill"):
-        if hasattr(Attention, name):
-            setattr(Attention, name, _guarded(getattr(Attention, name)))
-
-
-def _guarded(method):
-    @functools.wraps(method)
-    def guarded(self, *args, **kwargs):
-        if isinstance(self.core_attention, MoBACoreAttention):
-            raise ValueError(f"Attention.{method.__name__} (dynamic batching: DynamicInferenceContext, or "
-                             "StaticInferenceEngine without legacy=True; or --flash-decode) would bypass MoBA and "
-                             "attend densely: use static batching, StaticInferenceEngine(..., legacy=True)")
-        return method(self, *args, **kwargs)
-
-    return guarded
 
 
 def _packed_lengths(packed: PackedSeqParams, total: int, device: torch.device) -> tuple[Tensor, int]:

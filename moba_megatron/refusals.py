@@ -1,0 +1,237 @@
+"""What MoBA refuses of Megatron: options, masks, layouts, arguments and paths that it would otherwise have to ignore.
+
+Values that lie on a GPU are compared there and read once they have arrived, at a later call: no step waits for them.
+"""
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Sized
+
+import torch
+import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.attention import Attention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from .config import MoBAConfig
+from .megatron_host import host_args
+
+def refuse_unsupported(config: TransformerConfig, attn_mask_type: AttnMaskType, attention_type: str,
+                       attention_dropout: float | None) -> None:
+    """Raises ValueError for an option that MoBA attention would have to ignore; the message names Megatron's flag."""
+    if attention_type != "self":
+        raise ValueError(f"attention_type must be 'self', got {attention_type!r}: MoBA has no cross attention")
+    if attn_mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal):
+        raise ValueError(f"attn_mask_type must be AttnMaskType.causal, got {attn_mask_type}: MoBA is causal; for "
+                         "padded batches use packed sequences")
+    dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+    if dropout > 0:
+        raise ValueError(f"attention_dropout must be 0, got {dropout}: pass --attention-dropout 0 (Megatron's default "
+                         "is 0.1; --hidden-dropout is not affected)")
+    for field, allowed, reason in _UNSUPPORTED_FIELDS:
+        value = getattr(config, field, allowed)
+        if value != allowed and value is not None:
+            flag = "--" + field.replace("_", "-")
+            raise ValueError(f"{flag} (TransformerConfig.{field}) must be {allowed!r}, got {value!r}: {reason}")
+    if config.context_parallel_size > 1:
+        refuse_layouts(config, "TransformerConfig")
+    args = host_args()
+    if getattr(args, "reset_attention_mask", False):
+        raise ValueError("--reset-attention-mask must not be given, got True: MoBA reads no mask and would attend "
+                         "across documents. Pack them (cu_seqlens), with --dataloader-inter-document-masking where "
+                         "this Megatron-LM has that")
+    if config.context_parallel_size > 1 and getattr(args, "dataloader_inter_document_masking", False):
+        raise ValueError("--dataloader-inter-document-masking must not be given with --context-parallel-size "
+                         f"{config.context_parallel_size}, got True: Megatron-LM cuts the pack as one sequence there, "
+                         "and MoBA reads each document's own zigzag pieces, whatever the documents' lengths")
+
+
+_UNSUPPORTED_FIELDS = (
+    ("window_size", None, "MoBA selects chunks itself and has no sliding window"),
+    ("softmax_type", "vanilla", "MoBA has no softmax offset or attention sink"),
+    ("qk_clip", False, "MoBA does not report the maximal attention logit"),
+    ("log_max_attention_logit", False, "MoBA does not report the maximal attention logit"),
+    ("fp8_dot_product_attention", False, "MoBA attends in bf16, fp16 or fp32; fp8 linear layers are fine"),
+    ("fp8_multi_head_attention", False, "MoBA attends in bf16, fp16 or fp32; fp8 linear layers are fine"),
+    ("apply_query_key_layer_scaling", False, "MoBA does not scale scores by layer"),
+    ("batch_invariant_mode", False, "it needs kernels that MoBA does not use"),
+    ("flash_decode", False, "decoding with it bypasses core attention and would be dense"),
+)
+"""Fields of TransformerConfig, where this version has them, with the value that MoBA works with and why no other."""
+
+
+def refuse_switch_in_graphs(config: TransformerConfig, moba_config: MoBAConfig) -> None:
+    """Raises ValueError where a CUDA graph would go on replaying sparse attention beyond the step that ends it."""
+    flags = {"--cuda-graph-impl": getattr(config, "cuda_graph_impl", "none"),
+             "--enable-cuda-graph": getattr(config, "enable_cuda_graph", False),
+             "--external-cuda-graph": getattr(config, "external_cuda_graph", False)}
+    for flag, value in flags.items():
+        if moba_config.full_attention_from_step is not None and value not in (False, None, "none"):
+            raise ValueError(f"--moba-full-attention-from-step (or -last-fraction) cannot be used with {flag}, got "
+                             f"{moba_config.full_attention_from_step} and {value!r}: a captured graph never becomes "
+                             "dense. Capture nothing, or stop at that step and resume with --attention full")
+
+
+LAYOUT_FIELDS = ("cp_partition_mode", "attention_cp_layout", "linear_cp_layout")
+"""How Megatron releases since 0.20 name the order of the tokens on context parallel ranks, in more than one class."""
+
+
+def refuse_layouts(owner: TransformerConfig | PackedSeqParams, name: str) -> None:
+    """Raises ValueError for a field that says another order of tokens on context parallel ranks than zigzag."""
+    for field in LAYOUT_FIELDS:
+        layout = getattr(owner, field, None)
+        if getattr(layout, "value", layout) not in (None, "zigzag"):
+            raise ValueError(f"--{field.replace('_', '-')} ({name}.{field}) must be 'zigzag', got {layout!r}: MoBA "
+                             "takes a context parallel rank's tokens for zigzag pieces of each sequence")
+
+
+def refuse_arguments(arguments: dict, place: str) -> None:
+    """Raises TypeError for a keyword argument that MoBA does not know, unless it is None, False or empty."""
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            empty = value.numel() == 0
+        else:
+            empty = value is None or value is False or (isinstance(value, Sized) and len(value) == 0)
+        if not empty:
+            raise TypeError(f"MoBACoreAttention{place} got an argument {name} of type {type(value).__name__}, which it "
+                            "does not know and must not ignore: leave it out, or None")
+
+
+def check_attention_mask(mask: Tensor | None, query: Tensor, key: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Raises ValueError for a mask that says anything but "causal"; of one on a GPU a call later.
+
+    Its rows' and columns' sums tell: no other mask than the causal one has the causal one's.
+
+    Args:
+        mask: bool ``[1 or b, 1 or h, s_q, s_k]``, True where a query must not look. None says nothing.
+        query: ``[s_q, b, h, d]``, the last positions.
+        key: ``[s, b, hk, d]``.
+        group: context parallel group; ``s_k`` is then the whole sequence, and the rows are this rank's zigzag pieces.
+    """
+    size, rows, device = 1 if group is None else group.size(), query.shape[0], query.device
+    if mask is None or (group is not None and rows % 2):  # odd: refused elsewhere
+        return
+    columns = key.shape[0] * size
+    if not isinstance(mask, Tensor) or tuple(mask.shape[-2:]) != (rows, columns):
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask must be None or a causal one of shape [.., {rows}, {columns}], got {got}: "
+                         "MoBA is causal and reads no mask; for documents or padding use packed_seq_params")
+    if _seen("attention_mask", mask):
+        return
+    everywhere = torch.arange(columns, device=device)
+    hidden = mask if mask.dtype == torch.bool else mask != 0
+    in_rows, in_columns = hidden.sum(-1), hidden.sum(-2)
+    if group is None:
+        orders = [torch.arange(columns - rows, columns, device=device)]
+    else:  # Megatron warms up CUDA graphs with the first rows' mask on every rank
+        pieces, rank = everywhere.view(2 * size, rows // 2), dist.get_rank(group)
+        orders = [torch.cat((pieces[rank], pieces[-1 - rank])), everywhere[:rows]]
+    ok = torch.zeros((), dtype=torch.bool, device=device)
+    for position in orders:
+        ok |= ((in_rows == columns - 1 - position).all()
+               & (in_columns == torch.searchsorted(position, everywhere)).all())
+    _raise_unless(ok, "attention_mask must be None or causal, got one that hides other positions (documents of "
+                      "--reset-attention-mask, padding, bidirectional attention): MoBA is causal and reads no mask; "
+                      "for documents or padding use packed_seq_params")
+
+
+def check_packed(packed: PackedSeqParams, group: dist.ProcessGroup | None) -> None:
+    """Raises ValueError for packed keys of other lengths than the queries', on a GPU a call later, and for layouts."""
+    if group is not None:
+        refuse_layouts(packed, "PackedSeqParams")
+    for suffix in ("", "_padded"):
+        name = f"cu_seqlens_kv{suffix}"
+        q, kv = getattr(packed, f"cu_seqlens_q{suffix}"), getattr(packed, name)
+        if kv is None or kv is q or (q is None and not suffix):
+            continue
+        text = f"packed_seq_params.{name} must equal cu_seqlens_q{suffix}: MoBA is self attention, a key for each query"
+        if q is None or q.shape != kv.shape:
+            raise ValueError(f"{text}; got shapes {tuple(kv.shape)} and {None if q is None else tuple(q.shape)}")
+        if not _seen(name, q, kv):
+            _raise_unless((q == kv).all(), text)
+
+
+_last_seen: dict[str, tuple] = {}
+_pending: list[tuple[torch.cuda.Event, Tensor, str]] = []
+
+
+def _seen(name: str, *tensors) -> bool:
+    """Whether these very tensors, unchanged, were asked for last under this name: all layers get the same."""
+    tensors = [x for x in tensors if isinstance(x, Tensor)]
+    versions = [None if x.is_inference() else x._version for x in tensors]
+    objects, before = _last_seen.get(name, ((), None))
+    if None not in versions and versions == before and all(a() is b for a, b in zip(objects, tensors)):
+        return True
+    _last_seen[name] = tuple(map(weakref.ref, tensors)), versions
+    return False
+
+
+def _raise_unless(ok: Tensor, text: str) -> None:
+    """Raises ValueError where ok is False: now on the CPU, else at a call after the GPU has computed it."""
+    if ok.device.type == "cpu":
+        if not ok:
+            _last_seen.clear()
+            raise ValueError(text)
+    elif not torch.cuda.is_current_stream_capturing():
+        flag = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(ok, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        _pending.append((event, flag, text))
+
+
+def raise_what_arrived() -> None:
+    """Raises ValueError for what an earlier call gave and a GPU has found wrong by now."""
+    while _pending and not torch.cuda.is_current_stream_capturing() and _pending[0][0].query():
+        _, flag, text = _pending.pop(0)
+        if not flag:
+            _last_seen.clear()
+            raise ValueError(f"in an earlier call: {text}")
+
+
+_layer_configs: list[TransformerConfig] = []
+
+
+@functools.lru_cache(maxsize=1)
+def watch_attention_layers() -> None:
+    """Has Megatron's attention layers say which config they got; to be called before any is built."""
+    original = Attention.__init__
+
+    @functools.wraps(original)
+    def build(self, config, *args, **kwargs):
+        _layer_configs.append(config)
+        try:
+            original(self, config, *args, **kwargs)
+        finally:
+            _layer_configs.pop()
+
+    Attention.__init__ = build
+
+
+def layer_config(config: TransformerConfig) -> TransformerConfig:
+    """The config of the attention layer that is being built; its core attention's says repeated kv heads are more."""
+    return _layer_configs[-1] if _layer_configs else config
+
+
+@functools.lru_cache(maxsize=1)
+def guard_paths_around_core_attention(core: type) -> None:
+    """Makes Megatron's inference paths that bypass core attention refuse MoBA layers: they would be dense, silently."""
+    for name in ("flash_decode", "flash_decode_and_prefill"):
+        if not hasattr(Attention, name):
+            raise RuntimeError(f"megatron.core's Attention has no {name}, by whose name MoBA layers refuse to be "
+                               "bypassed: this release may attend densely under another name, so MoBA does not start")
+        setattr(Attention, name, _guarded(getattr(Attention, name), core))
+
+
+def _guarded(method, core: type):
+    @functools.wraps(method)
+    def guarded(self, *args, **kwargs):
+        if isinstance(self.core_attention, core):
+            raise ValueError(f"Attention.{method.__name__} (dynamic batching: DynamicInferenceContext, or "
+                             "StaticInferenceEngine without legacy=True; or --flash-decode) would bypass MoBA and "
+                             "attend densely: use static batching, StaticInferenceEngine(..., legacy=True)")
+        return method(self, *args, **kwargs)
+
+    return guarded
