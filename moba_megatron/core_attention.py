@@ -156,7 +156,6 @@ class MoBACoreAttention(MegatronModule):
             TypeError, ValueError: unsupported arguments, or tensors that do not fit. Under context parallelism a
                 ValueError with the same text on every rank of the group.
         """
-        raise_what_arrived()
         group = self._group_for(packed_seq_params)
         packed = packed_seq_params if packed_seq_params is not None and packed_seq_params.qkv_format == "thd" else None
         dense = self.full_attention or self.moba_config.is_full_step(get_iteration())
@@ -181,6 +180,7 @@ class MoBACoreAttention(MegatronModule):
 
     @staticmethod
     def _check_call(mask_type, attention_bias, packed, attention_mask, group, kwargs, query, key, value) -> None:
+        raise_what_arrived()
         refuse_arguments(kwargs, ".forward")
         dims = 4 if packed is None else 3
         for name, x in (("query", query), ("key", key), ("value", value)):

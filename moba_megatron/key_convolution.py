@@ -1,16 +1,26 @@
 """KeyConvolution: the key convolution as a Megatron module, its filter sharded with the kv heads, halos exchanged."""
 from __future__ import annotations
 
+import dataclasses
+import functools
+import re
+
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing import LocalNonpersistentObject, ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
+from .megatron_host import print_once
 from .ops import key_convolution
+from .refusals import layer_config
+
+_KEY = re.compile(r"key_convolution\.layer_(\d+)\.")
 
 
 class KeyConvolution(MegatronModule):
@@ -37,11 +47,13 @@ class KeyConvolution(MegatronModule):
         self.width, self.backend = width, backend
         self.head_dim = head_dim or config.kv_channels
         self.tp_group = tp_group or parallel_state.get_tensor_model_parallel_group()
+        config = layer_config(config)
         heads = config.num_query_groups or config.num_attention_heads
         size = config.tensor_model_parallel_size
         if heads % size:
             raise ValueError(f"--moba-key-conv needs kv heads (--num-query-groups) that are a multiple of the tensor "
                              f"model parallel size, got {heads} and {size}: repeated heads' filters would differ")
+        _watch_loading()
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = torch.nn.Parameter(torch.zeros(heads // size * width * self.head_dim, dtype=config.params_dtype,
                                                      device=device))
@@ -64,9 +76,47 @@ class KeyConvolution(MegatronModule):
         return key_convolution(k, weight, runs, halo, backend=self.backend)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """The weight, cut along its only axis by tensor parallel rank."""
-        return make_sharded_tensors_for_checkpoint(self.state_dict(prefix="", keep_vars=True), prefix, {"weight": 0},
-                                                   sharded_offsets)
+        """The weight, cut along its only axis by tensor parallel rank, under each layer's own name.
+
+        Megatron stacks what layers have under one name, where it takes them for alike; dense layers have no filter.
+        """
+        state = make_sharded_tensors_for_checkpoint(self.state_dict(prefix="", keep_vars=True), prefix, {"weight": 0})
+        for _, layer, _ in sharded_offsets:
+            for tensor in state.values():
+                tensor.key = f"{prefix}layer_{layer}.weight"
+        return state
+
+
+@functools.lru_cache(maxsize=1)
+def _watch_loading() -> None:
+    """Has a distributed checkpoint without filters, a dense model's, load: they stay as they are, the identity."""
+    original = dist_checkpointing.load
+
+    @functools.wraps(original)
+    def load(sharded_state_dict, checkpoint_dir, *args, **kwargs):
+        saved = {t.key: t for t in dist_checkpointing.load_tensors_metadata(str(checkpoint_dir)).values()}
+        expected = dict_list_map_outplace(functools.partial(_as_saved, saved), sharded_state_dict)
+        return original(expected, checkpoint_dir, *args, **kwargs)
+
+    dist_checkpointing.load = load
+
+
+def _as_saved(saved: dict[str, ShardedTensor], tensor):
+    """A filter, or an optimizer's state of one, under the name that the checkpoint has; else for it to stay."""
+    if not isinstance(tensor, ShardedTensor) or "key_convolution." not in tensor.key or tensor.key in saved:
+        return tensor
+    layer, stacked = _KEY.search(tensor.key), _KEY.sub("key_convolution.", tensor.key)
+    if layer and stacked in saved:  # of a version that stacked the layers as Megatron does
+        layers = saved[stacked].global_shape[0]
+        return dataclasses.replace(
+            tensor, key=stacked, global_shape=(layers, *tensor.global_shape), prepend_axis_num=1,
+            global_offset=(int(layer[1]), *tensor.global_offset),
+            axis_fragmentations=(layers, *tensor.axis_fragmentations))
+    if any("key_convolution." in key for key in saved):
+        raise ValueError(f"the checkpoint has key convolutions, but no {tensor.key}: give it the "
+                         "--moba-full-attention-layers with which it was saved")
+    print_once("> the checkpoint has no key convolution: it begins as the identity")
+    return LocalNonpersistentObject(tensor.data)
 
 
 def _halo(k: Tensor, runs: Tensor, width: int, group: dist.ProcessGroup) -> Tensor:

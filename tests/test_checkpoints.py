@@ -1,6 +1,7 @@
 """Without the key convolution MoBA has no parameters: its checkpoints are those of dense GPT models, both ways.
 
-With it, a dense checkpoint takes it on unchanged, and its filters are resharded with the kv heads.
+With it, a dense checkpoint takes it on unchanged, and its filters are resharded with the kv heads; layers without it
+have none in the checkpoint, and a filter never comes to another layer than its own.
 """
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ pytest.importorskip("megatron.core")
 CHAIN = [("moba", 2, 1), ("dense", 1, 2), ("moba", 1, 1), ("dense", 2, 1)]
 
 
-def build(kind, tp=1, pp=1):
+def build(kind, tp=1, pp=1, dense="none"):
     sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
     import megatron_on_cpu
 
@@ -31,11 +32,11 @@ def build(kind, tp=1, pp=1):
     parallel_state.initialize_model_parallel(tp, pp)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     torch.manual_seed(3 if kind == "moba" else 4)
-    config = TransformerConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2,
+    config = TransformerConfig(num_layers=4, hidden_size=32, num_attention_heads=4, num_query_groups=2,
                                attention_dropout=0.0, use_cpu_initialization=True, pipeline_dtype=torch.float32,
                                tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
     spec = get_gpt_layer_local_spec() if kind == "dense" else get_moba_layer_local_spec(
-        MoBAConfig(16, 2, key_conv=3 if kind == "convolution" else 0))
+        MoBAConfig(16, 2, dense, key_conv=3 if kind == "convolution" else 0))
     return GPTModel(config, spec, 64, 64, position_embedding_type="rope", share_embeddings_and_output_weights=False,
                     pre_process=parallel_state.is_pipeline_first_stage(),
                     post_process=parallel_state.is_pipeline_last_stage())
@@ -65,51 +66,127 @@ def interchange(rank, size, directory):
     return wholes, [list(plain), list(dense.state_dict())], sharded
 
 
+def optimizer_of(model):
+    """Megatron's plain optimizer, with the states of a first step."""
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.optimizer.optimizer import FP32Optimizer
+
+    adam = torch.optim.Adam(model.parameters())
+    optimizer = FP32Optimizer(adam, OptimizerConfig(), lambda *_: None)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 0.5)
+    adam.step()
+    return optimizer
+
+
+def filters(model, optimizer=None):
+    """Each layer's filter, or the optimizer's first moment of it, by the layer's number."""
+    found = {layer.layer_number: layer.self_attention.core_attention.key_convolution for layer in model.decoder.layers}
+    found = {number: conv.weight for number, conv in found.items() if conv is not None}
+    return found if optimizer is None else {n: optimizer.optimizer.state[w]["exp_avg"] for n, w in found.items()}
+
+
 def convolution(rank, size, directory):
-    """A dense model takes on the key convolution, which learns at TP 2; saved, and loaded unspread.
+    """A dense model takes on the key convolution, which learns at TP 2 and PP 2; saved, and loaded unspread.
 
     Returns:
-        logits of the dense model, with the fresh convolution, and with what it learnt before and after resharding.
+        logits before and after; what each layer learnt and what was loaded; errors of loading into other models.
     """
-    from megatron.core import dist_checkpointing, parallel_state
-    from megatron.core.dist_checkpointing.validation import StrictHandling
+    from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 
     tokens = torch.arange(64)[None] * 7 % 64
     positions = torch.arange(64)[None]
-    logits = []
-    if rank == 0:
-        Path(f"{directory}/dense").mkdir()
-        Path(f"{directory}/learnt").mkdir()
+
+    def save(name, state):
+        if rank == 0:
+            Path(f"{directory}/{name}").mkdir()
+        torch.distributed.barrier()
+        dist_checkpointing.save(state, f"{directory}/{name}")
+
+    def load(model, name, **state):
+        state = dist_checkpointing.load({"model": model.sharded_state_dict(), **state}, f"{directory}/{name}")
+        model.load_state_dict(state["model"], strict=True)
+        return state
+
     moba = build("moba", 2)
-    torch.distributed.barrier()
-    dist_checkpointing.save({"model": moba.sharded_state_dict()}, f"{directory}/dense")
-    model = build("convolution", 2)
-    missing, _ = model.load_state_dict(dist_checkpointing.load(
-        {"model": model.sharded_state_dict()}, f"{directory}/dense", strict=StrictHandling.LOG_UNEXPECTED)["model"],
-        strict=False)
-    for m in (moba, model):
-        logits.append(m.eval()(tokens, positions, None, runtime_gather_output=True))
-    with torch.no_grad():
-        generator = torch.Generator().manual_seed(9)
-        for layer in model.decoder.layers:
-            weight = layer.self_attention.core_attention.key_convolution.weight
-            whole = torch.randn(2 * weight.numel(), generator=generator)
-            weight.copy_(whole.chunk(2)[parallel_state.get_tensor_model_parallel_rank()])
-    logits.append(model(tokens, positions, None, runtime_gather_output=True))
-    dist_checkpointing.save({"model": model.sharded_state_dict()}, f"{directory}/learnt")
-    whole = build("convolution")
-    state = dist_checkpointing.load({"model": whole.sharded_state_dict()}, f"{directory}/learnt")
-    whole.load_state_dict(state["model"])
-    logits.append(whole.eval()(tokens, positions, None))
-    return [x.detach() for x in logits], sorted(missing)
+    save("dense", {"model": moba.sharded_state_dict()})
+    fresh = build("convolution", 2, dense="2,4")
+    load(fresh, "dense")  # with Megatron's own strictness
+    logits = [m.eval()(tokens, positions, None, runtime_gather_output=True).detach() for m in (moba, fresh)]
+
+    learnt = build("convolution", 1, 2, dense="2,4")
+    load(learnt, "dense")
+    for number, weight in filters(learnt).items():
+        weight.data += torch.randn(weight.shape, generator=torch.Generator().manual_seed(number))
+    optimizer = optimizer_of(learnt)
+    for number, moment in filters(learnt, optimizer).items():
+        moment.fill_(number)
+    sharded = learnt.sharded_state_dict()
+    save("learnt", {"model": sharded, "optimizer": optimizer.sharded_state_dict(sharded)})
+    expected = {n: w.detach().clone() for n, w in filters(learnt).items()}
+
+    spread = build("convolution", 2, dense="2,4")
+    optimizer, sharded = optimizer_of(spread), spread.sharded_state_dict()
+    state = load(spread, "learnt", optimizer=optimizer.sharded_state_dict(sharded, is_loading=True))
+    gathered = {}
+    for number, weight in filters(spread).items():
+        gathered[number] = tensor_parallel.gather_from_tensor_model_parallel_region(weight.detach())
+    numbers = {id(parameter): i for i, parameter in enumerate(spread.parameters())}
+    moments = {n: state["optimizer"]["state"][numbers[id(w)]]["exp_avg"].unique().tolist()
+               for n, w in filters(spread).items()}
+
+    taken = build("convolution", 2, dense="2,4")  # an optimizer's states are new with the filters
+    optimizer, sharded = optimizer_of(taken), taken.sharded_state_dict()
+    save("plain", {"model": moba.sharded_state_dict(), "optimizer": plain_optimizer(moba)})
+    load(taken, "plain", optimizer=optimizer.sharded_state_dict(sharded, is_loading=True))
+
+    every = build("convolution", 2)
+    for weight in filters(every).values():
+        weight.data += parallel_state.get_tensor_model_parallel_rank() + torch.arange(len(weight))
+    stacked = every.sharded_state_dict()
+    for name, tensor in stacked.items():
+        if "key_convolution" in name:
+            stacked[name] = as_before(tensor)
+    save("stacked", {"model": stacked})
+    after = build("convolution", 2)
+    load(after, "stacked")
+    same = all(torch.equal(a, b) for a, b in zip(filters(every).values(), filters(after).values()))
+    try:
+        load(build("convolution", 2, dense="1,4"), "learnt")
+        error = None
+    except ValueError as refused:
+        error = str(refused)
+    return logits, (expected, gathered, moments), (len(filters(after)), same), error
+
+
+def plain_optimizer(model):
+    return optimizer_of(model).sharded_state_dict(model.sharded_state_dict())
+
+
+def as_before(tensor):
+    """A filter's part in a checkpoint as it was when all layers were stacked under one name."""
+    from megatron.core import parallel_state
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    layer = int(tensor.key.split("layer_")[1].split(".")[0])
+    return ShardedTensor.from_rank_offsets(
+        tensor.key.replace(f"layer_{layer}.", ""), tensor.data, (0, layer, 4),
+        (1, parallel_state.get_tensor_model_parallel_rank(), 2), prepend_axis_num=1)
 
 
 def test_the_key_convolution_is_taken_on_and_resharded(tmp_path):
-    for (before, fresh, learnt, resharded), missing in run_ranks(convolution, 2, tmp_path, str(tmp_path), seconds=240):
-        assert missing == [f"decoder.layers.{i}.self_attention.core_attention.key_convolution.weight" for i in (0, 1)]
+    whole = {}
+    results = run_ranks(convolution, 2, tmp_path, str(tmp_path), seconds=240)
+    for (before, fresh), (expected, _, _), stacked, error in results:
         assert torch.equal(before, fresh)
-        assert (learnt - fresh).abs().max() > 1e-3
-        assert torch.allclose(resharded, learnt, rtol=1e-4, atol=1e-5)
+        assert stacked == (4, True)
+        assert "the checkpoint has key convolutions, but no decoder.layers.self_attention.core_attention" in error
+        assert "--moba-full-attention-layers" in error
+        whole |= expected
+    assert sorted(whole) == [1, 3] and not torch.equal(whole[1], whole[3])
+    for _, (_, gathered, moments), _, _ in results:
+        assert gathered.keys() == whole.keys() and all(torch.equal(gathered[n], whole[n]) for n in whole)
+        assert moments == {1: [1.0], 3: [3.0]}
 
 
 def test_dense_and_moba_checkpoints_are_the_same(tmp_path):

@@ -159,20 +159,29 @@ def compare_packed(weights):
 
 def bad_input(rank):
     """One rank of CP = 2 gets bad input; returns each rank's error text by problem."""
-    from gpt import MOBA, Layout, build
+    from gpt import MOBA, Layout, build, local_positions
     from megatron.core import parallel_state
     from megatron.core.packed_seq_params import PackedSeqParams
 
+    try:
+        build(Layout("repeated heads", tp=4))
+        texts = {"repeated heads": None}
+    except ValueError as error:
+        texts = {"repeated heads": str(error)}
     model = build(Layout("bad", cp=2))
     core = model.decoder.layers[0].self_attention.core_attention
     assert core.moba_config == MOBA
     wrong = parallel_state.get_context_parallel_rank() == 1
 
-    def call(length=16, dtype=torch.float64, packed=None, settings=(), **kwargs):
+    def call(length=16, dtype=torch.float64, packed=None, mask=None, settings=(), **kwargs):
         core.moba_config = replace(MOBA, **dict(settings))
         shape = (length, 1) if packed is None else (length,)
         q, kv = torch.ones(*shape, 4, 8, dtype=dtype), torch.ones(*shape, 2, 8, dtype=dtype)
-        return core(q, kwargs.pop("key", kv), kv, None, packed_seq_params=packed, **kwargs)
+        return core(q, kwargs.pop("key", kv), kv, mask, packed_seq_params=packed, **kwargs)
+
+    def causal(length, rank=parallel_state.get_context_parallel_rank()):
+        rows = local_positions([2 * length], 2, rank)
+        return torch.ones(2 * length, 2 * length, dtype=torch.bool).triu(1)[None, None, rows]
 
     def lengths(*cu_seqlens):
         return PackedSeqParams(qkv_format="thd", cu_seqlens_q=torch.tensor(cu_seqlens, dtype=torch.int32))
@@ -183,14 +192,15 @@ def bad_input(rank):
         "other dtype": dict(dtype=torch.float32),
         "heads": dict(key=torch.ones(16, 1, 3, 8, dtype=torch.float64)),
         "bias": dict(attention_bias=torch.zeros(1)),
+        "mask": dict(mask=causal(16, 0)[..., torch.arange(32).roll(1)]),
+        "unknown": dict(sinks=torch.ones(1)),
         "packed length": dict(packed=lengths(0, 14, 32)),
         "packed total": dict(packed=lengths(0, 16, 28)),
         "other packed": dict(packed=lengths(0, 12, 32)),
         "a variable": dict(settings={"cp_head_groups": 7}),  # as MOBA_CP_HEAD_GROUPS on one rank only
     }
-    texts = {}
     for name, bad in problems.items():
-        good = dict(packed=lengths(0, 16, 32)) if "packed" in bad else {}
+        good = dict(packed=lengths(0, 16, 32)) if "packed" in bad else dict(mask=causal(16))
         try:
             call(**(bad if wrong else good))
             texts[name] = None
@@ -328,6 +338,9 @@ def test_bad_input_raises_on_every_rank(results):
         "other dtype": "rank 0: .*torch.float64.*; rank 1: .*torch.float32",
         "heads": "context parallel rank 1: v must have k's tokens and heads",
         "bias": "context parallel rank 1: attention_bias must be None",
+        "mask": "context parallel rank 1: attention_mask must be None or causal",
+        "unknown": "context parallel rank 1: MoBACoreAttention.forward got an argument sinks",
+        "repeated heads": r"--moba-key-conv needs kv heads \(--num-query-groups\) .* got 2 and 4",
         "packed length": "context parallel rank 1: the length of packed sequence 0 must be a multiple of .* got 14",
         "packed total": "context parallel rank 1: cu_seqlens must run from 0 to the number of tokens 32, got 0 to 28",
         "a variable": "rank 0: .*cp_head_groups .*; rank 1: .*cp_head_groups 7",

@@ -1,4 +1,4 @@
-"""What MoBA refuses of Megatron by name, instead of ignoring it: masks, flags, layouts, arguments, lengths, bypasses."""
+"""What MoBA refuses of Megatron by name instead of ignoring it: masks, flags, layouts, arguments, lengths, bypasses."""
 import re
 import sys
 from types import SimpleNamespace
