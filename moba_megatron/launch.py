@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 8 -m moba_megatron.launch pretrain_gpt.py --attention moba --moba-chunk-size 4096 \\
         --moba-topk 12 ...
 
-With ``--attention full``, the default, only the flags are added. What is hooked, and why, is said in `megatron_lm.py`.
+With ``--attention full``, the default, only the flags are added (and hooks that pass every call through where
+``--use-checkpoint-args`` may restore ``moba``). What is hooked, and why, is said in `megatron_lm.py`.
 """
 from __future__ import annotations
 
@@ -62,6 +63,9 @@ def main(argv: list[str] | None = None) -> int:
 def check_flags(flags: list[str]) -> str:
     """Reads ``--attention`` and checks the ``--moba-*`` flags before anything heavy starts.
 
+    Returns:
+        ``moba`` also where ``--use-checkpoint-args`` may yet say so.
+
     Raises:
         ValueError: a flag is out of range, or ``--yaml-cfg`` would drop the flags.
     """
@@ -73,6 +77,8 @@ def check_flags(flags: list[str]) -> str:
         config_from_args(args)
         if args.yaml_cfg is not None:
             raise ValueError("--yaml-cfg replaces all flags, --attention moba too: give the settings as flags")
+    elif "--use-checkpoint-args" in flags:
+        return "moba"
     elif any(flag.startswith("--moba-") for flag in flags):
         print_once("> --moba-* flags have no effect without --attention moba")
     return args.attention
@@ -96,6 +102,7 @@ def install(attention: str = "moba") -> list[str]:
         raise ImportError(
             f"megatron.training cannot be imported ({error}): give the path of a script in a Megatron-LM checkout, or "
             "set PYTHONPATH to one. (megatron-core's wheels have it from 0.17.1 on.)") from error
+    megatron_lm.only_flags = attention != "moba"
     required = [ARGUMENTS_HOOK, *(HOOKS if attention == "moba" else ())]
     missing = [f"{module}.{name}" for module, name, _ in required if _owner(module, name) is None]
     version = _warn_of_unknown_version(missing)

@@ -5,11 +5,14 @@ through. Nothing of Megatron is imported here before a hook runs, so its modules
 """
 from __future__ import annotations
 
+import argparse
 import copy
 import functools
+import importlib
 import inspect
 
 from .arguments import add_moba_arguments
+from .checkpoint_flags import compare_flags, restore_flags
 from .config import MoBAConfig
 from .flops import correction
 from .megatron_host import host_args, host_config, host_iteration, is_active, print_once
@@ -37,14 +40,64 @@ def _hook(wrap):
 
 @_hook
 def moba_arguments(original, parser):
-    """On ``add_megatron_arguments``: adds ``--attention`` and ``--moba-*``."""
+    """On ``add_megatron_arguments``: adds ``--attention`` and ``--moba-*``, and watches checkpoints for them."""
     parser = add_moba_arguments(original(parser), default="full", full_meaning=FULL_MEANING)
     group = parser.add_argument_group("moba logs")
-    group.add_argument("--moba-log-router-interval", type=int, metavar="N",
+    group.add_argument("--moba-log-router-interval", type=_at_least_one, metavar="N",
                        help="every N iterations log, to TensorBoard and as a line, each layer's share of queries on "
                             "the first chunk, load imbalance, selection entropy and recall; unset: never")
     group.add_argument("--moba-log-router-file", metavar="FILE", help="and to this file, as JSON lines")
+    parse = parser.parse_known_args
+
+    def parse_known_args(*args, **kwargs):
+        parsed = parse(*args, **kwargs)
+        if parsed[0].moba_log_router_file is not None and parsed[0].moba_log_router_interval is None:
+            parser.error("--moba-log-router-file needs --moba-log-router-interval N: nothing would be written")
+        return parsed
+
+    parser.parse_known_args = parse_known_args
+    _watch_checkpoints()
     return parser
+
+
+def _at_least_one(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
+
+
+def _watch_checkpoints() -> None:
+    try:
+        checkpointing = importlib.import_module("megatron.training.checkpointing")
+        checkpointing._load_base_checkpoint = moba_checkpoint(checkpointing._load_base_checkpoint)
+    except (ImportError, AttributeError):
+        print_once("> megatron.training.checkpointing has no _load_base_checkpoint: --moba-* flags are not compared with "
+                   "a checkpoint's")
+
+
+only_flags = False
+"""Whether nothing but the flags was added to Megatron-LM, so that ``--attention moba`` would change nothing."""
+
+
+@_hook
+def moba_checkpoint(original, load_dir, args, *positional, **named):
+    """On ``_load_base_checkpoint``: the checkpoint's MoBA flags are restored while Megatron-LM restores its own, else
+    compared.
+
+    Raises:
+        ValueError: trained weights would be dropped, or the restored flags come too late.
+    """
+    result = original(load_dir, args, *positional, **named)
+    saved = result[0].get("args") if isinstance(result[0], dict) else None
+    if saved is None:
+        return result
+    if host_args() is args:
+        compare_flags(args, saved)
+    else:
+        restore_flags(args, saved)
+        if args.attention == "moba" and only_flags:
+            raise ValueError("--attention must be moba, as the checkpoint's, got full: give it as a flag")
+    return result
 
 
 def core_attention_for(dense):

@@ -1,4 +1,5 @@
 """The pretraining example end to end on CPU: data, training on two ranks, stop and resume, other layouts, bad input."""
+import argparse
 import json
 import os
 import shutil
@@ -12,10 +13,12 @@ import pytest
 from check_run import check
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from plot_run import main as plot_run
+from pretraining import checkpointing
 from pretraining.arguments import parse_args
 from pretraining.monitor import Monitor, read_log
 from ranks import torchrun
 
+from moba_megatron.arguments import add_moba_arguments
 from moba_megatron.inspect.checkpoint import find_checkpoint
 from moba_megatron.inspect.trace import load_trace
 
@@ -179,7 +182,7 @@ class TestTraining:
         self._assert_close(records, uninterrupted[0])
 
     def test_pipeline_stages_train_and_resume(self, tmp_path, data_path):
-        flags = ["--pipeline-model-parallel-size", "2", "--num-layers", "4", "--bf16",
+        flags = ["--pipeline-model-parallel-size", "2", "--num-layers", "4", "--bf16", "--moba-key-conv", "3",
                  "--recompute-granularity", "full", "--save", str(tmp_path / "c"), "--load", str(tmp_path / "c"),
                  "--save-selection", str(tmp_path / "s.npz")]
         train(2, tmp_path / "log.jsonl", data_path, *flags, "--exit-interval", "3")
@@ -192,6 +195,18 @@ class TestTraining:
         got, want = ([r["loss"] for r in x["step"] + x["validation"]] for x in (records, expected))
         # Sums in another order differ by fp32 rounding, which six steps of Adam enlarge.
         assert got == pytest.approx(want, rel=2e-4)
+
+
+    def test_a_run_that_would_drop_trained_filters_stops(self, monkeypatch):
+        flags = ["--moba-key-conv", "3", "--moba-full-attention-layers", "last:1"]
+        saved = vars(add_moba_arguments(argparse.ArgumentParser()).parse_args(flags)) | {"num_layers": 4}
+        args = argparse.Namespace(**saved | {"moba_key_conv": 0}, load="c", use_distributed_optimizer=False)
+        monkeypatch.setattr(checkpointing, "_ARCHITECTURE", ("num_layers",))
+        saved |= {"use_distributed_optimizer": False, "bf16": False}
+        args.bf16 = False
+        monkeypatch.setattr(checkpointing.dist_checkpointing, "load_common_state_dict", lambda _: {"run": saved})
+        with pytest.raises(ValueError, match="--load c: .*key convolutions in layers 1, 2, 3, .*--moba-key-conv 3"):
+            checkpointing.load_checkpoint(args, 1, None, None, None)
 
 
 class TestInspect:

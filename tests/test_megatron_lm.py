@@ -16,7 +16,8 @@ import pytest
 
 pytest.importorskip("megatron.core")
 
-from moba_megatron import MoBAConfig, MoBACoreAttention, core_attention, launch, megatron_host, megatron_lm
+from moba_megatron import (MoBAConfig, MoBACoreAttention, checkpoint_flags, core_attention, launch, megatron_host,
+                           megatron_lm)
 from moba_megatron.arguments import add_moba_arguments, config_from_args
 from moba_megatron.core_attention import MoBAOrTEDotProductAttention
 
@@ -24,13 +25,15 @@ ROOT = Path(__file__).parents[1]
 
 ARGUMENTS = """
     import argparse
-    from megatron.training import global_vars
+    from megatron.training import checkpointing, global_vars
 
     def add_megatron_arguments(parser):
         sizes = {"num-layers": 3, "seq-length": 64, "train-iters": 3, "num-attention-heads": 2, "kv-channels": 8}
         for name, default in sizes.items():
             parser.add_argument("--" + name, type=int, default=default)
+        parser.add_argument("--load")
         parser.add_argument("--spec", nargs="*")
+        parser.add_argument("--use-checkpoint-args", action="store_true")
         return parser
 
     def parse_args(extra_args_provider=None, ignore_unknown_args=False):
@@ -38,8 +41,19 @@ ARGUMENTS = """
         return parser.parse_args()
 
     def parse_and_validate_args(extra_args_provider=None, args_defaults={}):
-        global_vars._GLOBAL_ARGS = parse_args(extra_args_provider)
-        return global_vars._GLOBAL_ARGS
+        args = parse_args(extra_args_provider)
+        if args.use_checkpoint_args:
+            checkpointing._load_base_checkpoint(args.load, args, rank0=True)
+        global_vars._GLOBAL_ARGS = args
+        return args
+"""
+CHECKPOINTING = """
+    import argparse
+    import json
+
+    def _load_base_checkpoint(load_dir, args, rank0=False, sharded_state_dict=None):
+        with open(load_dir) as file:
+            return {"args": argparse.Namespace(**json.load(file))}, "name", False, None
 """
 TRAINING = {
     "0.13": """
@@ -59,7 +73,7 @@ TRAINING = {
             return num_floating_point_operations(args, 2)
     """,
     "0.18": """
-        from megatron.training import global_vars
+        from megatron.training import checkpointing, global_vars
 
         PARSED_BY_SCRIPT = True
 
@@ -73,6 +87,8 @@ TRAINING = {
         def pretrain(model_provider, train_step):
             args = global_vars._GLOBAL_ARGS
             args.curr_iteration = 0
+            if args.load:
+                checkpointing._load_base_checkpoint(args.load, args)
             model, _, _ = setup_model_and_optimizer(model_provider)
             for args.curr_iteration in range(args.train_iters):
                 train_step(model[0])
@@ -125,7 +141,7 @@ def make_host(directory, family):
     package = directory / "megatron" / "training"
     package.mkdir(parents=True)
     for name, text in (("__init__", ""), ("global_vars", "_GLOBAL_ARGS = None"), ("arguments", ARGUMENTS),
-                       ("training", TRAINING[family])):
+                       ("checkpointing", CHECKPOINTING), ("training", TRAINING[family])):
         (package / f"{name}.py").write_text(textwrap.dedent(text))
     script = directory / "pretrain_gpt.py"
     script.write_text(textwrap.dedent(SCRIPT))
@@ -154,6 +170,30 @@ def test_launch_switches_moba_on(tmp_path, family):
     assert report["flops"] == 1e9 - 2 * 2 * (DENSE_FLOPS - MOBA_FLOPS)  # two sparse layers, two sequences
     assert "> MoBA: chunk_size=8, topk=2, full_attention_layers=last:1" in done.stdout
     assert "> MoBA attention in 2 of 3 attention layers of rank 0" in done.stdout
+
+
+@pytest.mark.parametrize("flags, spec, said", [
+    (["--use-checkpoint-args"], "MoBACoreAttention",
+     ["> --attention moba, from the checkpoint", "> --moba-chunk-size 8, from the checkpoint",
+      "> --moba-full-attention-layers last:1, from the checkpoint", "> MoBA: chunk_size=8, topk=2,"]),
+    ([], None, ["ValueError: the checkpoint has trained key convolutions in layers 1, 2, which this run would drop: give "
+                "the checkpoint's --attention moba (got full)"]),
+    (["--attention", "moba", "--moba-topk", "2"], "MoBACoreAttention",
+     ["> --moba-chunk-size 512: the checkpoint was trained with 8",
+      "> --moba-full-attention-layers none: the checkpoint was trained with last:1"]),
+], ids=["restored", "dropped", "compared"])
+def test_a_checkpoint_says_how_it_was_trained(tmp_path, flags, spec, said):
+    script = make_host(tmp_path, "0.18")
+    saved = dict(attention="moba", num_layers=3, train_iters=3, moba_chunk_size=8, moba_topk=2,
+                 moba_key_conv=0 if spec else 3, moba_full_attention_layers="last:1", moba_backend="triton")
+    (tmp_path / "saved.json").write_text(json.dumps(saved))
+    done = run(script, "--load", tmp_path / "saved.json", *flags)
+    if spec:
+        assert report_of(done)["spec"] == spec
+    else:
+        assert done.returncode != 0
+    for line in said:
+        assert line in done.stdout + done.stderr
 
 
 def test_launch_without_moba_leaves_megatron_alone(tmp_path):
@@ -205,6 +245,70 @@ def host(monkeypatch):
     monkeypatch.setitem(sys.modules, "megatron.training.global_vars", SimpleNamespace(_GLOBAL_ARGS=args))
     monkeypatch.setattr(core_attention, "_iteration", None)
     return args
+
+
+def namespace(**kwargs):
+    return launch.argparse.Namespace(**kwargs)
+
+
+@pytest.mark.parametrize("change, dropped", [
+    (dict(moba_full_attention_layers="last:1"), "layers 4"),
+    (dict(moba_full_attention_layers="2", moba_topk=3), "layers 2"),
+    (dict(moba_key_conv=0), "layers 1, 2, 3, 4"),
+    (dict(moba_key_conv=5), "layers 1, 2, 3, 4"),
+    (dict(attention="full"), "layers 1, 2, 3, 4"),
+    (dict(moba_topk=3), None),
+])
+def test_a_run_that_would_drop_filters_stops(host, change, dropped):
+    saved = namespace(**{**vars(host), "num_layers": 4, "moba_key_conv": 3})
+    vars(host).update(vars(saved) | change)
+    if dropped is None:
+        checkpoint_flags.compare_flags(host, saved)
+        return
+    flag = "--" + next(iter(change)).replace("_", "-")
+    with pytest.raises(ValueError, match=f"trained key convolutions in {dropped}, which this run would drop: .*{flag}"):
+        checkpoint_flags.compare_flags(host, saved)
+
+
+def test_a_dense_checkpoint_says_nothing(host, capsys):
+    host.num_layers = 4
+    for saved in (namespace(num_layers=4), namespace(**{**vars(host), "attention": "full", "moba_topk": 3})):
+        checkpoint_flags.compare_flags(host, saved)
+        checkpoint_flags.restore_flags(host, saved)
+    assert capsys.readouterr().out == "" and host.moba_topk == 8
+
+
+def test_flags_that_are_typed_stay(host, monkeypatch, capsys):
+    saved = namespace(**{**vars(host), "moba_full_attention_last_fraction": 0.5, "moba_topk": 2, "moba_chunk_size": 4})
+    monkeypatch.setattr(sys, "argv", ["x", "--moba-full-attention-from-step", "7", "--moba-topk=5"])
+    host.moba_full_attention_from_step, host.moba_topk = 7, 5
+    checkpoint_flags.restore_flags(host, saved)
+    assert (host.moba_full_attention_from_step, host.moba_full_attention_last_fraction) == (7, None)
+    assert (host.moba_topk, host.moba_chunk_size) == (5, 4)
+    assert "> --moba-topk 5, as given: the checkpoint was trained with 2" in capsys.readouterr().out
+
+
+def test_restored_flags_that_come_too_late_are_an_error(monkeypatch):
+    saved = namespace(attention="moba", moba_topk=2)
+    load = megatron_lm.moba_checkpoint(lambda load_dir, args: ({"args": saved}, "", False, None))
+    args = namespace(attention="full", moba_topk=8)
+    monkeypatch.setattr(megatron_lm, "only_flags", True)
+    with pytest.raises(ValueError, match="--attention must be moba, as the checkpoint's"):
+        load("directory", args)
+    monkeypatch.setattr(megatron_lm, "only_flags", False)
+    assert load("directory", args)[0]["args"] is saved and args.moba_topk == 2
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--moba-log-router-interval", "0"], "argument --moba-log-router-interval: must be at least 1, got 0"),
+    (["--moba-log-router-file", "x"], "--moba-log-router-file needs --moba-log-router-interval N"),
+])
+def test_router_flags_are_checked_when_they_are_read(capsys, flags, message):
+    parser = megatron_lm.moba_arguments(lambda parser: parser)(launch.argparse.ArgumentParser())
+    assert parser.parse_args(["--moba-log-router-interval", "1", "--moba-log-router-file", "x"])
+    with pytest.raises(SystemExit):
+        parser.parse_args(flags)
+    assert message in capsys.readouterr().err
 
 
 class TEDotProductAttention:

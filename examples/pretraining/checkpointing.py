@@ -5,6 +5,7 @@
     SAVE/iter_0000120/files.json               the size of each of its files, written last
     SAVE/iter_0000240.partial/                 one that is being written, or was when the run ended
 """
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint import CheckpointException
 
+from moba_megatron.checkpoint_flags import MODEL_FLAGS, compare_flags
 from moba_megatron.inspect.checkpoint import DESCRIPTION
 
 from .agreement import RunError, SharedError, on_first_rank
@@ -48,7 +50,8 @@ def save_checkpoint(args, iteration: int, model, optimizer, scheduler) -> Path:
     state["scheduler"] = scheduler.state_dict()
     state["iteration"] = iteration
     state["run"] = {name: getattr(args, name)
-                    for name in (*_ARCHITECTURE, *_OPTIMIZER_LAYOUT, "use_distributed_optimizer", "bf16")}
+                    for name in (*_ARCHITECTURE, *_OPTIMIZER_LAYOUT, *MODEL_FLAGS, "train_iters",
+                                 "use_distributed_optimizer", "bf16")}
     state[DESCRIPTION] = args.model_description
     try:
         dist_checkpointing.save(state, str(partial))
@@ -144,7 +147,8 @@ def load_checkpoint(args, iteration: int, model, optimizer, scheduler) -> None:
     """Restores model, optimizer and schedule from the checkpoint of `iteration`; called by all ranks.
 
     Raises:
-        SharedError: the checkpoint is of another architecture, or its optimizer cannot be cut as this run needs it.
+        SharedError: the checkpoint is of another architecture, has weights that this run would drop, or its optimizer
+            cannot be cut as this run needs it.
     """
     directory = str(Path(args.load) / f"iter_{iteration:07d}")
     saved = dist_checkpointing.load_common_state_dict(directory)["run"]
@@ -155,6 +159,10 @@ def load_checkpoint(args, iteration: int, model, optimizer, scheduler) -> None:
         if saved[name] != getattr(args, name):
             raise SharedError(f"--load {args.load}: the checkpoint was written with --{name.replace('_', '-')} "
                               f"{saved[name]}, this run has {getattr(args, name)}: give the checkpoint's value")
+    try:
+        compare_flags(args, argparse.Namespace(**saved))
+    except ValueError as error:
+        raise SharedError(f"--load {args.load}: {error}") from None
     _allocate_optimizer_state(optimizer)
     state = dist_checkpointing.load(_sharded_state(args, model, optimizer, is_loading=True), directory)
     _unwrap(model).load_state_dict(state["model"])
