@@ -108,7 +108,7 @@ def convolution(rank, size, directory):
         model.load_state_dict(state["model"], strict=True)
         return state
 
-    moba = build("moba", 2)
+    moba = build("moba", 2, dense="2,4")
     save("dense", {"model": moba.sharded_state_dict()})
     fresh = build("convolution", 2, dense="2,4")
     load(fresh, "dense")  # with Megatron's own strictness
