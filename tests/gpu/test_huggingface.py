@@ -1,6 +1,7 @@
 """MoBA in Transformers on a GPU: a training step in bf16, and generation, by kernels as by the reference."""
 import pytest
 import torch
+from transformers import StaticCache
 
 import huggingface_models as hf
 from moba_megatron import MoBAConfig, register_moba
@@ -46,3 +47,106 @@ def test_generate(decode, kind):
                                     cache_implementation=kind if attention == "moba" else None))
     kernels, reference = found
     assert torch.equal(kernels, reference)
+
+
+def packed_batch():
+    """Ids of two rows of documents, their positions, and labels that leave out first tokens."""
+    ids = hf.tokens(2, 200).cuda()
+    positions = torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in ((90, 1, 109), (33, 167))])
+    positions = positions.cuda()
+    return {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(positions == 0, -100),
+            "use_cache": False}
+
+
+def test_packed_training_in_mixed_precision_compiled():
+    """fp32 weights under bf16 autocast, whole model compiled in one graph: as near to fp64 as eager torch attention is to
+    its own, twice over, where every layer is dense; and for sparse layers the compiled loss is the eager one."""
+    def loss_and_gradient(attention, dtype=torch.float32, compiled=False, **config):
+        register_moba(MoBAConfig(chunk_size=16, topk=3, **config))
+        model = hf.model(attention=attention, dtype=dtype).cuda().train()
+        torch._dynamo.reset()
+        run = torch.compile(model, fullgraph=True) if compiled else model
+        with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.float32):
+            loss = run(**packed_batch()).loss
+        loss.backward()
+        return loss.item(), torch.cat([p.grad.flatten().double() for p in model.parameters()])
+
+    _, exact = loss_and_gradient("sdpa", torch.float64)
+    _, plain = loss_and_gradient("sdpa")
+    _, dense = loss_and_gradient("moba", compiled=True, full_attention_layers="all")
+    assert (dense - exact).norm() <= 2 * (plain - exact).norm()
+    (eager, _), (compiled, gradient) = loss_and_gradient("moba"), loss_and_gradient("moba", compiled=True)
+    assert abs(compiled - eager) <= 0.02 * eager and gradient.isfinite().all()
+
+
+def test_packed_rows_in_a_cuda_graph():
+    """A graph captured with one document in a row keeps other packings apart when it is replayed."""
+    register_moba(CONFIG)
+    model, batch = hf.model(dtype=torch.float32).cuda().eval(), packed_batch()
+    ids, packed = batch["input_ids"], batch["position_ids"]
+    positions = torch.arange(200, device="cuda").repeat(2, 1)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = model(ids, position_ids=packed, use_cache=False).logits
+        torch.compile(model, backend="eager")(ids, position_ids=positions, use_cache=False)  # loads the kernels
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = model(ids, position_ids=positions, use_cache=False).logits
+        for given, wanted in ((packed, expected), (torch.arange(200, device="cuda").expand(2, -1), None)):
+            positions.copy_(given)
+            graph.replay()
+            if wanted is None:
+                wanted = model(ids, use_cache=False).logits
+            torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("decode", ["dense", "moba"])
+def test_decoding_in_a_cuda_graph(decode):
+    """Steps over a static cache, captured once and replayed, find what eager steps find."""
+    register_moba(CONFIG, decode=decode)
+    model, ids = hf.model(dtype=torch.float32).cuda().eval(), hf.tokens(2, 120).cuda()
+    with torch.no_grad():
+        found = []
+        for captured in (False, True):
+            cache = StaticCache(config=model.config, max_cache_len=128)
+            model(ids[:, :90], past_key_values=cache)
+            token = ids[:, 90:91].clone()
+            model(token, past_key_values=cache)  # loads the kernels, makes the means
+            graph, steps = torch.cuda.CUDAGraph(), []
+            if captured:
+                torch.cuda.synchronize()
+                with torch.cuda.graph(graph):
+                    logits = model(token, past_key_values=cache).logits
+            for i in range(91, 120):
+                token.copy_(ids[:, i:i + 1])
+                if captured:
+                    graph.replay()
+                else:
+                    logits = model(token, past_key_values=cache).logits
+                steps.append(logits.clone())
+            found.append(torch.cat(steps, 1))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
+def test_trainer_packed_bf16_compiled(tmp_path):
+    """Trainer(bf16=True, torch_compile=True) on rows that DataCollatorWithFlattening packs, against eager fp32 losses."""
+    pytest.importorskip("accelerate")
+    import transformers
+
+    register_moba(CONFIG)
+    documents = [{"input_ids": hf.tokens(n, seed=n).tolist()} for n in (90, 40, 150, 61, 77, 20)]
+
+    def losses(**how):
+        torch._dynamo.reset()
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=2, learning_rate=1e-3, logging_steps=1,
+            report_to=[], save_strategy="no", disable_tqdm=True, **how)
+        trainer = transformers.Trainer(hf.model(dtype=torch.float32, use_cache=False), arguments,
+                                       train_dataset=documents,
+                                       data_collator=transformers.DataCollatorWithFlattening())
+        trainer.train()
+        return torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+
+    expected = losses()
+    torch.testing.assert_close(losses(bf16=True, torch_compile=True), expected, rtol=0.05, atol=0)
