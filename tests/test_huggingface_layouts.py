@@ -1,11 +1,11 @@
-"""Masks, positions, caches and packing in every mode: dense layers are torch's, sparse ones are the oracle's, and what is
-true eagerly is true compiled and exported, refusals included."""
+"""Masks, positions, caches and packing: dense layers are torch's, sparse ones the oracle's, and what is true eagerly is
+true compiled and exported, refusals included."""
+import huggingface_models as hf
 import pytest
 import torch
 import transformers
 from transformers import DynamicCache, StaticCache, masking_utils
 
-import huggingface_models as hf
 from moba_megatron import MoBAConfig, register_moba
 
 CONFIG = MoBAConfig(hf.CHUNK, hf.TOPK)

@@ -5,7 +5,7 @@ Transformers hands it on as it is:
 
 | layout | says |
 |---|---|
-| ``[B, 1, 1, 3]`` | padded rows, static caches: first slot of the row's sequence, slot after its last, slot of the first query |
+| ``[B, 1, 1, 3]`` | padded rows, static caches: a row's first slot, the one after its last, that of the first query |
 | ``[B, 1, T, 1]`` | packed rows: the first slot of each token's sequence |
 | None | every slot counts, and the queries are the last ones |
 | ``[B, 1, W, 0]`` | a window of W: refused in the layer that gets it |
@@ -109,7 +109,7 @@ def row_segments(query: Tensor, key: Tensor, layout: Tensor | None, position_ids
     """
     (batch, _, queries, _), slots = query.shape, key.shape[2]
     if layout is not None and layout.shape[3] == 1:
-        first = layout[:, 0, :, 0]
+        first = layout[:, 0, :, 0].to(query.device)
         return _remembered(layout, ("packed", chunk_size), lambda: _packed_segments(
             first == torch.arange(queries, device=first.device), chunk_size))
     if layout is None:
@@ -121,7 +121,7 @@ def row_segments(query: Tensor, key: Tensor, layout: Tensor | None, position_ids
         return segments
 
     def build() -> Segments | None:
-        restarts = _restarts(position_ids, layout, batch)
+        restarts = _restarts(position_ids.to(query.device), layout, batch)
         if _readable(restarts) and not restarts.any():
             return None
         if queries != slots:
@@ -133,10 +133,12 @@ def row_segments(query: Tensor, key: Tensor, layout: Tensor | None, position_ids
             begins |= (slot == layout[:, 0, 0, :1]) | (slot == layout[:, 0, 0, 1:2])
         return _packed_segments(begins, chunk_size)
 
-    if not _readable(query):
-        return build()
-    return _remembered(position_ids if layout is None else layout, ("restarts", id(position_ids), batch, slots,
-                                                                     chunk_size), build) or segments
+    if _readable(query):
+        key_of = ("restarts", id(position_ids), batch, slots, chunk_size)
+        found = _remembered(position_ids if layout is None else layout, key_of, build)
+    else:
+        found = build()
+    return segments if found is None else found
 
 
 def packed_bounds(cu_seqlens: Tensor, max_seqlen: int | Tensor | None, query: Tensor, key: Tensor,
@@ -200,8 +202,8 @@ def _packed_segments(begins: Tensor, chunk_size: int) -> Segments:
     cu_seqlens = torch.full((most + 1,), total, device=begins.device).scatter(
         0, torch.where(fits, number - 1, most), torch.where(fits, torch.arange(total, device=begins.device), total))
     cu_seqlens = _demand(cu_seqlens.int(), number[-1:] <= most,
-                         "position_ids must begin at most 2048 sequences a batch, or one every 32 tokens, where a model "
-                         "is compiled, exported or captured: give the bounds as cu_seq_lens_q, or do not compile")
+                         "position_ids must begin at most 2048 sequences a batch, or one every 32 tokens, where a "
+                         "model is compiled, exported or captured: give cu_seq_lens_q, or do not compile")
     segments = Segments.from_cu_seqlens(cu_seqlens, length, chunk_size)
     return dataclasses.replace(segments, packed=False)  # the dense kernels' grids are sequences times the longest
 

@@ -1,9 +1,9 @@
 """MoBA in Transformers on a GPU: a training step in bf16, and generation, by kernels as by the reference."""
+import huggingface_models as hf
 import pytest
 import torch
 from transformers import StaticCache
 
-import huggingface_models as hf
 from moba_megatron import MoBAConfig, register_moba
 
 pytestmark = pytest.mark.gpu
@@ -59,8 +59,8 @@ def packed_batch():
 
 
 def test_packed_training_in_mixed_precision_compiled():
-    """fp32 weights under bf16 autocast, whole model compiled in one graph: as near to fp64 as eager torch attention is to
-    its own, twice over, where every layer is dense; and for sparse layers the compiled loss is the eager one."""
+    """fp32 weights under bf16 autocast, the model in one graph. Dense layers: as near to fp64 as torch's, twice
+    over. Sparse ones: the compiled loss is the eager one."""
     def loss_and_gradient(attention, dtype=torch.float32, compiled=False, **config):
         register_moba(MoBAConfig(chunk_size=16, topk=3, **config))
         model = hf.model(attention=attention, dtype=dtype).cuda().train()
@@ -130,7 +130,7 @@ def test_decoding_in_a_cuda_graph(decode):
 
 
 def test_trainer_packed_bf16_compiled(tmp_path):
-    """Trainer(bf16=True, torch_compile=True) on rows that DataCollatorWithFlattening packs, against eager fp32 losses."""
+    """Trainer(bf16=True, torch_compile=True) on rows packed by DataCollatorWithFlattening: as eager fp32."""
     pytest.importorskip("accelerate")
     import transformers
 
