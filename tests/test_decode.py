@@ -71,6 +71,8 @@ def arguments(**changed):
     (dict(cache_seqlens=torch.tensor([32, 5])), "cache_seqlens must be an int32 tensor, got torch.int64"),
     (dict(cache_seqlens=torch.tensor([32], dtype=torch.int32)), "cache_seqlens must have shape .2., got .1,."),
     (dict(cache_starts=[0, 1]), "cache_starts must be an int32 tensor, got list"),
+    (dict(cache_seqlens=torch.ones(4, dtype=torch.int32)[::2]), "cache_seqlens must be contiguous in its last dimension"),
+    (dict(block_table=torch.zeros(2, 8, dtype=torch.int32)[:, ::2]), "block_table must be contiguous in its last dim"),
     (dict(block_table=torch.zeros(2, dtype=torch.int32)), "block_table must have shape .2, None., got .2,."),
     (dict(topk=0), "topk must be at least 1, got 0"),
     (dict(chunk_size=0), "chunk_size must be at least 1, got 0"),

@@ -1,8 +1,9 @@
 """The stages as Triton kernels, for CUDA tensors (or any tensor under TRITON_INTERPRET=1).
 
 Stages, as in ``moba_megatron.reference``: ``chunk_means`` (and its halves ``block_sums``, ``means_from_block_sums``),
-``gate``, ``route``, ``attention_fwd``, ``attention_bwd``. ``key_convolution_fwd`` and
-``key_convolution_bwd`` may come before them; ``repeat`` makes calls that repeat an earlier one cheaper.
+``gate``, ``route``, ``attention_fwd``, ``attention_bwd``. ``bounded`` makes lengths safe that nobody has looked at;
+``key_convolution_fwd`` and ``key_convolution_bwd`` may come before them; ``repeat`` makes calls that repeat an earlier
+one cheaper.
 """
 from triton import knobs
 

@@ -197,5 +197,7 @@ def _check_ints(name: str, x: Tensor, shape: tuple[int | None, ...], device: tor
         raise TypeError(f"{name} must be an int32 tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
     if x.dim() != len(shape) or any(n is not None and n != m for n, m in zip(shape, x.shape)):
         raise ValueError(f"{name} must have shape {list(shape)}, got {tuple(x.shape)}")
+    if x.numel() > 1 and x.shape[-1] > 1 and x.stride(-1) != 1:
+        raise ValueError(f"{name} must be contiguous in its last dimension, got strides {x.stride()}")
     if x.device != device:
         raise ValueError(f"{name} must be on the caches' device {device}, got {x.device}")

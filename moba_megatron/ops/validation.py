@@ -101,7 +101,7 @@ def check_workspace(workspace_mib: float | None) -> None:
 
 def check_cu_seqlens(cu_seqlens: Tensor, max_seqlen: int, total: int, device: torch.device,
                      name: str = "cu_seqlens", max_name: str = "max_seqlen") -> Tensor:
-    """Cumulative lengths ``[B + 1]`` of ``total`` packed tokens; returns them as int32.
+    """Cumulative lengths ``[B + 1]`` of ``total`` packed tokens; returns them as int32, contiguous.
 
     Values are checked where reading them is free: on the CPU, or with ``MOBA_CHECK_INPUTS=1``.
     """
@@ -114,7 +114,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, max_seqlen: int, total: int, device: to
         raise ValueError(f"at most 2^31 - 1 packed tokens are supported, got {total}")
     if _values_readable(cu_seqlens):
         _check_cu_seqlens_values(cu_seqlens.tolist(), max_seqlen, total, name, max_name)
-    return cu_seqlens.int()
+    return cu_seqlens.int().contiguous()
 
 
 def check_segments(segments: Segments, total_q: int, total_k: int, device: torch.device) -> None:

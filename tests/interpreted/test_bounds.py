@@ -135,3 +135,13 @@ def test_key_convolution(backend, with_halo):
     for other in results[1:]:
         for x, wanted in zip(results[0], other):
             torch.testing.assert_close(x[:70], wanted)
+
+
+def test_lengths_with_a_stride():
+    tensors, cu = make(70), ints(0, 5, 33, 6, 70, 7)[::2]
+    for a, b in zip(*(gradients(tensors, (x, 37, 16), 2, "triton") for x in (cu, cu.clone()))):
+        assert torch.equal(a, b)
+    segments = Segments(cu, cu, ints(0, 9, 1, 9)[::2], ints(0, 9, 0, 9)[::2], 37, 37, 16)
+    whole = Segments.from_cu_seqlens(cu.clone(), 37, 16)
+    for a, b in zip(*(gradients(tensors, (x,), 2, "triton", moba_attention) for x in (segments, whole))):
+        torch.testing.assert_close(a, b)
