@@ -59,7 +59,7 @@ class Segments:
         if is_unobserved(cu_seqlens):
             seq_ids, offsets = _counted(cu_seqlens.numel() - 1, cu_seqlens.device)
         else:  # of the same kind of tensor as cu_seqlens
-            offsets = torch.zeros_like(cu_seqlens[1:])
+            offsets = cu_seqlens.new_zeros(cu_seqlens.numel() - 1)
             seq_ids = torch.ones_like(offsets).cumsum(0, dtype=torch.int32) - 1
         return cls(cu_seqlens, cu_seqlens, seq_ids, offsets, max_seqlen, max_seqlen, chunk_size, True, exact)
 

@@ -5,11 +5,13 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moba_megatron
 from moba_megatron import moba_attn_varlen, moba_attn_varlen_triton
 from moba_megatron.moba_triton import moba_attn_varlen_triton as by_module_path
-from moba_megatron.ops import causal_attn_varlen, get_stages, moba_attention
+from moba_megatron.ops import causal_attn_varlen, get_stages, key_convolution, moba_attention
+from moba_megatron.ops.decode import fill_chunk_means, moba_decode
 from moba_megatron.segments import Segments
 
 T, H, HK, D, DV = 24, 4, 2, 8, 6
@@ -247,6 +249,33 @@ def test_meta_tensors_give_shapes():
     meta = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in GOOD.items()}
     o, lse = call_moba(**meta, return_lse=True)
     assert o.device.type == "meta" and o.shape == (T, H, DV) and lse.shape == (T, H)
+
+
+def convolve(q, k, v, cu_seqlens, **_):
+    return key_convolution(k, k.new_ones(HK, 3, D), cu_seqlens)
+
+
+def decode(q, k, v, **_):
+    k_cache, v_cache = k[None].contiguous(), v[None].contiguous()
+    means, lengths = k.new_zeros(1, 6, HK, D), k.new_full((1,), T, dtype=torch.int32)
+    fill_chunk_means(k_cache, means, lengths, 4)
+    return moba_decode(q[-1:], k_cache, v_cache, means, lengths, 4, 2)
+
+
+@pytest.mark.parametrize("entry", (*EVERY_ENTRY, convolve, decode))
+def test_fake_tensors_and_a_default_device(entry):
+    """Within their mode and outside of it; with gradients; a default device is not where anything goes."""
+    expected = entry(**GOOD)
+    with FakeTensorMode() as mode:
+        fakes = {name: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for name, x in GOOD.items()}
+        inside = entry(**fakes)
+    outside = entry(**{**fakes, "v": fakes["v"].requires_grad_()})
+    for fake in (inside, outside):
+        assert (fake.shape, fake.stride(), fake.dtype) == (expected.shape, expected.stride(), expected.dtype)
+    if entry is not decode and outside.requires_grad:
+        assert torch.autograd.grad(outside.sum(), fakes["v"])[0].shape == GOOD["v"].shape
+    with torch.device("meta"):
+        assert torch.equal(entry(**GOOD), expected)
 
 
 @pytest.mark.parametrize("grad_of", ("q", "k", "v"))

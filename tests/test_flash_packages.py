@@ -272,10 +272,10 @@ def test_nothing_is_checked_while_a_graph_is_captured(install, monkeypatch):
     stand_ins = install(FLASH_4)
     variant = Variant(torch.device("cpu"), torch.bfloat16, 16, 16, 1)
     with monkeypatch.context() as patched:
-        patched.setattr(flash_packages, "_observed", lambda device: True)
+        patched.setattr(flash_packages, "is_capturing", lambda device: True)
         assert not flash_packages.usable(FLASH_4, variant) and not stand_ins.calls
     assert flash_packages.usable(FLASH_4, variant)
-    monkeypatch.setattr(flash_packages, "_observed", lambda device: True)
+    monkeypatch.setattr(flash_packages, "is_capturing", lambda device: True)
     assert flash_packages.usable(FLASH_4, variant)
 
 

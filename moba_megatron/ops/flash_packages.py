@@ -15,6 +15,8 @@ from typing import Callable, NamedTuple
 import torch
 from torch import Tensor
 
+from ..tensor_cache import is_capturing
+
 logger = logging.getLogger("moba_megatron")
 FLASH_2, FLASH_3, FLASH_4 = "flash-attn 2 (package)", "flash-attn 3", "flash-attn 4"
 LENGTHS = (190, 0, 1, 131)
@@ -54,7 +56,7 @@ def usable(package: str, variant: Variant) -> bool:
     """Whether it is installed and computes the right thing, found out at its first use, not while others look on."""
     key = package, variant
     if key not in _checked:
-        if _observed(variant.device) or module_of(package) is None:
+        if torch.compiler.is_compiling() or is_capturing(variant.device) or module_of(package) is None:
             return False
         problem = disagreement(package, variant)
         if problem:
@@ -145,11 +147,6 @@ def _exact(q: Tensor, k: Tensor, v: Tensor, do: Tensor, dlse: Tensor | None, sca
         dk, dv = ((x.mT @ y).unflatten(0, (-1, group)).sum(1) for x, y in ((ds, q), (p, do)))
         rows.append([x.transpose(0, 1) for x in (o, lse, ds @ k, dk, dv)])
     return [torch.cat(parts) for parts in zip(*rows)]
-
-
-def _observed(device: torch.device) -> bool:
-    """Whether a CUDA graph or a compiler records this, so that nothing may be checked now."""
-    return torch.compiler.is_compiling() or device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _decline(package: str, problem: str, where: str = "") -> None:
