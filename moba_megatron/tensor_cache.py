@@ -73,14 +73,14 @@ class TensorCache:
                 return build(*args)
             if device.type == "cuda" and device.index is None:
                 device = torch.device("cuda", torch.cuda.current_device())
-            capturing = is_capturing(device)
-            entry = self._find((build, *numbers, device), capturing)
+            key, capturing = (build, device, *numbers), is_capturing(device)
+            entry = self._find(key, capturing)
             if entry is None and capturing:
                 return build(*args)
             if entry is None:
                 with torch.inference_mode(False):
                     entry = _on_device(build(*numbers, torch.device("cpu")), device)
-                self._keep((build, *numbers, device), entry)
+                self._keep(key, entry)
             if device.type == "cuda" and not capturing:
                 _note_stream(entry, device)
             return entry.value
@@ -99,12 +99,13 @@ class TensorCache:
 
     def _find(self, key: tuple, capturing: bool) -> _Entry | None:
         with self._lock:
-            entry = self._captured.get(key)
-            if entry is None and key in self._entries:
+            entry = self._entries.get(key)
+            if entry is None:
+                return self._captured.get(key)
+            if capturing:
+                self._captured[key] = self._entries.pop(key)
+            else:
                 self._entries.move_to_end(key)
-                entry = self._entries[key]
-                if capturing:
-                    self._captured[key] = self._entries.pop(key)
             return entry
 
     def _keep(self, key: tuple, entry: _Entry) -> None:
