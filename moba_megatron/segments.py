@@ -60,7 +60,7 @@ class Segments:
             seq_ids, offsets = _counted(cu_seqlens.numel() - 1, cu_seqlens.device)
         else:  # of the same kind of tensor as cu_seqlens
             offsets = cu_seqlens.new_zeros(cu_seqlens.numel() - 1)
-            seq_ids = torch.ones_like(offsets).cumsum(0, dtype=torch.int32) - 1
+            seq_ids = torch.ones_like(offsets).cumsum(0).int() - 1  # with a dtype inductor 2.11 makes it int64
         return cls(cu_seqlens, cu_seqlens, seq_ids, offsets, max_seqlen, max_seqlen, chunk_size, True, exact)
 
     @property

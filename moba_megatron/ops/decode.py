@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..tensor_cache import is_unobserved
 from .backend import check_backend, get_stages, repeat
-from .validation import FLOAT_DTYPES, check_flag, check_scale, check_whole
+from .validation import FLOAT_DTYPES, autocast_dtype, check_flag, check_scale, check_whole
 
 
 def moba_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor,
@@ -177,9 +177,8 @@ def _check_query(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
 
 def _cast_query(q: Tensor, k_cache: Tensor) -> Tensor:
     """Under autocast q takes the caches' dtype: caches are not copied."""
-    device = k_cache.device.type
-    if (isinstance(q, Tensor) and q.dtype in FLOAT_DTYPES[:3] and k_cache.dtype in FLOAT_DTYPES[:3]
-            and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    narrow = FLOAT_DTYPES[:3]
+    if isinstance(q, Tensor) and q.dtype in narrow and k_cache.dtype in narrow and autocast_dtype(k_cache.device.type):
         return q.to(k_cache.dtype)
     return q
 

@@ -44,15 +44,20 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"head_dim must be at least 1, got {q.shape[2]} for q and k, {v.shape[2]} for v")
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast casts to on a kind of device; None where it is off."""
+    on = device_type != "meta" and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if on else None
+
+
 def cast_under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors; where they have several dtypes and autocast is on, cast as it casts the inputs of
     ``scaled_dot_product_attention``: all to its dtype but those in fp64."""
-    first = tensors[0]
-    if (all(isinstance(x, Tensor) for x in tensors) and any(x.dtype != first.dtype for x in tensors)
-            and torch.amp.is_autocast_available(first.device.type) and torch.is_autocast_enabled(first.device.type)):
-        dtype = torch.get_autocast_dtype(first.device.type)
-        return tuple(x.to(dtype) if x.dtype in FLOAT_DTYPES[:3] and x.device == first.device else x for x in tensors)
-    return tensors
+    if not all(isinstance(x, Tensor) for x in tensors) or len({x.dtype for x in tensors}) == 1:
+        return tensors
+    device = tensors[0].device
+    dtype = autocast_dtype(device.type)
+    return tuple(x.to(dtype) if dtype and x.dtype in FLOAT_DTYPES[:3] and x.device == device else x for x in tensors)
 
 
 def check_whole(name: str, value: int, minimum: int) -> int:

@@ -21,8 +21,8 @@ def key_convolution(k: Tensor, weight: Tensor, cu_seqlens: Tensor, halo: Tensor 
     total, taps = k.shape[0], weight.shape[1]
     wide = torch.promote_types(k.dtype, torch.float32)
     row = cu_seqlens.new_ones(total, dtype=torch.int64).cumsum(0) - 1  # a fake where cu_seqlens is one
-    inside = (row < cu_seqlens[-1])[:, None, None]
-    k = torch.where(inside, k, 0)  # a NaN behind the last run must not reach a gradient
+    behind = (row >= cu_seqlens[-1])[:, None, None]
+    k = k.masked_fill(behind, 0)  # a NaN behind the last run must not reach a gradient
     if halo is None:
         halo = k.new_zeros(cu_seqlens.numel() - 1, taps - 1, *k.shape[1:])
     rows = torch.cat((k, halo.flatten(0, 1))).to(wide)
@@ -32,4 +32,4 @@ def key_convolution(k: Tensor, weight: Tensor, cu_seqlens: Tensor, halo: Tensor 
     for tap in range(taps):
         in_halo = total + run * (taps - 1) + taps - 1 + place - tap
         filtered = filtered + weight[:, tap].to(wide) * rows[torch.where(place >= tap, row - tap, in_halo)]
-    return torch.where(inside, rows[:total] + F.silu(filtered), 0).to(k.dtype)
+    return (rows[:total] + F.silu(filtered)).masked_fill(behind, 0).to(k.dtype)
