@@ -196,7 +196,9 @@ def _packed_segments(begins: Tensor, chunk_size: int) -> Segments:
     if _readable(begins):
         cu_seqlens = torch.cat((begins.nonzero()[:, 0], begins.new_full((1,), total, dtype=torch.long))).int()
         return Segments.from_cu_seqlens(cu_seqlens, int(cu_seqlens.diff().max()), chunk_size)
-    most = torch.sym_min(total, batch + torch.sym_max(2048, total // 32))
+    # Dynamo traces max and min alone, of ints; of a length that torch.export leaves open they would be a guard.
+    largest, smallest = (torch.sym_max, torch.sym_min) if isinstance(total, torch.SymInt) else (max, min)
+    most = smallest(total, batch + largest(2048, total // 32))
     number = begins.cumsum(0)
     fits = begins & (number <= most)
     cu_seqlens = torch.full((most + 1,), total, device=begins.device).scatter(
