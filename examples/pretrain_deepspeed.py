@@ -357,7 +357,8 @@ def _check_format(args, saved: dict) -> None:
                               f"{args.zero_stage}: DeepSpeed converts within ZeRO 3 and between ZeRO 1 and 2")
         return
     for name in FORMAT:
-        if saved.get(name, getattr(args, name)) != getattr(args, name):
+        found, wanted = saved.get(name, getattr(args, name)), getattr(args, name)
+        if found != wanted and (name, {found, wanted}) != ("zero_stage", {1, 2}):  # which write the same files
             raise SharedError(f"--load {args.load}: the checkpoint was written with {_flag(name, saved[name])}, this "
                               f"run has {getattr(args, name)}: give the checkpoint's value, or convert it ({how})")
     if args.zero_stage and saved["ranks"] != world:

@@ -99,6 +99,7 @@ def train(rank, data_path, directory):
         place = f"{directory}/{name}"
         run(f"resumed-{name}", *RUNS[name], "--save", place, "--exit-interval", "2")
         run(f"resumed-{name}", *RUNS[name], "--load", place)
+    run("zero1-as-2", "--zero-stage", "2", *SHARED["ulysses"], "--load", f"{directory}/zero1-ulysses")
     for more, message in OTHERWISE.items():
         with pytest.raises(SharedError, match=message):
             run("other", *RUNS["zero1-ulysses"], "--load", f"{directory}/{RESUMED[0]}", *more)
@@ -201,6 +202,9 @@ class TestTraining:
         assert [r["iteration"] for r in records["start"]] == [0, 2]
         assert curve(logs, f"resumed-{name}") == curve(logs, name)
 
+    def test_zero_1_resumes_as_2(self, logs, plain):
+        assert np.array(curve(logs, "zero1-as-2")) == pytest.approx(np.array(plain[2:]), rel=1e-4)
+
     @pytest.mark.parametrize("name", RETUNED)
     def test_resuming_obeys_the_flags(self, logs, data_path, name):
         got, want = np.array(curve(logs, f"retuned-{name}")), np.array(train_plainly(data_path, RETUNING))
@@ -291,7 +295,8 @@ def train_llama(rank, size):
 
     from moba_megatron.integrations.huggingface import register_moba
 
-    register_moba(MoBAConfig(4, 3, full_attention_layers="last:1"))
+    config = MoBAConfig(4, 3, full_attention_layers="last:1")
+    register_moba(config)
     ids = tokens(3, 65)
     positions = torch.arange(64).repeat(3, 1)
     positions[1, 40:] -= 40
@@ -336,8 +341,10 @@ def train_llama(rank, size):
                      lambda losses: job.moba_deepspeed.mean_over_ranks(losses, torch.ones_like(losses)), step)
 
     want = plain()
+    register_moba(MoBAConfig(8, 1))  # Ulysses keeps the function that it finds, which must not keep these settings
     UlyssesSPAttentionHF.register_with_transformers(
         model(dtype=torch.float32), core_attn_implementation="moba", sequence_parallel_size=size, micro_batch_size=1)
+    register_moba(config)
     parallel = SequenceParallel("ulysses", size, rank)  # its parts of sequences; the groups are DeepSpeed's here
     return want, [ulysses(stage) for stage in (1, 3)]
 

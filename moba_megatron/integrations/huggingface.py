@@ -63,15 +63,17 @@ def register_moba(config: MoBAConfig | None = None, *, decode: str | None = None
         "full_attention_from_step": "its models do not know the training step, train in two runs instead",
         "cp_head_groups": "its models know no context parallelism",
         "key_conv": "its models have no place for the convolution's parameters"})
-    names = tuple(BACKENDS) if name is None else (_check_name(name),)
+    names = BACKENDS if name is None else (_check_name(name),)
     config = replace(config, decode=decode or config.decode or "dense")
     follow_caches() if config.decode == "moba" else note_prompts()
-    if _settings.get(names[0], config) != config:
-        warnings.warn(f"register_moba: all models with attn_implementation={names[0]!r} now attend by "
-                      f"{config.describe()}: to keep the settings they had, give one of the two a name of its own, "
-                      "register_moba(..., name=\"moba_2\")", stacklevel=2)
+    settings = {name: replace(config, backend=BACKENDS.get(name) or config.backend) for name in names}
+    replaced = [name for name in names if _settings.get(name, settings[name]) != settings[name]]
+    if replaced:
+        warnings.warn(f"register_moba: all models with attn_implementation={replaced[0]!r} now attend by "
+                      f"{settings[replaced[0]].describe()}: to keep the settings they had, give one of the two a name "
+                      "of its own, register_moba(..., name=\"moba_2\")", stacklevel=2)
+    _settings.update(settings)
     for name in names:
-        _settings[name] = replace(config, backend=BACKENDS.get(name) or config.backend)
         _make_known(name)
 
 
