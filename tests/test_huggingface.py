@@ -4,13 +4,13 @@ import io
 import pickle
 import threading
 
+import huggingface_models as hf
 import pytest
 import torch
 import transformers
 from transformers import AttentionInterface, DynamicCache, StaticCache
 from transformers.masking_utils import AttentionMaskInterface
 
-import huggingface_models as hf
 from moba_megatron import MoBAConfig, register_moba
 from moba_megatron.integrations import huggingface, huggingface_cache
 
@@ -155,7 +155,7 @@ def test_generate(decode, kind, monkeypatch):
 
 @pytest.mark.parametrize("keyword", [None, "past_key_value", "past_key_values", "cache", "layer_past"])
 def test_the_cache_is_known_by_its_type(keyword, monkeypatch):
-    """Transformers has renamed the argument that brings the cache (5.24: cache); the means are filled once all the same."""
+    """Transformers has renamed the argument that brings the cache (5.24: cache); the means are filled once."""
     class Layer(torch.nn.Module):
         layer_idx, config = 0, hf.model().config
 
@@ -299,7 +299,7 @@ def test_a_cache_between_two_steps(kind, between):
             loaded = torch.load(file, weights_only=False)
         assert type(pickle.loads(pickle.dumps(cache))) is type(copy.deepcopy(cache)) is type(loaded)
         cache = loaded
-    with torch.no_grad():  # layers before the last one saw the old settings or another attention: so must what is wanted
+    with torch.no_grad():  # what the cache holds is of the old settings or another attention: wanted too
         for i in range(29 if between == "another attention" else 23, 34):
             before = copy.deepcopy(cache)
             for layer in before.layers:
@@ -320,7 +320,7 @@ def test_means_are_kept_in_inference_mode(monkeypatch):
 
 
 def test_compiled_steps_over_a_static_cache(monkeypatch):
-    """One graph without a break; the means that the prompt left are found, kept, and right where an eager step ends."""
+    """One graph without a break; the means that the prompt left are found, kept and right for an eager step after."""
     register_moba(CONFIG, decode="moba")
     model, ids = hf.model(layers=1).eval(), hf.tokens(1, 36)
     cache = cache_for("static", model, 1)
@@ -376,7 +376,7 @@ def test_windows_are_refused_in_the_layers_that_get_one(sliding_window):
 
 def test_a_window_that_only_the_mask_knows():
     layout = huggingface.moba_mask(2, 9, 9, local_size=5)
-    with pytest.raises(ValueError, match=r"sliding_window \(or attention_chunk_size\) is not supported .*, got 5 in Llama"):
+    with pytest.raises(ValueError, match=r"sliding_window \(or attention_chunk_size\) is not .*, got 5 in Llama"):
         huggingface.refuse(hf.model().model.layers[0].self_attn, layout, 0.0, {})
 
 
@@ -476,8 +476,8 @@ class TestRegistration:
             hf.model()(hf.tokens(1, 9))
 
     @pytest.mark.parametrize("name, error", [
-        (3, TypeError), ("", ValueError), ("sdpa", ValueError), ("flash_moba", ValueError), ("kernels/moba", ValueError),
-        ("moba_oracle", ValueError)], ids=repr)
+        (3, TypeError), ("", ValueError), ("sdpa", ValueError), ("flash_moba", ValueError),
+        ("kernels/moba", ValueError), ("moba_oracle", ValueError)], ids=repr)
     def test_refused_names(self, name, error):
         with pytest.raises(error, match="name must be"):
             register_moba(CONFIG, name=name)

@@ -1,10 +1,10 @@
 """Transformers' Trainer and accelerate over two CPU processes train as one process does by torch alone."""
+import huggingface_models as hf
 import pytest
 import torch
-
-import huggingface_models as hf
-from moba_megatron import MoBAConfig, register_moba
 from ranks import run_ranks
+
+from moba_megatron import MoBAConfig, register_moba
 
 pytest.importorskip("accelerate")
 STEPS, LR = 3, 1e-2

@@ -5,10 +5,10 @@ import inspect
 import re
 from types import SimpleNamespace
 
+import huggingface_models as hf
 import pytest
 import torch
 
-import huggingface_models as hf
 from moba_megatron import MoBAConfig, MoBACoreAttention, register_moba
 from moba_megatron.integrations import huggingface
 
