@@ -90,7 +90,7 @@ def relative(a, b):
 
 
 def everything(rank, size):
-    import gpt  # noqa: F401: lets Megatron run without a GPU
+    import gpt  # noqa: F401 (lets Megatron run without a GPU)
     from megatron.core.packed_seq_params import PackedSeqParams
     from moba_megatron import MoBAConfig
 

@@ -16,7 +16,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 
 
 def everything(rank, size):
-    import gpt  # noqa: F401: puts the examples on the path
+    import gpt  # noqa: F401 (puts the examples on the path)
     found = {(dtype, wrapper): train(wrapper, rank, dtype, "inductor", head_dim=64, lr=2e-3)
              for dtype in TOLERANCE for wrapper in ("ddp", *FSDPS, *COMPILED)}
     for (dtype, wrapper), (losses, *_) in found.items():
