@@ -11,6 +11,7 @@ import pytest
 from ranks import ROOT
 
 import moba_megatron
+from moba_megatron.bench.__main__ import CHECKOUT_ONLY
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.11")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -23,7 +24,8 @@ def wheel(tmp_path_factory) -> Path:
     """Built by the project's own backend, from a copy, since building writes into the tree."""
     build_meta = pytest.importorskip("setuptools.build_meta")
     source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    (source / "launch").mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "launch/wheel.py"):
         (source / name).write_bytes((ROOT / name).read_bytes())
     for path in (ROOT / "moba_megatron").rglob("*"):
         if path.is_file() and "__pycache__" not in path.parts:
@@ -50,6 +52,9 @@ def test_it_holds_code_and_little_else(wheel):
         names = {name.removeprefix("moba_megatron/") for name in archive.namelist() if ".dist-info/" not in name}
     assert {name for name in names if not name.endswith(".py")} == DATA
     code = {str(path.relative_to(ROOT / "moba_megatron")) for path in (ROOT / "moba_megatron").rglob("*.py")}
+    left_out = {f"bench/{name}.py" for name in (*CHECKOUT_ONLY, "peers", "training", "zero")}
+    assert left_out < code
+    code -= left_out
     assert {name for name in names if name.endswith(".py")} == code
     assert wheel.stat().st_size < LARGEST
 
@@ -59,7 +64,8 @@ def test_it_holds_code_and_little_else(wheel):
     (["-m", "moba_megatron.plan", "--check"], 2, "--results must be a folder with kernels.json"),
     (["-m", "moba_megatron.inspect", "--help"], 0, "--from-trace"),
     (["-m", "moba_megatron.bench", "--help"], 0, "kernels"),
-    (["-m", "moba_megatron.bench", "table"], 2, "in a checkout"),
+    (["-m", "moba_megatron.bench", "table"], 2, "need a checkout"),
+    (["-m", "moba_megatron.bench", "kernels", "--help"], 0, "--rows"),
     (["-m", "moba_megatron.launch", "--help"], 0, "SCRIPT"),
     (["-m", "moba_megatron.plan.measure", "--help"], 0, "--routings"),
     (["-c", "import moba_megatron; print(moba_megatron.__file__)"], 0, "installed"),

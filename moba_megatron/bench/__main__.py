@@ -1,16 +1,27 @@
 """The command line of the benchmarks: one subcommand a job."""
 import argparse
+import importlib
+import importlib.util
 
-from . import cli, comparison, cp, decode, gpt, options, plot, router
+from . import cli, cp, decode, gpt
+
+CHECKOUT_ONLY = {"comparison": "add_readme", "tables": "add_table", "plot": "add_plot", "router": "add_router",
+                 "options": "add_options"}
+"""Modules that a wheel lacks, as it lacks the stored results, with the function that adds their subcommand."""
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m moba_megatron.bench", description=cli.__doc__)
     subcommands = parser.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
-    for add in (cli.add_kernels, cli.add_table, cli.add_tune, cli.add_compile, comparison.add_readme,
-                plot.add_plot, cp.add_cp, decode.add_decode, gpt.add_gpt, router.add_router,
-                options.add_options):
+    for add in (cli.add_kernels, cli.add_tune, cli.add_compile, cp.add_cp, decode.add_decode, gpt.add_gpt):
         add(subcommands)
+    for name, add in CHECKOUT_ONLY.items():
+        if importlib.util.find_spec(f".{name}", __package__) is not None:
+            getattr(importlib.import_module(f".{name}", __package__), add)(subcommands)
+        else:
+            missing = subcommands.add_parser(add.removeprefix("add_"), help="(needs a checkout)")
+            missing.set_defaults(run=lambda arguments: parser.error(
+                f"{arguments.subcommand} and its stored results need a checkout; the wheel has neither"))
     arguments = parser.parse_args(argv)
     return arguments.run(arguments)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from . import environment, report, tables
+from . import environment, report
 from .cases import find_cases
 
 
@@ -95,30 +95,6 @@ def _isolated(name: str, arguments: argparse.Namespace) -> dict:
     last = (done.stderr.strip().splitlines() or ["no message"])[-1]
     return {"case": case.as_dict(), "floor_ms": floor_ms(case), "status": "failed",
             "reason": f"the process ended with {done.returncode}: {last[:300]}"}
-
-
-def add_table(subcommands) -> None:
-    p = subcommands.add_parser("table", help="stored results as a markdown table; --write puts it into a file")
-    p.add_argument("path", nargs="?", type=Path, help="JSON of a measurement (default: the stored one)")
-    p.add_argument("--name", default="kernels", choices=tables.TABLES, help="which table (kernels)")
-    p.add_argument("--add", type=Path, metavar="JSON", help="first take a later run's rows into the stored result")
-    p.add_argument("--write", type=Path, metavar="PAGE.md", help="replace what is between the file's markers")
-    p.set_defaults(run=run_table)
-
-
-def run_table(arguments: argparse.Namespace) -> int:
-    """Prints or writes the markdown table."""
-    table = tables.TABLES[arguments.name]
-    if not table.path.exists() and (arguments.add or arguments.path is None):
-        print(f"no {table.path}: stored results are in a checkout, not in the wheel; name a JSON file", file=sys.stderr)
-        return 2
-    if arguments.add:
-        report.save(table.path, report.added(report.load(table.path), report.load(arguments.add)))
-    if arguments.write is None:
-        print(table.markdown(report.load(arguments.path or table.path)))
-    else:
-        arguments.write.write_text(tables.written(arguments.name, arguments.write.read_text(), arguments.path))
-    return 0
 
 
 def add_tune(subcommands) -> None:

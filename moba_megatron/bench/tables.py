@@ -1,6 +1,8 @@
 """Which stored result makes which table of which page, and the writing of it between the table's markers."""
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,3 +47,27 @@ def written(name: str, text: str, path: Path | None = None) -> str:
     begin, end = report.between_markers(text, name)
     table = TABLES[name]
     return text[:begin] + table.markdown(report.load(path or table.path)) + "\n" + text[end:]
+
+
+def add_table(subcommands) -> None:
+    p = subcommands.add_parser("table", help="stored results as a markdown table; --write puts it into a file")
+    p.add_argument("path", nargs="?", type=Path, help="JSON of a measurement (default: the stored one)")
+    p.add_argument("--name", default="kernels", choices=TABLES, help="which table (kernels)")
+    p.add_argument("--add", type=Path, metavar="JSON", help="first take a later run's rows into the stored result")
+    p.add_argument("--write", type=Path, metavar="PAGE.md", help="replace what is between the file's markers")
+    p.set_defaults(run=run_table)
+
+
+def run_table(arguments: argparse.Namespace) -> int:
+    """Prints or writes the markdown table."""
+    table = TABLES[arguments.name]
+    if not table.path.exists() and (arguments.add or arguments.path is None):
+        print(f"no {table.path}: stored results are in a checkout, not in the wheel; name a JSON file", file=sys.stderr)
+        return 2
+    if arguments.add:
+        report.save(table.path, report.added(report.load(table.path), report.load(arguments.add)))
+    if arguments.write is None:
+        print(table.markdown(report.load(arguments.path or table.path)))
+    else:
+        arguments.write.write_text(written(arguments.name, arguments.write.read_text(), arguments.path))
+    return 0

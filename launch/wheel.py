@@ -1,0 +1,11 @@
+"""What the wheel leaves out: modules that make the pages' tables and pictures from stored results, which it lacks."""
+from setuptools.command.build_py import build_py
+
+CHECKOUT_ONLY = {f"moba_megatron.bench.{name}" for name in (
+    "comparison", "options", "peers", "plot", "router", "tables", "training", "zero")}
+
+
+class BuildPy(build_py):
+    def find_package_modules(self, package, package_dir):
+        return [found for found in super().find_package_modules(package, package_dir)
+                if f"{found[0]}.{found[1]}" not in CHECKOUT_ONLY]
