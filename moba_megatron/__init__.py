@@ -32,7 +32,8 @@ _LAZY_NAMES = {
 
 __version__ = "0.2.0"
 __all__ = ["MoBAConfig", "MoBACoreAttention", "get_moba_layer_local_spec",
-           "get_moba_layer_with_transformer_engine_spec", "moba_attn_varlen", "moba_attn_varlen_triton", "register_moba"]
+           "get_moba_layer_with_transformer_engine_spec", "moba_attn_varlen", "moba_attn_varlen_triton",
+           "register_moba"]
 
 
 def __getattr__(name: str):

@@ -72,8 +72,8 @@ class MoBAConfig:
         key_conv: taps of the key convolution (arXiv 2511.11571) in MoBA layers, 3 or 5; 0 for none. It has parameters,
             zeros at first, where it changes nothing.
         decode: how a new token attends to a cache in MoBA layers: ``moba``, which is what a forward over the whole
-            prefix gives, or ``dense``, to all before it. Prompts attend sparsely in both. None: the host's own, ``moba``
-            in Megatron-Core's static inference, ``dense`` in Transformers.
+            prefix gives, or ``dense``, to all before it. Prompts attend sparsely in both. None: the host's own,
+            ``moba`` in Megatron-Core's static inference, ``dense`` in Transformers.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range; the message names it.

@@ -71,8 +71,8 @@ def _watch_checkpoints() -> None:
         checkpointing = importlib.import_module("megatron.training.checkpointing")
         checkpointing._load_base_checkpoint = moba_checkpoint(checkpointing._load_base_checkpoint)
     except (ImportError, AttributeError):
-        print_once("> megatron.training.checkpointing has no _load_base_checkpoint: --moba-* flags are not compared with "
-                   "a checkpoint's")
+        print_once("> megatron.training.checkpointing has no _load_base_checkpoint: --moba-* flags are not compared "
+                   "with a checkpoint's")
 
 
 only_flags = False

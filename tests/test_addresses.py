@@ -1,6 +1,6 @@
-"""Addresses in kernels: a stride is multiplied in one place, in 64 bits. Read off the sources, so that none is left out.
+"""Addresses in kernels: a stride is multiplied in one place, in 64 bits. Read off the sources: none is left out.
 
-What the kernels make of such strides is in tests/interpreted/test_strides.py, and on a GPU in tests/gpu/test_strides.py.
+What the kernels make of such strides is in tests/interpreted/test_strides.py, on a GPU in tests/gpu/test_strides.py.
 """
 import ast
 from pathlib import Path

@@ -81,4 +81,5 @@ def test_two_processes_train_as_one(tmp_path):
         for got in found:
             for name in want:
                 # Adam divides by the gradient's size, so that rounding counts where it is near zero.
-                torch.testing.assert_close(got[name], want[name], rtol=1e-3, atol=1e-4, msg=lambda text: f"{name}: {text}")
+                torch.testing.assert_close(got[name], want[name], rtol=1e-3, atol=1e-4,
+                                           msg=lambda text: f"{name}: {text}")

@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["quickstart.sh", "test.sh", "test_newest.sh", "pretrain_single_gpu.sh", "pretrain_multi_gpu.sh",
            "pretrain_multi_node.sh", "pretrain_deepspeed.sh"]
-TOOLS = ["bash", "awk", "cat", "cksum", "cut", "df", "dirname", "grep", "head", "mkdir", "realpath", "rm", "sed", "sleep",
-         "timeout"]
+TOOLS = ["bash", "awk", "cat", "cksum", "cut", "df", "dirname", "grep", "head", "mkdir", "realpath", "rm", "sed",
+         "sleep", "timeout"]
 
 
 def launch(script: str, *flags: str, path: str | None = None, **variables: str) -> subprocess.CompletedProcess:

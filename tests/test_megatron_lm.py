@@ -176,8 +176,8 @@ def test_launch_switches_moba_on(tmp_path, family):
     (["--use-checkpoint-args"], "MoBACoreAttention",
      ["> --attention moba, from the checkpoint", "> --moba-chunk-size 8, from the checkpoint",
       "> --moba-full-attention-layers last:1, from the checkpoint", "> MoBA: chunk_size=8, topk=2,"]),
-    ([], None, ["ValueError: the checkpoint has trained key convolutions in layers 1, 2, which this run would drop: give "
-                "the checkpoint's --attention moba (got full)"]),
+    ([], None, ["ValueError: the checkpoint has trained key convolutions in layers 1, 2, which this run would drop: "
+                "give the checkpoint's --attention moba (got full)"]),
     (["--attention", "moba", "--moba-topk", "2"], "MoBACoreAttention",
      ["> --moba-chunk-size 512: the checkpoint was trained with 8",
       "> --moba-full-attention-layers none: the checkpoint was trained with last:1"]),

@@ -429,8 +429,9 @@ def assert_ordinary_launches(call, tensors, driver, monkeypatch, calls=1):
     def last_launches():
         driver.launches = []
         call(*tensors)
-        return [(name, *launch, [value if not isinstance(value, tuple) else value[1] if value[1] in inputs else "scratch"
-                                 for value in values]) for name, *launch, values in driver.launches]
+        return [(name, *launch, [value if not isinstance(value, tuple) else
+                                 value[1] if value[1] in inputs else "scratch" for value in values])
+                for name, *launch, values in driver.launches]
 
     for _ in range(calls):
         got = last_launches()

@@ -248,17 +248,17 @@ class Exchanged:
     def _put(self, arriving: list[Arrived], outs: list[Tensor]) -> None:
         """Puts what arrived into each ``[parts, T, heads, D]``; what several ranks computed for a part is added."""
         me, size = self.rows.rank, self.rows.size
-        for arrived, out in zip(arriving, outs):
+        for piece, out in zip(arriving, outs):
             parts = out.shape[0]
             if parts == size:
-                copy_rows(out[:me], arrived.others[:me])
-                copy_rows(out[me + 1:], arrived.others[me:])
-                for local, own in arrived.own:
+                copy_rows(out[:me], piece.others[:me])
+                copy_rows(out[me + 1:], piece.others[me:])
+                for local, own in piece.own:
                     copy_rows(out[me, local], own)
                 continue
             copies = size // parts
-            for local, own in arrived.own:
-                by_rank = [*arrived.others[:me, local], own, *arrived.others[me:, local]]
+            for local, own in piece.own:
+                by_rank = [*piece.others[:me, local], own, *piece.others[me:, local]]
                 for part in range(parts):
                     *first, last = by_rank[part * copies:(part + 1) * copies]
                     torch.add(functools.reduce(torch.add, first), last, out=out[part, local])

@@ -203,8 +203,10 @@ def _attention_bwd_delta_kernel(
     valid = row < num_rows
     keep = valid[:, None] & (cols[None, :] < DV)
     token, head = row // H, row % H
-    a = tl.load(do + (_offset(token, stride_dot) + _offset(head, stride_doh))[:, None] + cols[None, :], mask=keep, other=0.0)
-    b = tl.load(o + (_offset(token, stride_ot) + _offset(head, stride_oh))[:, None] + cols[None, :], mask=keep, other=0.0)
+    a = tl.load(do + (_offset(token, stride_dot) + _offset(head, stride_doh))[:, None] + cols[None, :], mask=keep,
+                other=0.0)
+    b = tl.load(o + (_offset(token, stride_ot) + _offset(head, stride_oh))[:, None] + cols[None, :], mask=keep,
+                other=0.0)
     x = tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)  # 0 beyond the last row
     if dlse is not None:
         x -= tl.load(dlse + row, mask=valid, other=0.0).to(tl.float32)

@@ -197,7 +197,8 @@ def _attention_bwd_dkv_kernel(
                 valid = query_position < high
                 token = row_begin - origin + query_position
                 q_rows = _load_rows_where(q + _offset(head, stride_qh), _offset(token, stride_qt), valid, D, BLOCK_D)
-                do_rows = _load_rows_where(do + _offset(head, stride_doh), _offset(token, stride_dot), valid, DV, BLOCK_DV)
+                do_rows = _load_rows_where(do + _offset(head, stride_doh), _offset(token, stride_dot), valid, DV,
+                                           BLOCK_DV)
                 row_lse, row_delta = _load_terms(terms, tl.where(valid, _offset(token, H) + head, num_rows), BLOCK_M)
                 p, ds = _weights(k_rows, v_rows, q_rows, do_rows, row_lse, row_delta,
                                  key_position[:, None] <= query_position[None, :], qk_scale, HAS_KEEP=True,

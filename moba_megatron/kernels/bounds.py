@@ -22,7 +22,7 @@ PROGRAMS = 256
 
 
 def bounded_lengths(cu_seqlens: Tensor, total: int) -> Tensor:
-    """cu_seqlens, int32 ``[B + 1]``, with values clamped to 0 .. ``total``, from 0 on, and none below the one before."""
+    """cu_seqlens, int32 ``[B + 1]``, with values clamped to 0 .. ``total``, from 0 on, none below the one before."""
     cu_seqlens = cu_seqlens.contiguous()
     result = torch.empty(cu_seqlens.shape, dtype=torch.int32, device=cu_seqlens.device)
     launch(_bounded_lengths_kernel, (1,), cu_seqlens, result, cu_seqlens.numel(), total, BLOCK=1024, num_warps=4)
@@ -43,7 +43,8 @@ def bounded(segments: Segments, total_q: int, total_k: int) -> Segments:
     cu_q = bounded_lengths(segments.cu_seqlens_q, total_q)
     ids, offsets = (torch.empty(x.shape, dtype=torch.int32, device=x.device)
                     for x in (segments.seq_ids, segments.offsets))
-    launch(_bounded_places_kernel, (1,), segments.seq_ids.contiguous(), segments.offsets.contiguous(), cu_q, cu_k, ids, offsets,
+    launch(_bounded_places_kernel, (1,), segments.seq_ids.contiguous(), segments.offsets.contiguous(), cu_q, cu_k, ids,
+           offsets,
            segments.num_segments, segments.num_sequences, BLOCK=1024, num_warps=4)
     return replace(segments, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, seq_ids=ids, offsets=offsets)
 

@@ -189,8 +189,8 @@ def _chunk_mean(k, block_table, sequence, first, chunk_size, kv_head, stride_b, 
             inside = row < chunk_size
             at = _row_offsets(block_table, sequence, tl.where(inside, first + row, first), stride_b, stride_t,
                               stride_table, PAGE_SIZE)
-            sums += tl.load(k + at[:, None] + _offset(col, stride_d)[None, :], mask=inside[:, None] & (col < D)[None, :],
-                            other=0.0).to(tl.float32)
+            sums += tl.load(k + at[:, None] + _offset(col, stride_d)[None, :],
+                            mask=inside[:, None] & (col < D)[None, :], other=0.0).to(tl.float32)
         for i in tl.static_range(MEAN_LANES):
             total += tl.sum(tl.where((lane == i)[:, None], sums, 0.0), 0)  # picks out one row, exactly
     return _mean(total, chunk_size)
@@ -357,8 +357,8 @@ def _decode_attention_kernel(
         inside = row < end
         row = start + tl.where(inside, row, begin)
         k_at = _row_offsets(block_table, sequence, row, stride_kb, stride_kt, stride_table, PAGE_SIZE)
-        k_rows = tl.load(k + k_at[:, None] + _offset(col, stride_kd)[None, :], mask=inside[:, None] & (col < D)[None, :],
-                         other=0.0)
+        k_rows = tl.load(k + k_at[:, None] + _offset(col, stride_kd)[None, :],
+                         mask=inside[:, None] & (col < D)[None, :], other=0.0)
         s = tl.dot(q_rows, tl.trans(k_rows), input_precision=PRECISION) * qk_scale  # [BLOCK_G, BLOCK_N]
         s = tl.where(inside[None, :], s, -float("inf"))
         m_new = tl.maximum(m, tl.max(s, 1))

@@ -149,7 +149,8 @@ def _loader(pointers, spans, smem, kv_smem, bars, ints, strides, H: gl.constexpr
             position = low + i % blocks * BLOCK_M + lane
             line_position = low + i % blocks * BLOCK_M + line
             token = (shift + position).to(gl.int64)
-            row = gl.where(line_position < high, ((shift + line_position).to(gl.int64) * H + head).to(gl.int32), num_rows)
+            row = gl.where(line_position < high, ((shift + line_position).to(gl.int64) * H + head).to(gl.int32),
+                           num_rows)
             keep = position < high
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)

@@ -16,7 +16,7 @@ def _offset(index, stride):
     Triton passes a stride as int32 where its value fits, so that the product with an int32 index would wrap from 2^31
     elements on: with heads outermost, ``[heads, tokens, 128]`` of 1M tokens, that is head 16. Loops add bounded 32-bit
     offsets to a base made here. Where a launcher has proved that no offset of a tensor leaves int32 (``_wide`` in
-    ``attention_fwd.py``), a kernel may multiply in 32 bits under ``not WIDE``. tests/test_addresses.py looks for the rest.
+    ``attention_fwd.py``), a kernel may multiply in 32 bits under ``not WIDE``. tests/test_addresses.py finds the rest.
     """
     return index.to(tl.int64) * stride
 

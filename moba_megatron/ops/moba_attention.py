@@ -50,8 +50,8 @@ def moba_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
         k: ``[T, HK, D]``, H a multiple of HK (GQA, MQA without repeating).
         v: ``[T, HK, DV]``.
         cu_seqlens: int32 ``[B + 1]`` on q's device, non-decreasing from 0; chunks start with each sequence. Rows from
-            ``cu_seqlens[-1]`` on give o 0, lse -inf, and take no gradient. On CUDA, where values are not looked at, others
-            than these are bounded: nothing is read or written outside of the tensors.
+            ``cu_seqlens[-1]`` on give o 0, lse -inf, and take no gradient. On CUDA, where values are not looked at,
+            others than these are bounded: nothing is read or written outside of the tensors.
         max_seqlen: upper bound of a sequence's length, tokens.
         moba_chunk_size: keys in a chunk, at least 1 (Triton: at least 16).
         moba_topk: chunks a query attends to, its own included, at least 1.

@@ -10,7 +10,7 @@ from ..segments import Segments
 
 
 def bounded_lengths(cu_seqlens: Tensor, total: int) -> Tensor:
-    """cu_seqlens, int32 ``[B + 1]``, with values clamped to 0 .. ``total``, from 0 on, and none below the one before."""
+    """cu_seqlens, int32 ``[B + 1]``, with values clamped to 0 .. ``total``, from 0 on, none below the one before."""
     cu_seqlens = cu_seqlens.clamp(0, total)
     return torch.cat((torch.zeros_like(cu_seqlens[:1]), cu_seqlens[1:].cummax(0).values))
 

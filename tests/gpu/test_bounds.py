@@ -78,7 +78,8 @@ def test_equal_lengths_are_not_guessed():
 
 
 WRONG = {"beyond the end": (0, 1500, 5000), "far beyond": (0, 2 ** 31 - 1, 2 ** 31 - 1),
-         "falling": (0, 2000, 700, 3000), "negative": (-5, -2 ** 31, 1000), "not from 0": (900, 1000, 3000), "all beyond": (9000, 9001, 10000)}
+         "falling": (0, 2000, 700, 3000), "negative": (-5, -2 ** 31, 1000), "not from 0": (900, 1000, 3000),
+         "all beyond": (9000, 9001, 10000)}
 
 
 @pytest.mark.parametrize("case", ["chunk 512", "chunk 128", "dense, packages", "dense, own"])
