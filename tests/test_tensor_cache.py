@@ -163,6 +163,10 @@ def holds_tensors(kind, seen=()):
     return any(holds_tensors(x, seen) for x in typing.get_args(kind))
 
 
+NO_CACHES = {"moba_megatron.refusals._pending"}
+"""Queues: what waits there is read once, in order, by whoever put it there."""
+
+
 def test_no_other_cache_holds_tensors():
     """Every functools cache, and every dict, list and set of a module or class, by what it is annotated to hold."""
     found, caches = [], 0
@@ -180,7 +184,7 @@ def test_no_other_cache_holds_tensors():
                     kind = eval(annotations[name], vars(module)) if isinstance(annotations[name], str) else x
                 else:
                     continue
-                if holds_tensors(kind):
+                if holds_tensors(kind) and f"{place}.{name}" not in NO_CACHES:
                     found.append(f"{place}.{name}")
     assert caches > 10
     assert not found, f"tensors are kept by tensor_cache.cached_tensors only, not by {', '.join(found)}"
