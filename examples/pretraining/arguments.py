@@ -115,7 +115,8 @@ def _add_checkpoint_args(parser):
     group = parser.add_argument_group("checkpoints and validation")
     group.add_argument("--save", help="directory for checkpoints")
     group.add_argument("--save-interval", type=int)
-    group.add_argument("--load", help="directory to resume from; training starts afresh where it holds no checkpoint")
+    group.add_argument("--load", help="directory to resume from; training starts afresh where it holds no checkpoint. "
+                       "It is unpickled, so it must be trusted")
     group.add_argument("--eval-interval", type=int, default=1000)
     group.add_argument("--eval-iters", type=int, default=100, help="global batches in a validation; 0: none")
     group.add_argument("--loss-position-bins", type=int, default=16,

@@ -16,9 +16,9 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint import CheckpointException
 
 from moba_megatron.checkpoint_flags import MODEL_FLAGS, compare_flags
-from moba_megatron.inspect.checkpoint import DESCRIPTION
+from moba_megatron.inspect.checkpoint import DESCRIPTION, read_common
 
-from .agreement import RunError, SharedError, on_first_rank
+from .agreement import RunError, SharedError, on_all_ranks, on_first_rank
 
 # What must agree between a checkpoint and the run that loads it, or the weights mean something else.
 _ARCHITECTURE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
@@ -147,11 +147,11 @@ def load_checkpoint(args, iteration: int, model, optimizer, scheduler) -> None:
     """Restores model, optimizer and schedule from the checkpoint of `iteration`; called by all ranks.
 
     Raises:
-        SharedError: the checkpoint is of another architecture, has weights that this run would drop, or its optimizer
-            cannot be cut as this run needs it.
+        SharedError: the checkpoint is of another architecture, has weights that this run would drop, its optimizer
+            cannot be cut as this run needs it, or this Megatron-Core cannot read it.
     """
     directory = str(Path(args.load) / f"iter_{iteration:07d}")
-    saved = dist_checkpointing.load_common_state_dict(directory)["run"]
+    saved = on_all_ranks(read_common, directory)["run"]
     names = list(_ARCHITECTURE) + ["use_distributed_optimizer", "bf16"]
     if args.use_distributed_optimizer:
         names += _OPTIMIZER_LAYOUT

@@ -56,17 +56,26 @@ def build_datasets(args, blend, tokenizer) -> tuple[GPTDataset, GPTDataset | Non
     """Training and validation samples of `seq_length` tokens; rank 0 builds the index maps, the others read them.
 
     Raises:
-        SharedError: the data is too short for one sequence of a split that is needed.
+        SharedError: a split that is needed has no document, or not the tokens of one sequence.
     """
     config = GPTDatasetConfig(
         random_seed=args.seed, sequence_length=args.seq_length, blend=blend, split=args.split,
         path_to_cache=args.data_cache_path, tokenizer=tokenizer, reset_position_ids=False,
         reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False)
     eval_samples = args.eval_iters * args.global_batch_size
+    needed = {"training": config.split_matrix[0], **({"validation": config.split_matrix[1]} if eval_samples else {})}
+    for prefix in blend[0]:
+        documents = json.loads(Path(prefix + ".json").read_text(encoding="utf-8"))["documents"]
+        for name, share in needed.items():
+            # as Megatron cuts documents; it would look for a sequence in none of them for ever
+            if share is None or round(share[0] * documents) == round(share[1] * documents):
+                raise SharedError(f"--split {args.split} leaves none of the {documents} document(s) of --data-path "
+                                  f"{prefix} for {name}: give it more documents (a line each in a .jsonl file) or "
+                                  "weight; --split 100,0,0 with --eval-iters 0 trains on all of them")
     sizes = [args.train_iters * args.global_batch_size, eval_samples or None, None]
     train, valid, _ = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
-    for name, dataset, needed in (("training", train, True), ("validation", valid, eval_samples > 0)):
-        if needed and (dataset is None or len(dataset) == 0):
+    for name, dataset in (("training", train), ("validation", valid)):
+        if name in needed and (dataset is None or len(dataset) == 0):
             raise SharedError(f"--split {args.split} of --data-path leaves the {name} split no sequence of "
                               f"--seq-length {args.seq_length} tokens: give it more documents or weight")
     return train, valid

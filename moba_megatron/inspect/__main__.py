@@ -4,7 +4,8 @@
     python -m moba_megatron.inspect --load runs/quickstart/checkpoints --text play.txt --trace routing.npz
     python -m moba_megatron.inspect --from-trace routing.npz --output look
 
-The checkpoint is one of examples/pretrain_gpt.py, of any parallel size. In the output directory:
+The checkpoint is one of examples/pretrain_gpt.py, of any parallel size; reading it unpickles parts of it, which can run
+code, so it must come from someone you trust. In the output directory:
 
     router.html       the chosen chunks of each layer and head, to point at; one file, loads nothing
     selection.png     the same as heat maps
@@ -33,7 +34,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m moba_megatron.inspect", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--load", metavar="DIR", help="directory of checkpoints, or one checkpoint")
+    source.add_argument("--load", metavar="DIR", help="directory of checkpoints, or one checkpoint; it is unpickled, so "
+                        "it must be trusted")
     source.add_argument("--from-trace", metavar="FILE.npz", help="draw a trace that was made before")
     parser.add_argument("--text", metavar="FILE", help="its first tokens are what the model reads")
     parser.add_argument("--output", metavar="DIR", help="where pictures, page and statistics go")

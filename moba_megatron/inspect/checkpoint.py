@@ -23,12 +23,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch.distributed.checkpoint.api import CheckpointException
 
 from ..config import MoBAConfig
+from ..launch import megatron_version
 from ..layer_specs import get_moba_layer_local_spec
 
 DESCRIPTION = "model_description"
@@ -67,13 +70,27 @@ def find_checkpoint(directory: str | Path) -> Path:
     return directory
 
 
+def read_common(checkpoint: str | Path) -> dict:
+    """The part of a checkpoint that is no tensor. It is unpickled: the checkpoint must be trusted.
+
+    Raises:
+        ValueError: the installed Megatron-Core cannot read it, as one that a later release wrote.
+    """
+    try:
+        return dist_checkpointing.load_common_state_dict(Path(checkpoint))
+    except (CheckpointingException, CheckpointException, RuntimeError, KeyError, OSError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"--load {checkpoint}: Megatron-Core {megatron_version()} cannot read its common part, which "
+                         f"another release may have written: {reason}") from error
+
+
 def read_description(checkpoint: Path) -> dict:
     """The description of the checkpoint's model, and under ``iteration`` the steps it was trained.
 
     Raises:
         ValueError: the checkpoint holds none.
     """
-    common = dist_checkpointing.load_common_state_dict(str(checkpoint))
+    common = read_common(checkpoint)
     if DESCRIPTION not in common:
         raise ValueError(f"{checkpoint} does not say what its model is (its common part has no {DESCRIPTION!r}): it "
                          "must be written by this version's examples/pretrain_gpt.py")
