@@ -33,13 +33,14 @@ from deepspeed.checkpoint.constants import (
 )
 from pretraining import checkpointing, data
 from pretraining.agreement import RunError, SharedError, abort, gather, lost_rank, on_all_ranks, on_first_rank
-from pretraining.arguments import Parser, add_data_args, add_logging_args, require_positive
+from pretraining.arguments import add_data_args, add_logging_args, require_positive
 from pretraining.monitor import Monitor
 from pretraining.torch_gpt import GPT, GPTConfig
 
 from moba_megatron.arguments import add_moba_arguments, config_from_args
 from moba_megatron.integrations import deepspeed as moba_deepspeed
 from moba_megatron.integrations.deepspeed import METHODS, MoBAAttention, SequenceParallel
+from moba_megatron.rendezvous import ArgumentParser
 
 # What must agree between a checkpoint and the run that loads it, or the weights mean something else.
 ARCHITECTURE = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size",
@@ -50,7 +51,7 @@ FORMAT = ("zero_stage", "bf16")
 
 def parse_args(argv=None):
     """Parses and validates everything that can be judged without the data and the checkpoint."""
-    parser = Parser(description="Pretrains a GPT with MoBA under DeepSpeed.", fromfile_prefix_chars="@",
+    parser = ArgumentParser(description="Pretrains a GPT with MoBA under DeepSpeed.", fromfile_prefix_chars="@",
                     usage="torchrun --nproc-per-node N examples/pretrain_deepspeed.py FLAGS   (--help lists them)")
     _add_deepspeed_args(parser)
     _add_training_args(parser)

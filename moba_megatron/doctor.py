@@ -2,7 +2,7 @@
 
     python -m moba_megatron.doctor
 
-Exit status 0: everything that is installed works. 1: a self-test failed, or a setting cannot be read.
+Exit status 0: what is installed works. 1: kernels cannot be imported, a self-test failed, or a setting cannot be read.
 """
 from __future__ import annotations
 
@@ -38,6 +38,13 @@ PACKAGES = (  # distribution, module, what it is for
 )
 OTHER_VARIABLES = {"MOBA_WORKSPACE_MIB", "MOBA_CHECK_INPUTS", "MOBA_TUNING_FILE", "MOBA_TUNING_ARCH", "MOBA_COMMIT",
                    "MOBA_DENSE", "MOBA_CP_COPY_ENGINES"}
+STAGES = {  # of the tuning table
+    "chunk_means": "chunk means", "gate": "gate and top-k", "route": "route", "attention_fwd": "sparse forward",
+    "attention_fwd_own": "own chunk and merge, forward", "attention_bwd_delta": "delta, backward",
+    "attention_bwd_dkv": "sparse dk and dv, backward", "attention_bwd_dq": "sparse dq, backward",
+    "attention_bwd_dq_own": "own chunk's dq, backward", "decode_gate": "gate and top-k, decoding",
+    "decode": "attention, decoding"}
+HEAD_DIM = 128
 LIMIT_BF16 = 0.02  # relative RMS error of kernels against the reference: 5 bf16 roundings (2^-8) at worst
 
 
@@ -51,8 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     report_cards()
     report_packages()
     report_megatron()
-    report_backends()
-    healthy = report_environment()
+    healthy = report_stages()
+    healthy = report_environment() and healthy
     if not arguments.no_self_test:
         healthy = self_test() and healthy
     print("healthy" if healthy else "NOT healthy: see the lines with FAIL")
@@ -103,17 +110,45 @@ def report_megatron() -> None:
     _line("layer specs", f"local (Transformer Engine unusable: {problem})" if problem else "local, Transformer Engine")
 
 
-def report_backends() -> None:
-    print("backends")
-    _line("reference", "usable, any device")
-    problem = _import_problem("triton")
+def report_stages() -> bool:
+    """Which kernels each stage runs on this machine, and why; False where kernels cannot be imported."""
+    try:
+        config = config_from_environment()
+    except (TypeError, ValueError):  # reported with the settings
+        config = MoBAConfig()
+    print(f"kernels by stage (bf16, heads of {HEAD_DIM}, chunk_size={config.chunk_size}, topk={config.topk})")
+    problem = _import_problem("moba_megatron.kernels")
     if problem:
-        problem = f"Triton cannot be imported ({problem})"
-    elif not torch.cuda.is_available():
-        problem = "no CUDA device"
-    elif torch.cuda.get_device_capability() < (8, 0):
-        problem = "the kernels need sm_80 (Ampere) or later"
-    _line("triton", f"unusable: {problem}" if problem else "usable, and what backend=auto takes for CUDA tensors")
+        _line("Triton kernels", f"FAIL: cannot be imported: {problem}")
+    reason = (f"backend={config.backend}" if config.backend == "reference" else "Triton cannot be used" if problem else
+              "no CUDA device" if not torch.cuda.is_available() else
+              "the kernels need sm_80 (Ampere) or later" if torch.cuda.get_device_capability() < (8, 0) else None)
+    for stage, name in STAGES.items():
+        _line(name, f"reference: {reason}" if reason else _kernel_of(stage, config))
+    if not problem and (reason or torch.cuda.get_device_capability() != (9, 0)):
+        return True
+    hopper_problem = None if problem else importlib.import_module(".kernels.hopper", __package__).unusable()
+    if hopper_problem:
+        _line("Hopper kernels", f"{'' if 'written for' in hopper_problem else 'FAIL: '}not used: {hopper_problem}")
+    return not problem and (hopper_problem is None or "written for" in hopper_problem)
+
+
+def _kernel_of(stage: str, config: MoBAConfig) -> str:
+    """Hopper or portable, by the look-ups that the launchers do."""
+    from .kernels import hopper, tuning
+    q = torch.empty(16, 1, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+    portable = hopper.portable(q, q, q, q)
+    options = tuning.config(stage, q.device, head_dim=HEAD_DIM, itemsize=2, chunk_size=config.chunk_size,
+                            choices=config.topk - 1, slots=config.topk - 1, ragged=config.chunk_size % 64,
+                            portable=portable)
+    arch = tuning.arch_of(q.device)
+    if hopper.chosen(options):
+        return f"Hopper (Gluon), by the tuning table's rows for {arch}"
+    has_any = any(hopper.chosen(row.config) for row in tuning.rows(stage))
+    why = ("the stage has no others" if not has_any else f"the Hopper kernels need sm_90, this is {arch}"
+           if torch.cuda.get_device_capability() != (9, 0) else "the Hopper kernels cannot be used (below)" if portable
+           else "the tuning table prefers them for these sizes")
+    return f"portable Triton: {why}"
 
 
 def report_environment() -> bool:

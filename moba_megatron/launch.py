@@ -8,7 +8,6 @@ With ``--attention full``, the default, only the flags are added (and hooks that
 """
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib
 import os
@@ -19,6 +18,7 @@ import warnings
 from . import megatron_lm
 from .arguments import add_moba_arguments, config_from_args
 from .megatron_host import print_once
+from .rendezvous import ArgumentParser, report_error
 
 USAGE = ("usage: python -m moba_megatron.launch SCRIPT [--attention moba --moba-chunk-size N --moba-topk K] "
          "[SCRIPT's flags]")
@@ -46,14 +46,14 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if argv[:1] in (["-h"], ["--help"]) else 2
     script, flags = argv[0], argv[1:]
     if not os.path.isfile(script):
-        print(f"error: no file {script}: give the path of Megatron-LM's pretrain_gpt.py", file=sys.stderr)
+        report_error(f"no file {script}: give the path of Megatron-LM's pretrain_gpt.py")
         return 2
     try:
         attention = check_flags(flags)
         sys.path.insert(0, os.path.dirname(os.path.abspath(script)))  # as `python SCRIPT` does
         install(attention)
     except (TypeError, ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        report_error(str(error))
         return 2
     sys.argv = [script, *flags]
     runpy.run_path(script, run_name="__main__")
@@ -69,7 +69,7 @@ def check_flags(flags: list[str]) -> str:
     Raises:
         ValueError: a flag is out of range, or ``--yaml-cfg`` would drop the flags.
     """
-    parser = argparse.ArgumentParser(prog="moba_megatron.launch", usage=USAGE, add_help=False, allow_abbrev=False)
+    parser = ArgumentParser(prog="moba_megatron.launch", usage=USAGE, add_help=False, allow_abbrev=False)
     parser.add_argument("--train-iters", type=int)
     parser.add_argument("--yaml-cfg")
     args = add_moba_arguments(parser, default="full", full_meaning=megatron_lm.FULL_MEANING).parse_known_args(flags)[0]

@@ -318,6 +318,12 @@ class TestBadInput:
         assert exit.value.code == 2
         assert message in capsys.readouterr().err
 
+    def test_a_usage_error_ends_the_screen_and_comes_once(self):
+        result = torchrun(2, "pretrain_gpt", *MODEL, *TRAINING, "--data-path", "x", "--moba-topk", "0", timeout=100)
+        assert result.returncode != 0 and result.stderr.count("topk must be at least 1") == 1
+        *_, said, rule = result.stderr.rstrip().splitlines()
+        assert "error: topk must be at least 1, got 0" in said and set(rule) == {"="}
+
     def test_other_ranks_are_silent(self, monkeypatch, capsys):
         monkeypatch.setenv("RANK", "1")
         with pytest.raises(SystemExit):

@@ -6,6 +6,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from fault import on_gpus
+
+from moba_megatron.bench.__main__ import main as bench
+from moba_megatron.plan.measure import main as measure
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["quickstart.sh", "test.sh", "test_newest.sh", "pretrain_single_gpu.sh", "pretrain_multi_gpu.sh",
@@ -205,6 +210,22 @@ class TestWhichTorch:
         assert ran[0].endswith("torch==2.14.1 triton==3.8.0") and "--constraint launch/constraints.txt" in ran[1]
         said, ran = install(CONSTRAINTS="")
         assert "--upgrade --upgrade-strategy eager --editable" in ran[-2] and "--constraint" not in "".join(ran)
+
+
+@pytest.mark.parametrize("command", ["kernels", "decode", "readme", "gpt", "cp", "tune out.json", "plan.measure"])
+def test_a_measurement_without_a_gpu_ends_at_once(monkeypatch, capsys, command):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        measure([]) if command == "plan.measure" else bench(command.split())
+    said = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and said[-1].startswith("error: it measures on a CUDA device, and torch sees none here")
+
+
+def test_fault_drills_without_a_gpu_end_at_once(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr("sys.argv", ["on_gpus.py", str(tmp_path / "fault.json")])
+    assert on_gpus.main() == 2
+    assert capsys.readouterr().err.startswith("error: two GPUs are needed and 0 are visible")
 
 
 def test_ci_runs_the_tests():

@@ -5,6 +5,8 @@ import time
 
 import torch
 
+from moba_megatron.rendezvous import report_error
+
 
 class SharedError(ValueError):
     """A user's mistake that every rank raises with the same message."""
@@ -62,14 +64,15 @@ def gather(value) -> list:
 
 
 def abort(message: str, status: int, shared: bool = False, patience: float = 0) -> None:
-    """Ends this process, whatever others wait for (torchrun then ends them); rank 0 says what is shared.
+    """Ends this process, whatever others wait for (torchrun then ends them); what is shared is said once.
 
     With patience the message comes at once and the end after so many seconds: torchrun calls the first rank to end the
     root cause.
     """
-    rank = torch.distributed.get_rank()
-    if rank == 0 or not shared:
-        sys.stderr.write((message if shared else f"[rank {rank}] {message}") + "\n")  # one write: ranks share stderr
+    if shared:
+        report_error(message.removeprefix("error: "))
+    else:
+        sys.stderr.write(f"[rank {torch.distributed.get_rank()}] {message}\n")  # one write: ranks share stderr
         sys.stderr.flush()
     time.sleep(patience)
     os._exit(status)

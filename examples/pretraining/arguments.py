@@ -1,19 +1,9 @@
 """Command-line flags of the pretraining example, spelled as Megatron-LM spells them, and their validation."""
 import argparse
 import os
-import sys
 
 from moba_megatron.arguments import add_moba_arguments, config_from_args
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong once, not once a rank; every rank ends with status 2."""
-
-    def error(self, message):
-        if int(os.environ.get("RANK", 0)) == 0:
-            self.print_usage(sys.stderr)
-            print(f"error: {message}", file=sys.stderr, flush=True)
-        sys.exit(2)
+from moba_megatron.rendezvous import ArgumentParser
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -22,7 +12,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     Returns:
         the flags as attributes; `moba_config` is the MoBAConfig of --attention and the --moba-* flags.
     """
-    parser = Parser(description="Pretrains a GPT with MoBA on megatron.core.", fromfile_prefix_chars="@",
+    parser = ArgumentParser(description="Pretrains a GPT with MoBA on megatron.core.", fromfile_prefix_chars="@",
                     usage="torchrun --nproc-per-node N examples/pretrain_gpt.py FLAGS   (--help lists them)")
     _add_model_args(parser)
     _add_parallel_args(parser)

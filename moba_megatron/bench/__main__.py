@@ -1,9 +1,9 @@
 """The command line of the benchmarks: one subcommand a job."""
-import argparse
 import importlib
 import importlib.util
 
-from . import cli, cp, decode, gpt
+from ..rendezvous import ArgumentParser
+from . import cli, cp, decode, environment, gpt
 
 CHECKOUT_ONLY = {"comparison": "add_readme", "tables": "add_table", "plot": "add_plot", "router": "add_router",
                  "options": "add_options"}
@@ -11,7 +11,7 @@ CHECKOUT_ONLY = {"comparison": "add_readme", "tables": "add_table", "plot": "add
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m moba_megatron.bench", description=cli.__doc__)
+    parser = ArgumentParser(prog="python -m moba_megatron.bench", description=cli.__doc__)
     subcommands = parser.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
     for add in (cli.add_kernels, cli.add_tune, cli.add_compile, cp.add_cp, decode.add_decode, gpt.add_gpt):
         add(subcommands)
@@ -23,6 +23,8 @@ def main(argv: list[str] | None = None) -> int:
             missing.set_defaults(run=lambda arguments: parser.error(
                 f"{arguments.subcommand} and its stored results need a checkout; the wheel has neither"))
     arguments = parser.parse_args(argv)
+    if not getattr(arguments, "show", None):
+        environment.need_device(parser, getattr(arguments, "device", "cpu"))
     return arguments.run(arguments)
 
 

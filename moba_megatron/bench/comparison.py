@@ -76,7 +76,7 @@ def add_readme(subcommands) -> None:
     p.add_argument("--repeats", type=int, default=10, help="timed runs of each row (10)")
     p.add_argument("--timeout", type=float, default=180, metavar="S", help="for all lengths of one row (180)")
     p.add_argument("--here", action="store_true", help="in this process, not in one for each row: a crash ends it all")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--device", default="cuda", help="cpu: to try it, slowly (cuda)")
     p.add_argument("--json", type=Path, required=True, metavar="PATH", help="write everything measured")
     p.set_defaults(run=run_readme)
 

@@ -266,7 +266,7 @@ def add_decode(subcommands) -> None:
     p.add_argument("--chunk-size", type=int, metavar="N", help="another chunk size")
     p.add_argument("--repeats", type=int, default=20, help="timed replays of each graph (20)")
     p.add_argument("--budget", type=float, default=float("inf"), metavar="S", help="start no row after so many seconds")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--device", default="cuda", help="cpu: to try it, slowly (cuda)")
     p.add_argument("--json", type=Path, metavar="PATH", help="write everything measured")
     p.set_defaults(run=run_decode)
 

@@ -1,6 +1,7 @@
 """Where a measurement was made: device, driver, versions, commit, command."""
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import subprocess
@@ -12,6 +13,12 @@ import torch
 import triton
 
 from .. import __version__
+
+
+def need_device(parser: argparse.ArgumentParser, device: str) -> None:
+    """Ends with status 2 and one line where a measurement's device is not here, rather than run for hours elsewhere."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("it measures on a CUDA device, and torch sees none here; --device cpu tries it out all the same")
 
 
 def describe(device: torch.device) -> dict[str, str | int | None]:

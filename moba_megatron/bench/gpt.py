@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 import time
 from pathlib import Path
 
 import torch
 
+from ..rendezvous import report_error
 from . import environment, report
 from .distributed import Ranks, add_options, join, leave
 from .gpt_cases import SHAPE, TINY_SHAPE, Row, compiled_case, rows_for
@@ -24,8 +26,8 @@ def add_gpt(subcommands) -> None:
     p.add_argument("--text", type=Path, help="a text file whose first bytes are the sequence (random bytes)")
     add_options(p)
     p.add_argument("--repeats", type=int, default=5, help="timed steps of each row (5; 3 where a step takes over 3 s)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"),
-                   help="cpu: a tiny model and local layers, to try the benchmark; needs examples/ in PYTHONPATH")
+    p.add_argument("--device", default="cuda", choices=("cuda", "cpu"),
+                   help="cpu: a tiny model and local layers, to try the benchmark (cuda)")
     p.set_defaults(run=run_gpt)
 
 
@@ -35,6 +37,11 @@ def run_gpt(arguments: argparse.Namespace) -> int:
         print(markdown_of(report.load(arguments.show)))
         return 0
     if arguments.device == "cpu":
+        examples = Path(__file__).parents[2] / "examples"
+        if not (examples / "megatron_on_cpu.py").is_file():
+            report_error("--device cpu needs the checkout's examples/, and this is an installed package: run it there")
+            return 2
+        sys.path.append(str(examples))
         importlib.import_module("megatron_on_cpu").enable()  # before Megatron is imported
     ranks = join(arguments.device)
     rows = rows_for(ranks.size, arguments.rows, tiny=arguments.device == "cpu")

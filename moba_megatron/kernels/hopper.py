@@ -96,14 +96,19 @@ def kernel_module(name: str) -> ModuleType:
 @functools.lru_cache(maxsize=None)
 def _importable() -> bool:
     """Whether this Triton is one that the kernels are written for; says so once where it is not."""
+    problem = unusable()
+    if problem:
+        logger.warning("moba_megatron: portable Triton kernels in place of those for Hopper: %s", problem)
+    return not problem
+
+
+def unusable() -> str | None:
+    """Why this Triton cannot have the kernels, None where it can."""
     if not triton.__version__.startswith(("3.6.", "3.7.")):
-        reason = f"they are written for Triton 3.6 and 3.7, this is {triton.__version__}"
-    else:
-        try:
-            for name in ("fwd", "bwd_dq", "bwd_dkv"):
-                kernel_module(name)
-            return True
-        except (ImportError, AttributeError) as error:  # Gluon is experimental: names come and go
-            reason = f"{type(error).__name__}: {error}"
-    logger.warning("moba_megatron: portable Triton kernels in place of those for Hopper: %s", reason)
-    return False
+        return f"they are written for Triton 3.6 and 3.7, this is {triton.__version__}"
+    try:
+        for name in ("fwd", "bwd_dq", "bwd_dkv"):
+            kernel_module(name)
+    except (ImportError, AttributeError) as error:  # Gluon is experimental: names come and go
+        return f"{type(error).__name__}: {error}"
+    return None

@@ -4,7 +4,6 @@
 """
 from __future__ import annotations
 
-import argparse
 import contextlib
 import math
 import time
@@ -24,6 +23,7 @@ from ..context_parallel.selective import schedule as selective
 from ..context_parallel.selective.ways import (FETCH, GATHER, LINK, MIXED, PLANNING, RELAYED_FROM, VISIT, WAYS,
                                                RowSizes, home_of_chunks, seconds_of_ways)
 from ..ops import get_stages, moba_attention
+from ..rendezvous import ArgumentParser
 from ..segments import Segments
 from .exchange import query_bytes
 from .pictures import measured_variants
@@ -182,7 +182,7 @@ def _copied_rows(copied: numpy.ndarray, home: numpy.ndarray, chunk_size: int, re
 
 def main(argv: list[str] | None = None) -> int:
     """Measures every way for every routing; 1 where one is wrong."""
-    p = argparse.ArgumentParser(prog="python -m moba_megatron.plan.measure", description=__doc__)
+    p = ArgumentParser(prog="python -m moba_megatron.plan.measure", description=__doc__)
     p.add_argument("--tokens", type=int, default=131072)
     p.add_argument("--chunk-size", type=int, default=512)
     p.add_argument("--topk", type=int, default=8)
@@ -195,13 +195,14 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--budget", type=float, default=float("inf"), metavar="S", help="start no row after so many seconds")
     p.add_argument("--precompile", type=int, default=0, metavar="N", help="first compile the kernels in N processes")
     p.add_argument("--backend", default="auto", choices=("auto", "triton", "reference"))
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
+    p.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     p.add_argument("--json", type=Path, metavar="PATH", help="write everything measured, after every row")
     p.add_argument("--draw", nargs=2, type=Path, metavar=("JSON", "PNG"), help="draw a stored result, measure nothing")
     arguments = p.parse_args(argv)
     if arguments.draw:
         measured_variants(report.load(arguments.draw[0]), arguments.draw[1])
         return 0
+    environment.need_device(p, arguments.device)
     job = Job(arguments.tokens, arguments.chunk_size, arguments.topk, arguments.heads, arguments.kv_heads,
               arguments.dim, arguments.backend)
     begin, ranks = time.perf_counter(), join(arguments.device)

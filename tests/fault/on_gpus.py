@@ -3,8 +3,8 @@
     PYTHONPATH=. python tests/fault/on_gpus.py fault.json
 
 trains examples/pretrain_gpt.py (context parallel 2, bf16, deterministic) on the sources of Python's standard library,
-and compares the two curves bit by bit; 0 where they are the same. Both jobs share the GPUs. Without a GPU: gloo, with
-smaller sizes behind the file's name.
+and compares the two curves bit by bit; 0 where they are the same. Both jobs share the GPUs. On the CPU, over gloo, with
+smaller sizes: PYTHONPATH=. python tests/fault/on_gpus.py fault.json --cpu --seq-length 256 ...
 """
 import json
 import os
@@ -65,7 +65,14 @@ def good(found: dict) -> bool:
 
 def main() -> int:
     """0 where everything was as it must be, else 1."""
-    out, more = Path(sys.argv[1]), sys.argv[2:]
+    if len(sys.argv) < 2:
+        print("error: the first argument must name the file for the result", file=sys.stderr)
+        return 2
+    out, more = Path(sys.argv[1]), [flag for flag in sys.argv[2:] if flag != "--cpu"]
+    if "--cpu" not in sys.argv and torch.cuda.device_count() < 2:
+        print(f"error: two GPUs are needed and {torch.cuda.device_count()} are visible; --cpu runs it over gloo",
+              file=sys.stderr)
+        return 2
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = {"environment": environment.describe(device) | {
         "command": environment.command("PYTHONPATH=. python tests/fault/on_gpus.py")}, "faults": FAULTS, "job": JOB}
