@@ -67,3 +67,14 @@ def test_every_requirement_has_one_exact_version(name):
             assert len(holding) <= 1 and all(str(one.specifier).startswith("==") for one in holding), lines
             assert holding or package not in wanted, (package, python)
     assert set(wanted) <= set(found)
+
+
+def test_the_table_of_tested_combinations_agrees():
+    """docs/support.md names what the constraints install."""
+    table = (ROOT / "docs" / "support.md").read_text()
+    for name in ("constraints-cpu.txt", "constraints-cuda.txt"):
+        found = pins(name)
+        for package in ("torch", "triton", "megatron-core", "transformers", "deepspeed"):
+            for line in found[package]:
+                version = re.search(r"==([0-9.]+)", line).group(1)
+                assert re.search(rf"\b{re.escape(version)}\b", table), (package, version)
