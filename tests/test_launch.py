@@ -212,7 +212,7 @@ class TestWhichTorch:
         assert "--upgrade --upgrade-strategy eager --editable" in ran[-2] and "--constraint" not in "".join(ran)
 
 
-@pytest.mark.parametrize("command", ["kernels", "decode", "readme", "gpt", "cp", "tune out.json", "plan.measure"])
+@pytest.mark.parametrize("command", ["kernels", "decode", "readme --json out.json", "gpt", "cp", "tune out.json", "plan.measure"])
 def test_a_measurement_without_a_gpu_ends_at_once(monkeypatch, capsys, command):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as ended:
