@@ -77,9 +77,11 @@ def read_common(checkpoint: str | Path) -> dict:
         ValueError: the installed Megatron-Core cannot read it, as one that a later release wrote.
     """
     try:
-        return dist_checkpointing.load_common_state_dict(Path(checkpoint))
-    except (CheckpointingException, CheckpointException, RuntimeError, KeyError, OSError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        return dist_checkpointing.load_common_state_dict(str(checkpoint))
+    except (CheckpointingException, CheckpointException, RuntimeError, KeyError, OSError, AttributeError) as error:
+        # Megatron-Core 0.16 stumbles (AttributeError) over naming the file that is missing
+        cause = error.__context__ if isinstance(error, AttributeError) and error.__context__ else error
+        reason = next(iter(str(cause).splitlines()), type(cause).__name__)
         raise ValueError(f"--load {checkpoint}: Megatron-Core {megatron_version()} cannot read its common part, which "
                          f"another release may have written: {reason}") from error
 
