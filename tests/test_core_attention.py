@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("megatron.core")
 
@@ -99,6 +100,17 @@ def test_attention_mask_is_ignored():
     q, k, v = fused_qkv(40, 1)
     mask = torch.ones(1, 1, 40, 40, dtype=torch.bool).triu(1)
     assert torch.equal(make_core()(q, k, v, mask), make_core()(q, k, v, None))
+
+
+def test_a_pass_of_fake_tensors_leaves_nothing_behind():
+    """As an export, or a memory estimate, before training at the same shape."""
+    core, mask = make_core(), torch.ones(1, 1, 75, 75, dtype=torch.bool).triu(1)
+    with FakeTensorMode():
+        fake = core(*(torch.randn(75, 2, heads, 8) for heads in (4, 2, 2)))
+    q, k, v = fused_qkv(75, 2)
+    o = core(q, k, v, mask)
+    assert fake.shape == o.shape and type(o) is torch.Tensor
+    assert_same(o, expected(q, k, v))
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["exact", "padded"])
