@@ -19,15 +19,29 @@ from torch import Tensor
 
 from .arguments import config_from_environment
 from .config import MoBAConfig, get_default_config
-from .context_parallel import (Agreement, Sequences, canonical_comm_type, check_groups, check_zigzag,
-                               context_parallel_attention)
+from .context_parallel import (
+    Agreement,
+    Sequences,
+    canonical_comm_type,
+    check_groups,
+    check_zigzag,
+    context_parallel_attention,
+)
 from .key_convolution import KeyConvolution
 from .megatron_host import host_config, host_iteration, print_once
 from .multi_token_prediction import global_layer_number, watch_multi_token_prediction
 from .ops import moba_attention
 from .ops.validation import cast_under_autocast, check_cu_seqlens, check_qkv
-from .refusals import (check_attention_mask, check_packed, guard_paths_around_core_attention, raise_what_arrived,
-                       refuse_arguments, refuse_switch_in_graphs, refuse_unsupported, watch_attention_layers)
+from .refusals import (
+    check_attention_mask,
+    check_packed,
+    guard_paths_around_core_attention,
+    raise_what_arrived,
+    refuse_arguments,
+    refuse_switch_in_graphs,
+    refuse_unsupported,
+    watch_attention_layers,
+)
 from .segments import Segments, uniform_segments
 
 HIERARCHICAL = "a2a+all_gather"

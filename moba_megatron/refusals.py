@@ -19,6 +19,7 @@ from torch import Tensor
 from .config import MoBAConfig
 from .megatron_host import host_args
 
+
 def refuse_unsupported(config: TransformerConfig, attn_mask_type: AttnMaskType, attention_type: str,
                        attention_dropout: float | None) -> None:
     """Raises ValueError for an option that MoBA attention would have to ignore; the message names Megatron's flag."""

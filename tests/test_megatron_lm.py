@@ -16,8 +16,15 @@ import pytest
 
 pytest.importorskip("megatron.core")
 
-from moba_megatron import (MoBAConfig, MoBACoreAttention, checkpoint_flags, core_attention, launch, megatron_host,
-                           megatron_lm)
+from moba_megatron import (
+    MoBAConfig,
+    MoBACoreAttention,
+    checkpoint_flags,
+    core_attention,
+    launch,
+    megatron_host,
+    megatron_lm,
+)
 from moba_megatron.arguments import add_moba_arguments, config_from_args
 from moba_megatron.core_attention import MoBAOrTEDotProductAttention
 
