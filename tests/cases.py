@@ -1,9 +1,9 @@
 """Problems for the stage tests: packed sequences of every awkward shape, their tensors, and the oracle's answer."""
 from dataclasses import dataclass
 
+import oracle
 import torch
 
-import oracle
 from moba_megatron.segments import Segments
 
 

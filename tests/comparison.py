@@ -1,7 +1,7 @@
 """How close is close enough: the error of an eager computation in the same precision sets the limit."""
+import oracle
 import torch
 
-import oracle
 from moba_megatron import kernels, moba_attn_varlen
 from moba_megatron.segments import Segments
 

@@ -71,6 +71,7 @@ def train(wrapper, rank, dtype=torch.float32, backend="aot_eager", head_dim=8, l
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer import TransformerConfig
+
     from moba_megatron import MoBAConfig, get_moba_layer_local_spec
 
     megatron_on_cpu.enable()

@@ -1,11 +1,10 @@
 """Tiny models of Transformers, and MoBA for them by the oracle: dense masks, no cache, whole sequences."""
 import contextlib
 
+import oracle
 import torch
 import transformers
 from transformers import AttentionInterface
-
-import oracle
 
 CHUNK, TOPK = 4, 3
 FAMILIES = {"llama": {}, "mistral": {"sliding_window": None}, "qwen2": {}, "qwen3": {}}

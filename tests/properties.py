@@ -7,13 +7,13 @@ in the inputs' dtype, plus a rounding of each factor of their products. ``MOBA_T
 import os
 from dataclasses import dataclass
 
+import oracle
 import torch
+from cases import Case
 from hypothesis import settings
 from hypothesis import strategies as st
 
 import comparison
-import oracle
-from cases import Case
 from moba_megatron import moba_attn_varlen
 from moba_megatron.ops import causal_attn_varlen, moba_attention
 from moba_megatron.segments import Segments

@@ -8,8 +8,16 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from moba_megatron import reference
-from moba_megatron.context_parallel import (COMM_TYPES, Agreement, Sequences, canonical_comm_type, check_groups,
-                                            check_zigzag, context_parallel_attention, record_waits)
+from moba_megatron.context_parallel import (
+    COMM_TYPES,
+    Agreement,
+    Sequences,
+    canonical_comm_type,
+    check_groups,
+    check_zigzag,
+    context_parallel_attention,
+    record_waits,
+)
 from moba_megatron.context_parallel.agreement import _calls_of
 from moba_megatron.context_parallel.attention import check_sequences
 from moba_megatron.context_parallel.head_groups import MOST_BYTES, MUCH_BYTES, number_of_groups, split_heads

@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import pytest
+import test_context_parallel as cp
 import torch
 import torch.distributed as dist
-import test_context_parallel as cp
 from ranks import run_ranks
 
 from moba_megatron.context_parallel import Sequences, context_parallel_attention, heads, record_waits

@@ -10,7 +10,6 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "megatron_lm"))
 import compare_switch  # noqa: E402
 
-
 SETTINGS = dict.fromkeys(compare_switch.SETTINGS, 7) | {"moba_chunk_size": 512, "moba_topk": 3}
 
 

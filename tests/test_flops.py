@@ -4,8 +4,14 @@ from types import SimpleNamespace
 import pytest
 
 from moba_megatron import MoBAConfig
-from moba_megatron.flops import (attended_pairs, attention_flops, attention_layers, correction, dense_attention_flops,
-                                 scored_pairs)
+from moba_megatron.flops import (
+    attended_pairs,
+    attention_flops,
+    attention_layers,
+    correction,
+    dense_attention_flops,
+    scored_pairs,
+)
 
 
 def count(seqlen, chunk_size, topk):

@@ -5,8 +5,8 @@ Needs no GPU; the tests with sleeps themselves are in tests/gpu/test_hopper_dela
 import re
 
 import pytest
-
 from gpu import test_hopper_delays as delays
+
 from moba_megatron import kernels
 from moba_megatron.bench import compile_report
 from moba_megatron.kernels import hopper, tuning

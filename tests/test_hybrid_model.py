@@ -41,6 +41,7 @@ def layer_specs():
 def build(*flags):
     """The model as the host builds it with these flags."""
     from megatron.core.transformer import ModuleSpec, TransformerConfig
+
     from moba_megatron.arguments import add_moba_arguments
 
     arguments = add_moba_arguments(argparse.ArgumentParser(), "full", "full").parse_args(flags)
@@ -70,7 +71,8 @@ def losses_and_gradients(model):
 def models(rank, size):
     """Of full attention, of MoBA that chooses everything, and of MoBA: results, and numbers of MoBA's layers."""
     from gpt import parallel_state, tensor_parallel
-    from moba_megatron import MoBACoreAttention, MoBAConfig, launch, megatron_lm
+
+    from moba_megatron import MoBAConfig, MoBACoreAttention, launch, megatron_lm
 
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1)

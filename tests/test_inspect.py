@@ -15,8 +15,8 @@ from cases import Case
 from test_core_attention import fused_qkv, make_config, make_core
 
 from moba_megatron import MoBAConfig, core_attention, kernels, megatron_lm
-from moba_megatron.inspect import page, picture, statistics
 from moba_megatron.inspect import __main__ as command
+from moba_megatron.inspect import page, picture, statistics
 from moba_megatron.inspect.choices import look, watching
 from moba_megatron.inspect.recorder import TraceRecorder
 from moba_megatron.inspect.report import as_record, as_scalars, as_table, summary

@@ -1,11 +1,10 @@
 """examples/llama.py: a few steps of training and its generation, and a model from a path."""
+import huggingface_models as hf
 import llama
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-
-import huggingface_models as hf
 
 
 @pytest.mark.parametrize("decode", ["dense", "moba"])

@@ -57,7 +57,7 @@ def generate(model, prompts):
 
 def recompute(model, prompt, first_dense=None):
     """Tokens by a forward over the whole prefix each, rows from ``first_dense`` on attending densely; least margin."""
-    from moba_megatron import MoBACoreAttention, MoBAConfig
+    from moba_megatron import MoBAConfig, MoBACoreAttention
 
     def attend(core, query, *args, **kwargs):
         sparse = forward(core, query, *args, **kwargs)

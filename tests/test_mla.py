@@ -31,10 +31,11 @@ class Dense(torch.nn.Module):
 def build(tp, moba, recompute=()):
     """One attention module of Megatron's local spec: 4 heads, keys 8 + 4 wide, values 6. Dense without ``moba``."""
     from gpt import parallel_state, tensor_parallel
-    from megatron.core.transformer import multi_latent_attention
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.spec_utils import build_module
     from megatron.core.transformer.transformer_config import MLATransformerConfig
+
     from moba_megatron.layer_specs import with_moba_core_attention
 
     if not isinstance(multi_latent_attention.TELinear, type):
@@ -92,6 +93,7 @@ def relative(a, b):
 def everything(rank, size):
     import gpt  # noqa: F401 (lets Megatron run without a GPU)
     from megatron.core.packed_seq_params import PackedSeqParams
+
     from moba_megatron import MoBAConfig
 
     moba = MoBAConfig(chunk_size=16, topk=2, key_conv=3)

@@ -14,6 +14,7 @@ def numbers(moba):
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
     from megatron.core.transformer import TransformerConfig
+
     from moba_megatron import MoBACoreAttention, core_attention, get_moba_layer_local_spec, megatron_lm
 
     config = TransformerConfig(
@@ -34,6 +35,7 @@ def numbers(moba):
 
 def models(rank, size):
     from gpt import parallel_state, tensor_parallel
+
     from moba_megatron import MoBAConfig
 
     parallel_state.initialize_model_parallel()

@@ -14,8 +14,21 @@ from moba_megatron.plan.cards import find_card
 from moba_megatron.plan.exchange import query_bytes
 from moba_megatron.plan.measure import Job, choices_of, counted_bytes
 from moba_megatron.plan.routing import SYNTHETIC, inclusion_of, of_trace, sink, uniform
-from moba_megatron.plan.simulate import (Layer, RankTraffic, chunks_travel, exchanged, gathered, homes, limits,
-                                         mixed, queries_travel, rate, sweep, traffic_of_selection, zigzag_tokens)
+from moba_megatron.plan.simulate import (
+    Layer,
+    RankTraffic,
+    chunks_travel,
+    exchanged,
+    gathered,
+    homes,
+    limits,
+    mixed,
+    queries_travel,
+    rate,
+    sweep,
+    traffic_of_selection,
+    zigzag_tokens,
+)
 
 SMALL = Layer(chunk_size=2, topk=2, heads=4, kv_heads=2, head_dim=16)
 KEY_ROW = 2 * 16 * 2

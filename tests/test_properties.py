@@ -2,9 +2,8 @@
 import pytest
 import torch
 from hypothesis import given
-from torch.utils.checkpoint import checkpoint
-
 from properties import Problem, calls, examples
+from torch.utils.checkpoint import checkpoint
 
 
 @examples(150)

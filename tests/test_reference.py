@@ -1,13 +1,13 @@
 """The reference stages against the independent oracle: results, gradients and selection, in every awkward shape."""
 import math
 
+import oracle
 import pytest
 import torch
+from cases import Case, oracle_results
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import oracle
-from cases import Case, oracle_results
 from moba_megatron import reference
 from moba_megatron.ops import causal_attn_varlen, moba_attention, moba_attn_varlen
 from moba_megatron.reference import attention, gating

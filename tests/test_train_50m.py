@@ -5,14 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compare_50m
 import pytest
 import torch
-
-import compare_50m
 import train_50m
 from gpt_50m import attention, text
 from gpt_50m.loop import Plan, Trainer
 from gpt_50m.model import GPT, TOY, Shape, rotate
+
 from moba_megatron.bench import training
 
 ROOT = Path(__file__).parent.parent

@@ -1,10 +1,10 @@
 """The operator under torch.func, second and batched gradients, and the FLOP counter: right, or refused by name."""
+import oracle
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import oracle
 from moba_megatron import moba_attn_varlen
 from moba_megatron.ops import causal_attn_varlen, moba_attention
 from moba_megatron.segments import Segments

@@ -9,12 +9,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout that is not installed
 
+import cases  # noqa: E402
+import oracle  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-import cases  # noqa: E402
 import comparison  # noqa: E402
-import oracle  # noqa: E402
 from moba_megatron import moba_attn_varlen_triton  # noqa: E402
 
 GPU = torch.cuda.is_available()

@@ -15,10 +15,23 @@ from moba_megatron.context_parallel.selective import visiting, ways
 from moba_megatron.context_parallel.selective.services import chunk_homes, pieces_are_chunks, ranges
 from moba_megatron.context_parallel.selective.visiting import by_chunk
 from moba_megatron.context_parallel.selective.visitors import cut, visitors_bwd, visitors_fwd
-from moba_megatron.context_parallel.selective.ways import (FETCH, GATHER, HANDLING, MIXED, PLANNING, RELAYED_FROM,
-                                                           VISIT, WAYS, RowSizes, cheapest_way, copies_of,
-                                                           home_of_chunks, mixed_servers, seconds_of_service,
-                                                           seconds_of_ways)
+from moba_megatron.context_parallel.selective.ways import (
+    FETCH,
+    GATHER,
+    HANDLING,
+    MIXED,
+    PLANNING,
+    RELAYED_FROM,
+    VISIT,
+    WAYS,
+    RowSizes,
+    cheapest_way,
+    copies_of,
+    home_of_chunks,
+    mixed_servers,
+    seconds_of_service,
+    seconds_of_ways,
+)
 from moba_megatron.ops import moba_attention
 from moba_megatron.plan.exchange import query_bytes
 from moba_megatron.plan.measure import SELECTIVE, Job, choices_of, counted_bytes, make_inputs, measure_way, one_rank

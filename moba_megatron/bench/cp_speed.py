@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import moba_attn_varlen
 from ..context_parallel import Agreement, Sequences, context_parallel_attention, record_waits
 from . import dense, timing
-from .cases import K, Case, make_inputs
+from .cases import Case, K, make_inputs
 from .cp_cases import Row, hierarchy
 from .distributed import Ranks
 from .speed import FEW, SLOW_MS

@@ -160,8 +160,9 @@ def encode_map(descriptor, metadata: dict) -> bytes:
     Raises:
         NotReplayable: with another address the driver's own exchange of it gives another map than Triton.
     """
-    from triton.backends.nvidia.driver import make_tensordesc_arg
     from types import SimpleNamespace
+
+    from triton.backends.nvidia.driver import make_tensordesc_arg
 
     def encode(address: int):
         fields = {name: getattr(descriptor, name, None) for name in ("shape", "strides", "padding",

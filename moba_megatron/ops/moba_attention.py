@@ -10,8 +10,16 @@ from ..segments import Routing, Segments, entry_dtype
 from ..tensor_cache import is_unobserved
 from .backend import check_backend, get_stages, repeat
 from .dense import dense_causal, dense_causal_bwd
-from .validation import (cast_under_autocast, check_cu_seqlens, check_flag, check_qkv, check_scale, check_segments,
-                         check_whole, check_workspace)
+from .validation import (
+    cast_under_autocast,
+    check_cu_seqlens,
+    check_flag,
+    check_qkv,
+    check_scale,
+    check_segments,
+    check_whole,
+    check_workspace,
+)
 
 
 @overload

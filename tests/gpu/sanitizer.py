@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 
 sys.path[:0] = [str(Path(__file__).parents[i]) for i in (0, 1, 2)]
-import comparison
-import decoding
 import launched
 import test_attention_fwd
 import test_decode
 import test_key_convolution
 import test_op
 
+import comparison
+import decoding
 from moba_megatron import kernels, moba_attn_varlen
 from moba_megatron.inspect import kernels as router_kernels
 from moba_megatron.kernels import copying, hopper, merging

@@ -2,12 +2,12 @@
 import pytest
 import torch
 from hypothesis import assume, given
+from properties import LAYOUTS, Problem, calls, examples
 from torch.utils.flop_counter import FlopCounterMode
 
 import comparison
 from moba_megatron import moba_attn_varlen
 from moba_megatron.ops import causal_attn_varlen
-from properties import LAYOUTS, Problem, calls, examples
 
 pytestmark = pytest.mark.gpu
 ON_GPU = dict(dtypes=(torch.bfloat16, torch.float16, torch.float32), chunks=(16, 48), dims=((16, 16),), longest=100)

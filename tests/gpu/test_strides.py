@@ -5,9 +5,9 @@ memory is in tests/interpreted/test_strides.py.
 """
 import pytest
 import torch
+from far_apart import far_apart
 
 import decoding
-from far_apart import far_apart
 from moba_megatron import kernels, moba_attn_varlen
 from moba_megatron.ops import key_convolution
 from moba_megatron.segments import Segments

@@ -1,7 +1,6 @@
 """Random calls of the operators through the kernels, interpreted, with inputs of any strides."""
 import torch
 from hypothesis import given
-
 from properties import Problem, calls, examples
 
 

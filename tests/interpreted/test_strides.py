@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from far_apart import HEAD, far_apart
 
 import decoding
-from far_apart import HEAD, far_apart
 from moba_megatron import kernels, moba_attn_varlen
 from moba_megatron.inspect import kernels as statistics
 from moba_megatron.kernels import copying, merging
