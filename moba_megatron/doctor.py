@@ -37,7 +37,7 @@ PACKAGES = (  # distribution, module, what it is for
     ("transformers", "transformers", "the Hugging Face integration"),
 )
 OTHER_VARIABLES = {"MOBA_WORKSPACE_MIB", "MOBA_CHECK_INPUTS", "MOBA_TUNING_FILE", "MOBA_TUNING_ARCH", "MOBA_COMMIT",
-                   "MOBA_DENSE", "MOBA_CP_COPY_ENGINES"}
+                   "MOBA_DENSE", "MOBA_CP_COPY_ENGINES", "MOBA_PREPARED_LAUNCHES"}
 STAGES = {  # of the tuning table
     "chunk_means": "chunk means", "gate": "gate and top-k", "route": "route", "attention_fwd": "sparse forward",
     "attention_fwd_own": "own chunk and merge, forward", "attention_bwd_delta": "delta, backward",
