@@ -1,8 +1,7 @@
 """The doctor: what it reports, and that its exit status tells."""
 import re
-from pathlib import Path
-
 import sys
+from pathlib import Path
 
 import pytest
 import torch

@@ -212,13 +212,15 @@ class TestWhichTorch:
         assert "--upgrade --upgrade-strategy eager --editable" in ran[-2] and "--constraint" not in "".join(ran)
 
 
-@pytest.mark.parametrize("command", ["kernels", "decode", "readme --json out.json", "gpt", "cp", "tune out.json", "plan.measure"])
+@pytest.mark.parametrize("command", ["kernels", "decode", "readme --json out.json", "gpt", "cp", "tune out.json",
+                                     "plan.measure"])
 def test_a_measurement_without_a_gpu_ends_at_once(monkeypatch, capsys, command):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as ended:
         measure([]) if command == "plan.measure" else bench(command.split())
     said = capsys.readouterr().err.splitlines()
-    assert ended.value.code == 2 and said[-1].startswith("error: it measures on a CUDA device, and torch sees none here")
+    assert ended.value.code == 2
+    assert said[-1].startswith("error: it measures on a CUDA device, and torch sees none here")
 
 
 def test_fault_drills_without_a_gpu_end_at_once(monkeypatch, capsys, tmp_path):

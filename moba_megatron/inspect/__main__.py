@@ -34,7 +34,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m moba_megatron.inspect", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--load", metavar="DIR", help="directory of checkpoints, or one checkpoint; it is unpickled, so "
+    source.add_argument("--load", metavar="DIR", help="directory of checkpoints, or one checkpoint; it is unpickled: "
                         "it must be trusted")
     source.add_argument("--from-trace", metavar="FILE.npz", help="draw a trace that was made before")
     parser.add_argument("--text", metavar="FILE", help="its first tokens are what the model reads")

@@ -108,7 +108,7 @@ def _add_rows(k, first, count, column, stride_s, stride_h, stride_d, HK: tl.cons
     total = tl.zeros(at.shape, tl.float32)
     for row in tl.range(0, SUM_BLOCK, loop_unroll_factor=16):
         keep = (row < count)[:, None] & inside
-        further = _offset(tl.cast(row, tl.int32), stride_s)  # at += stride_s would hide from the compiler what is aligned
+        further = _offset(tl.cast(row, tl.int32), stride_s)  # at += stride_s would hide what is aligned
         total += tl.load(k + at + further, mask=keep, other=0.0).to(tl.float32)
     return total
 

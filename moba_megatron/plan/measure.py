@@ -20,8 +20,19 @@ from ..bench import environment, report, timing
 from ..bench.distributed import Ranks, join, leave
 from ..context_parallel import Sequences, context_parallel_attention, record_waits
 from ..context_parallel.selective import schedule as selective
-from ..context_parallel.selective.ways import (FETCH, GATHER, LINK, MIXED, PLANNING, RELAYED_FROM, VISIT, WAYS,
-                                               RowSizes, home_of_chunks, seconds_of_ways)
+from ..context_parallel.selective.ways import (
+    FETCH,
+    GATHER,
+    LINK,
+    MIXED,
+    PLANNING,
+    RELAYED_FROM,
+    VISIT,
+    WAYS,
+    RowSizes,
+    home_of_chunks,
+    seconds_of_ways,
+)
 from ..ops import get_stages, moba_attention
 from ..rendezvous import ArgumentParser
 from ..segments import Segments
