@@ -71,7 +71,7 @@ HOPPER = {"sparse forward", "sparse dk and dv, backward", "sparse dq, backward"}
 
 @pytest.mark.parametrize("capability, triton, hopper, healthy", [
     ((9, 0), "3.6.0", HOPPER, True), ((9, 0), "3.9.0", set(), True), ((9, 0), "broken", set(), False),
-    ((8, 6), "3.6.0", set(), True)], ids=str)
+    ((8, 6), "3.6.0", set(), True)], ids=("sm_90", "sm_90, unknown Triton", "sm_90, broken", "sm_86"))
 def test_stages_on_a_card(capsys, monkeypatch, capability, triton, hopper, healthy):
     """The look-ups of a card, on a machine without one."""
     from moba_megatron.kernels import hopper as kernels
