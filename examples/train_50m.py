@@ -1,4 +1,4 @@
-"""Trains the README's 50M-parameter byte-level GPT on one device: plain torch, real text, any attention.
+"""Trains a 50M-parameter byte-level GPT on one device: plain torch, real text, any attention.
 
     python examples/train_50m.py --attention moba --output runs/moba
     python examples/train_50m.py --attention full --seq-length 32768 --tokens-per-step 65536 --output runs/full

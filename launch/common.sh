@@ -40,9 +40,10 @@ gpu_count() {
 # need_gpu: stops where there is no GPU. Once before anything is installed, and once when torch can be asked.
 need_gpu() {
     [ "${USE_SYSTEM_PYTHON:-0}" = 0 ] || PY="$(find_python)"
+    [ -z "${GPUS:-}" ] || [[ "$GPUS" =~ ^[1-9][0-9]*$ ]] || die "GPUS must be a number of processes from 1 on, got $GPUS"
     [ -z "${GPUS:-}" ] && [ "$DRY_RUN" = 0 ] && [ "$(gpu_count)" = 0 ] || return 0
     ! has_gpu || die "nvidia-smi lists GPUs and torch can use none: $PY -m moba_megatron.doctor says more"
-    die "no GPU is visible here. launch/quickstart.sh trains without one; GPUS=2 starts two processes on the CPU."
+    die "no GPU is visible here: launch/quickstart.sh trains without one, and DRY_RUN=1 shows this command."
 }
 
 find_python() {
@@ -71,7 +72,7 @@ need_room() {
 # choose_torch PYTHON: which torch will be installed. Only looks, and says what will be fetched and how large. Sets
 # TORCH (requirements that go before the package's own, if any), BY (what installs them) and GIGABYTES (on disk).
 choose_torch() {
-    local version
+    local version found
     version="$([ -z "$CONSTRAINTS" ] || sed -n 's/^torch\(==[0-9.]*\).*/\1/p' "$CONSTRAINTS")"
     TORCH="${TORCH_CPU:-}" BY=pip GIGABYTES=8
     if has_gpu; then
@@ -84,8 +85,11 @@ choose_torch() {
     elif command -v uv >/dev/null 2>&1 && timeout "$UV_SECONDS" uv pip install --quiet --dry-run --python "$1" \
         --break-system-packages --torch-backend=cpu "torch$version" >/dev/null 2>&1; then
         TORCH="torch$version" BY=uv
-    elif [ -n "$version" ] && "$1" -m pip index versions torch 2>/dev/null | grep -qF "${version#==}+cpu"; then
-        TORCH="torch$version+cpu"
+    else
+        found="$("$1" -m pip index versions torch 2>/dev/null | tr ' ,' '\n\n' | grep -E '^[0-9.]+\+cpu$' || true)"
+        [ -z "$version" ] || found="$(grep -xF "${version#==}+cpu" <<<"$found" || true)"
+        TORCH="${found:+torch==${found%%$'\n'*}}" # the newest is first
+        version="${TORCH#torch}" version="${version%+cpu}"
     fi
     if [ -n "$TORCH" ]; then
         GIGABYTES=4
@@ -145,8 +149,9 @@ setup() {
     need_room "$GIGABYTES"
     install_torch
     if [ "$source" != . ]; then
-        run mkdir -p "$source"
-        run cp -r pyproject.toml README.md moba_megatron "$source"
+        run mkdir -p "$source/launch"
+        run cp -r pyproject.toml README.md LICENSE moba_megatron "$source"
+        run cp launch/wheel.py "$source/launch"
     fi
     versions=(--constraint "$CONSTRAINTS")
     [ -n "$CONSTRAINTS" ] || versions=(--upgrade --upgrade-strategy eager)

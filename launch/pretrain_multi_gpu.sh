@@ -7,12 +7,13 @@ source "$(dirname "$0")/common.sh"
 source "$ROOT/launch/model.sh"
 
 need_gpu
+[ -n "${GPUS:-}" ] || [ "$(gpu_count)" -ge 1 ] ||
+    die "no GPU is visible here: GPUS=2 DRY_RUN=1 bash launch/pretrain_multi_gpu.sh shows the command"
 setup plot
 need_gpu
 prepare_plays
 GPUS="${GPUS:-$(gpu_count)}"
 TP="${TP:-1}" PP="${PP:-1}"
-[ "$GPUS" -ge 1 ] || die "no GPU is visible here: GPUS=2 DRY_RUN=1 bash launch/pretrain_multi_gpu.sh shows the command"
 CP="${CP:-$((GPUS / (TP * PP)))}"
 torchrun_local "$GPUS" examples/pretrain_gpt.py "${MODEL[@]}" --data-path $DATA_PATH --global-batch-size 8 \
     --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --context-parallel-size "$CP" "$@"

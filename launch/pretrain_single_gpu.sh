@@ -5,8 +5,8 @@
 source "$(dirname "$0")/common.sh"
 source "$ROOT/launch/model.sh"
 
-need_gpu
+GPUS="" need_gpu
 setup plot
-need_gpu
+GPUS="" need_gpu
 prepare_plays
 torchrun_local 1 examples/pretrain_gpt.py "${MODEL[@]}" --data-path $DATA_PATH --global-batch-size 4 "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The README's older benchmark on one GPU: a 50M-parameter byte-level GPT, 524,288 tokens a step, chunk 512, topk 3.
+# Triton-MoBA's benchmark on one GPU: a 50M-parameter byte-level GPT, 524,288 tokens a step, chunk 512, topk 3.
 # Fits an RTX A6000 (48 GB, sm_86). Prints a table with the time that 1000 steps would take, for every attention named.
 #   STEPS=20                   steps of each run
 #   SEQ_LENGTH=8192            tokens in a sequence

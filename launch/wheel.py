@@ -1,8 +1,9 @@
-"""What the wheel leaves out: modules that make the pages' tables and pictures from stored results, which it lacks."""
+"""What the wheel leaves out: modules that make the pages' tables and pictures."""
 from setuptools.command.build_py import build_py
 
-CHECKOUT_ONLY = {f"moba_megatron.bench.{name}" for name in (
-    "comparison", "options", "peers", "plot", "router", "tables", "training", "zero")}
+CHECKOUT_ONLY = {f"moba_megatron.{name}" for name in (
+    "bench.comparison", "bench.options", "bench.peers", "bench.plot", "bench.router", "bench.tables", "bench.training",
+    "bench.zero", "plan.scenarios", "plan.simulate")}
 
 
 class BuildPy(build_py):

@@ -22,7 +22,7 @@ def restore_flags(args: argparse.Namespace, saved: argparse.Namespace) -> None:
         if not typed.isdisjoint(map(_flag, names)):
             print_once(f"> {_flag(name)} {own}, as given: the checkpoint was trained with {value}")
         else:
-            print_once(f"> {_flag(name)} {value}, from the checkpoint")
+            print_once(f"> {_flag(name)} {'unset' if value is None else value}, as in the checkpoint")
             setattr(args, name, value)
 
 

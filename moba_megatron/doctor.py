@@ -38,6 +38,7 @@ PACKAGES = (  # distribution, module, what it is for
 )
 OTHER_VARIABLES = {"MOBA_WORKSPACE_MIB", "MOBA_CHECK_INPUTS", "MOBA_TUNING_FILE", "MOBA_TUNING_ARCH", "MOBA_COMMIT",
                    "MOBA_DENSE", "MOBA_CP_COPY_ENGINES", "MOBA_PREPARED_LAUNCHES"}
+SWITCHES = {"MOBA_CP_COPY_ENGINES": ("0", "1"), "MOBA_PREPARED_LAUNCHES": ("0", "1"), "MOBA_CHECK_INPUTS": ("0", "1")}
 STAGES = {  # of the tuning table
     "chunk_means": "chunk means", "gate": "gate and top-k", "route": "route", "attention_fwd": "sparse forward",
     "attention_fwd_own": "own chunk and merge, forward", "attention_bwd_delta": "delta, backward",
@@ -163,7 +164,10 @@ def report_environment() -> bool:
     except (TypeError, ValueError) as error:
         _line("used by --spec", f"FAIL: {error}")
         return False
-    return True
+    wrong = [name for name, values in SWITCHES.items() if os.environ.get(name, "") not in ("", *values)]
+    for name in wrong:
+        _line(name, f"FAIL: must be {' or '.join(SWITCHES[name])}, got {os.environ[name]!r}")
+    return not wrong
 
 
 def self_test() -> bool:

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -17,23 +18,31 @@ tomllib = pytest.importorskip("tomllib", reason="Python 3.11")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 DATA = {"py.typed", "inspect/page.html", "plan/coefficients.json"}
 LARGEST = 400_000
+ARCHIVED = "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "launch/wheel.py"
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Built by the project's own backend, from a copy, since building writes into the tree."""
+    """Built by the project's own backend as `python -m build` does: a source archive of a copy, since building writes
+    into the tree, and the wheel of that archive."""
     build_meta = pytest.importorskip("setuptools.build_meta")
     source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    (source / "launch").mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "launch/wheel.py"):
-        (source / name).write_bytes((ROOT / name).read_bytes())
-    for path in (ROOT / "moba_megatron").rglob("*"):
-        if path.is_file() and "__pycache__" not in path.parts:
-            target = source / path.relative_to(ROOT)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(path.read_bytes())
-    code = f"import {build_meta.__name__} as backend; print(backend.build_wheel({str(output)!r}))"
-    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True, timeout=120)
+    for part in (*ARCHIVED, "moba_megatron"):
+        for path in (ROOT / part).rglob("*") if (ROOT / part).is_dir() else [ROOT / part]:
+            if path.is_file() and "__pycache__" not in path.parts:
+                target = source / path.relative_to(ROOT)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(path.read_bytes())
+
+    def build(what: str, folder: Path) -> None:
+        code = f"import {build_meta.__name__} as backend; backend.build_{what}({str(output)!r})"
+        subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, capture_output=True, timeout=120)
+
+    build("sdist", source)
+    archive, = output.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        file.extractall(output)
+    build("wheel", output / archive.name.removesuffix(".tar.gz"))
     path, = output.glob("*.whl")
     return path
 
@@ -53,6 +62,7 @@ def test_it_holds_code_and_little_else(wheel):
     assert {name for name in names if not name.endswith(".py")} == DATA
     code = {str(path.relative_to(ROOT / "moba_megatron")) for path in (ROOT / "moba_megatron").rglob("*.py")}
     left_out = {f"bench/{name}.py" for name in (*CHECKOUT_ONLY, "peers", "training", "zero")}
+    left_out |= {"plan/scenarios.py", "plan/simulate.py"}
     assert left_out < code
     code -= left_out
     assert {name for name in names if name.endswith(".py")} == code
@@ -64,7 +74,9 @@ def test_it_holds_code_and_little_else(wheel):
     (["-m", "moba_megatron.plan", "--check"], 2, "--results must be a folder with kernels.json"),
     (["-m", "moba_megatron.inspect", "--help"], 0, "--from-trace"),
     (["-m", "moba_megatron.bench", "--help"], 0, "kernels"),
-    (["-m", "moba_megatron.bench", "table"], 2, "need a checkout"),
+    (["-m", "moba_megatron.bench", "table", "--name", "speedup"], 2, "need a checkout"),
+    (["-m", "moba_megatron.plan", "--fit"], 2, "needs a checkout"),
+    (["-m", "moba_megatron.plan", "--simulate", "out"], 2, "needs a checkout"),
     (["-m", "moba_megatron.bench", "kernels", "--help"], 0, "--rows"),
     (["-m", "moba_megatron.launch", "--help"], 0, "SCRIPT"),
     (["-m", "moba_megatron.plan.measure", "--help"], 0, "--routings"),
@@ -96,3 +108,9 @@ def test_one_version():
     for path, words in (("README.md", f"Version {version};"), ("CHANGELOG.md", f"## {version}"),
                         ("CITATION.cff", f"version: {version}\n")):
         assert words in (ROOT / path).read_text(), path
+
+
+def test_a_read_only_checkout_is_installed_from_all_that_the_build_reads():
+    """launch/common.sh copies what an editable installation needs."""
+    copied = " ".join(re.findall(r"run cp (?:-r )?(.*) \"\$source", (ROOT / "launch/common.sh").read_text())).split()
+    assert {*ARCHIVED, "moba_megatron"} - {"MANIFEST.in"} <= set(copied)

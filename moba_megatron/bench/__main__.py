@@ -20,9 +20,12 @@ def main(argv: list[str] | None = None) -> int:
             getattr(importlib.import_module(f".{name}", __package__), add)(subcommands)
         else:
             missing = subcommands.add_parser(add.removeprefix("add_"), help="(needs a checkout)")
-            missing.set_defaults(run=lambda arguments: parser.error(
-                f"{arguments.subcommand} and its stored results need a checkout; the wheel has neither"))
-    arguments = parser.parse_args(argv)
+            missing.set_defaults(missing=True)
+    arguments, unknown = parser.parse_known_args(argv)
+    if getattr(arguments, "missing", False):
+        parser.error(f"{arguments.subcommand} and its stored results need a checkout; the wheel has neither")
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if not getattr(arguments, "show", None):
         environment.need_device(parser, getattr(arguments, "device", "cpu"))
     return arguments.run(arguments)

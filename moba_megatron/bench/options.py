@@ -83,7 +83,7 @@ def difference(run: Run, row: dict, like: dict | None) -> str:
 
 
 def markdown(result: dict) -> str:
-    """The table of `examples/megatron_lm/README.md`, and where it was measured."""
+    """The table of `docs/benchmarks.md`, and where it was measured."""
     lines = table(result)
     lines = [{name: line[name] for name in line if any(each[name] for each in lines)} for line in lines]
     return f"{report.as_markdown(lines)}\n\n{environment.line(result['environment'])}. {report.made_by(result)}"

@@ -1,7 +1,7 @@
 """Which chunks does each layer and head choose? Pictures, a page and a trace from a checkpoint and a text.
 
-    python -m moba_megatron.inspect --load runs/quickstart/checkpoints --text play.txt --output look
-    python -m moba_megatron.inspect --load runs/quickstart/checkpoints --text play.txt --trace routing.npz
+    python -m moba_megatron.inspect --load runs/quickstart/checkpoints --text README.md --output look
+    python -m moba_megatron.inspect --load runs/quickstart/checkpoints --text README.md --trace routing.npz
     python -m moba_megatron.inspect --from-trace routing.npz --output look
 
 The checkpoint is one of examples/pretrain_gpt.py, of any parallel size; reading it unpickles parts of it, which can run

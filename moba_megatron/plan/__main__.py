@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..bench.report import RESULTS, as_text, save
 from ..config import MoBAConfig
-from . import calibration, cards, check, command, scenarios, simulate
+from . import calibration, cards, check, command
 from .layout import RECOMPUTE
 from .models import MODELS, Model, Run, default_batch, parse_size
 from .search import plan
@@ -63,7 +63,7 @@ def _size(text: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0; 1 where nothing fits or a check misses its goal; 2 for a wrong argument."""
+    """0; 1 where nothing fits or a median error is above the limit; 2 for a wrong argument."""
     p = parser()
     arguments = p.parse_args(argv)
     if arguments.cards:
@@ -72,6 +72,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.check:
         return _check(arguments.results, arguments.json)
     if arguments.fit:
+        if not (RESULTS / "h200").is_dir():
+            return _needs_a_checkout("--fit")
         print(f"wrote {calibration.COEFFICIENTS}, fitted to {calibration.write_coefficients().source}")
         return 0
     if arguments.simulate:
@@ -118,7 +120,7 @@ def _plan(arguments: argparse.Namespace, run: Run, card: cards.Card) -> int:
     if arguments.why:
         print(as_text([{"layout": layout.name(), "reason": "; ".join(why)} for layout, why in out]))
     if arguments.json:
-        save(arguments.json, {"environment": scenarios.about(), "layouts": [as_dict(p) for p in fit]})
+        save(arguments.json, {"environment": command.about(), "layouts": [as_dict(p) for p in fit]})
     if not fit:
         return 1
     print(f"\nThe cheapest, {fit[0].layout.name()} (add your own {command.YOUR_OWN}):\n")
@@ -172,7 +174,7 @@ def _check(folder: Path, path: Path | None) -> int:
         return 2
     missed, found = 0, check.sections(folder)
     if path:
-        about = scenarios.about()
+        about = command.about()
         save(path, {"environment": about, "sections": [{**asdict(s), "median_error": s.median} for s in found]})
     for section in found:
         verdict = "" if section.median <= check.GOAL else f", above {check.GOAL:.0%}"
@@ -181,7 +183,17 @@ def _check(folder: Path, path: Path | None) -> int:
     return int(missed > 0)
 
 
+def _needs_a_checkout(flag: str) -> int:
+    print(f"error: {flag} needs a checkout: the wheel has neither the stored results nor the simulation",
+          file=sys.stderr)
+    return 2
+
+
 def _simulate(arguments: argparse.Namespace) -> int:
+    try:
+        from . import scenarios, simulate
+    except ImportError:
+        return _needs_a_checkout("--simulate")
     card, lengths = _card(arguments), [arguments.seq] if arguments.seq else list(scenarios.LENGTHS)
     layer = simulate.Layer(arguments.chunk_size, arguments.topk)
     print(as_text(scenarios.write(arguments.simulate, layer, lengths, card, arguments.trace)))

@@ -2,7 +2,11 @@
 from __future__ import annotations
 
 import shlex
+import sys
 
+import torch
+
+from ..bench import environment
 from .cards import Card
 from .layout import Layout
 from .models import Run
@@ -78,3 +82,9 @@ def as_text(words: list[str], width: int = 110) -> str:
             lines.append("   ")
         lines[-1] += " " + phrase
     return " \\\n".join(lines)
+
+
+def about() -> dict:
+    """Where and by which command something was predicted."""
+    command = "python -m moba_megatron.plan " + shlex.join(sys.argv[1:])
+    return environment.describe(torch.device("cpu")) | {"command": command}

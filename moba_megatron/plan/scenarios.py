@@ -1,18 +1,14 @@
 """The simulation's scenarios: lengths, ranks and routings, written as JSON and pictures."""
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 
-import torch
-
-from ..bench import environment
 from ..bench.report import save
 from ..inspect.trace import load_trace
 from . import pictures
 from .calibration import stored
 from .cards import Card
+from .command import about
 from .routing import SYNTHETIC, Routing, of_trace
 from .simulate import Layer, limits, sweep
 
@@ -61,12 +57,6 @@ def write(folder: Path, layer: Layer, lengths: list[int], card: Card, trace: Pat
     save(folder / "exchange.json", result)
     pictures.simulated(result, folder)
     return table(result["limits"])
-
-
-def about() -> dict:
-    """Where and by which command something was predicted."""
-    command = "python -m moba_megatron.plan " + shlex.join(sys.argv[1:])
-    return environment.describe(torch.device("cpu")) | {"command": command}
 
 
 def table(found: list[dict]) -> list[dict[str, str]]:
