@@ -86,10 +86,10 @@ choose_torch() {
         --break-system-packages --torch-backend=cpu "torch$version" >/dev/null 2>&1; then
         TORCH="torch$version" BY=uv
     else
-        found="$("$1" -m pip index versions torch 2>/dev/null | tr ' ,' '\n\n' | grep -E '^[0-9.]+\+cpu$' || true)"
+        found="$("$1" -m pip index versions torch 2>/dev/null | sed 's/[ ,]/\n/g' | grep -E '^[0-9.]+\+cpu$' || true)"
         [ -z "$version" ] || found="$(grep -xF "${version#==}+cpu" <<<"$found" || true)"
         TORCH="${found:+torch==${found%%$'\n'*}}" # the newest is first
-        version="${TORCH#torch}" version="${version%+cpu}"
+        [ -z "$TORCH" ] || { version="${TORCH#torch}" && version="${version%+cpu}"; }
     fi
     if [ -n "$TORCH" ]; then
         GIGABYTES=4

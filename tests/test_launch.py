@@ -208,7 +208,8 @@ class TestWhichTorch:
         said, ran = install(TORCH_CPU="torch==2.14.1 triton==3.8.0")
         assert "TORCH_CPU asks for torch==2.14.1 triton==3.8.0" in said
         assert ran[0].endswith("torch==2.14.1 triton==3.8.0") and "--constraint launch/constraints.txt" in ran[1]
-        said, ran = install(CONSTRAINTS="")
+        said, ran = install(CONSTRAINTS="", PIP_HAS="2.13.0+cpu")
+        assert "the CPU build of torch==2.13.0, which pip finds" in said
         assert "--upgrade --upgrade-strategy eager --editable" in ran[-2] and "--constraint" not in "".join(ran)
 
 
