@@ -33,7 +33,8 @@ from deepspeed.checkpoint.constants import (
 )
 from pretraining import checkpointing, data
 from pretraining.agreement import RunError, SharedError, abort, gather, lost_rank, on_all_ranks, on_first_rank
-from pretraining.arguments import add_data_args, add_logging_args, require_positive
+from pretraining.arguments import add_data_args, add_logging_args, require_in_range, require_positive
+from pretraining.deepspeed_settings import deepspeed_config
 from pretraining.monitor import Monitor
 from pretraining.torch_gpt import GPT, GPTConfig
 
@@ -108,7 +109,9 @@ def _add_training_args(parser):
 
 def _derive_and_validate(args):
     require_positive(args, "num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size",
-                     "train_iters", "sequence_parallel_size", "log_interval")
+                     "train_iters", "sequence_parallel_size", "log_interval", "num_query_groups", "ffn_hidden_size",
+                     "global_batch_size", "save_interval", "exit_interval")
+    require_in_range(args)
     args.num_query_groups = args.num_query_groups or args.num_attention_heads
     args.ffn_hidden_size = args.ffn_hidden_size or -(-args.hidden_size * 8 // (3 * 64)) * 64
     if args.hidden_size % (2 * args.num_attention_heads):
@@ -147,62 +150,6 @@ def _derive_and_validate(args):
     moba_deepspeed.check_config(args.moba_config, args.sequence_parallel)
     args.deepspeed_settings = deepspeed_config(args)
     args.eval_iters = 0  # the data set builder's name for "no validation samples"
-
-
-FLAG_OF = {
-    "train_batch_size": "--global-batch-size",
-    "train_micro_batch_size_per_gpu": "--micro-batch-size",
-    "gradient_accumulation_steps": "--global-batch-size",
-    "gradient_clipping": "--clip-grad",
-    "bf16.enabled": "--bf16",
-    "zero_optimization.stage": "--zero-stage",
-    "checkpoint.load_universal": "--universal-checkpoint",
-    "optimizer": "--lr, --weight-decay, --adam-beta1 and --adam-beta2",
-    "scheduler": "--lr, --min-lr and --lr-warmup-iters",
-}
-"""What --deepspeed-config may only repeat: the program reads it from flags."""
-
-
-def deepspeed_config(args) -> dict:
-    """The settings for `deepspeed.initialize`: the flags', and those of --deepspeed-config in every section.
-
-    Raises:
-        ValueError: the file cannot be read, or contradicts a flag.
-    """
-    config = {
-        "train_micro_batch_size_per_gpu": args.micro_batch_size,
-        "gradient_accumulation_steps": args.global_batch_size // (args.micro_batch_size * args.data_parallel_size),
-        "gradient_clipping": args.clip_grad,
-        "bf16": {"enabled": args.bf16},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": {"stage": args.zero_stage},
-        "checkpoint": {"load_universal": args.universal_checkpoint},
-        "steps_per_print": sys.maxsize,
-    }
-    if args.deepspeed_config:
-        try:
-            given = json.loads(Path(args.deepspeed_config).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--deepspeed-config {args.deepspeed_config} must be a JSON file: {error}") from None
-        if not isinstance(given, dict):
-            raise ValueError(f"--deepspeed-config {args.deepspeed_config} must hold an object, got {given!r}")
-        _merge(config, given, args.deepspeed_config)
-    return config
-
-
-def _merge(config: dict, given: dict, file: str, section: str = "") -> None:
-    for name, value in given.items():
-        path, old = section + name, config.get(name)
-        if isinstance(old, dict):
-            if not isinstance(value, dict):
-                raise ValueError(f"--deepspeed-config {file}: {path} must be an object, got {value!r}")
-            _merge(old, value, file, path + ".")
-        elif path not in FLAG_OF:
-            config[name] = value
-        elif value not in (old, "auto"):
-            made = "absent" if old is None else repr(old)
-            raise ValueError(f"--deepspeed-config {file}: {path} must be {made}, as the flags make it, got {value!r}: "
-                             f"change {FLAG_OF[path]} instead")
 
 
 def build_model(args, vocab_size: int, parallel: SequenceParallel | None = None) -> GPT:
@@ -261,7 +208,7 @@ def _lr_factor(args, step: int) -> float:
     if step < args.lr_warmup_iters:
         return (step + 1) / args.lr_warmup_iters
     done = (step - args.lr_warmup_iters) / max(args.train_iters - args.lr_warmup_iters, 1)
-    floor = args.min_lr / args.lr
+    floor = args.min_lr / (args.lr or 1)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 

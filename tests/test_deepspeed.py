@@ -356,6 +356,13 @@ def test_ulysses_for_transformers_trains_as_plain_torch(ranks):
             assert np.array(got) == pytest.approx(np.array(want), rel=1e-4)
 
 
+OUT_OF_RANGE = {
+    "--global-batch-size -4": "1, got -4", "--num-query-groups -2": "1, got -2", "--ffn-hidden-size -3": "1, got -3",
+    "--save-interval -1": "1, got -1", "--exit-interval 0": "1, got 0", "--clip-grad -1": "0 and finite, got -1.0",
+    "--adam-beta1 2": "0 and below 1, got 2.0", "--weight-decay nan": "0 and finite, got nan",
+    "--lr inf": "0 and finite, got inf", "--rotary-base 0": "1 and finite, got 0.0"}
+
+
 class TestBadInput:
     def test_heads_that_ulysses_cannot_split(self):
         module = MoBAAttention(MoBAConfig(8, 2), 1, 1)
@@ -385,7 +392,8 @@ class TestBadInput:
         pytest.param(["--moba-key-conv", "3"], "MoBAConfig.key_conv must be 0 under DeepSpeed", id="key conv"),
         pytest.param(["--moba-cp-head-groups", "2"], "MoBAConfig.cp_head_groups must be None", id="head groups"),
         pytest.param(["--deepspeed-config", "none.json"], "none.json must be a JSON file", id="no settings"),
-    ])
+        *((flag.split(), f"{flag.split()[0]} must be at least {message}") for flag, message in OUT_OF_RANGE.items()),
+    ], ids=str)
     def test_flags_are_judged_before_anything_starts(self, monkeypatch, capsys, more, message):
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setenv("RANK", "0")
@@ -403,6 +411,14 @@ class TestBadInput:
         ({"gradient_clipping": 0.5}, "gradient_clipping must be 1.0, as the flags make it, got 0.5: change --clip"),
         ({"optimizer": {"type": "SGD"}}, "optimizer must be absent"),
         ([], "must hold an object, got []"),
+        ({"bfloat16": {"enabled": True}}, "bfloat16 must be absent, as the flags make it, got {'enabled': True}: "
+                                          "change --bf16 instead"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled must be False, as the flags make it, got True: change --bf16"),
+        ({"torch_autocast": {"enabled": True}}, "torch_autocast.enabled must be False"),
+        ({"amp": {"enabled": True}}, "amp must be absent, as the flags make it"),
+        ({"sequence_parallel_size": 2}, "sequence_parallel_size must be absent, as the flags make it, got 2: change"),
+        ({"data_parallel_size": 3}, "data_parallel_size must be absent, as the flags make it, got 3: change the "),
+        ({"unknown_key": 1, "timers": {}, "gradient_cliping": 1}, "DeepSpeed knows no gradient_cliping, unknown_key"),
     ], ids=str)
     def test_settings_that_contradict_the_flags(self, monkeypatch, capsys, tmp_path, settings, message):
         monkeypatch.setenv("WORLD_SIZE", "2")
@@ -412,3 +428,15 @@ class TestBadInput:
         with pytest.raises(SystemExit):
             job.parse_args(flags(Path("x"), "--deepspeed-config", str(file)))
         assert message in capsys.readouterr().err
+
+    def test_settings_that_only_repeat_the_flags_or_that_deepspeed_knows_pass(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        settings = {"fp16": {"enabled": False, "loss_scale": 0}, "bf16": {"enabled": "auto"}, "torch_autocast": {},
+                    "activation_checkpointing": {"cpu_checkpointing": False}, "aio": {}, "flops_profiler": {},
+                    "tensorboard": {"enabled": False}, "comms_logger": {}, "wall_clock_breakdown": True,
+                    "zero_allow_untested_optimizer": True, "compile": {}, "autotuning": {"enabled": False}}
+        file = tmp_path / "settings.json"
+        file.write_text(json.dumps(settings))
+        made = job.parse_args(flags(Path("x"), "--deepspeed-config", str(file))).deepspeed_settings
+        assert not made["fp16"]["enabled"] and not made["bf16"]["enabled"] and made["wall_clock_breakdown"]
+        assert settings.keys() <= made.keys()

@@ -309,6 +309,14 @@ class TestBadInput:
         pytest.param(1, ["--router-log-interval", "5", "--attention", "full"], "there is no router", id="no router"),
         pytest.param(1, ["--overlap-param-gather"], "--overlap-param-gather needs", id="overlap"),
         pytest.param(1, ["--no-such-flag"], "unrecognized", id="unknown flag"),
+        pytest.param(1, ["--global-batch-size", "-4"], "--global-batch-size must be at least 1", id="batch below 0"),
+        pytest.param(1, ["--ffn-hidden-size", "-3"], "--ffn-hidden-size must be at least 1", id="feed-forward"),
+        pytest.param(1, ["--exit-interval", "0"], "--exit-interval must be at least 1", id="exit interval"),
+        pytest.param(1, ["--save-interval", "-1"], "--save-interval must be at least 1", id="save interval below 0"),
+        pytest.param(1, ["--clip-grad", "-1"], "--clip-grad must be at least 0 and finite", id="clipping"),
+        pytest.param(1, ["--adam-beta1", "2"], "--adam-beta1 must be at least 0 and below 1", id="beta"),
+        pytest.param(1, ["--weight-decay", "nan"], "--weight-decay must be at least 0 and finite", id="weight decay"),
+        pytest.param(1, ["--distributed-timeout-minutes", "0"], "--distributed-timeout-minutes must", id="timeout"),
     ])
     def test_flags_are_judged_before_anything_starts(self, monkeypatch, capsys, world, flags, message):
         monkeypatch.setenv("WORLD_SIZE", str(world))

@@ -491,3 +491,26 @@ def test_unknown_arguments_of_attention_are_refused(keyword):
         model(ids, **{keyword: torch.zeros(1)})
     with torch.no_grad():
         assert torch.equal(model(ids, **{keyword: None}).logits, model(ids, output_hidden_states=True).logits)
+
+
+@pytest.mark.parametrize("given", [
+    dict(shift_labels=hf.tokens(2, 30)), dict(shift_labels=hf.tokens(2, 30), num_items_in_batch=torch.tensor(60)),
+    dict(ignore_index=7), dict(return_token_accuracy=True, use_token_scaling=True, num_items_in_batch=50),
+    dict(token_type_ids=torch.ones(2, 30, dtype=torch.long)), dict(output_router_logits=True, skip_logits=True),
+], ids=lambda given: ",".join(given))
+def test_arguments_of_the_loss_and_of_outputs_pass(given):
+    """Trainers and tokenizers send them through all layers; with every chunk chosen the loss is the dense one."""
+    register_moba(MoBAConfig(hf.CHUNK, 30), name="moba_everything")
+    ids = hf.tokens(2, 30, seed=4)
+    got, dense, plain = (hf.model(attention=attention)(ids, labels=ids, **more).loss for attention, more in (
+        ("moba_everything", given), ("sdpa", given), ("sdpa", {})))
+    torch.testing.assert_close(got, dense)
+    assert torch.equal(dense, plain) == given.keys().isdisjoint({"shift_labels", "ignore_index", "num_items_in_batch"})
+
+
+def test_every_argument_that_transformers_names_was_judged():
+    """A name that is new there passes, unless REFUSED has it: whether it changes attention must be decided by hand."""
+    assert set(transformers.utils.TransformersKwargs.__annotations__) <= {
+        "num_items_in_batch", "output_hidden_states", "output_attentions", "output_router_logits", "cu_seq_lens_q",
+        "cu_seq_lens_k", "max_length_q", "max_length_k", "position_ids", "is_causal", "seq_idx"}
+    assert not huggingface.UNDERSTOOD & huggingface.REFUSED.keys()

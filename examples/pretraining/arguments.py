@@ -1,5 +1,6 @@
 """Command-line flags of the pretraining example, spelled as Megatron-LM spells them, and their validation."""
 import argparse
+import math
 import os
 
 from moba_megatron.arguments import add_moba_arguments, config_from_args
@@ -133,7 +134,10 @@ def _add_router_args(parser):
 def _derive_and_validate(args):
     require_positive(args, "num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size",
                      "train_iters", "tensor_model_parallel_size", "pipeline_model_parallel_size",
-                     "context_parallel_size", "log_interval", "eval_interval", "loss_position_bins")
+                     "context_parallel_size", "log_interval", "eval_interval", "loss_position_bins", "ffn_hidden_size",
+                     "kv_channels", "global_batch_size", "lr_decay_iters", "recompute_num_layers", "save_interval",
+                     "exit_interval", "router_log_interval", "make_vocab_size_divisible_by")
+    require_in_range(args)
     model_parallel = (args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size)
     if args.world_size % model_parallel:
         raise ValueError(f"the number of processes must be a multiple of tensor x pipeline x context parallel size = "
@@ -162,10 +166,8 @@ def _derive_and_validate(args):
     if not 0 <= args.lr_warmup_iters < args.lr_decay_iters:
         raise ValueError(f"--lr-warmup-iters must be below the decay's {args.lr_decay_iters} iterations, "
                          f"got {args.lr_warmup_iters}")
-    if args.router_log_interval is not None:
-        require_positive(args, "router_log_interval")
-        if args.attention != "moba":
-            raise ValueError("--router-log-interval needs --attention moba, got --attention full: there is no router")
+    if args.router_log_interval is not None and args.attention != "moba":
+        raise ValueError("--router-log-interval needs --attention moba, got --attention full: there is no router")
     if args.save_interval and not args.save:
         raise ValueError("--save-interval needs --save, the directory for checkpoints")
     if args.overlap_param_gather and not (args.use_distributed_optimizer and args.overlap_grad_reduce):
@@ -208,10 +210,27 @@ def _derive_batch(args):
 
 
 def require_positive(args, *names):
-    """Raises ValueError unless each of these flags is at least 1."""
+    """Raises ValueError unless each of these flags is at least 1, or not given."""
     for name in names:
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"{_flag(name)} must be at least 1, got {getattr(args, name)}")
+
+
+RANGES = {"lr": (0, math.inf), "weight_decay": (0, math.inf), "clip_grad": (0, math.inf), "adam_beta1": (0, 1),
+          "adam_beta2": (0, 1), "adam_eps": (0, math.inf), "norm_epsilon": (0, math.inf), "rotary_base": (1, math.inf),
+          "init_method_std": (0, math.inf), "eval_iters": (0, math.inf), "num_workers": (0, math.inf)}
+"""The least value of a flag, and what it must be below."""
+
+
+def require_in_range(args):
+    """Raises ValueError unless the flags of RANGES are in their ranges, as far as the program has them."""
+    for name, (least, end) in RANGES.items():
+        if hasattr(args, name) and not least <= getattr(args, name) < end:
+            below = "finite" if end == math.inf else f"below {end}"
+            raise ValueError(f"{_flag(name)} must be at least {least} and {below}, got {getattr(args, name)}")
+    if not 0 < args.distributed_timeout_minutes < math.inf:
+        raise ValueError("--distributed-timeout-minutes must be above 0 and finite, "
+                         f"got {args.distributed_timeout_minutes}")
 
 
 def _flag(name: str) -> str:

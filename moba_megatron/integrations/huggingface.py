@@ -7,6 +7,7 @@ padding, packed rows, prefill over a cache, static caches. A new token attends d
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 import warnings
 from dataclasses import replace
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import AttentionMaskInterface
+from transformers.utils import TransformersKwargs
 
 from ..config import CHOICES, MoBAConfig
 from ..ops import moba_attention
@@ -149,11 +152,6 @@ def _segments(query: Tensor, key: Tensor, layout: Tensor | None, kwargs: dict, c
     return row_segments(query, key, layout, kwargs.get("position_ids"), chunk_size)
 
 
-UNDERSTOOD = frozenset((
-    "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "is_causal",
-    # what a model's forward hands through to all layers, and which changes no attention
-    "num_items_in_batch", "output_hidden_states", "output_router_logits", "return_dict", "use_cache", "cache_position",
-    "seq_idx"))
 REFUSED = {
     "attention_dropout": "set config.attention_dropout = 0",
     "sliding_window": "set config.sliding_window = None, or leave such a model to another attention",
@@ -164,6 +162,13 @@ REFUSED = {
     "cache": "generate() works, with caches that are not paged",
 }
 """What attention layers ask for that MoBA does not have, and what to do. Names that are in neither are refused too."""
+UNDERSTOOD = {
+    "position_ids", "is_causal",
+    *TransformersKwargs.__annotations__, *inspect.signature(ForCausalLMLoss).parameters,
+    # what else a call, a trainer, a tokenizer or a fused loss hands through to all layers, and changes no attention
+    "cache_position", "logits_to_keep", "return_dict", "return_predicted_tokens", "return_token_accuracy", "seq_idx",
+    "skip_logits", "special_tokens_mask", "token_type_ids", "use_cache", "use_token_scaling"} - REFUSED.keys()
+"""What this attention reads, or causal decoders' attention has no use for: their masks come from the models."""
 MEANINGS = {"sliding_window": "sliding_window (or attention_chunk_size)", "s_aux": "s_aux (attention sinks)",
             "cache": "cache (paged, continuous batching)"}
 
@@ -175,8 +180,8 @@ def refuse(module: torch.nn.Module, attention_mask: Tensor | None, dropout: floa
             continue
         got = repr(value) if isinstance(value, (bool, int, float, str)) else f"a {type(value).__name__}"
         raise ValueError(f"{MEANINGS.get(name, name)} is not supported by MoBA attention, got {got}: "
-                         + REFUSED.get(name, f"{type(module).__name__} attends in a way of its own, leave such a model "
-                                             "to another attention"))
+                         + REFUSED.get(name, f"{type(module).__name__}, or the model's call, gave it: leave it out of "
+                                             "the call, or leave a model whose layers need it to another attention"))
     is_causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise ValueError(f"is_causal must be True for MoBA attention, got False in {type(module).__name__}")
