@@ -7,6 +7,7 @@ import transformers
 from transformers import DynamicCache, StaticCache, masking_utils
 
 from moba_megatron import MoBAConfig, register_moba
+from moba_megatron.integrations.huggingface_mask import row_segments
 
 CONFIG = MoBAConfig(hf.CHUNK, hf.TOPK)
 DENSE = MoBAConfig(hf.CHUNK, hf.TOPK, full_attention_layers="all")
@@ -304,3 +305,15 @@ def test_same_dtype_for_deepspeed():
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(attention(q, k, v), attention(*low))
         assert attention(*(x.double() for x in (q, k, v))).dtype == torch.float64
+
+
+@pytest.mark.parametrize("layout", (
+    torch.tensor([[0, 4, 0], [1, 4, 0]])[:, None, None],
+    torch.tensor([[0, 0, 2, 2], [0, 1, 1, 1]])[:, None, :, None]), ids=("padded", "packed"))
+def test_layers_on_several_devices_share_a_layout(layout):
+    layout = layout.int()
+    for device in ("cpu", "meta", "cpu"):
+        x = torch.empty(2, 1, 4, 8, device=device)
+        segments = row_segments(x, x, layout, None, 2)
+        assert {y.device.type for y in (segments.cu_seqlens_q, segments.cu_seqlens_k, segments.seq_ids,
+                                        segments.offsets)} == {device}

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moba_megatron import moba_attn_varlen
 from moba_megatron.ops import causal_attn_varlen, moba_attention
+from moba_megatron.ops.decode import moba_decode
 from moba_megatron.segments import Segments
 
 LENGTHS, CHUNK, TOPK = (13, 0, 1, 6), 4, 2
@@ -89,12 +90,27 @@ FORWARD_MODE = {
     "dual numbers": lambda q, k, v: _dual(q, k, v),
     "compiled": lambda q, k, v: torch.compile(lambda v: torch.func.jvp(lambda v: attend(q, k, v), (v,), (v,)),
                                               backend="eager")(v),
+    "linearize": lambda q, k, v: torch.func.linearize(lambda v: attend(q, k, v), v),
+    "dual numbers, counted": lambda q, k, v: _counted_dual(q, k, v),
+    "dual numbers, compiled": lambda q, k, v: _dual(q, k, v, torch.compile(attend, backend="eager")),
+    "dual numbers, compiled before": lambda q, k, v: _dual(q, k, v, _compiled(q, k, v)),
 }
 
 
-def _dual(q, k, v):
+def _dual(q, k, v, attend=attend):
     with torch.autograd.forward_ad.dual_level():
         attend(q, k, torch.autograd.forward_ad.make_dual(v, v))
+
+
+def _counted_dual(q, k, v):
+    with FlopCounterMode(display=False):
+        _dual(q, k, v)
+
+
+def _compiled(q, k, v):
+    compiled = torch.compile(attend, backend="eager")
+    torch.testing.assert_close(compiled(q, k, v), attend(q, k, v))
+    return compiled
 
 
 @pytest.mark.parametrize("call", FORWARD_MODE.values(), ids=FORWARD_MODE.keys())
@@ -102,6 +118,55 @@ def test_forward_mode_is_refused_by_name(call):
     torch._dynamo.reset()
     with pytest.raises(NotImplementedError, match="forward-mode differentiation .* of MoBA attention"):
         call(*make())
+
+
+def test_constants_beside_dual_numbers_are_not_refused():
+    qkv = make()
+    with torch.autograd.forward_ad.dual_level(), FlopCounterMode(display=False):
+        got = attend(*qkv)
+    torch.testing.assert_close(got, attend(*qkv))
+
+
+def _decode(q, k=torch.randn(1, 8, HK, D)):
+    return moba_decode(q, k, k, k[:, :2].clone(), torch.tensor([8], dtype=torch.int32), CHUNK, TOPK)
+
+
+FORWARD_MODE_OF_DECODE = {
+    "jvp": lambda q: torch.func.jvp(_decode, (q,), (q,)),
+    "jvp, compiled": lambda q: torch.func.jvp(torch.compile(_decode, backend="eager"), (q,), (q,)),
+    "linearize": lambda q: torch.func.linearize(_decode, q),
+    "dual numbers": lambda q: _dual(None, None, q, lambda q, k, dual: _decode(dual)),
+}
+
+
+@pytest.mark.parametrize("call", FORWARD_MODE_OF_DECODE.values(), ids=FORWARD_MODE_OF_DECODE.keys())
+def test_forward_mode_of_decode_is_refused_by_name(call):
+    torch._dynamo.reset()
+    with pytest.raises(NotImplementedError, match="forward-mode differentiation .* of moba_decode"):
+        call(torch.randn(1, H, D))
+
+
+@pytest.mark.parametrize("in_dims", ((0, 0, 0), (None, None, 2)))
+def test_vmap_over_nothing(in_dims):
+    q, k, v = (x.movedim(0, dim) if dim is not None else x[0] for x, dim in zip(make(1), in_dims))
+    q, k, v = (x if dim is None else x.narrow(dim, 0, 0) for x, dim in zip((q, k, v), in_dims))
+    assert torch.vmap(attend, in_dims)(q, k, v).shape == (0, TOTAL, H, DV)
+    got = torch.vmap(torch.func.grad(loss, argnums=(0, 1, 2)), in_dims)(q, k, v)
+    assert [x.shape for x in got] == [(0, TOTAL, heads, dim) for heads, dim in ((H, D), (HK, D), (HK, DV))]
+
+
+@pytest.mark.parametrize("dynamic", (None, True))
+def test_scales_of_a_compiled_operator(dynamic):
+    """A compiler that has seen two makes the scale symbolic."""
+    torch._dynamo.reset()
+    qkv = make()
+
+    def scaled(q, k, v, scale):
+        return moba_attn_varlen(q, k, v, CU, 13, CHUNK, TOPK, softmax_scale=scale)
+
+    compiled = torch.compile(scaled, backend="eager", fullgraph=True, dynamic=dynamic)
+    for scale in (0.3, 0.4, 0.5):
+        torch.testing.assert_close(compiled(*qkv, scale), scaled(*qkv, scale))
 
 
 SECOND = {

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from ..config import MoBAConfig
 from ..context_parallel import Agreement, Sequences, check_zigzag, context_parallel_attention
-from ..ops import causal_attn_varlen, moba_attn_varlen
+from ..ops import moba_attention
 from ..ops.validation import check_qkv
 from ..rendezvous import init_process_group
+from ..segments import uniform_segments
 from .mixed_precision import same_dtype
 
 METHODS = ("none", "ulysses", "zigzag")
@@ -204,14 +205,12 @@ class MoBAAttention(nn.Module):
 
     def _whole_sequences(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch, length = q.shape[:2]
-        cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * length
+        chunk_size, topk = (max(1, length), 1) if self._is_dense() else (self.config.chunk_size, self.config.topk)
+        segments = uniform_segments(length, length, batch, chunk_size, q.device)  # of one length: cuDNN may take them
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        options = {"softmax_scale": self.softmax_scale, "deterministic": self.config.deterministic,
-                   "backend": self.config.backend, "workspace_mib": self.config.workspace_mib}
-        if self._is_dense():
-            o = causal_attn_varlen(q, k, v, cu_seqlens, length, **options)
-        else:
-            o = moba_attn_varlen(q, k, v, cu_seqlens, length, self.config.chunk_size, self.config.topk, **options)
+        o = moba_attention(q, k, v, segments, topk, softmax_scale=self.softmax_scale,
+                           deterministic=self.config.deterministic, backend=self.config.backend,
+                           workspace_mib=self.config.workspace_mib)
         return o.unflatten(0, (batch, length))
 
     def _zigzag(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

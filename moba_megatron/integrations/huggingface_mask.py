@@ -108,20 +108,21 @@ def row_segments(query: Tensor, key: Tensor, layout: Tensor | None, position_ids
         ValueError: packed sequences over a cache that holds other keys than theirs.
     """
     (batch, _, queries, _), slots = query.shape, key.shape[2]
+    placed = None if layout is None else layout.to(query.device)  # layers on several GPUs may share one layout
     if layout is not None and layout.shape[3] == 1:
-        first = layout[:, 0, :, 0].to(query.device)
-        return _remembered(layout, ("packed", chunk_size), lambda: _packed_segments(
+        first = placed[:, 0, :, 0]
+        return _remembered(layout, ("packed", chunk_size, query.device), lambda: _packed_segments(
             first == torch.arange(queries, device=first.device), chunk_size))
     if layout is None:
         segments = uniform_segments(queries, slots, batch, chunk_size, query.device)
     else:
-        segments = _remembered(layout, ("padded", queries, slots, chunk_size),
-                               lambda: _padded_segments(layout, queries, slots, chunk_size))
+        segments = _remembered(layout, ("padded", queries, slots, chunk_size, query.device),
+                               lambda: _padded_segments(placed, queries, slots, chunk_size))
     if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != queries:
         return segments
 
     def build() -> Segments | None:
-        restarts = _restarts(position_ids.to(query.device), layout, batch)
+        restarts = _restarts(position_ids.to(query.device), placed, batch)
         if _readable(restarts) and not restarts.any():
             return None
         if queries != slots:
@@ -130,11 +131,11 @@ def row_segments(query: Tensor, key: Tensor, layout: Tensor | None, position_ids
         slot = torch.arange(slots, device=restarts.device)
         begins = restarts | (slot == 0)
         if layout is not None:
-            begins |= (slot == layout[:, 0, 0, :1]) | (slot == layout[:, 0, 0, 1:2])
+            begins |= (slot == placed[:, 0, 0, :1]) | (slot == placed[:, 0, 0, 1:2])
         return _packed_segments(begins, chunk_size)
 
     if _readable(query):
-        key_of = ("restarts", id(position_ids), batch, slots, chunk_size)
+        key_of = ("restarts", id(position_ids), batch, slots, chunk_size, query.device)
         found = _remembered(position_ids if layout is None else layout, key_of, build)
     else:
         found = build()

@@ -143,14 +143,16 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, topk: int, soft
     arguments = (segments.cu_seqlens_q, segments.cu_seqlens_k, segments.seq_ids, segments.offsets,
                  segments.max_seqlen_q, segments.max_seqlen_k, chunk_size, segments.packed, segments.exact, topk, scale,
                  deterministic, backend, workspace_mib)
+    compiling, forward_mode = torch.compiler.is_compiling(), torch.autograd.forward_ad._current_level >= 0
     if is_unobserved(q, k, v):
         o, lse = _Attention.apply(q, k, v, arguments)
-    elif torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        if torch.compiler.is_compiling() and _differentiates():
-            raise NotImplementedError("torch.compile of a torch.func transform with derivatives over MoBA attention is "
-                                      "not implemented: compile what is inside of it, or use torch.autograd")
+    elif compiling or not (forward_mode or torch._C._are_functorch_transforms_active()):
+        if compiling and (forward_mode or _differentiates()):
+            raise NotImplementedError("torch.compile of a torch.func transform with derivatives, or under "
+                                      "forward_ad.dual_level, over MoBA attention is not implemented: compile what is "
+                                      "inside of it, or use torch.autograd")
         o, lse, *_ = _forward(q, k, v, *arguments)
-    else:
+    else:  # a custom operator drops tangents without a word, these Functions refuse them
         o, lse, *_ = _TransformedAttention.apply(q, k, v, *arguments)
     return (o, lse) if return_lse else o
 
@@ -170,8 +172,9 @@ def causal_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_
                        ) -> Tensor | tuple[Tensor, Tensor]:
     """Dense causal attention over packed sequences: MoBA with one chunk as long as the longest sequence.
 
-    On CUDA ``backend="auto"`` takes cuDNN or flash attention where they fit (``ops/dense.py``), as it does wherever
-    MoBA is causal attention; ``triton`` always takes the project's own kernels.
+    On CUDA ``backend="auto"`` takes flash attention where it fits (``ops/dense.py``), as it does wherever MoBA is
+    causal attention; cuDNN wants lengths known to be equal: ``moba_attention`` with ``segments.uniform_segments``.
+    ``triton`` always takes the project's own kernels.
 
     Args, Returns, Raises: as :func:`moba_attn_varlen`.
     """
@@ -327,7 +330,11 @@ class _Transformed(torch.autograd.Function):
         def at(i):
             return (x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims))
 
-        results = tuple(map(torch.stack, zip(*(cls.apply(*at(i)) for i in range(info.batch_size)))))
+        if info.batch_size == 0:  # the shapes come from a call on zeros
+            one = (x if dim is None else x.new_zeros(x.movedim(dim, 0).shape[1:]) for x, dim in zip(args, in_dims))
+            results = tuple(x.new_empty(0, *x.shape) for x in cls.apply(*one))
+        else:
+            results = tuple(map(torch.stack, zip(*(cls.apply(*at(i)) for i in range(info.batch_size)))))
         return results, (0,) * len(results)
 
     jvp = staticmethod(_Attention.jvp)
@@ -346,6 +353,13 @@ class _TransformedAttention(_Transformed):
 
 
 class _AttentionBackward(_Transformed):
+    @classmethod
+    def vmap(cls, info, in_dims, *args):
+        if info.batch_size:
+            return super().vmap(info, in_dims, *args)
+        shapes = (x.shape if dim is None else x.movedim(dim, 0).shape[1:] for x, dim in zip(args[2:5], in_dims[2:5]))
+        return tuple(args[2].new_empty(0, *shape) for shape in shapes), (0, 0, 0)
+
     @staticmethod
     def forward(*arguments):
         return _unobserved_bwd(*arguments)

@@ -1,8 +1,8 @@
 """What the public operators demand of their arguments, with errors that name the argument, the demand and what came."""
 from __future__ import annotations
 
-import math
 import os
+import sys
 
 import torch
 from torch import Tensor
@@ -78,11 +78,7 @@ def check_scale(softmax_scale: float | None, head_dim: int) -> float:
         return head_dim ** -0.5
     if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)):
         raise TypeError(f"softmax_scale must be a float or None, got {softmax_scale!r}")
-    try:
-        finite = math.isfinite(softmax_scale)
-    except OverflowError:  # an int beyond all floats
-        finite = False
-    if not finite:
+    if not abs(softmax_scale) <= sys.float_info.max:  # math.isfinite has no symbolic value, and refuses large ints
         raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
     return float(softmax_scale)
 
