@@ -15,7 +15,7 @@ COMPILE = "import sys; [compile(open(name, encoding='utf-8').read(), name, 'exec
 
 def oldest_python() -> str | None:
     """A Python 3.10 of this machine, by any of the names under which it is usually found."""
-    homes = [Path(home) for home in (os.environ.get("PYENV_ROOT"), Path.home() / ".pyenv", "/root/.pyenv") if home]
+    homes = [Path(home) for home in (os.environ.get("PYENV_ROOT"), Path.home() / ".pyenv") if home]
     pyenv = shutil.which("pyenv")
     homes += [Path(pyenv).resolve().parents[1]] if pyenv else []
     names = [sys.executable, shutil.which("python3.10"), *(str(found) for home in homes
