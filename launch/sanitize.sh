@@ -53,7 +53,7 @@ fi
 failed=0
 for tool in ${TOOLS-memcheck racecheck initcheck synccheck}; do
     options=(--print-limit 20 --kernel-name kernel_substring=_kernel)
-    [ "$tool" != racecheck ] || options+=(--kernel-name-exclude kernel_substring=_hopper)
+    [ "$tool" != racecheck ] || options+=(--kernel-name-exclude kernel_substring=_sm90_kernel)
     [ "$tool" != initcheck ] || options=(--print-limit 0 --show-backtrace device)
     check "$tool" "$tool" sanitizer.py "${options[@]}"
     status=$?
@@ -65,16 +65,16 @@ for tool in ${TOOLS-memcheck racecheck initcheck synccheck}; do
 done
 
 # Warp-specialised kernels: racecheck before 2026.1 reports mbarriers and warp groups wrongly (so its release notes).
-# It decides only where it finds none in a kernel that has none; else tests/gpu/test_hopper_delays.py is what decides.
-if [[ " ${TOOLS-racecheck} " == *" racecheck "* ]] && run "$python" tests/gpu/sanitizer.py --hopper; then
-    options=(--print-limit 20 --kernel-name kernel_substring=_hopper --num-cuda-barriers 64)
+# It decides only where it finds none in a kernel that has none; else tests/gpu/test_sm90_delays.py is what decides.
+if [[ " ${TOOLS-racecheck} " == *" racecheck "* ]] && run "$python" tests/gpu/sanitizer.py --sm90; then
+    options=(--print-limit 20 --kernel-name kernel_substring=_sm90_kernel --num-cuda-barriers 64)
     check racecheck-control racecheck racecheck_control.py "${options[@]}"
     control=$?
-    check racecheck-hopper racecheck sanitizer.py "${options[@]}"
-    hopper=$?
-    if [ "$control" -eq 9 ] && [ "$hopper" -eq 9 ]; then
-        echo "racecheck reports a kernel that has no race: racecheck-hopper does not count" | tee -a "$out/summary.txt"
-    elif [ "$hopper" -ne 0 ] || { [ "$control" -ne 0 ] && [ "$control" -ne 9 ]; }; then
+    check racecheck-sm90 racecheck sanitizer.py "${options[@]}"
+    sm90=$?
+    if [ "$control" -eq 9 ] && [ "$sm90" -eq 9 ]; then
+        echo "racecheck reports a kernel that has no race: racecheck-sm90 does not count" | tee -a "$out/summary.txt"
+    elif [ "$sm90" -ne 0 ] || { [ "$control" -ne 0 ] && [ "$control" -ne 9 ]; }; then
         failed=1
     fi
 fi

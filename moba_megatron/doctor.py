@@ -128,24 +128,24 @@ def report_stages() -> bool:
         _line(name, f"reference: {reason}" if reason else _kernel_of(stage, config))
     if not problem and (reason or torch.cuda.get_device_capability() != (9, 0)):
         return True
-    hopper_problem = None if problem else importlib.import_module(".kernels.hopper", __package__).unusable()
-    if hopper_problem:
-        _line("Hopper kernels", f"{'' if 'written for' in hopper_problem else 'FAIL: '}not used: {hopper_problem}")
-    return not problem and (hopper_problem is None or "written for" in hopper_problem)
+    sm90_problem = None if problem else importlib.import_module(".kernels.sm90", __package__).unusable()
+    if sm90_problem:
+        _line("Hopper kernels", f"{'' if 'written for' in sm90_problem else 'FAIL: '}not used: {sm90_problem}")
+    return not problem and (sm90_problem is None or "written for" in sm90_problem)
 
 
 def _kernel_of(stage: str, config: MoBAConfig) -> str:
     """Hopper or portable, by the look-ups that the launchers do."""
-    from .kernels import hopper, tuning
+    from .kernels import sm90, tuning
     q = torch.empty(16, 1, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
-    portable = hopper.portable(q, q, q, q)
+    portable = sm90.portable(q, q, q, q)
     options = tuning.config(stage, q.device, head_dim=HEAD_DIM, itemsize=2, chunk_size=config.chunk_size,
                             choices=config.topk - 1, slots=config.topk - 1, ragged=config.chunk_size % 64,
                             portable=portable)
     arch = tuning.arch_of(q.device)
-    if hopper.chosen(options):
+    if sm90.chosen(options):
         return f"Hopper (Gluon), by the tuning table's rows for {arch}"
-    has_any = any(hopper.chosen(row.config) for row in tuning.rows(stage))
+    has_any = any(sm90.chosen(row.config) for row in tuning.rows(stage))
     why = ("the stage has no others" if not has_any else f"the Hopper kernels need sm_90, this is {arch}"
            if torch.cuda.get_device_capability() != (9, 0) else "the Hopper kernels cannot be used (below)" if portable
            else "the tuning table prefers them for these sizes")

@@ -63,4 +63,4 @@ def f(p, i, stride_t, stride_h, WIDE: tl.constexpr):
     function, = (node for node in ast.parse(source).body)
     assert narrow_products(function) == [4, 5, 8]
     kernels = {function.name for path in FILES for function in jitted(path)}
-    assert {"_gate_kernel", "_hopper_bwd_dkv_kernel", "_decode_gate_kernel", "_mass_kernel"} <= kernels
+    assert {"_gate_kernel", "_attention_bwd_dkdv_sm90_kernel", "_decode_gate_kernel", "_mass_kernel"} <= kernels

@@ -46,10 +46,11 @@ def test_nothing_spills_much(report):
     assert not spilled, "\n" + compile_report.as_text(spilled)
 
 
-def test_kernels_of_hopper_leave_their_loops_to_registers(report):
+def test_kernels_of_sm90_leave_their_loops_to_registers(report):
     """384 threads have 168 registers each; what does not fit lies outside the loops that multiply, or is read once a
     block of rows where dk and dv's kernel writes dq's slots too (chunk 128)."""
-    most = {"_hopper_fwd_kernel": 0, "_hopper_bwd_dq_kernel": 16, "_hopper_bwd_dkv_kernel": 256}
+    most = {"_attention_fwd_sm90_kernel": 0, "_attention_bwd_dq_sm90_kernel": 16,
+            "_attention_bwd_dkdv_sm90_kernel": 256}
     rows = [row for row in report[0] if row.kernel in most]
     assert {row.kernel for row in rows} == set(most) and {row.capability for row in rows} == {90}
     assert all(row.registers <= 168 for row in rows)

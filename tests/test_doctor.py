@@ -69,12 +69,12 @@ def test_every_stage_has_a_line(capsys):
 HOPPER = {"sparse forward", "sparse dk and dv, backward", "sparse dq, backward"}
 
 
-@pytest.mark.parametrize("capability, triton, hopper, healthy", [
+@pytest.mark.parametrize("capability, triton, sm90, healthy", [
     ((9, 0), "3.6.0", HOPPER, True), ((9, 0), "3.9.0", set(), True), ((9, 0), "broken", set(), False),
     ((8, 6), "3.6.0", set(), True)], ids=("sm_90", "sm_90, unknown Triton", "sm_90, broken", "sm_86"))
-def test_stages_on_a_card(capsys, monkeypatch, capability, triton, hopper, healthy):
+def test_stages_on_a_card(capsys, monkeypatch, capability, triton, sm90, healthy):
     """The look-ups of a card, on a machine without one."""
-    from moba_megatron.kernels import hopper as kernels
+    from moba_megatron.kernels import sm90 as kernels
     from moba_megatron.kernels import tuning
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *sizes, device, **options: empty(*sizes, **options))
@@ -91,7 +91,7 @@ def test_stages_on_a_card(capsys, monkeypatch, capability, triton, hopper, healt
         kernels._importable.cache_clear()
     said = capsys.readouterr().out
     found = kernels_of("\n" + said)
-    assert {stage for stage, kernel in found.items() if kernel.startswith("Hopper (Gluon)")} == hopper
+    assert {stage for stage, kernel in found.items() if kernel.startswith("Hopper (Gluon)")} == sm90
     if problem:
         assert problem in said and ("FAIL" in said) == (not healthy)
         assert "cannot be used (below)" in found["sparse forward"]

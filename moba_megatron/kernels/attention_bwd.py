@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..segments import Routing, Segments
-from . import hopper, tuning
+from . import sm90, tuning
 from .attention_bwd_dkdv import _attention_bwd_dkv_kernel, _attention_bwd_dkv_sum_kernel
 from .attention_bwd_dq import _attention_bwd_dq_kernel, _attention_bwd_dq_own_kernel
 from .attention_fwd import _check, _describable, _key_source, tma_available
@@ -80,7 +80,7 @@ def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tens
     together = groups[0][1] - groups[0][0]
     # one tile holds the chunk: its program writes the slots of dq too, and traffic is what it saves
     options = x.config("attention_bwd_dkv")
-    fused = segments.chunk_size <= (hopper.KEYS if hopper.chosen(options) else options["BLOCK_N"])
+    fused = segments.chunk_size <= (sm90.KEYS if sm90.chosen(options) else options["BLOCK_N"])
     cuts = _cuts(x, routing, together if fused else x.kv_heads)
     partials = torch.empty(cuts.partial_floats, dtype=torch.float32, device=q.device)
     if not fused:
@@ -150,7 +150,7 @@ class _Inputs:
 
     @functools.cached_property
     def portable(self) -> int:
-        return hopper.portable(self.q, self.k, self.v, self.do)
+        return sm90.portable(self.q, self.k, self.v, self.do)
 
     def config(self, stage: str) -> dict[str, int]:
         return tuning.config(stage, self.q.device, head_dim=max(self.q.shape[2], self.v.shape[2]),
@@ -160,8 +160,8 @@ class _Inputs:
     @property
     def dq_rows_per_program(self) -> int:
         options = self.config("attention_bwd_dq")
-        if hopper.chosen(options):
-            return hopper.rows_per_program(options, self.selected.numel())
+        if sm90.chosen(options):
+            return sm90.rows_per_program(options, self.selected.numel())
         return options["BLOCK_M"]
 
 
@@ -300,8 +300,8 @@ def _dkv(x: _Inputs, routing: Routing | None, dk: Tensor, dv: Tensor, slots: Ten
          partials: Tensor | None, group: tuple[int, int]) -> None:
     """Writes dk and dv of one group of kv heads, and with ``slots`` the slots of their dq."""
     options = x.config("attention_bwd_dkv")
-    if hopper.chosen(options):
-        hopper.kernel_module("bwd_dkv").dkv(x, routing, dk, dv, slots, cuts, partials, group,
+    if sm90.chosen(options):
+        sm90.kernel_module("attention_bwd_dkdv").dkv(x, routing, dk, dv, slots, cuts, partials, group,
                                             _segments_by_sequence(x.segments), options)
         _dkv_sum(x, routing, dk, dv, cuts, partials, group)
         return
@@ -380,8 +380,8 @@ def _dkv_sum(x: _Inputs, routing: Routing | None, dk: Tensor, dv: Tensor, cuts: 
 def _dq_sparse(x: _Inputs, routing: Routing, tiles: Tiles, slots: Tensor, group: tuple[int, int]) -> None:
     """Fills the slots of dq of one group of kv heads."""
     options = x.config("attention_bwd_dq")
-    if hopper.chosen(options):
-        hopper.kernel_module("bwd_dq").dq_sparse(x, routing, tiles, slots, group, options)
+    if sm90.chosen(options):
+        sm90.kernel_module("attention_bwd_dq").dq_sparse(x, routing, tiles, slots, group, options)
         return
     block_n = options["BLOCK_N"]
     size, kv_heads = x.segments.chunk_size, group[1] - group[0]

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..segments import Routing, Segments
-from . import INTERPRETED, hopper, tuning
+from . import INTERPRETED, sm90, tuning
 from .bounds import clear_rows
 from .jit_helpers import _chunk_keys, _offset, _query_tile
 from .launcher import launch
@@ -97,9 +97,9 @@ def _check(q: Tensor, v: Tensor, selected: Tensor, segments: Segments) -> None:
 def _sparse_config(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, choices: int) -> dict[str, int]:
     """The sparse pass's configuration, with SPLIT (rows a program) and RESIDENT (a chunk's keys fit one tile)."""
     options = tuning.config("attention_fwd", q.device, head_dim=max(q.shape[2], v.shape[2]), chunk_size=chunk_size,
-                            ragged=chunk_size % 64, itemsize=q.element_size(), portable=hopper.portable(q, k, v))
-    if hopper.chosen(options):
-        return {**options, "SPLIT": hopper.rows_per_program(options, choices)}
+                            ragged=chunk_size % 64, itemsize=q.element_size(), portable=sm90.portable(q, k, v))
+    if sm90.chosen(options):
+        return {**options, "SPLIT": sm90.rows_per_program(options, choices)}
     options["RESIDENT"] = options["BLOCK_N"] >= chunk_size
     if options["RESIDENT"]:
         return {"SPLIT": 16 * options["BLOCK_M"], "ROW_STAGES": options["num_stages"], **options}
@@ -139,8 +139,8 @@ def _precision(dtype: torch.dtype) -> str:
 def _sparse(q: Tensor, k: Tensor, v: Tensor, routing: Routing, tiles: Tiles, o_slots: Tensor, lse_slots: Tensor,
             segments: Segments, qk_scale: float, slots: int, group: tuple[int, int], options: dict[str, int]) -> None:
     """Fills the slots of one group of kv heads."""
-    if hopper.chosen(options):
-        hopper.kernel_module("fwd").attention_fwd_sparse(q, k, v, routing, tiles, o_slots, lse_slots, segments,
+    if sm90.chosen(options):
+        sm90.kernel_module("attention_fwd").attention_fwd_sparse(q, k, v, routing, tiles, o_slots, lse_slots, segments,
                                                          qk_scale, slots, group, options)
         return
     options = dict(options)

@@ -33,8 +33,8 @@ def _c(block_m: int, block_n: int, warps: int, stages: int, **more: int) -> dict
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages, **more}
 
 
-def _hopper(stages: int, **more: int) -> dict[str, int]:
-    """The Gluon kernels' (``hopper.py``): one group of four warps loads, two multiply."""
+def _sm90(stages: int, **more: int) -> dict[str, int]:
+    """The Gluon kernels' (``sm90.py``): one group of four warps loads, two multiply."""
     return {"STAGES": stages, "LOADER_REGS": 40, "CONSUMER_REGS": 232, "num_warps": 4, "num_stages": 1, **more}
 
 
@@ -66,7 +66,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     # BLOCK_M gathered (query, head) rows of one (chunk, kv head) against the chunk, BLOCK_N keys at a time; a chunk
     # that BLOCK_N covers stays in shared memory while a program's SPLIT rows stream past it. CONSUMER_REGS: for the
-    # kernels of hopper.py, which have BUFFERS for rows and STAGES for keys; ragged: keys beyond the last 64 of a chunk
+    # kernels of sm90.py, which have BUFFERS for rows and STAGES for keys; ragged: keys beyond the last 64 of a chunk
     "attention_fwd": (
         Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2, "chunk_size": 64}, _c(64, 64, 4, 3, SPLIT=2048), UNTUNED),
         Row("sm_90", {"head_dim": 64, "itemsize": 2, "chunk_size": 128}, RESIDENT, UNTUNED),
@@ -74,7 +74,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("sm_90 sm_100", {"head_dim": 64, "itemsize": 2}, _c(64, 128, 4, 2),
             "H200, 8 heads of 64, 128K/512/3: 0.91 ms; 64x64 at 3 stages 0.94, 128x64 1.12, at 3 stages 0.96"),
         Row("sm_90", {"head_dim": 128, "itemsize": 2, "portable": 0, "ragged": 0},
-            _hopper(2, BLOCK_N=128, BUFFERS=2, SPLIT=1024),
+            _sm90(2, BLOCK_N=128, BUFFERS=2, SPLIT=1024),
             "H200, 128K/512/8: 7.1 to 7.4 ms, Triton's 9.0; 64 keys, 4 stages 8.6; SPLIT 512 8.1; chunk 256: 4.65, "
             "6.13; chunk 128: 3.52, 3.64; chunk 500, 12.3 and 11.1, is for Triton's"),
         Row("sm_90", {"head_dim": 128, "itemsize": 2, "chunk_size": 128}, RESIDENT,
@@ -112,7 +112,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("sm_90", {"head_dim": 64, "itemsize": 2, "chunk_size": 128}, WITH_SLOTS, UNTUNED),
         Row("sm_90 sm_100", {"head_dim": 64, "itemsize": 2}, _c(64, 64, 4, 2, SPLIT=4096),
             "H200, 8 heads of 64, 32K/512/3: 0.58 ms"),
-        Row("sm_90", {"head_dim": 128, "itemsize": 2, "portable": 0}, _hopper(3, BLOCK_M=64, SPLIT=4096),
+        Row("sm_90", {"head_dim": 128, "itemsize": 2, "portable": 0}, _sm90(3, BLOCK_M=64, SPLIT=4096),
             "H200, 128K/512/8: 15.1 ms, Triton's 17.4; 2 stages 16.6; SPLIT 8192 15.5; 56 and 224 registers 16.1; "
             "chunk 128, dq's slots included: 8.45, 9.41"),
         Row("sm_90", {"head_dim": 128, "itemsize": 2, "chunk_size": 128}, WITH_SLOTS,
@@ -128,7 +128,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "attention_bwd_dq": (
         Row("sm_90 sm_100", {"head_dim": 64, "itemsize": 2}, _c(128, 32, 4, 3),
             "H200, 8 heads of 64, 32K/512/3: 0.33 ms"),
-        Row("sm_90", {"head_dim": 128, "itemsize": 2, "portable": 0}, _hopper(3, BLOCK_N=64, BUFFERS=2, SPLIT=1024),
+        Row("sm_90", {"head_dim": 128, "itemsize": 2, "portable": 0}, _sm90(3, BLOCK_N=64, BUFFERS=2, SPLIT=1024),
             "H200, 128K/512/8: 9.5 ms, Triton's 11.9; SPLIT 512 10.0, 2048 10.3; 128 keys, 1 stage 13.3"),
         Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2}, _c(128, 32, 4, 3),
             "H200: 12.1 ms at 128K, chunk 512, topk 8; 64 rows 13.7, 2 stages 13.6, 128x64 at 8 warps 13.8"),

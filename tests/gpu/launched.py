@@ -29,15 +29,15 @@ def kernels() -> set[tuple[str, str]]:
     return {(module, name) for module, name in functions if name not in named}
 
 
-def never_launched(hopper: bool) -> list[str]:
+def never_launched(sm90: bool) -> list[str]:
     """Kernels that Triton has compiled for no device so far.
 
     Args:
-        hopper: whether the Gluon kernels are in use here; where they are not, they are left out.
+        sm90: whether the Gluon kernels are in use here; where they are not, they are left out.
     """
     missing = []
     for module, name in sorted(kernels()):
-        if hopper or "_hopper" not in name:
+        if sm90 or not name.endswith("_sm90_kernel"):
             caches = getattr(importlib.import_module(module), name).device_caches
             if not any(compiled for compiled, *_ in caches.values()):
                 missing.append(f"{module}.{name}")

@@ -1,7 +1,7 @@
 """A Gluon kernel without a race, for compute-sanitizer's racecheck: what it reports of it, it cannot tell.
 
 One group of warps copies lines through two buffers (``cp.async`` that arrives at ``full``), two add them up and give
-them back (``empty``): the kernels of hopper.py, less their products. Run by launch/sanitize.sh on Hopper.
+them back (``empty``): the kernels of sm90.py, less their products. Run by launch/sanitize.sh on Hopper.
 """
 import torch
 from triton.experimental import gluon
@@ -33,7 +33,7 @@ def _add(result, lines, full, empty, steps):
 
 
 @gluon.jit
-def _hopper_control_kernel(source, result, steps, num_warps: gl.constexpr):
+def _control_sm90_kernel(source, result, steps, num_warps: gl.constexpr):
     lines = gl.allocate_shared_memory(gl.float32, [2, SIZE], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
     full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -52,5 +52,5 @@ def _hopper_control_kernel(source, result, steps, num_warps: gl.constexpr):
 if __name__ == "__main__":
     source = torch.randint(-9, 9, (264, 20, SIZE.value), device="cuda").float()
     result = torch.empty(264, 2, SIZE.value, device="cuda")
-    _hopper_control_kernel[(264,)](source, result, source.shape[1], num_warps=4)
+    _control_sm90_kernel[(264,)](source, result, source.shape[1], num_warps=4)
     assert torch.equal(result, source.sum(1, keepdim=True).expand_as(result))

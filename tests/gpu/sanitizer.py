@@ -16,13 +16,13 @@ import comparison
 import decoding
 from moba_megatron import kernels, moba_attn_varlen
 from moba_megatron.inspect import kernels as router_kernels
-from moba_megatron.kernels import copying, hopper, merging
+from moba_megatron.kernels import copying, merging, sm90
 from moba_megatron.ops.decode import moba_decode
 
 NAMES = ["packed, ragged, empty", "gqa", "chunk not a power of two", "smallest chunk", "large chunk", "D 80",
          "D 128, chunk 512", "D 192, DV 128", "fp32", "own chunk only", "shorter than a chunk"]
 CASES = {name: test_op.CASES[name] for name in NAMES}
-CASES |= {  # on an H200 those of hopper.py
+CASES |= {  # on an H200 those of sm90.py
     "D 128, chunk 100, packed, gqa": dict(lengths=[700, 99, 1, 450], chunk=100, topk=5, heads=8, kv_heads=4, dim=128),
     "D 128, chunk 128, packed, mqa": dict(lengths=[700, 0, 1, 129, 640], chunk=128, topk=4, heads=6, kv_heads=1,
                                           dim=128),
@@ -140,14 +140,14 @@ PROGRAMS |= {
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", nargs="+", default=list(PROGRAMS), choices=list(PROGRAMS), metavar="NAME")
-    parser.add_argument("--hopper", action="store_true", help="only: status 0 where the kernels for Hopper are in use")
+    parser.add_argument("--sm90", action="store_true", help="only: status 0 where the kernels for Hopper are in use")
     arguments = parser.parse_args()
-    portable = hopper.portable(torch.empty(1, 1, 128, dtype=torch.bfloat16, device="cuda"))
-    if arguments.hopper:
+    portable = sm90.portable(torch.empty(1, 1, 128, dtype=torch.bfloat16, device="cuda"))
+    if arguments.sm90:
         sys.exit(portable)
     for name in arguments.cases:
         program, case = PROGRAMS[name]
         program(**case)
         print(name, flush=True)
-    if arguments.cases == list(PROGRAMS) and (missing := launched.never_launched(hopper=not portable)):
+    if arguments.cases == list(PROGRAMS) and (missing := launched.never_launched(sm90=not portable)):
         sys.exit(f"no case launches {', '.join(missing)}")

@@ -24,7 +24,7 @@ def sparse(q, k, v, weight):
     return moba_attn_varlen(q, k, v, lengths(q), TOKENS, 128, 3)
 
 
-def sparse_hopper(q, k, v, weight):
+def sparse_sm90(q, k, v, weight):
     return moba_attn_varlen(q, k, v, lengths(q), TOKENS, 512, 3)
 
 
@@ -58,7 +58,7 @@ def decode(q, k, v, weight):
     return decoding.moba_decode(q.detach()[:2], *caches, means, seqlens, 128, 3) + q[:2]
 
 
-WAYS = [sparse, sparse_hopper, dense, dense_one_length, convolved, stages, decode]
+WAYS = [sparse, sparse_sm90, dense, dense_one_length, convolved, stages, decode]
 
 
 @functools.cache

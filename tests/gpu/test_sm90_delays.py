@@ -3,7 +3,7 @@
 compute-sanitizer's racecheck often cannot tell (launch/sanitize.sh says why). So the kernels are built again, with
 sleeps before and after every wait, arrival and copy, of lengths that change with each warp, block and launch; a buffer
 that is read before it is filled, or filled before it has been read, then holds something else. Kernels that are broken
-on purpose, in ways that cannot hang (tests/test_hopper_protocol.py), show that this is seen.
+on purpose, in ways that cannot hang (tests/test_sm90_protocol.py), show that this is seen.
 """
 import importlib.util
 import itertools
@@ -14,13 +14,13 @@ from types import ModuleType
 import pytest
 import torch
 
-from gpu import test_attention_fwd, test_hopper
+from gpu import test_attention_fwd, test_sm90
 from moba_megatron import kernels
-from moba_megatron.kernels import hopper, tuning
+from moba_megatron.kernels import sm90, tuning
 
 gluon = pytest.importorskip("triton.experimental.gluon")
 gl = pytest.importorskip("triton.experimental.gluon.language")
-hopper_language = pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
+sm90_language = pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 pytestmark = pytest.mark.gpu
 
 CASES = {
@@ -76,9 +76,9 @@ SLEEP = gl.constexpr("""{
 }""")
 SETTINGS = gl.constexpr(0)
 """Where the settings are on the device; a part of what is compiled, so that no kernel takes a further argument."""
-real_mbarrier, real_copy, real_tma = hopper_language.mbarrier, hopper_language.async_copy, hopper_language.tma
-real_mma_wait = hopper_language.warpgroup_mma_wait
-real_fence = hopper_language.fence_async_shared
+real_mbarrier, real_copy, real_tma = sm90_language.mbarrier, sm90_language.async_copy, sm90_language.tma
+real_mma_wait = sm90_language.warpgroup_mma_wait
+real_fence = sm90_language.fence_async_shared
 
 
 @gluon.jit
@@ -159,25 +159,25 @@ STAND_INS = {
 # Each breaks one barrier: (kernel, case, what is replaced by what). Every barrier still gets all its arrivals. (The
 # forward's rows announced too early are not seen: its groups also await keys, whose copies start after the rows'.)
 BROKEN = {
-    "dk, dv: rows are announced before all their copies have started": ("bwd_dkv", "chunk 512", [
+    "dk, dv: rows are announced before all their copies have started": ("attention_bwd_dkdv", "chunk 512", [
         ("    async_copy.mbarrier_arrive(full.index(stage), increment_count=False)\n", ""),
         ("    at = terms + row.to(gl.int64) * 4\n",
          "    mbarrier.arrive(full.index(stage), count=128)\n    at = terms + row.to(gl.int64) * 4\n")]),
-    "dk, dv: rows are given back before they are read": ("bwd_dkv", "chunk 512", [
+    "dk, dv: rows are given back before they are read": ("attention_bwd_dkdv", "chunk 512", [
         ("    mbarrier.arrive(empty.index(stage), count=1)\n", ""),
         ("    mbarrier.wait(full.index(stage), (step // STAGES) & 1)\n",
          "    mbarrier.wait(full.index(stage), (step // STAGES) & 1)\n"
          "    mbarrier.arrive(empty.index(stage), count=1)\n")]),
-    "dk, dv: halves of ds are announced before they are stored": ("bwd_dkv", "chunk 128, packed, mqa", [
+    "dk, dv: halves of ds are announced before they are stored": ("attention_bwd_dkdv", "chunk 128, packed, mqa", [
         ("            mbarrier.arrive(ds_full.index(turn), count=1)\n", ""),
         ("            mbarrier.wait(ds_empty.index(turn), phase ^ 1)\n",
          "            mbarrier.wait(ds_empty.index(turn), phase ^ 1)\n"
          "            mbarrier.arrive(ds_full.index(turn), count=1)\n")]),
-    "dq: keys are given back before they are read": ("bwd_dq", "chunk 512", [
+    "dq: keys are given back before they are read": ("attention_bwd_dq", "chunk 512", [
         ("    mbarrier.arrive(kv_empty.index(stage), count=1)\n", ""),
         ("    mbarrier.wait(v_full.index(stage), phase)\n",
          "    mbarrier.wait(v_full.index(stage), phase)\n    mbarrier.arrive(kv_empty.index(stage), count=1)\n")]),
-    "forward: rows are given back before they are read": ("fwd", "chunk 512", [
+    "forward: rows are given back before they are read": ("attention_fwd", "chunk 512", [
         ("        mbarrier.arrive(row_empty.index(buffer), count=1)\n", ""),
         ("        mbarrier.wait(row_full.index(buffer), (tile // BUFFERS) & 1)\n",
          "        mbarrier.wait(row_full.index(buffer), (tile // BUFFERS) & 1)\n"
@@ -187,13 +187,13 @@ BROKEN = {
 
 def build(name: str, folder: Path, changes=(), **names) -> ModuleType:
     """A module of the kernels from its source, changed, with the stand-ins and ``names`` for what they stand for."""
-    source = Path(hopper.__file__).with_name(f"{name}.py").read_text()
+    source = Path(sm90.__file__).with_name(f"{name}.py").read_text()
     for old, new in changes:
         assert source.count(old) == 1, f"{name} has not exactly one {old!r}"
         source = source.replace(old, new)
     path = folder / f"{name}.py"
     path.write_text(source)
-    spec = importlib.util.spec_from_file_location(f"{hopper.__package__}.{name}_with_sleeps", path)
+    spec = importlib.util.spec_from_file_location(f"{sm90.__package__}.{name}_with_sleeps", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     vars(module).update({name: value for name, value in {**STAND_INS, **names}.items() if hasattr(module, name)})
@@ -201,13 +201,13 @@ def build(name: str, folder: Path, changes=(), **names) -> ModuleType:
 
 
 class Modules(dict):
-    """``hopper.kernel_module``'s modules, with sleeps, in a folder; counts launches."""
+    """``sm90.kernel_module``'s modules, with sleeps, in a folder; counts launches."""
 
     def __init__(self, folder: Path):
         self.folder, self.launched = folder, Counter()
-        rows = build("hopper_rows", folder)
+        rows = build("jit_helpers_sm90", folder)
         self.copies = {name: getattr(rows, name) for name in ("_copy_rows", "_copy_rows_where", "_copy_keys")}
-        for name in sorted(test_hopper.ALL):
+        for name in sorted(test_sm90.ALL):
             self.build(name)
 
     def build(self, name: str, changes=()) -> None:
@@ -218,7 +218,7 @@ class Modules(dict):
 
         self.folder = self.folder / "next"  # a source must not change while its functions are in use
         self.folder.mkdir()
-        self[name] = build(f"hopper_{name}", self.folder, changes, **self.copies)
+        self[name] = build(f"{name}_sm90", self.folder, changes, **self.copies)
         self[name].launch = launch
 
 
@@ -234,18 +234,18 @@ def settings():
 @pytest.fixture
 def modules(settings, tmp_path, monkeypatch):
     """The modules with sleeps, in use, with long pieces of lists."""
-    if hopper.portable(torch.empty(1, 1, 128, dtype=torch.bfloat16, device="cuda")):
+    if sm90.portable(torch.empty(1, 1, 128, dtype=torch.bfloat16, device="cuda")):
         pytest.skip("needs a Hopper card and Triton 3.6 or 3.7")
     modules = Modules(tmp_path)
-    monkeypatch.setattr(hopper, "kernel_module", modules.__getitem__)
-    monkeypatch.setattr(hopper, "PROGRAMS", 1)  # as long as SPLIT, however few rows there are
-    configs = {stage: {**config, "SPLIT": LISTS} for stage, config in test_hopper.CONFIGS.items()}
+    monkeypatch.setattr(sm90, "kernel_module", modules.__getitem__)
+    monkeypatch.setattr(sm90, "PROGRAMS", 1)  # as long as SPLIT, however few rows there are
+    configs = {stage: {**config, "SPLIT": LISTS} for stage, config in test_sm90.CONFIGS.items()}
     with tuning.forced(configs=configs):
         yield modules
 
 
 def problem(case):
-    """What test_hopper.run takes."""
+    """What test_sm90.run takes."""
     q, k, v, selected, segments = test_attention_fwd.problem(**case)
     return q, k, v, selected, segments, kernels.route(selected, k.shape[1], segments.num_chunks(k.shape[0]))
 
@@ -255,7 +255,7 @@ def differing(expected, tensors, settings):
     found = Counter()
     for (mode, longest), seed in itertools.product(MODES.items(), range(SEEDS)):
         settings.copy_(torch.tensor([seed * 7919 + 1, *longest], dtype=torch.int32))
-        for name, a, b in zip(("o", "lse", "dq", "dk", "dv"), expected, test_hopper.run(*tensors)):
+        for name, a, b in zip(("o", "lse", "dq", "dk", "dv"), expected, test_sm90.run(*tensors)):
             found[mode, name] += not torch.equal(a, b)
     settings.zero_()
     return +found
@@ -264,15 +264,15 @@ def differing(expected, tensors, settings):
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_sleeping_warps_change_no_bits(case, modules, settings):
     tensors = problem(case)
-    expected = test_hopper.run(*tensors)
+    expected = test_sm90.run(*tensors)
     assert all(x.isfinite().all() for x in expected)
-    assert set(modules.launched) == test_hopper.kernels_for(case["chunk"])
+    assert set(modules.launched) == test_sm90.kernels_for(case["chunk"])
     assert not differing(expected, tensors, settings)
 
 
 @pytest.mark.parametrize("kernel, case, changes", BROKEN.values(), ids=BROKEN.keys())
 def test_a_broken_barrier_is_seen(kernel, case, changes, modules, settings):
     tensors = problem(CASES[case])
-    expected = test_hopper.run(*tensors)
+    expected = test_sm90.run(*tensors)
     modules.build(kernel, changes)
     assert differing(expected, tensors, settings)

@@ -18,8 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..segments import Routing
-from . import hopper
-from .hopper_rows import LOADER_WARPS, _chunk_keys, _copy_keys, _copy_rows, _entry_row, _slot
+from . import sm90
+from .jit_helpers_sm90 import LOADER_WARPS, _chunk_keys, _copy_keys, _copy_rows, _entry_row, _slot
 from .launcher import launch
 from .routing import Tiles
 
@@ -29,14 +29,14 @@ def dq_sparse(x, routing: Routing, tiles: Tiles, slots: Tensor, group: tuple[int
     """Fills the slots of dq of one group of kv heads; ``x`` is attention_bwd's inputs."""
     options = {name: value for name, value in options.items() if name != "SPLIT"}
     size, kv_heads = x.segments.chunk_size, group[1] - group[0]
-    options["BLOCK_N"] = block_n = hopper.key_tile(options, size)
+    options["BLOCK_N"] = block_n = sm90.key_tile(options, size)
     partial = size % block_n != 0
-    use_tma = not partial and hopper.describable(x.k) and hopper.describable(x.v)
+    use_tma = not partial and sm90.describable(x.k) and sm90.describable(x.v)
     bound = x.rows_per_kv_head * kv_heads * x.slots // tiles.block + x.num_chunks * kv_heads + 1
-    launch(_hopper_bwd_dq_kernel, (bound,),
+    launch(_attention_bwd_dq_sm90_kernel, (bound,),
         x.q,
-        hopper.describe(x.k, block_n) if use_tma else x.k,
-        hopper.describe(x.v, block_n) if use_tma else x.v,
+        sm90.describe(x.k, block_n) if use_tma else x.k,
+        sm90.describe(x.v, block_n) if use_tma else x.v,
         x.do,
         x.terms,
         routing.entries,
@@ -51,7 +51,7 @@ def dq_sparse(x, routing: Routing, tiles: Tiles, slots: Tensor, group: tuple[int
         x.num_chunks,
         x.segments.num_sequences,
         *group,
-        *hopper.strides_of_eight(x.q, x.k, x.v, x.do),
+        *sm90.strides_of_eight(x.q, x.k, x.v, x.do),
         H=x.q.shape[1],
         G=x.heads_per_kv,
         KS=x.slots,
@@ -217,7 +217,7 @@ def _consumer(part: gl.constexpr, terms, entries, outs, smem, bars, ints, scales
 # k                  loader, TMA or cp.async   both groups: scores, dq                   k_full     kv_empty (2)
 # v                  loader, TMA or cp.async   both groups: dp                           v_full     kv_empty (2)
 @gluon.jit(do_not_specialize=["chunk_size", "num_chunks", "num_sequences", "kv_head_begin", "kv_head_end"])
-def _hopper_bwd_dq_kernel(
+def _attention_bwd_dq_sm90_kernel(
     q, k, v, do, terms, entries, tile_bucket, tile_begin, tile_end, tile_starts, cu_seqlens_k, slots,
     qk_scale, softmax_scale, chunk_size, num_chunks, num_sequences, kv_head_begin, kv_head_end,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,

@@ -2,7 +2,7 @@
 
 A buffer is never filled while it is read or before it has been read, never read before it is filled, and nobody waits
 for ever. The model follows ``_loader`` and ``_consumer`` of the kernels by hand; their code, and time, are tested by
-tests/gpu/test_hopper_delays.py, whose broken kernels are here too: they go wrong, and none of them can hang.
+tests/gpu/test_sm90_delays.py, whose broken kernels are here too: they go wrong, and none of them can hang.
 """
 import pytest
 
@@ -86,7 +86,7 @@ class Ring:
 
 
 def threads_for_dk_dv(blocks, listed, broken, arrivals):
-    """hopper_bwd_dkv.py: ``blocks`` of rows, for the ``listed`` first of them slots of dq."""
+    """attention_bwd_dkdv_sm90.py: ``blocks`` of rows, for the ``listed`` first of them slots of dq."""
     rows = Ring("rows", 3, arrivals, broken == "rows announced")
     arrivals |= {"ds full 0": 2, "ds full 1": 2, "ds empty 0": 1, "ds empty 1": 1}
     loader = [step for n in range(blocks) for step in (rows.wait("empty", n), *rows.copy(n))]
@@ -110,7 +110,7 @@ def threads_for_dk_dv(blocks, listed, broken, arrivals):
 
 
 def loads(rows, k, v, tiles, keys, wait_for_v):
-    """The loader of hopper_fwd.py and hopper_bwd_dq.py: ``tiles`` of rows, each against ``keys`` tiles of keys."""
+    """The loader of the forward's and of dq's kernel: ``tiles`` of rows, each against ``keys`` tiles of keys."""
     steps = rows.copy(0)
     for n in range(tiles * keys):
         steps += [k.wait("empty", n), *k.copy(n), *[v.wait("empty", n)] * wait_for_v, *v.copy(n)]

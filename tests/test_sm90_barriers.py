@@ -1,15 +1,15 @@
 """What the Gluon kernels' barriers rely on in the code that Triton makes, and that the tests with sleeps can be built.
 
-Needs no GPU; the tests with sleeps themselves are in tests/gpu/test_hopper_delays.py.
+Needs no GPU; the tests with sleeps themselves are in tests/gpu/test_sm90_delays.py.
 """
 import re
 
 import pytest
-from gpu import test_hopper_delays as delays
+from gpu import test_sm90_delays as delays
 
 from moba_megatron import kernels
 from moba_megatron.bench import compile_report
-from moba_megatron.kernels import hopper, tuning
+from moba_megatron.kernels import sm90, tuning
 
 pytestmark = pytest.mark.skipif(kernels.INTERPRETED, reason="nothing is compiled under TRITON_INTERPRET=1")
 PROBLEMS = [compile_report.Problem(128, 128), compile_report.Problem(128, 512), compile_report.Problem(128, 320)]
@@ -21,14 +21,14 @@ def compiled(problem):
     """PTX of a problem's Gluon kernels, by name."""
     with tuning.forced("sm_90"), compile_report.compiling(90) as all_kernels:
         compile_report.run_stages(problem)
-    return {name: kernel.asm["ptx"] for name, kernel in all_kernels if name.startswith("_hopper")}
+    return {name: kernel.asm["ptx"] for name, kernel in all_kernels if name.endswith("_sm90_kernel")}
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_a_group_has_met_before_one_of_its_threads_arrives(problem):
     """mbarrier.arrive is one thread's: what the other 127 have read must lie before a barrier of their group."""
     ptx = compiled(problem)
-    assert set(ptx) >= {"_hopper_fwd_kernel", "_hopper_bwd_dkv_kernel"}
+    assert set(ptx) >= {"_attention_fwd_sm90_kernel", "_attention_bwd_dkdv_sm90_kernel"}
     for name, text in ptx.items():
         lines, arrivals = text.splitlines(), 0
         for i, line in enumerate(lines):
@@ -42,13 +42,13 @@ def test_a_group_has_met_before_one_of_its_threads_arrives(problem):
 
 def test_kernels_with_sleeps_compile(tmp_path, monkeypatch):
     monkeypatch.setattr(delays, "SETTINGS", delays.gl.constexpr(1 << 40))  # an address: nothing is run
-    monkeypatch.setattr(hopper, "kernel_module", delays.Modules(tmp_path).__getitem__)
+    monkeypatch.setattr(sm90, "kernel_module", delays.Modules(tmp_path).__getitem__)
     ptx = compiled(PROBLEMS[1])
-    assert set(ptx) == {"_hopper_fwd_kernel", "_hopper_bwd_dq_kernel", "_hopper_bwd_dkv_kernel"}
+    assert set(ptx) == {f"_{name}_sm90_kernel" for name in delays.test_sm90.ALL}
     assert all(text.count("nanosleep") > 10 for text in ptx.values())
 
 
 @pytest.mark.parametrize("kernel, case, changes", delays.BROKEN.values(), ids=delays.BROKEN.keys())
 def test_what_is_broken_on_purpose_is_still_there(kernel, case, changes, tmp_path):
-    broken = delays.build(f"hopper_{kernel}", tmp_path, changes)
-    assert f"_hopper_{kernel}_kernel" in vars(broken) and case in delays.CASES
+    broken = delays.build(f"{kernel}_sm90", tmp_path, changes)
+    assert f"_{kernel}_sm90_kernel" in vars(broken) and case in delays.CASES

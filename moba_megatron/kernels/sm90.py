@@ -89,8 +89,8 @@ def _descriptor_and_layout(block: int, dim: int, dtype: torch.dtype) -> tuple[ty
 
 @functools.lru_cache(maxsize=None)
 def kernel_module(name: str) -> ModuleType:
-    """``hopper_<name>``; where :func:`portable` said 0."""
-    return importlib.import_module(f".hopper_{name}", __package__)
+    """``<name>_sm90``; where :func:`portable` said 0."""
+    return importlib.import_module(f".{name}_sm90", __package__)
 
 
 @functools.lru_cache(maxsize=None)
@@ -107,7 +107,7 @@ def unusable() -> str | None:
     if not triton.__version__.startswith(("3.6.", "3.7.")):
         return f"they are written for Triton 3.6 and 3.7, this is {triton.__version__}"
     try:
-        for name in ("fwd", "bwd_dq", "bwd_dkv"):
+        for name in ("attention_fwd", "attention_bwd_dq", "attention_bwd_dkdv"):
             kernel_module(name)
     except (ImportError, AttributeError) as error:  # Gluon is experimental: names come and go
         return f"{type(error).__name__}: {error}"

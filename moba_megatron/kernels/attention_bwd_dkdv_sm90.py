@@ -19,12 +19,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..segments import Routing
-from . import attention_bwd_dkdv, hopper
-from .hopper_rows import LOADER_WARPS, _copy_rows, _copy_rows_where, _entry_row, _find_piece, _piece_items, _slot
+from . import attention_bwd_dkdv, sm90
+from .jit_helpers_sm90 import LOADER_WARPS, _copy_rows, _copy_rows_where, _entry_row, _find_piece, _piece_items, _slot
 from .launcher import launch
 from .sizes import cdiv
 
-KEYS = gl.constexpr(hopper.KEYS)
+KEYS = gl.constexpr(sm90.KEYS)
 _extra_piece = gluon.jit(attention_bwd_dkdv._extra_piece.fn)
 _lower_bound = gluon.jit(attention_bwd_dkdv._lower_bound.fn)
 
@@ -42,7 +42,7 @@ def dkv(x, routing: Routing | None, dk: Tensor, dv: Tensor, slots: Tensor | None
     num_extra, num_key_tiles = cuts.num_extra(kv_heads), cdiv(min(size, x.segments.max_seqlen_k), KEYS.value)
     if num_key_tiles == 0:
         return
-    launch(_hopper_bwd_dkv_kernel, ((num_extra + x.num_chunks * kv_heads) * num_key_tiles,),
+    launch(_attention_bwd_dkdv_sm90_kernel, ((num_extra + x.num_chunks * kv_heads) * num_key_tiles,),
         x.q,
         x.k,
         x.v,
@@ -67,7 +67,7 @@ def dkv(x, routing: Routing | None, dk: Tensor, dv: Tensor, slots: Tensor | None
         num_extra,
         cuts.split,
         *group,
-        *hopper.strides_of_eight(x.q, x.k, x.v, x.do),
+        *sm90.strides_of_eight(x.q, x.k, x.v, x.do),
         H=x.q.shape[1],
         HK=x.kv_heads,
         G=x.heads_per_kv,
@@ -296,7 +296,7 @@ def _consumer(part: gl.constexpr, spans, smem, kv_smem, dq_smem, bars, ints, out
 # ds_full has two arrivals, after the stores and their fence; a group stores again two steps later, after ds_empty.
 @gluon.jit(do_not_specialize=["num_rows", "chunk_size", "num_key_tiles", "num_chunks", "num_sequences", "num_segments",
                                "num_extra", "split", "kv_head_begin", "kv_head_end"])
-def _hopper_bwd_dkv_kernel(
+def _attention_bwd_dkdv_sm90_kernel(
     q, k, v, do, terms, entries, starts, extra_buckets,
     cu_seqlens_k, seq_ids, segment_begin, segment_end, offsets, dk, dv, partials, slots,
     qk_scale, softmax_scale, num_rows, chunk_size, num_key_tiles, num_chunks, num_sequences, num_segments,

@@ -7,15 +7,15 @@ import torch
 import comparison
 from gpu import test_attention_bwd, test_attention_fwd, test_op
 from moba_megatron import kernels
-from moba_megatron.kernels import hopper, tuning
+from moba_megatron.kernels import sm90, tuning
 from moba_megatron.kernels.tuning_table import TABLE
 from moba_megatron.kernels.workspace import head_groups
 from moba_megatron.segments import Routing
 
 pytestmark = pytest.mark.gpu
-CONFIGS = {stage: row.config for stage, rows in TABLE.items() for row in rows if hopper.chosen(row.config)}
-ALL = {"fwd", "bwd_dq", "bwd_dkv"}
-WHOLE_CHUNK = {"fwd", "bwd_dkv"}  # dk and dv's kernel holds all keys of a chunk, and writes the slots of dq
+CONFIGS = {stage: row.config for stage, rows in TABLE.items() for row in rows if sm90.chosen(row.config)}
+ALL = {"attention_fwd", "attention_bwd_dq", "attention_bwd_dkdv"}
+WHOLE_CHUNK = {"attention_fwd", "attention_bwd_dkdv"}  # the latter holds all keys of a chunk, and writes dq's slots
 CASES = {name: case for name, case in test_op.CASES.items()
          if "dtype" not in case and ("dim" not in case or name.startswith("D 128"))}
 CASES |= {
@@ -40,7 +40,7 @@ PARTS = {
 def launched(monkeypatch):
     """How often each of the kernels' modules launched; skips where they cannot be used."""
     q = torch.empty(1, 1, 128, dtype=torch.bfloat16, device="cuda")
-    if hopper.portable(q):
+    if sm90.portable(q):
         pytest.skip("needs a Hopper card and Triton 3.6 or 3.7")
     count = collections.Counter()
 
@@ -51,7 +51,7 @@ def launched(monkeypatch):
         return run
 
     for name in ALL:
-        module = hopper.kernel_module(name)
+        module = sm90.kernel_module(name)
         monkeypatch.setattr(module, "launch", counting(name, module.launch))
     return count
 
@@ -82,7 +82,7 @@ def operator_cases():
 def test_operator(case, always):
     comparison.check_operator(*test_op.make(**case))
     some_left_out = case["topk"] > 1 and max(case["lengths"]) > case["topk"] * case["chunk"]  # else: one chunk
-    assert set(always) == (kernels_for(case["chunk"]) if some_left_out else {"bwd_dkv"})
+    assert set(always) == (kernels_for(case["chunk"]) if some_left_out else {"attention_bwd_dkdv"})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -156,7 +156,7 @@ def test_a_smaller_last_group_of_heads(chunk, always, monkeypatch):
     tensors = test_attention_fwd.problem([3000], chunk, 4, heads=6, kv_heads=3)
     assert head_groups(3, 3000 * 2 * 3 * 128 * 2) == [(0, 2), (2, 3)]
     test_attention_bwd.check(*tensors)
-    assert "bwd_dkv" in always
+    assert "attention_bwd_dkdv" in always
 
 
 @pytest.mark.parametrize("chunk", [100, 200, 512])
@@ -192,8 +192,8 @@ def test_what_they_cannot_take(change, launched):
     assert not launched
 
 
-@pytest.mark.parametrize("chunk, names", [(64, set()), (100, {"bwd_dkv"}), (128, WHOLE_CHUNK),
-                                           (500, {"bwd_dq", "bwd_dkv"}), (512, ALL)])
+@pytest.mark.parametrize("chunk, names", [(64, set()), (100, {"attention_bwd_dkdv"}), (128, WHOLE_CHUNK),
+                                           (500, {"attention_bwd_dq", "attention_bwd_dkdv"}), (512, ALL)])
 def test_the_table_chooses_them(chunk, names, launched):
     q, k, v, do, _, arguments = test_op.make([4000], chunk, 3, heads=4, kv_heads=2, dim=128)
     test_op.gradients(q, k, v, do, arguments)

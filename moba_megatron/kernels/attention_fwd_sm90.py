@@ -18,8 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..segments import Routing, Segments
-from . import hopper
-from .hopper_rows import LOADER_WARPS, _chunk_keys, _copy_keys, _copy_rows, _entry_row, _slot
+from . import sm90
+from .jit_helpers_sm90 import LOADER_WARPS, _chunk_keys, _copy_keys, _copy_rows, _entry_row, _slot
 from .launcher import launch
 from .routing import Tiles
 
@@ -30,15 +30,15 @@ def attention_fwd_sparse(q: Tensor, k: Tensor, v: Tensor, routing: Routing, tile
     """Fills the slots of one group of kv heads; arguments as the Triton kernels' launcher."""
     options = {name: value for name, value in options.items() if name != "SPLIT"}
     size, num_chunks = segments.chunk_size, segments.num_chunks(k.shape[0])
-    options["BLOCK_N"] = block_n = hopper.key_tile(options, size)
+    options["BLOCK_N"] = block_n = sm90.key_tile(options, size)
     heads_per_kv, kv_heads = q.shape[1] // k.shape[1], group[1] - group[0]
     partial = size % block_n != 0
-    use_tma = not partial and hopper.describable(k) and hopper.describable(v)
+    use_tma = not partial and sm90.describable(k) and sm90.describable(v)
     bound = q.shape[0] * heads_per_kv * kv_heads * slots // tiles.block + num_chunks * kv_heads + 1
-    launch(_hopper_fwd_kernel, (bound,),
+    launch(_attention_fwd_sm90_kernel, (bound,),
         q,
-        hopper.describe(k, block_n) if use_tma else k,
-        hopper.describe(v, block_n) if use_tma else v,
+        sm90.describe(k, block_n) if use_tma else k,
+        sm90.describe(v, block_n) if use_tma else v,
         routing.entries,
         tiles.bucket,
         tiles.begin,
@@ -52,7 +52,7 @@ def attention_fwd_sparse(q: Tensor, k: Tensor, v: Tensor, routing: Routing, tile
         num_chunks,
         segments.num_sequences,
         *group,
-        *hopper.strides_of_eight(q, k, v),
+        *sm90.strides_of_eight(q, k, v),
         H=q.shape[1],
         G=heads_per_kv,
         KS=slots,
@@ -230,7 +230,7 @@ def _consumer(part: gl.constexpr, entries, outs, smem, bars, ints, qk_scale, H: 
 # k               loader, TMA or cp.async  both groups: scores                       k_full     k_empty (2)
 # v               loader, TMA or cp.async  both groups: values                       v_full     v_empty (2)
 @gluon.jit(do_not_specialize=["chunk_size", "num_chunks", "num_sequences", "kv_head_begin", "kv_head_end"])
-def _hopper_fwd_kernel(
+def _attention_fwd_sm90_kernel(
     q, k, v, entries, tile_bucket, tile_begin, tile_end, tile_starts, cu_seqlens_k, o_slots, lse_slots,
     qk_scale, chunk_size, num_chunks, num_sequences, kv_head_begin, kv_head_end,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
