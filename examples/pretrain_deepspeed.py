@@ -38,9 +38,9 @@ from pretraining.deepspeed_settings import deepspeed_config
 from pretraining.monitor import Monitor
 from pretraining.torch_gpt import GPT, GPTConfig
 
-from moba_megatron.arguments import add_moba_arguments, config_from_args
 from moba_megatron.integrations import deepspeed as moba_deepspeed
 from moba_megatron.integrations.deepspeed import METHODS, MoBAAttention, SequenceParallel
+from moba_megatron.megatron.arguments import add_moba_arguments, config_from_args
 from moba_megatron.rendezvous import ArgumentParser
 
 # What must agree between a checkpoint and the run that loads it, or the weights mean something else.

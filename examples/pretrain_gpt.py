@@ -32,8 +32,8 @@ from pretraining.model import build_config, build_model, build_optimizer, descri
 from pretraining.monitor import Monitor  # noqa: E402
 from pretraining.selection import save_selection  # noqa: E402
 
-from moba_megatron.core_attention import set_iteration  # noqa: E402
 from moba_megatron.inspect.router_log import RouterLog  # noqa: E402
+from moba_megatron.megatron.core_attention import set_iteration  # noqa: E402
 from moba_megatron.rendezvous import init_process_group  # noqa: E402
 
 

@@ -19,14 +19,14 @@ from .moba_triton import moba_attn_varlen_triton
 from .ops import moba_attn_varlen
 
 if TYPE_CHECKING:
-    from .core_attention import MoBACoreAttention
     from .integrations.huggingface import register_moba
-    from .layer_specs import get_moba_layer_local_spec, get_moba_layer_with_transformer_engine_spec
+    from .megatron.core_attention import MoBACoreAttention
+    from .megatron.layer_specs import get_moba_layer_local_spec, get_moba_layer_with_transformer_engine_spec
 
 _LAZY_NAMES = {
-    "MoBACoreAttention": "core_attention",
-    "get_moba_layer_local_spec": "layer_specs",
-    "get_moba_layer_with_transformer_engine_spec": "layer_specs",
+    "MoBACoreAttention": "megatron.core_attention",
+    "get_moba_layer_local_spec": "megatron.layer_specs",
+    "get_moba_layer_with_transformer_engine_spec": "megatron.layer_specs",
     "register_moba": "integrations.huggingface",
 }
 

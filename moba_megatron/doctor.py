@@ -20,9 +20,9 @@ import warnings
 import torch
 
 from . import __version__, moba_attn_varlen
-from .arguments import config_from_environment
 from .config import MoBAConfig
 from .launch import CHECKED_VERSIONS, is_known_version, megatron_version
+from .megatron.arguments import config_from_environment
 from .ops import flash_packages
 from .ops.dense import dense_setting
 
@@ -257,7 +257,7 @@ def check_core_attention() -> str:
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from .core_attention import MoBACoreAttention
+    from .megatron.core_attention import MoBACoreAttention
 
     config = TransformerConfig(num_layers=2, hidden_size=64, num_attention_heads=4, num_query_groups=2,
                                attention_dropout=0.0)

@@ -4,7 +4,7 @@
         --moba-topk 12 ...
 
 With ``--attention full``, the default, only the flags are added (and hooks that pass every call through where
-``--use-checkpoint-args`` may restore ``moba``). What is hooked, and why, is said in `megatron_lm.py`.
+``--use-checkpoint-args`` may restore ``moba``). What is hooked, and why, is said in `megatron/patching.py`.
 """
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ import runpy
 import sys
 import warnings
 
-from . import megatron_lm
-from .arguments import add_moba_arguments, config_from_args
-from .megatron_host import print_once
+from .megatron import patching
+from .megatron.arguments import add_moba_arguments, config_from_args
+from .megatron.host import print_once
 from .rendezvous import ArgumentParser, report_error
 
 USAGE = ("usage: python -m moba_megatron.launch SCRIPT [--attention moba --moba-chunk-size N --moba-topk K] "
          "[SCRIPT's flags]")
 CHECKED_VERSIONS = ("0.13", "0.14", "0.15", "0.16", "0.17", "0.18", "0.19", "0.20")
 
-ARGUMENTS_HOOK = ("megatron.training.arguments", "add_megatron_arguments", megatron_lm.moba_arguments)
+ARGUMENTS_HOOK = ("megatron.training.arguments", "add_megatron_arguments", patching.moba_arguments)
 HOOKS = (
-    ("megatron.core.models.backends", "LocalSpecProvider.core_attention", megatron_lm.moba_core_attention),
-    ("megatron.training.training", "setup_model_and_optimizer", megatron_lm.moba_model_check),
-    ("megatron.training.training", "num_floating_point_operations", megatron_lm.moba_flops),
+    ("megatron.core.models.backends", "LocalSpecProvider.core_attention", patching.moba_core_attention),
+    ("megatron.training.training", "setup_model_and_optimizer", patching.moba_model_check),
+    ("megatron.training.training", "num_floating_point_operations", patching.moba_flops),
 )
 OPTIONAL_HOOKS = (  # Transformer Engine may be missing; the hybrid model has moved, and needs packages of its own
     ("megatron.core.extensions.transformer_engine_spec_provider", "TESpecProvider.core_attention",
-     megatron_lm.moba_core_attention),
-    ("megatron.core.models.hybrid.hybrid_block", "HybridStack.__init__", megatron_lm.moba_hybrid_stack),
-    ("megatron.core.ssm.mamba_block", "MambaStack.__init__", megatron_lm.moba_hybrid_stack),
+     patching.moba_core_attention),
+    ("megatron.core.models.hybrid.hybrid_block", "HybridStack.__init__", patching.moba_hybrid_stack),
+    ("megatron.core.ssm.mamba_block", "MambaStack.__init__", patching.moba_hybrid_stack),
 )
 
 
@@ -72,7 +72,7 @@ def check_flags(flags: list[str]) -> str:
     parser = ArgumentParser(prog="moba_megatron.launch", usage=USAGE, add_help=False, allow_abbrev=False)
     parser.add_argument("--train-iters", type=int)
     parser.add_argument("--yaml-cfg")
-    args = add_moba_arguments(parser, default="full", full_meaning=megatron_lm.FULL_MEANING).parse_known_args(flags)[0]
+    args = add_moba_arguments(parser, default="full", full_meaning=patching.FULL_MEANING).parse_known_args(flags)[0]
     if args.attention == "moba":
         config_from_args(args)
         if args.yaml_cfg is not None:
@@ -102,7 +102,7 @@ def install(attention: str = "moba") -> list[str]:
         raise ImportError(
             f"megatron.training cannot be imported ({error}): give the path of a script in a Megatron-LM checkout, or "
             "set PYTHONPATH to one. (megatron-core's wheels have it from 0.17.1 on.)") from error
-    megatron_lm.only_flags = attention != "moba"
+    patching.only_flags = attention != "moba"
     required = [ARGUMENTS_HOOK, *(HOOKS if attention == "moba" else ())]
     missing = [f"{module}.{name}" for module, name, _ in required if _owner(module, name) is None]
     version = _warn_of_unknown_version(missing)

@@ -1,4 +1,4 @@
-"""Layer specs with MoBA core attention, for GPTModel and for Megatron-LM's ``--spec``.
+"""Layer specs with MoBA core attention for Megatron-LM's ``--spec``, and the functions that make them.
 
 ``--spec moba_megatron.layer_specs moba_layer_spec`` takes a ready ModuleSpec: plain GPT layers, hyper-parameters from
 the default config or from the ``MOBA_*`` environment variables. A model builder of one's own calls the functions, which
@@ -6,61 +6,18 @@ take every option of Megatron's (experts, qk_layernorm, multi_latent_attention, 
 """
 from __future__ import annotations
 
-import importlib.util
-
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from .config import MoBAConfig
-from .core_attention import core_attention_beside
+from .megatron.layer_specs import (
+    get_moba_layer_local_spec,
+    get_moba_layer_with_transformer_engine_spec,
+    require_transformer_engine,
+    with_moba_core_attention,
+)
 
-
-def get_moba_layer_local_spec(moba_config: MoBAConfig | None = None, **kwargs) -> ModuleSpec:
-    """Megatron's ``get_gpt_layer_local_spec`` with MoBA core attention: no Transformer Engine needed.
-
-    Args:
-        moba_config: None for the default at the time the model is built, see :class:`~moba_megatron.MoBACoreAttention`.
-        **kwargs: of ``get_gpt_layer_local_spec``.
-    """
-    return with_moba_core_attention(gpt_layer_specs.get_gpt_layer_local_spec(**kwargs), moba_config)
-
-
-def get_moba_layer_with_transformer_engine_spec(moba_config: MoBAConfig | None = None, **kwargs) -> ModuleSpec:
-    """Megatron's ``get_gpt_layer_with_transformer_engine_spec`` with MoBA core attention.
-
-    Args:
-        moba_config: as :func:`get_moba_layer_local_spec`.
-        **kwargs: of ``get_gpt_layer_with_transformer_engine_spec``.
-
-    Raises:
-        ImportError: Transformer Engine is not installed.
-    """
-    _require_transformer_engine()
-    return with_moba_core_attention(gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(**kwargs), moba_config)
-
-
-def with_moba_core_attention(layer_spec: ModuleSpec, moba_config: MoBAConfig | None = None) -> ModuleSpec:
-    """Replaces the core attention of a transformer layer's spec, in place, and returns the spec.
-
-    Where that is Transformer Engine's, layers that ``moba_config`` names dense keep it.
-
-    Raises:
-        ValueError: the spec has no self attention with a core attention.
-    """
-    attention = getattr(layer_spec.submodules, "self_attention", None)
-    submodules = getattr(attention, "submodules", None) or getattr(attention, "keywords", {}).get("submodules")
-    if not hasattr(submodules, "core_attention"):
-        raise ValueError(f"layer_spec must have submodules.self_attention with a core_attention, got {layer_spec}")
-    submodules.core_attention = ModuleSpec(core_attention_beside(submodules.core_attention),
-                                           params={"moba_config": moba_config})
-    return layer_spec
-
-
-def _require_transformer_engine() -> None:
-    if importlib.util.find_spec("transformer_engine") is None:
-        raise ImportError("the Transformer Engine spec needs transformer-engine (pip install moba-megatron[te], CUDA "
-                          "only): without it use get_moba_layer_local_spec, or "
-                          "--spec moba_megatron.layer_specs moba_layer_spec")
+__all__ = ["get_moba_layer_local_spec", "get_moba_layer_with_transformer_engine_spec", "moba_layer_spec",
+           "moba_layer_te_spec", "with_moba_core_attention"]
 
 
 class _NeedsTransformerEngine:
@@ -70,7 +27,7 @@ class _NeedsTransformerEngine:
     """
 
     def __init__(self, *args, **kwargs):
-        _require_transformer_engine()
+        require_transformer_engine()
 
 
 moba_layer_spec = get_moba_layer_local_spec()

@@ -14,11 +14,12 @@ from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from moba_megatron import MoBAConfig, MoBACoreAttention, core_attention, layer_specs, moba_attn_varlen
-from moba_megatron.arguments import add_moba_arguments, config_from_args, config_from_environment
+from moba_megatron import MoBAConfig, MoBACoreAttention, layer_specs, moba_attn_varlen
 from moba_megatron.config import set_default_config
-from moba_megatron.core_attention import resolve_cp_comm_type, set_iteration
-from moba_megatron.key_convolution import KeyConvolution
+from moba_megatron.megatron import core_attention
+from moba_megatron.megatron.arguments import add_moba_arguments, config_from_args, config_from_environment
+from moba_megatron.megatron.core_attention import resolve_cp_comm_type, set_iteration
+from moba_megatron.megatron.key_convolution import KeyConvolution
 from moba_megatron.ops import causal_attn_varlen
 
 MOBA = MoBAConfig(chunk_size=16, topk=2)

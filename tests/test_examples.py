@@ -21,10 +21,10 @@ from pretraining.data import build_datasets, read_tokenizer
 from pretraining.monitor import Monitor, read_log
 from ranks import torchrun
 
-from moba_megatron.arguments import add_moba_arguments
 from moba_megatron.inspect.__main__ import main as inspect
 from moba_megatron.inspect.checkpoint import find_checkpoint, read_common, single_process
 from moba_megatron.inspect.trace import load_trace
+from moba_megatron.megatron.arguments import add_moba_arguments
 
 MODEL = ["--num-layers", "3", "--hidden-size", "64", "--num-attention-heads", "4", "--group-query-attention",
          "--num-query-groups", "2", "--seq-length", "128", "--moba-chunk-size", "16", "--moba-topk", "3",

@@ -4,14 +4,8 @@ from types import SimpleNamespace
 import pytest
 
 from moba_megatron import MoBAConfig
-from moba_megatron.flops import (
-    attended_pairs,
-    attention_flops,
-    attention_layers,
-    correction,
-    dense_attention_flops,
-    scored_pairs,
-)
+from moba_megatron.flops import attended_pairs, attention_flops, dense_attention_flops, scored_pairs
+from moba_megatron.megatron.flops import attention_layers, correction
 
 
 def count(seqlen, chunk_size, topk):

@@ -42,7 +42,7 @@ def build(*flags):
     """The model as the host builds it with these flags."""
     from megatron.core.transformer import ModuleSpec, TransformerConfig
 
-    from moba_megatron.arguments import add_moba_arguments
+    from moba_megatron.megatron.arguments import add_moba_arguments
 
     arguments = add_moba_arguments(argparse.ArgumentParser(), "full", "full").parse_args(flags)
     sys.modules["megatron.training.global_vars"] = SimpleNamespace(_GLOBAL_ARGS=arguments)
@@ -72,7 +72,8 @@ def models(rank, size):
     """Of full attention, of MoBA that chooses everything, and of MoBA: results, and numbers of MoBA's layers."""
     from gpt import parallel_state, tensor_parallel
 
-    from moba_megatron import MoBAConfig, MoBACoreAttention, launch, megatron_lm
+    from moba_megatron import MoBAConfig, MoBACoreAttention, launch
+    from moba_megatron.megatron import patching
 
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1)
@@ -90,7 +91,7 @@ def models(rank, size):
         layers = [layer.layer_number for layer in model.decoder.layers
                   if any(isinstance(x, MoBACoreAttention) for x in layer.modules())]
         if flags:
-            megatron_lm.check_model([model], MoBAConfig(8, int(flags[-1])))
+            patching.check_model([model], MoBAConfig(8, int(flags[-1])))
         found.append((losses_and_gradients(model), layers))
     return found
 

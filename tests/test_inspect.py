@@ -14,7 +14,7 @@ import torch
 from cases import Case
 from test_core_attention import fused_qkv, make_config, make_core
 
-from moba_megatron import MoBAConfig, core_attention, kernels, megatron_lm
+from moba_megatron import MoBAConfig, kernels
 from moba_megatron.inspect import __main__ as command
 from moba_megatron.inspect import page, picture, statistics
 from moba_megatron.inspect.choices import look, watching
@@ -23,6 +23,7 @@ from moba_megatron.inspect.report import as_record, as_scalars, as_table, summar
 from moba_megatron.inspect.router_log import RouterLog
 from moba_megatron.inspect.trace import RoutingTrace, load_trace, save_trace
 from moba_megatron.kernels import tuning
+from moba_megatron.megatron import core_attention, patching
 from moba_megatron.ops import get_stages
 from moba_megatron.segments import Segments
 
@@ -290,7 +291,7 @@ class TestMegatronLM:
     @pytest.fixture
     def host(self, monkeypatch):
         """What megatron.training has at run time, as far as it is used."""
-        parser = megatron_lm.moba_arguments(lambda parser: parser)(argparse.ArgumentParser())
+        parser = patching.moba_arguments(lambda parser: parser)(argparse.ArgumentParser())
         args = parser.parse_args(["--attention", "moba", "--moba-chunk-size", "8", "--moba-topk", "3"])
         args.curr_iteration, args.num_layers, args.num_attention_heads = 0, 4, 4
         written = []
@@ -303,7 +304,7 @@ class TestMegatronLM:
         return SimpleNamespace(args=args, training=training, written=written)
 
     def _set_up(self):
-        megatron_lm.moba_model_check(lambda: ([], None, None))()
+        patching.moba_model_check(lambda: ([], None, None))()
 
     def test_without_the_flag_the_step_is_megatrons_own(self, host):
         before = host.training.train_step

@@ -16,17 +16,11 @@ import pytest
 
 pytest.importorskip("megatron.core")
 
-from moba_megatron import (
-    MoBAConfig,
-    MoBACoreAttention,
-    checkpoint_flags,
-    core_attention,
-    launch,
-    megatron_host,
-    megatron_lm,
-)
-from moba_megatron.arguments import add_moba_arguments, config_from_args
-from moba_megatron.core_attention import MoBAOrTEDotProductAttention
+from moba_megatron import MoBAConfig, MoBACoreAttention, launch
+from moba_megatron.megatron import checkpoint_flags, core_attention, patching
+from moba_megatron.megatron import host as megatron_host
+from moba_megatron.megatron.arguments import add_moba_arguments, config_from_args
+from moba_megatron.megatron.core_attention import MoBAOrTEDotProductAttention
 
 ROOT = Path(__file__).parents[1]
 
@@ -110,7 +104,7 @@ SCRIPT = """
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.spec_utils import build_module, import_module
     from megatron.training import arguments, global_vars, training
-    from moba_megatron.core_attention import get_iteration
+    from moba_megatron.megatron.core_attention import get_iteration
 
     report = {"iterations": []}
 
@@ -297,12 +291,12 @@ def test_flags_that_are_typed_stay(host, monkeypatch, capsys):
 
 def test_restored_flags_that_come_too_late_are_an_error(monkeypatch):
     saved = namespace(attention="moba", moba_topk=2)
-    load = megatron_lm.moba_checkpoint(lambda load_dir, args: ({"args": saved}, "", False, None))
+    load = patching.moba_checkpoint(lambda load_dir, args: ({"args": saved}, "", False, None))
     args = namespace(attention="full", moba_topk=8)
-    monkeypatch.setattr(megatron_lm, "only_flags", True)
+    monkeypatch.setattr(patching, "only_flags", True)
     with pytest.raises(ValueError, match="--attention must be moba, as the checkpoint's"):
         load("directory", args)
-    monkeypatch.setattr(megatron_lm, "only_flags", False)
+    monkeypatch.setattr(patching, "only_flags", False)
     assert load("directory", args)[0]["args"] is saved and args.moba_topk == 2
 
 
@@ -311,7 +305,7 @@ def test_restored_flags_that_come_too_late_are_an_error(monkeypatch):
     (["--moba-log-router-file", "x"], "--moba-log-router-file needs --moba-log-router-interval N"),
 ])
 def test_router_flags_are_checked_when_they_are_read(capsys, flags, message):
-    parser = megatron_lm.moba_arguments(lambda parser: parser)(launch.argparse.ArgumentParser())
+    parser = patching.moba_arguments(lambda parser: parser)(launch.argparse.ArgumentParser())
     assert parser.parse_args(["--moba-log-router-interval", "1", "--moba-log-router-file", "x"])
     with pytest.raises(SystemExit):
         parser.parse_args(flags)
@@ -324,27 +318,27 @@ class TEDotProductAttention:
 
 def test_hook_of_a_spec_provider(host):
     class Provider:
-        @megatron_lm.moba_core_attention
+        @patching.moba_core_attention
         def core_attention(self):
             return TEDotProductAttention
 
     assert Provider().core_attention() is MoBAOrTEDotProductAttention
     once = Provider.core_attention
-    assert megatron_lm.moba_core_attention(once) is once
+    assert patching.moba_core_attention(once) is once
     host.attention = "full"
     assert Provider().core_attention() is TEDotProductAttention
 
 
 @pytest.mark.parametrize("dense", [MoBACoreAttention, MoBAOrTEDotProductAttention])
 def test_patched_and_launched_is_patched(host, dense):
-    assert megatron_lm.core_attention_for(dense) is dense
+    assert patching.core_attention_for(dense) is dense
 
 
 def test_hook_of_the_hybrid_stack(host):
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     class Stack:
-        @megatron_lm.moba_hybrid_stack
+        @patching.moba_hybrid_stack
         def __init__(self, config, submodules, layers=None):
             self.submodules = submodules
 
@@ -362,7 +356,7 @@ def test_hook_of_the_hybrid_stack(host):
 
 def test_a_model_that_ignores_moba_is_an_error(host):
     layer = launch_layer(2, TEDotProductAttention())
-    hooked = megatron_lm.moba_model_check(lambda: ([layer], None, None))
+    hooked = patching.moba_model_check(lambda: ([layer], None, None))
     with pytest.raises(ValueError, match="layer 2 attends through TEDotProductAttention"):
         hooked()
     host.moba_full_attention_layers = "2"

@@ -15,7 +15,8 @@ def numbers(moba):
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
     from megatron.core.transformer import TransformerConfig
 
-    from moba_megatron import MoBACoreAttention, core_attention, get_moba_layer_local_spec, megatron_lm
+    from moba_megatron import MoBACoreAttention, get_moba_layer_local_spec
+    from moba_megatron.megatron import core_attention, patching
 
     config = TransformerConfig(
         num_layers=LAYERS, mtp_num_layers=PREDICTIONS, mtp_loss_scaling_factor=0.1, hidden_size=32,
@@ -24,7 +25,7 @@ def numbers(moba):
     layer = get_moba_layer_local_spec(moba)
     model = GPTModel(config, layer, 64, TOKENS, position_embedding_type="rope",
                      mtp_block_spec=get_gpt_mtp_block_spec(config, layer, use_transformer_engine=False)).double()
-    megatron_lm.check_model([model], moba)
+    patching.check_model([model], moba)
     sparse = []
     before = core_attention.set_observer(lambda module, q, k, segments: sparse.append(module.layer_number))
     tokens = torch.randint(0, 64, (1, TOKENS), generator=torch.Generator().manual_seed(1))
@@ -44,7 +45,7 @@ def models(rank, size):
 
 
 def test_layers_follow_the_model(tmp_path):
-    from moba_megatron.flops import attention_layers
+    from moba_megatron.megatron.flops import attention_layers
 
     (every, sparse), (same, without_last) = run_ranks(models, 1, tmp_path)[0]
     assert every == same == sparse == [1, 2, 3, 4, 5] and without_last == [1, 2]

@@ -10,12 +10,12 @@ from pretraining.arguments import parse_args
 from ranks import ROOT
 
 from moba_megatron import MoBAConfig
-from moba_megatron.arguments import add_moba_arguments, config_from_args
 from moba_megatron.bench import report
 from moba_megatron.bench.cases import CASES, flops
 from moba_megatron.bench.cp_cases import find_rows
 from moba_megatron.bench.gpt_cases import rows_for
 from moba_megatron.launch import check_flags
+from moba_megatron.megatron.arguments import add_moba_arguments, config_from_args
 from moba_megatron.plan import CARDS, MODELS, Model, Run, calibration, check, find_card, parse_size, plan, predict
 from moba_megatron.plan.__main__ import main
 from moba_megatron.plan.attention_cost import STAGES, TERMS, AttentionShape, term_seconds

@@ -13,7 +13,8 @@ from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from moba_megatron import MoBAConfig, MoBACoreAttention, refusals
+from moba_megatron import MoBAConfig, MoBACoreAttention
+from moba_megatron.megatron import refusals
 
 LENGTH = 40
 

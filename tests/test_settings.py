@@ -62,7 +62,7 @@ def megatron_call(config, monkeypatch):
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from moba_megatron import core_attention
+    from moba_megatron.megatron import core_attention
 
     megatron_on_cpu.enable()
     core = MoBACoreAttention(

@@ -163,7 +163,7 @@ def holds_tensors(kind, seen=()):
     return any(holds_tensors(x, seen) for x in typing.get_args(kind))
 
 
-NO_CACHES = {"moba_megatron.refusals._pending"}
+NO_CACHES = {"moba_megatron.megatron.refusals._pending"}
 """Queues: what waits there is read once, in order, by whoever put it there."""
 
 

@@ -3,7 +3,7 @@ import argparse
 import math
 import os
 
-from moba_megatron.arguments import add_moba_arguments, config_from_args
+from moba_megatron.megatron.arguments import add_moba_arguments, config_from_args
 from moba_megatron.rendezvous import ArgumentParser
 
 

@@ -15,8 +15,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint import CheckpointException
 
-from moba_megatron.checkpoint_flags import MODEL_FLAGS, compare_flags
 from moba_megatron.inspect.checkpoint import DESCRIPTION, read_common
+from moba_megatron.megatron.checkpoint_flags import MODEL_FLAGS, compare_flags
 
 from .agreement import RunError, SharedError, on_all_ranks, on_first_rank
 

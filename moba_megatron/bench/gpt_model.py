@@ -11,7 +11,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from .. import MoBAConfig, get_moba_layer_local_spec, get_moba_layer_with_transformer_engine_spec
-from ..core_attention import set_observer
+from ..megatron.core_attention import set_observer
 from .cp_cases import hierarchy
 from .distributed import Ranks
 from .gpt_cases import Row, Shape

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from ..config import MoBAConfig
 from ..launch import megatron_version
-from ..layer_specs import get_moba_layer_local_spec
+from ..megatron.layer_specs import get_moba_layer_local_spec
 
 DESCRIPTION = "model_description"
 LATEST = "latest_checkpointed_iteration.txt"

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..core_attention import MoBACoreAttention, set_observer
+from ..megatron.core_attention import MoBACoreAttention, set_observer
 from ..ops import get_stages
 from ..ops.backend import repeat
 from ..segments import Segments
@@ -21,7 +21,7 @@ MOST_CHUNKS_FUSED = 1 << 14
 def watching(observer):
     """Has sparse layers call ``observer`` inside the block, besides one that watches already.
 
-    What it is called with: see :func:`moba_megatron.core_attention.set_observer`.
+    What it is called with: see :func:`moba_megatron.megatron.core_attention.set_observer`.
     """
     before = set_observer(observer)
     if before is not None:

@@ -10,7 +10,8 @@ from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
 
-from moba_megatron import MoBAConfig, MoBACoreAttention, core_attention, get_moba_layer_local_spec  # noqa: E402
+from moba_megatron import MoBAConfig, MoBACoreAttention, get_moba_layer_local_spec  # noqa: E402
+from moba_megatron.megatron import core_attention  # noqa: E402
 from moba_megatron.tensor_cache import cached_tensors  # noqa: E402
 
 pytestmark = pytest.mark.gpu

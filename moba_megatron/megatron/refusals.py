@@ -16,8 +16,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from .config import MoBAConfig
-from .megatron_host import host_args
+from ..config import MoBAConfig
+from .host import host_args
 
 
 def refuse_unsupported(config: TransformerConfig, attn_mask_type: AttnMaskType, attention_type: str,

@@ -5,9 +5,9 @@ import argparse
 import dataclasses
 import sys
 
+from ..config import MoBAConfig
 from .arguments import config_from_args
-from .config import MoBAConfig
-from .megatron_host import print_once
+from .host import print_once
 
 _SWITCHES = ("moba_full_attention_from_step", "moba_full_attention_last_fraction")
 MODEL_FLAGS = ("attention", "moba_chunk_size", "moba_topk", "moba_full_attention_layers", *_SWITCHES, "moba_key_conv")

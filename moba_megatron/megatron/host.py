@@ -6,8 +6,8 @@ import functools
 import os
 import sys
 
+from ..config import MoBAConfig
 from .arguments import config_from_args
-from .config import MoBAConfig
 
 
 def host_args() -> argparse.Namespace | None:

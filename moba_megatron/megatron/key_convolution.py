@@ -16,8 +16,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from .megatron_host import print_once
-from .ops import key_convolution
+from ..ops import key_convolution
+from .host import print_once
 from .refusals import layer_config
 
 _KEY = re.compile(r"key_convolution\.layer_(\d+)\.")

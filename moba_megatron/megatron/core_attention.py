@@ -1,0 +1,407 @@
+"""MoBACoreAttention: MoBA as Megatron-Core's core attention. The one place where Megatron's layouts become THD.
+
+Works with megatron-core 0.13 and later: process groups arrive as ``pg_collection``, ``model_comm_pgs`` or neither.
+The module keeps no state between calls, so recompute may rerun it. Without the key convolution it has no parameters and
+checkpoints do not change.
+"""
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from ..config import MoBAConfig, get_default_config
+from ..context_parallel import (
+    Agreement,
+    Sequences,
+    canonical_comm_type,
+    check_groups,
+    check_zigzag,
+    context_parallel_attention,
+)
+from ..ops import moba_attention
+from ..ops.validation import cast_under_autocast, check_cu_seqlens, check_qkv
+from ..segments import Segments, uniform_segments
+from .arguments import config_from_environment
+from .host import host_config, host_iteration, print_once
+from .key_convolution import KeyConvolution
+from .multi_token_prediction import global_layer_number, watch_multi_token_prediction
+from .refusals import (
+    check_attention_mask,
+    check_packed,
+    guard_paths_around_core_attention,
+    raise_what_arrived,
+    refuse_arguments,
+    refuse_switch_in_graphs,
+    refuse_unsupported,
+    watch_attention_layers,
+)
+
+HIERARCHICAL = "a2a+all_gather"
+_iteration: int | None = None
+_observer = None
+
+
+def set_observer(observer):
+    """Has every layer that attends sparsely call ``observer`` before it attends; None, the default, ends that.
+
+    Args:
+        observer: called as ``observer(module, q, k, segments)``, under context parallelism with two more arguments:
+            the group, and for each key in global order its row among the gathered ones. q ``[T, H, D]`` and k
+            ``[S, HK, D]`` are this rank's. It must not change them, nor wait for the device.
+
+    Returns:
+        the observer before.
+    """
+    global _observer
+    before, _observer = _observer, observer
+    return before
+
+
+def set_iteration(iteration: int | None) -> None:
+    """Tells every MoBA layer the training iteration (0-based), for ``MoBAConfig.full_attention_from_step``.
+
+    A training loop calls it before each step (and after loading a checkpoint). Without that option it has no effect.
+    Megatron-LM's own training loop need not: its ``curr_iteration`` is read, unless another number was set here.
+    """
+    global _iteration
+    _iteration = iteration
+
+
+def get_iteration() -> int:
+    """The iteration set last, else Megatron-LM's, else 0."""
+    return _iteration if _iteration is not None else host_iteration() or 0
+
+
+class MoBACoreAttention(MegatronModule):
+    """Softmax attention over each query's own chunk and its best earlier chunks, or dense, by layer and iteration.
+
+    Layers and iterations that :class:`~moba_megatron.MoBAConfig` names dense run causal attention through the same
+    operator, so they need no Transformer Engine and work under context parallelism.
+
+    Args:
+        config: Megatron's; fields that MoBA cannot honour are refused, see Raises.
+        layer_number: 1-based, global under pipeline parallelism. Layers of multi-token prediction are numbered behind
+            ``config.num_layers``, however Megatron numbers them, and dense where the last layer is.
+        attn_mask_type: ``causal``, or ``padding_causal`` for packed sequences.
+        attention_type: ``"self"``.
+        attention_dropout: None for ``config.attention_dropout``, which must be 0.
+        softmax_scale: None for ``1/sqrt(head_dim)``.
+        cp_comm_type: ``"all_gather"`` (or ``"allgather"``, or None), ``"a2a"``, ``"a2a+all_gather"`` or
+            ``"selective"``, or a list with one for each layer.
+        pg_collection: process groups (0.15 and later); ``tp`` is not used, ``cp`` is the context parallel group and
+            ``hcp`` its two levels for ``"a2a+all_gather"`` (``--hierarchical-context-parallel-sizes``).
+        model_comm_pgs: the same for 0.13 and 0.14. Without either, Megatron's ``parallel_state``.
+        moba_config: None for the default set by :func:`~moba_megatron.config.set_default_config`, else Megatron-LM's
+            ``--moba-*`` flags (where it was patched or launched for MoBA), else the ``MOBA_*`` environment variables.
+        k_channels: head size of the keys where it is not ``config.kv_channels``, for the key convolution.
+        v_channels: not used: head sizes are read off the tensors.
+        **kwargs: others that a Megatron release may pass: None, False or empty.
+
+    Raises:
+        TypeError: an argument in kwargs that says something.
+        ValueError: an option that MoBA does not support; the message names Megatron's flag.
+        RuntimeError: a Megatron whose inference MoBA cannot guard.
+    """
+
+    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str,
+                 attention_dropout: float | None = None, softmax_scale: float | None = None,
+                 cp_comm_type: str | list[str] | None = None, pg_collection=None, model_comm_pgs=None,
+                 moba_config: MoBAConfig | None = None, k_channels: int | None = None, v_channels: int | None = None,
+                 **kwargs):
+        super().__init__(config=config)
+        refuse_arguments(kwargs, "")
+        refuse_unsupported(config, attn_mask_type, attention_type, attention_dropout)
+        self.moba_config = _resolve_config(moba_config)
+        self.layer_number = global_layer_number(config, layer_number)
+        self.attn_mask_type = attn_mask_type
+        self.softmax_scale = softmax_scale
+        self.deterministic = self.moba_config.deterministic or config.deterministic_mode
+        last = config.num_layers
+        self.full_attention = self.moba_config.is_full_attention(min(self.layer_number, last), last)
+        if not self.full_attention:
+            refuse_switch_in_graphs(config, self.moba_config)
+        self.cp_group, self.cp_comm_type, self.cp_levels = None, None, None
+        if config.context_parallel_size > 1:
+            self.cp_comm_type = resolve_cp_comm_type(cp_comm_type, config, layer_number)
+            self.cp_group = _context_parallel_group(pg_collection or model_comm_pgs)
+            if self.cp_comm_type == HIERARCHICAL:
+                self.cp_levels = _hierarchical_groups(pg_collection, layer_number)
+        self.key_convolution = None
+        if self.moba_config.key_conv and not self.full_attention:
+            self.key_convolution = KeyConvolution(config, self.moba_config.key_conv, k_channels,
+                                                  self.moba_config.backend,
+                                                  getattr(pg_collection or model_comm_pgs, "tp", None))
+        guard_paths_around_core_attention(MoBACoreAttention)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
+                attn_mask_type: AttnMaskType | None = None, attention_bias: Tensor | None = None,
+                packed_seq_params: PackedSeqParams | None = None, **kwargs) -> Tensor:
+        """Attention for one microbatch.
+
+        With a key/value cache (static inference) there are more keys than queries; the queries are the last ones.
+        Of packed sequences with ``cu_seqlens_q_padded`` the padding takes part: it follows the real tokens of its
+        sequence, so causality keeps it from changing them.
+
+        Args:
+            query: ``[s, b, h, d]``, or packed ``[t, h, d]``; any strides.
+            key: ``[s, b, hk, d]`` or ``[t, hk, d]``.
+            value: ``[s, b, hk, dv]`` or ``[t, hk, dv]``.
+            attention_mask: None, or bool ``[1 or b, 1 or h, s_q, s_k]`` that says "causal" again, True where a query
+                must not look; under context parallelism ``[.., s_q, whole sequence]``. Its values are read at once on
+                the CPU, on a GPU at a later call, which raises for it. Not read for packed sequences.
+            attn_mask_type: overrides the constructor's; ``no_mask`` only for one query (decoding).
+            attention_bias: must be None.
+            packed_seq_params: THD format. ``cu_seqlens`` cover all tokens, all context parallel ranks; a ``cp_group``
+                in it takes the place of the module's.
+            **kwargs: others that a Megatron release may pass: None, False or empty.
+
+        Returns:
+            ``[s, b, h * dv]``, or packed ``[t, h * dv]``.
+
+        Raises:
+            TypeError, ValueError: unsupported arguments, or tensors that do not fit. Under context parallelism a
+                ValueError with the same text on every rank of the group.
+        """
+        group = self._group_for(packed_seq_params)
+        packed = packed_seq_params if packed_seq_params is not None and packed_seq_params.qkv_format == "thd" else None
+        dense = self.full_attention or self.moba_config.is_full_step(get_iteration())
+        check = functools.partial(self._check_call, attn_mask_type or self.attn_mask_type, attention_bias, packed,
+                                  attention_mask, group, kwargs)
+        if group is None:
+            check(query, key, value)
+            q, k, v = _to_thd(query, key, value)
+            v = _apart_from_projection(q, k, v)
+            dense = dense or self._decodes_densely(query, key, packed)
+            segments = self._segments(query, key, packed, dense)
+            if self.key_convolution is not None:
+                k = self.key_convolution(k, segments.cu_seqlens_k)
+            if _observer is not None and not dense:
+                _observer(self, q, k, segments)
+            o = moba_attention(q, k, v, segments, 1 if dense else self.moba_config.topk,
+                               softmax_scale=self.softmax_scale, deterministic=self.deterministic,
+                               backend=self.moba_config.backend, workspace_mib=self.moba_config.workspace_mib)
+        else:
+            o = self._context_parallel(query, key, value, packed, dense, group, check)
+        return _from_thd(o, query)
+
+    @staticmethod
+    def _check_call(mask_type, attention_bias, packed, attention_mask, group, kwargs, query, key, value) -> None:
+        raise_what_arrived()
+        refuse_arguments(kwargs, ".forward")
+        dims = 4 if packed is None else 3
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(x, Tensor) or x.dim() != dims:
+                expected = "[s, b, h, d]" if packed is None else "[t, h, d] for packed_seq_params with qkv_format 'thd'"
+                got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+                raise ValueError(f"{name} must have shape {expected}, got {got}")
+        if attention_bias is not None:
+            raise ValueError("attention_bias must be None: MoBA selects chunks by unbiased scores and adds no bias")
+        decoding = mask_type == AttnMaskType.no_mask and query.shape[0] == 1  # the last position may see everything
+        if not decoding and mask_type not in (AttnMaskType.causal, *([AttnMaskType.padding_causal] if packed else [])):
+            raise ValueError("attn_mask_type must be causal (or padding_causal with packed_seq_params), got "
+                             f"{mask_type}: for padded batches use packed sequences")
+        if packed is not None:
+            check_packed(packed, group)
+        else:
+            check_attention_mask(attention_mask, query, key, group)
+
+    def _group_for(self, packed_seq_params) -> dist.ProcessGroup | None:
+        """The context parallel group of this call (dynamic context parallelism brings its own), None for one rank."""
+        group = self.cp_group
+        if packed_seq_params is not None:
+            if getattr(packed_seq_params, "cp_group", None) is not None:
+                group = packed_seq_params.cp_group
+            elif getattr(packed_seq_params, "local_cp_size", None) == 1:
+                group = None
+        return group if group is not None and group.size() > 1 else None
+
+    def _decodes_densely(self, query: Tensor, key: Tensor, packed: PackedSeqParams | None) -> bool:
+        return self.moba_config.decode == "dense" and packed is None and query.shape[0] == 1 < key.shape[0]
+
+    def _segments(self, query: Tensor, key: Tensor, packed: PackedSeqParams | None, dense: bool) -> Segments:
+        if packed is None:
+            seqlen_q, batch, seqlen_k = query.shape[0], query.shape[1], key.shape[0]
+            if seqlen_q > seqlen_k:
+                raise ValueError(f"key must have at least query's {seqlen_q} tokens, got {seqlen_k}")
+            chunk_size = max(1, seqlen_k) if dense else self.moba_config.chunk_size
+            return uniform_segments(seqlen_q, seqlen_k, batch, chunk_size, query.device)
+        cu_seqlens, max_seqlen = _packed_lengths(packed, query.shape[0], query.device)
+        chunk_size = max(1, max_seqlen) if dense else self.moba_config.chunk_size
+        return Segments.from_cu_seqlens(cu_seqlens, max_seqlen, chunk_size)
+
+    def _context_parallel(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams | None, dense: bool,
+                          group: dist.ProcessGroup, check) -> Tensor:
+        size, moba, comm_type, levels = group.size(), self.moba_config, self.cp_comm_type or "all_gather", group
+        if comm_type == HIERARCHICAL:  # a group that came with the batch has no levels
+            comm_type, levels = (HIERARCHICAL, self.cp_levels) if group is self.cp_group else ("all_gather", group)
+        with Agreement(group) as agreement:
+            check(query, key, value)
+            q, k, v = cast_under_autocast(*_to_thd(query, key, value))
+            check_qkv(q, k, v)
+            v = _apart_from_projection(q, k, v)
+            if q.shape[0] != k.shape[0]:
+                raise ValueError(f"key must have query's {query.shape[0]} tokens under context parallelism, got "
+                                 f"{key.shape[0]}: a key/value cache is not supported with --context-parallel-size > 1")
+            check_groups(levels, comm_type, q.shape[1], k.shape[1])
+            agreement.signature = (
+                f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}, {q.dtype}, "
+                f"{comm_type}, " + ("dense" if dense else f"chunk_size {moba.chunk_size}, topk {moba.topk}")
+                + f", cp_head_groups {moba.cp_head_groups}" + ", deterministic" * self.deterministic
+                + (f", key_conv {moba.key_conv}" if self.key_convolution is not None else ""))
+            if packed is None:
+                seqlen = query.shape[0] * size
+                check_zigzag(seqlen, size, "the sequence length")
+                sequences = Sequences.uniform(seqlen, query.shape[1], q.device)
+            else:
+                cu_seqlens, seqlen = _packed_lengths(packed, q.shape[0] * size, q.device)
+                agreement.signature += ", packed"
+                if self.key_convolution is not None:  # what it exchanges is as large as there are sequences
+                    agreement.signature += f" halos of {cu_seqlens.numel() - 1}"
+                agreement.compare_lengths(cu_seqlens, seqlen, q.shape[0] * size)
+                sequences = Sequences.packed(cu_seqlens, seqlen, q.shape[0] * size)
+        if self.key_convolution is not None:
+            k = self.key_convolution(k, sequences.cu_seqlens, group)
+        if _observer is not None and not dense and seqlen > moba.topk * moba.chunk_size:
+            layout = sequences.zigzag(size, dist.get_rank(group), moba.chunk_size)
+            _observer(self, q, k, layout.segments, group, layout.rows.global_rows)
+        return context_parallel_attention(
+            q, k, v, sequences, max(1, seqlen) if dense else moba.chunk_size, 1 if dense else moba.topk, levels,
+            comm_type=comm_type, head_groups=moba.cp_head_groups, softmax_scale=self.softmax_scale,
+            deterministic=self.deterministic, backend=moba.backend, workspace_mib=moba.workspace_mib)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        state_dict.pop(f"{prefix}_extra_state", None)  # of Transformer Engine's attention, in all its checkpoints
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"layer_number={self.layer_number}, " + ("dense" if self.full_attention else self.moba_config.describe())
+
+
+class MoBAOrTEDotProductAttention:
+    """For Transformer Engine layers: MoBACoreAttention, or Transformer Engine's own attention in layers that are dense.
+
+    Which one is decided by the layer's number, and only that: the switch by iteration is inside MoBACoreAttention.
+    """
+
+    def __new__(cls, config: TransformerConfig, layer_number: int, *args, moba_config: MoBAConfig | None = None,
+                **kwargs):
+        moba_config, last = _resolve_config(moba_config), config.num_layers
+        if not moba_config.is_full_attention(min(global_layer_number(config, layer_number), last), last):
+            return MoBACoreAttention(config, layer_number, *args, moba_config=moba_config, **kwargs)
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+        return TEDotProductAttention(config, layer_number, *args, **kwargs)
+
+
+watch_attention_layers()  # here, since a spec may name MoBACoreAttention itself
+
+
+def core_attention_beside(dense) -> type:
+    """The class to put in a spec in place of ``dense``, the core attention that Megatron put there."""
+    watch_multi_token_prediction()
+    name = getattr(getattr(dense, "module", dense), "__name__", "")
+    te = name in ("TEDotProductAttention", MoBAOrTEDotProductAttention.__name__)
+    return MoBAOrTEDotProductAttention if te else MoBACoreAttention
+
+
+def resolve_cp_comm_type(cp_comm_type: str | list[str] | None, config: TransformerConfig, layer_number: int) -> str:
+    """How this layer's context parallel ranks communicate: one of ``context_parallel.COMM_TYPES``.
+
+    A per-layer list is read from ``config`` by ``layer_number - 1``: Megatron up to 0.16 passes its neighbour's entry.
+
+    Raises:
+        ValueError: a type that MoBA does not have (the message lists those it has), or a list of another length.
+    """
+    listed = config.cp_comm_type if isinstance(config.cp_comm_type, (list, tuple)) else cp_comm_type
+    if isinstance(listed, (list, tuple)):
+        if len(listed) == 1:
+            cp_comm_type = listed[0]
+        elif not 1 <= layer_number <= len(listed):
+            raise ValueError(f"--cp-comm-type must name one type, or one for each layer, got {len(listed)} for layer "
+                             f"{layer_number}")
+        else:
+            cp_comm_type = listed[layer_number - 1]
+    try:
+        return canonical_comm_type("all_gather" if cp_comm_type is None else cp_comm_type)
+    except ValueError as error:
+        raise ValueError(f"--cp-comm-type, layer {layer_number}: {error}: pass --cp-comm-type all_gather, or a2a where "
+                         "heads can be dealt out to the ranks") from None
+
+
+def _context_parallel_group(groups) -> dist.ProcessGroup:
+    if getattr(groups, "cp", None) is not None:
+        return groups.cp
+    return parallel_state.get_context_parallel_group()
+
+
+def _hierarchical_groups(groups, layer_number: int) -> list[dist.ProcessGroup]:
+    levels = getattr(groups, "hcp", None)
+    if levels is None:
+        levels = parallel_state.get_hierarchical_context_parallel_groups(check_initialized=False)
+    if levels is None or len(levels) != 2:
+        raise ValueError(f"--hierarchical-context-parallel-sizes must have two sizes for --cp-comm-type {HIERARCHICAL} "
+                         f"(layer {layer_number}), got {0 if levels is None else len(levels)}: ranks that exchange "
+                         "heads, such as a node's, and how many of those gather keys")
+    return list(levels)
+
+
+def _resolve_config(moba_config: MoBAConfig | None) -> MoBAConfig:
+    if moba_config is None:
+        moba_config = get_default_config() or host_config() or _environment_config()
+    if not isinstance(moba_config, MoBAConfig):
+        raise TypeError(f"moba_config must be a MoBAConfig, got {type(moba_config).__name__}")
+    return moba_config
+
+
+@functools.lru_cache(maxsize=1)
+def _environment_config() -> MoBAConfig:
+    config = config_from_environment()
+    print_once(f"> {config.describe()} (from MOBA_* environment variables and defaults)")
+    return config
+
+
+def _packed_lengths(packed: PackedSeqParams, total: int, device: torch.device) -> tuple[Tensor, int]:
+    """cu_seqlens of all tokens as they lie in memory, and a bound of a sequence's length; without a host sync."""
+    padded = packed.cu_seqlens_q_padded is not None
+    cu_seqlens = packed.cu_seqlens_q_padded if padded else packed.cu_seqlens_q
+    max_seqlen = packed.max_seqlen_q
+    if isinstance(max_seqlen, Tensor):
+        max_seqlen = int(max_seqlen.max()) if max_seqlen.device.type == "cpu" else None
+    if padded or max_seqlen is None:  # max_seqlen_q speaks of the lengths without padding
+        max_seqlen = total
+    return check_cu_seqlens(cu_seqlens, max_seqlen, total, device), max_seqlen
+
+
+def _to_thd(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """``[s, b, h, d]`` as ``[b * s, h, d]``, sequence after sequence (a view where b is 1); THD as it is."""
+    return tuple(x if x.dim() == 3 else x[:, 0] if x.shape[1] == 1 else x.transpose(0, 1).flatten(0, 1)
+                 for x in tensors)
+
+
+def _apart_from_projection(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """v itself, or a copy where v, kept for backward, would alone keep the output of the fused projection alive.
+
+    So it is with rotary embeddings, which leave v a view while q and k are new: at 128K tokens, 24 layers, 8 query and
+    2 kv heads of 128 that is 9 GiB of projections against 1.5 GiB of copies.
+    """
+    storage = v.untyped_storage()
+    shared = storage.data_ptr() in (q.untyped_storage().data_ptr(), k.untyped_storage().data_ptr())
+    if shared or not (torch.is_grad_enabled() and v.requires_grad) or storage.nbytes() < 2 * v.nbytes:
+        return v
+    return v.contiguous()
+
+
+def _from_thd(o: Tensor, query: Tensor) -> Tensor:
+    """``[b * s, h, dv]`` in query's layout with the heads joined."""
+    if query.dim() == 3:
+        return o.flatten(1)
+    seqlen, batch = query.shape[:2]
+    return o.unflatten(0, (batch, seqlen)).transpose(0, 1).flatten(2)

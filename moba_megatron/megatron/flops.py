@@ -1,0 +1,59 @@
+"""What MoBA saves of the operations that Megatron-LM's throughput line counts."""
+from __future__ import annotations
+
+from ..config import MoBAConfig
+from ..flops import attention_flops, dense_attention_flops
+
+
+def correction(args, config: MoBAConfig, iteration: int, batch_size: int, seqlen_squared_sum: float | None = None,
+               tokens: float | None = None) -> float:
+    """What to add to Megatron-LM's ``num_floating_point_operations``: negative where MoBA saves work.
+
+    Args:
+        args: Megatron-LM's parsed arguments.
+        config: which layers and iterations are MoBA.
+        iteration: the current one.
+        batch_size: sequences (of ``args.seq_length``) in the batch.
+        seqlen_squared_sum: of packed sequences, the sum of their squared lengths; None for unpacked batches. Only sums
+            are known, so the lengths count as equal: exact where they are.
+        tokens: of packed sequences, the sum of their lengths.
+
+    Returns:
+        0 for models whose attention layers are not known here (``--experimental-attention-variant``, hybrids that are
+        given by ratios instead of a pattern).
+    """
+    tokens = batch_size * args.seq_length if tokens is None else tokens
+    seqlen = args.seq_length if seqlen_squared_sum is None else seqlen_squared_sum / max(tokens, 1)
+    if config.is_full_step(iteration) or not seqlen:
+        return 0
+    layers = sum(not config.is_full_attention(min(layer, args.num_layers), args.num_layers)
+                 for layer in attention_layers(args))
+    if getattr(args, "multi_latent_attention", False) and not _hybrid_pattern(args):
+        sizes = args.num_attention_heads, args.qk_head_dim + args.qk_pos_emb_head_dim, args.v_head_dim
+    else:
+        sizes = args.num_attention_heads, args.kv_channels, args.kv_channels
+    saved = dense_attention_flops(seqlen, *sizes) - attention_flops(seqlen, *sizes, config.chunk_size, config.topk)
+    return -saved * layers * tokens / seqlen
+
+
+def attention_layers(args) -> list[int]:
+    """1-based numbers of the layers whose softmax attention Megatron-LM counts; multi-token prediction is last.
+
+    Of hybrid models it counts ``*``, in the pattern of each prediction behind ``/`` too, and leaves out latent
+    attention, ``+``.
+    """
+    if getattr(args, "experimental_attention_variant", None) is not None:
+        return []
+    pattern = _hybrid_pattern(args)
+    if pattern:
+        model, *predictions = pattern.replace("|", "").split("/")  # "|" starts a pipeline stage
+        numbers = [number for number, symbol in enumerate(model, 1) if symbol == "*"]
+        return numbers + [len(model) + depth for depth, layers in enumerate(predictions, 1)
+                          for symbol in layers if symbol == "*"]
+    if getattr(args, "is_hybrid_model", False):
+        return []
+    return list(range(1, args.num_layers + (getattr(args, "mtp_num_layers", None) or 0) + 1))
+
+
+def _hybrid_pattern(args) -> str | None:
+    return getattr(args, "hybrid_layer_pattern", None) or getattr(args, "hybrid_override_pattern", None)
