@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from moba_megatron import kernels, moba_attn_varlen
-from moba_megatron.context_parallel.whole import Method
+from moba_megatron.context_parallel.pipeline import Method
 from moba_megatron.kernels import launcher, replay, tuning
 from moba_megatron.kernels.replay import plan_workspace
 from moba_megatron.ops import backend, moba_attention

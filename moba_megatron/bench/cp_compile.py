@@ -14,7 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from .. import kernels
 from ..context_parallel import Sequences
 from ..context_parallel.attention import make_schedule
-from ..context_parallel.whole import Method
+from ..context_parallel.pipeline import Method
 from ..kernels import tuning
 from . import compile_report
 from .cases import Case

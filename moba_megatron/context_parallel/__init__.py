@@ -2,9 +2,9 @@
 
 ``layout`` says which rows a rank holds, ``transport`` moves them, ``agreement`` detects ranks that disagree.
 
-Schedules: ``gather`` (keys and values travel), ``selective`` (those that were chosen do), ``heads`` (heads for rows),
-``whole`` (nothing travels; the inner part of ``heads``), in groups of heads (``head_groups``); ``attention`` chooses
-one by name and gives it a gradient.
+Schedules: ``all_gather`` (keys and values travel), ``selective`` (those that were chosen do), ``all_to_all`` (heads for
+rows), ``pipeline`` (nothing travels; the inner part of ``all_to_all``), in groups of heads (``head_groups``);
+``attention`` chooses one by name and gives it a gradient.
 Selection and result equal those of a single rank.
 """
 from .agreement import Agreement

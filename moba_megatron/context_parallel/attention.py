@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ..ops import get_stages
 from ..ops.validation import cast_under_autocast, check_flag, check_scale, check_whole, check_workspace
-from .gather import Gathered
-from .heads import Exchanged, check_heads, own_chunks
+from .all_gather import Gathered
+from .all_to_all import Exchanged, check_heads, own_chunks
 from .layout import Sequences
+from .pipeline import Method, Whole
 from .selective.schedule import Selective
-from .whole import Method, Whole
 
 COMM_TYPES = ("all_gather", "a2a", "a2a+all_gather", "selective")
 """How ranks communicate, by Megatron's ``cp_comm_type``; ``allgather`` is understood too."""

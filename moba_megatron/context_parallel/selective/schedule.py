@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from ...segments import Routing
-from ..gather import Gathered
+from ..all_gather import Gathered
 from ..head_groups import HeadGroups, Prefetch
+from ..pipeline import Grads, Saved
 from ..transport.comm import Pending, all_gather
 from ..transport.rows import place_own, take_own
-from ..whole import Grads, Saved
 from .services import chunk_homes, pieces_are_chunks, table_of_choices
 from .travel import Travel, true_numbers
 from .visiting import Visiting

@@ -21,10 +21,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...segments import Routing, Segments
-from ..gather import Gathered, sum_dtype
+from ..all_gather import Gathered, sum_dtype
 from ..head_groups import HeadGroups, Prefetch
+from ..pipeline import Grads, Saved
 from ..transport.comm import Pending, exchange
-from ..whole import Grads, Saved
 from .copies import Copies
 from .services import Service, Visit, services_of
 from .travel import parts

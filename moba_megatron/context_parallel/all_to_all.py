@@ -18,13 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..segments import Segments
-from .gather import Gathered, arrived, of_one_dim, sum_dtype
+from .all_gather import Gathered, arrived, of_one_dim, sum_dtype
 from .head_groups import HeadGroups, Prefetch, number_of_groups, split_heads
 from .layout import Sequences
+from .pipeline import Grads, Saved, Whole
 from .transport.comm import Pending
 from .transport.peers import peers_for
 from .transport.rows import Arrived, Rows, copy_rows, to_global, to_local, whole_rows
-from .whole import Grads, Saved, Whole
 
 
 def check_heads(heads: int, kv_heads: int, size: int, comm_type: str) -> None:

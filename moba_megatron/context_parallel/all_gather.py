@@ -17,9 +17,9 @@ from torch import Tensor
 from ..segments import Routing
 from .head_groups import HeadGroups, Prefetch, number_of_groups, split_heads
 from .layout import BlockExchange, ZigzagLayout
+from .pipeline import Grads, Method, Saved
 from .transport.comm import Pending, all_gather
 from .transport.rows import copy_rows, reduce_to_local, to_global
-from .whole import Grads, Method, Saved
 
 
 @dataclass(frozen=True)
