@@ -21,8 +21,8 @@ import torch.distributed as dist
 from ranks import run_ranks
 from test_context_parallel_peers import EagerEngines, FileMemory, HostDriver
 
-from moba_megatron.context_parallel import Agreement, Sequences, agreement, context_parallel_attention
-from moba_megatron.context_parallel.transport import copy_engines, peers
+from moba_megatron.context_parallel import Agreement, Sequences, context_parallel_attention
+from moba_megatron.context_parallel.transport import collective_check, copy_engines, peers
 from moba_megatron.context_parallel.transport.copy_engines import DriverError
 
 CPU = torch.device("cpu")
@@ -107,12 +107,12 @@ def is_new():
 
 def kept_after(calls):
     """The most that is kept during so many batches, all of them different: changes, lengths, messages unread."""
-    changes = [len(agreement._calls_of(dist.group.WORLD).after) for step in range(calls)
+    changes = [len(collective_check._calls_of(dist.group.WORLD).after) for step in range(calls)
                if call(f"{step} sequences", packing(step), 96) is None]
     LateMessage.never = True  # a device that lags behind
     for step in range(100):
         call("packed", packing(step), 96)
-    kept = max(changes), len(agreement._known_facts), len(agreement._calls_of(dist.group.WORLD).unread)
+    kept = max(changes), len(collective_check._known_facts), len(collective_check._calls_of(dist.group.WORLD).unread)
     LateMessage.never = False
     Agreement.look(dist.group.WORLD, wait=True)
     return kept
@@ -125,7 +125,7 @@ def raised_by(calls):
             call(**arguments)
         except ValueError as error:
             return number, str(error)
-        for message, *_ in agreement._calls_of(dist.group.WORLD).unread:
+        for message, *_ in collective_check._calls_of(dist.group.WORLD).unread:
             message.synchronize()
     return None
 
@@ -295,8 +295,8 @@ def groups_come_and_go(rank, folder):
 
 def everything(rank, size, folder):
     folder = Path(folder)
-    agreement._may_be_late = lambda device: True
-    agreement._read_later = lambda headers, device: (LateMessage(headers), headers._output)
+    collective_check._may_be_late = lambda device: True
+    collective_check._read_later = lambda headers, device: (LateMessage(headers), headers._output)
     return dict(waits=waits_of_steps(), new=is_new(), kept=kept_after(300), apart=disagreements(rank),
                 waiting=raised_while_waiting(rank),
                 set_up=set_up(rank, folder), groups=groups_come_and_go(rank, folder))

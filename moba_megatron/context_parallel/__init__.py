@@ -1,15 +1,15 @@
 """Context parallelism: each rank keeps two pieces of every sequence; keys travel to queries, or heads are exchanged.
 
-``layout`` says which rows a rank holds, ``transport`` moves them, ``agreement`` detects ranks that disagree.
+``layout`` says which rows a rank holds, ``transport`` moves them, ``collective_check`` detects ranks that disagree.
 
 Schedules: ``all_gather`` (keys and values travel), ``selective`` (those that were chosen do), ``all_to_all`` (heads for
 rows), ``pipeline`` (nothing travels; the inner part of ``all_to_all``), in groups of heads (``head_groups``);
 ``attention`` chooses one by name and gives it a gradient.
 Selection and result equal those of a single rank.
 """
-from .agreement import Agreement
 from .attention import COMM_TYPES, canonical_comm_type, check_groups, context_parallel_attention
 from .layout import Sequences, check_zigzag
+from .transport.collective_check import Agreement
 from .transport.comm import WaitRecord, record_waits
 
 __all__ = ["COMM_TYPES", "Agreement", "Sequences", "WaitRecord", "canonical_comm_type", "check_groups",

@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..agreement import Agreement
+from .collective_check import Agreement
 from .comm import Pending, count_sent
 from .copy_engines import CopyEngines, LocalCopies, PreparedCopies, RunningCopies
 from .mail import Mail

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..tensor_cache import cached_tensors, is_unobserved
-from .transport.comm import Pending, all_gather, members_a_node
+from ...tensor_cache import cached_tensors, is_unobserved
+from .comm import Pending, all_gather, members_a_node
 
 _FIRST = 6  # values of cu_seqlens that an error shows
 _FACTS = 7 + _FIRST
