@@ -20,7 +20,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from moba_megatron.context_parallel import Sequences, all_to_all, context_parallel_attention, record_waits
-from moba_megatron.context_parallel.transport import rows as rows_module
+from moba_megatron.context_parallel.transport import exchange as exchange_module
 from moba_megatron.context_parallel.transport.copy_engines import CopyEngines, _MemoryOperation, _Rectangle
 from moba_megatron.context_parallel.transport.mail import Mail
 from moba_megatron.context_parallel.transport.moves import Copy, exchange_of, pair_of, plan_exchange
@@ -406,7 +406,7 @@ class SharedPeers:
 def with_peers(rank, size, folder):
     """Cases of the gloo suite, exchanged through shared memory; bytes sent; how many exchanges there were."""
     shared = SharedPeers(folder, rank)
-    all_to_all.peers_for = rows_module.peers_for = shared.peers_for
+    all_to_all.peers_for = exchange_module.peers_for = shared.peers_for
     cp.CASES = [case for case in cp.CASES if case[0] in CASES]
     errors = cp.compare_with_single_rank(rank, size)
     local = [torch.randn(16, h, 8) for h in (8, 4, 4, 8)]

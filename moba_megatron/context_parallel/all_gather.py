@@ -19,7 +19,8 @@ from .head_groups import HeadGroups, Prefetch, number_of_groups, split_heads
 from .layout import BlockExchange, ZigzagLayout
 from .pipeline import Grads, Method, Saved
 from .transport.comm import Pending, all_gather
-from .transport.rows import copy_rows, reduce_to_local, to_global
+from .transport.exchange import reduce_to_local, to_global
+from .transport.rows import copy_rows
 
 
 @dataclass(frozen=True)

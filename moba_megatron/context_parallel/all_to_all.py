@@ -23,8 +23,9 @@ from .head_groups import HeadGroups, Prefetch, number_of_groups, split_heads
 from .layout import Sequences
 from .pipeline import Grads, Saved, Whole
 from .transport.comm import Pending
+from .transport.exchange import Arrived, to_global, to_local
 from .transport.peers import peers_for
-from .transport.rows import Arrived, Rows, copy_rows, to_global, to_local, whole_rows
+from .transport.rows import Rows, copy_rows, whole_rows
 
 
 def check_heads(heads: int, kv_heads: int, size: int, comm_type: str) -> None:

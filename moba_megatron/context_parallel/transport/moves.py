@@ -1,12 +1,11 @@
 """Which bytes of a rank's tensors go where, as rectangles that a copy engine moves: plans of :mod:`.peers`."""
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .rows import Rows
+from .rows import Rows
 
 LONGEST_ROW = 1 << 30
 """Bytes of a row of a rectangle, at most: the driver's pitch is below 2 GiB."""
@@ -69,11 +68,6 @@ class Exchange(NamedTuple):
     pairs: tuple[Pair, ...]
     back: bool
     others_only: bool
-
-
-def rows_are_whole(x: Tensor) -> bool:
-    """Whether each ``[h, D]`` of ``[..., h, D]`` is contiguous, so that a rectangle is made of such rows."""
-    return x.stride(-1) == 1 and x.stride(-2) == x.shape[-1]
 
 
 def pair_of(whole: Tensor, parts: Tensor) -> Pair:

@@ -28,7 +28,7 @@ import socket
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -41,9 +41,7 @@ from .copy_engines import CopyEngines, LocalCopies, PreparedCopies, RunningCopie
 from .mail import Mail
 from .moves import Exchange, exchange_of, other_ranks, pair_of, plan_exchange, what_ranks_expect
 from .peer_memory import PeerMemory, peer_memory
-
-if TYPE_CHECKING:
-    from .rows import Rows
+from .rows import Rows
 
 MOST_PLANS = 256
 """Exchanges that are kept prepared; lengths of sequences may change with every batch."""
