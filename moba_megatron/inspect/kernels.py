@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..kernels.host import cdiv, next_power_of_2
 from ..kernels.jit_helpers import _chunk_keys, _offset
 from ..kernels.launcher import launch, repeat
-from ..kernels.sizes import cdiv, next_power_of_2
 from ..segments import Segments
 
 

@@ -5,19 +5,16 @@ Stages, as in ``moba_megatron.reference``: ``chunk_means`` (and its halves ``blo
 ``key_convolution_fwd`` and ``key_convolution_bwd`` may come before them; ``repeat`` makes calls that repeat an earlier
 one cheaper.
 """
-from triton import knobs
-
-INTERPRETED = knobs.runtime.interpret
-
-from .attention_bwd import attention_bwd  # noqa: E402
-from .attention_fwd import attention_fwd  # noqa: E402
-from .bounds import bounded, bounded_lengths, clear_rows  # noqa: E402
-from .chunk_means import block_sums, chunk_means, means_from_block_sums  # noqa: E402
-from .gating import gate  # noqa: E402
-from .key_convolution import key_convolution_bwd, key_convolution_fwd  # noqa: E402
-from .launcher import repeat  # noqa: E402
-from .routing import route  # noqa: E402
+from .attention_bwd import attention_bwd
+from .attention_fwd import attention_fwd
+from .bounds import bounded, bounded_lengths, clear_rows
+from .chunk_means import block_sums, chunk_means, means_from_block_sums
+from .gating import gate
+from .host import INTERPRETED
+from .key_convolution import key_convolution_bwd, key_convolution_fwd
+from .launcher import repeat
+from .routing import route
 
 __all__ = ["INTERPRETED", "attention_bwd", "attention_fwd", "block_sums", "bounded", "bounded_lengths", "chunk_means",
-           "clear_rows", "gate",
-           "key_convolution_bwd", "key_convolution_fwd", "means_from_block_sums", "repeat", "route"]
+           "clear_rows", "gate", "key_convolution_bwd", "key_convolution_fwd", "means_from_block_sums", "repeat",
+           "route"]

@@ -17,10 +17,10 @@ from .attention_bwd_dkdv import _attention_bwd_dkv_kernel, _attention_bwd_dkv_su
 from .attention_bwd_dq import _attention_bwd_dq_kernel, _attention_bwd_dq_own_kernel
 from .attention_fwd import _check, _describable, _key_source, tma_available
 from .bounds import clear_rows
+from .host import cdiv, head_block, next_power_of_2
 from .jit_helpers import _offset
 from .launcher import launch, milestone_reached
 from .routing import Tiles, make_tiles, route
-from .sizes import cdiv, head_block, next_power_of_2
 from .workspace import head_groups, workspace_limit
 
 PARTIALS_SHARE = 16

@@ -20,9 +20,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..segments import Routing
 from . import attention_bwd_dkdv, sm90
+from .host import cdiv
 from .jit_helpers_sm90 import LOADER_WARPS, _copy_rows, _copy_rows_where, _entry_row, _find_piece, _piece_items, _slot
 from .launcher import launch
-from .sizes import cdiv
 
 KEYS = gl.constexpr(sm90.KEYS)
 _extra_piece = gluon.jit(attention_bwd_dkdv._extra_piece.fn)

@@ -14,12 +14,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..segments import Routing, Segments
-from . import INTERPRETED, sm90, tuning
+from . import sm90, tuning
 from .bounds import clear_rows
+from .host import INTERPRETED, head_block, next_power_of_2, precision
 from .jit_helpers import _chunk_keys, _offset, _query_tile
 from .launcher import launch
 from .routing import Tiles, make_tiles, route
-from .sizes import head_block, next_power_of_2
 from .workspace import head_groups
 
 MAX_HEAD_DIM = 256
@@ -132,10 +132,6 @@ def _wide(*tensors: Tensor) -> bool:
     return any(sum((n - 1) * s for n, s in zip(x.shape, x.stride())) >= 2 ** 31 for x in tensors)
 
 
-def _precision(dtype: torch.dtype) -> str:
-    return "tf32x3" if dtype == torch.float32 and not INTERPRETED else "ieee"
-
-
 def _sparse(q: Tensor, k: Tensor, v: Tensor, routing: Routing, tiles: Tiles, o_slots: Tensor, lse_slots: Tensor,
             segments: Segments, qk_scale: float, slots: int, group: tuple[int, int], options: dict[str, int]) -> None:
     """Fills the slots of one group of kv heads."""
@@ -182,7 +178,7 @@ def _sparse(q: Tensor, k: Tensor, v: Tensor, routing: Routing, tiles: Tiles, o_s
         CHUNK=size,
         USE_TMA=use_tma,
         WIDE=_wide(q, o_slots) or routing.entries.dtype == torch.int64,
-        PRECISION=_precision(q.dtype),
+        PRECISION=precision(q.dtype),
         **options,
     )
 
@@ -234,7 +230,7 @@ def _own_merge(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, o_slots: Tenso
         BLOCK_D=head_block(q.shape[2]),
         BLOCK_DV=head_block(v.shape[2]),
         USE_TMA=use_tma,
-        PRECISION=_precision(q.dtype),
+        PRECISION=precision(q.dtype),
         **options,
     )
 

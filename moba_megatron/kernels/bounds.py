@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..segments import Segments
+from .host import cdiv
 from .launcher import launch
-from .sizes import cdiv
 
 PROGRAMS = 256
 """Programs that clear a tensor's last rows, of which there are mostly none."""

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..segments import SUM_BLOCK, Segments
 from . import tuning
+from .host import cdiv, next_power_of_2
 from .jit_helpers import _chunk_keys, _offset
 from .launcher import launch
-from .sizes import cdiv, next_power_of_2
 
 PROGRAMS = 2048
 """Programs that fill a card."""

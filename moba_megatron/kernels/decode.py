@@ -17,11 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..segments import SUM_BLOCK
-from . import INTERPRETED, tuning
+from . import tuning
 from .chunk_means import _mean
+from .host import INTERPRETED, cdiv, head_block, next_power_of_2, precision
 from .jit_helpers import _offset
 from .launcher import launch
-from .sizes import cdiv, head_block, next_power_of_2
 
 MEAN_LANES = 8
 """Blocks of SUM_BLOCK rows that a program sums side by side for a mean."""
@@ -81,7 +81,7 @@ def decode_gate(q: Tensor, k_cache: Tensor, means_cache: Tensor, cache_seqlens: 
         chunk_size, *q.stride(), *k_cache.stride(), *means_cache.stride()[:3], _table_stride(block_table),
         HK=num_kv_heads, G=group, D=head_dim, KS=topk - 1, BLOCK_KS=next_power_of_2(topk - 1), BLOCK_G=HEADS_A_GATE,
         BLOCK_D=head_block(head_dim), SUM_BLOCK=SUM_BLOCK, MEAN_LANES=MEAN_LANES,
-        PRECISION=_precision(q.dtype), HAS_STARTS=cache_starts is not None,
+        PRECISION=precision(q.dtype), HAS_STARTS=cache_starts is not None,
         PAGE_SIZE=_page_size(k_cache, block_table), **options)
     return selected
 
@@ -122,16 +122,12 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, selected: Tens
         HK=num_kv_heads, G=group, KS=choices, BLOCK_G=max(16, next_power_of_2(group)),
         BLOCK_KS=next_power_of_2(max(1, choices)), D=head_dim, DV=dim_v,
         BLOCK_D=head_block(head_dim), BLOCK_DV=head_block(dim_v),
-        PRECISION=_precision(q.dtype),
+        PRECISION=precision(q.dtype),
         HAS_STARTS=cache_starts is not None, PAGE_SIZE=_page_size(k_cache, block_table), **options)
     launch(_decode_merge_kernel, (batch * num_heads,),
         selected, o_slots, lse_slots, o, lse, pieces, KS=choices, DV=dim_v, BLOCK_DV=next_power_of_2(dim_v),
         BLOCK_S=min(32, max(2, next_power_of_2(slots))), num_warps=4)
     return o, lse
-
-
-def _precision(dtype: torch.dtype) -> str:
-    return "tf32x3" if dtype == torch.float32 and not INTERPRETED else "ieee"
 
 
 def _pieces(programs: int, chunk_size: int, wanted: int, block_n: int, device: torch.device) -> tuple[int, int]:

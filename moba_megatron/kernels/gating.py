@@ -20,9 +20,9 @@ from torch import Tensor
 from ..segments import Segments
 from . import tuning
 from .bounds import clear_rows
+from .host import head_block, next_power_of_2
 from .jit_helpers import _offset, _query_tile
 from .launcher import launch
-from .sizes import head_block, next_power_of_2
 
 
 def gate(q: Tensor, means: Tensor, segments: Segments, topk: int) -> Tensor:

@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .bounds import clear_rows
+from .host import cdiv, next_power_of_2
 from .jit_helpers import _find_piece, _offset, _piece_items
 from .launcher import launch
-from .sizes import cdiv, next_power_of_2
 
 TILE = {"BLOCK_T": 32, "BLOCK_C": 128, "num_warps": 4}
 """Rows and columns of a tile. Not tuned: the kernels read the keys once or twice."""

@@ -20,7 +20,8 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
-from . import INTERPRETED, tuning
+from . import tuning
+from .host import INTERPRETED
 from .replay import NotReplayable, Replay, Trace
 from .workspace import give_limit, given_limit, workspace_limit
 

@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .host import cdiv, next_power_of_2
 from .jit_helpers import _offset
 from .launcher import launch
-from .sizes import cdiv, next_power_of_2
 
 _BLOCK, _WARPS = 2048, 4
 

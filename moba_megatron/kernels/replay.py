@@ -9,13 +9,14 @@ not replayed.
 from __future__ import annotations
 
 import ctypes
-import functools
 import struct
 import threading
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..cuda_driver import cuda_driver
 
 ALIGNMENT = 512
 """Of scratch tensors within the workspace, bytes: that of torch's own allocations."""
@@ -36,22 +37,6 @@ class _LaunchConfig(ctypes.Structure):
     _fields_ += [("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p), ("num_attributes", ctypes.c_uint)]
 
 
-@functools.lru_cache(maxsize=None)
-def cuda_driver() -> ctypes.CDLL:
-    """libcuda with the types of what is called here; every call gives up the interpreter's lock.
-
-    Raises:
-        NotReplayable: it is not there, or too old.
-    """
-    try:
-        library = ctypes.CDLL("libcuda.so.1")
-        library.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
-        library.cuTensorMapReplaceAddress.argtypes = [ctypes.c_void_p] * 2
-    except (OSError, AttributeError) as error:
-        raise NotReplayable(str(error)) from error
-    return library
-
-
 class Trace(TorchDispatchMode):
     """Watches the operations and launches of one call; ``inputs`` are aliases of the call's tensors, each its own."""
 
@@ -64,6 +49,10 @@ class Trace(TorchDispatchMode):
         self._launches: list[tuple[object, tuple[int, ...], list]] = []
         self._milestone: int | None = None  # launches before it
         self._reason = ""
+        try:
+            getattr(cuda_driver(), "cuTensorMapReplaceAddress")  # the latest of what is called here
+        except (OSError, AttributeError) as error:
+            self.refuse(str(error))
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -84,6 +73,8 @@ class Trace(TorchDispatchMode):
 
     def add(self, compiled, grid: tuple[int, ...], args: tuple) -> None:
         """Notes a launch: the compiled kernel, and the values of all its parameters in order."""
+        if self._reason:
+            return
         try:
             self._launches.append((compiled, grid, self._arguments(compiled, args)))
         except NotReplayable as error:
@@ -103,7 +94,6 @@ class Trace(TorchDispatchMode):
         if self._reason:
             raise NotReplayable(self._reason)
         places = [self._allocations.get(x.data_ptr()) if x.numel() else None for x in results]
-        cuda_driver()
         for x, place in zip(results, places):
             if not x.is_contiguous() or x.numel() and (place is None or self._sizes[place] != x.nbytes):
                 raise NotReplayable("a result that is not an allocation of its own")

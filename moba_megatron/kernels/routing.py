@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..segments import Routing, entry_dtype
 from . import tuning
+from .host import cdiv
 from .jit_helpers import _find_piece, _piece_items
 from .launcher import launch
-from .sizes import cdiv
 
 PROGRAMS = 8192
 """Programs that count and place. More than a card holds at once: they then write to a few kv heads' buckets at a time,

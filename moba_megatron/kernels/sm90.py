@@ -14,8 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import INTERPRETED
-from .sizes import next_power_of_2
+from .host import INTERPRETED, next_power_of_2
 
 logger = logging.getLogger("moba_megatron")
 

@@ -14,7 +14,7 @@ import os
 
 import torch
 
-from . import INTERPRETED
+from .host import INTERPRETED
 from .tuning_table import TABLE, Row
 
 ARCHS = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227}

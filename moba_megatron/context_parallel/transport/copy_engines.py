@@ -6,7 +6,6 @@ of it from the attention kernels; small ones of our own do (``kernels/copying.py
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 import sys
 import threading
@@ -17,6 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ...cuda_driver import cuda_driver
 from .moves import Copy
 
 _POINTER, _IN_STREAM_ORDER = 1, 1  # CU_MEMCPY_OPERAND_TYPE_POINTER, CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
@@ -48,19 +48,6 @@ class _MemoryOperation(ctypes.Structure):
 
 class DriverError(RuntimeError):
     """The CUDA driver refused a call."""
-
-
-@functools.lru_cache(maxsize=None)
-def cuda_driver() -> ctypes.CDLL:
-    """The driver's functions that exchanges call."""
-    library, address, stream = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p, ctypes.c_void_p
-    library.cuMemcpy3DBatchAsync_v2.argtypes = [ctypes.c_size_t, address, ctypes.c_ulonglong, stream]
-    library.cuStreamBatchMemOp_v2.argtypes = [stream, ctypes.c_uint, address, ctypes.c_uint]
-    library.cuThreadExchangeStreamCaptureMode.argtypes = [address]
-    library.cuMemGetAddressRange_v2.argtypes = [address, address, ctypes.c_uint64]
-    library.cuPointerGetAttribute.argtypes = [address, ctypes.c_int, ctypes.c_uint64]
-    library.cuIpcGetMemHandle.argtypes = [address, ctypes.c_uint64]
-    return library
 
 
 def check_call(code: int, call: str) -> None:

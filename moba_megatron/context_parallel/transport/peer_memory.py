@@ -16,7 +16,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .copy_engines import DriverError, check_call, cuda_driver
+from ...cuda_driver import cuda_driver
+from .copy_engines import DriverError, check_call
 
 _BUFFER_ID, _ENABLE_PEER_ACCESS = 7, 1  # CU_POINTER_ATTRIBUTE_BUFFER_ID, CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
 _SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")

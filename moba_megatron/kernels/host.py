@@ -1,0 +1,31 @@
+"""What every launcher needs of the host: whether kernels are interpreted, and arithmetic of sizes.
+
+Triton's own functions of these names cost microseconds a call.
+"""
+from __future__ import annotations
+
+import torch
+from triton import knobs
+
+INTERPRETED: bool = knobs.runtime.interpret
+"""TRITON_INTERPRET=1: kernels run in Python, on any tensor."""
+
+
+def cdiv(x: int, y: int) -> int:
+    """The quotient, rounded up."""
+    return -(-x // y)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n, for n of at least 1."""
+    return 1 << (n - 1).bit_length()
+
+
+def head_block(dim: int) -> int:
+    """Columns of a tile that holds rows of a head of this size: a power of two that tensor cores take, 16 at least."""
+    return max(16, next_power_of_2(dim))
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How a forward multiplies: fp32 in three parts on tensor cores, which costs a score its last bits."""
+    return "tf32x3" if dtype == torch.float32 and not INTERPRETED else "ieee"
