@@ -19,7 +19,7 @@ from .moba_triton import moba_attn_varlen_triton
 from .ops import moba_attn_varlen
 
 if TYPE_CHECKING:
-    from .integrations.huggingface import register_moba
+    from .huggingface import register_moba
     from .megatron.core_attention import MoBACoreAttention
     from .megatron.layer_specs import get_moba_layer_local_spec, get_moba_layer_with_transformer_engine_spec
 
@@ -27,7 +27,7 @@ _LAZY_NAMES = {
     "MoBACoreAttention": "megatron.core_attention",
     "get_moba_layer_local_spec": "megatron.layer_specs",
     "get_moba_layer_with_transformer_engine_spec": "megatron.layer_specs",
-    "register_moba": "integrations.huggingface",
+    "register_moba": "huggingface",
 }
 
 __version__ = "0.2.0"

@@ -306,7 +306,7 @@ def train_llama(rank, size):
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
     from huggingface_models import model, tokens
 
-    from moba_megatron.integrations.huggingface import register_moba
+    from moba_megatron import register_moba
 
     config = MoBAConfig(4, 3, full_attention_layers="last:1")
     register_moba(config)

@@ -12,7 +12,8 @@ from transformers import AttentionInterface, DynamicCache, StaticCache
 from transformers.masking_utils import AttentionMaskInterface
 
 from moba_megatron import MoBAConfig, register_moba
-from moba_megatron.integrations import huggingface, huggingface_cache
+from moba_megatron.huggingface import attention as huggingface
+from moba_megatron.huggingface import cache as huggingface_cache
 
 CONFIG = MoBAConfig(chunk_size=hf.CHUNK, topk=hf.TOPK)
 is_5 = not transformers.__version__.startswith("4.")

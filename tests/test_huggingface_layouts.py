@@ -7,7 +7,7 @@ import transformers
 from transformers import DynamicCache, StaticCache, masking_utils
 
 from moba_megatron import MoBAConfig, register_moba
-from moba_megatron.integrations.huggingface_mask import row_segments
+from moba_megatron.huggingface.mask import row_segments
 
 CONFIG = MoBAConfig(hf.CHUNK, hf.TOPK)
 DENSE = MoBAConfig(hf.CHUNK, hf.TOPK, full_attention_layers="all")
@@ -228,7 +228,7 @@ def functions():
 @pytest.mark.parametrize("name", functions())
 def test_mask_functions(name):
     """Read where they are causal within documents, refused elsewhere, eagerly and compiled."""
-    from moba_megatron.integrations.huggingface_mask import moba_mask
+    from moba_megatron.huggingface.mask import moba_mask
 
     function, allowed = functions()[name]
     torch._dynamo.reset()
@@ -246,7 +246,7 @@ def test_mask_functions(name):
 
 @pytest.mark.parametrize("use_vmap", [False, True])
 def test_mask_functions_over_masks_and_of_users(use_vmap):
-    from moba_megatron.integrations.huggingface_mask import moba_mask
+    from moba_megatron.huggingface.mask import moba_mask
 
     mask = None if use_vmap else torch.ones(2, T, dtype=torch.bool)
     with pytest.raises(ValueError, match="attend causally .* got the mask function and_masks"):

@@ -26,7 +26,7 @@ def sparse_decode(query: Tensor, key: Tensor, value: Tensor, layout: Tensor | No
 
     Args:
         query: ``[B, H, 1, D]``; key, value: ``[B, HK, slots, D]``, the cache with the new token.
-        layout: of ``huggingface_mask.moba_mask``, or None where every slot counts.
+        layout: of ``mask.moba_mask``, or None where every slot counts.
         scaling: multiplies the scores.
         config: chunk size, topk and backend.
 
@@ -111,7 +111,7 @@ def is_in_prompt(key: Tensor, layout: Tensor | None) -> bool:
     """Whether a single query is of the prompt of the ``generate()`` that runs in this thread, which may come in pieces.
 
     Args:
-        key: ``[B, HK, slots, D]``; layout: of ``huggingface_mask.moba_mask``. A static cache's says where the query is.
+        key: ``[B, HK, slots, D]``; layout: of ``mask.moba_mask``. A static cache's says where the query is.
     """
     prompt = 0 if torch.compiler.is_compiling() else getattr(_generation, "prompt", 0)
     if not prompt:

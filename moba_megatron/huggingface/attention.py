@@ -1,0 +1,193 @@
+"""MoBA in Transformers: ``register_moba(MoBAConfig(...))``, then ``attn_implementation="moba"``.
+
+What the models hand over (``mask.py`` reads masks) becomes query segments over packed keys: right and left
+padding, packed rows, prefill over a cache, static caches. A new token attends densely, or sparsely with
+``decode="moba"`` (``cache.py`` keeps the means of chunks beside the cache). What MoBA cannot do is refused.
+"""
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import warnings
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.utils import TransformersKwargs
+
+from ..config import CHOICES, MoBAConfig
+from ..integrations.mixed_precision import same_dtype
+from ..ops import moba_attention
+from ..segments import Segments
+from .cache import fill_after_prompt, follow_caches, is_in_prompt, note_prompts, sparse_decode
+from .mask import attended_slots, is_layout, moba_mask, packed_bounds, row_segments
+
+BACKENDS = {
+    "moba": None, "efficient_moba": None, "triton_moba": None,
+    "moba_reference": "reference", "naive_moba": "reference", "moba_naive": "reference",
+}
+"""The names that are registered, and the backend of each; None for the config's."""
+
+_settings: dict[str, MoBAConfig] = {}
+"""By name. The registered functions look here at each call, so that whoever holds one has the latest settings."""
+
+
+def register_moba(config: MoBAConfig | None = None, *, decode: str | None = None, name: str | None = None) -> None:
+    """Makes MoBA known to Transformers, for models that are built or switched (``set_attn_implementation``) to it.
+
+    Names: ``moba`` (also ``efficient_moba``, ``triton_moba``) with the config's backend, ``moba_reference`` (also
+    ``naive_moba``, ``moba_naive``) with the reference. Registering a name again replaces its settings for all models
+    that attend by it, with a warning; models with settings of their own have names of their own. Every process
+    registers for itself.
+
+    Args:
+        config: chunk size, topk, dense layers (``full_attention_layers``), backend; None for ``MoBAConfig()``.
+        decode: how a single new token attends to a cache: ``dense``, or ``moba``: it chooses chunks too. A prompt, and
+            several tokens at once over a cache, always attend by MoBA; in ``generate()`` a prompt's last token does so
+            where it comes alone, elsewhere that is a new token. None for the config's, ``dense`` unless set.
+        name: register this name alone, such as ``moba_512``; None for those above.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or value; the message names it.
+    """
+    config = MoBAConfig() if config is None else config
+    if not isinstance(config, MoBAConfig):
+        raise TypeError(f"config must be a MoBAConfig, got {type(config).__name__}")
+    if decode not in (None, *CHOICES["decode"]):
+        raise ValueError(f"decode must be one of dense, moba; got {decode!r}")
+    if decode and config.decode and decode != config.decode:
+        raise ValueError(f"decode must be MoBAConfig.decode where both are given, got {decode!r} and {config.decode!r}")
+    config.refuse("for Transformers", {
+        "full_attention_from_step": "its models do not know the training step, train in two runs instead",
+        "cp_head_groups": "its models know no context parallelism",
+        "key_conv": "its models have no place for the convolution's parameters"})
+    names = BACKENDS if name is None else (_check_name(name),)
+    config = replace(config, decode=decode or config.decode or "dense")
+    follow_caches() if config.decode == "moba" else note_prompts()
+    settings = {name: replace(config, backend=BACKENDS.get(name) or config.backend) for name in names}
+    replaced = [name for name in names if _settings.get(name, settings[name]) != settings[name]]
+    if replaced:
+        warnings.warn(f"register_moba: all models with attn_implementation={replaced[0]!r} now attend by "
+                      f"{settings[replaced[0]].describe()}: to keep the settings they had, give one of the two a name "
+                      "of its own, register_moba(..., name=\"moba_2\")", stacklevel=2)
+    _settings.update(settings)
+    for name in names:
+        _make_known(name)
+
+
+def _make_known(name: str) -> None:
+    AttentionInterface.register(name, functools.partial(moba_attention_forward, name=name))
+    AttentionMaskInterface.register(name, moba_mask)
+
+
+def _check_name(name: str) -> str:
+    """Transformers reads meanings into names: of kernels to download, of its own attentions."""
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a str, got {type(name).__name__}")
+    foreign = name not in _settings and name not in BACKENDS and name in AttentionInterface()
+    if foreign or not re.fullmatch(r"\w+", name) or re.search("eager|sdpa|flash|flex|paged", name):
+        raise ValueError("name must be of letters, digits and _, and none of Transformers' attentions (nor contain "
+                         f"eager, sdpa, flash, flex or paged), got {name!r}")
+    return name
+
+
+def moba_attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,
+                           attention_mask: Tensor | None, dropout: float = 0.0, scaling: float | None = None, *,
+                           name: str, **kwargs) -> tuple[Tensor, None]:
+    """What an attention layer of Transformers calls, after RoPE and after its cache has taken the new keys.
+
+    Args:
+        module: the layer; its ``layer_idx`` decides whether it is dense.
+        query: ``[B, H, Q, D]``; key: ``[B, HK, S, D]``; value: ``[B, HK, S, DV]``, all of the cache with a cache.
+        attention_mask: what :func:`moba_mask` made.
+        dropout: must be 0.
+        scaling: multiplies the scores.
+        name: whose settings :func:`register_moba` was given.
+        kwargs: ``cu_seq_lens_q``, ``max_length_q`` and ``position_ids`` place packed sequences.
+
+    Returns:
+        o ``[B, Q, H, DV]``, and None for the weights.
+
+    Raises:
+        ValueError: a setting of the model that MoBA does not have; the message names it.
+        RuntimeError: nothing was registered in this process.
+    """
+    if name not in _settings:
+        raise RuntimeError(f"attn_implementation={name!r} has no settings in this process: call "
+                           "moba_megatron.register_moba(MoBAConfig(...)) before the model runs, in each process")
+    config = _settings[name]
+    refuse(module, attention_mask, dropout, kwargs)
+    query, key, value = same_dtype(query, key, value)
+    topk = config.topk
+    dense = config.is_full_attention(module.layer_idx + 1, module.config.num_hidden_layers)
+    if query.shape[2] == 1 and key.shape[2] > 1 and config.decode == "moba" and not dense:
+        return sparse_decode(query, key, value, attention_mask, scaling, config), None
+    if query.shape[2] == 1 and key.shape[2] > 1 and (dense or not is_in_prompt(key, attention_mask)):
+        slots = attended_slots(attention_mask, key.shape[2])
+        return sdpa_attention_forward(module, query, key, value, slots, scaling=scaling, is_causal=False)
+    segments = _segments(query, key, attention_mask, kwargs, config.chunk_size)
+    if dense:  # one chunk that holds everything
+        segments, topk = replace(segments, chunk_size=max(1, segments.max_seqlen_k)), 1
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    o = moba_attention(q, k, v, segments, topk, softmax_scale=scaling, deterministic=config.deterministic,
+                       backend=config.backend, workspace_mib=config.workspace_mib)
+    if config.decode == "moba" and not dense and key.shape[2] > query.shape[2]:
+        fill_after_prompt(key, attention_mask, config)
+    return o.unflatten(0, (query.shape[0], query.shape[2])), None
+
+
+for _name in BACKENDS:  # so that a model that runs without settings is told what is missing
+    _make_known(_name)
+
+
+def _segments(query: Tensor, key: Tensor, layout: Tensor | None, kwargs: dict, chunk_size: int) -> Segments:
+    """Where the queries stand among the keys."""
+    if kwargs.get("cu_seq_lens_q") is not None:
+        return packed_bounds(kwargs["cu_seq_lens_q"], kwargs.get("max_length_q"), query, key, layout, chunk_size)
+    return row_segments(query, key, layout, kwargs.get("position_ids"), chunk_size)
+
+
+REFUSED = {
+    "attention_dropout": "set config.attention_dropout = 0",
+    "sliding_window": "set config.sliding_window = None, or leave such a model to another attention",
+    "softcap": "MoBA does not bend scores",
+    "s_aux": "MoBA has no sinks",
+    "position_bias": "MoBA adds nothing to scores",
+    "output_attentions": "MoBA never has the weights in one place",
+    "cache": "generate() works, with caches that are not paged",
+}
+"""What attention layers ask for that MoBA does not have, and what to do. Names that are in neither are refused too."""
+UNDERSTOOD = {
+    "position_ids", "is_causal",
+    *TransformersKwargs.__annotations__, *inspect.signature(ForCausalLMLoss).parameters,
+    # what else a call, a trainer, a tokenizer or a fused loss hands through to all layers, and changes no attention
+    "cache_position", "logits_to_keep", "return_dict", "return_predicted_tokens", "return_token_accuracy", "seq_idx",
+    "skip_logits", "special_tokens_mask", "token_type_ids", "use_cache", "use_token_scaling"} - REFUSED.keys()
+"""What this attention reads, or causal decoders' attention has no use for: their masks come from the models."""
+MEANINGS = {"sliding_window": "sliding_window (or attention_chunk_size)", "s_aux": "s_aux (attention sinks)",
+            "cache": "cache (paged, continuous batching)"}
+
+
+def refuse(module: torch.nn.Module, attention_mask: Tensor | None, dropout: float, kwargs: dict) -> None:
+    """Raises ValueError where the model asks for what MoBA does not have; silence would mean another model."""
+    for name, value in {"attention_dropout": dropout or None, **kwargs}.items():
+        if value is None or value is False or name in UNDERSTOOD:
+            continue
+        got = repr(value) if isinstance(value, (bool, int, float, str)) else f"a {type(value).__name__}"
+        raise ValueError(f"{MEANINGS.get(name, name)} is not supported by MoBA attention, got {got}: "
+                         + REFUSED.get(name, f"{type(module).__name__}, or the model's call, gave it: leave it out of "
+                                             "the call, or leave a model whose layers need it to another attention"))
+    is_causal = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise ValueError(f"is_causal must be True for MoBA attention, got False in {type(module).__name__}")
+    if attention_mask is not None and attention_mask.shape[-1] == 0:
+        raise ValueError(f"{MEANINGS['sliding_window']} is not supported by MoBA attention, got "
+                         f"{attention_mask.shape[2]} in {type(module).__name__}: {REFUSED['sliding_window']}")
+    if attention_mask is not None and not is_layout(attention_mask):
+        raise ValueError("attention_mask must be a 2-dimensional padding mask [batch, tokens] for MoBA attention, got "
+                         f"{attention_mask.dtype} of shape {tuple(attention_mask.shape)}")
