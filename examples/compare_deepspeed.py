@@ -25,7 +25,7 @@ import torch.distributed as dist
 from pretraining import data
 
 from moba_megatron.bench import environment, report, timing, zero
-from moba_megatron.integrations.deepspeed import SequenceParallel, init_distributed
+from moba_megatron.deepspeed import SequenceParallel, init_distributed
 
 LENGTH, TOY_LENGTH = 32768, 512
 MODEL = ["--num-layers", "24", "--hidden-size", "1024", "--num-attention-heads", "8", "--num-query-groups", "2",

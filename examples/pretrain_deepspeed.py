@@ -38,8 +38,8 @@ from pretraining.deepspeed_settings import deepspeed_config
 from pretraining.monitor import Monitor
 from pretraining.torch_gpt import GPT, GPTConfig
 
-from moba_megatron.integrations import deepspeed as moba_deepspeed
-from moba_megatron.integrations.deepspeed import METHODS, MoBAAttention, SequenceParallel
+from moba_megatron import deepspeed as moba_deepspeed
+from moba_megatron.deepspeed import METHODS, MoBAAttention, SequenceParallel
 from moba_megatron.megatron.arguments import add_moba_arguments, config_from_args
 from moba_megatron.rendezvous import ArgumentParser
 

@@ -22,7 +22,7 @@ from pretraining.torch_gpt import GPT, GPTConfig  # noqa: E402
 
 from moba_megatron import MoBAConfig  # noqa: E402
 from moba_megatron.bench import report, zero  # noqa: E402
-from moba_megatron.integrations.deepspeed import MoBAAttention, SequenceParallel  # noqa: E402
+from moba_megatron.deepspeed import MoBAAttention, SequenceParallel  # noqa: E402
 from moba_megatron.ops import moba_attention  # noqa: E402
 
 # Four sequences a step: two micro batches for each of two ranks, four where both share each sequence.
@@ -289,7 +289,7 @@ def test_sequences_over_ranks_equal_whole_ones(ranks):
 def test_whole_sequences_are_known_to_be_of_one_length(monkeypatch, dense):
     """Without that knowledge dense layers would lose cuDNN."""
     calls = []
-    monkeypatch.setattr(job.moba_deepspeed, "moba_attention",
+    monkeypatch.setattr(job.moba_deepspeed.attention, "moba_attention",
                         lambda *args, **options: (calls.append(args[3]), moba_attention(*args, **options))[1])
     config = MoBAConfig(8, 2, full_attention_layers="all" if dense else "none")
     assert MoBAAttention(config, 1, 1)(*(torch.randn(2, 40, 2, 16) for _ in range(3))).shape == (2, 40, 2, 16)

@@ -296,7 +296,7 @@ def test_autocast(mask):
 def test_same_dtype_for_deepspeed():
     """DeepSpeed's module takes what rotary embedding and norms in fp32 leave beside a value in bf16."""
     pytest.importorskip("deepspeed")
-    from moba_megatron.integrations.deepspeed import MoBAAttention
+    from moba_megatron.deepspeed import MoBAAttention
 
     attention = MoBAAttention(CONFIG, 1, 1)
     q, k, v = (torch.randn(1, T, heads, 8) for heads in (4, 2, 2))

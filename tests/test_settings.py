@@ -34,16 +34,15 @@ def transformers_call(config, monkeypatch, decode=None):
 
 
 def deepspeed_call(config, monkeypatch):
-    from moba_megatron.integrations import deepspeed
+    from moba_megatron.deepspeed import attention as deepspeed
 
     parallel, length = None, 30
     if config.cp_head_groups:  # two ranks, of which one is enough: what they would send each other is not computed
         parallel, length = deepspeed.SequenceParallel("zigzag", 2), 32
     layer = deepspeed.MoBAAttention(config, 1, 2, parallel)
     given = without_communication(deepspeed, monkeypatch)
-    for name in ("moba_attn_varlen", "causal_attn_varlen"):
-        monkeypatch.setattr(deepspeed, name, lambda q, k, v, *a, name=name, **options: (
-            given.append((name, a[2:], options)), torch.zeros_like(q))[1])
+    monkeypatch.setattr(deepspeed, "moba_attention", lambda q, k, v, segments, *a, **options: (
+        given.append((segments.chunk_size, a, options)), torch.zeros_like(q))[1])
     layer(*(torch.randn(1, length, heads, 8) for heads in (4, 2, 2)))
     return given
 
@@ -121,7 +120,7 @@ def test_field(host, field, monkeypatch):
 
 def test_head_groups_need_zigzag():
     pytest.importorskip("deepspeed")
-    from moba_megatron.integrations.deepspeed import MoBAAttention
+    from moba_megatron.deepspeed import MoBAAttention
 
     with pytest.raises(ValueError, match="cp_head_groups must be None under DeepSpeed, got 2: only zigzag"):
         MoBAAttention(MoBAConfig(cp_head_groups=2), 1, 1)
@@ -147,7 +146,7 @@ test_huggingface.py and in test_deepspeed.py."""
 
 def test_arguments_are_listed():
     pytest.importorskip("deepspeed")
-    from moba_megatron.integrations.deepspeed import MoBAAttention
+    from moba_megatron.deepspeed import MoBAAttention
 
     for function in (register_moba, MoBAAttention, huggingface.moba_attention_forward):
         assert set(inspect.signature(function).parameters) == ARGUMENTS[function.__name__]
@@ -167,7 +166,7 @@ def test_decode_of_transformers(config, argument, sparse, monkeypatch):
 
 def test_softmax_scale_under_deepspeed():
     pytest.importorskip("deepspeed")
-    from moba_megatron.integrations.deepspeed import MoBAAttention
+    from moba_megatron.deepspeed import MoBAAttention
 
     q, k, v = (torch.randn(1, 30, heads, 8) for heads in (4, 2, 2))
     given, default, as_default = (MoBAAttention(MoBAConfig(8, 2), 1, 1, softmax_scale=scale)(q, k, v)

@@ -21,8 +21,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import TransformersKwargs
 
 from ..config import CHOICES, MoBAConfig
-from ..integrations.mixed_precision import same_dtype
 from ..ops import moba_attention
+from ..ops.validation import same_dtype
 from ..segments import Segments
 from .cache import fill_after_prompt, follow_caches, is_in_prompt, note_prompts, sparse_decode
 from .mask import attended_slots, is_layout, moba_mask, packed_bounds, row_segments

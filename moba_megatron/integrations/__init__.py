@@ -1,1 +1,1 @@
-"""MoBA where other libraries' users are: one module for each library, imported only when it is asked for."""
+"""Other hosts by their names of 0.1: `deepspeed/` and `huggingface/` are beside this folder."""

@@ -1,0 +1,196 @@
+"""Attention for a model of one's own, and the ranks that share its sequences."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..config import MoBAConfig
+from ..context_parallel import Agreement, Sequences, check_zigzag, context_parallel_attention
+from ..ops import moba_attention
+from ..ops.validation import check_qkv, same_dtype
+from ..segments import uniform_segments
+
+METHODS = ("none", "ulysses", "zigzag")
+
+
+@dataclass(frozen=True)
+class SequenceParallel:
+    """The ranks that share each sequence. Make it with :meth:`over_ranks`, on all ranks.
+
+    ``ulysses`` is DeepSpeed's: a rank holds one run of positions, and an all-to-all gives it whole sequences for a part
+    of the heads. ``zigzag`` is the package's context parallelism: rank r of P holds pieces r and 2P-1-r of 2P with all
+    heads, and gathers keys and values, so heads need not divide by the ranks.
+
+    Args:
+        method: ``none``, ``ulysses`` or ``zigzag``.
+        size: ranks that share a sequence.
+        rank: this one's number among them.
+        group: theirs; None for a size of 1.
+    """
+
+    method: str = "none"
+    size: int = 1
+    rank: int = 0
+    group: dist.ProcessGroup | None = None
+
+    @classmethod
+    def over_ranks(cls, method: str, size: int) -> SequenceParallel:
+        """Groups of ``size`` consecutive ranks of the default process group.
+
+        Raises:
+            ValueError: the method is unknown, or the size does not divide the number of ranks.
+        """
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
+        world = dist.get_world_size()
+        if size < 1 or world % size:
+            raise ValueError(f"size must divide the {world} ranks, got {size}")
+        if method == "none" and size > 1:
+            raise ValueError(f"method must be ulysses or zigzag for sequences over {size} ranks, got 'none'")
+        if size == 1:
+            return cls()
+        rank, mine = dist.get_rank(), None
+        for first in range(0, world, size):
+            group = dist.new_group(range(first, first + size))
+            if first <= rank < first + size:
+                mine = group
+        return cls(method, size, rank % size, mine)
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the groups this rank is in: the number that chooses its samples."""
+        return dist.get_rank() // self.size
+
+    @property
+    def data_size(self) -> int:
+        """Groups: how many samples are read at a time."""
+        return dist.get_world_size() // self.size
+
+    def part(self, x: Tensor, dim: int = 1) -> Tensor:
+        """This rank's part of whole sequences, for tokens, labels, masks and position ids alike.
+
+        Args:
+            x: the sequences, on every rank of the group.
+            dim: the dimension of positions, divisible by ``size`` (``2 * size`` for zigzag).
+        """
+        length = x.shape[dim]
+        if self.method == "zigzag":
+            check_zigzag(length, self.size, "the sequence length")
+            pieces = x.chunk(2 * self.size, dim)
+            return torch.cat((pieces[self.rank], pieces[2 * self.size - 1 - self.rank]), dim)
+        if length % self.size:
+            raise ValueError(f"the sequence length must be a multiple of the {self.size} ranks that share it, "
+                             f"got {length}")
+        return x.chunk(self.size, dim)[self.rank]
+
+
+def check_config(config: MoBAConfig, method: str) -> None:
+    """Raises ValueError where a field of the config cannot be honoured under this way of sharing sequences."""
+    reasons = {"key_conv": "MoBAAttention has no parameters, Megatron-Core's layers have the convolution",
+               "decode": "MoBAAttention keeps no cache, Megatron-Core and Transformers generate"}
+    if method != "zigzag":
+        reasons["cp_head_groups"] = f"only zigzag sends keys in groups, the method is {method}"
+    config.refuse("under DeepSpeed", reasons)
+
+
+class MoBAAttention(nn.Module):
+    """Causal MoBA (or dense attention, by layer and iteration) on this rank's part of the sequences.
+
+    Args:
+        config: chunk size, topk, dense layers and the rest.
+        layer_number: 1-based.
+        num_layers: of the model.
+        parallel: who shares a sequence; None for whole sequences.
+        softmax_scale: None for ``1/sqrt(head_dim)``.
+
+    Raises:
+        ValueError: ``layer_number`` is out of range, or the config has a field that cannot be honoured here.
+    """
+
+    def __init__(self, config: MoBAConfig, layer_number: int, num_layers: int,
+                 parallel: SequenceParallel | None = None, softmax_scale: float | None = None):
+        super().__init__()
+        self.config = config
+        self.parallel = parallel or SequenceParallel()
+        check_config(config, self.parallel.method)
+        self.softmax_scale = softmax_scale
+        self.full_attention = config.is_full_attention(layer_number, num_layers)
+        self.iteration = 0
+        self.ulysses = None
+        if self.parallel.method == "ulysses":
+            from deepspeed.sequence.layer import DistributedAttention
+
+            self.ulysses = DistributedAttention(self._whole_sequences, self.parallel.group, scatter_idx=2,
+                                                gather_idx=1)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention after rotary embedding.
+
+        Args:
+            q: ``[b, s, h, d]``, s positions of this rank.
+            k: ``[b, s, hk, d]``, h a multiple of hk.
+            v: ``[b, s, hk, dv]``.
+
+        Returns:
+            ``[b, s, h, dv]``.
+
+        Raises:
+            ValueError: heads or lengths that the method cannot split.
+        """
+        q, k, v = same_dtype(q, k, v)
+        if self.parallel.method == "zigzag":
+            return self._zigzag(q, k, v)
+        if self.ulysses is None:
+            return self._whole_sequences(q, k, v)
+        size, heads, kv_heads = self.parallel.size, q.shape[2], k.shape[2]
+        if heads % size or kv_heads % size and size % kv_heads:
+            raise ValueError(f"Ulysses over {size} ranks needs query heads that are a multiple of them and key/value "
+                             f"heads that are a multiple or a divisor, got {heads} and {kv_heads}: use zigzag")
+        if kv_heads < size:
+            k, v = (x.repeat_interleave(size // kv_heads, dim=2) for x in (k, v))
+        return self.ulysses(q, k, v, 0)
+
+    def _is_dense(self) -> bool:
+        return self.full_attention or self.config.is_full_step(self.iteration)
+
+    def _whole_sequences(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch, length = q.shape[:2]
+        chunk_size, topk = (max(1, length), 1) if self._is_dense() else (self.config.chunk_size, self.config.topk)
+        segments = uniform_segments(length, length, batch, chunk_size, q.device)  # of one length: cuDNN may take them
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        o = moba_attention(q, k, v, segments, topk, softmax_scale=self.softmax_scale,
+                           deterministic=self.config.deterministic, backend=self.config.backend,
+                           workspace_mib=self.config.workspace_mib)
+        return o.unflatten(0, (batch, length))
+
+    def _zigzag(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parallel, config = self.parallel, self.config
+        batch, length = q.shape[0], q.shape[1] * parallel.size
+        chunk_size, topk = (length, 1) if self._is_dense() else (config.chunk_size, config.topk)
+        with Agreement(parallel.group) as agreement:  # a rank with bad input ends all of them, with one message
+            packed = tuple(x.flatten(0, 1) for x in (q, k, v))
+            check_qkv(*packed)
+            check_zigzag(length, parallel.size, "the sequence length")
+            agreement.signature = (f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, {q.dtype}, "
+                                   f"chunk_size {chunk_size}, topk {topk}, cp_head_groups {config.cp_head_groups}"
+                                   + ", deterministic" * config.deterministic)
+        sequences = Sequences.uniform(length, batch, q.device)
+        o = context_parallel_attention(*packed, sequences, chunk_size, topk, parallel.group,
+                                       head_groups=config.cp_head_groups, softmax_scale=self.softmax_scale,
+                                       deterministic=config.deterministic, backend=config.backend,
+                                       workspace_mib=config.workspace_mib)
+        return o.unflatten(0, q.shape[:2])
+
+    def extra_repr(self) -> str:
+        what = "dense" if self.full_attention else self.config.describe()
+        return f"{what}, sequence parallel: {self.parallel.method} over {self.parallel.size}"
+
+
+def set_iteration(model: nn.Module, iteration: int) -> None:
+    """Tells every MoBAAttention of a model the iteration (0-based), before each step."""
+    for module in model.modules():
+        if isinstance(module, MoBAAttention):
+            module.iteration = iteration
