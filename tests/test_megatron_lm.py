@@ -175,8 +175,8 @@ def test_launch_switches_moba_on(tmp_path, family):
 
 @pytest.mark.parametrize("flags, spec, said", [
     (["--use-checkpoint-args"], "MoBACoreAttention",
-     ["> --attention moba, from the checkpoint", "> --moba-chunk-size 8, from the checkpoint",
-      "> --moba-full-attention-layers last:1, from the checkpoint", "> MoBA: chunk_size=8, topk=2,"]),
+     ["> --attention moba, as in the checkpoint", "> --moba-chunk-size 8, as in the checkpoint",
+      "> --moba-full-attention-layers last:1, as in the checkpoint", "> MoBA: chunk_size=8, topk=2,"]),
     ([], None, ["ValueError: the checkpoint has trained key convolutions in layers 1, 2, which this run would drop: "
                 "give the checkpoint's --attention moba (got full)"]),
     (["--attention", "moba", "--moba-topk", "2"], "MoBACoreAttention",
