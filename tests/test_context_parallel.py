@@ -17,10 +17,10 @@ from moba_megatron.context_parallel import (
     check_zigzag,
     context_parallel_attention,
     record_waits,
+    selective,
 )
 from moba_megatron.context_parallel.attention import check_sequences
 from moba_megatron.context_parallel.head_groups import MOST_BYTES, MUCH_BYTES, number_of_groups, split_heads
-from moba_megatron.context_parallel.selective import schedule as selective
 from moba_megatron.context_parallel.transport.collective_check import _calls_of
 from moba_megatron.context_parallel.transport.rows import copy_rows
 from moba_megatron.kernels import launcher

@@ -6,7 +6,7 @@ import numpy
 import pytest
 import torch
 
-from moba_megatron.context_parallel.selective.ways import LINK
+from moba_megatron.experimental.cost_model import LINK
 from moba_megatron.inspect.trace import RoutingTrace, save_trace
 from moba_megatron.plan.__main__ import main
 from moba_megatron.plan.calibration import stored
@@ -122,7 +122,7 @@ def test_mixed_takes_the_better_of_both_ways(make, ranks):
     both = mixed(layer, routing, ranks, 1e9)
     assert both.worst < 1.35 * min(way.worst for way in ways)
     assert both.work.max() < 1.5 * ways[1].work.max() and both.work.mean() == pytest.approx(1)
-    with mock.patch("moba_megatron.context_parallel.selective.ways.HANDLING", 0):  # only products cost
+    with mock.patch("moba_megatron.experimental.cost_model.HANDLING", 0):  # only products cost
         assert mixed(layer, routing, ranks, 1e12).work.max() < 1.15, "busy homes are relieved"
 
 

@@ -13,7 +13,7 @@ from .all_gather import Gathered
 from .all_to_all import Exchanged, check_heads, own_chunks
 from .layout import Sequences
 from .pipeline import Method, Whole
-from .selective.schedule import Selective
+from .selective import Selective
 
 COMM_TYPES = ("all_gather", "a2a", "a2a+all_gather", "selective")
 """How ranks communicate, by Megatron's ``cp_comm_type``; ``allgather`` is understood too."""

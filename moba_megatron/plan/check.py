@@ -8,7 +8,7 @@ from pathlib import Path
 from ..bench.cases import Case
 from ..bench.report import GIB, RESULTS, case_of, load
 from ..config import MoBAConfig
-from ..context_parallel.selective.ways import MIXED, VISIT
+from ..experimental.cost_model import MIXED, VISIT
 from . import measured
 from .calibration import Calibration, calibrate, leave_one_out, median_error
 from .cards import Card, find_card

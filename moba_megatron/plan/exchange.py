@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from ..context_parallel import COMM_TYPES
 from ..context_parallel.head_groups import number_of_groups, split_heads
-from ..context_parallel.selective.ways import HANDLING, PLANNING, VISITS_FROM
+from ..context_parallel.selective import HANDLING, PLANNING, VISITS_FROM
 from .attention_cost import BF16, FP32
 from .cards import Card
 from .links import NOTHING, Group, Traffic, all_gather, all_to_all

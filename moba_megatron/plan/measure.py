@@ -18,14 +18,14 @@ from torch import Tensor
 
 from ..bench import environment, report, timing
 from ..bench.distributed import Ranks, join, leave
-from ..context_parallel import Sequences, context_parallel_attention, record_waits
-from ..context_parallel.selective import schedule as selective
-from ..context_parallel.selective.ways import (
+from ..context_parallel import Sequences, context_parallel_attention, record_waits, selective
+from ..context_parallel.selective import PLANNING
+from ..experimental import dispatch
+from ..experimental.cost_model import (
     FETCH,
     GATHER,
     LINK,
     MIXED,
-    PLANNING,
     RELAYED_FROM,
     VISIT,
     WAYS,
@@ -92,7 +92,7 @@ def forced(way: str | None):
     share = {FETCH: math.inf}.get(way, selective.GATHER_SHARE)
     with mock.patch.object(selective, "VISITS_FROM", 2 if way in (VISIT, MIXED) else math.inf), \
             mock.patch.object(selective, "GATHER_SHARE", share), \
-            mock.patch.object(selective, "cheapest_way", lambda *found: (way, servers_of(way, *found[:3]))):
+            mock.patch.object(dispatch, "cheapest_way", lambda *found: (way, servers_of(way, *found[:3]))):
         yield
 
 

@@ -12,15 +12,8 @@ import numpy
 import torch
 from torch import Tensor
 
-from ..context_parallel.selective.ways import (
-    HANDLING,
-    PLANNING,
-    VISITS_FROM,
-    RowSizes,
-    copies_of,
-    is_relayed,
-    mixed_servers,
-)
+from ..context_parallel.selective import HANDLING, PLANNING, VISITS_FROM
+from ..experimental.cost_model import RowSizes, copies_of, is_relayed, mixed_servers
 from .attention_cost import BF16, FP32, AttentionShape
 from .calibration import Calibration
 from .cards import Card

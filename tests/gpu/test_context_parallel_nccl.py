@@ -16,8 +16,7 @@ from test_context_parallel import RecordedGate, cu_seqlens_of, selecting_rows_an
 
 from moba_megatron import kernels
 from moba_megatron.bench.cp_compile import Job, compile_schedules
-from moba_megatron.context_parallel import Agreement, Sequences, context_parallel_attention, record_waits
-from moba_megatron.context_parallel.selective import schedule as selective
+from moba_megatron.context_parallel import Agreement, Sequences, context_parallel_attention, record_waits, selective
 from moba_megatron.ops import moba_attention
 from moba_megatron.segments import Segments
 

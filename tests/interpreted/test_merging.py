@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from moba_megatron.context_parallel.selective.visitors import add_returned, merge_returned
+from moba_megatron.experimental.chunk_attention import add_returned, merge_returned
 from moba_megatron.kernels import merging
 
 

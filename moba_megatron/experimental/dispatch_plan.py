@@ -1,7 +1,8 @@
 """Which choices visit which rank, and which chunks are copied: lists for one layer and step, made from all choices.
 
-Every rank knows the choices of all ranks and who serves them (``ways``), so both ends of a message know its length. The
-host reads 6 P + 2 numbers a group of heads, of all groups at once: its only wait beside that of ``cheapest_way``.
+Every rank knows the choices of all ranks and who serves them (``cost_model``), so both ends of a message know its
+length. The host reads 6 P + 2 numbers a group of heads, of all groups at once: its only wait beside that of
+``cheapest_way``.
 """
 from __future__ import annotations
 
@@ -14,19 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...segments import Routing
-from ..head_groups import HeadGroups
-from ..layout import ZigzagLayout
-from ..transport.comm import all_gather
-from .copies import Copies, copy_counts, make_copies
-from .ways import copies_of, home_of_chunks, is_relayed
-
-
-def pieces_are_chunks(layout: ZigzagLayout) -> bool:
-    """Whether every rank holds whole chunks, as far as the host knows."""
-    rows, segments = layout.rows, layout.segments
-    uniform = layout.blocks is not None and rows.total % segments.max_seqlen_k == 0
-    return uniform and segments.max_seqlen_k % (2 * rows.size * segments.chunk_size) == 0
+from ..context_parallel.head_groups import HeadGroups
+from ..context_parallel.layout import ZigzagLayout
+from ..context_parallel.transport.comm import all_gather
+from ..segments import Routing
+from .cost_model import copies_of, home_of_chunks, is_relayed
+from .replicas import Copies, copy_counts, make_copies
 
 
 def chunk_homes(layout: ZigzagLayout) -> Tensor:

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..transport.comm import Pending
-from .travel import Travel, true_numbers
+from ..context_parallel.selective import Travel, true_numbers
+from ..context_parallel.transport.comm import Pending
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 A choice (a query, a head, a chunk of another rank) is a row that visits the rank which serves it, attends to that chunk
 alone and brings back its part of o and the log-sum-exp; at home the query attends to its own chunk and to the chosen
-ones there, and all parts are merged. In backward q, do, o and lse visit, and dq comes back. Who serves what is decided
-in ``ways``. Mostly it is the chunk's owner: keys and values stay, dK and dV are complete where they are, and a rank
+ones there, and all parts are merged. In backward q, do, o and lse visit, and dq comes back. ``cost_model`` decides who
+serves what. Mostly it is the chunk's owner: keys and values stay, dK and dV are complete where they are, and a rank
 moves O(its queries), not O(the sequence). Chunks that many choose (sinks) are served by copies: ranks fetch K and V of
 the chunk, keep them before their own rows while the group of heads is computed, attend to them as to their own chunks,
 and give back dK and dV, which the owner adds in fp32 in the order of ranks.
@@ -20,15 +20,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...segments import Routing, Segments
-from ..all_gather import Gathered, sum_dtype
-from ..head_groups import HeadGroups, Prefetch
-from ..pipeline import Grads, Saved
-from ..transport.comm import Pending, exchange
-from .copies import Copies
-from .services import Service, Visit, services_of
-from .travel import parts
-from .visitors import add_returned, merge_returned, visitors_bwd, visitors_fwd
+from ..context_parallel.all_gather import Gathered, sum_dtype
+from ..context_parallel.head_groups import HeadGroups, Prefetch
+from ..context_parallel.pipeline import Grads, Saved
+from ..context_parallel.selective import parts
+from ..context_parallel.transport.comm import Pending, exchange
+from ..segments import Routing, Segments
+from .chunk_attention import add_returned, merge_returned, visitors_bwd, visitors_fwd
+from .cost_model import GATHER, RowSizes, cheapest_way
+from .dispatch_plan import Service, Visit, chunk_homes, services_of, table_of_choices
+from .replicas import Copies
 
 VISITORS_BYTES = 2 << 30
 """Bytes of q, do, o and dq of the visitors that a rank takes at once."""
@@ -37,8 +38,16 @@ VISITORS_BYTES = 2 << 30
 class Visiting(Gathered):
     """Attention of a rank's queries over chosen chunks of all ranks of ``group``, which they visit.
 
-    The layout's pieces must be whole chunks: :func:`~.services.pieces_are_chunks`.
+    The layout's pieces must be whole chunks: :func:`~moba_megatron.context_parallel.selective.pieces_are_chunks`.
     """
+
+    def attend_where_cheapest(self, q: Tensor, k: Tensor, v: Tensor, groups: HeadGroups,
+                              choices: list) -> tuple[Tensor, Saved] | None:
+        """As :meth:`attend_chosen`, by the cost model; None where all keys had better be gathered."""
+        table = table_of_choices(self.layout, [routing for _, routing in choices], self.group)
+        sizes = RowSizes(q.element_size(), q.shape[2], v.shape[2], self.layout.segments.chunk_size)
+        way, servers = cheapest_way(table, chunk_homes(self.layout), sizes, self.group)
+        return None if way == GATHER else self.attend_chosen(q, k, v, groups, choices, table, servers)
 
     def attend_chosen(self, q: Tensor, k: Tensor, v: Tensor, groups: HeadGroups, choices: list, table: Tensor,
                       servers: Tensor) -> tuple[Tensor, Saved]:
@@ -48,7 +57,7 @@ class Visiting(Gathered):
             q, k, v: the rank's rows.
             groups: of heads, one after the other.
             choices: (selected, routing) of each group.
-            table: :func:`~.services.table_of_choices`.
+            table: :func:`~.dispatch_plan.table_of_choices`.
             servers: int64, of its shape, the rank that serves these choices.
         """
         row = 2 * (q.shape[2] + v.shape[2]) * q.element_size()

@@ -9,26 +9,25 @@ A layer whose choices cover nearly everything is gathered whole instead. K and V
 they are read, one group of heads at a time; rows that did not travel are never touched.
 
 On many ranks all queries of a rank together choose nearly everything, and a few rows of each are less than what they
-choose. There it is decided for each rank, kv head and chunk whether queries travel, or a copy of the chunk
-(``visiting``; what is cheaper is reckoned in ``ways``).
+choose. There it is decided for each rank, kv head and chunk whether queries travel, or a copy of the chunk: no hardware
+has shown that (``moba_megatron.experimental``).
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from ...segments import Routing
-from ..all_gather import Gathered
-from ..head_groups import HeadGroups, Prefetch
-from ..pipeline import Grads, Saved
-from ..transport.comm import Pending, all_gather
-from ..transport.rows import place_own, take_own
-from .services import chunk_homes, pieces_are_chunks, table_of_choices
-from .travel import Travel, true_numbers
-from .visiting import Visiting
-from .ways import GATHER, VISITS_FROM, RowSizes, cheapest_way
+from ..segments import Routing
+from .all_gather import Gathered
+from .head_groups import HeadGroups, Prefetch
+from .layout import ZigzagLayout
+from .pipeline import Grads, Saved
+from .transport.comm import Pending, all_gather, exchange
+from .transport.rows import place_own, take_own
 
 GATHER_SHARE = 0.5
 """From this share of the rows on, the whole is gathered: picking rows out and putting them in costs extra copies. The
@@ -36,6 +35,14 @@ zigzag's causal order alone leaves 3/4: at that, two H200s took 51 ms where they
 heads, chunks of 512, topk 8), for a gather's rows go to their place by copy engines."""
 SERVED = "served"
 """What :class:`Visiting` saved follows."""
+VISITS_FROM = 16
+"""Below so many ranks queries do not travel: a gather inside a machine hides behind attention."""
+HANDLING, PLANNING = 2.1e-9, 14e-3
+"""Seconds, forward and backward. HANDLING: of a rank for each row that it sends or serves, beside bytes and products:
+picking, sorting, merging. PLANNING: of the host, to decide who serves what and to list what travels, while the GPU has
+nothing to do (it varied by half from machine to machine). Both from six measurements: two H200s, 128K tokens, 32:8
+heads, chunks of 512, topk 8, visit and mixed with three routings, which they give within 8 %, a later run within
+16 %."""
 
 
 class Selective(Gathered):
@@ -49,10 +56,10 @@ class Selective(Gathered):
         groups = self.groups(q, k, v)
         choices = self.choose_by_sums(q, k.dtype, self.send_sums(k), groups)
         routings = [routing for _, routing in choices]
-        service = self._service(routings, q, v)
-        if service is not None:
-            o, saved = self._visiting().attend_chosen(q, k, v, groups, choices, *service)
-            return o, [SERVED, *saved]
+        if self.layout.rows.size >= VISITS_FROM and pieces_are_chunks(self.layout):
+            result = self._dispatch().attend_where_cheapest(q, k, v, groups, choices)
+            if result is not None:
+                return result[0], [SERVED, *result[1]]
         travels = self._travels(routings, groups)
         gathered = self._fetch(k, v, groups, travels, "fwd gather")
         o, saved = self.attend(q, v.shape[2], groups, gathered, choices)
@@ -65,7 +72,7 @@ class Selective(Gathered):
         if kept is None:
             return super().backward(do, saved, kv_grad_dtype)
         if kept == SERVED:
-            return self._visiting().backward(do, saved, kv_grad_dtype)
+            return self._dispatch().backward(do, saved, kv_grad_dtype)
         q, k, v, o, groups, saved = saved
         travels = [Travel(*x) for x in kept]
         gathered = self._fetch(k, v, groups, travels, "bwd gather")
@@ -76,16 +83,13 @@ class Selective(Gathered):
 
         return self.attend_bwd(do, (q, k, v, o), groups, saved, gathered, reduce, kv_grad_dtype)
 
-    def _service(self, routings: list[Routing], q: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The table of all choices and who serves them; None on few ranks and where all keys had better be gathered."""
-        if self.layout.rows.size < VISITS_FROM or not pieces_are_chunks(self.layout):
-            return None
-        table = table_of_choices(self.layout, routings, self.group)
-        sizes = RowSizes(q.element_size(), q.shape[2], v.shape[2], self.layout.segments.chunk_size)
-        way, servers = cheapest_way(table, chunk_homes(self.layout), sizes, self.group)
-        return None if way == GATHER else (table, servers)
+    def _dispatch(self):
+        """The schedule that sends queries to chunks too."""
+        from .. import experimental  # nothing else of the package imports it
+        from ..experimental.dispatch import Visiting
 
-    def _visiting(self) -> Visiting:
+        if self.layout.rows.rank == 0:
+            experimental.say_once(f"cp_comm_type 'selective' from {VISITS_FROM} ranks on, which may dispatch queries,")
         return Visiting(self.method, self.layout, self.group, self.head_groups)
 
     def _fetch(self, k: Tensor, v: Tensor, groups: HeadGroups, travels: list[Travel] | None, stage: str) -> Prefetch:
@@ -144,3 +148,93 @@ class Selective(Gathered):
         sequence, position = self.layout.segments.key_positions(self.layout.rows.total)
         chunk = self.layout.segments.first_chunk()[sequence] + position // self.layout.segments.chunk_size
         return chunk[self.layout.rows.rank_rows]
+
+
+def pieces_are_chunks(layout: ZigzagLayout) -> bool:
+    """Whether every rank holds whole chunks, as far as the host knows."""
+    rows, segments = layout.rows, layout.segments
+    uniform = layout.blocks is not None and rows.total % segments.max_seqlen_k == 0
+    return uniform and segments.max_seqlen_k % (2 * rows.size * segments.chunk_size) == 0
+
+
+@dataclass(frozen=True)
+class Travel:
+    """Which rows of one group of kv heads travel; a row here is one (token, kv head).
+
+    Args:
+        send: int64 ``[n]``, rows of this rank's ``[T, h, D]``, flattened to ``[T * h, D]``: for rank 0, rank 1, ...
+        send_counts: how many go to each rank; what a rank has for itself is copied.
+        take: int64 ``[m]``, rows of the tensor ``[R, h, D]`` where they are read, flattened: what comes from rank 0,
+            rank 1, ...
+        take_counts: how many come from each rank.
+    """
+
+    send: Tensor
+    send_counts: tuple[int, ...]
+    take: Tensor
+    take_counts: tuple[int, ...]
+
+    def saved(self) -> list:
+        """What makes it again, for autograd."""
+        return [self.send, self.send_counts, self.take, self.take_counts]
+
+    def start(self, x: Tensor, group: dist.ProcessGroup, stage: str, place: Callable[[Tensor], Tensor]) -> Pending:
+        """Starts to send rows of ``x`` ``[T, h, D]``.
+
+        Args:
+            place: makes of x the tensor ``[R, h, D]`` that has this rank's own rows, and room for the others'.
+
+        Returns:
+            Pending, that tensor.
+        """
+        heads = x.shape[1]
+        message = x[self.send // heads, self.send % heads]
+        arrived = message.new_empty(self.take.numel(), x.shape[2])
+        works = _exchange(arrived, self.take_counts, message, self.send_counts, group, stage)
+
+        def finish(arrived: Tensor) -> Tensor:
+            out = place(x)
+            if arrived.shape[0]:
+                out.flatten(0, 1).index_copy_(0, self.take, arrived)
+            return out
+
+        return Pending(works, arrived, message, stage, finish)
+
+    def give_back(self, x: Tensor, own: Tensor, out: Tensor, group: dist.ProcessGroup, stage: str) -> Pending:
+        """Starts to send the rows of ``x`` ``[R, h, D]`` that came back to their owners.
+
+        Args:
+            own: ``[T, h, D]``, contiguous, this rank's part of the sums of its rows; the others' are added to it.
+            out: the wait writes the sums here; may be ``own``.
+        """
+        message = x.flatten(0, 1).index_select(0, self.take)
+        arrived = message.new_empty(self.send.numel(), x.shape[2])
+        works = _exchange(arrived, self.send_counts, message, self.take_counts, group, stage)
+
+        def finish(arrived: Tensor) -> Tensor:
+            for to, part in zip(self.send.split(self.send_counts), arrived.split(self.send_counts)):
+                own.flatten(0, 1).index_add_(0, to, part)  # a row occurs once: the order of sums is the ranks'
+            return out if out is own else out.copy_(own)
+
+        return Pending(works, arrived, message, stage, finish)
+
+
+def _exchange(arrived: Tensor, take_counts: tuple[int, ...], message: Tensor, send_counts: tuple[int, ...],
+              group: dist.ProcessGroup, stage: str) -> list:
+    """Handles of the messages between ranks; what a rank has for itself is there at once."""
+    me = dist.get_rank(group)
+    outputs, inputs = parts(arrived, take_counts), parts(message, send_counts)
+    if outputs[me] is not None:
+        outputs[me].copy_(inputs[me])
+        outputs[me] = inputs[me] = None
+    return exchange(outputs, inputs, message.device, group, stage)
+
+
+def true_numbers(mask: Tensor, count: int) -> Tensor:
+    """Numbers of the ``count`` elements that are True, in order, int64; the host knows the count and need not wait."""
+    return torch.nonzero_static(mask.flatten(), size=count).flatten()
+
+
+def parts(x: Tensor, counts: tuple[int, ...]) -> list[Tensor | None]:
+    """``x`` cut up by counts; None for parts without rows."""
+    return [part if part.shape[0] else None for part in x.split(counts)]

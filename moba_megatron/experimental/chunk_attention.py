@@ -127,7 +127,7 @@ def merge_returned(o: Tensor, lse: Tensor, o_parts: Tensor, lse_parts: Tensor, p
         The log-sum-exp of all, ``[T, h]``.
     """
     if kernel and _has_kernel(o):
-        from ...kernels import merging
+        from ..kernels import merging
         merged = torch.empty_like(lse)
         merging.merge_parts(o, lse, o_parts, lse_parts, places, out, merged)
         return merged
@@ -144,7 +144,7 @@ def merge_returned(o: Tensor, lse: Tensor, o_parts: Tensor, lse_parts: Tensor, p
 def add_returned(x: Tensor, parts: Tensor, places: Tensor, out: Tensor, kernel: bool) -> None:
     """Writes ``x`` ``[T, h, D]`` and what came back added up to ``out``: as :func:`merge_returned` without weights."""
     if kernel and _has_kernel(x):
-        from ...kernels import merging
+        from ..kernels import merging
         merging.add_parts(x, parts, places, out)
         return
     total = x.to(_wide(x.dtype), copy=True)

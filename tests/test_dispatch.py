@@ -9,18 +9,14 @@ from ranks import run_ranks
 
 from moba_megatron import reference
 from moba_megatron.bench.distributed import Ranks
-from moba_megatron.context_parallel import Sequences, context_parallel_attention, record_waits
-from moba_megatron.context_parallel.selective import schedule as selective
-from moba_megatron.context_parallel.selective import visiting, ways
-from moba_megatron.context_parallel.selective.services import chunk_homes, pieces_are_chunks, ranges
-from moba_megatron.context_parallel.selective.visiting import by_chunk
-from moba_megatron.context_parallel.selective.visitors import cut, visitors_bwd, visitors_fwd
-from moba_megatron.context_parallel.selective.ways import (
+from moba_megatron.context_parallel import Sequences, context_parallel_attention, record_waits, selective
+from moba_megatron.context_parallel.selective import HANDLING, PLANNING, pieces_are_chunks
+from moba_megatron.experimental import cost_model, dispatch
+from moba_megatron.experimental.chunk_attention import cut, visitors_bwd, visitors_fwd
+from moba_megatron.experimental.cost_model import (
     FETCH,
     GATHER,
-    HANDLING,
     MIXED,
-    PLANNING,
     RELAYED_FROM,
     VISIT,
     WAYS,
@@ -32,6 +28,8 @@ from moba_megatron.context_parallel.selective.ways import (
     seconds_of_service,
     seconds_of_ways,
 )
+from moba_megatron.experimental.dispatch import by_chunk
+from moba_megatron.experimental.dispatch_plan import chunk_homes, ranges
 from moba_megatron.ops import moba_attention
 from moba_megatron.plan.exchange import query_bytes
 from moba_megatron.plan.measure import SELECTIVE, Job, choices_of, counted_bytes, make_inputs, measure_way, one_rank
@@ -102,7 +100,7 @@ def servers_for(served, table, homes, sizes, group):
         return MIXED, torch.randint(len(table), table.shape, generator=torch.Generator().manual_seed(3))
     if served == "visit":
         return MIXED, home.expand(table.shape)
-    with mock.patch.object(ways, "HANDLING", 0):
+    with mock.patch.object(cost_model, "HANDLING", 0):
         return MIXED, mixed_servers(table, home, sizes, 1e18)
 
 
@@ -118,10 +116,10 @@ def compare(case, served, expected, group):
     q, k, v, do = whole_inputs(case)
     leaves = [torch.cat((x[rows], x[rows]), 2)[:, :, :x.shape[2]].requires_grad_() for x in (q, k, v)]  # strided
     runs, chosen, gate = [], [], reference.gate
-    limit = ROUND * 2 * (d + dv) * dtype.itemsize if served == "anywhere" else visiting.VISITORS_BYTES
-    with mock.patch.object(selective, "cheapest_way", lambda *given: servers_for(served, *given)), \
+    limit = ROUND * 2 * (d + dv) * dtype.itemsize if served == "anywhere" else dispatch.VISITORS_BYTES
+    with mock.patch.object(dispatch, "cheapest_way", lambda *given: servers_for(served, *given)), \
             mock.patch.object(reference, "gate", lambda *x: chosen.append(gate(*x)) or chosen[-1]), \
-            mock.patch.object(visiting, "VISITORS_BYTES", limit):
+            mock.patch.object(dispatch, "VISITORS_BYTES", limit):
         for _ in range(2 if (served, case[0]) in TWICE else 1):
             with record_waits() as record:
                 got = context_parallel_attention(*leaves, sequences, chunk_size, topk, group, comm_type="selective",

@@ -11,9 +11,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from ranks import run_ranks
 
 from moba_megatron.context_parallel import Sequences, context_parallel_attention, record_waits
-from moba_megatron.context_parallel.selective import visiting, visitors, ways
-from moba_megatron.context_parallel.selective.visitors import add_returned, merge_returned, visitors_bwd, visitors_fwd
-from moba_megatron.context_parallel.selective.ways import MIXED, VISIT
+from moba_megatron.experimental import chunk_attention, cost_model, dispatch
+from moba_megatron.experimental.chunk_attention import add_returned, merge_returned, visitors_bwd, visitors_fwd
+from moba_megatron.experimental.cost_model import MIXED, VISIT
 from moba_megatron.ops import moba_attention
 from moba_megatron.plan.measure import forced
 from moba_megatron.segments import Segments
@@ -26,7 +26,7 @@ COUNTS = (0, 1, 300, 0, 64, 129)
     (torch.bfloat16, 128, 1 << 14), (torch.float16, 64, 1 << 14), (torch.float32, 32, 1 << 14),
     (torch.bfloat16, 128, 100)])
 def test_visitors(dtype, dim, longest, monkeypatch):
-    monkeypatch.setattr(visitors, "LONGEST", longest)
+    monkeypatch.setattr(chunk_attention, "LONGEST", longest)
     generator = torch.Generator("cuda").manual_seed(1)
 
     def normal(*shape):
@@ -94,8 +94,8 @@ def parity(rank, size):
         expected = [x[rows] for x in (o, *torch.autograd.grad(o, leaves, do))]
         for way, relayed_from, limit in ((VISIT, 2, 1 << 30), (MIXED, 2, 1 << 30), (MIXED, 1, 1 << 20)):
             local = [x.detach()[rows].requires_grad_() for x in (q, k, v)]
-            with forced(way), mock.patch.object(ways, "RELAYED_FROM", relayed_from), \
-                    mock.patch.object(visiting, "VISITORS_BYTES", limit), record_waits() as record:
+            with forced(way), mock.patch.object(cost_model, "RELAYED_FROM", relayed_from), \
+                    mock.patch.object(dispatch, "VISITORS_BYTES", limit), record_waits() as record:
                 got = context_parallel_attention(*local, sequences, chunk_size, topk, dist.group.WORLD,
                                                  comm_type="selective", head_groups=2)
                 grads = torch.autograd.grad(got, local, do[rows])

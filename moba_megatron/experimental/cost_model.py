@@ -16,20 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..transport.comm import crowds_the_network, members_a_node
+from ..context_parallel.selective import HANDLING, PLANNING
+from ..context_parallel.transport.comm import crowds_the_network, members_a_node
 
-VISITS_FROM = 16
-"""Below so many ranks queries do not travel: a gather inside a machine hides behind attention."""
 LINK, NETWORK = 280e9, 30e9
 """Bytes a second between GPUs of a node (measured on H200s: 255 to 320), and between nodes (assumed)."""
 RATE = 300e12
 """Operations a second of sparse attention."""
-HANDLING, PLANNING = 2.1e-9, 14e-3
-"""Seconds, forward and backward. HANDLING: of a rank for each row that it sends or serves, beside bytes and products:
-picking, sorting, merging. PLANNING: of the host, to decide who serves what and to list what travels, while the GPU has
-nothing to do (it varied by half from machine to machine). Both from six measurements: two H200s, 128K tokens, 32:8
-heads, chunks of 512, topk 8, visit and mixed with three routings, which they give within 8 %, a later run within
-16 %."""
 PASSES = 3.5
 """Forward and backward over forward."""
 AT_ONCE = 1 << 21
@@ -211,7 +204,7 @@ def copies_of(table: Tensor, servers: Tensor, home: Tensor) -> Tensor:
 
 
 def is_relayed(copies: Tensor) -> Tensor:
-    """Chunks that so many ranks want that they go through relays (``copies.Copies``): bool ``[..., HK, chunk ids]``."""
+    """Chunks that so many ranks want that they go through relays (``replicas``): bool ``[..., HK, chunk ids]``."""
     return copies.sum(-3) >= RELAYED_FROM
 
 
