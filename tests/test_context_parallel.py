@@ -10,7 +10,7 @@ from ranks import run_ranks
 from moba_megatron import reference
 from moba_megatron.context_parallel import (
     COMM_TYPES,
-    Agreement,
+    CollectiveCheck,
     Sequences,
     canonical_comm_type,
     check_groups,
@@ -327,17 +327,17 @@ def bad_input_everywhere(rank, size):
     for problem in ("raises", "other shape", "other dtype"):
         begin = time.monotonic()
         try:
-            with Agreement(dist.group.WORLD) as agreement:
+            with CollectiveCheck(dist.group.WORLD) as collective:
                 if rank == 1 and problem == "raises":
                     raise ValueError("the sequence length must be even")
                 wrong = rank == 1 and problem != "raises"
-                agreement.signature = f"query (8, 2), {problem if wrong else 'as agreed'}"
+                collective.signature = f"query (8, 2), {problem if wrong else 'as agreed'}"
             texts.append(None)
         except ValueError as error:
             assert time.monotonic() - begin < 5
             texts.append(str(error))
-    with Agreement(dist.group.WORLD) as agreement:  # the group is still usable
-        agreement.signature = "fine"
+    with CollectiveCheck(dist.group.WORLD) as collective:  # the group is still usable
+        collective.signature = "fine"
     return texts
 
 
@@ -345,16 +345,16 @@ def packed_signatures(rank, size):
     """What is new over calls with other packings of the same number of sequences; and how many signatures are kept."""
     new = []
     for packing in range(3):
-        with Agreement(dist.group.WORLD) as agreement:
-            agreement.signature = "7 packed sequences"
-            new.append(agreement.is_new())
+        with CollectiveCheck(dist.group.WORLD) as collective:
+            collective.signature = "7 packed sequences"
+            new.append(collective.is_new())
             if new[-1]:
-                agreement.signature += f", cu_seqlens [{packing}]"
-    limit, Agreement.MOST_CHANGES = Agreement.MOST_CHANGES, 8
+                collective.signature += f", cu_seqlens [{packing}]"
+    limit, CollectiveCheck.MOST_CHANGES = CollectiveCheck.MOST_CHANGES, 8
     for length in range(20):
-        with Agreement(dist.group.WORLD) as agreement:
-            agreement.signature = f"length {length}"
-    Agreement.MOST_CHANGES = limit
+        with CollectiveCheck(dist.group.WORLD) as collective:
+            collective.signature = f"length {length}"
+    CollectiveCheck.MOST_CHANGES = limit
     return new, len(_calls_of(dist.group.WORLD).after)
 
 

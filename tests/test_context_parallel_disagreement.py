@@ -21,7 +21,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 from test_context_parallel_peers import EagerEngines, FileMemory, HostDriver
 
-from moba_megatron.context_parallel import Agreement, Sequences, context_parallel_attention
+from moba_megatron.context_parallel import CollectiveCheck, Sequences, context_parallel_attention
 from moba_megatron.context_parallel.transport import collective_check, copy_engines, peers
 from moba_megatron.context_parallel.transport.copy_engines import DriverError
 
@@ -46,16 +46,16 @@ class LateMessage:
 
 
 class CountedWaits:
-    """How often Agreement has the host wait for a message of its own call."""
+    """How often CollectiveCheck has the host wait for a message of its own call."""
 
     def __enter__(self):
-        self.number, look = 0, Agreement.look
+        self.number, look = 0, CollectiveCheck.look
 
         def counted(group, wait=False):
             self.number += wait
             return look(group, wait)
 
-        self._patch = mock.patch.object(Agreement, "look", staticmethod(counted))
+        self._patch = mock.patch.object(CollectiveCheck, "look", staticmethod(counted))
         self._patch.start()
         return self
 
@@ -64,7 +64,7 @@ class CountedWaits:
 
 
 def call(signature, lengths=None, max_seqlen=48, error=None):
-    with Agreement(dist.group.WORLD) as a:
+    with CollectiveCheck(dist.group.WORLD) as a:
         if error is not None:
             raise error
         a.signature = signature
@@ -97,7 +97,7 @@ def is_new():
     """What three calls alike are told that add to their signature where it is new."""
     told = []
     for _ in range(3):
-        with Agreement(dist.group.WORLD) as a:
+        with CollectiveCheck(dist.group.WORLD) as a:
             a.signature = "query ..., 4 sequences"
             told.append(a.is_new())
             if told[-1]:
@@ -114,7 +114,7 @@ def kept_after(calls):
         call("packed", packing(step), 96)
     kept = max(changes), len(collective_check._known_facts), len(collective_check._calls_of(dist.group.WORLD).unread)
     LateMessage.never = False
-    Agreement.look(dist.group.WORLD, wait=True)
+    CollectiveCheck.look(dist.group.WORLD, wait=True)
     return kept
 
 
@@ -157,7 +157,7 @@ def disagreements(rank):
             for known in (dict(signature="length 64"), dict(signature="dense"), PACKED, dict(signature="length 32")):
                 call(**known)
                 call(**known)
-        Agreement.look(dist.group.WORLD, wait=True)
+        CollectiveCheck.look(dist.group.WORLD, wait=True)
         if right is PACKED:
             for known in (dict(signature="length 64"), dict(signature="dense")):
                 call(**known)
@@ -176,7 +176,7 @@ def raised_while_waiting(rank):
     try:
         call("as before", error=ValueError("no good") if rank == 1 else None)
         while time.monotonic() < deadline:
-            Agreement.look()
+            CollectiveCheck.look()
     except ValueError as error:
         return str(error)
 
@@ -278,7 +278,7 @@ def groups_come_and_go(rank, folder):
     with Stand(folder, rank), variable("1"):
         peers._met[group] = peers._meet(group, CPU)
     assert peers._met[group] is not None
-    with Agreement(group) as a:
+    with CollectiveCheck(group) as a:
         a.signature = "once"
     x = [torch.randn(24, 6, 8).requires_grad_() for _ in range(3)]
     for comm_type in ("all_gather", "a2a", "selective"):

@@ -85,7 +85,7 @@ class HostEngines(CopyEngines):
         self._library = HostDriver(lambda stream, *operation: self.queues[stream].append(operation))
 
     @staticmethod
-    def milestone():
+    def event():
         return Milestone()
 
     def begin(self, after=None):

@@ -12,24 +12,24 @@ from moba_megatron.bench.distributed import Ranks
 from moba_megatron.context_parallel import Sequences, context_parallel_attention, record_waits, selective
 from moba_megatron.context_parallel.selective import HANDLING, PLANNING, pieces_are_chunks
 from moba_megatron.experimental import cost_model, dispatch
-from moba_megatron.experimental.chunk_attention import cut, visitors_bwd, visitors_fwd
+from moba_megatron.experimental.chunk_attention import chunk_attention_bwd, chunk_attention_fwd, cut
 from moba_megatron.experimental.cost_model import (
+    DISPATCH,
     FETCH,
     GATHER,
     MIXED,
+    MODES,
     RELAYED_FROM,
-    VISIT,
-    WAYS,
     RowSizes,
-    cheapest_way,
-    copies_of,
-    home_of_chunks,
-    mixed_servers,
-    seconds_of_service,
-    seconds_of_ways,
+    cheapest_mode,
+    mixed_ranks,
+    owner_of_chunks,
+    replicas_of,
+    seconds_of,
+    seconds_of_modes,
 )
 from moba_megatron.experimental.dispatch import by_chunk
-from moba_megatron.experimental.dispatch_plan import chunk_homes, ranges
+from moba_megatron.experimental.dispatch_plan import chunks_of_ranks, ranges
 from moba_megatron.ops import moba_attention
 from moba_megatron.plan.exchange import query_bytes
 from moba_megatron.plan.measure import SELECTIVE, Job, choices_of, counted_bytes, make_inputs, measure_way, one_rank
@@ -92,16 +92,16 @@ def test_lists_are_cut(counts):
 
 
 def servers_for(served, table, homes, sizes, group):
-    """Stands for cheapest_way."""
+    """Stands for cheapest_mode."""
     if served == "model":
-        return cheapest_way(table, homes, sizes, group)
-    home = home_of_chunks(homes, table.shape[2])
+        return cheapest_mode(table, homes, sizes, group)
+    home = owner_of_chunks(homes, table.shape[2])
     if served == "anywhere":
         return MIXED, torch.randint(len(table), table.shape, generator=torch.Generator().manual_seed(3))
     if served == "visit":
         return MIXED, home.expand(table.shape)
     with mock.patch.object(cost_model, "HANDLING", 0):
-        return MIXED, mixed_servers(table, home, sizes, 1e18)
+        return MIXED, mixed_ranks(table, home, sizes, 1e18)
 
 
 def compare(case, served, expected, group):
@@ -116,10 +116,10 @@ def compare(case, served, expected, group):
     q, k, v, do = whole_inputs(case)
     leaves = [torch.cat((x[rows], x[rows]), 2)[:, :, :x.shape[2]].requires_grad_() for x in (q, k, v)]  # strided
     runs, chosen, gate = [], [], reference.gate
-    limit = ROUND * 2 * (d + dv) * dtype.itemsize if served == "anywhere" else dispatch.VISITORS_BYTES
-    with mock.patch.object(dispatch, "cheapest_way", lambda *given: servers_for(served, *given)), \
+    limit = ROUND * 2 * (d + dv) * dtype.itemsize if served == "anywhere" else dispatch.DISPATCHED_BYTES
+    with mock.patch.object(dispatch, "cheapest_mode", lambda *given: servers_for(served, *given)), \
             mock.patch.object(reference, "gate", lambda *x: chosen.append(gate(*x)) or chosen[-1]), \
-            mock.patch.object(dispatch, "VISITORS_BYTES", limit):
+            mock.patch.object(dispatch, "DISPATCHED_BYTES", limit):
         for _ in range(2 if (served, case[0]) in TWICE else 1):
             with record_waits() as record:
                 got = context_parallel_attention(*leaves, sequences, chunk_size, topk, group, comm_type="selective",
@@ -150,13 +150,13 @@ def told(case, selected, rank, size):
 
 def on_rank(rank, size):
     torch.use_deterministic_algorithms(True)  # fills what is not written with NaN
-    selective.VISITS_FROM = 2
+    selective.DISPATCH_FROM = 2
     groups = [dist.new_group(list(range(n))) for n in SIZES]
     expected = {case[0]: single_rank(case) for case in CASES}
     results = {(served, case[0], n): compare(case, served, expected[case[0]], group)
                for n, group in zip(SIZES, groups) if rank < n for served, names in SERVED.items()
                for case in CASES if case[0] in names}
-    results["ways"] = [cheapest_way(*table_for(size, 4, 8, choices), SIZES_OF_ROWS, groups[-1])[0]
+    results["ways"] = [cheapest_mode(*table_for(size, 4, 8, choices), SIZES_OF_ROWS, groups[-1])[0]
                        for choices in (200, 400000)]
     results["measured"] = measured_bytes(Ranks(rank, size, torch.device("cpu")))
     return results
@@ -196,9 +196,9 @@ def test_bytes_sent_are_those_of_the_choices(results, case, size):
     *_, d, dv, _, dtype = case
     item, wide = dtype.itemsize, 8 if dtype == torch.float64 else 4  # of lse
     for _, sent, (leaving, coming) in (result["visit", case[0], size] for result in results[:size]):
-        assert sent["fwd visit"] == leaving * d * item
+        assert sent["fwd dispatch"] == leaving * d * item
         assert sent["fwd return"] == coming * (dv * item + wide)
-        assert sent["bwd visit"] == leaving * ((d + 2 * dv) * item + wide)
+        assert sent["bwd dispatch"] == leaving * ((d + 2 * dv) * item + wide)
         assert sent["bwd return"] == coming * d * item
         assert sent["fwd gather"] == sent["bwd gather"] == sent["bwd reduce"] == 0, "nothing is copied"
 
@@ -213,7 +213,7 @@ def test_a_sink_is_copied_and_its_queries_stay(results, size):
     for rank, (sent, (leaving, _)) in enumerate(found):
         assert sent["fwd gather"] == sent["bwd gather"] and sent["fwd gather"] % row == 0
         assert sent["bwd reduce"] >= chunk_size * row * (rank > 0), "fp64 sums of dk and dv"
-        assert sent["fwd visit"] < leaving * d * dtype.itemsize or leaving == 0
+        assert sent["fwd dispatch"] < leaving * d * dtype.itemsize or leaving == 0
     owner, rest = found[0][0]["fwd gather"], sum(sent["fwd gather"] for sent, _ in found[1:])
     assert owner >= (size - 1) * chunk_size * row if size <= RELAYED_FROM else 0 < owner < rest / 2
 
@@ -223,7 +223,7 @@ def test_what_exceeds_a_round_comes_in_the_next_and_is_counted(results, size):
     """All that visits is sent, in rounds of at most ROUND visitors, a fair share of each other rank."""
     for name in SERVED["anywhere"]:
         first, later = (sum(result["anywhere", name, size][1].get(stage, 0) for result in results[:size])
-                        for stage in ("fwd visit", "fwd visit later"))
+                        for stage in ("fwd dispatch", "fwd dispatch later"))
         case = next(c for c in CASES if c[0] == name)
         row = case[7] * case[-1].itemsize
         groups = case[9] or 1
@@ -237,7 +237,7 @@ def test_the_planner_expects_these_bytes(results):
     for size in SIZES:
         found = [result["visit", "bf16", size] for result in results[:size]]
         rows = sum(leaving for *_, (leaving, _) in found)
-        sent = sum(sum(sent[f"{way} {what}"] for way in ("fwd", "bwd") for what in ("visit", "return"))
+        sent = sum(sum(sent[f"{way} {what}"] for way in ("fwd", "bwd") for what in ("dispatch", "return"))
                    for _, sent, _ in found)
         assert sent == rows * sum(query_bytes(case[7]))
         _, tokens, _, chunk_size, topk, _, kv_heads, *_ = case
@@ -257,11 +257,11 @@ def test_visitors_attend_to_their_chunk_alone():
     score = torch.einsum("nd,nsd->ns", q, k[chunk]) * 0.5
     o = torch.einsum("ns,nsd->nd", score.softmax(1), v[chunk])
     grads = torch.autograd.grad(o, (q, k, v), do)
-    cu_visitors = torch.tensor([0, 2, 2, 5], dtype=torch.int32)
+    cu_queries = torch.tensor([0, 2, 2, 5], dtype=torch.int32)
     with torch.no_grad():
-        got, lse = visitors_fwd(q, k, v, cu_visitors, 3, 0.5)
+        got, lse = chunk_attention_fwd(q, k, v, cu_queries, 3, 0.5)
         torch.testing.assert_close((got, lse), (o, score.logsumexp(1)))
-        for a, b in zip(visitors_bwd(do, q, k, v, got, lse, cu_visitors, 3, 0.5), grads):
+        for a, b in zip(chunk_attention_bwd(do, q, k, v, got, lse, cu_queries, 3, 0.5), grads):
             torch.testing.assert_close(a, b)
 
 
@@ -278,7 +278,7 @@ def table_for(ranks, chunks_each, heads, choices):
 
 def times(table, homes, **given):
     """Seconds by way."""
-    return dict(zip(WAYS, seconds_of_ways(table, homes, SIZES_OF_ROWS, **given)[0].tolist()))
+    return dict(zip(MODES, seconds_of_modes(table, homes, SIZES_OF_ROWS, **given)[0].tolist()))
 
 
 def test_seconds_of_the_ways_by_hand():
@@ -286,7 +286,7 @@ def test_seconds_of_the_ways_by_hand():
     found = times(table, homes, link=1e9)
     row, chunk, work = 512, 2 * 4096 * 512, 60 * 2 * 256 * 4096 * 3.5 / 300e12
     visit = 30 * (2 * row + 4 + row + 4) / 1e9 + 60 * HANDLING + work
-    assert found[VISIT] == found[MIXED] == pytest.approx(PLANNING + visit)
+    assert found[DISPATCH] == found[MIXED] == pytest.approx(PLANNING + visit)
     fetch = 3 * (chunk + 4096 * 1024) / 1e9 + work  # K, V twice, fp32 sums of dk, dv
     assert found[FETCH] == pytest.approx(PLANNING + fetch) and found[GATHER] == pytest.approx(fetch)
 
@@ -294,31 +294,31 @@ def test_seconds_of_the_ways_by_hand():
 def test_a_rank_fetches_what_many_of_its_choices_want():
     table, homes = table_for(4, 2, 2, 5)  # a copy is worth 2 * 4096 * 1024 bytes / (1544 + 5) = 5416 choices
     table[1, :, 0], table[2, :, 0], table[3, 1, 3] = 6000, 5000, 6000
-    home = home_of_chunks(homes, table.shape[2])
+    home = owner_of_chunks(homes, table.shape[2])
     assert home.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 0]
-    servers = mixed_servers(table, home, SIZES_OF_ROWS, 1e9)
-    copies = copies_of(table, servers, home)
+    servers = mixed_ranks(table, home, SIZES_OF_ROWS, 1e9)
+    copies = replicas_of(table, servers, home)
     assert copies.nonzero().tolist() == [[1, 0, 0], [1, 1, 0], [3, 1, 3]]
     assert torch.equal(torch.where(copies, home, servers), home.expand(table.shape)), "all others visit"
     found = times(table, homes, link=1e9)
-    assert found[MIXED] < min(found[VISIT], found[FETCH])
+    assert found[MIXED] < min(found[DISPATCH], found[FETCH])
 
 
 def test_a_busy_home_is_relieved():
     """All choose the chunks of two ranks of eight; copies elsewhere serve them, in the rank order of their visitors."""
     table, homes = table_for(8, 1, 1, 0)
     table[:, :, 0], table[:, :, 1] = 2000, 1200
-    home = home_of_chunks(homes, table.shape[2])
-    servers = mixed_servers(table, home, SIZES_OF_ROWS, 280e9)
+    home = owner_of_chunks(homes, table.shape[2])
+    servers = mixed_ranks(table, home, SIZES_OF_ROWS, 280e9)
     served = torch.zeros(8, dtype=torch.int64).scatter_add_(0, servers.flatten(), table.long().flatten())
     assert served.sum() == 8 * 3200 and served.max() <= 2 * served.sum() / 8 < 8 * 1200
-    copies = copies_of(table, servers, home)
+    copies = replicas_of(table, servers, home)
     assert (servers[copies] == copies.nonzero()[:, 0]).all(), "who has a copy uses it"
     assert copies.sum() <= 12
-    before = seconds_of_service(table, home.expand(table.shape), home, SIZES_OF_ROWS, 280e9)
-    assert seconds_of_service(table, servers, home, SIZES_OF_ROWS, 280e9) < 0.5 * before
+    before = seconds_of(table, home.expand(table.shape), home, SIZES_OF_ROWS, 280e9)
+    assert seconds_of(table, servers, home, SIZES_OF_ROWS, 280e9) < 0.5 * before
     even, homes = table_for(8, 1, 1, 1000)
-    assert torch.equal(mixed_servers(even, home, SIZES_OF_ROWS, 280e9), home.expand(even.shape))
+    assert torch.equal(mixed_ranks(even, home, SIZES_OF_ROWS, 280e9), home.expand(even.shape))
 
 
 def test_measured_bytes_are_counted_bytes(results):
@@ -331,10 +331,10 @@ def test_measured_bytes_are_counted_bytes(results):
 
 
 def test_all_ranks_decide_alike(results):
-    assert [result["ways"] for result in results] == [[VISIT, GATHER]] * len(results)
+    assert [result["ways"] for result in results] == [[DISPATCH, GATHER]] * len(results)
 
 
-@pytest.mark.parametrize("ranks, choices, way", [(64, 2000, VISIT), (8, 40000, GATHER), (64, 40000, GATHER)])
+@pytest.mark.parametrize("ranks, choices, way", [(64, 2000, DISPATCH), (8, 40000, GATHER), (64, 40000, GATHER)])
 def test_many_choices_of_everything_are_gathered(ranks, choices, way):
     table, homes = table_for(ranks, 4, 8, choices)
     found = times(table, homes, link=30e9, members_a_node=2)
@@ -348,16 +348,16 @@ def test_a_sink_is_fetched_and_does_not_overload_its_home():
     assert found[FETCH] == found[MIXED] == min(found.values())
     table[:, :, :256] += 20  # and a few choices of everything: those visit
     found = times(table, homes, link=30e9)
-    assert found[MIXED] < 0.8 * min(found[way] for way in (VISIT, FETCH, GATHER))
+    assert found[MIXED] < 0.8 * min(found[way] for way in (DISPATCH, FETCH, GATHER))
     table[:] = 0
     table[0, :, 100] = 3  # few queries of one rank
     found = times(table, homes, link=30e9)
-    assert found[VISIT] == min(found.values())
+    assert found[DISPATCH] == min(found.values())
 
 
 def test_homes_of_chunks():
     layout = Sequences.uniform(24, 2, torch.device("cpu")).zigzag(2, 0, 3)  # eight chunks and one unused id a sequence
-    assert chunk_homes(layout).tolist() == [[0, 1, 6, 7, 9, 10, 15, 16], [2, 3, 4, 5, 11, 12, 13, 14]]
+    assert chunks_of_ranks(layout).tolist() == [[0, 1, 6, 7, 9, 10, 15, 16], [2, 3, 4, 5, 11, 12, 13, 14]]
 
 
 def test_rows_by_ranges_and_chunks():

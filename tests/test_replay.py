@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from moba_megatron import kernels, moba_attn_varlen
-from moba_megatron.context_parallel.pipeline import Method
+from moba_megatron.context_parallel.pipeline import Pipeline
 from moba_megatron.kernels import launcher, replay, tuning
 from moba_megatron.kernels.replay import plan_workspace
 from moba_megatron.ops import backend, moba_attention
@@ -186,12 +186,12 @@ def make_rank():
     cu_q, cu_k, ids, offsets = (torch.tensor(x, dtype=torch.int32)
                                 for x in ([0, 512, 1024], [0, 4096], [0, 0], [512, 3072]))
     segments = Segments(cu_q, cu_k, ids, offsets, 512, 4096, 512)
-    method = Method(kernels, 3, 0.1, False, False)
+    pipeline = Pipeline(kernels, 3, 0.1, False, False)
 
     def call(q, k, v, do):
-        selected, routing = method.choose(q, k, segments)
-        o, saved = method.attend(q, k, v, selected, routing, segments)
-        return selected, routing.entries, o, saved[0], *method.attend_bwd(do, q, k, v, o, saved, segments,
+        selected, routing = pipeline.choose(q, k, segments)
+        o, saved = pipeline.attend(q, k, v, selected, routing, segments)
+        return selected, routing.entries, o, saved[0], *pipeline.attend_bwd(do, q, k, v, o, saved, segments,
                                                                          torch.float32)
 
     return (q[:1024], k, v, do[:1024]), call
@@ -285,13 +285,13 @@ def test_a_milestone_is_where_dk_and_dv_are_complete(name, topk, driver):
     (q, k, v, do, _), _ = make(**case)
     cu = torch.tensor([0, *case["lengths"]]).cumsum(0).int()
     segments = Segments.from_cu_seqlens(cu, max(case["lengths"]), case["chunk"])
-    method = Method(kernels, topk, 0.1, False, False, case.get("workspace_mib"))
-    selected, routing = method.choose(q, k, segments) if topk > 1 else (None, None)
-    o, saved = method.attend(q, k, v, selected, routing, segments)
+    pipeline = Pipeline(kernels, topk, 0.1, False, False, case.get("workspace_mib"))
+    selected, routing = pipeline.choose(q, k, segments) if topk > 1 else (None, None)
+    o, saved = pipeline.attend(q, k, v, selected, routing, segments)
     for way in ("ordinary", "traced", "replayed", "replayed without", "replayed"):
         driver.launches.clear()
         milestone = Milestone(driver)
-        _, *grads = method.attend_bwd(do, q, k, v, o, saved, segments, torch.float32,
+        _, *grads = pipeline.attend_bwd(do, q, k, v, o, saved, segments, torch.float32,
                                       None if way == "replayed without" else milestone)
         addresses = {("pointer", x.data_ptr()) for x in grads}
         writing = [i for i, (*_, values) in enumerate(driver.launches)

@@ -50,7 +50,7 @@ def deepspeed_call(config, monkeypatch):
 def without_communication(module, monkeypatch):
     """Lets a host's context parallelism run on one rank, up to the operator; returns the list of what that is given."""
     given = []
-    monkeypatch.setattr(module, "Agreement", lambda group: contextlib.nullcontext(SimpleNamespace()))
+    monkeypatch.setattr(module, "CollectiveCheck", lambda group: contextlib.nullcontext(SimpleNamespace()))
     monkeypatch.setattr(module, "context_parallel_attention", lambda q, k, v, sequences, *a, head_groups, **options: (
         given.append(head_groups), torch.zeros_like(q))[1])
     return given

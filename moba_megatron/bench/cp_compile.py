@@ -14,7 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from .. import kernels
 from ..context_parallel import Sequences
 from ..context_parallel.attention import make_schedule
-from ..context_parallel.pipeline import Method
+from ..context_parallel.pipeline import Pipeline
 from ..kernels import tuning
 from . import compile_report
 from .cases import Case
@@ -54,12 +54,12 @@ def compile_schedule(job: Job, capability: int) -> None:
     chunk_size, topk = job.chunk_size, job.topk
     if job.tokens <= topk * chunk_size:
         chunk_size, topk = job.tokens, 1
-    method = Method(kernels, topk, job.head_dim ** -0.5, job.deterministic, True)
+    pipeline = Pipeline(kernels, topk, job.head_dim ** -0.5, job.deterministic, True)
     comm_type = "all_gather" if job.comm_type == "selective" else job.comm_type  # it launches the same kernels
     q, k, v = (torch.empty(job.tokens // job.size, heads, job.head_dim, dtype=job.dtype, device="meta")
                for heads in (job.heads, job.kv_heads, job.kv_heads))
     with tuning.forced(tuning.arch_of_capability(*divmod(capability, 10))), compile_report.compiling(capability):
-        schedule = make_schedule(comm_type, method, sequences, chunk_size, group, job.head_groups)
+        schedule = make_schedule(comm_type, pipeline, sequences, chunk_size, group, job.head_groups)
         o, saved = schedule.forward(q, k, v)
         schedule.backward(torch.empty_like(o), saved, job.dtype)
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import moba_attn_varlen
-from ..context_parallel import Agreement, Sequences, context_parallel_attention, record_waits
+from ..context_parallel import CollectiveCheck, Sequences, context_parallel_attention, record_waits
 from . import dense, timing
 from .cases import Case, K, make_inputs
 from .cp_cases import Row, hierarchy
@@ -24,7 +24,7 @@ LIMITS = {torch.bfloat16: 2.0 ** -7, torch.float16: 2.0 ** -10, torch.float32: 1
 FULL_TOKENS = 128 * K
 """Length at which full attention is timed; for other lengths its time is scaled by the square."""
 
-OFF_STREAM = "agreement"
+OFF_STREAM = "collective check"
 """A stage that a side stream awaits: the compute stream does not stand still for it."""
 
 
@@ -96,8 +96,8 @@ def _call(row: Row, ranks: Ranks, settings: Settings):
     sequences = Sequences.uniform(case.tokens, 1, ranks.device)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with Agreement(dist.group.WORLD) as agreement:  # as MoBACoreAttention does before each call
-            agreement.signature = row.name
+        with CollectiveCheck(dist.group.WORLD) as collective:  # as MoBACoreAttention does before each call
+            collective.signature = row.name
         return context_parallel_attention(q, k, v, sequences, case.chunk_size, case.topk, group, comm_type=row.comm,
                                           deterministic=case.deterministic, backend=settings.backend)
 

@@ -9,8 +9,8 @@ Selection and result equal those of a single rank.
 """
 from .attention import COMM_TYPES, canonical_comm_type, check_groups, context_parallel_attention
 from .layout import Sequences, check_zigzag
-from .transport.collective_check import Agreement
+from .transport.collective_check import CollectiveCheck
 from .transport.comm import WaitRecord, record_waits
 
-__all__ = ["COMM_TYPES", "Agreement", "Sequences", "WaitRecord", "canonical_comm_type", "check_groups",
+__all__ = ["COMM_TYPES", "CollectiveCheck", "Sequences", "WaitRecord", "canonical_comm_type", "check_groups",
            "check_zigzag", "context_parallel_attention", "record_waits"]

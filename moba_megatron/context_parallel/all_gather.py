@@ -17,17 +17,17 @@ from torch import Tensor
 from ..segments import Routing
 from .head_groups import HeadGroups, Prefetch, number_of_groups, split_heads
 from .layout import BlockExchange, ZigzagLayout
-from .pipeline import Grads, Method, Saved
+from .pipeline import Grads, Pipeline, Saved
 from .transport.comm import Pending, all_gather
 from .transport.exchange import reduce_to_local, to_global
 from .transport.rows import copy_rows
 
 
 @dataclass(frozen=True)
-class Gathered:
+class AllGatherAttention:
     """Attention of a rank's queries over the keys of all ranks of ``group``."""
 
-    method: Method
+    pipeline: Pipeline
     layout: ZigzagLayout
     group: dist.ProcessGroup
     head_groups: int | None
@@ -36,7 +36,7 @@ class Gathered:
         """q ``[T, H, D]``, k ``[T, HK, D]``, v ``[T, HK, DV]``, the rank's rows: o and what backward needs."""
         groups = self.groups(q, k, v)
         sums = None
-        if self.method.earlier(self.layout.segments) and self.layout.blocks is not None:
+        if self.pipeline.earlier(self.layout.segments) and self.layout.blocks is not None:
             sums = self.send_sums(k)
         gathered = self._gather(k, v, groups, "fwd gather")
         choices = [(None, None)] * len(groups) if sums is None else self.choose_by_sums(q, k.dtype, sums, groups)
@@ -61,10 +61,10 @@ class Gathered:
         segments = self.layout.segments
         k_all, v_all = arrived(gathered.take())
         selected, routing = choice
-        if selected is None and self.method.earlier(segments):
+        if selected is None and self.pipeline.earlier(segments):
             # the boundaries of pieces are on the device only: the same means from all keys
-            selected, routing = self.method.choose(q, k_all, segments)
-        return self.method.attend(q, k_all, v_all, selected, routing, segments)
+            selected, routing = self.pipeline.choose(q, k_all, segments)
+        return self.pipeline.attend(q, k_all, v_all, selected, routing, segments)
 
     def backward(self, do: Tensor, saved: Saved, kv_grad_dtype: torch.dtype) -> Grads:
         """dq, dk, dv of the rank's rows; dk and dv in ``kv_grad_dtype``, rounded once."""
@@ -72,7 +72,7 @@ class Gathered:
         gathered = self._gather(k, v, groups, "bwd gather")
 
         def reduce(i: int, grads: list[Tensor], outs: list[Tensor]) -> list[Pending]:
-            return reduce_to_local(self.layout.rows, grads, outs, self.group, "bwd reduce", self.method.deterministic)
+            return reduce_to_local(self.layout.rows, grads, outs, self.group, "bwd reduce", self.pipeline.deterministic)
 
         return self.attend_bwd(do, (q, k, v, o), groups, saved, gathered, reduce, kv_grad_dtype)
 
@@ -85,7 +85,7 @@ class Gathered:
         dk, dv = (torch.empty(x.shape, dtype=kv_grad_dtype, device=x.device) for x in (k, v))
         reducing = []
         for i, ((heads, kv_heads), rest) in enumerate(zip(groups, saved)):
-            part, *grads = self.method.attend_bwd(
+            part, *grads = self.pipeline.attend_bwd(
                 do[:, heads], q[:, heads], *arrived(gathered.take()), o[:, heads], rest, self.layout.segments,
                 sum_dtype(k.dtype))
             started = reduce(i, grads, [out[:, kv_heads] for out in (dk, dv)])
@@ -116,7 +116,7 @@ class Gathered:
     def choose_by_sums(self, q: Tensor, dtype: torch.dtype, sums: Pending, groups: HeadGroups) -> list:
         """(selected, routing) of each group, from the sums of all ranks' keys."""
         means = self.receive_means(sums, dtype)
-        return [self.method.choose(q[:, heads], means[:, kv_heads], self.layout.segments, self.layout.rows.total)
+        return [self.pipeline.choose(q[:, heads], means[:, kv_heads], self.layout.segments, self.layout.rows.total)
                 for heads, kv_heads in groups]
 
     def send_sums(self, k: Tensor) -> Pending:
@@ -124,13 +124,13 @@ class Gathered:
         blocks = self.layout.blocks
         message = torch.zeros(blocks.send_rows, *k.shape[1:], dtype=sum_dtype(k.dtype), device=k.device)
         whole = blocks.starts.numel()
-        message[:whole] = self.method.stages.block_sums(k, blocks.starts, blocks.counts)
+        message[:whole] = self.pipeline.stages.block_sums(k, blocks.starts, blocks.counts)
         message[whole:whole + blocks.cut_rows.numel()] = k[blocks.cut_rows]
         return all_gather(message, self.group, "fwd sums")
 
     def receive_means(self, sums: Pending, dtype: torch.dtype) -> Tensor:
         """Chunk means ``[num_chunks, HK, D]`` from the gathered messages."""
-        return means_from_messages(self.method.stages, sums.wait(), self.layout.blocks,
+        return means_from_messages(self.pipeline.stages, sums.wait(), self.layout.blocks,
                                    self.layout.segments.chunk_size, dtype)
 
 

@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..segments import Segments
-from .all_gather import Gathered, arrived, of_one_dim, sum_dtype
+from .all_gather import AllGatherAttention, arrived, of_one_dim, sum_dtype
 from .head_groups import HeadGroups, Prefetch, number_of_groups, split_heads
 from .layout import Sequences
-from .pipeline import Grads, Saved, Whole
+from .pipeline import Grads, LocalAttention, Saved
 from .transport.comm import Pending
 from .transport.exchange import Arrived, to_global, to_local
 from .transport.peers import peers_for
@@ -38,25 +38,25 @@ def check_heads(heads: int, kv_heads: int, size: int, comm_type: str) -> None:
 
 
 @dataclass(frozen=True)
-class OwnChunks:
+class LocalChunks:
     """The chunks of a rank's rows, where no chunk is cut: the rows' own segments, and the chunks among all chunks."""
 
     segments: Segments
     rows: Rows
 
 
-def own_chunks(sequences: Sequences, size: int, rank: int, chunk_size: int) -> OwnChunks | None:
+def local_chunks(sequences: Sequences, size: int, rank: int, chunk_size: int) -> LocalChunks | None:
     """The chunks of one of ``size`` ranks; None for several sequences, or where a piece of one is not whole chunks."""
     length = sequences.max_seqlen
     if sequences.batch != 1 or length % (2 * size * chunk_size):
         return None
     device = sequences.cu_seqlens.device
-    return OwnChunks(Sequences.uniform(length // size, 1, device).whole(chunk_size),
+    return LocalChunks(Sequences.uniform(length // size, 1, device).whole(chunk_size),
                      Sequences.uniform(length // chunk_size, 1, device).rows(size, rank))
 
 
 @dataclass(frozen=True)
-class Exchanged:
+class AllToAllAttention:
     """Attention with a part of the heads over the rows of all ranks of ``group``, by an inner schedule.
 
     Args:
@@ -67,11 +67,11 @@ class Exchanged:
         chunks: for a choice by means that travel; None where ranks' rows cut chunks, or nothing is chosen here.
     """
 
-    inner: Whole | Gathered
+    inner: LocalAttention | AllGatherAttention
     rows: Rows
     group: dist.ProcessGroup
     head_groups: int | None
-    chunks: OwnChunks | None = None
+    chunks: LocalChunks | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
         """q ``[T, H, D]``, k ``[T, HK, D]``, v ``[T, HK, DV]``, the rank's rows: o and what backward needs."""
@@ -134,7 +134,7 @@ class Exchanged:
 
     def _send_means(self, k: Tensor, groups: HeadGroups) -> Pending:
         """Starts to exchange the means of this rank's chunks; pending, for each group ``[num_chunks, h, D]``."""
-        means = self.inner.method.means(k, self.chunks.segments)[:self.chunks.rows.local]
+        means = self.inner.pipeline.means(k, self.chunks.segments)[:self.chunks.rows.local]
         return self._send([self._parts(means, kv_heads) for _, kv_heads in groups], "fwd exchange in", self.chunks.rows)
 
     def backward(self, do: Tensor, saved: Saved, kv_grad_dtype: torch.dtype) -> Grads:
@@ -148,14 +148,15 @@ class Exchanged:
         arriving = self._fetch(groups, [[(do, 0)], *again], "bwd exchange in")
         # over whole sequences dk and dv are complete before dq. The last group's leave meanwhile; others beside the
         # products of the next, since the sums of dq leave no bandwidth of memory unused
-        peers = peers_for(self.rows, self.group, do.device) if isinstance(self.inner, Whole) and not copied else None
+        complete = isinstance(self.inner, LocalAttention) and not copied
+        peers = peers_for(self.rows, self.group, do.device) if complete else None
         leaving = []
         for i, ((heads, kv_heads), rest) in enumerate(zip(groups, saved)):
             do_part, *keys_and_values = arrived(arriving.take())
             if copied:
                 rest = [rest[0], *keys_and_values, *rest[3:]]
             del keys_and_values
-            ahead = {} if peers is None or i + 1 < len(groups) else {"milestone": peers.milestone()}
+            ahead = {} if peers is None or i + 1 < len(groups) else {"event": peers.event()}
             grads = self.inner.backward(do_part, rest, grad_dtype, **ahead)
             del do_part, rest
             places = [(dq, size, heads), (dk, kv_parts, kv_heads), (dv, kv_parts, kv_heads)]
@@ -219,16 +220,16 @@ class Exchanged:
         return to_global(rows, own, [*packed[:me], None, *packed[me:]], self.group, stage)
 
     def _deliver_grads(self, grads: Grads, places: list[tuple[Tensor, int, slice]],
-                       milestone: torch.cuda.Event | None = None) -> list[Pending]:
-        """Starts to send every rank its rows of dq, dk and dv; dk and dv after ``milestone`` already.
+                       event: torch.cuda.Event | None = None) -> list[Pending]:
+        """Starts to send every rank its rows of dq, dk and dv; dk and dv after ``event`` already.
 
-        No memory that then travels is what dq's kernels let go of: dk and dv were allocated before the milestone, also
+        No memory that then travels is what dq's kernels let go of: dk and dv were allocated before the event, also
         where the attention is replayed, and the places that they go to before the first group.
         """
         stage = "bwd exchange out"
-        if milestone is None:
+        if event is None:
             return [self._deliver(grads, places, stage)]
-        return [self._deliver(grads[1:], places[1:], stage, milestone), self._deliver(grads[:1], places[:1], stage)]
+        return [self._deliver(grads[1:], places[1:], stage, event), self._deliver(grads[:1], places[:1], stage)]
 
     def _deliver(self, tensors: Sequence[Tensor], places: list[tuple[Tensor, int, slice]], stage: str,
                  after: torch.cuda.Event | None = None) -> Pending:

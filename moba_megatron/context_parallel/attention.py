@@ -9,16 +9,16 @@ from torch import Tensor
 
 from ..ops import get_stages
 from ..ops.validation import cast_under_autocast, check_flag, check_scale, check_whole, check_workspace
-from .all_gather import Gathered
-from .all_to_all import Exchanged, check_heads, own_chunks
+from .all_gather import AllGatherAttention
+from .all_to_all import AllToAllAttention, check_heads, local_chunks
 from .layout import Sequences
-from .pipeline import Method, Whole
-from .selective import Selective
+from .pipeline import LocalAttention, Pipeline
+from .selective import SelectiveAttention
 
 COMM_TYPES = ("all_gather", "a2a", "a2a+all_gather", "selective")
 """How ranks communicate, by Megatron's ``cp_comm_type``; ``allgather`` is understood too."""
 
-KEYS_TRAVEL = {"all_gather": Gathered, "selective": Selective}
+KEYS_TRAVEL = {"all_gather": AllGatherAttention, "selective": SelectiveAttention}
 
 Groups = dist.ProcessGroup | Sequence[dist.ProcessGroup]
 
@@ -41,7 +41,7 @@ def context_parallel_attention(q: Tensor, k: Tensor, v: Tensor, sequences: Seque
                                backend: str = "auto", workspace_mib: float | None = None) -> Tensor:
     """MoBA over sequences whose rows are spread over the ranks of a group, with gradients for q, k and v.
 
-    The inputs must fit together on all ranks: check them under :class:`~moba_megatron.context_parallel.Agreement`.
+    The inputs must fit together on all ranks, as after a :class:`~.transport.collective_check.CollectiveCheck`.
     Selection and result equal those of one rank: chunk means bit for bit, o and gradients up to the order of sums.
 
     Args:
@@ -75,12 +75,12 @@ def context_parallel_attention(q: Tensor, k: Tensor, v: Tensor, sequences: Seque
         check_whole("head_groups", head_groups, 1)
     if sequences.max_seqlen <= topk * chunk_size:  # every earlier chunk is chosen: causal attention, one chunk
         chunk_size, topk = max(chunk_size, sequences.max_seqlen), 1
-    method = Method(get_stages(backend, q.device), topk, check_scale(softmax_scale, q.shape[2]), deterministic,
+    pipeline = Pipeline(get_stages(backend, q.device), topk, check_scale(softmax_scale, q.shape[2]), deterministic,
                     backend == "auto", workspace_mib)
     comm_type = canonical_comm_type(comm_type)
     check_groups(group, comm_type, q.shape[1], k.shape[1])
     check_sequences(sequences, comm_type)
-    schedule = make_schedule(comm_type, method, sequences, chunk_size, group, head_groups)
+    schedule = make_schedule(comm_type, pipeline, sequences, chunk_size, group, head_groups)
     return _ContextParallelAttention.apply(q, k, v, schedule)
 
 
@@ -104,22 +104,23 @@ def check_sequences(sequences: Sequences, comm_type: str) -> None:
                          "rank holds would be known on the device only. Use all_gather or a2a")
 
 
-def make_schedule(comm_type: str, method: Method, sequences: Sequences, chunk_size: int, group: Groups,
-                  head_groups: int | None) -> Gathered | Exchanged:
+def make_schedule(comm_type: str, pipeline: Pipeline, sequences: Sequences, chunk_size: int, group: Groups,
+                  head_groups: int | None) -> AllGatherAttention | AllToAllAttention:
     """The schedule of a communication type: ``forward(q, k, v)`` and ``backward(do, saved, kv_grad_dtype)``."""
     if comm_type == "a2a+all_gather":
         group, outer = group
-        inner = Gathered(method, sequences.zigzag(outer.size(), dist.get_rank(outer), chunk_size), outer, head_groups)
+        layout = sequences.zigzag(outer.size(), dist.get_rank(outer), chunk_size)
+        inner = AllGatherAttention(pipeline, layout, outer, head_groups)
         sequences, head_groups = sequences.part(outer.size()), 1  # the slower part is pipelined
     size, rank = group.size(), dist.get_rank(group)
     if comm_type in KEYS_TRAVEL:
-        return KEYS_TRAVEL[comm_type](method, sequences.zigzag(size, rank, chunk_size), group, head_groups)
+        return KEYS_TRAVEL[comm_type](pipeline, sequences.zigzag(size, rank, chunk_size), group, head_groups)
     chunks = None
     if comm_type == "a2a":
-        inner = Whole(method, sequences.whole(chunk_size))
-        if method.earlier(inner.segments):
-            chunks = own_chunks(sequences, size, rank, chunk_size)
-    return Exchanged(inner, sequences.rows(size, rank), group, head_groups, chunks)
+        inner = LocalAttention(pipeline, sequences.whole(chunk_size))
+        if pipeline.earlier(inner.segments):
+            chunks = local_chunks(sequences, size, rank, chunk_size)
+    return AllToAllAttention(inner, sequences.rows(size, rank), group, head_groups, chunks)
 
 
 class _ContextParallelAttention(torch.autograd.Function):

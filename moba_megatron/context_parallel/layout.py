@@ -88,8 +88,8 @@ class Sequences:
     def packed(cls, cu_seqlens: Tensor, max_seqlen: int, total: int) -> "Sequences":
         """Sequences whose lengths are known on the device only; nothing is read back.
 
-        Lengths that break the contract are for :meth:`Agreement.compare_lengths` to report, after the fact: until then
-        nothing outside the ``total`` rows is touched.
+        Lengths that break the contract are for :meth:`CollectiveCheck.compare_lengths` to report, after the fact: until
+        then nothing outside the ``total`` rows is touched.
         """
         return cls(cu_seqlens.int().clamp(0, total), max_seqlen, total, None)
 

@@ -17,7 +17,7 @@ Grads = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Method:
+class Pipeline:
     """How to attend, apart from where the rows are.
 
     Args:
@@ -86,8 +86,8 @@ class Method:
         return o, [lse, selected, *lists]
 
     def attend_bwd(self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, saved: Saved, segments: Segments,
-                   kv_grad_dtype: torch.dtype, milestone: torch.cuda.Event | None = None) -> Grads:
-        """dq, dk, dv; ``milestone`` is recorded when dk and dv are complete, which may be before dq."""
+                   kv_grad_dtype: torch.dtype, event: torch.cuda.Event | None = None) -> Grads:
+        """dq, dk, dv; ``event`` is recorded when dk and dv are complete, which may be before dq."""
         lse, selected, entries, starts = saved
 
         def compute(do, q, k, v, o, lse, selected, entries, starts, *places):
@@ -98,7 +98,7 @@ class Method:
 
         key, tensors = self._key(segments)
         return repeat(self.stages, ("attend_bwd", kv_grad_dtype, key), compute, do, q, k, v, o, lse, selected, entries,
-                      starts, *tensors, workspace_mib=self.workspace_mib, milestone=milestone)
+                      starts, *tensors, workspace_mib=self.workspace_mib, milestone=event)
 
     def _key(self, segments: Segments) -> tuple[tuple, tuple[Tensor, ...]]:
         """What decides the launches besides tensors, and the tensors of segments."""
@@ -113,49 +113,49 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Whole:
+class LocalAttention:
     """All rows of the sequences are here, as the inner part of a schedule that spreads heads."""
 
-    method: Method
+    pipeline: Pipeline
     segments: Segments
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
         """q ``[S, H, D]``, k ``[S, HK, D]``, v ``[S, HK, DV]`` in global order: o and what backward needs."""
         segments = self.segments
-        if self.method.earlier(segments):
-            selected, routing = self.method.choose(q, k, segments)
-            o, saved = self.method.attend(q, k, v, selected, routing, segments)
+        if self.pipeline.earlier(segments):
+            selected, routing = self.pipeline.choose(q, k, segments)
+            o, saved = self.pipeline.attend(q, k, v, selected, routing, segments)
             return o, [q, k, v, o, *saved]
         dense = self._dense(dense_causal, q, k, v)
         if dense is not None:
             return dense[0], [q, k, v, *dense, q.new_empty(*q.shape[:2], 0, dtype=torch.int32), None, None]
-        o, saved = self.method.attend(q, k, v, None, None, segments)
+        o, saved = self.pipeline.attend(q, k, v, None, None, segments)
         return o, [q, k, v, o, *saved]
 
     def forward_by_means(self, q: Tensor, means: Tensor, arrive: Callable[[], Sequence[Tensor]]
                          ) -> tuple[Tensor, Saved]:
         """As :meth:`forward`, with chunk means ``[num_chunks, HK, D]``; k and v are what ``arrive`` then waits for."""
-        selected, routing = self.method.choose(q, means, self.segments, q.shape[0])
+        selected, routing = self.pipeline.choose(q, means, self.segments, q.shape[0])
         k, v = arrive()
-        o, saved = self.method.attend(q, k, v, selected, routing, self.segments)
+        o, saved = self.pipeline.attend(q, k, v, selected, routing, self.segments)
         return o, [q, k, v, o, *saved]
 
     def backward(self, do: Tensor, saved: Saved, kv_grad_dtype: torch.dtype,
-                 milestone: torch.cuda.Event | None = None) -> Grads:
-        """dq, dk, dv; dk and dv in ``kv_grad_dtype``. As soon as these two are complete, ``milestone`` is recorded."""
+                 event: torch.cuda.Event | None = None) -> Grads:
+        """dq, dk, dv; dk and dv in ``kv_grad_dtype``. As soon as these two are complete, ``event`` is recorded."""
         q, k, v, o, *rest = saved
         if rest[1].shape[2] == 0 and kv_grad_dtype == k.dtype:
             dense = self._dense(dense_causal_bwd, do, None, q, k, v, o, rest[0],
-                                deterministic=self.method.deterministic)
+                                deterministic=self.pipeline.deterministic)
             if dense is not None:
-                if milestone is not None:
-                    milestone.record()
+                if event is not None:
+                    event.record()
                 return dense
-        return self.method.attend_bwd(do, q, k, v, o, rest, self.segments, kv_grad_dtype, milestone)
+        return self.pipeline.attend_bwd(do, q, k, v, o, rest, self.segments, kv_grad_dtype, event)
 
     def _dense(self, function, *tensors: Tensor, **options):
         """The result of a dense kernel, or None where they may not or cannot."""
         s = self.segments
-        if not self.method.may_be_dense:
+        if not self.pipeline.may_be_dense:
             return None
-        return function(*tensors, s.cu_seqlens_k, s.max_seqlen_k, self.method.softmax_scale, exact=s.exact, **options)
+        return function(*tensors, s.cu_seqlens_k, s.max_seqlen_k, self.pipeline.softmax_scale, exact=s.exact, **options)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..segments import Routing
-from .all_gather import Gathered
+from .all_gather import AllGatherAttention
 from .head_groups import HeadGroups, Prefetch
 from .layout import ZigzagLayout
 from .pipeline import Grads, Saved
@@ -33,9 +33,9 @@ GATHER_SHARE = 0.5
 """From this share of the rows on, the whole is gathered: picking rows out and putting them in costs extra copies. The
 zigzag's causal order alone leaves 3/4: at that, two H200s took 51 ms where they gathered in 45 (128K tokens, 32:8
 heads, chunks of 512, topk 8), for a gather's rows go to their place by copy engines."""
-SERVED = "served"
-"""What :class:`Visiting` saved follows."""
-VISITS_FROM = 16
+DISPATCHED = "dispatched"
+"""What :class:`DispatchAttention` saved follows."""
+DISPATCH_FROM = 16
 """Below so many ranks queries do not travel: a gather inside a machine hides behind attention."""
 HANDLING, PLANNING = 2.1e-9, 14e-3
 """Seconds, forward and backward. HANDLING: of a rank for each row that it sends or serves, beside bytes and products:
@@ -45,40 +45,40 @@ heads, chunks of 512, topk 8, visit and mixed with three routings, which they gi
 16 %."""
 
 
-class Selective(Gathered):
+class SelectiveAttention(AllGatherAttention):
     """Attention of a rank's queries over chosen chunks of all ranks of ``group``; sequences of one length."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
-        """As :meth:`Gathered.forward`."""
-        if not self.method.earlier(self.layout.segments):  # every row is attended to
+        """As :meth:`AllGatherAttention.forward`."""
+        if not self.pipeline.earlier(self.layout.segments):  # every row is attended to
             o, saved = super().forward(q, k, v)
             return o, [None, *saved]
         groups = self.groups(q, k, v)
         choices = self.choose_by_sums(q, k.dtype, self.send_sums(k), groups)
         routings = [routing for _, routing in choices]
-        if self.layout.rows.size >= VISITS_FROM and pieces_are_chunks(self.layout):
+        if self.layout.rows.size >= DISPATCH_FROM and pieces_are_chunks(self.layout):
             result = self._dispatch().attend_where_cheapest(q, k, v, groups, choices)
             if result is not None:
-                return result[0], [SERVED, *result[1]]
-        travels = self._travels(routings, groups)
-        gathered = self._fetch(k, v, groups, travels, "fwd gather")
+                return result[0], [DISPATCHED, *result[1]]
+        exchanges = self._exchanges(routings, groups)
+        gathered = self._fetch(k, v, groups, exchanges, "fwd gather")
         o, saved = self.attend(q, v.shape[2], groups, gathered, choices)
-        kept = [x.saved() for x in travels] if travels else None
+        kept = [x.saved() for x in exchanges] if exchanges else None
         return o, [kept, q, k, v, o, groups, saved]
 
     def backward(self, do: Tensor, saved: Saved, kv_grad_dtype: torch.dtype) -> Grads:
-        """As :meth:`Gathered.backward`."""
+        """As :meth:`AllGatherAttention.backward`."""
         kept, *saved = saved
         if kept is None:
             return super().backward(do, saved, kv_grad_dtype)
-        if kept == SERVED:
+        if kept == DISPATCHED:
             return self._dispatch().backward(do, saved, kv_grad_dtype)
         q, k, v, o, groups, saved = saved
-        travels = [Travel(*x) for x in kept]
-        gathered = self._fetch(k, v, groups, travels, "bwd gather")
+        exchanges = [RowExchange(*x) for x in kept]
+        gathered = self._fetch(k, v, groups, exchanges, "bwd gather")
 
         def reduce(i: int, grads: list[Tensor], outs: list[Tensor]) -> list[Pending]:
-            return [travels[i].give_back(x, take_own(self.layout.rows, x), out, self.group, "bwd reduce")
+            return [exchanges[i].send_back(x, take_own(self.layout.rows, x), out, self.group, "bwd reduce")
                     for x, out in zip(grads, outs)]
 
         return self.attend_bwd(do, (q, k, v, o), groups, saved, gathered, reduce, kv_grad_dtype)
@@ -86,18 +86,19 @@ class Selective(Gathered):
     def _dispatch(self):
         """The schedule that sends queries to chunks too."""
         from .. import experimental  # nothing else of the package imports it
-        from ..experimental.dispatch import Visiting
+        from ..experimental.dispatch import DispatchAttention
 
         if self.layout.rows.rank == 0:
-            experimental.say_once(f"cp_comm_type 'selective' from {VISITS_FROM} ranks on, which may dispatch queries,")
-        return Visiting(self.method, self.layout, self.group, self.head_groups)
+            experimental.say_once(f"cp_comm_type 'selective' from {DISPATCH_FROM} ranks on (dispatch of queries)")
+        return DispatchAttention(self.pipeline, self.layout, self.group, self.head_groups)
 
-    def _fetch(self, k: Tensor, v: Tensor, groups: HeadGroups, travels: list[Travel] | None, stage: str) -> Prefetch:
-        if travels is None:
+    def _fetch(self, k: Tensor, v: Tensor, groups: HeadGroups, exchanges: list[RowExchange] | None,
+               stage: str) -> Prefetch:
+        if exchanges is None:
             return self._gather(k, v, groups, stage)
 
         def start(i: int) -> tuple[Pending, Pending]:
-            return tuple(travels[i].start(x[:, groups[i][1]], self.group, stage, self._place) for x in (k, v))
+            return tuple(exchanges[i].start(x[:, groups[i][1]], self.group, stage, self._place) for x in (k, v))
 
         return Prefetch(start, [kv_heads.stop - kv_heads.start for _, kv_heads in groups])
 
@@ -107,7 +108,7 @@ class Selective(Gathered):
         place_own(self.layout.rows, out, x)
         return out
 
-    def _travels(self, routings: Sequence[Routing], groups: HeadGroups) -> list[Travel] | None:
+    def _exchanges(self, routings: Sequence[Routing], groups: HeadGroups) -> list[RowExchange] | None:
         """What travels for each group of heads; None where the whole might as well. The same answer on every rank."""
         size, me, rows = self.layout.rows.size, self.layout.rows.rank, self.layout.rows
         chunks = self.layout.segments.num_chunks(rows.total)
@@ -124,9 +125,9 @@ class Selective(Gathered):
         moved = sum(n for table in counts for to, line in enumerate(table) for by, n in enumerate(line) if to != by)
         if moved > GATHER_SHARE * (size - 1) * rows.total * chosen.shape[0]:
             return None
-        return [self._travel(needed[:, kv_heads], chunk_of, table) for (_, kv_heads), table in zip(groups, counts)]
+        return [self._exchange_of(needed[:, kv_heads], chunk_of, table) for (_, kv_heads), table in zip(groups, counts)]
 
-    def _travel(self, needed: Tensor, chunk_of: Tensor, counts: list[list[int]]) -> Travel:
+    def _exchange_of(self, needed: Tensor, chunk_of: Tensor, counts: list[list[int]]) -> RowExchange:
         """Lists of rows from ``needed`` ``[rank, h, chunk]``; both sides list a rank's rows head after head."""
         rows, heads = self.layout.rows, needed.shape[1]
         me, size, local = rows.rank, rows.size, rows.local
@@ -141,7 +142,7 @@ class Selective(Gathered):
         number = true_numbers(taken, sum(take_counts))
         by, within = number // (heads * local), number % (heads * local)
         take = rows.rank_rows[by * local + within % local] * heads + within // local
-        return Travel(send, send_counts, take, take_counts)
+        return RowExchange(send, send_counts, take, take_counts)
 
     def _chunk_of_rows(self) -> Tensor:
         """The chunk of each row, rank after rank: int64 ``[S]``."""
@@ -158,7 +159,7 @@ def pieces_are_chunks(layout: ZigzagLayout) -> bool:
 
 
 @dataclass(frozen=True)
-class Travel:
+class RowExchange:
     """Which rows of one group of kv heads travel; a row here is one (token, kv head).
 
     Args:
@@ -200,7 +201,7 @@ class Travel:
 
         return Pending(works, arrived, message, stage, finish)
 
-    def give_back(self, x: Tensor, own: Tensor, out: Tensor, group: dist.ProcessGroup, stage: str) -> Pending:
+    def send_back(self, x: Tensor, own: Tensor, out: Tensor, group: dist.ProcessGroup, stage: str) -> Pending:
         """Starts to send the rows of ``x`` ``[R, h, D]`` that came back to their owners.
 
         Args:

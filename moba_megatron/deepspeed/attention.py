@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import MoBAConfig
-from ..context_parallel import Agreement, Sequences, check_zigzag, context_parallel_attention
+from ..context_parallel import CollectiveCheck, Sequences, check_zigzag, context_parallel_attention
 from ..ops import moba_attention
 from ..ops.validation import check_qkv, same_dtype
 from ..segments import uniform_segments
@@ -170,11 +170,11 @@ class MoBAAttention(nn.Module):
         parallel, config = self.parallel, self.config
         batch, length = q.shape[0], q.shape[1] * parallel.size
         chunk_size, topk = (length, 1) if self._is_dense() else (config.chunk_size, config.topk)
-        with Agreement(parallel.group) as agreement:  # a rank with bad input ends all of them, with one message
+        with CollectiveCheck(parallel.group) as collective:  # a rank with bad input ends all of them, with one message
             packed = tuple(x.flatten(0, 1) for x in (q, k, v))
             check_qkv(*packed)
             check_zigzag(length, parallel.size, "the sequence length")
-            agreement.signature = (f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, {q.dtype}, "
+            collective.signature = (f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, {q.dtype}, "
                                    f"chunk_size {chunk_size}, topk {topk}, cp_head_groups {config.cp_head_groups}"
                                    + ", deterministic" * config.deterministic)
         sequences = Sequences.uniform(length, batch, q.device)

@@ -13,15 +13,15 @@ LONGEST = 16384
 """Visitors of a chunk in a sequence of flash attention: its backward walks through each in one line."""
 
 
-def visitors_fwd(q: Tensor, k: Tensor, v: Tensor, cu_visitors: Tensor, most: int,
-                 softmax_scale: float) -> tuple[Tensor, Tensor]:
+def chunk_attention_fwd(q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, most: int,
+                        softmax_scale: float) -> tuple[Tensor, Tensor]:
     """Softmax attention of visitors, chunk after chunk.
 
     Args:
         q: ``[n, D]``, those of chunk 0, then of chunk 1, ...
         k: ``[B, chunk_size, D]``.
         v: ``[B, chunk_size, DV]``.
-        cu_visitors: int32 ``[B + 1]``, where each chunk's visitors begin.
+        cu_queries: int32 ``[B + 1]``, where each chunk's visitors begin.
         most: visitors of one chunk, upper bound.
         softmax_scale: multiplies the scores.
 
@@ -33,25 +33,26 @@ def visitors_fwd(q: Tensor, k: Tensor, v: Tensor, cu_visitors: Tensor, most: int
     if _is_flash(q, v):
         cu_keys = _key_starts(k)
         o, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q[:, None], k.flatten(0, 1)[:, None], v.flatten(0, 1)[:, None], cu_visitors, cu_keys, most, k.shape[1], 0.0,
+            q[:, None], k.flatten(0, 1)[:, None], v.flatten(0, 1)[:, None], cu_queries, cu_keys, most, k.shape[1], 0.0,
             False, False, scale=softmax_scale)
         return o[:, 0], lse[0]
     o = q.new_empty(q.shape[0], v.shape[2])
     lse = q.new_empty(q.shape[0], dtype=_wide(q.dtype))
-    for chunk, rows in _rows_by_chunk(cu_visitors):
+    for chunk, rows in _rows_by_chunk(cu_queries):
         score = _scores(q[rows], k[chunk], softmax_scale)
         lse[rows] = score.logsumexp(1)
         o[rows] = (torch.exp(score - lse[rows, None]) @ v[chunk].to(score.dtype)).to(q.dtype)
     return o, lse
 
 
-def visitors_bwd(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, cu_visitors: Tensor, most: int,
-                 softmax_scale: float, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients through :func:`visitors_fwd` of queries whose softmax goes over more than this chunk.
+def chunk_attention_bwd(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, cu_queries: Tensor,
+                        most: int, softmax_scale: float, deterministic: bool = False
+                        ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients through :func:`chunk_attention_fwd` of queries whose softmax goes over more than this chunk.
 
     Args:
         do: ``[n, DV]``, gradient of the whole o.
-        q, k, v, cu_visitors, most, softmax_scale: as forward.
+        q, k, v, cu_queries, most, softmax_scale: as forward.
         o, lse: ``[n, DV]``, ``[n]`` of the queries' whole attention: they decide the weights.
         deterministic: not by flash attention, which adds up dq in any order.
 
@@ -63,16 +64,16 @@ def visitors_bwd(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Te
         return torch.empty_like(q), *(x.new_zeros((), dtype=wide).expand(x.shape) for x in (k, v))
     if _is_flash(q, v) and not deterministic:
         if most > LONGEST:
-            cu_parts, chunk = cut(cu_visitors, q.shape[0], LONGEST)
+            cu_parts, chunk = cut(cu_queries, q.shape[0], LONGEST)
             dq, *grads = _flash_bwd(do, q, k[chunk], v[chunk], o, lse, cu_parts, LONGEST, softmax_scale)
             sums = [torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v)]
             return dq, *(total.index_add_(0, chunk, x.to(wide)) for total, x in zip(sums, grads))
-        dq, *grads = _flash_bwd(do, q, k, v, o, lse, cu_visitors, most, softmax_scale)
+        dq, *grads = _flash_bwd(do, q, k, v, o, lse, cu_queries, most, softmax_scale)
         return dq, *(x.to(wide) for x in grads)
     dq = torch.empty_like(q)
     dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
     delta = (do.to(wide) * o.to(wide)).sum(1)
-    for chunk, rows in _rows_by_chunk(cu_visitors):
+    for chunk, rows in _rows_by_chunk(cu_queries):
         weight = torch.exp(_scores(q[rows], k[chunk], softmax_scale) - lse[rows, None])
         dv[chunk] = weight.T @ do[rows].to(wide)
         dscore = weight * (do[rows].to(wide) @ v[chunk].to(wide).T - delta[rows, None]) * softmax_scale
@@ -81,13 +82,13 @@ def visitors_bwd(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Te
     return dq, dk, dv
 
 
-def _flash_bwd(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, cu_visitors: Tensor, most: int,
+def _flash_bwd(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, cu_queries: Tensor, most: int,
                softmax_scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in the inputs' dtype."""
     state = torch.empty(2, dtype=torch.uint64, device=q.device)
     dq, dk, dv = torch.ops.aten._flash_attention_backward(
         do[:, None], q[:, None], k.flatten(0, 1)[:, None], v.flatten(0, 1)[:, None], o[:, None], lse[None],
-        cu_visitors, _key_starts(k), most, k.shape[1], 0.0, False, state, state[0], scale=softmax_scale)
+        cu_queries, _key_starts(k), most, k.shape[1], 0.0, False, state, state[0], scale=softmax_scale)
     return dq[:, 0], dk.view(k.shape), dv.view(v.shape)
 
 
@@ -110,7 +111,7 @@ def cut(starts: Tensor, rows: int, longest: int) -> tuple[Tensor, Tensor]:
     return torch.cat((begin, starts[-1:])).int(), of
 
 
-def merge_returned(o: Tensor, lse: Tensor, o_parts: Tensor, lse_parts: Tensor, places: Tensor, out: Tensor,
+def merge_partials(o: Tensor, lse: Tensor, o_parts: Tensor, lse_parts: Tensor, places: Tensor, out: Tensor,
                    kernel: bool) -> Tensor:
     """Writes o, merged with what came back for some of the choices; parts are added in the order of j.
 
@@ -141,8 +142,8 @@ def merge_returned(o: Tensor, lse: Tensor, o_parts: Tensor, lse_parts: Tensor, p
     return merged
 
 
-def add_returned(x: Tensor, parts: Tensor, places: Tensor, out: Tensor, kernel: bool) -> None:
-    """Writes ``x`` ``[T, h, D]`` and what came back added up to ``out``: as :func:`merge_returned` without weights."""
+def add_partials(x: Tensor, parts: Tensor, places: Tensor, out: Tensor, kernel: bool) -> None:
+    """Writes ``x`` ``[T, h, D]`` and what came back added up to ``out``: as :func:`merge_partials` without weights."""
     if kernel and _has_kernel(x):
         from ..kernels import merging
         merging.add_parts(x, parts, places, out)
@@ -168,9 +169,9 @@ def _key_starts(k: Tensor) -> Tensor:
     return torch.arange(k.shape[0] + 1, dtype=torch.int32, device=k.device) * k.shape[1]
 
 
-def _rows_by_chunk(cu_visitors: Tensor):
+def _rows_by_chunk(cu_queries: Tensor):
     """(chunk, its visitors' rows) of chunks that have any; the host reads where they begin."""
-    starts = cu_visitors.tolist()
+    starts = cu_queries.tolist()
     for chunk, (begin, end) in enumerate(zip(starts, starts[1:])):
         if end > begin:
             yield chunk, slice(begin, end)

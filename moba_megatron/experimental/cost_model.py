@@ -2,7 +2,8 @@
 
 A choice is served where its chunk lies (the query visits), by the rank that made it (which fetches a copy of the
 chunk), or by a third rank with a copy, where the home has too much to do. So a tensor of serving ranks tells a way:
-VISIT and FETCH are its extremes, MIXED takes for each rank, kv head and chunk the cheaper one and relieves busy homes.
+DISPATCH and FETCH are its extremes, MIXED takes for each rank, kv head and chunk the cheaper one, and relieves busy
+homes.
 
 The seconds are reckoned from constants: the busiest rank's bytes over a link, products over a rate, rows handled, and
 what it takes to plan. ``python -m moba_megatron.plan --check`` sets them beside measurements.
@@ -30,8 +31,8 @@ AT_ONCE = 1 << 21
 OVERLOAD = 1.1
 """Work of a rank over the mean, above which visitors of its chunks are sent to copies elsewhere."""
 RELAYED_FROM = 4
-"""Copies of a chunk from which on slices of it are passed on by all ranks: its owner sends it once."""
-VISIT, GATHER, FETCH, MIXED = WAYS = "visit", "gather", "fetch", "mixed"
+"""Replicas of a chunk from which on slices of it are passed on by all ranks: its owner sends it once."""
+DISPATCH, GATHER, FETCH, MIXED = MODES = "visit", "gather", "fetch", "mixed"
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class RowSizes:
         return 2 * (self.dim + self.v_dim) * self.chunk_size * PASSES / RATE
 
 
-def cheapest_way(table: Tensor, homes: Tensor, sizes: RowSizes, group: dist.ProcessGroup) -> tuple[str, Tensor | None]:
-    """One of WAYS, the same on every rank, and who serves what (None for GATHER); the host waits for four numbers.
+def cheapest_mode(table: Tensor, homes: Tensor, sizes: RowSizes, group: dist.ProcessGroup) -> tuple[str, Tensor | None]:
+    """One of MODES, the same on every rank, and who serves what (None for GATHER); the host waits for four numbers.
 
     Args:
         table: int32 ``[P, HK, chunk ids]``, how often each rank's queries chose each chunk.
@@ -71,23 +72,23 @@ def cheapest_way(table: Tensor, homes: Tensor, sizes: RowSizes, group: dist.Proc
         group: the ranks.
     """
     members = members_a_node(group)
-    seconds, servers = seconds_of_ways(table, homes, sizes, NETWORK if members < group.size() else LINK,
+    seconds, servers = seconds_of_modes(table, homes, sizes, NETWORK if members < group.size() else LINK,
                                        members if crowds_the_network(group) else 1)
     listed = seconds.tolist()
-    way = WAYS[listed.index(min(listed))]
+    way = MODES[listed.index(min(listed))]
     return way, servers.get(way)
 
 
-def seconds_of_ways(table: Tensor, homes: Tensor, sizes: RowSizes, link: float,
+def seconds_of_modes(table: Tensor, homes: Tensor, sizes: RowSizes, link: float,
                     members_a_node: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
-    """Seconds of each of WAYS, forward and backward, fp64 ``[4]``; and who serves what in all of them but GATHER.
+    """Seconds of each of MODES, forward and backward, fp64 ``[4]``; and who serves what in all of them but GATHER.
 
     Args:
-        table, homes, sizes: as :func:`cheapest_way`.
+        table, homes, sizes: as :func:`cheapest_mode`.
         link: bytes a second.
         members_a_node: ranks of a node that share what a gather brings into it.
     """
-    home = home_of_chunks(homes, table.shape[2])
+    home = owner_of_chunks(homes, table.shape[2])
     visits, fetches = home.expand(table.shape), _ranks(table).expand(table.shape)
     mixes = _mixed(table, home, sizes, link)
     seconds = PLANNING + _seconds_of_each(table, (visits, fetches, *mixes), home, sizes, link)
@@ -95,32 +96,32 @@ def seconds_of_ways(table: Tensor, homes: Tensor, sizes: RowSizes, link: float,
     whole = (homes.numel() - homes.shape[1]) * table.shape[1] * sum(sizes.copy) / members_a_node
     gather = table.sum((1, 2)).max().double() * sizes.work + whole / link
     mixed = torch.where(relieved < by_bytes, mixes[1], mixes[0])
-    seconds = {VISIT: visit, GATHER: gather, FETCH: fetch, MIXED: torch.minimum(by_bytes, relieved)}
-    return torch.stack([seconds[way] for way in WAYS]), {VISIT: visits, FETCH: fetches, MIXED: mixed}
+    seconds = {DISPATCH: visit, GATHER: gather, FETCH: fetch, MIXED: torch.minimum(by_bytes, relieved)}
+    return torch.stack([seconds[way] for way in MODES]), {DISPATCH: visits, FETCH: fetches, MIXED: mixed}
 
 
 def _seconds_of_each(table: Tensor, candidates: Sequence[Tensor], home: Tensor, sizes: RowSizes, link: float) -> Tensor:
-    """:func:`seconds_of_service` of each of several servers: fp64 ``[n]``."""
+    """:func:`seconds_of` of each of several servers: fp64 ``[n]``."""
     if table.numel() > AT_ONCE:
-        return torch.stack([seconds_of_service(table, servers, home, sizes, link) for servers in candidates])
-    return seconds_of_service(table, torch.stack(tuple(candidates)), home, sizes, link)
+        return torch.stack([seconds_of(table, servers, home, sizes, link) for servers in candidates])
+    return seconds_of(table, torch.stack(tuple(candidates)), home, sizes, link)
 
 
-def seconds_of_service(table: Tensor, servers: Tensor, home: Tensor, sizes: RowSizes, link: float) -> Tensor:
+def seconds_of(table: Tensor, servers: Tensor, home: Tensor, sizes: RowSizes, link: float) -> Tensor:
     """Seconds where ``servers`` serve what each rank's queries chose, without PLANNING.
 
     Args:
         table: ``[P, HK, chunk ids]``.
         servers: int64 ``[..., P, HK, chunk ids]``.
         home: int64 ``[chunk ids]``.
-        sizes, link: as :func:`seconds_of_ways`.
+        sizes, link: as :func:`seconds_of_modes`.
 
     Returns:
         fp64 ``[...]``.
     """
     away, size = _away(_wide(table), servers), len(table)
     leaving, coming = away.sum((-1, -2)), _added_up(servers, away, size)
-    copies = copies_of(table, servers, home)
+    copies = replicas_of(table, servers, home)
     number, relayed = copies.sum(-3), is_relayed(copies)
     fetched = copies.sum((-1, -2))
     given = _added_up(home.expand(number.shape), torch.where(relayed, 1, number), size, 2)
@@ -134,13 +135,13 @@ def seconds_of_service(table: Tensor, servers: Tensor, home: Tensor, sizes: RowS
             + work.amax(-1).double() * sizes.work)
 
 
-def mixed_servers(table: Tensor, home: Tensor, sizes: RowSizes, link: float) -> Tensor:
+def mixed_ranks(table: Tensor, home: Tensor, sizes: RowSizes, link: float) -> Tensor:
     """Who serves what if the cheaper is taken for each rank, kv head and chunk: int64 ``[P, HK, chunk ids]``.
 
     Args:
-        table: as :func:`cheapest_way`; expected values, fp64, are also understood.
+        table: as :func:`cheapest_mode`; expected values, fp64, are also understood.
         home: int64 ``[chunk ids]``, the rank of each chunk.
-        sizes, link: as :func:`seconds_of_ways`.
+        sizes, link: as :func:`seconds_of_modes`.
     """
     mixes = _mixed(table, home, sizes, link)
     by_bytes, relieved = _seconds_of_each(table, mixes, home, sizes, link).unbind()
@@ -165,7 +166,7 @@ def _relieved(table: Tensor, servers: Tensor, home: Tensor, least: float) -> Ten
     poured into the ranks that have room, one after the other: a crowd goes to few ranks, and a rank takes few crowds.
 
     Args:
-        table, servers, home: as :func:`mixed_servers`.
+        table, servers, home: as :func:`mixed_ranks`.
         least: a smaller crowd stays: the copy would take as long as its work.
     """
     away = _away(table, servers)
@@ -186,17 +187,17 @@ def _relieved(table: Tensor, servers: Tensor, home: Tensor, least: float) -> Ten
     room = (mean - busy).clamp(min=0).cumsum(0)
     helper = torch.searchsorted(room, place + begin.view(place.shape[1:]), right=True).clamp(max=len(table) - 1)
     served = torch.where((place >= 0) & (away > 0), helper, servers)
-    return torch.where(copies_of(table, served, home), _ranks(table), served)  # who has a copy uses it
+    return torch.where(replicas_of(table, served, home), _ranks(table), served)  # who has a copy uses it
 
 
-def home_of_chunks(homes: Tensor, chunk_ids: int) -> Tensor:
+def owner_of_chunks(homes: Tensor, chunk_ids: int) -> Tensor:
     """The rank of each chunk, int64 ``[chunk ids]``; of ids without a chunk 0."""
     home = homes.new_zeros(chunk_ids)
     home[homes.flatten()] = torch.arange(len(homes), device=homes.device).repeat_interleave(homes.shape[1])
     return home
 
 
-def copies_of(table: Tensor, servers: Tensor, home: Tensor) -> Tensor:
+def replicas_of(table: Tensor, servers: Tensor, home: Tensor) -> Tensor:
     """Which rank serves chunks that it does not own, and so needs copies of them: bool, of ``servers``' shape."""
     served = torch.zeros(servers.shape, dtype=torch.int32, device=table.device)
     served.scatter_add_(-3, servers, (table > 0).int().expand(servers.shape))

@@ -8,9 +8,9 @@ moves O(its queries), not O(the sequence). Chunks that many choose (sinks) are s
 the chunk, keep them before their own rows while the group of heads is computed, attend to them as to their own chunks,
 and give back dK and dV, which the owner adds in fp32 in the order of ranks.
 
-Rows that a rank takes at once are limited (VISITORS_BYTES). What exceeds that comes in later rounds, whose bytes are
-recorded apart ("fwd visit later", "bwd visit later"): nothing is dropped. Sequences are of one length, and their pieces
-whole chunks.
+Rows that a rank takes at once are limited (DISPATCHED_BYTES). What exceeds that comes in later rounds, whose bytes are
+recorded apart ("fwd dispatch later", "bwd dispatch later"): nothing is dropped. Sequences are of one length, and their
+pieces whole chunks.
 """
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..context_parallel.all_gather import Gathered, sum_dtype
+from ..context_parallel.all_gather import AllGatherAttention, sum_dtype
 from ..context_parallel.head_groups import HeadGroups, Prefetch
 from ..context_parallel.pipeline import Grads, Saved
 from ..context_parallel.selective import parts
 from ..context_parallel.transport.comm import Pending, exchange
 from ..segments import Routing, Segments
-from .chunk_attention import add_returned, merge_returned, visitors_bwd, visitors_fwd
-from .cost_model import GATHER, RowSizes, cheapest_way
-from .dispatch_plan import Service, Visit, chunk_homes, services_of, table_of_choices
-from .replicas import Copies
+from .chunk_attention import add_partials, chunk_attention_bwd, chunk_attention_fwd, merge_partials
+from .cost_model import GATHER, RowSizes, cheapest_mode
+from .dispatch_plan import DispatchPlan, Round, chunks_of_ranks, dispatch_plans, table_of_choices
+from .replicas import Replicas
 
-VISITORS_BYTES = 2 << 30
+DISPATCHED_BYTES = 2 << 30
 """Bytes of q, do, o and dq of the visitors that a rank takes at once."""
 
 
-class Visiting(Gathered):
+class DispatchAttention(AllGatherAttention):
     """Attention of a rank's queries over chosen chunks of all ranks of ``group``, which they visit.
 
     The layout's pieces must be whole chunks: :func:`~moba_megatron.context_parallel.selective.pieces_are_chunks`.
@@ -46,7 +46,7 @@ class Visiting(Gathered):
         """As :meth:`attend_chosen`, by the cost model; None where all keys had better be gathered."""
         table = table_of_choices(self.layout, [routing for _, routing in choices], self.group)
         sizes = RowSizes(q.element_size(), q.shape[2], v.shape[2], self.layout.segments.chunk_size)
-        way, servers = cheapest_way(table, chunk_homes(self.layout), sizes, self.group)
+        way, servers = cheapest_mode(table, chunks_of_ranks(self.layout), sizes, self.group)
         return None if way == GATHER else self.attend_chosen(q, k, v, groups, choices, table, servers)
 
     def attend_chosen(self, q: Tensor, k: Tensor, v: Tensor, groups: HeadGroups, choices: list, table: Tensor,
@@ -61,8 +61,8 @@ class Visiting(Gathered):
             servers: int64, of its shape, the rank that serves these choices.
         """
         row = 2 * (q.shape[2] + v.shape[2]) * q.element_size()
-        service = services_of(self.layout, [routing for _, routing in choices], groups, table, servers,
-                              VISITORS_BYTES // row)
+        service = dispatch_plans(self.layout, [routing for _, routing in choices], groups, table, servers,
+                              DISPATCHED_BYTES // row)
         fetched = self._fetch_copies(k, v, groups, lambda group: service(group).copies, "fwd gather")
         o = q.new_empty(*q.shape[:2], v.shape[2])
         saved, finish = [], None
@@ -75,11 +75,11 @@ class Visiting(Gathered):
         return o, [q, k, v, o, groups, saved]
 
     def backward(self, do: Tensor, saved: Saved, kv_grad_dtype: torch.dtype) -> Grads:
-        """As :meth:`Gathered.backward`."""
+        """As :meth:`AllGatherAttention.backward`."""
         q, k, v, o, groups, saved = saved
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         dk, dv = (torch.empty(x.shape, dtype=kv_grad_dtype, device=x.device) for x in (k, v))
-        copies = [Copies.restored(x) for (x, *_), *_ in saved]
+        copies = [Replicas.restored(x) for (x, *_), *_ in saved]
         fetched = self._fetch_copies(k, v, groups, copies.__getitem__, "bwd gather")
         finish = None
         for (heads, kv_heads), rest, held in zip(groups, saved, copies):
@@ -91,7 +91,7 @@ class Visiting(Gathered):
         finish()
         return dq, dk, dv
 
-    def _fetch_copies(self, k: Tensor, v: Tensor, groups: HeadGroups, copies: Callable[[int], Copies],
+    def _fetch_copies(self, k: Tensor, v: Tensor, groups: HeadGroups, copies: Callable[[int], Replicas],
                       stage: str) -> Prefetch:
         """Of each group K and V, the copies before the rank's own rows."""
         def start(i: int) -> tuple[Pending, ...]:
@@ -102,7 +102,7 @@ class Visiting(Gathered):
 
     @property
     def _by_kernels(self) -> bool:
-        return hasattr(self.method.stages, "repeat")
+        return hasattr(self.pipeline.stages, "repeat")
 
     def _segments_here(self, places: int, device: torch.device) -> Segments:
         """This rank's rows as one sequence, after the copies."""
@@ -112,12 +112,12 @@ class Visiting(Gathered):
                               dtype=torch.int32, device=device)
         return Segments(places[0, :2], places[1, :2], places[2, :1], places[3, :1], rows, total, size, exact=True)
 
-    def _attend_here(self, q: Tensor, fetched: Prefetch, selected: Tensor, service: Service,
+    def _attend_here(self, q: Tensor, fetched: Prefetch, selected: Tensor, service: DispatchPlan,
                      out: Tensor) -> tuple[list, Callable[[], None]]:
         """Computes one group of heads; what its backward needs, and what is left to do: to write o when parts come."""
-        stages, scale, size = self.method.stages, self.method.softmax_scale, self.layout.segments.chunk_size
+        stages, scale, size = self.pipeline.stages, self.pipeline.softmax_scale, self.layout.segments.chunk_size
         queries, choices_per_row = q.flatten(0, 1), selected.shape[2]
-        arriving = self._send_queries((queries,), service.rounds[0], choices_per_row, "fwd visit")
+        arriving = self._send_queries((queries,), service.rounds[0], choices_per_row, "fwd dispatch")
         k, v = (x.wait() for x in fetched.take())
         segments = self._segments_here(service.copies.places, q.device)
         kv_head = torch.arange(q.shape[1], device=q.device) // (q.shape[1] // k.shape[1])
@@ -129,52 +129,52 @@ class Visiting(Gathered):
         returned = Returned(service.rounds, self.group, "fwd return", (o.flatten(0, 1), lse.flatten()))
         for i, visit in enumerate(service.rounds):
             if i:
-                arriving = self._send_queries((queries,), visit, choices_per_row, "fwd visit later")
+                arriving = self._send_queries((queries,), visit, choices_per_row, "fwd dispatch later")
             visitors, = (x.wait().index_select(0, visit.order) for x in arriving)
-            returned.send(visit, visitors_fwd(visitors, k, v, visit.cu_visitors, service.most, scale))
+            returned.send(visit, chunk_attention_fwd(visitors, k, v, visit.cu_queries, service.most, scale))
         saved = [service.saved(), lse, here, routing.entries, routing.starts, choices_per_row]
 
         def finish() -> None:
             o_parts, lse_parts = returned.wait()
             if returned.number:
-                saved[1] = merge_returned(o, lse, o_parts, lse_parts, returned.places(here.shape), out,
+                saved[1] = merge_partials(o, lse, o_parts, lse_parts, returned.places(here.shape), out,
                                           self._by_kernels)
             else:
                 out.copy_(o)
 
         return saved, finish
 
-    def _attend_here_bwd(self, do: Tensor, q: Tensor, fetched: Prefetch, o: Tensor, saved: list, copies: Copies,
+    def _attend_here_bwd(self, do: Tensor, q: Tensor, fetched: Prefetch, o: Tensor, saved: list, copies: Replicas,
                          outs: tuple[Tensor, ...]) -> Callable[[], None]:
         """Computes one group of heads; what is left to do: to write dq, dk, dv to ``outs`` when parts come."""
         (_, most, rounds), lse, here, entries, starts, choices_per_row = saved
-        rounds, method, size = [Visit(*x) for x in rounds], self.method, self.layout.segments.chunk_size
+        rounds, pipeline, size = [Round(*x) for x in rounds], self.pipeline, self.layout.segments.chunk_size
         tensors = [x.flatten(0, 1) for x in (do, q, o, lse)]
-        arriving = self._send_queries(tensors, rounds[0], choices_per_row, "bwd visit")
+        arriving = self._send_queries(tensors, rounds[0], choices_per_row, "bwd dispatch")
         k, v = (x.wait() for x in fetched.take())
-        dq, *sums = method.stages.attention_bwd(
-            do, None, q, k, v, o, lse, here, self._segments_here(copies.places, q.device), method.softmax_scale,
-            deterministic=method.deterministic, kv_grad_dtype=sum_dtype(k.dtype), routing=Routing(entries, starts))
+        dq, *sums = pipeline.stages.attention_bwd(
+            do, None, q, k, v, o, lse, here, self._segments_here(copies.places, q.device), pipeline.softmax_scale,
+            deterministic=pipeline.deterministic, kv_grad_dtype=sum_dtype(k.dtype), routing=Routing(entries, starts))
         if any(sum(x.coming) for x in rounds):
             k, v = by_chunk(k, size), by_chunk(v, size)
         returned = Returned(rounds, self.group, "bwd return", (dq.flatten(0, 1),))
         for i, visit in enumerate(rounds):
             if i:
-                arriving = self._send_queries(tensors, visit, choices_per_row, "bwd visit later")
+                arriving = self._send_queries(tensors, visit, choices_per_row, "bwd dispatch later")
             do_v, q_v, o_v, lse_v = (x.wait().index_select(0, visit.order) for x in arriving)
-            dq_v, *served = visitors_bwd(do_v, q_v, k, v, o_v, lse_v, visit.cu_visitors, most, method.softmax_scale,
-                                         method.deterministic)
+            dq_v, *served = chunk_attention_bwd(do_v, q_v, k, v, o_v, lse_v, visit.cu_queries, most,
+                                                pipeline.softmax_scale, pipeline.deterministic)
             returned.send(visit, (dq_v,))
             if sum(visit.coming):
                 for x, part in zip(sums, served):
                     x += _by_token(part, x.shape)
-        reducing = [copies.give_back(x, x[copies.places * size:], out, self.group, "bwd reduce")
+        reducing = [copies.send_back(x, x[copies.places * size:], out, self.group, "bwd reduce")
                     for x, out in zip(sums, outs[1:])]
 
         def finish() -> None:
             dq_parts, = returned.wait()
             if returned.number:
-                add_returned(dq, dq_parts, returned.places(here.shape), outs[0], self._by_kernels)
+                add_partials(dq, dq_parts, returned.places(here.shape), outs[0], self._by_kernels)
             else:
                 outs[0].copy_(dq)
             for x in reducing:
@@ -182,7 +182,7 @@ class Visiting(Gathered):
 
         return finish
 
-    def _send_queries(self, tensors: Sequence[Tensor], visit: Visit, choices_per_row: int, stage: str) -> list[Pending]:
+    def _send_queries(self, tensors: Sequence[Tensor], visit: Round, choices_per_row: int, stage: str) -> list[Pending]:
         """Starts to send the rows of each ``[T * h, ...]`` that leave; pending: those that come."""
         rows = visit.choices // choices_per_row
         return [send_rows(x[rows], x.new_empty(sum(visit.coming), *x.shape[1:]), visit.leaving, visit.coming,
@@ -199,13 +199,13 @@ class Returned:
         like: tensors whose rows are like those that come back.
     """
 
-    def __init__(self, rounds: list[Visit], group: dist.ProcessGroup, stage: str, like: Sequence[Tensor]):
+    def __init__(self, rounds: list[Round], group: dist.ProcessGroup, stage: str, like: Sequence[Tensor]):
         self._rounds, self._group, self._stage = rounds, group, stage
         self.number = sum(sum(x.leaving) for x in rounds)
         self._parts = [x.new_empty(self.number, *x.shape[1:]) for x in like]
         self._pending, self._filled = [], 0
 
-    def send(self, visit: Visit, served: Sequence[Tensor]) -> None:
+    def send(self, visit: Round, served: Sequence[Tensor]) -> None:
         """Starts to send what this rank's visitors take home, and to receive what its own bring."""
         self.wait()  # the memory of the round before
         end = self._filled + sum(visit.leaving)

@@ -2,7 +2,7 @@
 
 Every rank knows the choices of all ranks and who serves them (``cost_model``), so both ends of a message know its
 length. The host reads 6 P + 2 numbers a group of heads, of all groups at once: its only wait beside that of
-``cheapest_way``.
+``cheapest_mode``.
 """
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ..context_parallel.head_groups import HeadGroups
 from ..context_parallel.layout import ZigzagLayout
 from ..context_parallel.transport.comm import all_gather
 from ..segments import Routing
-from .cost_model import copies_of, home_of_chunks, is_relayed
-from .replicas import Copies, copy_counts, make_copies
+from .cost_model import is_relayed, owner_of_chunks, replicas_of
+from .replicas import Replicas, make_replicas, replica_counts
 
 
-def chunk_homes(layout: ZigzagLayout) -> Tensor:
+def chunks_of_ranks(layout: ZigzagLayout) -> Tensor:
     """Ids of every rank's chunks in the order of its rows: int64 ``[P, T / chunk_size]``."""
     rows, segments = layout.rows, layout.segments
     first = rows.rank_rows.unflatten(0, (rows.size, -1, segments.chunk_size))[:, :, 0]
@@ -38,7 +38,7 @@ def table_of_choices(layout: ZigzagLayout, routings: list[Routing], group: dist.
 
 
 @dataclass(frozen=True)
-class Visit:
+class Round:
     """Rows of one group of kv heads that leave this rank in one round, and rows that come.
 
     Args:
@@ -46,18 +46,18 @@ class Visit:
             by kv head and chunk.
         leaving, coming: how many go to each rank, and come from each.
         order: int64 ``[m]``, the rows that come (rank after rank) sorted by kv head and chunk.
-        cu_visitors: int32, where each (kv head, chunk here) begins in that order.
+        cu_queries: int32, where each (kv head, chunk here) begins in that order.
     """
 
     choices: Tensor
     leaving: tuple[int, ...]
     coming: tuple[int, ...]
     order: Tensor
-    cu_visitors: Tensor
+    cu_queries: Tensor
 
 
 @dataclass(frozen=True)
-class Service:
+class DispatchPlan:
     """What this rank serves of one group of kv heads, and what of its queries others serve.
 
     Args:
@@ -67,15 +67,15 @@ class Service:
         rounds: of visits.
     """
 
-    copies: Copies
+    copies: Replicas
     chunk_here: Tensor
     most: int
-    rounds: list[Visit]
+    rounds: list[Round]
 
     def saved(self) -> list:
         """What backward needs, for autograd."""
         return [self.copies.saved(), self.most,
-                [[x.choices, x.leaving, x.coming, x.order, x.cu_visitors] for x in self.rounds]]
+                [[x.choices, x.leaving, x.coming, x.order, x.cu_queries] for x in self.rounds]]
 
 
 @dataclass(frozen=True)
@@ -100,16 +100,16 @@ class Demand:
         return Demand(*(x[kv_heads] if x.dim() == 2 else x[:, kv_heads] for x in vars(self).values()))
 
     def numbers(self, homes: Tensor, rank: int) -> Tensor:
-        """What the host must know: choices to and from each rank, :func:`copy_counts`, places for copies, most
+        """What the host must know: choices to and from each rank, :func:`replica_counts`, places for copies, most
         visitors."""
         sent = self.leaving.new_zeros(len(homes)).scatter_add_(0, self.servers.flatten(), self.leaving.flatten())
-        counts = copy_counts(self.copies, self.relayed, homes, rank).flatten()
+        counts = replica_counts(self.copies, self.relayed, homes, rank).flatten()
         return torch.cat((sent, self.coming.sum((1, 2)), counts, self.copies[rank].sum(1).amax()[None],
                           self.coming.sum(0).amax()[None]))
 
 
-def services_of(layout: ZigzagLayout, routings: list[Routing], groups: HeadGroups, table: Tensor, servers: Tensor,
-                capacity: int) -> Callable[[int], Service]:
+def dispatch_plans(layout: ZigzagLayout, routings: list[Routing], groups: HeadGroups, table: Tensor, servers: Tensor,
+                capacity: int) -> Callable[[int], DispatchPlan]:
     """What this rank serves and what others serve for it, of each group of heads by its number, made when asked for.
 
     So the host makes those of later groups while the GPU computes the first.
@@ -120,9 +120,9 @@ def services_of(layout: ZigzagLayout, routings: list[Routing], groups: HeadGroup
         servers: int64 of its shape, the rank that serves these choices.
         capacity: visitors that a rank takes at once, about: each other rank sends an even share of it, at least one.
     """
-    rank, homes = layout.rows.rank, chunk_homes(layout)
-    home = home_of_chunks(homes, table.shape[2])
-    copies = copies_of(table, servers, home)
+    rank, homes = layout.rows.rank, chunks_of_ranks(layout)
+    home = owner_of_chunks(homes, table.shape[2])
+    copies = replicas_of(table, servers, home)
     coming = torch.where(servers == rank, table, 0)
     coming[rank] = 0
     demand = Demand(torch.where(servers[rank] == rank, 0, table[rank]).long(), servers[rank], is_relayed(copies),
@@ -131,7 +131,7 @@ def services_of(layout: ZigzagLayout, routings: list[Routing], groups: HeadGroup
     numbers = torch.stack([x.numbers(homes, rank) for x in demands]).tolist()  # the host waits here
 
     @functools.cache
-    def service(group: int) -> Service:
+    def service(group: int) -> DispatchPlan:
         return _service(routings[group], demands[group], numbers[group], homes, home, rank, layout.segments.chunk_size,
                         capacity)
 
@@ -139,7 +139,7 @@ def services_of(layout: ZigzagLayout, routings: list[Routing], groups: HeadGroup
 
 
 def _service(routing: Routing, demand: Demand, numbers: list[int], homes: Tensor, home: Tensor, rank: int,
-             chunk_size: int, capacity: int) -> Service:
+             chunk_size: int, capacity: int) -> DispatchPlan:
     size, mine = homes.shape
     heads, ids = demand.leaving.shape
     sent, received, *counts = (numbers[i * size:(i + 1) * size] for i in range(6))
@@ -147,10 +147,10 @@ def _service(routing: Routing, demand: Demand, numbers: list[int], homes: Tensor
     held = demand.copies[rank]
     chunk_here = pad(torch.where(held, held.cumsum(1) - 1, -1), (0, 1), value=-1)
     chunk_here[:, homes[rank]] = places + torch.arange(mine, device=home.device)
-    copies = make_copies(places, demand.copies, demand.relayed, chunk_here, homes, rank, chunk_size, counts)
+    copies = make_replicas(places, demand.copies, demand.relayed, chunk_here, homes, rank, chunk_size, counts)
     served_here = torch.where(pad(demand.servers == rank, (0, 1)), chunk_here, -1).int()
     if not sum(sent + received):
-        return Service(copies, served_here, 0, [_nobody(homes)])
+        return DispatchPlan(copies, served_here, 0, [_nobody(homes)])
     unit = torch.arange(heads * ids, device=home.device).view(heads, ids)
     # rank after rank, of each by kv head, copies before its own chunks
     order = ((demand.servers * heads + unit // ids) * 2 + (demand.servers == home)).flatten().argsort(stable=True)
@@ -163,16 +163,16 @@ def _service(routing: Routing, demand: Demand, numbers: list[int], homes: Tensor
     limit = max(1, -(-capacity // max(1, size - 1)))
     rounds = [_round(choices, visitors, sent, received, i * limit, limit)
               for i in range(max(1, -(-max(sent + received) // limit)))]
-    return Service(copies, served_here, most, rounds)
+    return DispatchPlan(copies, served_here, most, rounds)
 
 
-def _nobody(homes: Tensor) -> Visit:
+def _nobody(homes: Tensor) -> Round:
     """A round without visits."""
     nothing, none = homes.new_empty(0), (0,) * len(homes)
-    return Visit(nothing, none, none, nothing, nothing.int())
+    return Round(nothing, none, none, nothing, nothing.int())
 
 
-def _round(choices: Tensor, visitors: Tensor, sent: list[int], received: list[int], begin: int, limit: int) -> Visit:
+def _round(choices: Tensor, visitors: Tensor, sent: list[int], received: list[int], begin: int, limit: int) -> Round:
     """The rows from ``begin`` on, at most ``limit``, of every rank's to every other."""
     leaving, coming = (tuple(min(max(0, n - begin), limit) for n in counts) for counts in (sent, received))
     choices = torch.cat([x[begin:begin + limit] for x in choices.split(sent)])
@@ -181,7 +181,7 @@ def _round(choices: Tensor, visitors: Tensor, sent: list[int], received: list[in
     begins = (inside.flatten().cumsum(0) - inside.flatten()).view(inside.shape)
     order = ranges(begins.T.flatten(), inside.T.flatten(), sum(coming))
     total = inside.sum(0).cumsum(0)
-    return Visit(choices, leaving, coming, order, torch.cat((total.new_zeros(1), total)).int())
+    return Round(choices, leaving, coming, order, torch.cat((total.new_zeros(1), total)).int())
 
 
 def ranges(begins: Tensor, lengths: Tensor, total: int) -> Tensor:

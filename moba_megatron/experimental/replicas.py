@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..context_parallel.selective import Travel, true_numbers
+from ..context_parallel.selective import RowExchange, true_numbers
 from ..context_parallel.transport.comm import Pending
 
 
 @dataclass(frozen=True)
-class Copies:
-    """Copies of one group of kv heads.
+class Replicas:
+    """Replicas of one group of kv heads.
 
     Args:
         places: chunks before the rank's own, of each kv head: the most that one has copies of.
@@ -27,17 +27,17 @@ class Copies:
     """
 
     places: int
-    direct: Travel
-    relayed: tuple[Travel, Travel] | None
+    direct: RowExchange
+    relayed: tuple[RowExchange, RowExchange] | None
 
     def saved(self) -> list:
         """What makes it again, for autograd."""
         return [self.places, self.direct.saved(), [x.saved() for x in self.relayed or ()]]
 
     @classmethod
-    def restored(cls, saved: list) -> "Copies":
+    def restored(cls, saved: list) -> "Replicas":
         places, direct, relayed = saved
-        return cls(places, Travel(*direct), tuple(Travel(*x) for x in relayed) or None)
+        return cls(places, RowExchange(*direct), tuple(RowExchange(*x) for x in relayed) or None)
 
     def start(self, x: Tensor, chunk_size: int, group: dist.ProcessGroup, stage: str) -> Pending:
         """Starts to send rows of ``x`` ``[T, h, D]``; pending: the copies, and x behind them."""
@@ -53,35 +53,35 @@ class Copies:
         slices = there.start(x, group, stage, lambda x: x.new_empty(there.take.numel(), 1, x.shape[2])).wait()
         return onward.start(slices, group, stage, lambda _: direct.wait())
 
-    def give_back(self, x: Tensor, own: Tensor, out: Tensor, group: dist.ProcessGroup, stage: str) -> Pending:
+    def send_back(self, x: Tensor, own: Tensor, out: Tensor, group: dist.ProcessGroup, stage: str) -> Pending:
         """Starts to send the sums of copies in ``x`` back; the wait writes those of this rank's rows to ``out``.
 
         Args:
             x: ``[places * chunk_size + T, h, D]``.
             own: the last T rows of it, contiguous; changed.
         """
-        direct = self.direct.give_back(x, own, out, group, stage)
+        direct = self.direct.send_back(x, own, out, group, stage)
         if self.relayed is not None:
             there, onward = self.relayed
             slices = x.new_zeros(there.take.numel(), 1, x.shape[2])
-            onward.give_back(x, slices, slices, group, stage).wait()
-            there.give_back(slices, own, own, group, stage).wait()
+            onward.send_back(x, slices, slices, group, stage).wait()
+            there.send_back(slices, own, own, group, stage).wait()
         return direct
 
 
-def make_copies(places: int, copies: Tensor, relayed: Tensor, slot: Tensor, homes: Tensor, rank: int, chunk_size: int,
-                counts: list[list[int]]) -> Copies:
+def make_replicas(places: int, copies: Tensor, relayed: Tensor, slot: Tensor, homes: Tensor, rank: int, chunk_size: int,
+                counts: list[list[int]]) -> Replicas:
     """The copies of one group of kv heads.
 
     Args:
-        places: as in :class:`Copies`.
+        places: as in :class:`Replicas`.
         copies: bool ``[P, h, chunk ids]``, which rank has copies of what.
         relayed: bool ``[h, chunk ids]``, what goes through relays.
         slot: ``[h, chunk ids + 1]``, the place of each chunk on this rank.
         homes: int64 ``[P, M]``, ids of every rank's chunks.
         rank: this one.
         chunk_size: rows of a chunk.
-        counts: :func:`copy_counts` on the host.
+        counts: :func:`replica_counts` on the host.
     """
     size, mine = homes.shape
     heads = copies.shape[1]
@@ -100,9 +100,9 @@ def make_copies(places: int, copies: Tensor, relayed: Tensor, slot: Tensor, home
     number = true_numbers(direct[:, :, homes[rank]], sum(given))
     send = rows(number % mine, number // mine % heads).flatten()
     take = places_of(true_numbers(direct[rank][:, homes].transpose(0, 1), sum(taken))).flatten()
-    travel = Travel(send, tuple(n * chunk_size for n in given), take, tuple(n * chunk_size for n in taken))
+    travel = RowExchange(send, tuple(n * chunk_size for n in given), take, tuple(n * chunk_size for n in taken))
     if not sum(owned):
-        return Copies(places, travel, None)
+        return Replicas(places, travel, None)
     relay = within * size // chunk_size  # of each row of a chunk
     lengths = [-(-(i + 1) * chunk_size // size) - -(-i * chunk_size // size) for i in range(size)]
 
@@ -113,18 +113,18 @@ def make_copies(places: int, copies: Tensor, relayed: Tensor, slot: Tensor, home
 
     number = true_numbers(relayed[:, homes[rank]], owned[rank])
     here = torch.arange(sum(owned) * lengths[rank], device=homes.device)
-    there = Travel(by_relay(rows(number % mine, number // mine)), tuple(owned[rank] * n for n in lengths), here,
+    there = RowExchange(by_relay(rows(number % mine, number // mine)), tuple(owned[rank] * n for n in lengths), here,
                    tuple(n * lengths[rank] for n in owned))
     every = relayed[:, homes].transpose(0, 1).flatten()  # (owner, kv head, chunk of the owner)
     wants = (copies & relayed)[:, :, homes].transpose(1, 2).flatten(1)
     unit = (every.cumsum(0) - 1)[true_numbers(wants, sum(wanted)) % every.numel()]
     send = (unit[:, None] * lengths[rank] + torch.arange(lengths[rank], device=unit.device)).flatten()
     take = by_relay(places_of(true_numbers(wants[rank], wanted[rank])))
-    onward = Travel(send, tuple(n * lengths[rank] for n in wanted), take, tuple(wanted[rank] * n for n in lengths))
-    return Copies(places, travel, (there, onward))
+    onward = RowExchange(send, tuple(n * lengths[rank] for n in wanted), take, tuple(wanted[rank] * n for n in lengths))
+    return Replicas(places, travel, (there, onward))
 
 
-def copy_counts(copies: Tensor, relayed: Tensor, homes: Tensor, rank: int) -> Tensor:
+def replica_counts(copies: Tensor, relayed: Tensor, homes: Tensor, rank: int) -> Tensor:
     """How many (kv head, chunk): given to each rank, taken from each rank; relayed of each owner, wanted by each rank.
 
     Returns:

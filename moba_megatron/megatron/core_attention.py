@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..config import MoBAConfig, get_default_config
 from ..context_parallel import (
-    Agreement,
+    CollectiveCheck,
     Sequences,
     canonical_comm_type,
     check_groups,
@@ -242,7 +242,7 @@ class MoBACoreAttention(MegatronModule):
         size, moba, comm_type, levels = group.size(), self.moba_config, self.cp_comm_type or "all_gather", group
         if comm_type == HIERARCHICAL:  # a group that came with the batch has no levels
             comm_type, levels = (HIERARCHICAL, self.cp_levels) if group is self.cp_group else ("all_gather", group)
-        with Agreement(group) as agreement:
+        with CollectiveCheck(group) as collective:
             check(query, key, value)
             q, k, v = cast_under_autocast(*_to_thd(query, key, value))
             check_qkv(q, k, v)
@@ -251,7 +251,7 @@ class MoBACoreAttention(MegatronModule):
                 raise ValueError(f"key must have query's {query.shape[0]} tokens under context parallelism, got "
                                  f"{key.shape[0]}: a key/value cache is not supported with --context-parallel-size > 1")
             check_groups(levels, comm_type, q.shape[1], k.shape[1])
-            agreement.signature = (
+            collective.signature = (
                 f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}, {q.dtype}, "
                 f"{comm_type}, " + ("dense" if dense else f"chunk_size {moba.chunk_size}, topk {moba.topk}")
                 + f", cp_head_groups {moba.cp_head_groups}" + ", deterministic" * self.deterministic
@@ -262,10 +262,10 @@ class MoBACoreAttention(MegatronModule):
                 sequences = Sequences.uniform(seqlen, query.shape[1], q.device)
             else:
                 cu_seqlens, seqlen = _packed_lengths(packed, q.shape[0] * size, q.device)
-                agreement.signature += ", packed"
+                collective.signature += ", packed"
                 if self.key_convolution is not None:  # what it exchanges is as large as there are sequences
-                    agreement.signature += f" halos of {cu_seqlens.numel() - 1}"
-                agreement.compare_lengths(cu_seqlens, seqlen, q.shape[0] * size)
+                    collective.signature += f" halos of {cu_seqlens.numel() - 1}"
+                collective.compare_lengths(cu_seqlens, seqlen, q.shape[0] * size)
                 sequences = Sequences.packed(cu_seqlens, seqlen, q.shape[0] * size)
         if self.key_convolution is not None:
             k = self.key_convolution(k, sequences.cu_seqlens, group)

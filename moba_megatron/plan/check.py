@@ -8,7 +8,7 @@ from pathlib import Path
 from ..bench.cases import Case
 from ..bench.report import GIB, RESULTS, case_of, load
 from ..config import MoBAConfig
-from ..experimental.cost_model import MIXED, VISIT
+from ..experimental.cost_model import DISPATCH, MIXED
 from . import measured
 from .calibration import Calibration, calibrate, leave_one_out, median_error
 from .cards import Card, find_card
@@ -144,7 +144,7 @@ def _selective_bytes(results: list[dict], card: Card, calibration: Calibration) 
 def _selective_ways(results: list[dict], card: Card, calibration: Calibration) -> Section:
     """Of `plan.measure`: times beside those by which the schedule chooses between its ways, as the run reckoned."""
     found = [_row(f"{row['routing']}, {row['way']} on {row['ranks']}", row["ms"]["median"], row["reckoned_ms"],
-                  any(way in row["way"] for way in (VISIT, MIXED)))  # ways.HANDLING, ways.PLANNING
+                  any(way in row["way"] for way in (DISPATCH, MIXED)))  # ways.HANDLING, ways.PLANNING
              for row in _rows(results) if row.get("reckoned_ms")]
     return Section("Gather and the ways of the selective exchange (selective*.json)", found)
 

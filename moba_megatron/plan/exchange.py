@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from ..context_parallel import COMM_TYPES
 from ..context_parallel.head_groups import number_of_groups, split_heads
-from ..context_parallel.selective import HANDLING, PLANNING, VISITS_FROM
+from ..context_parallel.selective import DISPATCH_FROM, HANDLING, PLANNING
 from .attention_cost import BF16, FP32
 from .cards import Card
 from .links import NOTHING, Group, Traffic, all_gather, all_to_all
@@ -107,7 +107,7 @@ def exchange(comm_type: str, x: LocalShape, size: int, stride: int, inner: int, 
     if comm_type == "selective":
         group = Group(size, stride)
         ways = [_by_head_groups(group, x.kv_bytes, x.kv_heads, card), _chunks_travel(group, x, card)]
-        ways += [_queries_travel(group, x, card)] if size >= VISITS_FROM else []
+        ways += [_queries_travel(group, x, card)] if size >= DISPATCH_FROM else []
         return min(ways, key=lambda e: e.forward.seconds + e.backward.seconds + e.beside)
     raise ValueError(f"comm_type must be one of {', '.join(COMM_TYPES)}, got {comm_type!r}")
 
@@ -148,7 +148,7 @@ def query_bytes(head_dim: int) -> tuple[int, int]:
 
 
 def _chunks_travel(group: Group, x: LocalShape, card: Card) -> Exchange:
-    planning = PLANNING if group.size >= VISITS_FROM else 0.0
+    planning = PLANNING if group.size >= DISPATCH_FROM else 0.0
     return replace(_by_head_groups(group, x.kv_bytes * union_share(x), x.kv_heads, card), nccl=True, beside=planning)
 
 

@@ -22,16 +22,16 @@ from ..context_parallel import Sequences, context_parallel_attention, record_wai
 from ..context_parallel.selective import PLANNING
 from ..experimental import dispatch
 from ..experimental.cost_model import (
+    DISPATCH,
     FETCH,
     GATHER,
     LINK,
     MIXED,
+    MODES,
     RELAYED_FROM,
-    VISIT,
-    WAYS,
     RowSizes,
-    home_of_chunks,
-    seconds_of_ways,
+    owner_of_chunks,
+    seconds_of_modes,
 )
 from ..ops import get_stages, moba_attention
 from ..rendezvous import ArgumentParser
@@ -82,7 +82,7 @@ def make_inputs(job: Job, routing: str, device: torch.device) -> tuple[Tensor, .
     return q, k, v, do
 
 
-SELECTIVE = {f"selective, {way}": way for way in (FETCH, VISIT, MIXED)}
+SELECTIVE = {f"selective, {way}": way for way in (FETCH, DISPATCH, MIXED)}
 NAMES = ("all_gather", "a2a", *SELECTIVE)
 
 
@@ -90,23 +90,23 @@ NAMES = ("all_gather", "a2a", *SELECTIVE)
 def forced(way: str | None):
     """Makes the selective schedule fetch chunks, send queries, or both, whatever is cheaper."""
     share = {FETCH: math.inf}.get(way, selective.GATHER_SHARE)
-    with mock.patch.object(selective, "VISITS_FROM", 2 if way in (VISIT, MIXED) else math.inf), \
+    with mock.patch.object(selective, "DISPATCH_FROM", 2 if way in (DISPATCH, MIXED) else math.inf), \
             mock.patch.object(selective, "GATHER_SHARE", share), \
-            mock.patch.object(dispatch, "cheapest_way", lambda *found: (way, servers_of(way, *found[:3]))):
+            mock.patch.object(dispatch, "cheapest_mode", lambda *found: (way, servers_of(way, *found[:3]))):
         yield
 
 
 def reckoned_ms(name: str, job: Job, table: Tensor, homes: Tensor, item: int) -> float | None:
     """Time by the model that chooses between the ways, which has no opinion on a2a."""
     sizes = RowSizes(item, job.dim, job.dim, job.chunk_size)
-    seconds = dict(zip(WAYS, seconds_of_ways(table, homes, sizes, LINK)[0].tolist()))
+    seconds = dict(zip(MODES, seconds_of_modes(table, homes, sizes, LINK)[0].tolist()))
     seconds[FETCH] -= PLANNING  # forced as few ranks do it, which have nothing to decide
     return 1e3 * seconds[SELECTIVE.get(name, GATHER)] if name != "a2a" else None
 
 
 def servers_of(way: str, table: Tensor, homes: Tensor, sizes: RowSizes) -> Tensor:
     """Who serves whose choices, on one machine."""
-    return seconds_of_ways(table, homes, sizes, LINK)[1][way]
+    return seconds_of_modes(table, homes, sizes, LINK)[1][way]
 
 
 def measure_way(name: str, job: Job, inputs: tuple[Tensor, ...], expected: list[Tensor], ranks: Ranks,
@@ -159,7 +159,7 @@ def counted_bytes(name: str, job: Job, table: Tensor, homes: Tensor, item: int) 
         return None
     size, way = len(table), SELECTIVE[name]
     servers = servers_of(way, table, homes, RowSizes(item, job.dim, job.dim, job.chunk_size)).numpy()
-    table, home = table.numpy(), home_of_chunks(homes, table.shape[2]).numpy()
+    table, home = table.numpy(), owner_of_chunks(homes, table.shape[2]).numpy()
     row, wide, me = job.dim * item, 4, numpy.arange(size)[:, None, None]
     out, back = 4 * row + wide, 2 * row + wide  # q; q, do, o, lse. o, lse; dq
     assert item != 2 or out + back == sum(query_bytes(job.dim))

@@ -12,8 +12,8 @@ import numpy
 import torch
 from torch import Tensor
 
-from ..context_parallel.selective import HANDLING, PLANNING, VISITS_FROM
-from ..experimental.cost_model import RowSizes, copies_of, is_relayed, mixed_servers
+from ..context_parallel.selective import DISPATCH_FROM, HANDLING, PLANNING
+from ..experimental.cost_model import RowSizes, is_relayed, mixed_ranks, replicas_of
 from .attention_cost import BF16, FP32, AttentionShape
 from .calibration import Calibration
 from .cards import Card
@@ -118,7 +118,7 @@ def chunks_travel(layer: Layer, routing: Routing, ranks: int) -> RankTraffic:
 
 
 def _planning(ranks: int) -> float:
-    return PLANNING if ranks >= VISITS_FROM else 0.0
+    return PLANNING if ranks >= DISPATCH_FROM else 0.0
 
 
 def queries_travel(layer: Layer, routing: Routing, ranks: int) -> RankTraffic:
@@ -133,7 +133,7 @@ def mixed(layer: Layer, routing: Routing, ranks: int, link: float) -> RankTraffi
         link: bytes a second of a rank.
     """
     sizes = RowSizes(BF16, layer.head_dim, layer.head_dim, layer.chunk_size)
-    return _served(layer, routing, ranks, lambda table, home: mixed_servers(table, home, sizes, link))
+    return _served(layer, routing, ranks, lambda table, home: mixed_ranks(table, home, sizes, link))
 
 
 def _served(layer: Layer, routing: Routing, ranks: int,
@@ -147,7 +147,7 @@ def _served(layer: Layer, routing: Routing, ranks: int,
     choices = layer.heads / layer.kv_heads * tokens @ routing.inclusion  # [P, N], of one kv head
     table, at = torch.from_numpy(choices)[:, None], torch.from_numpy(tokens.argmax(0))
     servers = decide(table, at)
-    copied = copies_of(table, servers, at)
+    copied = replicas_of(table, servers, at)
     relayed, copies = is_relayed(copied)[0].numpy(), copied[:, 0].numpy()
     servers = servers[:, 0].numpy()
     away = numpy.where(servers != numpy.arange(ranks)[:, None], choices, 0.0)

@@ -16,7 +16,13 @@ from test_context_parallel import RecordedGate, cu_seqlens_of, selecting_rows_an
 
 from moba_megatron import kernels
 from moba_megatron.bench.cp_compile import Job, compile_schedules
-from moba_megatron.context_parallel import Agreement, Sequences, context_parallel_attention, record_waits, selective
+from moba_megatron.context_parallel import (
+    CollectiveCheck,
+    Sequences,
+    context_parallel_attention,
+    record_waits,
+    selective,
+)
 from moba_megatron.ops import moba_attention
 from moba_megatron.segments import Segments
 
@@ -110,10 +116,10 @@ def packed_steps(rank, size, comm_type, group):
     q, k, v = (torch.randn(total // size, h, 128, device=device).bfloat16().requires_grad_() for h in (16, 16, 16))
 
     def call(cu_seqlens):
-        with Agreement(group) as agreement:
-            agreement.signature = f"packed, {comm_type}"
-            told = agreement.is_new()
-            agreement.compare_lengths(cu_seqlens, total, total)
+        with CollectiveCheck(group) as collective:
+            collective.signature = f"packed, {comm_type}"
+            told = collective.is_new()
+            collective.compare_lengths(cu_seqlens, total, total)
         sequences = Sequences.packed(cu_seqlens, total, total)
         o = context_parallel_attention(q, k, v, sequences, 128, 4, group, comm_type=comm_type, head_groups=2)
         torch.autograd.grad(o, (q, k, v), torch.ones_like(o))
@@ -142,13 +148,13 @@ def packed_steps(rank, size, comm_type, group):
 def bad_input(rank):
     """After two agreed calls rank 1 alone changes: it raises at once, rank 0 at its next call."""
     for _ in range(2):
-        with Agreement(dist.group.WORLD) as agreement:
-            agreement.signature = "agreed"
+        with CollectiveCheck(dist.group.WORLD) as collective:
+            collective.signature = "agreed"
     texts = []
     for call in range(2):
         try:
-            with Agreement(dist.group.WORLD) as agreement:
-                agreement.signature = "changed" if rank == 1 else "agreed"
+            with CollectiveCheck(dist.group.WORLD) as collective:
+                collective.signature = "changed" if rank == 1 else "agreed"
         except ValueError as error:
             texts.append(str(error))
             break
@@ -234,8 +240,8 @@ def lengths_differ(rank, size, folder):
 
     def attend(n):
         x = [torch.randn(n // size, h, 128, device=device).bfloat16() for h in (16, 16, 16)]
-        with Agreement(group) as agreement:
-            agreement.signature = f"length {n}"
+        with CollectiveCheck(group) as collective:
+            collective.signature = f"length {n}"
         return context_parallel_attention(*x, Sequences.uniform(n, 1, device), 128, 4, group, head_groups=2)
 
     for n in (8192, 4096, 8192, 4096):

@@ -23,7 +23,7 @@ from test_context_parallel import RecordedGate
 
 from moba_megatron import kernels
 from moba_megatron.bench.cp_compile import Job, compile_schedules
-from moba_megatron.context_parallel import Agreement, Sequences, context_parallel_attention
+from moba_megatron.context_parallel import CollectiveCheck, Sequences, context_parallel_attention
 from moba_megatron.context_parallel.transport import copy_engines, peers
 from moba_megatron.context_parallel.transport.peer_memory import PeerMemory, peer_memory
 from moba_megatron.context_parallel.transport.peers import peers_for
@@ -236,7 +236,7 @@ def group_is_let_go(layer):
 
 
 def lengths_differ(layers, rank):
-    """What this rank raised where lengths differ, without Agreement and with it; words of others' tensors overwritten.
+    """What this rank raised where lengths differ, without a check and with it; words of others' tensors overwritten.
 
     layers: of a long and of a short sequence; rank 0 gets the long one where they differ.
     """
@@ -256,8 +256,8 @@ def lengths_differ(layers, rank):
     dist.barrier()
 
     def call(layer, comm_type):
-        with Agreement(dist.group.WORLD) as agreement:
-            agreement.signature = f"{layer.rows} rows"
+        with CollectiveCheck(dist.group.WORLD) as collective:
+            collective.signature = f"{layer.rows} rows"
         layer.attend(*layer.inputs(0)[:3], comm_type, dist.group.WORLD)
 
     def attempt(function, *arguments):

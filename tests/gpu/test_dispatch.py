@@ -1,4 +1,4 @@
-"""Visiting queries on GPUs: flash attention of chunks against fp64, and the whole schedule on two GPUs against one."""
+"""Dispatch of queries on GPUs: flash attention of chunks against fp64, and the whole schedule against one GPU."""
 import sys
 from pathlib import Path
 from unittest import mock
@@ -12,8 +12,13 @@ from ranks import run_ranks
 
 from moba_megatron.context_parallel import Sequences, context_parallel_attention, record_waits
 from moba_megatron.experimental import chunk_attention, cost_model, dispatch
-from moba_megatron.experimental.chunk_attention import add_returned, merge_returned, visitors_bwd, visitors_fwd
-from moba_megatron.experimental.cost_model import MIXED, VISIT
+from moba_megatron.experimental.chunk_attention import (
+    add_partials,
+    chunk_attention_bwd,
+    chunk_attention_fwd,
+    merge_partials,
+)
+from moba_megatron.experimental.cost_model import DISPATCH, MIXED
 from moba_megatron.ops import moba_attention
 from moba_megatron.plan.measure import forced
 from moba_megatron.segments import Segments
@@ -32,16 +37,17 @@ def test_visitors(dtype, dim, longest, monkeypatch):
     def normal(*shape):
         return torch.randn(*shape, device="cuda", generator=generator).to(dtype)
 
-    cu_visitors = torch.tensor([0, *torch.tensor(COUNTS).cumsum(0)], dtype=torch.int32, device="cuda")
+    cu_queries = torch.tensor([0, *torch.tensor(COUNTS).cumsum(0)], dtype=torch.int32, device="cuda")
     k, v = normal(len(COUNTS), 256, dim), normal(len(COUNTS), 256, dim)
     q, do, o_whole = (normal(sum(COUNTS), dim) for _ in range(3))
     wide = [x.double() for x in (q, k, v)]
-    o, lse = visitors_fwd(q, k, v, cu_visitors, max(COUNTS), dim ** -0.5)
-    expected = visitors_fwd(*wide, cu_visitors, max(COUNTS), dim ** -0.5)
+    o, lse = chunk_attention_fwd(q, k, v, cu_queries, max(COUNTS), dim ** -0.5)
+    expected = chunk_attention_fwd(*wide, cu_queries, max(COUNTS), dim ** -0.5)
     assert relative(o, expected[0]) < 6e-3 and relative(lse, expected[1]) < 1e-3
     lse = lse + 0.7  # the query's softmax goes over more than this chunk
-    grads = visitors_bwd(do, q, k, v, o_whole, lse, cu_visitors, max(COUNTS), dim ** -0.5)
-    expected = visitors_bwd(do.double(), *wide, o_whole.double(), lse.double(), cu_visitors, max(COUNTS), dim ** -0.5)
+    grads = chunk_attention_bwd(do, q, k, v, o_whole, lse, cu_queries, max(COUNTS), dim ** -0.5)
+    expected = chunk_attention_bwd(do.double(), *wide, o_whole.double(), lse.double(), cu_queries, max(COUNTS),
+                                   dim ** -0.5)
     for got, wanted in zip(grads, expected):
         assert relative(got, wanted) < 1e-2
     assert not grads[1][0].any() and not grads[2][3].any(), "a chunk without visitors has no gradient"
@@ -60,12 +66,12 @@ def test_merge(dtype, dim, share):
                                 for shape in ((tokens, heads, dim), (number, dim), (tokens, heads), (number,)))
     o, parts, lse, lse_parts = o.to(dtype), parts.to(dtype), 10 * lse, 10 * lse_parts
     outs = torch.full((2, tokens, heads + 1, dim), torch.nan, dtype=dtype, device="cuda")
-    merged = merge_returned(o, lse, parts, lse_parts, places, outs[0, :, 1:], True)
-    add_returned(o, parts, places, outs[1, :, 1:], True)
+    merged = merge_partials(o, lse, parts, lse_parts, places, outs[0, :, 1:], True)
+    add_partials(o, parts, places, outs[1, :, 1:], True)
     expected = torch.empty(2, *o.shape, dtype=torch.float64, device="cuda")
     wide = [x.double() for x in (o, lse, parts, lse_parts)]
-    assert relative(merged, merge_returned(*wide, places, expected[0], False)) < 1e-6
-    add_returned(wide[0], wide[2], places, expected[1], False)
+    assert relative(merged, merge_partials(*wide, places, expected[0], False)) < 1e-6
+    add_partials(wide[0], wide[2], places, expected[1], False)
     for out, wanted in zip(outs, expected):
         assert relative(out[:, 1:], wanted) < {torch.bfloat16: 3e-3, torch.float16: 4e-4, torch.float32: 2e-6}[dtype]
         assert out[:, 0].isnan().all(), "another head"
@@ -92,10 +98,10 @@ def parity(rank, size):
         sequences = Sequences.uniform(tokens, 1, device)
         rows = sequences.local_rows(size, rank)
         expected = [x[rows] for x in (o, *torch.autograd.grad(o, leaves, do))]
-        for way, relayed_from, limit in ((VISIT, 2, 1 << 30), (MIXED, 2, 1 << 30), (MIXED, 1, 1 << 20)):
+        for way, relayed_from, limit in ((DISPATCH, 2, 1 << 30), (MIXED, 2, 1 << 30), (MIXED, 1, 1 << 20)):
             local = [x.detach()[rows].requires_grad_() for x in (q, k, v)]
             with forced(way), mock.patch.object(cost_model, "RELAYED_FROM", relayed_from), \
-                    mock.patch.object(dispatch, "VISITORS_BYTES", limit), record_waits() as record:
+                    mock.patch.object(dispatch, "DISPATCHED_BYTES", limit), record_waits() as record:
                 got = context_parallel_attention(*local, sequences, chunk_size, topk, dist.group.WORLD,
                                                  comm_type="selective", head_groups=2)
                 grads = torch.autograd.grad(got, local, do[rows])
@@ -110,9 +116,10 @@ def test_two_gpus_against_one(tmp_path):
     first, second = run_ranks(parity, 2, tmp_path, backend="nccl")
     for (way, *_), (errors, sent) in [*first.items(), *second.items()]:
         assert max(errors) < 1e-2, errors
-        assert way == MIXED or min(sent[f"{x} {y}"] for x in ("fwd", "bwd") for y in ("visit", "return")) > 0
+        assert way == MIXED or min(sent[f"{x} {y}"] for x in ("fwd", "bwd") for y in ("dispatch", "return")) > 0
     for (way, relayed_from, *heads), (_, sent) in first.items():  # the sink's owner, which others visit
         assert (sent["fwd gather"] > 0) == (sent["bwd gather"] > 0) == (way == MIXED)
-        assert way == VISIT or sent["fwd return"] < first[(VISIT, 2, *heads)][1]["fwd return"]
-    later = [sent.get("fwd visit later", 0) for (_, relayed_from, *_), (_, sent) in second.items() if relayed_from == 1]
+        assert way == DISPATCH or sent["fwd return"] < first[(DISPATCH, 2, *heads)][1]["fwd return"]
+    later = [sent.get("fwd dispatch later", 0) for (_, relayed_from, *_), (_, sent) in second.items()
+             if relayed_from == 1]
     assert max(later) > 0, "rounds of 1 MiB"

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from moba_megatron.experimental.chunk_attention import add_returned, merge_returned
+from moba_megatron.experimental.chunk_attention import add_partials, merge_partials
 from moba_megatron.kernels import merging
 
 
@@ -23,8 +23,8 @@ def test_parts_are_merged(tokens, heads, topk, dim, dtype, share):
     merging.add_parts(o, parts, places, outs[1, :, 1:-1])
     wide = [x.double() for x in (o, lse, parts, lse_parts)]
     expected = torch.empty(2, *o.shape, dtype=torch.float64)
-    torch.testing.assert_close(merged.double(), merge_returned(*wide, places, expected[0], False), rtol=1e-6, atol=1e-5)
-    add_returned(wide[0], wide[2], places, expected[1], False)
+    torch.testing.assert_close(merged.double(), merge_partials(*wide, places, expected[0], False), rtol=1e-6, atol=1e-5)
+    add_partials(wide[0], wide[2], places, expected[1], False)
     for out, wanted in zip(outs, expected):
         tolerance = 2e-6 if dtype == torch.float32 else 6e-4
         assert (out[:, 1:-1].double() - wanted).norm() <= tolerance * wanted.norm()

@@ -18,7 +18,7 @@ _FACTS = 7 + _FIRST
 _MOST_UNREAD = 64
 
 
-class Agreement:
+class CollectiveCheck:
     """Checks inputs on every rank of a group, so that a rank with bad input ends all ranks rather than hanging them.
 
     Inside the ``with`` block a rank checks its own input and sets ``signature`` to a text of everything that the
@@ -53,7 +53,7 @@ class Agreement:
         self.signature = ""
         self._foretold_by, self._lengths = None, None
 
-    def __enter__(self) -> "Agreement":
+    def __enter__(self) -> "CollectiveCheck":
         self.look(self.group)
         return self
 
@@ -67,7 +67,7 @@ class Agreement:
         if error is None and members > 1:  # how rows travel between nodes depends on it
             text += f", {members} ranks a node"
         message = self._message(text, device)
-        headers = all_gather(message, self.group, "agreement")
+        headers = all_gather(message, self.group, "collective check")
         calls, known = _calls_of(self.group), self._foretold_by or self.signature
         if error is None and known == calls.foretold() and _may_be_late(device):
             calls.unread.append((*_read_later(headers, device), message))
@@ -145,7 +145,7 @@ class _Calls:
             self.after.pop(self.runs, None)
             self.runs = *self.runs[:2], last, times + 1
             return
-        if len(self.after) >= Agreement.MOST_CHANGES:
+        if len(self.after) >= CollectiveCheck.MOST_CHANGES:
             self.after.clear()
         self.after[self.runs] = signature
         self.runs = last, times, signature, 1
@@ -170,8 +170,9 @@ def _check(group: dist.ProcessGroup, rows: Tensor, error: Exception | None = Non
 
 
 def _compare(rows: Tensor, error: Exception | None) -> None:
-    texts = [bytes(row.tolist()).rstrip(b"\0").decode("utf-8", "ignore") for row in rows[:, :Agreement.HEADER_BYTES]]
-    facts = rows[:, Agreement.HEADER_BYTES:].contiguous().view(torch.int64).tolist()
+    text_bytes = CollectiveCheck.HEADER_BYTES
+    texts = [bytes(row.tolist()).rstrip(b"\0").decode("utf-8", "ignore") for row in rows[:, :text_bytes]]
+    facts = rows[:, text_bytes:].contiguous().view(torch.int64).tolist()
     problems = [t[1:] if t.startswith("!") else _problem_of_lengths(f, len(rows)) for t, f in zip(texts, facts)]
     if any(problems):
         raise ValueError("; ".join(f"context parallel rank {rank}: {problem}"

@@ -112,7 +112,7 @@ class CopyEngines:
         self._operations: dict[int, tuple] = {}
 
     @staticmethod
-    def milestone() -> torch.cuda.Event:
+    def event() -> torch.cuda.Event:
         """To be recorded on the current stream, for :meth:`begin`."""
         return torch.cuda.Event()
 

@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .collective_check import Agreement
+from .collective_check import CollectiveCheck
 from .comm import Pending, count_sent
 from .copy_engines import CopyEngines, LocalCopies, PreparedCopies, RunningCopies
 from .mail import Mail
@@ -97,9 +97,9 @@ class Peers:
         done = self._run(rows, outs, parts, stage)
         return Pending([done], outs[0], parts, stage, lambda _: outs)
 
-    def milestone(self) -> torch.cuda.Event:
+    def event(self) -> torch.cuda.Event:
         """An event to be recorded on the current stream when a later :meth:`deliver` may begin."""
-        return self._engines.milestone()
+        return self._engines.event()
 
     def deliver(self, rows: Rows, tensors: Sequence[Tensor], outs: Sequence[Tensor], stage: str,
                 after: torch.cuda.Event | None = None) -> Pending:
@@ -229,7 +229,7 @@ def _meet(group: dist.ProcessGroup, device: torch.device) -> Peers | None:
     if path is not None:
         with contextlib.suppress(OSError):
             os.unlink(path)
-    return None if everyone is None else Peers(rank, addresses, engines, memory, mail, flags, Agreement.look)
+    return None if everyone is None else Peers(rank, addresses, engines, memory, mail, flags, CollectiveCheck.look)
 
 
 NOT_CHOSEN = "MOBA_CP_COPY_ENGINES=0", "copy engines among more than two ranks are chosen by MOBA_CP_COPY_ENGINES=1"
