@@ -149,9 +149,7 @@ setup() {
     need_room "$GIGABYTES"
     install_torch
     if [ "$source" != . ]; then
-        run mkdir -p "$source/launch"
         run cp -r pyproject.toml README.md LICENSE moba_megatron "$source"
-        run cp launch/wheel.py "$source/launch"
     fi
     versions=(--constraint "$CONSTRAINTS")
     [ -n "$CONSTRAINTS" ] || versions=(--upgrade --upgrade-strategy eager)

@@ -18,5 +18,5 @@ if [ "${TOY:-0}" = 1 ] || [ "$(gpu_count)" = 0 ]; then
 fi
 limit=()
 [ "${LIMIT:-0}" = 0 ] || limit=(--limit-to-a6000)
-run "$PY" examples/compare_50m.py --a6000 --gpus 1 "${lengths[@]}" "${limit[@]}" \
+run "$PY" -m benchmarks.compare_50m --a6000 --gpus 1 "${lengths[@]}" "${limit[@]}" \
     --output "${OUTPUT:-$RUNS/smoke_a6000}" "$@" -- "${train[@]}"

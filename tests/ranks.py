@@ -14,15 +14,17 @@ import torch.multiprocessing as mp
 ROOT = Path(__file__).parent.parent
 
 
-def torchrun(processes, example, *flags, timeout=150, environment=None, options=()):
-    """Runs examples/<example>.py under torchrun on CPU; returns the CompletedProcess with stdout and stderr as text.
+def torchrun(processes, program, *flags, timeout=150, environment=None, options=()):
+    """Runs examples/<program>.py, or a module of benchmarks, under torchrun on CPU.
 
-    ``environment`` is added to this process's, ``options`` are torchrun's.
+    Returns the CompletedProcess with stdout and stderr as text. ``environment`` is added to this process's,
+    ``options`` are torchrun's.
     """
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
                    "PYTHONPATH": str(ROOT), **(environment or {})}
+    named = ["-m", program] if program.startswith("benchmarks.") else [str(ROOT / f"examples/{program}.py")]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
-               "--nproc-per-node", str(processes), *options, str(ROOT / f"examples/{example}.py"), *flags]
+               "--nproc-per-node", str(processes), *options, *named, *flags]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
         try:

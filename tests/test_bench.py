@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from moba_megatron import reference
-from moba_megatron.bench import cases, dense, environment, gpt, options, oracle, report, router, tables
-from moba_megatron.bench.__main__ import main
+from benchmarks import cases, dense, gpt, options, oracle, report, router, tables
+from benchmarks.__main__ import main
+from moba_megatron import environment, reference
 from moba_megatron.ops import causal_attn_varlen
 from moba_megatron.segments import Segments
 
@@ -162,7 +162,7 @@ def test_page_has_the_stored_table(name):
     page = tables.TABLES[name].page
     text = (ROOT / page).read_text()
     assert text == tables.written(name, text), \
-        f"write it with: python -m moba_megatron.bench table --name {name} --write {page}"
+        f"write it with: python -m benchmarks table --name {name} --write {page}"
 
 
 def test_losses_under_options_of_megatron_lm(tmp_path, capsys):
@@ -208,7 +208,7 @@ def test_stored_options_of_megatron_lm_changed_no_loss():
 
 def test_environment_names_the_commit_and_the_versions():
     about = environment.describe(torch.device("cpu"))
-    assert about["torch"] == torch.__version__ and about["command"].startswith("python -m moba_megatron.bench")
+    assert about["torch"] == torch.__version__ and about["command"].startswith("python ")
 
 
 def test_cost_of_watching_the_router(tmp_path, capsys):

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from moba_megatron.bench import cp, cp_cases, cp_speed, distributed, gpt, gpt_cases
-from moba_megatron.bench.__main__ import main
-from moba_megatron.bench.cases import K
+from benchmarks import cp, cp_cases, cp_speed, distributed, gpt, gpt_cases
+from benchmarks.__main__ import main
+from benchmarks.cases import K
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,7 +21,7 @@ TINY = ("--rows", "tiny", "--backend", "reference", "--device", "cpu")
 def torchrun(size, *arguments):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}"}
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size),
-                           "-m", "moba_megatron.bench", *map(str, arguments)], env=environment, capture_output=True,
+                           "-m", "benchmarks", *map(str, arguments)], env=environment, capture_output=True,
                           text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -4,9 +4,9 @@ import json
 import pytest
 import torch
 
+from benchmarks import baselines, comparison, plot
+from benchmarks.__main__ import main
 from moba_megatron import plotting, reference
-from moba_megatron.bench import comparison, peers, plot
-from moba_megatron.bench.__main__ import main
 
 ARGUMENTS = ["readme", "--chunk-size", "16", "--heads", "2", "--head-dim", "8", "--dtype", "float32", "--repeats", "1",
              "--device", "cpu"]
@@ -72,13 +72,13 @@ def test_arguments_reach_other_packages_in_their_order(name):
         got.update(shape=tuple(q.shape), rest=rest, named=named)
         return q
 
-    peer = peers.find(name)
+    baseline = baselines.find(name)
     x, cu = torch.zeros(64, 2, 8), torch.tensor([0, 64], dtype=torch.int32)
-    assert peer.adapt(stand_in)(x, x, x, cu, 64, 16, 3).shape == x.shape
+    assert baseline.adapt(stand_in)(x, x, x, cu, 64, 16, 3).shape == x.shape
     assert got["shape"] == ((1, 64, 2, 8) if name == "fla-moba" else (64, 2, 8))
     expected = {"flash-moba": (cu, cu, 64, 64, 16, 3), "flash-attn-2": (cu, cu, 64, 64), "flash-attn-4": ()}
     assert got["rest"] == expected.get(name, (cu, 64, 16, 3))
-    assert got["named"].get("causal", False) is (peer.kind == "full")
+    assert got["named"].get("causal", False) is (baseline.kind == "full")
 
 
 def test_pictures(result, tmp_path):

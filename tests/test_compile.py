@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import compile_report
 from moba_megatron import kernels
-from moba_megatron.bench import compile_report
 from moba_megatron.kernels import tuning
 from moba_megatron.kernels.tuning_table import TABLE
 

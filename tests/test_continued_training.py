@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples" / "megatron_lm"))
-import compare_switch  # noqa: E402
+from benchmarks import compare_switch
 
 SETTINGS = dict.fromkeys(compare_switch.SETTINGS, 7) | {"moba_chunk_size": 512, "moba_topk": 3}
 

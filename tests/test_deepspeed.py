@@ -12,7 +12,6 @@ from ranks import run_ranks, torchrun
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("transformers")
-import compare_deepspeed  # noqa: E402
 import pretrain_deepspeed as job  # noqa: E402
 from prepare_data import main as prepare_data  # noqa: E402
 from pretraining import data  # noqa: E402
@@ -20,8 +19,8 @@ from pretraining.agreement import SharedError  # noqa: E402
 from pretraining.monitor import read_log  # noqa: E402
 from pretraining.torch_gpt import GPT, GPTConfig  # noqa: E402
 
+from benchmarks import compare_deepspeed, report, zero  # noqa: E402
 from moba_megatron import MoBAConfig  # noqa: E402
-from moba_megatron.bench import report, zero  # noqa: E402
 from moba_megatron.deepspeed import MoBAAttention, SequenceParallel  # noqa: E402
 from moba_megatron.ops import moba_attention  # noqa: E402
 

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
+from benchmarks.distributed import Ranks
 from moba_megatron import reference
-from moba_megatron.bench.distributed import Ranks
 from moba_megatron.context_parallel import Sequences, context_parallel_attention, record_waits, selective
 from moba_megatron.context_parallel.selective import HANDLING, PLANNING, pieces_are_chunks
 from moba_megatron.experimental import cost_model, dispatch

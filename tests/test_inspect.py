@@ -154,7 +154,7 @@ class TestStatistics:
 @pytest.mark.skipif(kernels.INTERPRETED or torch.version.hip is not None, reason="compiles for CUDA")
 @pytest.mark.parametrize("capability", [86, 90, 100])
 def test_kernels_compile_and_fit(capability):
-    from moba_megatron.bench import compile_report
+    from benchmarks import compile_report
     from moba_megatron.inspect import kernels as fused
 
     def empty(*shape, dtype=torch.int64):

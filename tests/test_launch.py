@@ -9,7 +9,8 @@ import pytest
 import torch
 from fault import on_gpus
 
-from moba_megatron.bench.__main__ import main as bench
+from benchmarks.__main__ import main as bench
+from moba_megatron import tune
 from moba_megatron.plan.measure import main as measure
 
 ROOT = Path(__file__).parent.parent
@@ -213,12 +214,15 @@ class TestWhichTorch:
         assert "--upgrade --upgrade-strategy eager --editable" in ran[-2] and "--constraint" not in "".join(ran)
 
 
-@pytest.mark.parametrize("command", ["kernels", "decode", "readme --json out.json", "gpt", "cp", "tune out.json",
+@pytest.mark.parametrize("command", ["kernels", "decode", "readme --json out.json", "gpt", "cp", "tune",
                                      "plan.measure"])
 def test_a_measurement_without_a_gpu_ends_at_once(monkeypatch, capsys, command):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as ended:
-        measure([]) if command == "plan.measure" else bench(command.split())
+        if command == "tune":
+            tune.main(["card.json"])
+        else:
+            measure([]) if command == "plan.measure" else bench(command.split())
     said = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2
     assert said[-1].startswith("error: it measures on a CUDA device, and torch sees none here")

@@ -146,7 +146,7 @@ def test_another_attention(results, name):
 
 
 def test_the_check_for_two_gpus(tmp_path):
-    result = torchrun(2, "megatron_lm/check_mla", str(tmp_path / "mla.json"))
+    result = torchrun(2, "benchmarks.check_mla", str(tmp_path / "mla.json"))
     assert result.returncode == 0 and result.stdout.splitlines()[-1] == "good", result.stderr[-4000:]
     stored = json.loads((tmp_path / "mla.json").read_text())
     assert stored["good_on_both_ranks"] and len(stored["errors"]) == 6

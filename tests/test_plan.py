@@ -9,11 +9,11 @@ import pytest
 from pretraining.arguments import parse_args
 from ranks import ROOT
 
+from benchmarks import report
+from benchmarks.cases import CASES, flops
+from benchmarks.cp_cases import find_rows
+from benchmarks.gpt_cases import rows_for
 from moba_megatron import MoBAConfig
-from moba_megatron.bench import report
-from moba_megatron.bench.cases import CASES, flops
-from moba_megatron.bench.cp_cases import find_rows
-from moba_megatron.bench.gpt_cases import rows_for
 from moba_megatron.launch import check_flags
 from moba_megatron.megatron.arguments import add_moba_arguments, config_from_args
 from moba_megatron.plan import CARDS, MODELS, Model, Run, calibration, check, find_card, parse_size, plan, predict
@@ -305,7 +305,7 @@ def test_predictions_hold_against_the_stored_measurements():
 
 
 def test_results_of_several_ranks_are_read(tmp_path):
-    """Rows as `bench cp` and `bench gpt` write them, with what the planner predicts as the measured value."""
+    """Rows as `benchmarks cp` and `benchmarks gpt` write them, with what the planner predicts as the measured value."""
     report.save(tmp_path / "kernels.json", report.load(report.RESULTS / "h200" / "kernels.json"))
     timed = {"status": "ok", "ms": {"median": 10.0}, "ranks": 2}
     rows = [{**timed, "name": row.name, "case": row.case.as_dict(), "comm": row.comm,
@@ -381,7 +381,7 @@ def test_stored_coefficients_are_those_of_the_stored_rows():
 
 def test_the_page_says_what_was_measured():
     """The table of the selective exchange, of its stored measurement."""
-    rows = json.loads((ROOT / "moba_megatron/bench/results/h200/selective.json").read_text())["rows"]
+    rows = json.loads((ROOT / "benchmarks/results/h200/selective.json").read_text())["rows"]
     page = (ROOT / "docs/planner.md").read_text()
     for way in dict.fromkeys(row["way"] for row in rows):
         times = []

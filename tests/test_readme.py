@@ -93,7 +93,7 @@ class TestReadme:
         assert not re.findall(r"\b(must|stretch|goal)\b \|", README)
 
     def test_figures_in_pictures_texts_are_the_stored_ones(self):
-        from moba_megatron.bench import report
+        from benchmarks import report
 
         times = {(row["name"], row["tokens"]): row["ms"]["median"]
                  for row in report.load(report.RESULTS / "h200/comparison.json")["rows"] if "ms" in row}

@@ -7,8 +7,8 @@ import re
 import pytest
 from gpu import test_sm90_delays as delays
 
+from benchmarks import compile_report
 from moba_megatron import kernels
-from moba_megatron.bench import compile_report
 from moba_megatron.kernels import sm90, tuning
 
 pytestmark = pytest.mark.skipif(kernels.INTERPRETED, reason="nothing is compiled under TRITON_INTERPRET=1")

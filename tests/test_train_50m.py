@@ -5,15 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import compare_50m
 import pytest
 import torch
-import train_50m
-from gpt_50m import attention, text
-from gpt_50m.loop import Plan, Trainer
-from gpt_50m.model import GPT, TOY, Shape, rotate
 
-from moba_megatron.bench import training
+from benchmarks import compare_50m, train_50m, training
+from benchmarks.gpt_50m import attention, text
+from benchmarks.gpt_50m.loop import Plan, Trainer
+from benchmarks.gpt_50m.model import GPT, TOY, Shape, rotate
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -144,7 +142,7 @@ def test_smoke_script_trains_a_toy_and_prints_the_table(tmp_path):
     result = json.loads((tmp_path / "result.json").read_text())
     assert [(row["attention"], row["status"]) for row in result["rows"]] == [
         ("moba", "ok"), ("full", "ok"), ("flash-moba", "absent")]
-    assert result["environment"]["command"].startswith("python examples/compare_50m.py")
+    assert result["environment"]["command"].startswith("python -m benchmarks.compare_50m")
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "moba-default-1/log.jsonl").read_text().splitlines()]
     assert kinds == ["start", "step", "step", "validation"]
 

@@ -11,9 +11,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout that is not 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from benchmarks import dense, timing  # noqa: E402
+from benchmarks.cases import Case, make_inputs  # noqa: E402
 from moba_megatron import moba_attn_varlen_triton  # noqa: E402
-from moba_megatron.bench import dense, timing  # noqa: E402
-from moba_megatron.bench.cases import Case, make_inputs  # noqa: E402
 
 GPU = torch.cuda.is_available()
 CASES = (

@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from moba_megatron.bench import tune
+from moba_megatron import tune
 from moba_megatron.kernels import tuning
 from moba_megatron.kernels.tuning_table import TABLE
 

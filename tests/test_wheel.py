@@ -12,13 +12,12 @@ import pytest
 from ranks import ROOT
 
 import moba_megatron
-from moba_megatron.bench.__main__ import CHECKOUT_ONLY
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.11")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 DATA = {"py.typed", "inspect/page.html", "plan/coefficients.json"}
 LARGEST = 400_000
-ARCHIVED = "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "launch/wheel.py"
+ARCHIVED = "pyproject.toml", "README.md", "LICENSE"
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +60,6 @@ def test_it_holds_code_and_little_else(wheel):
         names = {name.removeprefix("moba_megatron/") for name in archive.namelist() if ".dist-info/" not in name}
     assert {name for name in names if not name.endswith(".py")} == DATA
     code = {str(path.relative_to(ROOT / "moba_megatron")) for path in (ROOT / "moba_megatron").rglob("*.py")}
-    left_out = {f"bench/{name}.py" for name in (*CHECKOUT_ONLY, "peers", "training", "zero")}
-    left_out |= {"plan/scenarios.py", "plan/simulate.py"}
-    assert left_out < code
-    code -= left_out
     assert {name for name in names if name.endswith(".py")} == code
     assert wheel.stat().st_size < LARGEST
 
@@ -73,11 +68,10 @@ def test_it_holds_code_and_little_else(wheel):
     (["-m", "moba_megatron.plan", "--seq", "128K", "--gpus", "8", "--card", "h200"], 0, "torchrun"),
     (["-m", "moba_megatron.plan", "--check"], 2, "--results must be a folder with kernels.json"),
     (["-m", "moba_megatron.inspect", "--help"], 0, "--from-trace"),
-    (["-m", "moba_megatron.bench", "--help"], 0, "kernels"),
-    (["-m", "moba_megatron.bench", "table", "--name", "speedup"], 2, "need a checkout"),
+    (["-m", "moba_megatron.bench", "kernels"], 2, "python -m benchmarks"),
+    (["-m", "moba_megatron.tune", "--help"], 0, "MOBA_TUNING_FILE"),
     (["-m", "moba_megatron.plan", "--fit"], 2, "needs a checkout"),
     (["-m", "moba_megatron.plan", "--simulate", "out"], 2, "needs a checkout"),
-    (["-m", "moba_megatron.bench", "kernels", "--help"], 0, "--rows"),
     (["-m", "moba_megatron.launch", "--help"], 0, "SCRIPT"),
     (["-m", "moba_megatron.plan.measure", "--help"], 0, "--routings"),
     (["-c", "import moba_megatron; print(moba_megatron.__file__)"], 0, "installed"),
@@ -113,4 +107,4 @@ def test_one_version():
 def test_a_read_only_checkout_is_installed_from_all_that_the_build_reads():
     """launch/common.sh copies what an editable installation needs."""
     copied = " ".join(re.findall(r"run cp (?:-r )?(.*) \"\$source", (ROOT / "launch/common.sh").read_text())).split()
-    assert {*ARCHIVED, "moba_megatron"} - {"MANIFEST.in"} <= set(copied)
+    assert {*ARCHIVED, "moba_megatron"} <= set(copied)

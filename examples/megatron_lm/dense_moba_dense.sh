@@ -50,6 +50,6 @@ say "3/4 Dense again, to step $((DENSE + MOBA + BACK))."
 part switched --attention full "$@"
 say "4/4 For comparison: dense throughout."
 part dense --attention full "$@"
-run "$PY" examples/megatron_lm/compare_switch.py "$RUN" --switches "$DENSE" $((DENSE + MOBA)) \
+run "$PY" -m benchmarks.compare_switch "$RUN" --switches "$DENSE" $((DENSE + MOBA)) \
     --command "${given}DENSE=$DENSE MOBA=$MOBA BACK=$BACK${CHUNK:+ CHUNK=$CHUNK}${TOPK:+ TOPK=$TOPK} bash \
 examples/megatron_lm/dense_moba_dense.sh${*:+ $*}"

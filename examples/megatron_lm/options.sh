@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # 20 steps of Megatron-LM's pretrain_gpt.py with MoBA under its memory savers, FSDP, CUDA graphs and latent attention.
 # usage, in a Megatron-LM checkout of release 0.19 on two GPUs: bash .../examples/megatron_lm/options.sh
-# Logs go to logs/; then: python -m moba_megatron.bench options logs/*.log --json megatron_options.json
+# Logs go to logs/; then: python -m benchmarks options logs/*.log --json megatron_options.json
 set -euo pipefail
 FLAGS="--num-layers 12 --hidden-size 1024 --ffn-hidden-size 2816 --num-attention-heads 8 --group-query-attention
   --num-query-groups 2 --kv-channels 128 --seq-length 8192 --max-position-embeddings 8192

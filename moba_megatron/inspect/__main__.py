@@ -64,8 +64,8 @@ def look(args: argparse.Namespace) -> tuple[RoutingTrace, dict, list[str]]:
     """
     import torch
 
-    from ..bench.environment import describe
     from ..config import MoBAConfig
+    from ..environment import describe
     from .checkpoint import find_checkpoint, load_model, read_description, single_process
     from .choices import watching
     from .recorder import TraceRecorder

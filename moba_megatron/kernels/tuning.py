@@ -1,7 +1,7 @@
 """Launch configurations: which tiles, warps and pipeline stages a kernel gets, from static tables; never autotuned.
 
 A kernel asks ``config(stage, device, head_dim=..., chunk_size=..., itemsize=...)`` and gets a dict of constexprs and
-launch options. The rows are in ``tuning_table.py``; ``python -m moba_megatron.bench tune`` writes more of them for an
+launch options. The rows are in ``tuning_table.py``; ``python -m moba_megatron.tune`` writes more of them for an
 unknown card, which ``MOBA_TUNING_FILE`` puts in front of the packaged ones. ``MOBA_TUNING_ARCH`` (``sm_86``) chooses
 another architecture's rows. Both are read once a process.
 """
@@ -51,7 +51,7 @@ def _lookup(stage: str, arch: str, key: tuple[tuple[str, int], ...]) -> dict[str
         return _forced["configs"][stage]
     if found is None:
         raise LookupError(f"no row of the tuning table for stage {stage!r} fits {arch} and {dict(key)}: add one to "
-                          "kernels/tuning_table.py, or write one with `python -m moba_megatron.bench tune`")
+                          "kernels/tuning_table.py, or write one with `python -m moba_megatron.tune`")
     if arch == INTERPRETER and found.archs == "*":
         return {name: min(value, INTERPRETER_BLOCK) if name.startswith("BLOCK_") else value
                 for name, value in found.config.items()}
@@ -108,7 +108,7 @@ def forced(arch: str | None = None, configs: dict[str, dict[str, int]] | None = 
            record: list[tuple[str, tuple, Row]] | None = None):
     """Within the block: this architecture, and these configurations (stage -> config) in place of the table's.
 
-    Every look-up is added to ``record`` as (stage, key, row). For the compile report and ``bench tune``; not for
+    Every look-up is added to ``record`` as (stage, key, row). For the compile report and ``tune``; not for
     several threads at once.
     """
     before = dict(_forced)
@@ -125,13 +125,13 @@ def forced(arch: str | None = None, configs: dict[str, dict[str, int]] | None = 
 
 @functools.lru_cache(maxsize=None)
 def _file_rows(path: str) -> dict[str, tuple[Row, ...]]:
-    """Rows of a file written by ``bench tune``: ``{"rows": [{"stage", "archs", "upto", "config", "why"}, ...]}``."""
+    """Rows of a file written by ``tune``: ``{"rows": [{"stage", "archs", "upto", "config", "why"}, ...]}``."""
     if not path:
         return {}
     try:
         with open(path) as file:
             listed = [(row.pop("stage"), Row(**row)) for row in json.load(file)["rows"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"MOBA_TUNING_FILE must name a file written by `python -m moba_megatron.bench tune`, got "
+        raise ValueError(f"MOBA_TUNING_FILE must name a file written by `python -m moba_megatron.tune`, got "
                          f"{path!r}: {type(error).__name__}: {error}") from error
     return {stage: tuple(row for name, row in listed if name == stage) for stage, _ in listed}

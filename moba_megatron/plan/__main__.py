@@ -6,7 +6,8 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from ..bench.report import RESULTS, as_text, save
+from benchmarks.report import RESULTS, as_text, save
+
 from ..config import MoBAConfig
 from . import calibration, cards, check, command
 from .layout import RECOMPUTE
@@ -48,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--check", action="store_true", help="predictions beside every stored measurement, and end")
     p.add_argument("--fit", action="store_true", help="fit the coefficients to the stored rows, write them, and end")
     p.add_argument("--results", type=Path, metavar="DIR", default=RESULTS / "h200",
-                   help="for --check: a folder of JSON by `bench kernels`, `cp`, `gpt` and `plan.measure` on H200s")
+                   help="for --check: a folder of JSON by `benchmarks kernels`, `cp`, `gpt`, `plan.measure` on H200s")
     p.add_argument("--simulate", type=Path, metavar="DIR",
                    help="what context parallelism moves up to 1024 ranks and 10M tokens: JSON and pictures, and end")
     p.add_argument("--trace", type=Path, metavar="FILE.npz", help="a routing trace to simulate as well")

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy
 
-from ..bench.report import RESULTS, load, save
+from benchmarks.report import RESULTS, load, save
+
 from . import measured
 from .attention_cost import FORWARD, STAGES, TERMS, AttentionShape, AttentionTime, dense_seconds, term_seconds
 from .cards import Card, find_card

@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..bench.cases import Case
-from ..bench.report import GIB, RESULTS, case_of, load
+from benchmarks.cases import Case
+from benchmarks.report import GIB, RESULTS, case_of, load
+
 from ..config import MoBAConfig
 from ..experimental.cost_model import DISPATCH, MIXED
 from . import measured
@@ -106,7 +107,7 @@ def _rows(results: list[dict]) -> list[dict]:
 
 
 def _layer(row: dict, card: Card, calibration: Calibration) -> tuple[str, Prediction]:
-    """A row of `bench cp` and its prediction: a model of one layer, of which attention and exchange count."""
+    """A row of `benchmarks cp` and its prediction: a model of one layer, of which attention and exchange count."""
     case, size = case_of(row), row["ranks"]
     run = Run(_model_of(case), case.tokens, size, 1, MoBAConfig(case.chunk_size, case.topk))
     layout = Layout(1, size, 1, 1, row["comm"], INNER if "+" in row["comm"] else 1)
@@ -150,7 +151,7 @@ def _selective_ways(results: list[dict], card: Card, calibration: Calibration) -
 
 
 def _step(row: dict, card: Card, calibration: Calibration) -> tuple[str, Prediction] | None:
-    """A row of `bench gpt` and its prediction; None where the planner does not know the setting."""
+    """A row of `benchmarks gpt` and its prediction; None where the planner does not know the setting."""
     about, size = row["row"], row["ranks"]
     if about["fp8"]:
         return None

@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from ..bench import environment
+from .. import environment
 from .cards import Card
 from .layout import Layout
 from .models import Run

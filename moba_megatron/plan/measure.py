@@ -16,8 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..bench import environment, report, timing
-from ..bench.distributed import Ranks, join, leave
+from benchmarks import report, timing
+from benchmarks.distributed import Ranks, join, leave
+
+from .. import environment
 from ..context_parallel import Sequences, context_parallel_attention, record_waits, selective
 from ..context_parallel.selective import PLANNING
 from ..experimental import dispatch
@@ -258,8 +260,8 @@ def _row(name: str, job: Job, inputs: tuple[Tensor, ...], expected: list[Tensor]
 def _precompile(job: Job, ranks: Ranks, workers: int) -> None:
     """Rank 0 fills Triton's cache with what the schedules launch."""
     if workers and ranks.rank == 0 and ranks.device.type == "cuda":
-        from ..bench.cp_compile import Job as Schedule
-        from ..bench.cp_compile import compile_schedules
+        from benchmarks.cp_compile import Job as Schedule
+        from benchmarks.cp_compile import compile_schedules
         shape = job.tokens, job.chunk_size, job.topk, job.heads, job.kv_heads, job.dim
         major, minor = torch.cuda.get_device_capability(ranks.device)
         schedules = [Schedule(comm, size, *shape) for comm, size in (("a2a", 1), ("all_gather", ranks.size),

@@ -31,7 +31,8 @@ optimizer step, no recompute: GPUs (all context parallel), sequence, comm type, 
 constants were taken from this row (then it checks nothing)."""
 
 GPT_FULL = ((32 * K, 0.4509), (128 * K, 5.9246))
-"""The same by `bench gpt` on one H200 (2026-11-22, fused SwiGLU, residuals and rotation): sequence, seconds a step."""
+"""The same by `benchmarks gpt` on one H200 (2026-11-22, fused SwiGLU, residuals and rotation): sequence,
+seconds a step."""
 
 STAGES = (
     (128 * K, 128, 8, 16, 16, "means", 0.165),

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..bench.report import save
+from benchmarks.report import save
+
 from ..inspect.trace import load_trace
 from . import pictures
 from .calibration import stored

@@ -26,8 +26,8 @@ LOSS_BYTES = 16
 """Read and written for an entry of the logits, forward and backward."""
 HIDDEN_COST, HIDDEN_COST_NCCL = 0.4, 0.9
 """What communication beside attention costs it, over its own time on the machine's links: they share memory, and with
-NCCL, which is what goes between machines, multiprocessors. Of all_gather rows of `bench cp` on two H200s: eight by copy
-engines (2026-11-23), four by NCCL (2026-11-22: 0.8 to 1.3)."""
+NCCL, which is what goes between machines, multiprocessors. Of all_gather rows of `benchmarks cp` on two H200s: eight by
+copy engines (2026-11-23), four by NCCL (2026-11-22: 0.8 to 1.3)."""
 RING_SECONDS = 1.6e-3
 """What p2p adds to a layer's forward, and to its backward, in Transformer Engine on two H200s beside half of one GPU's
 time (a row of ``measured.END_TO_END``)."""

@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples")]
 from prepare_data import main as prepare_data  # noqa: E402
 
-from moba_megatron.bench import environment, report  # noqa: E402
+from benchmarks import report  # noqa: E402
+from moba_megatron import environment  # noqa: E402
 
 FAULTS = ["kill-forward:1:3", "kill-backward:0:5", "kill-save:1:6"]
 STARTS, STEPS = [0, 2, 4, 4], 8  # a checkpoint every two steps; that of step 6 is never whole

@@ -19,7 +19,7 @@ pytest.importorskip("megatron.core")
 from prepare_data import main as prepare_data  # noqa: E402
 from pretraining.monitor import read_log  # noqa: E402
 
-from moba_megatron.bench import report  # noqa: E402
+from benchmarks import report  # noqa: E402
 
 JOB = ["--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "2", "--seq-length", "64",
        "--moba-chunk-size", "8", "--moba-topk", "2", "--context-parallel-size", "2", "--use-distributed-optimizer",

@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from ranks import run_ranks
 from test_context_parallel import RecordedGate, cu_seqlens_of, selecting_rows_and_heads, zigzag_rows
 
+from benchmarks.cp_compile import Job, compile_schedules
 from moba_megatron import kernels
-from moba_megatron.bench.cp_compile import Job, compile_schedules
 from moba_megatron.context_parallel import (
     CollectiveCheck,
     Sequences,

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from ranks import run_ranks
 from test_context_parallel import RecordedGate
 
+from benchmarks.cp_compile import Job, compile_schedules
 from moba_megatron import kernels
-from moba_megatron.bench.cp_compile import Job, compile_schedules
 from moba_megatron.context_parallel import CollectiveCheck, Sequences, context_parallel_attention
 from moba_megatron.context_parallel.transport import copy_engines, peers
 from moba_megatron.context_parallel.transport.peer_memory import PeerMemory, peer_memory

@@ -4,8 +4,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import comparison
+from benchmarks import oracle
 from moba_megatron import moba_attn_varlen
-from moba_megatron.bench import oracle
 from moba_megatron.kernels import launcher
 
 pytestmark = pytest.mark.gpu

@@ -1,0 +1,21 @@
+"""The command line of the benchmarks: one subcommand a job."""
+from moba_megatron import environment
+from moba_megatron.rendezvous import ArgumentParser
+
+from . import cli, comparison, cp, decode, gpt, options, plot, router, tables
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = ArgumentParser(prog="python -m benchmarks", description=cli.__doc__)
+    subcommands = parser.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
+    for add in (cli.add_kernels, cli.add_compile, cp.add_cp, decode.add_decode, gpt.add_gpt, comparison.add_readme,
+                tables.add_table, plot.add_plot, router.add_router, options.add_options):
+        add(subcommands)
+    arguments = parser.parse_args(argv)
+    if not getattr(arguments, "show", None):
+        environment.need_device(parser, getattr(arguments, "device", "cpu"))
+    return arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,1 +1,0 @@
-"""The parts of `examples/train_50m.py`, one file each: the model, its attention, the text, evaluation, the loop."""

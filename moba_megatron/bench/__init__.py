@@ -1,1 +1,0 @@
-"""Measuring: ``python -m moba_megatron.bench kernels | table | tune | compile``; ``--help`` explains each."""

@@ -1,0 +1,118 @@
+"""What the tools say and store alike: where they ran (device, versions, commit, command), aligned columns, JSON."""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+import triton
+
+from . import __version__
+
+
+def use_device(name: str) -> torch.device:
+    """The device of this name, made the current one: events and graphs are the current device's."""
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device
+
+
+def need_device(parser: argparse.ArgumentParser, device: str) -> None:
+    """Ends with status 2 and one line where a measurement's device is not here, rather than run for hours elsewhere."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("it measures on a CUDA device, and torch sees none here; --device cpu tries it out all the same")
+
+
+def describe(device: torch.device) -> dict[str, str | int | None]:
+    """What a reader needs to judge or repeat a measurement."""
+    cuda = device.type == "cuda"
+    properties = torch.cuda.get_device_properties(device) if cuda else None
+    return {
+        "device": properties.name if cuda else platform.processor() or platform.machine(),
+        "capability": "%d.%d" % (properties.major, properties.minor) if cuda else None,
+        "device_memory_gib": round(properties.total_memory / 2 ** 30, 1) if cuda else None,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
+        "cuda": torch.version.cuda,
+        "cudnn": _cudnn_version() if cuda else None,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "moba_megatron": __version__,
+        "commit": commit(),
+        "command": command(),
+        "when": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+    }
+
+
+def _cudnn_version() -> int | None:
+    """torch's; None where another library loaded another cuDNN first, which torch then refuses."""
+    try:
+        return torch.backends.cudnn.version()
+    except RuntimeError:
+        return None
+
+
+def command(program: str | None = None) -> str:
+    """How this process was started: the program as a reader calls it (``python -m MODULE``), then its arguments."""
+    if program is None:
+        spec = getattr(sys.modules["__main__"], "__spec__", None)
+        name = f"-m {spec.name.removesuffix('.__main__')}" if spec else _without_folder(sys.argv[0])
+        program = f"python {name}"
+    return " ".join((program, *map(_without_folder, sys.argv[1:])))
+
+
+def _without_folder(argument: str) -> str:
+    """An absolute path means nothing on another machine: its name alone."""
+    return Path(argument).name if argument.startswith("/") else argument
+
+
+def commit() -> str | None:
+    """MOBA_COMMIT where it is set (a copy of the files, without their repository or inside another one), else the
+    commit of this checkout, with "+" if files differ from it."""
+    if os.environ.get("MOBA_COMMIT"):
+        return os.environ["MOBA_COMMIT"]
+    here = Path(__file__).parent
+    head = _output("git", "-C", str(here), "rev-parse", "--short=12", "HEAD")
+    if head is None:
+        return None
+    return head + ("+" if _output("git", "-C", str(here), "status", "--porcelain", "-uno") else "")
+
+
+def line(about: dict) -> str:
+    """One line for the head of a table."""
+    parts = [about["device"], f"driver {about['driver']}" if about["driver"] else None, f"torch {about['torch']}",
+             f"triton {about['triton']}", f"cuDNN {about['cudnn']}" if about["cudnn"] else None,
+             f"commit {about['commit']}" if about["commit"] else None, about["when"]]
+    return ", ".join(part for part in parts if part)
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    text = done.stdout.strip().splitlines()
+    return text[0] if done.returncode == 0 and text else None
+
+
+def as_text(lines: list[dict[str, str]]) -> str:
+    """Aligned columns."""
+    if not lines:
+        return "(no rows)"
+    widths = {name: max(len(name), *(len(line[name]) for line in lines)) for name in lines[0]}
+    out = ["  ".join(name.ljust(width) for name, width in widths.items()).rstrip()]
+    out += ["  ".join(line[name].ljust(width) for name, width in widths.items()).rstrip() for line in lines]
+    return "\n".join(out)
+
+
+def save(path: Path, result: dict) -> None:
+    """Writes JSON, and the folder for it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,0 +1,219 @@
+"""Finds launch configurations for the card at hand and writes them as a file that MOBA_TUNING_FILE names.
+
+    python -m moba_megatron.tune card.json
+
+Each stage starts from the packaged row and moves one number at a time (a tile halved or doubled, warps, pipeline
+stages) as long as that makes the stage's function faster by more than noise. A configuration that does not compile,
+does not fit the card or changes the result is passed over.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+from . import environment, kernels
+from .kernels import tuning
+from .segments import Segments
+
+LEAST_GAIN = 0.02
+RUNS = 5
+SMALLEST_BLOCK, LARGEST_BLOCK = 16, 256
+CHOICES = {"num_warps": (1, 2, 4, 8), "num_stages": (1, 2, 3, 4)}
+
+
+def neighbours(config: dict[str, int]) -> list[dict[str, int]]:
+    """Configurations that differ in one number: tiles by a factor of two, warps and pipeline stages by one choice."""
+    found = []
+    for name, value in config.items():
+        if name in CHOICES:
+            at = CHOICES[name].index(value) if value in CHOICES[name] else 0
+            values = [CHOICES[name][i] for i in (at + 1, at - 1) if 0 <= i < len(CHOICES[name])]
+        elif name.startswith("BLOCK_"):
+            values = [v for v in (2 * value, value // 2) if SMALLEST_BLOCK <= v <= LARGEST_BLOCK]
+        elif name == "SPLIT":
+            values = [2 * value, value // 2]
+        else:
+            values = []
+        found += [{**config, name: v} for v in values]
+    return found
+
+
+def climb(start: dict[str, int], measure: Callable[[dict[str, int]], float | None],
+          more: Callable[[], bool]) -> tuple[dict[str, int], float, float]:
+    """From a configuration to the best one that single steps reach.
+
+    Args:
+        start: where to begin; it must work.
+        measure: ms of a configuration, None if it does not work.
+        more: whether there is time to go on.
+
+    Returns:
+        The best configuration, its ms, and the start's.
+    """
+    best, first = dict(start), measure(start)
+    if first is None:
+        raise RuntimeError(f"the packaged configuration {start} does not run on this card")
+    best_ms, tried = first, {tuple(start.items())}
+    moved = True
+    while moved and more():
+        moved = False
+        for candidate in neighbours(best):
+            if tuple(candidate.items()) in tried or not more():
+                continue
+            tried.add(tuple(candidate.items()))
+            ms = measure(candidate)
+            if ms is not None and ms < best_ms * (1 - LEAST_GAIN):
+                best, best_ms, moved = candidate, ms, True
+                break
+    return best, best_ms, first
+
+
+def _functions(arguments: argparse.Namespace, head_dim: int, chunk_size: int) -> dict[str, Callable[[], object]]:
+    """Prefix of stage names -> the function that runs such stages, on inputs of its own."""
+    device, dtype = environment.use_device(arguments.device), getattr(torch, arguments.dtype)
+
+    def normal(heads: int) -> Tensor:
+        return torch.randn(arguments.tokens, heads, head_dim, device=device, dtype=dtype)
+
+    q, do = normal(arguments.heads), normal(arguments.heads)
+    k, v = normal(arguments.kv_heads), normal(arguments.kv_heads)
+    cu_seqlens = torch.tensor([0, arguments.tokens], dtype=torch.int32, device=device)
+    segments = Segments.from_cu_seqlens(cu_seqlens, arguments.tokens, chunk_size)
+    means = kernels.chunk_means(k, segments)
+    selected = kernels.gate(q, means, segments, arguments.topk)
+    scale = head_dim ** -0.5
+    o, lse = kernels.attention_fwd(q, k, v, selected, segments, scale)
+    return {
+        "chunk_means": lambda: kernels.chunk_means(k, segments),
+        "gate": lambda: kernels.gate(q, means, segments, arguments.topk),
+        "route": lambda: kernels.attention_fwd(q, k, v, selected, segments, scale),
+        "attention_fwd": lambda: kernels.attention_fwd(q, k, v, selected, segments, scale),
+        "attention_bwd": lambda: kernels.attention_bwd(do, None, q, k, v, o, lse, selected, segments, scale),
+    }
+
+
+def _looked_up(run: Callable[[], object]) -> dict[str, tuple[dict[str, int], tuning.Row]]:
+    """Stage -> (key, row) for every look-up that a call makes."""
+    record: list = []
+    with tuning.forced(record=record):
+        run()
+    return {stage: (dict(key), row) for stage, key, row in record}
+
+
+def _as_tensors(result) -> list[Tensor]:
+    return [x.detach().clone() for x in (result if isinstance(result, tuple) else (result,))]
+
+
+def _measurer(stage: str, run: Callable[[], object], forced: dict,
+              device: torch.device) -> Callable[[dict[str, int]], float | None]:
+    """The function that times one configuration of a stage, the stages already tuned being as they were found."""
+    with tuning.forced(configs=forced):
+        expected = _as_tensors(run())
+
+    def measure(config: dict[str, int]) -> float | None:
+        with tuning.forced(configs={**forced, stage: config}):
+            try:
+                if not _same(expected, _as_tensors(run())):
+                    return None
+                return statistics.median(milliseconds(lambda i: run(), device, RUNS, 1))
+            except Exception as error:  # too much shared memory, no such layout: this one is not for this card
+                print(f"    {config}: {type(error).__name__}", flush=True)
+                return None
+
+    return measure
+
+
+def milliseconds(run: Callable[[int], object], device: torch.device, repeats: int, warmup: int = 2) -> list[float]:
+    """Milliseconds of each of ``repeats`` calls ``run(i)`` after warm-up, enqueued without waiting in between."""
+    for i in range(warmup):
+        run(i)
+    if device.type != "cuda":
+        times = []
+        for i in range(repeats):
+            begin = time.perf_counter()
+            run(i)
+            times.append(1e3 * (time.perf_counter() - begin))
+        return times
+    torch.cuda.synchronize(device)
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for i, (begin, end) in enumerate(events):
+        begin.record()
+        run(i)
+        end.record()
+    torch.cuda.synchronize(device)
+    return [begin.elapsed_time(end) for begin, end in events]
+
+
+def _same(expected: list[Tensor], got: list[Tensor]) -> bool:
+    for a, b in zip(expected, got):
+        if not a.is_floating_point():
+            if (a.sort(-1).values != b.sort(-1).values).float().mean() > 1e-3:  # near ties may fall either way
+                return False
+        elif not (a.float() - b.float()).norm() <= 1e-2 * a.float().norm():
+            return False
+    return True
+
+
+def tune(arguments: argparse.Namespace) -> dict:
+    """Tunes every stage for the given head dims and chunk sizes; what MOBA_TUNING_FILE reads, with its origin."""
+    end = time.perf_counter() + arguments.budget
+    about = environment.describe(torch.device(arguments.device))
+    print(environment.line(about), flush=True)
+    rows: dict[tuple, dict] = {}
+    for head_dim in sorted(arguments.head_dims):
+        for chunk_size in sorted(arguments.chunk_sizes):
+            for row in _tune_problem(arguments, head_dim, chunk_size, end):
+                row["why"] = f"tune, {about['device']}, {about['when']}, {row['why']}"
+                rows[row["stage"], tuple(row["upto"].items())] = row
+    return {"environment": about, "rows": list(rows.values())}
+
+
+def _tune_problem(arguments: argparse.Namespace, head_dim: int, chunk_size: int, end: float):
+    """Yields the rows for one head dim and chunk size, until the clock says ``end``."""
+    forced: dict[str, dict[str, int]] = {}
+    device = environment.use_device(arguments.device)
+    for prefix, run in _functions(arguments, head_dim, chunk_size).items():
+        for stage, (key, row) in _looked_up(run).items():
+            wanted = stage.startswith(prefix) and stage in (arguments.stages or (stage,))
+            if stage in forced or not wanted or time.perf_counter() > end:
+                continue
+            measure = _measurer(stage, run, forced, device)
+            best, ms, first = climb(row.config, measure, lambda: time.perf_counter() < end)
+            forced[stage] = best
+            why = f"D={head_dim}, chunk {chunk_size}: {first:.3f} -> {ms:.3f} ms"
+            print(f"  {stage}, {why}: {best}", flush=True)
+            bounded = chunk_size < max(arguments.chunk_sizes)  # the row of the largest chunks is for still larger ones
+            yield {"stage": stage, "archs": tuning.arch_of(device), "config": best, "why": why,
+                   "upto": {name: value for name, value in key.items() if name != "chunk_size" or bounded}}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Tunes, writes, and says how much was gained."""
+    p = argparse.ArgumentParser(prog="python -m moba_megatron.tune", description=__doc__)
+    p.add_argument("output", type=Path, help="file to write")
+    p.add_argument("--stages", nargs="+", metavar="STAGE", help="only these stages of the tuning table")
+    p.add_argument("--head-dims", nargs="+", type=int, default=[64, 128], metavar="D")
+    p.add_argument("--chunk-sizes", nargs="+", type=int, default=[128, 512], metavar="N")
+    p.add_argument("--topk", type=int, default=8)
+    p.add_argument("--tokens", type=int, default=1 << 16, help="length of the sequence that is timed (65536)")
+    p.add_argument("--heads", type=int, default=8)
+    p.add_argument("--kv-heads", type=int, default=4)
+    p.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    p.add_argument("--device", default="cuda", help="cpu: to try it, slowly (cuda)")
+    p.add_argument("--budget", type=float, default=600, metavar="S", help="stop after so many seconds (600)")
+    arguments = p.parse_args(argv)
+    environment.need_device(p, arguments.device)
+    environment.save(arguments.output, tune(arguments))
+    print(f"wrote {arguments.output}: use it with MOBA_TUNING_FILE={os.path.abspath(arguments.output)}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
