@@ -8,7 +8,8 @@ from pathlib import Path
 from moba_megatron import plotting
 from moba_megatron.plotting import DARK, LIGHT, Theme
 
-from . import ROOT, comparison, report, training
+from . import comparison, report, training
+from .planner import pictures
 
 NAMES = {comparison.OWN: "MoBA, this package", "cuDNN": "full, cuDNN", "flash attention 2": "full, FlashAttention-2",
          "moonshot-moba": "MoBA, MoonshotAI", "fla-moba": "MoBA, fla"}
@@ -26,10 +27,10 @@ def add_plot(subcommands) -> None:
                    "throughput", default=[report.RESULTS / f"h200/gpt-p{n}.json" for n in (1, 2)])
     p.add_argument("--learning", type=Path, default=report.RESULTS / "h200/learning.json", metavar="JSON",
                    help="of compare_50m, several attentions and seeds: learning")
-    p.add_argument("--exchange", type=Path, default=ROOT / "moba_megatron/plan/results/exchange.json",
-                   metavar="JSON", help="of `plan --simulate`: exchange_1M, exchange_10M")
+    p.add_argument("--exchange", type=Path, default=report.RESULTS / "planner/exchange.json",
+                   metavar="JSON", help="of `plan-simulate`: exchange_1M, exchange_10M")
     p.add_argument("--selective", type=Path, default=report.RESULTS / "h200/selective.json", metavar="JSON",
-                   help="of `plan.measure`: selective")
+                   help="of `plan-measure`: selective")
     p.add_argument("--output", type=Path, default=Path("docs/images"), metavar="DIR", help="(docs/images)")
     p.set_defaults(run=run_plot)
 
@@ -45,7 +46,6 @@ def run_plot(arguments: argparse.Namespace) -> int:
         drawn += _both(plot_throughput, gpt, folder / "throughput")
     if arguments.learning.is_file():
         drawn.append(plot_learning(report.load(arguments.learning), folder / "learning.png"))
-    from moba_megatron.plan import pictures  # here, since the planner reads this package's results
     if arguments.exchange.is_file():
         drawn += pictures.simulated(report.load(arguments.exchange), folder)
     if arguments.selective.is_file():

@@ -15,7 +15,8 @@ GIB = 2 ** 30
 RENAMED = {
     "-m moba_megatron.bench ": "-m benchmarks ", "examples/megatron_lm/check_mla.py": "-m benchmarks.check_mla",
     "examples/compare_50m.py": "-m benchmarks.compare_50m",
-    "examples/compare_deepspeed.py": "-m benchmarks.compare_deepspeed"}
+    "examples/compare_deepspeed.py": "-m benchmarks.compare_deepspeed",
+    "-m moba_megatron.plan.measure ": "-m benchmarks plan-measure "}
 """Programs that stored results name -> what they are called now."""
 
 

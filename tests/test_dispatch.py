@@ -8,6 +8,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from benchmarks.distributed import Ranks
+from benchmarks.planner.measure import SELECTIVE, Job, choices_of, counted_bytes, make_inputs, measure_way, one_rank
 from moba_megatron import reference
 from moba_megatron.context_parallel import Sequences, context_parallel_attention, record_waits, selective
 from moba_megatron.context_parallel.selective import HANDLING, PLANNING, pieces_are_chunks
@@ -32,7 +33,6 @@ from moba_megatron.experimental.dispatch import by_chunk
 from moba_megatron.experimental.dispatch_plan import chunks_of_ranks, ranges
 from moba_megatron.ops import moba_attention
 from moba_megatron.plan.exchange import query_bytes
-from moba_megatron.plan.measure import SELECTIVE, Job, choices_of, counted_bytes, make_inputs, measure_way, one_rank
 from moba_megatron.plan.simulate import traffic_of_selection
 from moba_megatron.segments import Segments
 
@@ -163,7 +163,7 @@ def on_rank(rank, size):
 
 
 def measured_bytes(ranks):
-    """What plan.measure says of its ways to be selective: (sent, counted) by all ranks, by routing and way."""
+    """What plan-measure says of its ways to be selective: (sent, counted) by all ranks, by routing and way."""
     job = Job(tokens=512, chunk_size=16, topk=3, heads=4, kv_heads=2, dim=16, backend="reference")
     found = {}
     for routing in ("local", "sink"):

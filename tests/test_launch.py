@@ -11,7 +11,6 @@ from fault import on_gpus
 
 from benchmarks.__main__ import main as bench
 from moba_megatron import tune
-from moba_megatron.plan.measure import main as measure
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["quickstart.sh", "test.sh", "test_newest.sh", "pretrain_single_gpu.sh", "pretrain_multi_gpu.sh",
@@ -215,14 +214,14 @@ class TestWhichTorch:
 
 
 @pytest.mark.parametrize("command", ["kernels", "decode", "readme --json out.json", "gpt", "cp", "tune",
-                                     "plan.measure"])
+                                     "plan-measure"])
 def test_a_measurement_without_a_gpu_ends_at_once(monkeypatch, capsys, command):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as ended:
         if command == "tune":
             tune.main(["card.json"])
         else:
-            measure([]) if command == "plan.measure" else bench(command.split())
+            bench(command.split())
     said = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2
     assert said[-1].startswith("error: it measures on a CUDA device, and torch sees none here")

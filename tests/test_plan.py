@@ -10,19 +10,22 @@ from pretraining.arguments import parse_args
 from ranks import ROOT
 
 from benchmarks import report
+from benchmarks.__main__ import main as benchmarks_main
 from benchmarks.cases import CASES, flops
 from benchmarks.cp_cases import find_rows
 from benchmarks.gpt_cases import rows_for
+from benchmarks.planner import calibration, check
+from benchmarks.planner.calibration import Observation, fit, non_negative, shape_of
 from moba_megatron import MoBAConfig
 from moba_megatron.launch import check_flags
 from moba_megatron.megatron.arguments import add_moba_arguments, config_from_args
-from moba_megatron.plan import CARDS, MODELS, Model, Run, calibration, check, find_card, parse_size, plan, predict
+from moba_megatron.plan import CARDS, MODELS, Model, Run, find_card, parse_size, plan, predict
 from moba_megatron.plan.__main__ import main
 from moba_megatron.plan.attention_cost import STAGES, TERMS, AttentionShape, term_seconds
-from moba_megatron.plan.calibration import Observation, fit, non_negative, shape_of, stored
-from moba_megatron.plan.cards import ASSUMED, DERIVED, MEASURED, VENDOR, Figure
+from moba_megatron.plan.coefficients import LINK_SHARE, stored
 from moba_megatron.plan.command import as_text, flags, torchrun
 from moba_megatron.plan.exchange import LocalShape, exchange, query_bytes, union_share
+from moba_megatron.plan.hardware import ASSUMED, DERIVED, MEASURED, VENDOR, Figure
 from moba_megatron.plan.layout import RECOMPUTE, Layout, candidates, refusals
 from moba_megatron.plan.links import Group, all_gather, all_to_all, point_to_point
 from moba_megatron.plan.memory import estimate
@@ -334,19 +337,28 @@ def test_command_line(capsys, tmp_path):
     rows = json.loads(everything.read_text())["layouts"]
     assert rows[0]["step_s"] == pytest.approx(sum(part["seconds"] for part in rows[0]["parts"].values()))
     assert main(["--cards"]) == 0 and "vendor" in capsys.readouterr().out
-    assert main(["--check", "--json", str(everything)]) == 0 and "median error" in capsys.readouterr().out
+    assert benchmarks_main(["plan-check", "--json", str(everything)]) == 0
+    assert "median error" in capsys.readouterr().out
     assert json.loads(everything.read_text())["sections"][0]["median_error"] < check.GOAL
 
 
 @pytest.mark.parametrize("words, message", [
     (["--card", "x"], "--card must be one of"), (["--heads", "30"], "heads must be a multiple"),
     (["--topk", "0"], "topk must be at least 1"), (["--full-attention-layers", "99"], "names layer 99"),
-    (["--check", "--results", "/nowhere"], "must be a folder with kernels.json"),
     (["--gpus", "0"], "gpus must be at least 1"), (["--network", "-1"], "must be positive"),
 ])
 def test_wrong_arguments_are_named(words, message, capsys):
     assert main(["--seq", "128K", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_moved_says_where(capsys):
+    for flag, command in (("--check", "plan-check"), ("--fit", "plan-fit"), ("--simulate=out", "plan-simulate")):
+        with pytest.raises(SystemExit) as ended:
+            main(["--seq", "128K", flag])
+        assert ended.value.code == 2 and f"python -m benchmarks {command}" in capsys.readouterr().err
+    assert benchmarks_main(["plan-check", "--results", "/nowhere"]) == 2
+    assert "must be a folder with kernels.json" in capsys.readouterr().err
 
 
 def test_nothing_fits_is_said(capsys):
@@ -361,7 +373,7 @@ def test_local_shape_is_a_ranks_part():
 
 def test_the_page_says_what_the_check_says():
     """Medians of the stored check, as the planner's page prints them."""
-    stored = json.loads((ROOT / "moba_megatron/plan/results/check.json").read_text())["sections"]
+    stored = json.loads((ROOT / "benchmarks/results/planner/check.json").read_text())["sections"]
     medians = [f"{section['median_error']:.1%}".replace("%", " %") for section in stored]
     kernels, memory, full, cp, sent, steps, peaks, ways_bytes, ways = medians
     text = (ROOT / "docs/planner.md").read_text()
@@ -371,12 +383,13 @@ def test_the_page_says_what_the_check_says():
 
 
 def test_stored_coefficients_are_those_of_the_stored_rows():
-    """What the wheel holds; after a new measurement: python -m moba_megatron.plan --fit"""
+    """What the wheel holds; after a new measurement: python -m benchmarks plan-fit"""
     rows = json.loads(calibration.MEASURED.read_text())["rows"]
     fresh = calibration.calibrate(rows, find_card("h200"), stored().source)
     assert stored().coefficients == pytest.approx(fresh.coefficients, rel=1e-6)
-    assert (stored().dense, stored().host_forward, stored().host_backward) == pytest.approx(
-        (fresh.dense, fresh.host_forward, fresh.host_backward))
+    for name in ("dense", "host_forward", "host_backward", "elementwise"):
+        assert getattr(stored(), name) == pytest.approx(getattr(fresh, name)), name
+    assert LINK_SHARE == pytest.approx(calibration.link_share())
 
 
 def test_the_page_says_what_was_measured():

@@ -6,15 +6,10 @@ import numpy
 import pytest
 import torch
 
-from moba_megatron.experimental.cost_model import LINK
-from moba_megatron.inspect.trace import RoutingTrace, save_trace
-from moba_megatron.plan.__main__ import main
-from moba_megatron.plan.calibration import stored
-from moba_megatron.plan.cards import find_card
-from moba_megatron.plan.exchange import query_bytes
-from moba_megatron.plan.measure import Job, choices_of, counted_bytes
-from moba_megatron.plan.routing import SYNTHETIC, inclusion_of, of_trace, sink, uniform
-from moba_megatron.plan.simulate import (
+from benchmarks.__main__ import main
+from benchmarks.planner.measure import Job, choices_of, counted_bytes
+from benchmarks.planner.routing import SYNTHETIC, inclusion_of, of_trace, sink, uniform
+from benchmarks.planner.simulate import (
     Layer,
     RankTraffic,
     chunks_travel,
@@ -29,6 +24,11 @@ from moba_megatron.plan.simulate import (
     traffic_of_selection,
     zigzag_tokens,
 )
+from moba_megatron.experimental.cost_model import LINK
+from moba_megatron.inspect.trace import RoutingTrace, save_trace
+from moba_megatron.plan.coefficients import stored
+from moba_megatron.plan.exchange import query_bytes
+from moba_megatron.plan.hardware import find_card
 
 SMALL = Layer(chunk_size=2, topk=2, heads=4, kv_heads=2, head_dim=16)
 KEY_ROW = 2 * 16 * 2
@@ -169,8 +169,8 @@ def test_a_trace_keeps_its_routing_when_it_is_stretched(tmp_path):
     assert routing.inclusion[100, 30:60].mean() == pytest.approx(2 / 99, rel=0.4)
     assert routing.coherence >= 1
     save_trace(trace, tmp_path / "trace.npz")
-    assert main(["--simulate", str(tmp_path / "out"), "--seq", "32K", "--chunk-size", "1024", "--topk", "4", "--trace",
-                 str(tmp_path / "trace.npz")]) == 0
+    assert main(["plan-simulate", str(tmp_path / "out"), "--seq", "32K", "--chunk-size", "1024", "--topk", "4",
+                 "--trace", str(tmp_path / "trace.npz")]) == 0
     result = json.loads((tmp_path / "out" / "exchange.json").read_text())
     assert {row["routing"] for row in result["rows"]} == {"any", "uniform", "local", "sink", "layer 3"}
     assert result["simulated"] and (tmp_path / "out" / "exchange_0.03125M.png").stat().st_size > 1000

@@ -129,10 +129,10 @@ def test_links_and_names_exist(page):
         assert page.startswith("docs/") <= target.is_relative_to(ROOT / "docs"), f"{link}: not on the site"
         if anchor:
             assert anchor in anchors_of(str(target.relative_to(ROOT))), link
-    for path in re.findall(r"(?<![\w./])(?:launch|examples|patches|tests|moba_megatron|docs)/[\w/.-]+"
+    for path in re.findall(r"(?<![\w./])(?:launch|examples|patches|tests|benchmarks|moba_megatron|docs)/[\w/.-]+"
                            r"\.(?:sh|py|md|json|npz|html)", text):
         assert (ROOT / path).exists(), path
-    for module in re.findall(r"-m (moba_megatron[\w.]*)", text):
+    for module in re.findall(r"-m ((?:moba_megatron|benchmarks)[\w.]*)", text):
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
 

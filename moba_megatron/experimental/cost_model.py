@@ -6,7 +6,7 @@ DISPATCH and FETCH are its extremes, MIXED takes for each rank, kv head and chun
 homes.
 
 The seconds are reckoned from constants: the busiest rank's bytes over a link, products over a rate, rows handled, and
-what it takes to plan. ``python -m moba_megatron.plan --check`` sets them beside measurements.
+what it takes to plan. ``python -m benchmarks plan-check`` sets them beside measurements.
 """
 from __future__ import annotations
 

@@ -3,13 +3,12 @@
 ``python -m moba_megatron.plan --seq 1M --model 8b --gpus 64 --card h100`` prints the table. Inside, in the order in
 which figures flow (bytes, seconds, operations throughout):
 
-``cards`` (what a card can do, and who says so), ``models`` (shapes), ``measured`` (figures that are not in the
-benchmark's JSON) -> ``attention_cost`` and ``calibration`` (time of MoBA by stage, fitted to this repository's JSON) ->
-``links`` (time of a collective), ``exchange`` (bytes that context parallelism moves) -> ``layout``, ``memory``,
-``step`` (one layout's step) -> ``search`` (all layouts) -> ``command`` (torchrun), ``pictures``, ``check``. Beside it
-``routing``, ``simulate``, ``scenarios`` (what context parallelism moves, to 1024 ranks), ``measure`` (on real ranks).
+``hardware`` (what a card can do, and who says so), ``models`` (shapes) -> ``attention_cost`` and ``coefficients`` (time
+of MoBA by stage, fitted to stored measurements) -> ``links`` (time of a collective), ``exchange`` (bytes that context
+parallelism moves) -> ``layout``, ``memory``, ``step`` (one layout's step) -> ``search`` (all layouts) -> ``command``
+(torchrun), ``picture``. The fit, its comparison with measurements and a simulation are in ``benchmarks/planner``.
 """
-from .cards import CARDS, Card, find_card
+from .hardware import CARDS, Card, find_card
 from .models import MODELS, Model, Run, parse_size
 from .search import plan
 from .step import Prediction, predict

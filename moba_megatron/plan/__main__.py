@@ -6,16 +6,19 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from benchmarks.report import RESULTS, as_text, save
-
 from ..config import MoBAConfig
-from . import calibration, cards, check, command
+from ..environment import as_text, save
+from . import command, hardware
+from .coefficients import Calibration, stored
 from .layout import RECOMPUTE
 from .models import MODELS, Model, Run, default_batch, parse_size
 from .search import plan
 from .step import Prediction
 
 SIZES = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocabulary")
+MOVED = {"--check": "plan-check", "--results": "plan-check", "--fit": "plan-fit", "--simulate": "plan-simulate",
+         "--trace": "plan-simulate"}
+"""Flags of earlier versions -> the benchmarks' subcommand that does it."""
 GIB = 1 << 30
 
 
@@ -24,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seq", type=_size, metavar="N", help="tokens of a sequence, such as 131072, 128K or 1M")
     p.add_argument("--model", choices=list(MODELS), default="8b", help="a preset; its sizes can be changed below")
     p.add_argument("--gpus", type=int, default=8)
-    p.add_argument("--card", default="h100", help=", ".join(cards.CARDS))
+    p.add_argument("--card", default="h100", help=", ".join(hardware.CARDS))
     p.add_argument("--batch", type=int, metavar="N", help="sequences a step (default: about 4M tokens)")
     p.add_argument("--attention", choices=("moba", "full"), default="moba")
     p.add_argument("--chunk-size", type=int, default=MoBAConfig.chunk_size)
@@ -42,17 +45,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--node", type=int, metavar="N", help="GPUs in a machine")
     p.add_argument("--top", type=int, default=15, metavar="N", help="rows of the table (15)")
     p.add_argument("--why", action="store_true", help="also the layouts that cannot be, with the reason")
-    p.add_argument("--json", type=Path, metavar="PATH",
-                   help="write every layout that fits, part by part; with --check its tables")
+    p.add_argument("--json", type=Path, metavar="PATH", help="write every layout that fits, part by part")
     p.add_argument("--picture", type=Path, metavar="PATH", help="time against sequence length, as .png or .svg")
     p.add_argument("--cards", action="store_true", help="print the card table with its sources, and end")
-    p.add_argument("--check", action="store_true", help="predictions beside every stored measurement, and end")
-    p.add_argument("--fit", action="store_true", help="fit the coefficients to the stored rows, write them, and end")
-    p.add_argument("--results", type=Path, metavar="DIR", default=RESULTS / "h200",
-                   help="for --check: a folder of JSON by `benchmarks kernels`, `cp`, `gpt`, `plan.measure` on H200s")
-    p.add_argument("--simulate", type=Path, metavar="DIR",
-                   help="what context parallelism moves up to 1024 ranks and 10M tokens: JSON and pictures, and end")
-    p.add_argument("--trace", type=Path, metavar="FILE.npz", help="a routing trace to simulate as well")
     return p
 
 
@@ -64,21 +59,15 @@ def _size(text: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0; 1 where nothing fits or a median error is above the limit; 2 for a wrong argument."""
+    """0; 1 where nothing fits; 2 for a wrong argument."""
     p = parser()
+    for word in sys.argv[1:] if argv is None else argv:
+        if (flag := word.partition("=")[0]) in MOVED:
+            p.error(f"{flag} is `python -m benchmarks {MOVED[flag]}` now, in a checkout")
     arguments = p.parse_args(argv)
     if arguments.cards:
-        print(as_text(cards.as_rows()))
+        print(as_text(hardware.as_rows()))
         return 0
-    if arguments.check:
-        return _check(arguments.results, arguments.json)
-    if arguments.fit:
-        if not (RESULTS / "h200").is_dir():
-            return _needs_a_checkout("--fit")
-        print(f"wrote {calibration.COEFFICIENTS}, fitted to {calibration.write_coefficients().source}")
-        return 0
-    if arguments.simulate:
-        return _simulate(arguments)
     if arguments.seq is None:
         p.error("--seq is needed, such as --seq 1M")
     try:
@@ -89,10 +78,10 @@ def main(argv: list[str] | None = None) -> int:
     return _plan(arguments, run, card)
 
 
-def _card(arguments: argparse.Namespace) -> cards.Card:
-    card = cards.find_card(arguments.card)
+def _card(arguments: argparse.Namespace) -> hardware.Card:
+    card = hardware.find_card(arguments.card)
     given = {"network": (arguments.network, 1e9), "link": (arguments.link, 1e9), "node": (arguments.node, 1)}
-    changes = {name: cards.Figure(value * unit, cards.ASSUMED, f"--{name}")
+    changes = {name: hardware.Figure(value * unit, hardware.ASSUMED, f"--{name}")
                for name, (value, unit) in given.items() if value is not None}
     if any(figure.value <= 0 for figure in changes.values()):
         raise ValueError("--network, --link and --node must be positive")
@@ -109,8 +98,8 @@ def _run(arguments: argparse.Namespace) -> Run:
                arguments.attention)
 
 
-def _plan(arguments: argparse.Namespace, run: Run, card: cards.Card) -> int:
-    fitted = calibration.stored()
+def _plan(arguments: argparse.Namespace, run: Run, card: hardware.Card) -> int:
+    fitted = stored()
     names = {"tp": "tp", "cp": "cp", "pp": "pp", "dp": "dp", "cp_comm_type": "comm_type", "recompute": "recompute"}
     fixed = {field: getattr(arguments, flag) for flag, field in names.items() if getattr(arguments, flag) is not None}
     fit, out = plan(run, card, fitted, fixed)
@@ -127,12 +116,12 @@ def _plan(arguments: argparse.Namespace, run: Run, card: cards.Card) -> int:
     print(f"\nThe cheapest, {fit[0].layout.name()} (add your own {command.YOUR_OWN}):\n")
     print(command.as_text(command.torchrun(run, fit[0].layout, card)))
     if arguments.picture:
-        from . import pictures
-        pictures.time_against_length(run, card, fitted, arguments.picture)
+        from . import picture
+        picture.time_against_length(run, card, fitted, arguments.picture)
     return 0
 
 
-def headline(run: Run, card: cards.Card, fitted: calibration.Calibration) -> str:
+def headline(run: Run, card: hardware.Card, fitted: Calibration) -> str:
     """What was asked, and what the predictions rest on."""
     m = run.model
     moba = "full attention" if run.attention == "full" else (
@@ -167,38 +156,6 @@ def as_dict(p: Prediction) -> dict:
             "gpu_seconds_per_million_tokens": p.cost, "mfu_as_if_full": p.mfu, "mfu": p.mfu_moba,
             "exposed_s": p.exposed, "hidden_s": p.hidden, "memory_bytes": {**asdict(p.memory), "total": p.memory.total},
             "parts": {name: asdict(part) for name, part in p.parts.items()}}
-
-
-def _check(folder: Path, path: Path | None) -> int:
-    if not (folder / "kernels.json").exists():
-        print(f"error: --results must be a folder with kernels.json, got {folder}", file=sys.stderr)
-        return 2
-    missed, found = 0, check.sections(folder)
-    if path:
-        about = command.about()
-        save(path, {"environment": about, "sections": [{**asdict(s), "median_error": s.median} for s in found]})
-    for section in found:
-        verdict = "" if section.median <= check.GOAL else f", above {check.GOAL:.0%}"
-        missed += bool(verdict)
-        print(f"{section.title}\n\n{as_text(section.table())}\nmedian error {section.median:.1%}{verdict}\n")
-    return int(missed > 0)
-
-
-def _needs_a_checkout(flag: str) -> int:
-    print(f"error: {flag} needs a checkout: the wheel has neither the stored results nor the simulation",
-          file=sys.stderr)
-    return 2
-
-
-def _simulate(arguments: argparse.Namespace) -> int:
-    try:
-        from . import scenarios, simulate
-    except ImportError:
-        return _needs_a_checkout("--simulate")
-    card, lengths = _card(arguments), [arguments.seq] if arguments.seq else list(scenarios.LENGTHS)
-    layer = simulate.Layer(arguments.chunk_size, arguments.topk)
-    print(as_text(scenarios.write(arguments.simulate, layer, lengths, card, arguments.trace)))
-    return 0
 
 
 if __name__ == "__main__":

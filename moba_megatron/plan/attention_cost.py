@@ -1,14 +1,14 @@
 """Time of one attention call as a sum of terms: operations, bytes and choices, each over a rate of the card.
 
 A term's physics gives the seconds that the card would need at its best; the fitted coefficient of
-:class:`~moba_megatron.plan.calibration.Calibration` says how many times longer the kernels take.
+:class:`~moba_megatron.plan.coefficients.Calibration` says how many times longer the kernels take.
 """
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from ..flops import attended_pairs, scored_pairs
-from .cards import Card
+from .hardware import Card
 
 BACKWARD_PRODUCTS = 2.5
 """Backward over forward: five matrix products against two."""

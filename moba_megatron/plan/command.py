@@ -7,7 +7,7 @@ import sys
 import torch
 
 from .. import environment
-from .cards import Card
+from .hardware import Card
 from .layout import Layout
 from .models import Run
 

@@ -2,8 +2,8 @@
 
 ``selective`` does what is cheapest of three. *Gather*: as all_gather. *Chunks travel*: owners send the chunks that any
 query of a rank chose. *Queries travel*: a query goes to the owner of each of its chunks, as a token goes to experts,
-and partial (o, lse) come back. Other routings than uniform, and both ways mixed, are in ``simulate``; mixed, selective
-moves less than is reckoned here.
+and partial (o, lse) come back. Other routings than uniform, and both ways mixed, are in
+``benchmarks/planner/simulate.py``; mixed, selective moves less than is reckoned here.
 """
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..context_parallel import COMM_TYPES
 from ..context_parallel.head_groups import number_of_groups, split_heads
 from ..context_parallel.selective import DISPATCH_FROM, HANDLING, PLANNING
 from .attention_cost import BF16, FP32
-from .cards import Card
+from .hardware import Card
 from .links import NOTHING, Group, Traffic, all_gather, all_to_all
 
 

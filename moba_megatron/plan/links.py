@@ -1,11 +1,10 @@
 """Time and bytes of one collective among some ranks of a cluster, as NCCL would run it."""
 from __future__ import annotations
 
-import statistics
 from dataclasses import dataclass
 
-from . import measured
-from .cards import Card, find_card
+from .coefficients import LINK_SHARE
+from .hardware import Card
 
 LATENCY = 20e-6
 """Seconds of a collective that carries nothing, inside a machine; the network's is twice that (assumed)."""
@@ -47,20 +46,6 @@ class Group:
         return max(1, min(self.size, int(card.node.value) // self.stride))
 
 
-def link_share() -> float:
-    """Part of the link's data-sheet rate that NCCL reached on 2 and 4 H200s: the median of ``measured.COLLECTIVES``."""
-    return statistics.median(size / seconds for size, seconds in _received()) / find_card("h200").link.value
-
-
-def _received():
-    for kind, ranks, contributed, seconds in measured.COLLECTIVES:
-        others = ranks - 1
-        yield contributed * others / (ranks if kind == "all_to_all" else 1), seconds
-
-
-_LINK_SHARE = link_share()
-
-
 def all_gather(group: Group, contributed: float, card: Card) -> Traffic:
     """Every rank gets ``contributed`` bytes from each. The reduce-scatter of its result costs the same.
 
@@ -91,11 +76,11 @@ def point_to_point(distance: int, sent: float, card: Card) -> Traffic:
 
 def link_seconds(received: float, card: Card) -> float:
     """Time of so many bytes over a GPU's link to its machine."""
-    return received / (card.link.value * _LINK_SHARE)
+    return received / (card.link.value * LINK_SHARE)
 
 
 def _traffic(link: float, network: float, card: Card) -> Traffic:
     """Both kinds of link work at the same time; what came over the network is handed on inside as well."""
     inside = link_seconds(link + network, card)
-    outside = network / (card.network.value * _LINK_SHARE)
+    outside = network / (card.network.value * LINK_SHARE)
     return Traffic(max(inside, outside) + LATENCY * (2 if network else 1), link, network)

@@ -1,8 +1,8 @@
 """Every sensible layout of a run, predicted, sorted by cost; those that cannot be with the reason."""
 from __future__ import annotations
 
-from .calibration import Calibration
-from .cards import Card
+from .coefficients import Calibration
+from .hardware import Card
 from .layout import RECOMPUTE, Layout, candidates, refusals
 from .models import Run
 from .step import Prediction, predict

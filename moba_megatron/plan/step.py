@@ -2,19 +2,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
 
-from ..config import MoBAConfig
 from ..context_parallel import COMM_TYPES
-from . import links, measured
+from . import links
 from .attention_cost import BF16, FP32, AttentionShape
-from .calibration import Calibration
-from .cards import Card, find_card
+from .coefficients import Calibration
 from .exchange import Exchange, LocalShape, exchange
+from .hardware import Card
 from .layout import Layout
 from .links import NOTHING, Group, Traffic
 from .memory import Memory, estimate, rank_parameters
-from .models import MODELS, Run
+from .models import Run
 
 HALF_SPEED_DIM = 256
 """A product whose narrowest matrix has this side reaches half of what large ones do (assumed: 0.8 at 1024)."""
@@ -30,7 +28,7 @@ NCCL, which is what goes between machines, multiprocessors. Of all_gather rows o
 copy engines (2026-11-23), four by NCCL (2026-11-22: 0.8 to 1.3)."""
 RING_SECONDS = 1.6e-3
 """What p2p adds to a layer's forward, and to its backward, in Transformer Engine on two H200s beside half of one GPU's
-time (a row of ``measured.END_TO_END``)."""
+time (benchmarks/planner/measured.py)."""
 GATHERED_DENSE = 1.16
 """Full attention on gathered keys over a fourth of one GPU's time, in Transformer Engine on four H200s (same)."""
 
@@ -150,8 +148,8 @@ def _layer(run: Run, layout: Layout, card: Card, calibration: Calibration, dense
     """One layer, one micro batch, forward and backward."""
     model, again, attention_again = run.model, layout.recompute == "full", layout.recompute != "none"
     tokens = run.seqlen / layout.cp
-    matrices = 2 * tokens * model.matrix_parameters / layout.tp / (card.flops * _matrix_share(run, layout))
-    elementwise = _elementwise_bytes(run) * _elementwise_passes(calibration) * tokens / layout.tp
+    matrices = 2 * tokens * model.matrix_parameters / layout.tp / (card.flops * matrix_share(run, layout))
+    elementwise = elementwise_bytes(run) * calibration.elementwise * tokens / layout.tp
     elementwise /= card.bytes_per_second
     forward, backward, host = _attention(run, layout, card, calibration, dense)
     moved = Exchange()
@@ -212,13 +210,13 @@ def _hide(moved: Exchange, forward: float, backward: float, again: bool, card: C
     return part
 
 
-def _matrix_share(run: Run, layout: Layout) -> float:
+def matrix_share(run: Run, layout: Layout) -> float:
     """Part of the card's reachable rate that the layer's products get: their narrowest side decides."""
     narrow = min(run.model.hidden, run.model.ffn / layout.tp)
     return narrow / (narrow + HALF_SPEED_DIM)
 
 
-def _elementwise_bytes(run: Run) -> float:
+def elementwise_bytes(run: Run) -> float:
     """Bytes a token that one layer's forward reads and writes outside of products and attention, each once.
 
     Two norms (read, write), two residual additions (read two, write one), rotation of q and k, SwiGLU (read two halves,
@@ -227,21 +225,6 @@ def _elementwise_bytes(run: Run) -> float:
     m = run.model
     rotated = (m.heads + m.kv_heads) * m.head_dim
     return BF16 * (4 * m.hidden + 6 * m.hidden + 2 * rotated + 3 * m.ffn)
-
-
-@lru_cache(maxsize=None)
-def _elementwise_passes(calibration: Calibration) -> float:
-    """Times longer than those bytes that everything beside products and attention takes, by the 1-GPU figures."""
-    card = find_card("h200")
-    model = MODELS["350m"]
-    found = []
-    for seqlen, seconds in measured.GPT_FULL:
-        run, layout = Run(model, seqlen, 1, 1, MoBAConfig(), attention="full"), Layout(1, 1, 1, 1)
-        forward, backward, _ = _attention(run, layout, card, calibration, dense=True)
-        matrices = 6 * seqlen * model.matrix_parameters / (card.flops * _matrix_share(run, layout))
-        rest = seconds / model.layers - forward - backward - matrices
-        found.append(rest / (3 * _elementwise_bytes(run) * seqlen / card.bytes_per_second))
-    return max(1.0, min(found))
 
 
 def _output(run: Run, layout: Layout, card: Card) -> Part:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from ranks import run_ranks
 
+from benchmarks.planner.measure import forced
 from moba_megatron.context_parallel import Sequences, context_parallel_attention, record_waits
 from moba_megatron.experimental import chunk_attention, cost_model, dispatch
 from moba_megatron.experimental.chunk_attention import (
@@ -20,7 +21,6 @@ from moba_megatron.experimental.chunk_attention import (
 )
 from moba_megatron.experimental.cost_model import DISPATCH, MIXED
 from moba_megatron.ops import moba_attention
-from moba_megatron.plan.measure import forced
 from moba_megatron.segments import Segments
 
 pytestmark = pytest.mark.gpu

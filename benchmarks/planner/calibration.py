@@ -5,19 +5,21 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy
 
-from benchmarks.report import RESULTS, load, save
+from moba_megatron.config import MoBAConfig
+from moba_megatron.plan.attention_cost import FORWARD, STAGES, TERMS, AttentionShape, dense_seconds, term_seconds
+from moba_megatron.plan.coefficients import COEFFICIENTS, Calibration
+from moba_megatron.plan.hardware import Card, find_card
+from moba_megatron.plan.layout import Layout
+from moba_megatron.plan.models import MODELS, Run
+from moba_megatron.plan.step import elementwise_bytes, matrix_share
 
+from ..report import RESULTS, load, save
 from . import measured
-from .attention_cost import FORWARD, STAGES, TERMS, AttentionShape, AttentionTime, dense_seconds, term_seconds
-from .cards import Card, find_card
 
-COEFFICIENTS = Path(__file__).with_name("coefficients.json")
-"""What :func:`stored` reads, written by ``python -m moba_megatron.plan --fit``."""
 MEASURED = RESULTS / "h200" / "kernels.json"
 HOST_BOUND = 1.25
 """A row is bound by launching where the call takes this many times what its CUDA graph takes."""
@@ -51,37 +53,10 @@ class Observation:
     source: str
 
 
-@dataclass(frozen=True, eq=False)
-class Calibration:
-    """How many times longer each term takes than the card's best rate, and what launching costs.
-
-    Args:
-        coefficients: term -> times.
-        dense: the same for full attention, forward and backward together.
-        host_forward, host_backward: seconds of one call's launches.
-        source: what it was fitted to.
-    """
-
-    coefficients: dict[str, float]
-    dense: float
-    host_forward: float
-    host_backward: float
-    source: str
-
-    def moba(self, shape: AttentionShape, card: Card) -> AttentionTime:
-        """Predicted time of MoBA attention."""
-        terms = term_seconds(shape, card)
-        stages = {stage: sum(self.coefficients[t] * terms[t] for t in names) for stage, names in STAGES.items()}
-        return AttentionTime(stages, self.host_forward, self.host_backward)
-
-    def full(self, shape: AttentionShape, card: Card) -> tuple[float, float]:
-        """Predicted seconds of full attention: forward, backward."""
-        forward, backward = dense_seconds(shape, card)
-        return self.dense * forward, self.dense * backward
-
-    def predict(self, observation: Observation, card: Card) -> float:
-        stages = self.moba(observation.shape, card).stages
-        return sum(stages[name] for name in PARTS[observation.part])
+def predicted(fitted: Calibration, observation: Observation, card: Card) -> float:
+    """What a calibration says of an observation, seconds."""
+    stages = fitted.moba(observation.shape, card).stages
+    return sum(stages[name] for name in PARTS[observation.part])
 
 
 def shape_of(case: dict) -> AttentionShape:
@@ -160,6 +135,31 @@ def _dense(rows: list[dict], card: Card) -> float:
     return max(dense)[1]
 
 
+def _elementwise(dense: float) -> float:
+    """Times longer than their bytes that everything beside products and attention takes, by the 1-GPU figures."""
+    card, model, found = find_card("h200"), MODELS["350m"], []
+    for seqlen, seconds in measured.GPT_FULL:
+        run, layout = Run(model, seqlen, 1, 1, MoBAConfig(), attention="full"), Layout(1, 1, 1, 1)
+        shape = AttentionShape(seqlen, run.moba.chunk_size, run.moba.topk, model.heads, model.kv_heads, model.head_dim)
+        forward, backward = (dense * pass_seconds for pass_seconds in dense_seconds(shape, card))
+        matrices = 6 * seqlen * model.matrix_parameters / (card.flops * matrix_share(run, layout))
+        rest = seconds / model.layers - forward - backward - matrices
+        found.append(rest / (3 * elementwise_bytes(run) * seqlen / card.bytes_per_second))
+    return max(1.0, min(found))
+
+
+def link_share() -> float:
+    """Part of the link's data-sheet rate that NCCL reached on 2 and 4 H200s: the median of ``measured.COLLECTIVES``."""
+    return statistics.median(size / seconds for size, seconds in _received()) / find_card("h200").link.value
+
+
+def _received():
+    for kind, ranks, contributed, seconds in measured.COLLECTIVES:
+        others = ranks - 1
+        yield contributed * others / (ranks if kind == "all_to_all" else 1), seconds
+
+
+
 def calibrate(rows: list[dict], card: Card, source: str, without: AttentionShape | None = None) -> Calibration:
     """Fits to stored rows and, unless those have stages of their own, to the stages of ``measured``.
 
@@ -173,20 +173,14 @@ def calibrate(rows: list[dict], card: Card, source: str, without: AttentionShape
     if not any(o.part not in ("total", "forward") for o in observations):
         observations += stage_observations()
     kept = [o for o in observations if without is None or o.shape != without]
-    return Calibration(fit(kept, card), _dense(rows, card), *_host(rows), source)
-
-
-@lru_cache(maxsize=None)
-def stored() -> Calibration:
-    """The calibration by the rows that are stored for the H200."""
-    return Calibration(**load(COEFFICIENTS))
+    dense = _dense(rows, card)
+    return Calibration(fit(kept, card), dense, *_host(rows), _elementwise(dense), source)
 
 
 def write_coefficients(path: Path = MEASURED) -> Calibration:
-    """Fits to the stored rows and writes what :func:`stored` reads."""
+    """Fits to the stored rows and writes what the planner reads."""
     fitted = calibrate(load(path)["rows"], find_card("h200"), str(Path(*path.parts[-2:])))
-    save(COEFFICIENTS, asdict(fitted))
-    stored.cache_clear()
+    save(COEFFICIENTS, asdict(fitted) | {"link_share": link_share()})
     return fitted
 
 
@@ -201,7 +195,7 @@ def leave_one_out(rows: list[dict], card: Card, source: str) -> list[dict]:
         fitted = calibrate(rows, card, source, without=shape)
         for o in observations_of(rows, source):
             if o.shape == shape:
-                seconds = fitted.predict(o, card)
+                seconds = predicted(fitted, o, card)
                 found.append({"row": o.row, "part": o.part, "measured": o.seconds, "predicted": seconds,
                               "error": seconds / o.seconds - 1})
     return found

@@ -1,9 +1,10 @@
 """Measures the ways of context parallel attention on real ranks, for routings that differ, and counts their bytes.
 
-    torchrun --nproc-per-node 2 -m moba_megatron.plan.measure --json selective.json
+    torchrun --nproc-per-node 2 -m benchmarks plan-measure --json selective.json
 """
 from __future__ import annotations
 
+import argparse
 import contextlib
 import math
 import time
@@ -16,14 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks import report, timing
-from benchmarks.distributed import Ranks, join, leave
-
-from .. import environment
-from ..context_parallel import Sequences, context_parallel_attention, record_waits, selective
-from ..context_parallel.selective import PLANNING
-from ..experimental import dispatch
-from ..experimental.cost_model import (
+from moba_megatron import environment
+from moba_megatron.context_parallel import Sequences, context_parallel_attention, record_waits, selective
+from moba_megatron.context_parallel.selective import PLANNING
+from moba_megatron.experimental import dispatch
+from moba_megatron.experimental.cost_model import (
     DISPATCH,
     FETCH,
     GATHER,
@@ -35,11 +33,13 @@ from ..experimental.cost_model import (
     owner_of_chunks,
     seconds_of_modes,
 )
-from ..ops import get_stages, moba_attention
-from ..rendezvous import ArgumentParser
-from ..segments import Segments
-from .exchange import query_bytes
-from .pictures import measured_variants
+from moba_megatron.ops import get_stages, moba_attention
+from moba_megatron.plan.exchange import query_bytes
+from moba_megatron.rendezvous import report_error
+from moba_megatron.segments import Segments
+
+from .. import report, timing
+from ..distributed import Ranks, join, leave
 
 ROUTINGS = ("uniform", "local", "sink")
 LARGEST_ERROR = 2e-2
@@ -193,9 +193,8 @@ def _copied_rows(copied: numpy.ndarray, home: numpy.ndarray, chunk_size: int, re
     return rows
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measures every way for every routing; 1 where one is wrong."""
-    p = ArgumentParser(prog="python -m moba_megatron.plan.measure", description=__doc__)
+def add_measure(subcommands) -> None:
+    p = subcommands.add_parser("plan-measure", help="the ways of context parallelism on real ranks, by routing")
     p.add_argument("--tokens", type=int, default=131072)
     p.add_argument("--chunk-size", type=int, default=512)
     p.add_argument("--topk", type=int, default=8)
@@ -210,20 +209,20 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--backend", default="auto", choices=("auto", "triton", "reference"))
     p.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     p.add_argument("--json", type=Path, metavar="PATH", help="write everything measured, after every row")
-    p.add_argument("--draw", nargs=2, type=Path, metavar=("JSON", "PNG"), help="draw a stored result, measure nothing")
-    arguments = p.parse_args(argv)
-    if arguments.draw:
-        measured_variants(report.load(arguments.draw[0]), arguments.draw[1])
-        return 0
-    environment.need_device(p, arguments.device)
+    p.set_defaults(run=run_measure)
+
+
+def run_measure(arguments: argparse.Namespace) -> int:
+    """Measures every way for every routing; 1 where one is wrong."""
     job = Job(arguments.tokens, arguments.chunk_size, arguments.topk, arguments.heads, arguments.kv_heads,
               arguments.dim, arguments.backend)
     begin, ranks = time.perf_counter(), join(arguments.device)
     if job.tokens % (2 * ranks.size * job.chunk_size):
-        p.error(f"--tokens must be a multiple of 2 * ranks * --chunk-size = {2 * ranks.size * job.chunk_size}, got "
-                f"{job.tokens}")
+        report_error("--tokens must be a multiple of 2 * ranks * --chunk-size = "
+                     f"{2 * ranks.size * job.chunk_size}, got {job.tokens}")
+        return 2
     about = environment.describe(ranks.device) | {"ranks": ranks.size, "command": environment.command(
-        "torchrun --nproc-per-node %d -m moba_megatron.plan.measure" % ranks.size)}
+        "torchrun --nproc-per-node %d -m benchmarks" % ranks.size)}
     _precompile(job, ranks, arguments.precompile)
     result = {"environment": about, "job": vars(job), "rows": []}
     for routing in arguments.routings:
@@ -260,8 +259,8 @@ def _row(name: str, job: Job, inputs: tuple[Tensor, ...], expected: list[Tensor]
 def _precompile(job: Job, ranks: Ranks, workers: int) -> None:
     """Rank 0 fills Triton's cache with what the schedules launch."""
     if workers and ranks.rank == 0 and ranks.device.type == "cuda":
-        from benchmarks.cp_compile import Job as Schedule
-        from benchmarks.cp_compile import compile_schedules
+        from ..cp_compile import Job as Schedule
+        from ..cp_compile import compile_schedules
         shape = job.tokens, job.chunk_size, job.topk, job.heads, job.kv_heads, job.dim
         major, minor = torch.cuda.get_device_capability(ranks.device)
         schedules = [Schedule(comm, size, *shape) for comm, size in (("a2a", 1), ("all_gather", ranks.size),
@@ -291,7 +290,3 @@ def _line(row: dict) -> str:
     reckoned = f" (reckoned {row['reckoned_ms']:.2f})" if row["reckoned_ms"] else ""
     return (f"{row['routing']}, {row['way']}: {row['ms']['median']:.2f} ms{reckoned}, all ranks sent "
             f"{sum(row['sent_bytes']) / 2**20:.2f} MiB{counted}, largest error {max(row['errors'].values()):.1e}")
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -3,13 +3,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.report import save
+import torch
 
-from ..inspect.trace import load_trace
+from moba_megatron import environment
+from moba_megatron.inspect.trace import load_trace
+from moba_megatron.plan.coefficients import stored
+from moba_megatron.plan.hardware import Card
+
+from ..report import save
 from . import pictures
-from .calibration import stored
-from .cards import Card
-from .command import about
 from .routing import SYNTHETIC, Routing, of_trace
 from .simulate import Layer, limits, sweep
 
@@ -53,8 +55,8 @@ def write(folder: Path, layer: Layer, lengths: list[int], card: Card, trace: Pat
             raise ValueError(f"--seq must be a multiple of --chunk-size {layer.chunk_size}, got {tokens}")
         ranks = [p for p in RANKS if tokens % (2 * p) == 0 and tokens // (2 * p) >= 64]
         rows += sweep(layer, routings_for(layer, tokens, trace), ranks, card, calibration)
-    result = {"environment": about(), "simulated": True, "card": card.name, "calibration": calibration.source,
-              "layer": vars(layer), "limits": limits(rows), "rows": rows}
+    result = {"environment": environment.describe(torch.device("cpu")), "simulated": True, "card": card.name,
+              "calibration": calibration.source, "layer": vars(layer), "limits": limits(rows), "rows": rows}
     save(folder / "exchange.json", result)
     pictures.simulated(result, folder)
     return table(result["limits"])

@@ -12,13 +12,14 @@ import numpy
 import torch
 from torch import Tensor
 
-from ..context_parallel.selective import DISPATCH_FROM, HANDLING, PLANNING
-from ..experimental.cost_model import RowSizes, is_relayed, mixed_ranks, replicas_of
-from .attention_cost import BF16, FP32, AttentionShape
-from .calibration import Calibration
-from .cards import Card
-from .exchange import query_bytes
-from .links import LATENCY, Group, all_gather, link_share
+from moba_megatron.context_parallel.selective import DISPATCH_FROM, HANDLING, PLANNING
+from moba_megatron.experimental.cost_model import RowSizes, is_relayed, mixed_ranks, replicas_of
+from moba_megatron.plan.attention_cost import BF16, FP32, AttentionShape
+from moba_megatron.plan.coefficients import LINK_SHARE, Calibration
+from moba_megatron.plan.exchange import query_bytes
+from moba_megatron.plan.hardware import Card
+from moba_megatron.plan.links import LATENCY, Group, all_gather
+
 from .routing import Routing
 
 EFFICIENT = 0.5
@@ -188,16 +189,15 @@ def _moved(layer: Layer, tokens: numpy.ndarray, home: numpy.ndarray, sent: numpy
 def rate(ranks: int, card: Card) -> float:
     """Bytes a second of a rank where its partners are; the network's as soon as some are in other machines."""
     between = Group(ranks).inside(card) < ranks
-    return (card.network if between else card.link).value * link_share()
+    return (card.network if between else card.link).value * LINK_SHARE
 
 
 def seconds_of(traffic: RankTraffic, ranks: int, card: Card) -> float:
     """Time of the busiest rank's bytes if partners are spread evenly over machines: each rank uses its own port."""
     inside = Group(ranks).inside(card)
     outside = (ranks - inside) / max(1, ranks - 1)
-    share = link_share()
-    return max(traffic.worst * (1 - outside) / (card.link.value * share),
-               traffic.worst * outside / (card.network.value * share)) + 4 * LATENCY
+    return max(traffic.worst * (1 - outside) / (card.link.value * LINK_SHARE),
+               traffic.worst * outside / (card.network.value * LINK_SHARE)) + 4 * LATENCY
 
 
 def gathered_seconds(layer: Layer, chunks: int, ranks: int, card: Card) -> float:

@@ -5,18 +5,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.cases import Case
-from benchmarks.report import GIB, RESULTS, case_of, load
+from moba_megatron.config import MoBAConfig
+from moba_megatron.experimental.cost_model import DISPATCH, MIXED
+from moba_megatron.plan.coefficients import Calibration
+from moba_megatron.plan.hardware import Card, find_card
+from moba_megatron.plan.layout import Layout
+from moba_megatron.plan.memory import attention_working
+from moba_megatron.plan.models import MODELS, Model, Run
+from moba_megatron.plan.step import Prediction, predict
 
-from ..config import MoBAConfig
-from ..experimental.cost_model import DISPATCH, MIXED
+from ..cases import Case
+from ..report import GIB, RESULTS, case_of, load
 from . import measured
-from .calibration import Calibration, calibrate, leave_one_out, median_error
-from .cards import Card, find_card
-from .layout import Layout
-from .memory import attention_working
-from .models import MODELS, Model, Run
-from .step import Prediction, predict
+from .calibration import calibrate, leave_one_out, median_error
 
 GOAL = 0.15
 """Largest median of the absolute relative errors that a section may have."""
@@ -98,7 +99,7 @@ def _end_to_end(card: Card, calibration: Calibration) -> Section:
         layout = Layout(1, gpus, 1, 1, comm_type or "-")
         predicted = predict(run, layout, card, calibration, optimizer=False).seconds
         found.append(_row(f"{gpus} GPUs {seqlen // 1024}K {comm_type or ''}", 1e3 * seconds, 1e3 * predicted, fitted))
-    return Section("Full attention in Transformer Engine, 350M GPT, forward and backward (plan/measured.py)", found)
+    return Section("Full attention in Transformer Engine, 350M GPT, forward and backward (planner/measured.py)", found)
 
 
 def _rows(results: list[dict]) -> list[dict]:
@@ -136,14 +137,14 @@ def _sent(results: list[dict], card: Card, calibration: Calibration) -> Section:
 
 
 def _selective_bytes(results: list[dict], card: Card, calibration: Calibration) -> Section:
-    """Of `plan.measure`: what all ranks sent beside what the selection of one rank tells."""
+    """Of `plan-measure`: what all ranks sent beside what the selection of one rank tells."""
     found = [_row(f"{row['routing']}, {row['way']} on {row['ranks']}", sum(row["sent_bytes"]) / GIB,
                   sum(row["counted_bytes"]) / GIB) for row in _rows(results) if row["counted_bytes"]]
     return Section("Bytes of the selective exchange (selective*.json): counted on the selection", found, "GiB")
 
 
 def _selective_ways(results: list[dict], card: Card, calibration: Calibration) -> Section:
-    """Of `plan.measure`: times beside those by which the schedule chooses between its ways, as the run reckoned."""
+    """Of `plan-measure`: times beside those by which the schedule chooses between its ways, as the run reckoned."""
     found = [_row(f"{row['routing']}, {row['way']} on {row['ranks']}", row["ms"]["median"], row["reckoned_ms"],
                   any(way in row["way"] for way in (DISPATCH, MIXED)))  # ways.HANDLING, ways.PLANNING
              for row in _rows(results) if row.get("reckoned_ms")]

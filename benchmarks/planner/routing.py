@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy
 
-from ..inspect.trace import RoutingTrace
+from moba_megatron.inspect.trace import RoutingTrace
 
 CERTAIN = 1 - 1e-7
 """Largest probability that is told apart from 1: its logarithm must be finite."""
