@@ -29,7 +29,7 @@ from megatron.core.transformer.spec_utils import build_module  # noqa: E402
 from megatron.core.transformer.transformer_config import MLATransformerConfig  # noqa: E402
 
 from moba_megatron import MoBAConfig, environment  # noqa: E402
-from moba_megatron.layer_specs import with_moba_core_attention  # noqa: E402
+from moba_megatron.megatron.layer_specs import with_moba_core_attention  # noqa: E402
 
 from . import report  # noqa: E402
 

@@ -9,6 +9,7 @@ from ranks import run_ranks
 
 from benchmarks.distributed import Ranks
 from benchmarks.planner.measure import SELECTIVE, Job, choices_of, counted_bytes, make_inputs, measure_way, one_rank
+from benchmarks.planner.simulate import traffic_of_selection
 from moba_megatron import reference
 from moba_megatron.context_parallel import Sequences, context_parallel_attention, record_waits, selective
 from moba_megatron.context_parallel.selective import HANDLING, PLANNING, pieces_are_chunks
@@ -33,7 +34,6 @@ from moba_megatron.experimental.dispatch import by_chunk
 from moba_megatron.experimental.dispatch_plan import chunks_of_ranks, ranges
 from moba_megatron.ops import moba_attention
 from moba_megatron.plan.exchange import query_bytes
-from moba_megatron.plan.simulate import traffic_of_selection
 from moba_megatron.segments import Segments
 
 # (name, tokens of a sequence, sequences, chunk size, topk, heads, kv heads, D, DV, head groups, dtype)
