@@ -21,8 +21,8 @@ import torch
 
 from . import __version__, moba_attn_varlen
 from .config import MoBAConfig
-from .launch import CHECKED_VERSIONS, is_known_version, megatron_version
 from .megatron.arguments import config_from_environment
+from .megatron.host import CHECKED_VERSIONS, is_known_version, megatron_version
 from .ops import flash_packages
 from .ops.dense import dense_setting
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moba_megatron import doctor, launch
+from moba_megatron import doctor
 
 
 def run(capsys, *arguments):
@@ -41,7 +41,7 @@ def test_an_unknown_megatron_is_said(capsys, monkeypatch):
     pytest.importorskip("megatron.core")
     monkeypatch.setattr(doctor, "megatron_version", lambda: "0.42.0")
     assert "0.42.0, not checked (checked: 0.13 to 0.20)" in run(capsys, "--no-self-test")[1]
-    assert launch.is_known_version("0.16.1") and not launch.is_known_version("unknown")
+    assert doctor.is_known_version("0.16.1") and not doctor.is_known_version("unknown")
 
 
 def test_every_variable_that_the_package_reads_is_known():

@@ -72,7 +72,7 @@ def models(rank, size):
     """Of full attention, of MoBA that chooses everything, and of MoBA: results, and numbers of MoBA's layers."""
     from gpt import parallel_state, tensor_parallel
 
-    from moba_megatron import MoBAConfig, MoBACoreAttention, launch
+    from moba_megatron import MoBAConfig, MoBACoreAttention
     from moba_megatron.megatron import patching
 
     parallel_state.initialize_model_parallel()
@@ -80,9 +80,9 @@ def models(rank, size):
     stack = classes()[1]
     # the norm behind the last layer is Transformer Engine's
     sys.modules[stack.__module__].TENorm = lambda config, hidden_size, eps: torch.nn.RMSNorm(hidden_size, eps)
-    hooks = [hook for module, name, hook in launch.OPTIONAL_HOOKS if launch._owner(module, name) is stack]
+    hooks = [hook for module, name, hook in patching.OPTIONAL_HOOKS if patching._owner(module, name) is stack]
     assert hooks  # one; in 0.19 a second finds the same class by its old name
-    for hook in hooks:  # what launch.install does in Megatron-LM
+    for hook in hooks:  # what patching.apply does in Megatron-LM
         stack.__init__ = hook(stack.__init__)
     moba = "--attention", "moba", "--moba-chunk-size", "8", "--moba-topk"
     found = []

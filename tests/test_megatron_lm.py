@@ -405,9 +405,9 @@ def parsed(*flags, **others):
 
 
 def test_unknown_version_is_said(monkeypatch):
-    monkeypatch.setattr(launch, "megatron_version", lambda: "0.42.0")
+    monkeypatch.setattr(patching, "megatron_version", lambda: "0.42.0")
     with pytest.warns(UserWarning, match=r"megatron-core 0.42.0 was not checked .*0.13 to 0.20.*not found: a.b"):
-        launch._warn_of_unknown_version(["a.b"])
+        patching._warn_of_unknown_version(["a.b"])
 
 
 @pytest.mark.skipif("MEGATRON_LM_PATH" not in os.environ, reason="set MEGATRON_LM_PATH to a Megatron-LM checkout")
@@ -416,9 +416,9 @@ def test_hooks_exist_in_a_real_checkout():
         import sys, typing
         if not hasattr(typing, "override"):
             typing.override = lambda function: function  # Megatron-LM 0.19 wants Python 3.12
-        from moba_megatron import launch
-        hooked = launch.install()
-        assert launch.install() == hooked
+        from moba_megatron.megatron import patching
+        hooked = patching.apply()
+        assert patching.apply() == hooked
         from megatron.training import arguments
         assert arguments.add_megatron_arguments.moba_hook == "moba_arguments"
         sys.argv = ["x", "--attention", "moba", "--moba-topk", "5", "--micro-batch-size", "1"]

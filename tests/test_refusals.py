@@ -142,7 +142,6 @@ def test_keys_of_other_lengths(change, text):
 @pytest.mark.parametrize("name", ["flash_decode", "flash_decode_and_prefill"])
 def test_a_release_that_cannot_be_guarded(monkeypatch, name):
     monkeypatch.delattr(Attention, name)
-    refusals.guard_paths_around_core_attention.cache_clear()
     for _ in range(2):
         with pytest.raises(RuntimeError, match=f"Attention has no {name}, .*MoBA does not start"):
             make_core()

@@ -31,7 +31,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ..config import MoBAConfig
-from ..launch import megatron_version
+from ..megatron.host import megatron_version
 from ..megatron.layer_specs import get_moba_layer_local_spec
 
 DESCRIPTION = "model_description"

@@ -5,7 +5,7 @@
 | ``core_attention``, ``key_convolution`` | the modules that layers are made of |
 | ``layer_specs`` | Megatron's layer specs with them |
 | ``arguments``, ``checkpoint_flags`` | ``--moba-*`` flags, in checkpoints too |
-| ``patching`` | every change of a host, see `launch.py` and `patches/` |
-| ``host``, ``refusals``, ``multi_token_prediction`` | what is read of Megatron, and what is refused of it |
+| ``patching`` | every change of Megatron: ``apply()``, ``undo()`` |
+| ``host``, ``refusals`` | what is read of Megatron, and what is refused of it |
 | ``flops``, ``router_log`` | Megatron-LM's throughput line and logs |
 """

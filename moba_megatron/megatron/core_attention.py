@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -30,18 +31,16 @@ from ..ops import moba_attention
 from ..ops.validation import cast_under_autocast, check_cu_seqlens, check_qkv
 from ..segments import Segments, uniform_segments
 from .arguments import config_from_environment
-from .host import host_config, host_iteration, print_once
+from .host import host_config, host_iteration, layer_being_built, print_once
 from .key_convolution import KeyConvolution
-from .multi_token_prediction import global_layer_number, watch_multi_token_prediction
+from .patching import guard_layers
 from .refusals import (
     check_attention_mask,
     check_packed,
-    guard_paths_around_core_attention,
     raise_what_arrived,
     refuse_arguments,
     refuse_switch_in_graphs,
     refuse_unsupported,
-    watch_attention_layers,
 )
 
 HIERARCHICAL = "a2a+all_gather"
@@ -120,7 +119,7 @@ class MoBACoreAttention(MegatronModule):
         refuse_arguments(kwargs, "")
         refuse_unsupported(config, attn_mask_type, attention_type, attention_dropout)
         self.moba_config = _resolve_config(moba_config)
-        self.layer_number = global_layer_number(config, layer_number)
+        self.layer_number = _global_layer_number(config, layer_number)
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = softmax_scale
         self.deterministic = self.moba_config.deterministic or config.deterministic_mode
@@ -139,7 +138,7 @@ class MoBACoreAttention(MegatronModule):
             self.key_convolution = KeyConvolution(config, self.moba_config.key_conv, k_channels,
                                                   self.moba_config.backend,
                                                   getattr(pg_collection or model_comm_pgs, "tp", None))
-        guard_paths_around_core_attention(MoBACoreAttention)
+        guard_layers()
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
                 attn_mask_type: AttnMaskType | None = None, attention_bias: Tensor | None = None,
@@ -294,19 +293,25 @@ class MoBAOrTEDotProductAttention:
     def __new__(cls, config: TransformerConfig, layer_number: int, *args, moba_config: MoBAConfig | None = None,
                 **kwargs):
         moba_config, last = _resolve_config(moba_config), config.num_layers
-        if not moba_config.is_full_attention(min(global_layer_number(config, layer_number), last), last):
+        if not moba_config.is_full_attention(min(_global_layer_number(config, layer_number), last), last):
             return MoBACoreAttention(config, layer_number, *args, moba_config=moba_config, **kwargs)
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
         return TEDotProductAttention(config, layer_number, *args, **kwargs)
 
 
-watch_attention_layers()  # here, since a spec may name MoBACoreAttention itself
+def _global_layer_number(config: TransformerConfig, layer_number: int) -> int:
+    """Megatron's number; in a layer of multi-token prediction one behind the model's layers.
+
+    There Megatron up to 0.15 gives the number of the pipeline stage's first layer, 0.16 those behind the model's last,
+    and from 0.17 on 1, 2, ... again.
+    """
+    prediction = layer_being_built(MultiTokenPredictionLayer)
+    return layer_number if prediction is None else config.num_layers + prediction.layer_number
 
 
 def core_attention_beside(dense) -> type:
     """The class to put in a spec in place of ``dense``, the core attention that Megatron put there."""
-    watch_multi_token_prediction()
     name = getattr(getattr(dense, "module", dense), "__name__", "")
     te = name in ("TEDotProductAttention", MoBAOrTEDotProductAttention.__name__)
     return MoBAOrTEDotProductAttention if te else MoBACoreAttention

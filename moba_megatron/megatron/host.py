@@ -1,13 +1,44 @@
-"""What MoBA reads from Megatron-LM where its training loop is the host: flags and the iteration."""
+"""What MoBA reads of Megatron: its version, the layer that is being built, Megatron-LM's flags and iteration."""
 from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import os
 import sys
 
 from ..config import MoBAConfig
 from .arguments import config_from_args
+
+CHECKED_VERSIONS = ("0.13", "0.14", "0.15", "0.16", "0.17", "0.18", "0.19", "0.20")
+
+
+def megatron_version() -> str:
+    """megatron-core's version as the sources say it, "unknown" where they do not."""
+    try:
+        info = importlib.import_module("megatron.core.package_info")
+        return f"{info.MAJOR}.{info.MINOR}.{info.PATCH}{info.PRE_RELEASE}"
+    except (ImportError, AttributeError):
+        return "unknown"
+
+
+def is_known_version(version: str) -> bool:
+    """Whether the hooks were checked against a release of this line."""
+    return ".".join(version.split(".")[:2]) in CHECKED_VERSIONS
+
+
+def layer_being_built(kind: type):
+    """The innermost object of this class whose constructor is running in this thread, or None.
+
+    Megatron does not tell a core attention which layers it is in. Their constructors call its constructor, so they are
+    found among the callers, and no class of Megatron has to be changed for it.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "__init__" and isinstance(layer := frame.f_locals.get("self"), kind):
+            return layer
+        frame = frame.f_back
+    return None
 
 
 def host_args() -> argparse.Namespace | None:

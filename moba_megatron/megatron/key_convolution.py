@@ -11,14 +11,15 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import LocalNonpersistentObject, ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from ..ops import key_convolution
-from .host import print_once
-from .refusals import layer_config
+from .host import layer_being_built, print_once
+from .patching import hook_loading
 
 _KEY = re.compile(r"key_convolution\.layer_(\d+)\.")
 
@@ -47,13 +48,14 @@ class KeyConvolution(MegatronModule):
         self.width, self.backend = width, backend
         self.head_dim = head_dim or config.kv_channels
         self.tp_group = tp_group or parallel_state.get_tensor_model_parallel_group()
-        config = layer_config(config)
+        layer = layer_being_built(Attention)  # where kv heads are repeated, a core attention's config has more of them
+        config = config if layer is None else layer.config
         heads = config.num_query_groups or config.num_attention_heads
         size = config.tensor_model_parallel_size
         if heads % size:
             raise ValueError(f"--moba-key-conv needs kv heads (--num-query-groups) that are a multiple of the tensor "
                              f"model parallel size, got {heads} and {size}: repeated heads' filters would differ")
-        _watch_loading()
+        hook_loading()
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = torch.nn.Parameter(torch.zeros(heads // size * width * self.head_dim, dtype=config.params_dtype,
                                                      device=device))
@@ -87,18 +89,11 @@ class KeyConvolution(MegatronModule):
         return state
 
 
-@functools.lru_cache(maxsize=1)
-def _watch_loading() -> None:
+def load_without_filters(original, sharded_state_dict, checkpoint_dir, *args, **kwargs):
     """Has a distributed checkpoint without filters, a dense model's, load: they stay as they are, the identity."""
-    original = dist_checkpointing.load
-
-    @functools.wraps(original)
-    def load(sharded_state_dict, checkpoint_dir, *args, **kwargs):
-        saved = {t.key: t for t in dist_checkpointing.load_tensors_metadata(str(checkpoint_dir)).values()}
-        expected = dict_list_map_outplace(functools.partial(_as_saved, saved), sharded_state_dict)
-        return original(expected, checkpoint_dir, *args, **kwargs)
-
-    dist_checkpointing.load = load
+    saved = {t.key: t for t in dist_checkpointing.load_tensors_metadata(str(checkpoint_dir)).values()}
+    expected = dict_list_map_outplace(functools.partial(_as_saved, saved), sharded_state_dict)
+    return original(expected, checkpoint_dir, *args, **kwargs)
 
 
 def _as_saved(saved: dict[str, ShardedTensor], tensor):

@@ -1,7 +1,9 @@
-"""Hooks into Megatron-LM's training scripts: `moba_megatron.launch` installs them at start, `patches/` in the source.
+"""Every change of Megatron: `apply` makes them for Megatron-LM's training scripts, `undo` takes them back.
 
-Each hook decorates one function of Megatron-LM. With ``--attention full``, the default, every one passes the call
-through. Nothing of Megatron is imported here before a hook runs, so its modules may import this one.
+`moba_megatron.launch` calls `apply`; `patches/` has the same hooks as decorators in the source. Each wraps one function
+of Megatron, and with ``--attention full``, the default, passes the call through. A MoBA layer that is built applies
+what it needs of Megatron-Core, `guard_layers`. Nothing of Megatron is imported here before a hook runs, so its modules
+may import this one, and nothing is changed by importing.
 """
 from __future__ import annotations
 
@@ -10,17 +12,130 @@ import copy
 import functools
 import importlib
 import inspect
+import warnings
 
 from ..config import MoBAConfig
 from .arguments import add_moba_arguments
 from .checkpoint_flags import compare_flags, restore_flags
 from .flops import correction
-from .host import host_args, host_config, host_iteration, is_active, print_once
+from .host import (
+    CHECKED_VERSIONS,
+    host_args,
+    host_config,
+    host_iteration,
+    is_active,
+    is_known_version,
+    megatron_version,
+    print_once,
+)
 
 FULL_MEANING = "full: Megatron-LM's own attention, untouched"
+only_flags = False
+"""Whether nothing but the flags was added to Megatron-LM, so that ``--attention moba`` would change nothing."""
+_hooked: list[tuple] = []
+"""Module or class, attribute, what was there, what was put there."""
 
 
-def _hook(wrap):
+def apply(attention: str = "moba") -> list[str]:
+    """Hooks MoBA into the Megatron-LM that ``import megatron`` finds. Calling it again changes nothing.
+
+    Args:
+        attention: ``moba``; with ``full`` only the argument parser is extended.
+
+    Returns:
+        what is hooked, as ``module.name``.
+
+    Raises:
+        ImportError: there is no megatron.training, or it lacks a function that must be hooked.
+    """
+    try:
+        importlib.import_module("megatron.training")
+    except ImportError as error:
+        raise ImportError(
+            f"megatron.training cannot be imported ({error}): give the path of a script in a Megatron-LM checkout, or "
+            "set PYTHONPATH to one. (megatron-core's wheels have it from 0.17.1 on.)") from error
+    global only_flags
+    only_flags = attention != "moba"
+    required, optional = ([ARGUMENTS_HOOK], []) if only_flags else ([ARGUMENTS_HOOK, *HOOKS], OPTIONAL_HOOKS)
+    missing = [f"{module}.{name}" for module, name, _ in required if _owner(module, name) is None]
+    version = _warn_of_unknown_version(missing)
+    if missing:
+        raise ImportError(f"megatron-core {version} has no {', '.join(missing)}: --attention moba cannot be hooked in. "
+                          "Use --spec moba_megatron.layer_specs moba_layer_spec with MOBA_* environment variables")
+    return [f"{module}.{name}" for module, name, wrap in (*required, *optional) if _hook(module, name, wrap)]
+
+
+def undo() -> list[str]:
+    """Puts back what Megatron had before :func:`apply`, and before MoBA layers were built; they are unguarded then.
+
+    Returns:
+        what was put back. What another package has wrapped since stays, with a warning.
+    """
+    global only_flags
+    only_flags, restored = False, []
+    while _hooked:
+        owner, attribute, original, ours = _hooked.pop()
+        name, found = f"{owner.__name__}.{attribute}", getattr(owner, attribute, original)
+        if found is ours:
+            setattr(owner, attribute, original)
+            restored.append(name)
+        elif found is not original:
+            warnings.warn(f"{name} is not what moba_megatron put there, and stays as it is", stacklevel=2)
+    return restored
+
+
+def guard_layers() -> None:
+    """Makes Megatron's inference paths that bypass core attention refuse MoBA layers: they would be dense, silently.
+
+    Raises:
+        RuntimeError: a Megatron that has them by other names.
+    """
+    for name in ("flash_decode", "flash_decode_and_prefill"):
+        if not _hook("megatron.core.transformer.attention", f"Attention.{name}", moba_inference_guard):
+            raise RuntimeError(f"megatron.core's Attention has no {name}, by whose name MoBA layers refuse to be "
+                               "bypassed: this release may attend densely under another name, so MoBA does not start")
+
+
+def hook_loading() -> None:
+    """Has dense checkpoints load into a model that has key convolutions."""
+    _hook("megatron.core.dist_checkpointing", "load", moba_load)
+
+
+def _hook(module: str, name: str, wrap) -> bool:
+    """Wraps a function of Megatron where it is, once; False where this Megatron or its dependencies lack it."""
+    owner, attribute = _owner(module, name), name.rpartition(".")[2]
+    if owner is None:
+        return False
+    original = getattr(owner, attribute)
+    ours = wrap(original)
+    if ours is not original:
+        _hooked.append((owner, attribute, original, ours))
+        setattr(owner, attribute, ours)
+    return True
+
+
+def _owner(module: str, name: str):
+    """The module or class that has ``name``; None where there is none."""
+    try:
+        owner = importlib.import_module(module)
+        *classes, attribute = name.split(".")
+        owner = functools.reduce(getattr, classes, owner)
+        getattr(owner, attribute)
+    except (ImportError, AttributeError):
+        return None
+    return owner
+
+
+def _warn_of_unknown_version(missing: list[str]) -> str:
+    version = megatron_version()
+    if not is_known_version(version):
+        found = "all of the hooked functions are there" if not missing else f"not found: {', '.join(missing)}"
+        warnings.warn(f"megatron-core {version} was not checked with moba_megatron (checked: {CHECKED_VERSIONS[0]} to "
+                      f"{CHECKED_VERSIONS[-1]}); {found}", stacklevel=3)
+    return version
+
+
+def _wrapper(wrap):
     """A decorator from ``wrap(original, *args, **kwargs)``. Applied twice it still acts once."""
 
     @functools.wraps(wrap)
@@ -38,7 +153,7 @@ def _hook(wrap):
     return decorator
 
 
-@_hook
+@_wrapper
 def moba_arguments(original, parser):
     """On ``add_megatron_arguments``: adds ``--attention`` and ``--moba-*``, and watches checkpoints for them."""
     parser = add_moba_arguments(original(parser), default="full", full_meaning=FULL_MEANING)
@@ -56,7 +171,9 @@ def moba_arguments(original, parser):
         return parsed
 
     parser.parse_known_args = parse_known_args
-    _watch_checkpoints()
+    if not _hook("megatron.training.checkpointing", "_load_base_checkpoint", moba_checkpoint):
+        print_once("> megatron.training.checkpointing has no _load_base_checkpoint: --moba-* flags are not compared "
+                   "with a checkpoint's")
     return parser
 
 
@@ -66,20 +183,7 @@ def _at_least_one(text: str) -> int:
     return int(text)
 
 
-def _watch_checkpoints() -> None:
-    try:
-        checkpointing = importlib.import_module("megatron.training.checkpointing")
-        checkpointing._load_base_checkpoint = moba_checkpoint(checkpointing._load_base_checkpoint)
-    except (ImportError, AttributeError):
-        print_once("> megatron.training.checkpointing has no _load_base_checkpoint: --moba-* flags are not compared "
-                   "with a checkpoint's")
-
-
-only_flags = False
-"""Whether nothing but the flags was added to Megatron-LM, so that ``--attention moba`` would change nothing."""
-
-
-@_hook
+@_wrapper
 def moba_checkpoint(original, load_dir, args, *positional, **named):
     """On ``_load_base_checkpoint``: the checkpoint's MoBA flags are restored while Megatron-LM restores its own, else
     compared.
@@ -109,13 +213,13 @@ def core_attention_for(dense):
     return core_attention_beside(dense)
 
 
-@_hook
+@_wrapper
 def moba_core_attention(original, provider):
     """On a spec provider's ``core_attention``."""
     return core_attention_for(original(provider))
 
 
-@_hook
+@_wrapper
 def moba_hybrid_stack(original, *args, **kwargs):
     """On the constructor of HybridStack or MambaStack, whose specs name Transformer Engine's attention themselves."""
     if not is_active():
@@ -131,7 +235,7 @@ def moba_hybrid_stack(original, *args, **kwargs):
     return original(*bound.args, **bound.kwargs)
 
 
-@_hook
+@_wrapper
 def moba_flops(original, args, batch_size, *sums, **named_sums):
     """On ``num_floating_point_operations``: the throughput log counts what MoBA computes."""
     dense = original(args, batch_size, *sums, **named_sums)
@@ -142,7 +246,7 @@ def moba_flops(original, args, batch_size, *sums, **named_sums):
                               bound.get("seqlen_squared_sum_in_batch"), bound.get("total_real_tokens_in_batch"))
 
 
-@_hook
+@_wrapper
 def moba_model_check(original, *args, **kwargs):
     """On ``setup_model_and_optimizer``: a model that took no notice of ``--attention moba`` is an error, not dense.
 
@@ -152,9 +256,9 @@ def moba_model_check(original, *args, **kwargs):
     if is_active():
         check_model(result[0], host_config())
         if getattr(host_args(), "moba_log_router_interval", None) is not None:
-            from .router_log import watch_training
+            from .router_log import log_router
 
-            watch_training()
+            _hook("megatron.training.training", "train_step", log_router)
     return result
 
 
@@ -164,10 +268,12 @@ def check_model(model, config: MoBAConfig) -> None:
     Args:
         model: modules of this rank, one a virtual pipeline stage.
     """
-    from .core_attention import MoBACoreAttention
-    from .multi_token_prediction import within_multi_token_prediction
+    from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 
-    behind = within_multi_token_prediction(model)
+    from .core_attention import MoBACoreAttention
+
+    behind = {id(module) for part in model for layer in part.modules() if isinstance(layer, MultiTokenPredictionLayer)
+              for module in layer.modules()}
     layers = [module for part in model for module in part.modules() if hasattr(module, "core_attention")]
     for layer in layers:
         core, last = layer.core_attention, layer.config.num_layers
@@ -182,3 +288,36 @@ def check_model(model, config: MoBAConfig) -> None:
     sparse = sum(isinstance(layer.core_attention, MoBACoreAttention) and not layer.core_attention.full_attention
                  for layer in layers)
     print_once(f"> MoBA attention in {sparse} of {len(layers)} attention layers of rank 0")
+
+
+@_wrapper
+def moba_inference_guard(original, self, *args, **kwargs):
+    """On an inference path of Megatron's attention that does not call core attention."""
+    from .core_attention import MoBACoreAttention
+
+    if isinstance(self.core_attention, MoBACoreAttention):
+        raise ValueError(f"Attention.{original.__name__} (dynamic batching: DynamicInferenceContext, or "
+                         "StaticInferenceEngine without legacy=True; or --flash-decode) would bypass MoBA and "
+                         "attend densely: use static batching, StaticInferenceEngine(..., legacy=True)")
+    return original(self, *args, **kwargs)
+
+
+@_wrapper
+def moba_load(original, *args, **kwargs):
+    """On ``dist_checkpointing.load``."""
+    from .key_convolution import load_without_filters
+
+    return load_without_filters(original, *args, **kwargs)
+
+
+ARGUMENTS_HOOK = ("megatron.training.arguments", "add_megatron_arguments", moba_arguments)
+HOOKS = (
+    ("megatron.core.models.backends", "LocalSpecProvider.core_attention", moba_core_attention),
+    ("megatron.training.training", "setup_model_and_optimizer", moba_model_check),
+    ("megatron.training.training", "num_floating_point_operations", moba_flops),
+)
+OPTIONAL_HOOKS = (  # Transformer Engine may be missing; the hybrid model has moved, and needs packages of its own
+    ("megatron.core.extensions.transformer_engine_spec_provider", "TESpecProvider.core_attention", moba_core_attention),
+    ("megatron.core.models.hybrid.hybrid_block", "HybridStack.__init__", moba_hybrid_stack),
+    ("megatron.core.ssm.mamba_block", "MambaStack.__init__", moba_hybrid_stack),
+)

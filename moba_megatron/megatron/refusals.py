@@ -1,17 +1,15 @@
-"""What MoBA refuses of Megatron: options, masks, layouts, arguments and paths that it would otherwise have to ignore.
+"""What MoBA refuses of Megatron: options, masks, layouts and arguments that it would otherwise have to ignore.
 
 Values that lie on a GPU are compared there and read once they have arrived, at a later call: no step waits for them.
 """
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Sized
 
 import torch
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -192,49 +190,3 @@ def raise_what_arrived() -> None:
         if not flag:
             _last_seen.clear()
             raise ValueError(f"in an earlier call: {text}")
-
-
-_layer_configs: list[TransformerConfig] = []
-
-
-@functools.lru_cache(maxsize=1)
-def watch_attention_layers() -> None:
-    """Has Megatron's attention layers say which config they got; to be called before any is built."""
-    original = Attention.__init__
-
-    @functools.wraps(original)
-    def build(self, config, *args, **kwargs):
-        _layer_configs.append(config)
-        try:
-            original(self, config, *args, **kwargs)
-        finally:
-            _layer_configs.pop()
-
-    Attention.__init__ = build
-
-
-def layer_config(config: TransformerConfig) -> TransformerConfig:
-    """The config of the attention layer that is being built; its core attention's says repeated kv heads are more."""
-    return _layer_configs[-1] if _layer_configs else config
-
-
-@functools.lru_cache(maxsize=1)
-def guard_paths_around_core_attention(core: type) -> None:
-    """Makes Megatron's inference paths that bypass core attention refuse MoBA layers: they would be dense, silently."""
-    for name in ("flash_decode", "flash_decode_and_prefill"):
-        if not hasattr(Attention, name):
-            raise RuntimeError(f"megatron.core's Attention has no {name}, by whose name MoBA layers refuse to be "
-                               "bypassed: this release may attend densely under another name, so MoBA does not start")
-        setattr(Attention, name, _guarded(getattr(Attention, name), core))
-
-
-def _guarded(method, core: type):
-    @functools.wraps(method)
-    def guarded(self, *args, **kwargs):
-        if isinstance(self.core_attention, core):
-            raise ValueError(f"Attention.{method.__name__} (dynamic batching: DynamicInferenceContext, or "
-                             "StaticInferenceEngine without legacy=True; or --flash-decode) would bypass MoBA and "
-                             "attend densely: use static batching, StaticInferenceEngine(..., legacy=True)")
-        return method(self, *args, **kwargs)
-
-    return guarded

@@ -14,16 +14,11 @@ from ..inspect.router_log import RouterLog
 from .host import host_args, host_iteration
 
 
-def watch_training(training=None) -> None:
-    """Has ``train_step`` of Megatron-LM's training loop watched; calling it again changes nothing.
-
-    Args:
-        training: the module ``megatron.training.training``; None for the one that is imported.
-    """
-    training = training or sys.modules["megatron.training.training"]
-    if hasattr(training.train_step, "moba_router_log"):
-        return
-    original, args = training.train_step, host_args()
+def log_router(original):
+    """``train_step`` of Megatron-LM's training loop, watched; one that is watched already as it is."""
+    if hasattr(original, "moba_router_log"):
+        return original
+    args = host_args()
     log = RouterLog(args.moba_log_router_interval, args.num_layers + (getattr(args, "mtp_num_layers", None) or 0),
                     args.num_attention_heads)
 
@@ -37,7 +32,7 @@ def watch_training(training=None) -> None:
         return result
 
     train_step.moba_router_log = log
-    training.train_step = train_step
+    return train_step
 
 
 def _write(report, iteration: int, args: argparse.Namespace) -> None:
