@@ -14,11 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..segments import Routing
 from .head_groups import HeadGroups, Prefetch, number_of_groups, split_heads
-from .layout import BlockExchange, ZigzagLayout
+from .layout import ZigzagLayout
 from .pipeline import Grads, Pipeline, Saved
-from .transport.comm import Pending, all_gather
+from .transport.comm import Pending, all_gather, wait_for
 from .transport.exchange import reduce_to_local, to_global
 from .transport.rows import copy_rows
 
@@ -46,25 +45,21 @@ class AllGatherAttention:
     def attend(self, q: Tensor, v_dim: int, groups: HeadGroups, gathered: Prefetch,
                choices: list) -> tuple[Tensor, Saved]:
         """o, and what is saved of each group, from keys and values that are on their way."""
+        segments = self.layout.segments
         o, saved = q.new_empty(*q.shape[:2], v_dim) if len(groups) > 1 else None, []
-        for (heads, _), choice in zip(groups, choices):
-            part, rest = self._attend(q[:, heads], gathered, choice)
+        for (heads, _), (selected, routing) in zip(groups, choices):
+            k_all, v_all = arrived(gathered.take())
+            if selected is None and self.pipeline.earlier(segments):
+                # the boundaries of pieces are on the device only: the same means from all keys
+                selected, routing = self.pipeline.choose(q[:, heads], k_all, segments)
+            part, rest = self.pipeline.attend(q[:, heads], k_all, v_all, selected, routing, segments)
+            del k_all, v_all  # their memory is the next group's
             if o is None:
                 o = part
             else:
                 copy_rows(o[:, heads], part)
             saved.append(rest)
         return o, saved
-
-    def _attend(self, q: Tensor, gathered: Prefetch, choice: tuple[Tensor | None, Routing | None]):
-        """o and what is saved of the next group of heads."""
-        segments = self.layout.segments
-        k_all, v_all = arrived(gathered.take())
-        selected, routing = choice
-        if selected is None and self.pipeline.earlier(segments):
-            # the boundaries of pieces are on the device only: the same means from all keys
-            selected, routing = self.pipeline.choose(q, k_all, segments)
-        return self.pipeline.attend(q, k_all, v_all, selected, routing, segments)
 
     def backward(self, do: Tensor, saved: Saved, kv_grad_dtype: torch.dtype) -> Grads:
         """dq, dk, dv of the rank's rows; dk and dv in ``kv_grad_dtype``, rounded once."""
@@ -94,11 +89,9 @@ class AllGatherAttention:
                 dq = part
             else:
                 copy_rows(dq[:, heads], part)
-            for pending in reducing:
-                pending.wait()
+            wait_for(reducing)
             reducing = started
-        for pending in reducing:
-            pending.wait()
+        wait_for(reducing)
         return dq, dk, dv
 
     def groups(self, q: Tensor, k: Tensor, v: Tensor) -> HeadGroups:
@@ -111,12 +104,19 @@ class AllGatherAttention:
             own = [x[:, groups[i][1]] for x in (k, v)]
             return tuple(to_global(self.layout.rows, together, None, self.group, stage) for together in of_one_dim(own))
 
-        return Prefetch(start, [kv_heads.stop - kv_heads.start for _, kv_heads in groups])
+        return Prefetch(start, groups)
 
     def choose_by_sums(self, q: Tensor, dtype: torch.dtype, sums: Pending, groups: HeadGroups) -> list:
-        """(selected, routing) of each group, from the sums of all ranks' keys."""
-        means = self.receive_means(sums, dtype)
-        return [self.pipeline.choose(q[:, heads], means[:, kv_heads], self.layout.segments, self.layout.rows.total)
+        """(selected, routing) of each group, from the sums of all ranks' keys: what every rank sent."""
+        segments, blocks, stages, messages = self.layout.segments, self.layout.blocks, self.pipeline.stages, sums.wait()
+        num_chunks, per_chunk = blocks.table_shape
+        table = torch.zeros(num_chunks * per_chunk, *messages.shape[1:], dtype=messages.dtype, device=messages.device)
+        table[blocks.sum_target] = messages[blocks.sum_source]
+        if blocks.cut_target.numel():
+            cut = messages[blocks.cut_source].to(dtype)  # exact: they were keys of this dtype
+            table[blocks.cut_target] = stages.block_sums(cut, blocks.cut_starts, blocks.cut_counts)
+        means = stages.means_from_block_sums(table.unflatten(0, (num_chunks, per_chunk)), segments.chunk_size, dtype)
+        return [self.pipeline.choose(q[:, heads], means[:, kv_heads], segments, self.layout.rows.total)
                 for heads, kv_heads in groups]
 
     def send_sums(self, k: Tensor) -> Pending:
@@ -127,23 +127,6 @@ class AllGatherAttention:
         message[:whole] = self.pipeline.stages.block_sums(k, blocks.starts, blocks.counts)
         message[whole:whole + blocks.cut_rows.numel()] = k[blocks.cut_rows]
         return all_gather(message, self.group, "fwd sums")
-
-    def receive_means(self, sums: Pending, dtype: torch.dtype) -> Tensor:
-        """Chunk means ``[num_chunks, HK, D]`` from the gathered messages."""
-        return means_from_messages(self.pipeline.stages, sums.wait(), self.layout.blocks,
-                                   self.layout.segments.chunk_size, dtype)
-
-
-def means_from_messages(stages, messages: Tensor, blocks: BlockExchange, chunk_size: int,
-                        dtype: torch.dtype) -> Tensor:
-    """Chunk means ``[num_chunks, HK, D]`` of all sequences from what every rank sent."""
-    num_chunks, per_chunk = blocks.table_shape
-    table = torch.zeros(num_chunks * per_chunk, *messages.shape[1:], dtype=messages.dtype, device=messages.device)
-    table[blocks.sum_target] = messages[blocks.sum_source]
-    if blocks.cut_target.numel():
-        cut = messages[blocks.cut_source].to(dtype)  # exact: they were keys of this dtype
-        table[blocks.cut_target] = stages.block_sums(cut, blocks.cut_starts, blocks.cut_counts)
-    return stages.means_from_block_sums(table.unflatten(0, (num_chunks, per_chunk)), chunk_size, dtype)
 
 
 def of_one_dim(tensors: list[Tensor]) -> list[list[Tensor]]:

@@ -22,7 +22,7 @@ from .all_gather import AllGatherAttention, arrived, of_one_dim, sum_dtype
 from .head_groups import HeadGroups, Prefetch, number_of_groups, split_heads
 from .layout import Sequences
 from .pipeline import Grads, LocalAttention, Saved
-from .transport.comm import Pending
+from .transport.comm import Pending, wait_for
 from .transport.exchange import Arrived, to_global, to_local
 from .transport.peers import peers_for
 from .transport.rows import Rows, copy_rows, whole_rows
@@ -75,8 +75,10 @@ class AllToAllAttention:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
         """q ``[T, H, D]``, k ``[T, HK, D]``, v ``[T, HK, DV]``, the rank's rows: o and what backward needs."""
-        groups, size = self._groups(q, k, v), self.rows.size
-        copied = k.shape[1] < size
+        size = self.rows.size
+        kv_heads, copied = max(1, k.shape[1] // size), k.shape[1] < size  # heads that one rank gets
+        number = number_of_groups(self.head_groups, kv_heads, q.nbytes, q.nbytes + k.nbytes + v.nbytes)
+        groups = split_heads(q.shape[1] // size, kv_heads, number)
         # one group is little work, for which more exchanges would keep the host longer than they save
         parts = self._attend if copied or self.chunks is None or len(groups) == 1 else self._attend_by_means
         o, leaving, saved = self._empty((*q.shape[:2], v.shape[2]), q.dtype, q.device), [], []
@@ -86,11 +88,9 @@ class AllToAllAttention:
             saved.append(rest)
             started = self._deliver([part], [(o, size, group[0])], "fwd exchange out")
             del part
-            for pending in leaving:
-                pending.wait()
+            wait_for(leaving)
             leaving = [started]
-        for pending in leaving:
-            pending.wait()
+        wait_for(leaving)
         return o, [q.shape, (k.shape, v.shape), [k, v] if copied else None, groups, saved]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, groups: HeadGroups) -> Iterator[tuple[Tensor, Saved]]:
@@ -119,10 +119,12 @@ class AllToAllAttention:
         def start(i: int) -> tuple[Pending, ...]:
             queries = self._send([self._parts(q, groups[i][0])], stage)
             if not i:
-                means.append(self._send_means(k, groups))
+                local = self.inner.pipeline.means(k, self.chunks.segments)[:self.chunks.rows.local]
+                means.append(self._send([self._parts(local, kv_heads) for _, kv_heads in groups], stage,
+                                        self.chunks.rows))
             return queries, *(keys(i) if i in ahead else ())
 
-        arriving = Prefetch(start, _sizes(groups))
+        arriving = Prefetch(start, groups)
         of_groups = None
         for i in range(len(groups)):
             queries, *late = arriving.take()
@@ -131,11 +133,6 @@ class AllToAllAttention:
             of_groups = of_groups or arrived([means.pop()])
             yield self.inner.forward_by_means(*here, of_groups[i], functools.partial(arrived, late))
             del here
-
-    def _send_means(self, k: Tensor, groups: HeadGroups) -> Pending:
-        """Starts to exchange the means of this rank's chunks; pending, for each group ``[num_chunks, h, D]``."""
-        means = self.inner.pipeline.means(k, self.chunks.segments)[:self.chunks.rows.local]
-        return self._send([self._parts(means, kv_heads) for _, kv_heads in groups], "fwd exchange in", self.chunks.rows)
 
     def backward(self, do: Tensor, saved: Saved, kv_grad_dtype: torch.dtype) -> Grads:
         """dq, dk, dv of the rank's rows; dk and dv in ``kv_grad_dtype``, rounded once."""
@@ -150,7 +147,7 @@ class AllToAllAttention:
         # products of the next, since the sums of dq leave no bandwidth of memory unused
         complete = isinstance(self.inner, LocalAttention) and not copied
         peers = peers_for(self.rows, self.group, do.device) if complete else None
-        leaving = []
+        leaving, stage = [], "bwd exchange out"
         for i, ((heads, kv_heads), rest) in enumerate(zip(groups, saved)):
             do_part, *keys_and_values = arrived(arriving.take())
             if copied:
@@ -160,13 +157,17 @@ class AllToAllAttention:
             grads = self.inner.backward(do_part, rest, grad_dtype, **ahead)
             del do_part, rest
             places = [(dq, size, heads), (dk, kv_parts, kv_heads), (dv, kv_parts, kv_heads)]
-            started = self._deliver_grads(grads, places, **ahead)
+            if ahead:
+                # dk and dv at the event already. No memory that then travels is what dq's kernels let go of: they were
+                # allocated before it, also where launches are replayed, and where they go to before the first group
+                started = [self._deliver(grads[1:], places[1:], stage, ahead["event"]),
+                           self._deliver(grads[:1], places[:1], stage)]
+            else:
+                started = [self._deliver(grads, places, stage)]
             del grads
-            for pending in leaving:
-                pending.wait()
+            wait_for(leaving)
             leaving = started
-        for pending in leaving:
-            pending.wait()
+        wait_for(leaving)
         return dq, dk, dv
 
     def _empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -174,19 +175,13 @@ class AllToAllAttention:
         peers = peers_for(self.rows, self.group, device)
         return torch.empty(shape, dtype=dtype, device=device) if peers is None else peers.empty(shape, dtype)
 
-    def _groups(self, q: Tensor, k: Tensor, v: Tensor) -> HeadGroups:
-        """Groups of the heads that one rank gets."""
-        kv_heads = max(1, k.shape[1] // self.rows.size)
-        number = number_of_groups(self.head_groups, kv_heads, q.nbytes, q.nbytes + k.nbytes + v.nbytes)
-        return split_heads(q.shape[1] // self.rows.size, kv_heads, number)
-
     def _fetch(self, groups: HeadGroups, batches: list[list[tuple[Tensor, int]]], stage: str) -> Prefetch:
         """Exchanges the heads of (tensor, 0 for query heads or 1 for kv heads); those of a batch may travel as one."""
         def start(i: int) -> tuple[Pending, ...]:
             views = [[self._parts(x, groups[i][which]) for x, which in batch] for batch in batches]
             return tuple(self._send(together, stage) for batch in views for together in of_one_dim(batch))
 
-        return Prefetch(start, _sizes(groups))
+        return Prefetch(start, groups)
 
     def _parts(self, x: Tensor, heads: slice) -> Tensor:
         """The ``heads`` of each part that x's heads are dealt out in: a view ``[parts, T, heads, D]``."""
@@ -219,18 +214,6 @@ class AllToAllAttention:
         own = [view[me * view.shape[0] // size] for view in views]
         return to_global(rows, own, [*packed[:me], None, *packed[me:]], self.group, stage)
 
-    def _deliver_grads(self, grads: Grads, places: list[tuple[Tensor, int, slice]],
-                       event: torch.cuda.Event | None = None) -> list[Pending]:
-        """Starts to send every rank its rows of dq, dk and dv; dk and dv after ``event`` already.
-
-        No memory that then travels is what dq's kernels let go of: dk and dv were allocated before the event, also
-        where the attention is replayed, and the places that they go to before the first group.
-        """
-        stage = "bwd exchange out"
-        if event is None:
-            return [self._deliver(grads, places, stage)]
-        return [self._deliver(grads[1:], places[1:], stage, event), self._deliver(grads[:1], places[:1], stage)]
-
     def _deliver(self, tensors: Sequence[Tensor], places: list[tuple[Tensor, int, slice]], stage: str,
                  after: torch.cuda.Event | None = None) -> Pending:
         """Starts to send every rank its rows of each ``[S, h, D]``; the wait puts them where they belong.
@@ -240,7 +223,7 @@ class AllToAllAttention:
                 of these parts.
             after: when the tensors are complete, as :meth:`Peers.deliver` takes it; None for now.
         """
-        outs = list(map(_place, places))
+        outs = [whole.unflatten(1, (number, -1))[:, :, heads].transpose(0, 1) for whole, number, heads in places]
         peers = peers_for(self.rows, self.group, outs[0].device)
         same = all(x.dtype == out.dtype for x, out in zip(tensors, outs))
         if peers is not None and same and all(out.shape[0] == self.rows.size for out in outs):
@@ -264,13 +247,3 @@ class AllToAllAttention:
                 for part in range(parts):
                     *first, last = by_rank[part * copies:(part + 1) * copies]
                     torch.add(functools.reduce(torch.add, first), last, out=out[part, local])
-
-
-def _place(place: tuple[Tensor, int, slice]) -> Tensor:
-    """The heads of each part of a tensor, a view ``[parts, T, heads, D]``."""
-    whole, parts, heads = place
-    return whole.unflatten(1, (parts, -1))[:, :, heads].transpose(0, 1)
-
-
-def _sizes(groups: HeadGroups) -> list[int]:
-    return [kv_heads.stop - kv_heads.start for _, kv_heads in groups]

@@ -1,7 +1,7 @@
 """Attention over sequences whose rows are spread over ranks: the public function, schedules by name, the gradient."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -130,31 +130,30 @@ class _ContextParallelAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, schedule):
         o, saved = schedule.forward(q, k, v)
         tensors = []
-        ctx.saved, ctx.schedule, ctx.kv_dtype = _set_aside(saved, tensors), schedule, k.dtype
+
+        def set_aside(x: Tensor) -> _Place:
+            tensors.append(x)
+            return _Place(len(tensors) - 1)
+
+        ctx.saved, ctx.schedule, ctx.kv_dtype = _replaced(saved, Tensor, set_aside), schedule, k.dtype
         ctx.save_for_backward(*tensors)
         return o
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do):
-        saved = _put_back(ctx.saved, ctx.saved_tensors)
+        saved = _replaced(ctx.saved, _Place, ctx.saved_tensors.__getitem__)
         return *ctx.schedule.backward(do.contiguous(), saved, ctx.kv_dtype), None
 
 
 class _Place(int):
-    """Where a tensor of a nested list is kept."""
+    """Of a tensor among those that autograd saves."""
 
 
-def _set_aside(saved, tensors: list[Tensor]):
-    """A nested list with its tensors moved to ``tensors``."""
-    if isinstance(saved, Tensor):
-        tensors.append(saved)
-        return _Place(len(tensors) - 1)
-    return [_set_aside(x, tensors) for x in saved] if isinstance(saved, list) else saved
-
-
-def _put_back(saved, tensors: Sequence[Tensor]):
-    """The nested list again."""
-    if isinstance(saved, _Place):
-        return tensors[saved]
-    return [_put_back(x, tensors) for x in saved] if isinstance(saved, list) else saved
+def _replaced(saved, kind: type, function: Callable):
+    """Nested lists and named tuples, ``function(x)`` in place of each x of a kind."""
+    if isinstance(saved, kind):
+        return function(saved)
+    if isinstance(saved, list):
+        return [_replaced(x, kind, function) for x in saved]
+    return saved._make(_replaced(x, kind, function) for x in saved) if hasattr(saved, "_make") else saved

@@ -54,12 +54,12 @@ class Prefetch:
 
     Args:
         start: starts the communication of group i.
-        sizes: of the groups, in any unit.
+        groups: of heads.
     """
 
-    def __init__(self, start: Callable[[int], tuple[Pending, ...]], sizes: list[int]):
-        self._start, self._sizes = start, sizes
-        self._limit = sum(sorted(sizes)[-2:])
+    def __init__(self, start: Callable[[int], tuple[Pending, ...]], groups: HeadGroups):
+        self._start, self._sizes = start, [kv_heads.stop - kv_heads.start for _, kv_heads in groups]
+        self._limit = sum(sorted(self._sizes)[-2:])
         self._started, self._taken, self._waiting = 0, 0, deque()
         self._go_on()
 

@@ -121,15 +121,14 @@ class LocalAttention:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
         """q ``[S, H, D]``, k ``[S, HK, D]``, v ``[S, HK, DV]`` in global order: o and what backward needs."""
-        segments = self.segments
-        if self.pipeline.earlier(segments):
-            selected, routing = self.pipeline.choose(q, k, segments)
-            o, saved = self.pipeline.attend(q, k, v, selected, routing, segments)
-            return o, [q, k, v, o, *saved]
-        dense = self._dense(dense_causal, q, k, v)
-        if dense is not None:
-            return dense[0], [q, k, v, *dense, q.new_empty(*q.shape[:2], 0, dtype=torch.int32), None, None]
-        o, saved = self.pipeline.attend(q, k, v, None, None, segments)
+        selected = routing = None
+        if self.pipeline.earlier(self.segments):
+            selected, routing = self.pipeline.choose(q, k, self.segments)
+        else:
+            dense = self._dense(dense_causal, q, k, v)
+            if dense is not None:
+                return dense[0], [q, k, v, *dense, q.new_empty(*q.shape[:2], 0, dtype=torch.int32), None, None]
+        o, saved = self.pipeline.attend(q, k, v, selected, routing, self.segments)
         return o, [q, k, v, o, *saved]
 
     def forward_by_means(self, q: Tensor, means: Tensor, arrive: Callable[[], Sequence[Tensor]]

@@ -15,7 +15,7 @@ has shown that (``moba_megatron.experimental``).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -34,15 +34,15 @@ GATHER_SHARE = 0.5
 zigzag's causal order alone leaves 3/4: at that, two H200s took 51 ms where they gathered in 45 (128K tokens, 32:8
 heads, chunks of 512, topk 8), for a gather's rows go to their place by copy engines."""
 DISPATCHED = "dispatched"
-"""What :class:`DispatchAttention` saved follows."""
+"""What the dispatch of queries saved follows."""
 DISPATCH_FROM = 16
 """Below so many ranks queries do not travel: a gather inside a machine hides behind attention."""
 HANDLING, PLANNING = 2.1e-9, 14e-3
-"""Seconds, forward and backward. HANDLING: of a rank for each row that it sends or serves, beside bytes and products:
-picking, sorting, merging. PLANNING: of the host, to decide who serves what and to list what travels, while the GPU has
-nothing to do (it varied by half from machine to machine). Both from six measurements: two H200s, 128K tokens, 32:8
-heads, chunks of 512, topk 8, visit and mixed with three routings, which they give within 8 %, a later run within
-16 %."""
+"""Seconds that dispatch costs, forward and backward. HANDLING: of a rank for each row that it sends or computes for
+others, beside bytes and products: picking, sorting, merging. PLANNING: of the host, to decide who computes what and to
+list what travels, while the GPU has nothing to do (it varied by half from machine to machine). Both from six
+measurements: two H200s, 128K tokens, 32:8 heads, chunks of 512, topk 8, two modes with three routings, which they give
+within 8 %, a later run within 16 %."""
 
 
 class SelectiveAttention(AllGatherAttention):
@@ -55,33 +55,30 @@ class SelectiveAttention(AllGatherAttention):
             return o, [None, *saved]
         groups = self.groups(q, k, v)
         choices = self.choose_by_sums(q, k.dtype, self.send_sums(k), groups)
-        routings = [routing for _, routing in choices]
         if self.layout.rows.size >= DISPATCH_FROM and pieces_are_chunks(self.layout):
-            result = self._dispatch().attend_where_cheapest(q, k, v, groups, choices)
+            result = self._dispatch().attend_chosen(q, k, v, groups, choices)
             if result is not None:
                 return result[0], [DISPATCHED, *result[1]]
-        exchanges = self._exchanges(routings, groups)
-        gathered = self._fetch(k, v, groups, exchanges, "fwd gather")
-        o, saved = self.attend(q, v.shape[2], groups, gathered, choices)
-        kept = [x.saved() for x in exchanges] if exchanges else None
-        return o, [kept, q, k, v, o, groups, saved]
+        exchanges = self._exchanges([routing for _, routing in choices], groups)
+        fetched = self._fetch(k, v, groups, exchanges, "fwd gather")
+        o, saved = self.attend(q, v.shape[2], groups, fetched, choices)
+        return o, [exchanges, q, k, v, o, groups, saved]
 
     def backward(self, do: Tensor, saved: Saved, kv_grad_dtype: torch.dtype) -> Grads:
         """As :meth:`AllGatherAttention.backward`."""
-        kept, *saved = saved
-        if kept is None:
+        exchanges, *saved = saved
+        if exchanges is None:
             return super().backward(do, saved, kv_grad_dtype)
-        if kept == DISPATCHED:
+        if exchanges == DISPATCHED:
             return self._dispatch().backward(do, saved, kv_grad_dtype)
         q, k, v, o, groups, saved = saved
-        exchanges = [RowExchange(*x) for x in kept]
-        gathered = self._fetch(k, v, groups, exchanges, "bwd gather")
+        fetched = self._fetch(k, v, groups, exchanges, "bwd gather")
 
         def reduce(i: int, grads: list[Tensor], outs: list[Tensor]) -> list[Pending]:
             return [exchanges[i].send_back(x, take_own(self.layout.rows, x), out, self.group, "bwd reduce")
                     for x, out in zip(grads, outs)]
 
-        return self.attend_bwd(do, (q, k, v, o), groups, saved, gathered, reduce, kv_grad_dtype)
+        return self.attend_bwd(do, (q, k, v, o), groups, saved, fetched, reduce, kv_grad_dtype)
 
     def _dispatch(self):
         """The schedule that sends queries to chunks too."""
@@ -96,30 +93,30 @@ class SelectiveAttention(AllGatherAttention):
                stage: str) -> Prefetch:
         if exchanges is None:
             return self._gather(k, v, groups, stage)
+        rows = self.layout.rows
 
-        def start(i: int) -> tuple[Pending, Pending]:
-            return tuple(exchanges[i].start(x[:, groups[i][1]], self.group, stage, self._place) for x in (k, v))
+        def place(x: Tensor) -> Tensor:
+            out = x.new_empty(rows.total, *x.shape[1:])
+            place_own(rows, out, x)
+            return out
 
-        return Prefetch(start, [kv_heads.stop - kv_heads.start for _, kv_heads in groups])
-
-    def _place(self, x: Tensor) -> Tensor:
-        """``[S, h, D]`` with this rank's rows."""
-        out = x.new_empty(self.layout.rows.total, *x.shape[1:])
-        place_own(self.layout.rows, out, x)
-        return out
+        return Prefetch(lambda i: tuple(exchanges[i].start(x[:, groups[i][1]], self.group, stage, place)
+                                        for x in (k, v)), groups)
 
     def _exchanges(self, routings: Sequence[Routing], groups: HeadGroups) -> list[RowExchange] | None:
         """What travels for each group of heads; None where the whole might as well. The same answer on every rank."""
-        size, me, rows = self.layout.rows.size, self.layout.rows.rank, self.layout.rows
-        chunks = self.layout.segments.num_chunks(rows.total)
+        segments, rows = self.layout.segments, self.layout.rows
+        size, me, chunks = rows.size, rows.rank, segments.num_chunks(rows.total)
         chosen = torch.cat([(r.starts[1:] > r.starts[:-1]).unflatten(0, (-1, chunks)) for r in routings])
-        chunk_of = self._chunk_of_rows()  # of rows, rank after rank
+        sequence, position = segments.key_positions(rows.total)
+        chunk_of = (segments.first_chunk()[sequence] + position // segments.chunk_size)[rows.rank_rows]
+        chunk_of = chunk_of.unflatten(0, (size, -1))  # of each rank's rows
         own = torch.zeros(chunks, dtype=torch.bool, device=chosen.device)
-        own[chunk_of.unflatten(0, (size, -1))[me]] = True  # cut chunks: their other rows
+        own[chunk_of[me]] = True  # cut chunks: their other rows
         needed = all_gather((chosen | own).to(torch.uint8), self.group, "fwd choices").wait()
         needed = needed.unflatten(0, (size, -1)).bool()  # [rank, kv head, chunk]
         owned = torch.zeros(size, chunks, dtype=torch.float64, device=chosen.device)
-        owned.scatter_add_(1, chunk_of.unflatten(0, (size, -1)), owned.new_ones(()).expand(size, rows.local))
+        owned.scatter_add_(1, chunk_of, owned.new_ones(()).expand(size, rows.local))
         tables = torch.stack([needed[:, kv_heads].sum(1).double() @ owned.T for _, kv_heads in groups])
         counts = tables.long().tolist()  # [group][to rank][from rank], rows; the host waits here
         moved = sum(n for table in counts for to, line in enumerate(table) for by, n in enumerate(line) if to != by)
@@ -133,22 +130,16 @@ class SelectiveAttention(AllGatherAttention):
         me, size, local = rows.rank, rows.size, rows.local
         send_counts = tuple(counts[to][me] * (to != me) for to in range(size))
         take_counts = tuple(counts[me][by] * (by != me) for by in range(size))
-        sent = needed[:, :, chunk_of[me * local:(me + 1) * local]]  # [to, h, T]
+        sent = needed[:, :, chunk_of[me]]  # [to, h, T]
         sent[me] = False
         number = true_numbers(sent, sum(send_counts)) % (heads * local)
         send = number % local * heads + number // local
-        taken = needed[me][:, chunk_of].unflatten(1, (size, local)).transpose(0, 1).contiguous()  # [from, h, T]
+        taken = needed[me][:, chunk_of].transpose(0, 1).contiguous()  # [from, h, T]
         taken[me] = False
         number = true_numbers(taken, sum(take_counts))
         by, within = number // (heads * local), number % (heads * local)
         take = rows.rank_rows[by * local + within % local] * heads + within // local
         return RowExchange(send, send_counts, take, take_counts)
-
-    def _chunk_of_rows(self) -> Tensor:
-        """The chunk of each row, rank after rank: int64 ``[S]``."""
-        sequence, position = self.layout.segments.key_positions(self.layout.rows.total)
-        chunk = self.layout.segments.first_chunk()[sequence] + position // self.layout.segments.chunk_size
-        return chunk[self.layout.rows.rank_rows]
 
 
 def pieces_are_chunks(layout: ZigzagLayout) -> bool:
@@ -158,8 +149,7 @@ def pieces_are_chunks(layout: ZigzagLayout) -> bool:
     return uniform and segments.max_seqlen_k % (2 * rows.size * segments.chunk_size) == 0
 
 
-@dataclass(frozen=True)
-class RowExchange:
+class RowExchange(NamedTuple):
     """Which rows of one group of kv heads travel; a row here is one (token, kv head).
 
     Args:
@@ -175,10 +165,6 @@ class RowExchange:
     take: Tensor
     take_counts: tuple[int, ...]
 
-    def saved(self) -> list:
-        """What makes it again, for autograd."""
-        return [self.send, self.send_counts, self.take, self.take_counts]
-
     def start(self, x: Tensor, group: dist.ProcessGroup, stage: str, place: Callable[[Tensor], Tensor]) -> Pending:
         """Starts to send rows of ``x`` ``[T, h, D]``.
 
@@ -191,7 +177,7 @@ class RowExchange:
         heads = x.shape[1]
         message = x[self.send // heads, self.send % heads]
         arrived = message.new_empty(self.take.numel(), x.shape[2])
-        works = _exchange(arrived, self.take_counts, message, self.send_counts, group, stage)
+        works = _start(arrived, self.take_counts, message, self.send_counts, group, stage)
 
         def finish(arrived: Tensor) -> Tensor:
             out = place(x)
@@ -202,7 +188,7 @@ class RowExchange:
         return Pending(works, arrived, message, stage, finish)
 
     def send_back(self, x: Tensor, own: Tensor, out: Tensor, group: dist.ProcessGroup, stage: str) -> Pending:
-        """Starts to send the rows of ``x`` ``[R, h, D]`` that came back to their owners.
+        """Starts to send the rows of ``x`` ``[R, h, D]`` that came back to their owners, which add them in fp32.
 
         Args:
             own: ``[T, h, D]``, contiguous, this rank's part of the sums of its rows; the others' are added to it.
@@ -210,7 +196,7 @@ class RowExchange:
         """
         message = x.flatten(0, 1).index_select(0, self.take)
         arrived = message.new_empty(self.send.numel(), x.shape[2])
-        works = _exchange(arrived, self.send_counts, message, self.take_counts, group, stage)
+        works = _start(arrived, self.send_counts, message, self.take_counts, group, stage)
 
         def finish(arrived: Tensor) -> Tensor:
             for to, part in zip(self.send.split(self.send_counts), arrived.split(self.send_counts)):
@@ -220,15 +206,15 @@ class RowExchange:
         return Pending(works, arrived, message, stage, finish)
 
 
-def _exchange(arrived: Tensor, take_counts: tuple[int, ...], message: Tensor, send_counts: tuple[int, ...],
-              group: dist.ProcessGroup, stage: str) -> list:
+def _start(arrived: Tensor, take_counts: tuple[int, ...], message: Tensor, send_counts: tuple[int, ...],
+           group: dist.ProcessGroup, stage: str) -> list:
     """Handles of the messages between ranks; what a rank has for itself is there at once."""
     me = dist.get_rank(group)
     outputs, inputs = parts(arrived, take_counts), parts(message, send_counts)
     if outputs[me] is not None:
         outputs[me].copy_(inputs[me])
         outputs[me] = inputs[me] = None
-    return exchange(outputs, inputs, message.device, group, stage)
+    return exchange([(outputs, inputs)], message.device, group, stage)
 
 
 def true_numbers(mask: Tensor, count: int) -> Tensor:

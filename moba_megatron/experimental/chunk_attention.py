@@ -1,4 +1,4 @@
-"""Attention of visiting queries, each to all keys of the one chunk that it came for, and the merge of what they bring.
+"""Attention of dispatched queries, each to all keys of the one chunk that it chose, and the merge of what comes back.
 
 On CUDA the attention is torch's flash attention 2, with a chunk as a sequence, and the merge a kernel; elsewhere, and
 for what these cannot take, plain torch.
@@ -8,37 +8,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..context_parallel.all_gather import sum_dtype
+
 FLASH_MAX_DIM = 256
 LONGEST = 16384
-"""Visitors of a chunk in a sequence of flash attention: its backward walks through each in one line."""
+"""Queries of a chunk in a sequence of flash attention: its backward walks through each in one line."""
 
 
 def chunk_attention_fwd(q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, most: int,
                         softmax_scale: float) -> tuple[Tensor, Tensor]:
-    """Softmax attention of visitors, chunk after chunk.
+    """Softmax attention, chunk after chunk.
 
     Args:
-        q: ``[n, D]``, those of chunk 0, then of chunk 1, ...
+        q: ``[n, D]``, the queries of chunk 0, then of chunk 1, ...
         k: ``[B, chunk_size, D]``.
         v: ``[B, chunk_size, DV]``.
-        cu_queries: int32 ``[B + 1]``, where each chunk's visitors begin.
-        most: visitors of one chunk, upper bound.
+        cu_queries: int32 ``[B + 1]``, where each chunk's queries begin.
+        most: queries of one chunk, upper bound.
         softmax_scale: multiplies the scores.
 
     Returns:
         o ``[n, DV]`` in q's dtype; lse ``[n]``, natural log, fp32 (fp64 for fp64).
     """
-    if not q.shape[0]:
-        return q.new_empty(0, v.shape[2]), q.new_empty(0, dtype=_wide(q.dtype))
-    if _is_flash(q, v):
-        cu_keys = _key_starts(k)
+    if q.shape[0] and _is_flash(q, v):
         o, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q[:, None], k.flatten(0, 1)[:, None], v.flatten(0, 1)[:, None], cu_queries, cu_keys, most, k.shape[1], 0.0,
-            False, False, scale=softmax_scale)
+            q[:, None], k.flatten(0, 1)[:, None], v.flatten(0, 1)[:, None], cu_queries, _key_starts(k), most,
+            k.shape[1], 0.0, False, False, scale=softmax_scale)
         return o[:, 0], lse[0]
-    o = q.new_empty(q.shape[0], v.shape[2])
-    lse = q.new_empty(q.shape[0], dtype=_wide(q.dtype))
-    for chunk, rows in _rows_by_chunk(cu_queries):
+    o, lse = q.new_empty(q.shape[0], v.shape[2]), q.new_empty(q.shape[0], dtype=sum_dtype(q.dtype))
+    for chunk, rows in _rows_by_chunk(cu_queries) if q.shape[0] else ():
         score = _scores(q[rows], k[chunk], softmax_scale)
         lse[rows] = score.logsumexp(1)
         o[rows] = (torch.exp(score - lse[rows, None]) @ v[chunk].to(score.dtype)).to(q.dtype)
@@ -59,7 +57,7 @@ def chunk_attention_bwd(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, 
     Returns:
         dq ``[n, D]`` in q's dtype; dk ``[B, chunk_size, D]``, dv ``[B, chunk_size, DV]``: fp32 (fp64 for fp64).
     """
-    wide = _wide(q.dtype)
+    wide = sum_dtype(q.dtype)
     if not q.shape[0]:
         return torch.empty_like(q), *(x.new_zeros((), dtype=wide).expand(x.shape) for x in (k, v))
     if _is_flash(q, v) and not deterministic:
@@ -93,12 +91,11 @@ def _flash_bwd(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tens
 
 
 def cut(starts: Tensor, rows: int, longest: int) -> tuple[Tensor, Tensor]:
-    """Lists cut into parts, without asking the device how many there are.
+    """Lists cut into parts of at most ``longest`` rows, without asking the device how many there are.
 
     Args:
         starts: int32 ``[B + 1]``, where each list begins, and where the last ends.
         rows: in all lists.
-        longest: rows of a part.
 
     Returns:
         int32 ``[N + 1]``, where each part begins, N = B + rows // longest, empty ones last; int64 ``[N]``, its list.
@@ -127,15 +124,15 @@ def merge_partials(o: Tensor, lse: Tensor, o_parts: Tensor, lse_parts: Tensor, p
     Returns:
         The log-sum-exp of all, ``[T, h]``.
     """
-    if kernel and _has_kernel(o):
+    if kernel and o.is_cuda and o.dtype != torch.float64:
         from ..kernels import merging
         merged = torch.empty_like(lse)
         merging.merge_parts(o, lse, o_parts, lse_parts, places, out, merged)
         return merged
-    slots = torch.cat((lse_parts, lse_parts.new_full((1,), -torch.inf)))[places.long()]
-    merged = torch.logsumexp(torch.cat((lse[:, :, None], slots), 2), 2)
+    partial_lse = torch.cat((lse_parts, lse_parts.new_full((1,), -torch.inf)))[places.long()]
+    merged = torch.logsumexp(torch.cat((lse[:, :, None], partial_lse), 2), 2)
     total = torch.exp(lse - merged)[:, :, None] * o
-    for place, part in zip(places.unbind(2), slots.unbind(2)):
+    for place, part in zip(places.unbind(2), partial_lse.unbind(2)):
         there = place >= 0
         total[there] += torch.exp(part - merged)[there][:, None] * o_parts[place[there].long()]
     out.copy_(total)
@@ -144,19 +141,15 @@ def merge_partials(o: Tensor, lse: Tensor, o_parts: Tensor, lse_parts: Tensor, p
 
 def add_partials(x: Tensor, parts: Tensor, places: Tensor, out: Tensor, kernel: bool) -> None:
     """Writes ``x`` ``[T, h, D]`` and what came back added up to ``out``: as :func:`merge_partials` without weights."""
-    if kernel and _has_kernel(x):
+    if kernel and x.is_cuda and x.dtype != torch.float64:
         from ..kernels import merging
         merging.add_parts(x, parts, places, out)
         return
-    total = x.to(_wide(x.dtype), copy=True)
+    total = x.to(sum_dtype(x.dtype), copy=True)
     for place in places.unbind(2):
         there = place >= 0
         total[there] += parts[place[there].long()]
     out.copy_(total)
-
-
-def _has_kernel(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype != torch.float64
 
 
 def _is_flash(q: Tensor, v: Tensor) -> bool:
@@ -170,17 +163,11 @@ def _key_starts(k: Tensor) -> Tensor:
 
 
 def _rows_by_chunk(cu_queries: Tensor):
-    """(chunk, its visitors' rows) of chunks that have any; the host reads where they begin."""
+    """(chunk, its queries' rows) of chunks that have any; the host reads where they begin."""
     starts = cu_queries.tolist()
-    for chunk, (begin, end) in enumerate(zip(starts, starts[1:])):
-        if end > begin:
-            yield chunk, slice(begin, end)
+    return [(chunk, slice(begin, end)) for chunk, (begin, end) in enumerate(zip(starts, starts[1:])) if end > begin]
 
 
 def _scores(q: Tensor, k: Tensor, softmax_scale: float) -> Tensor:
-    wide = _wide(q.dtype)
+    wide = sum_dtype(q.dtype)
     return q.to(wide) @ k.to(wide).T * softmax_scale
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,12 +1,19 @@
-"""What the selective schedule chooses from, by the choices of all ranks: queries travel, or chunks, or everything.
+"""What is cheapest, by the choices of all ranks: to dispatch queries, to copy chunks, or to gather everything.
 
-A choice is served where its chunk lies (the query visits), by the rank that made it (which fetches a copy of the
-chunk), or by a third rank with a copy, where the home has too much to do. So a tensor of serving ranks tells a way:
-DISPATCH and FETCH are its extremes, MIXED takes for each rank, kv head and chunk the cheaper one, and relieves busy
-homes.
+A choice (a query, a head, a chunk) is computed by the chunk's owner, to which the query is dispatched; by the rank that
+made it, which fetches a copy of the chunk; or by a third rank with a copy, where the owner has too much to do. So a
+tensor of compute ranks tells a mode: DISPATCH and FETCH are its extremes, MIXED takes for each rank, kv head and chunk
+the cheaper one and relieves busy owners.
 
 The seconds are reckoned from constants: the busiest rank's bytes over a link, products over a rate, rows handled, and
 what it takes to plan. ``python -m benchmarks plan-check`` sets them beside measurements.
+
+Arguments, where nothing else is said:
+    table: ``[P, HK, chunk ids]``, how often each rank's queries chose each chunk; or expected values, fp64.
+    computed_by: int64 ``[..., P, HK, chunk ids]``, the rank that computes these choices.
+    owner: int64 ``[chunk ids]``, the rank of each chunk.
+    rank_chunks: int64 ``[P, M]``, ids of every rank's chunks.
+    link: bytes a second.
 """
 from __future__ import annotations
 
@@ -27,12 +34,13 @@ RATE = 300e12
 PASSES = 3.5
 """Forward and backward over forward."""
 AT_ONCE = 1 << 21
-"""Entries of a table up to which several ways are reckoned in one go: fewer kernels for the host to launch."""
+"""Entries of a table up to which several modes are reckoned in one go: fewer kernels for the host to launch."""
 OVERLOAD = 1.1
-"""Work of a rank over the mean, above which visitors of its chunks are sent to copies elsewhere."""
+"""Work of a rank over the mean, above which queries for its chunks are sent to copies elsewhere."""
 RELAYED_FROM = 4
-"""Replicas of a chunk from which on slices of it are passed on by all ranks: its owner sends it once."""
+"""Copies of a chunk from which on slices of it are passed on by all ranks: its owner sends it once."""
 DISPATCH, GATHER, FETCH, MIXED = MODES = "visit", "gather", "fetch", "mixed"
+"""By the names that stored measurements have."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +53,8 @@ class RowSizes:
     chunk_size: int
 
     @property
-    def visit(self) -> tuple[int, int]:
-        """Bytes of one visiting choice: what goes (q, then q, do, o, lse) and what comes back (o, lse, then dq)."""
+    def query(self) -> tuple[int, int]:
+        """Bytes of a dispatched choice: what goes (q, then q, do, o, lse) and what comes back (o, lse, then dq)."""
         row = (self.dim + self.v_dim) * self.item
         return 2 * row + 4, row + 4
 
@@ -62,70 +70,57 @@ class RowSizes:
         return 2 * (self.dim + self.v_dim) * self.chunk_size * PASSES / RATE
 
 
-def cheapest_mode(table: Tensor, homes: Tensor, sizes: RowSizes, group: dist.ProcessGroup) -> tuple[str, Tensor | None]:
-    """One of MODES, the same on every rank, and who serves what (None for GATHER); the host waits for four numbers.
-
-    Args:
-        table: int32 ``[P, HK, chunk ids]``, how often each rank's queries chose each chunk.
-        homes: int64 ``[P, M]``, ids of every rank's chunks.
-        sizes: of the layer.
-        group: the ranks.
-    """
+def cheapest_mode(table: Tensor, rank_chunks: Tensor, sizes: RowSizes,
+                  group: dist.ProcessGroup) -> tuple[str, Tensor | None]:
+    """One of MODES, the same on every rank, and who computes what (None for GATHER); the host reads four numbers."""
     members = members_a_node(group)
-    seconds, servers = seconds_of_modes(table, homes, sizes, NETWORK if members < group.size() else LINK,
-                                       members if crowds_the_network(group) else 1)
+    seconds, computed_by = seconds_of_modes(table, rank_chunks, sizes, NETWORK if members < group.size() else LINK,
+                                            members if crowds_the_network(group) else 1)
     listed = seconds.tolist()
-    way = MODES[listed.index(min(listed))]
-    return way, servers.get(way)
+    mode = MODES[listed.index(min(listed))]
+    return mode, computed_by.get(mode)
 
 
-def seconds_of_modes(table: Tensor, homes: Tensor, sizes: RowSizes, link: float,
-                    members_a_node: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
-    """Seconds of each of MODES, forward and backward, fp64 ``[4]``; and who serves what in all of them but GATHER.
+def seconds_of_modes(table: Tensor, rank_chunks: Tensor, sizes: RowSizes, link: float,
+                     members_a_node: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
+    """Seconds of each of MODES, forward and backward, fp64 ``[4]``; and who computes what in all of them but GATHER.
 
-    Args:
-        table, homes, sizes: as :func:`cheapest_mode`.
-        link: bytes a second.
-        members_a_node: ranks of a node that share what a gather brings into it.
+    ``members_a_node`` ranks share what a gather brings into their node.
     """
-    home = owner_of_chunks(homes, table.shape[2])
-    visits, fetches = home.expand(table.shape), _ranks(table).expand(table.shape)
-    mixes = _mixed(table, home, sizes, link)
-    seconds = PLANNING + _seconds_of_each(table, (visits, fetches, *mixes), home, sizes, link)
-    visit, fetch, by_bytes, relieved = seconds.unbind()
-    whole = (homes.numel() - homes.shape[1]) * table.shape[1] * sum(sizes.copy) / members_a_node
+    owner = owner_of_chunks(rank_chunks, table.shape[2])
+    candidates = owner.expand(table.shape), _ranks(table).expand(table.shape), *_mixes(table, owner, sizes, link)
+    dispatch, fetch, by_bytes, relieved = (PLANNING + _seconds_of_each(table, candidates, owner, sizes, link)).unbind()
+    whole = (rank_chunks.numel() - rank_chunks.shape[1]) * table.shape[1] * sum(sizes.copy) / members_a_node
     gather = table.sum((1, 2)).max().double() * sizes.work + whole / link
-    mixed = torch.where(relieved < by_bytes, mixes[1], mixes[0])
-    seconds = {DISPATCH: visit, GATHER: gather, FETCH: fetch, MIXED: torch.minimum(by_bytes, relieved)}
-    return torch.stack([seconds[way] for way in MODES]), {DISPATCH: visits, FETCH: fetches, MIXED: mixed}
+    mixed = torch.where(relieved < by_bytes, candidates[3], candidates[2])
+    return (torch.stack((dispatch, gather, fetch, torch.minimum(by_bytes, relieved))),
+            {DISPATCH: candidates[0], FETCH: candidates[1], MIXED: mixed})
 
 
-def _seconds_of_each(table: Tensor, candidates: Sequence[Tensor], home: Tensor, sizes: RowSizes, link: float) -> Tensor:
-    """:func:`seconds_of` of each of several servers: fp64 ``[n]``."""
+def mixed_ranks(table: Tensor, owner: Tensor, sizes: RowSizes, link: float) -> Tensor:
+    """Who computes what if the cheaper is taken for each rank, kv head and chunk: int64 ``[P, HK, chunk ids]``."""
+    mixes = _mixes(table, owner, sizes, link)
+    by_bytes, relieved = _seconds_of_each(table, mixes, owner, sizes, link).unbind()
+    return torch.where(relieved < by_bytes, mixes[1], mixes[0])
+
+
+def _seconds_of_each(table: Tensor, candidates: Sequence[Tensor], owner: Tensor, sizes: RowSizes,
+                     link: float) -> Tensor:
+    """:func:`seconds_of` each of several ``computed_by``: fp64 ``[n]``."""
     if table.numel() > AT_ONCE:
-        return torch.stack([seconds_of(table, servers, home, sizes, link) for servers in candidates])
-    return seconds_of(table, torch.stack(tuple(candidates)), home, sizes, link)
+        return torch.stack([seconds_of(table, computed_by, owner, sizes, link) for computed_by in candidates])
+    return seconds_of(table, torch.stack(candidates), owner, sizes, link)
 
 
-def seconds_of(table: Tensor, servers: Tensor, home: Tensor, sizes: RowSizes, link: float) -> Tensor:
-    """Seconds where ``servers`` serve what each rank's queries chose, without PLANNING.
-
-    Args:
-        table: ``[P, HK, chunk ids]``.
-        servers: int64 ``[..., P, HK, chunk ids]``.
-        home: int64 ``[chunk ids]``.
-        sizes, link: as :func:`seconds_of_modes`.
-
-    Returns:
-        fp64 ``[...]``.
-    """
-    away, size = _away(_wide(table), servers), len(table)
-    leaving, coming = away.sum((-1, -2)), _added_up(servers, away, size)
-    copies = replicas_of(table, servers, home)
+def seconds_of(table: Tensor, computed_by: Tensor, owner: Tensor, sizes: RowSizes, link: float) -> Tensor:
+    """Seconds without PLANNING: fp64 ``[...]``."""
+    away, size = _away(_wide(table), computed_by), len(table)
+    leaving, coming = away.sum((-1, -2)), _sum_by_rank(computed_by, away, size)
+    copies = replicas_of(table, computed_by, owner)
     number, relayed = copies.sum(-3), is_relayed(copies)
     fetched = copies.sum((-1, -2))
-    given = _added_up(home.expand(number.shape), torch.where(relayed, 1, number), size, 2)
-    (out, back), (copy, sums) = sizes.visit, sizes.copy
+    given = _sum_by_rank(owner.expand(number.shape), torch.where(relayed, 1, number), size, 2)
+    (out, back), (copy, sums) = sizes.query, sizes.copy
     passed, slices = (torch.where(relayed, x, 0).sum((-1, -2)).double()[..., None] / size
                       for x in (number, 1))  # by every relay
     sent = leaving * out + coming * back + given * copy + fetched * sums + passed * copy + slices * sums
@@ -135,73 +130,56 @@ def seconds_of(table: Tensor, servers: Tensor, home: Tensor, sizes: RowSizes, li
             + work.amax(-1).double() * sizes.work)
 
 
-def mixed_ranks(table: Tensor, home: Tensor, sizes: RowSizes, link: float) -> Tensor:
-    """Who serves what if the cheaper is taken for each rank, kv head and chunk: int64 ``[P, HK, chunk ids]``.
-
-    Args:
-        table: as :func:`cheapest_mode`; expected values, fp64, are also understood.
-        home: int64 ``[chunk ids]``, the rank of each chunk.
-        sizes, link: as :func:`seconds_of_modes`.
-    """
-    mixes = _mixed(table, home, sizes, link)
-    by_bytes, relieved = _seconds_of_each(table, mixes, home, sizes, link).unbind()
-    return torch.where(relieved < by_bytes, mixes[1], mixes[0])
-
-
-def _mixed(table: Tensor, home: Tensor, sizes: RowSizes, link: float) -> tuple[Tensor, Tensor]:
+def _mixes(table: Tensor, owner: Tensor, sizes: RowSizes, link: float) -> tuple[Tensor, Tensor]:
     """Two ways to mix, of which the faster is taken.
 
-    In the first a rank fetches a chunk where its choices of it, as visitors, would cost more than the copy. Where that
-    leaves a home with too much work the second is :func:`_relieved`.
+    In the first a rank fetches a chunk where its choices of it, dispatched, would cost more than the copy. Where that
+    leaves an owner with too much work the second is :func:`_relieved`.
     """
-    alone = table.double() * (sum(sizes.visit) + HANDLING * link) > sum(sizes.copy)
-    by_bytes = torch.where(alone, _ranks(table), home)
-    return by_bytes, _relieved(_wide(table), by_bytes, home, sum(sizes.copy) / link / sizes.work)
+    alone = table.double() * (sum(sizes.query) + HANDLING * link) > sum(sizes.copy)
+    by_bytes = torch.where(alone, _ranks(table), owner)
+    return by_bytes, _relieved(_wide(table), by_bytes, owner, sum(sizes.copy) / link / sizes.work)
 
 
-def _relieved(table: Tensor, servers: Tensor, home: Tensor, least: float) -> Tensor:
-    """Servers with visitors of the busiest homes moved to copies on ranks that do less than the mean.
+def _relieved(table: Tensor, computed_by: Tensor, owner: Tensor, least: float) -> Tensor:
+    """``computed_by`` with choices of the busiest owners' chunks moved to copies on ranks that do less than the mean.
 
-    The largest crowds of a busy home are moved until it does as much as the mean. All that is moved, in a line, is
-    poured into the ranks that have room, one after the other: a crowd goes to few ranks, and a rank takes few crowds.
-
-    Args:
-        table, servers, home: as :func:`mixed_ranks`.
-        least: a smaller crowd stays: the copy would take as long as its work.
+    A chunk's choices from elsewhere are a crowd. The largest crowds of a busy owner are moved until it does as much as
+    the mean. All that is moved, in a line, is poured into the ranks that have room, one after the other: a crowd goes
+    to few ranks, and a rank takes few crowds. One smaller than ``least`` stays: the copy would take as long.
     """
-    away = _away(table, servers)
-    busy = table.sum((1, 2)) - away.sum((1, 2)) + _added_up(servers, away, len(table))
+    away = _away(table, computed_by)
+    busy = table.sum((1, 2)) - away.sum((1, 2)) + _sum_by_rank(computed_by, away, len(table))
     mean = busy.sum() // len(table)
     surplus = torch.where(busy > OVERLOAD * mean, busy - mean, 0)
-    crowd, at = away.sum(0).flatten(), home.expand(table.shape[1:]).flatten()
+    crowd, at = away.sum(0).flatten(), owner.expand(table.shape[1:]).flatten()
     order = crowd.argsort(descending=True, stable=True)
-    order = order[at[order].argsort(stable=True)]  # home after home, large crowds first
-    sizes, owner = crowd[order], at[order]
+    order = order[at[order].argsort(stable=True)]  # owner after owner, large crowds first
+    sizes, at = crowd[order], at[order]
     before = sizes.cumsum(0) - sizes
-    first = torch.searchsorted(owner, torch.arange(len(table), device=owner.device)).clamp(max=len(owner) - 1)
-    moved = torch.minimum((surplus[owner] - (before - before[first][owner])).clamp(min=0), sizes)
+    first = torch.searchsorted(at, torch.arange(len(table), device=at.device)).clamp(max=len(at) - 1)
+    moved = torch.minimum((surplus[at] - (before - before[first][at])).clamp(min=0), sizes)
     moved = torch.where(moved < least, 0, moved)
     begin, amount = torch.empty_like(crowd), torch.empty_like(crowd)
     begin[order], amount[order] = moved.cumsum(0) - moved, moved
-    place = away.cumsum(0) - (away + 1) // 2 - (crowd - amount).view(home.expand(table.shape[1:]).shape)
+    place = away.cumsum(0) - (away + 1) // 2 - (crowd - amount).view(table.shape[1:])
     room = (mean - busy).clamp(min=0).cumsum(0)
     helper = torch.searchsorted(room, place + begin.view(place.shape[1:]), right=True).clamp(max=len(table) - 1)
-    served = torch.where((place >= 0) & (away > 0), helper, servers)
-    return torch.where(replicas_of(table, served, home), _ranks(table), served)  # who has a copy uses it
+    moved_to = torch.where((place >= 0) & (away > 0), helper, computed_by)
+    return torch.where(replicas_of(table, moved_to, owner), _ranks(table), moved_to)  # who has a copy uses it
 
 
-def owner_of_chunks(homes: Tensor, chunk_ids: int) -> Tensor:
+def owner_of_chunks(rank_chunks: Tensor, chunk_ids: int) -> Tensor:
     """The rank of each chunk, int64 ``[chunk ids]``; of ids without a chunk 0."""
-    home = homes.new_zeros(chunk_ids)
-    home[homes.flatten()] = torch.arange(len(homes), device=homes.device).repeat_interleave(homes.shape[1])
-    return home
+    ranks = torch.arange(len(rank_chunks), device=rank_chunks.device).repeat_interleave(rank_chunks.shape[1])
+    return rank_chunks.new_zeros(chunk_ids).index_copy_(0, rank_chunks.flatten(), ranks)
 
 
-def replicas_of(table: Tensor, servers: Tensor, home: Tensor) -> Tensor:
-    """Which rank serves chunks that it does not own, and so needs copies of them: bool, of ``servers``' shape."""
-    served = torch.zeros(servers.shape, dtype=torch.int32, device=table.device)
-    served.scatter_add_(-3, servers, (table > 0).int().expand(servers.shape))
-    return (served > 0) & (home != _ranks(table))
+def replicas_of(table: Tensor, computed_by: Tensor, owner: Tensor) -> Tensor:
+    """Which rank computes choices of chunks that it does not own, and so needs copies: bool, as ``computed_by``."""
+    computes = torch.zeros(computed_by.shape, dtype=torch.int32, device=table.device)
+    computes.scatter_add_(-3, computed_by, (table > 0).int().expand(computed_by.shape))
+    return (computes > 0) & (owner != _ranks(table))
 
 
 def is_relayed(copies: Tensor) -> Tensor:
@@ -209,12 +187,12 @@ def is_relayed(copies: Tensor) -> Tensor:
     return copies.sum(-3) >= RELAYED_FROM
 
 
-def _away(table: Tensor, servers: Tensor) -> Tensor:
-    """The choices that other ranks serve."""
-    return torch.where(servers != _ranks(table), table, 0)
+def _away(table: Tensor, computed_by: Tensor) -> Tensor:
+    """The choices that other ranks compute."""
+    return torch.where(computed_by != _ranks(table), table, 0)
 
 
-def _added_up(ranks: Tensor, x: Tensor, size: int, dims: int = 3) -> Tensor:
+def _sum_by_rank(ranks: Tensor, x: Tensor, size: int, dims: int = 3) -> Tensor:
     """``x`` added up over the entries of each rank in its last ``dims`` dimensions: ``[..., P]``."""
     ranks, x = ranks.flatten(-dims), x.flatten(-dims)
     return x.new_zeros(*x.shape[:-1], size).scatter_add_(-1, ranks, x)

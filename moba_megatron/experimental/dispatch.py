@@ -1,16 +1,16 @@
-"""The schedule in which queries travel: to the ranks that serve their chosen chunks, as tokens travel to experts.
+"""The schedule in which queries travel: to the ranks that compute their chosen chunks, as tokens travel to experts.
 
-A choice (a query, a head, a chunk of another rank) is a row that visits the rank which serves it, attends to that chunk
-alone and brings back its part of o and the log-sum-exp; at home the query attends to its own chunk and to the chosen
-ones there, and all parts are merged. In backward q, do, o and lse visit, and dq comes back. ``cost_model`` decides who
-serves what. Mostly it is the chunk's owner: keys and values stay, dK and dV are complete where they are, and a rank
-moves O(its queries), not O(the sequence). Chunks that many choose (sinks) are served by copies: ranks fetch K and V of
-the chunk, keep them before their own rows while the group of heads is computed, attend to them as to their own chunks,
-and give back dK and dV, which the owner adds in fp32 in the order of ranks.
+A choice (a query, a head, a chunk of another rank) is a row that is dispatched to the rank which computes it, attends
+there to that chunk alone and brings back its part of o and the log-sum-exp; at home the query attends to its own chunk
+and to the chosen ones there, and all parts are merged. In backward q, do, o and lse are dispatched, and dq comes back.
+``cost_model`` decides who computes what. Mostly it is the chunk's owner: keys and values stay, dK and dV are complete
+where they are, and a rank moves O(its queries), not O(the sequence). Chunks that many choose (sinks) are copied: ranks
+fetch K and V of the chunk, keep them before their own rows while the group of heads is computed, attend to them as to
+their own chunks, and send back dK and dV, which the owner adds in fp32 in the order of ranks.
 
 Rows that a rank takes at once are limited (DISPATCHED_BYTES). What exceeds that comes in later rounds, whose bytes are
 recorded apart ("fwd dispatch later", "bwd dispatch later"): nothing is dropped. Sequences are of one length, and their
-pieces whole chunks.
+pieces whole chunks (``context_parallel.selective.pieces_are_chunks``).
 """
 from __future__ import annotations
 
@@ -32,45 +32,31 @@ from .dispatch_plan import DispatchPlan, Round, chunks_of_ranks, dispatch_plans,
 from .replicas import Replicas
 
 DISPATCHED_BYTES = 2 << 30
-"""Bytes of q, do, o and dq of the visitors that a rank takes at once."""
+"""Bytes of q, do, o and dq of the queries that a rank takes at once."""
 
 
 class DispatchAttention(AllGatherAttention):
-    """Attention of a rank's queries over chosen chunks of all ranks of ``group``, which they visit.
+    """Attention of a rank's queries over chosen chunks of all ranks of ``group``, to which they are dispatched."""
 
-    The layout's pieces must be whole chunks: :func:`~moba_megatron.context_parallel.selective.pieces_are_chunks`.
-    """
-
-    def attend_where_cheapest(self, q: Tensor, k: Tensor, v: Tensor, groups: HeadGroups,
-                              choices: list) -> tuple[Tensor, Saved] | None:
-        """As :meth:`attend_chosen`, by the cost model; None where all keys had better be gathered."""
-        table = table_of_choices(self.layout, [routing for _, routing in choices], self.group)
+    def attend_chosen(self, q: Tensor, k: Tensor, v: Tensor, groups: HeadGroups,
+                      choices: list) -> tuple[Tensor, Saved] | None:
+        """o and what backward needs, from each group's (selected, routing); None where gathering all is cheapest."""
+        routings = [routing for _, routing in choices]
+        table = table_of_choices(self.layout, routings, self.group)
         sizes = RowSizes(q.element_size(), q.shape[2], v.shape[2], self.layout.segments.chunk_size)
-        way, servers = cheapest_mode(table, chunks_of_ranks(self.layout), sizes, self.group)
-        return None if way == GATHER else self.attend_chosen(q, k, v, groups, choices, table, servers)
-
-    def attend_chosen(self, q: Tensor, k: Tensor, v: Tensor, groups: HeadGroups, choices: list, table: Tensor,
-                      servers: Tensor) -> tuple[Tensor, Saved]:
-        """o and what backward needs, once chunks are chosen.
-
-        Args:
-            q, k, v: the rank's rows.
-            groups: of heads, one after the other.
-            choices: (selected, routing) of each group.
-            table: :func:`~.dispatch_plan.table_of_choices`.
-            servers: int64, of its shape, the rank that serves these choices.
-        """
-        row = 2 * (q.shape[2] + v.shape[2]) * q.element_size()
-        service = dispatch_plans(self.layout, [routing for _, routing in choices], groups, table, servers,
-                              DISPATCHED_BYTES // row)
-        fetched = self._fetch_copies(k, v, groups, lambda group: service(group).copies, "fwd gather")
+        mode, computed_by = cheapest_mode(table, chunks_of_ranks(self.layout), sizes, self.group)
+        if mode == GATHER:
+            return None
+        capacity = DISPATCHED_BYTES // (2 * (q.shape[2] + v.shape[2]) * q.element_size())
+        plan = dispatch_plans(self.layout, routings, groups, table, computed_by, capacity)
+        fetched = self._fetch_copies(k, v, groups, lambda group: plan(group).replicas, "fwd gather")
         o = q.new_empty(*q.shape[:2], v.shape[2])
         saved, finish = [], None
         for group, ((heads, _), (selected, _)) in enumerate(zip(groups, choices)):
-            rest, done = self._attend_here(q[:, heads], fetched, selected, service(group), o[:, heads])
+            rest, finish_this = self._attend_here(q[:, heads], fetched, selected, plan(group), o[:, heads])
             if finish is not None:
                 finish()
-            saved, finish = [*saved, rest], done
+            saved, finish = [*saved, rest], finish_this
         finish()
         return o, [q, k, v, o, groups, saved]
 
@@ -79,102 +65,94 @@ class DispatchAttention(AllGatherAttention):
         q, k, v, o, groups, saved = saved
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         dk, dv = (torch.empty(x.shape, dtype=kv_grad_dtype, device=x.device) for x in (k, v))
-        copies = [Replicas.restored(x) for (x, *_), *_ in saved]
-        fetched = self._fetch_copies(k, v, groups, copies.__getitem__, "bwd gather")
+        fetched = self._fetch_copies(k, v, groups, lambda group: saved[group][0], "bwd gather")
         finish = None
-        for (heads, kv_heads), rest, held in zip(groups, saved, copies):
-            done = self._attend_here_bwd(do[:, heads], q[:, heads], fetched, o[:, heads], rest, held,
-                                         (dq[:, heads], dk[:, kv_heads], dv[:, kv_heads]))
+        for (heads, kv_heads), rest in zip(groups, saved):
+            finish_this = self._attend_here_bwd(do[:, heads], q[:, heads], fetched, o[:, heads], rest,
+                                                (dq[:, heads], dk[:, kv_heads], dv[:, kv_heads]))
             if finish is not None:
                 finish()
-            finish = done
+            finish = finish_this
         finish()
         return dq, dk, dv
 
-    def _fetch_copies(self, k: Tensor, v: Tensor, groups: HeadGroups, copies: Callable[[int], Replicas],
+    def _fetch_copies(self, k: Tensor, v: Tensor, groups: HeadGroups, replicas: Callable[[int], Replicas],
                       stage: str) -> Prefetch:
         """Of each group K and V, the copies before the rank's own rows."""
-        def start(i: int) -> tuple[Pending, ...]:
-            return tuple(copies(i).start(x[:, groups[i][1]], self.layout.segments.chunk_size, self.group, stage)
-                         for x in (k, v))
-
-        return Prefetch(start, [kv_heads.stop - kv_heads.start for _, kv_heads in groups])
-
-    @property
-    def _by_kernels(self) -> bool:
-        return hasattr(self.pipeline.stages, "repeat")
+        return Prefetch(lambda i: tuple(replicas(i).start(x[:, groups[i][1]], self.layout.segments.chunk_size,
+                                                          self.group, stage) for x in (k, v)), groups)
 
     def _segments_here(self, places: int, device: torch.device) -> Segments:
         """This rank's rows as one sequence, after the copies."""
         size, rows = self.layout.segments.chunk_size, self.layout.rows.local
         before, total = places * size, places * size + rows
-        places = torch.tensor([[0, rows, 0, 0], [0, total, 0, 0], [0, 0, 0, 0], [before, 0, 0, 0]],  # 16 bytes each
+        bounds = torch.tensor([[0, rows, 0, 0], [0, total, 0, 0], [0, 0, 0, 0], [before, 0, 0, 0]],  # 16 bytes each
                               dtype=torch.int32, device=device)
-        return Segments(places[0, :2], places[1, :2], places[2, :1], places[3, :1], rows, total, size, exact=True)
+        return Segments(bounds[0, :2], bounds[1, :2], bounds[2, :1], bounds[3, :1], rows, total, size, exact=True)
 
-    def _attend_here(self, q: Tensor, fetched: Prefetch, selected: Tensor, service: DispatchPlan,
+    def _attend_here(self, q: Tensor, fetched: Prefetch, selected: Tensor, plan: DispatchPlan,
                      out: Tensor) -> tuple[list, Callable[[], None]]:
         """Computes one group of heads; what its backward needs, and what is left to do: to write o when parts come."""
         stages, scale, size = self.pipeline.stages, self.pipeline.softmax_scale, self.layout.segments.chunk_size
         queries, choices_per_row = q.flatten(0, 1), selected.shape[2]
-        arriving = self._send_queries((queries,), service.rounds[0], choices_per_row, "fwd dispatch")
+        arriving = self._send_queries((queries,), plan.rounds[0], choices_per_row, "fwd dispatch")
         k, v = (x.wait() for x in fetched.take())
-        segments = self._segments_here(service.copies.places, q.device)
+        segments = self._segments_here(plan.replicas.places, q.device)
         kv_head = torch.arange(q.shape[1], device=q.device) // (q.shape[1] // k.shape[1])
-        here = service.chunk_here[kv_head[:, None], selected.long()]  # -1 reads the last entry, which is -1
+        here = plan.chunk_here[kv_head[:, None], selected.long()]  # -1 reads the last entry, which is -1
         routing = stages.route(here, k.shape[1], segments.num_chunks(k.shape[0]))
         o, lse = stages.attention_fwd(q, k, v, here, segments, scale, routing)
-        if any(sum(x.coming) for x in service.rounds):
+        if any(sum(x.coming) for x in plan.rounds):
             k, v = by_chunk(k, size), by_chunk(v, size)
-        returned = Returned(service.rounds, self.group, "fwd return", (o.flatten(0, 1), lse.flatten()))
-        for i, visit in enumerate(service.rounds):
+        returned = Returned(plan.rounds, self.group, "fwd return", (o.flatten(0, 1), lse.flatten()))
+        for i, turn in enumerate(plan.rounds):
             if i:
-                arriving = self._send_queries((queries,), visit, choices_per_row, "fwd dispatch later")
-            visitors, = (x.wait().index_select(0, visit.order) for x in arriving)
-            returned.send(visit, chunk_attention_fwd(visitors, k, v, visit.cu_queries, service.most, scale))
-        saved = [service.saved(), lse, here, routing.entries, routing.starts, choices_per_row]
+                arriving = self._send_queries((queries,), turn, choices_per_row, "fwd dispatch later")
+            q_here, = (pending.wait().index_select(0, turn.order) for pending in arriving)
+            returned.send(turn, chunk_attention_fwd(q_here, k, v, turn.cu_queries, plan.most, scale))
+        saved = [plan.replicas, plan.most, plan.rounds, lse, here, routing.entries, routing.starts, choices_per_row]
 
         def finish() -> None:
             o_parts, lse_parts = returned.wait()
             if returned.number:
-                saved[1] = merge_partials(o, lse, o_parts, lse_parts, returned.places(here.shape), out,
-                                          self._by_kernels)
+                saved[3] = merge_partials(o, lse, o_parts, lse_parts, returned.places(here.shape), out,
+                                          hasattr(stages, "repeat"))
             else:
                 out.copy_(o)
 
         return saved, finish
 
-    def _attend_here_bwd(self, do: Tensor, q: Tensor, fetched: Prefetch, o: Tensor, saved: list, copies: Replicas,
+    def _attend_here_bwd(self, do: Tensor, q: Tensor, fetched: Prefetch, o: Tensor, saved: list,
                          outs: tuple[Tensor, ...]) -> Callable[[], None]:
         """Computes one group of heads; what is left to do: to write dq, dk, dv to ``outs`` when parts come."""
-        (_, most, rounds), lse, here, entries, starts, choices_per_row = saved
-        rounds, pipeline, size = [Round(*x) for x in rounds], self.pipeline, self.layout.segments.chunk_size
+        replicas, most, rounds, lse, here, entries, starts, choices_per_row = saved
+        pipeline, size = self.pipeline, self.layout.segments.chunk_size
         tensors = [x.flatten(0, 1) for x in (do, q, o, lse)]
         arriving = self._send_queries(tensors, rounds[0], choices_per_row, "bwd dispatch")
         k, v = (x.wait() for x in fetched.take())
         dq, *sums = pipeline.stages.attention_bwd(
-            do, None, q, k, v, o, lse, here, self._segments_here(copies.places, q.device), pipeline.softmax_scale,
+            do, None, q, k, v, o, lse, here, self._segments_here(replicas.places, q.device), pipeline.softmax_scale,
             deterministic=pipeline.deterministic, kv_grad_dtype=sum_dtype(k.dtype), routing=Routing(entries, starts))
         if any(sum(x.coming) for x in rounds):
             k, v = by_chunk(k, size), by_chunk(v, size)
         returned = Returned(rounds, self.group, "bwd return", (dq.flatten(0, 1),))
-        for i, visit in enumerate(rounds):
+        for i, turn in enumerate(rounds):
             if i:
-                arriving = self._send_queries(tensors, visit, choices_per_row, "bwd dispatch later")
-            do_v, q_v, o_v, lse_v = (x.wait().index_select(0, visit.order) for x in arriving)
-            dq_v, *served = chunk_attention_bwd(do_v, q_v, k, v, o_v, lse_v, visit.cu_queries, most,
-                                                pipeline.softmax_scale, pipeline.deterministic)
-            returned.send(visit, (dq_v,))
-            if sum(visit.coming):
-                for x, part in zip(sums, served):
-                    x += _by_token(part, x.shape)
-        reducing = [copies.send_back(x, x[copies.places * size:], out, self.group, "bwd reduce")
+                arriving = self._send_queries(tensors, turn, choices_per_row, "bwd dispatch later")
+            do_here, q_here, o_here, lse_here = (pending.wait().index_select(0, turn.order) for pending in arriving)
+            dq_here, *grads = chunk_attention_bwd(do_here, q_here, k, v, o_here, lse_here, turn.cu_queries, most,
+                                                  pipeline.softmax_scale, pipeline.deterministic)
+            returned.send(turn, (dq_here,))
+            for total, grad in zip(sums, grads) if sum(turn.coming) else ():
+                heads = total.shape[1]  # by_chunk the other way round
+                total += grad.unflatten(0, (heads, -1)).permute(1, 2, 0, 3).reshape(total.shape)
+        reducing = [replicas.send_back(x, x[replicas.places * size:], out, self.group, "bwd reduce")
                     for x, out in zip(sums, outs[1:])]
 
         def finish() -> None:
             dq_parts, = returned.wait()
             if returned.number:
-                add_partials(dq, dq_parts, returned.places(here.shape), outs[0], self._by_kernels)
+                add_partials(dq, dq_parts, returned.places(here.shape), outs[0], hasattr(pipeline.stages, "repeat"))
             else:
                 outs[0].copy_(dq)
             for x in reducing:
@@ -182,18 +160,18 @@ class DispatchAttention(AllGatherAttention):
 
         return finish
 
-    def _send_queries(self, tensors: Sequence[Tensor], visit: Round, choices_per_row: int, stage: str) -> list[Pending]:
+    def _send_queries(self, tensors: Sequence[Tensor], turn: Round, choices_per_row: int, stage: str) -> list[Pending]:
         """Starts to send the rows of each ``[T * h, ...]`` that leave; pending: those that come."""
-        rows = visit.choices // choices_per_row
-        return [send_rows(x[rows], x.new_empty(sum(visit.coming), *x.shape[1:]), visit.leaving, visit.coming,
-                          self.group, stage) for x in tensors]
+        rows = turn.choices // choices_per_row
+        return [send_rows(x[rows], x.new_empty(sum(turn.coming), *x.shape[1:]), turn.leaving, turn.coming, self.group,
+                          stage) for x in tensors]
 
 
 class Returned:
     """What comes back for the choices of one group of heads: rows in the order in which they leave, round after round.
 
     Args:
-        rounds: of visits.
+        rounds: of dispatch.
         group: of the ranks.
         stage: name for ``record_waits``.
         like: tensors whose rows are like those that come back.
@@ -205,12 +183,13 @@ class Returned:
         self._parts = [x.new_empty(self.number, *x.shape[1:]) for x in like]
         self._pending, self._filled = [], 0
 
-    def send(self, visit: Round, served: Sequence[Tensor]) -> None:
-        """Starts to send what this rank's visitors take home, and to receive what its own bring."""
+    def send(self, turn: Round, computed: Sequence[Tensor]) -> None:
+        """Starts to send back what this rank computed for others, and to receive what others did for it."""
         self.wait()  # the memory of the round before
-        end = self._filled + sum(visit.leaving)
-        self._pending = [send_rows(_unsorted(x, visit.order), parts[self._filled:end], visit.coming, visit.leaving,
-                                   self._group, self._stage) for x, parts in zip(served, self._parts)]
+        end = self._filled + sum(turn.leaving)
+        unsorted = (torch.empty_like(rows).index_copy_(0, turn.order, rows) for rows in computed)
+        self._pending = [send_rows(rows, out[self._filled:end], turn.coming, turn.leaving, self._group, self._stage)
+                         for rows, out in zip(unsorted, self._parts)]
         self._filled = end
 
     def wait(self) -> list[Tensor]:
@@ -232,19 +211,9 @@ def send_rows(x: Tensor, out: Tensor, leaving: tuple[int, ...], coming: tuple[in
               stage: str) -> Pending:
     """Starts to send the rows of ``x``, rank after rank; pending: ``out``, filled with what comes."""
     x = x.contiguous()
-    return Pending(exchange(parts(out, coming), parts(x, leaving), x.device, group, stage), out, x, stage)
+    return Pending(exchange([(parts(out, coming), parts(x, leaving))], x.device, group, stage), out, x, stage)
 
 
 def by_chunk(x: Tensor, chunk_size: int) -> Tensor:
     """``[T, h, D]`` as ``[h * T / chunk_size, chunk_size, D]``, kv head after kv head; a copy."""
     return x.unflatten(0, (-1, chunk_size)).permute(2, 0, 1, 3).flatten(0, 1).contiguous()
-
-
-def _by_token(x: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of :func:`by_chunk`, to ``[T, h, D]``."""
-    return x.unflatten(0, (shape[1], -1)).permute(1, 2, 0, 3).reshape(shape)
-
-
-def _unsorted(x: Tensor, order: Tensor) -> Tensor:
-    """The rows of ``x`` back where ``index_select`` by ``order`` took them from."""
-    return torch.empty_like(x).index_copy_(0, order, x)

@@ -8,7 +8,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -40,11 +40,12 @@ class WaitRecord:
     def sent(self, stage: str, size: int) -> None:
         self._sent[stage] = self._sent.get(stage, 0) + size
 
-    def waited(self, stage: str, on_cuda: bool, wait: Callable[[], None]) -> None:
-        """Calls ``wait`` between two points in time of the current stream."""
+    @contextmanager
+    def waited(self, stage: str, on_cuda: bool) -> Iterator[None]:
+        """Around a wait: notes the current stream's time before and after."""
         with torch.profiler.record_function("moba_cp " + stage):
             before = _now(on_cuda)
-            wait()
+            yield
             self._waits.append((stage, before, _now(on_cuda)))
 
 
@@ -87,10 +88,9 @@ class Pending:
 
     def wait(self) -> Any:
         """The result, once: this then holds nothing any more. On CUDA the current stream waits, not the host."""
-        if _record is not None:
-            _record.waited(self._stage, self._output.is_cuda, self._wait)
-        else:
-            self._wait()
+        with nullcontext() if _record is None else _record.waited(self._stage, self._output.is_cuda):
+            for work in self._works:
+                work.wait()
         output, finish = self._output, self._finish
         self._works = self._output = self._keep = self._finish = None
         return output if finish is None else finish(output)
@@ -101,9 +101,11 @@ class Pending:
         self._finish = function if finish is None else lambda output: function(finish(output))
         return self
 
-    def _wait(self) -> None:
-        for work in self._works:
-            work.wait()
+
+def wait_for(pendings: Sequence[Pending]) -> None:
+    """The results are not asked for."""
+    for pending in pendings:
+        pending.wait()
 
 
 def crowds_the_network(group: dist.ProcessGroup) -> bool:
@@ -131,10 +133,6 @@ def count_sent(stage: str, size: int) -> None:
         _record.sent(stage, size)
 
 
-def _count(stage: str, *sent: Tensor, times: int = 1) -> None:
-    count_sent(stage, times * sum(x.nbytes for x in sent))
-
-
 def all_gather(x: Tensor, group: dist.ProcessGroup, stage: str = "gather",
                finish: Callable[[Tensor], Any] | None = None) -> Pending:
     """Starts to gather ``[T, ...]`` from every rank.
@@ -144,7 +142,7 @@ def all_gather(x: Tensor, group: dist.ProcessGroup, stage: str = "gather",
     """
     x = x.contiguous()
     output = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
-    _count(stage, x, times=group.size() - 1)
+    count_sent(stage, (group.size() - 1) * x.nbytes)
     works = [] if x.is_meta else [dist.all_gather_into_tensor(output, x, group=group, async_op=True)]
     return Pending(works, output, x, stage, finish)
 
@@ -158,30 +156,24 @@ def reduce_scatter(x: Tensor, group: dist.ProcessGroup, stage: str,
     """
     x = x.contiguous()
     output = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
-    _count(stage, x[:(group.size() - 1) * output.shape[0]])
+    count_sent(stage, (group.size() - 1) * output.nbytes)
     works = [] if x.is_meta else [dist.reduce_scatter_tensor(output, x, group=group, async_op=True)]
     return Pending(works, output, x, stage, finish)
 
 
-def exchange(outputs: list[Tensor | None], inputs: list[Tensor | None], device: torch.device,
+def exchange(rounds: Sequence[tuple[list[Tensor | None], list[Tensor | None]]], device: torch.device,
              group: dist.ProcessGroup, stage: str) -> list:
-    """Starts to send ``inputs[r]`` to each rank r and to receive ``outputs[r]`` from it.
+    """Starts exchanges as one: NCCL launches a single kernel for all of them. Every rank of the group must call this.
 
     Args:
-        outputs, inputs: contiguous, on ``device``; None where nothing travels.
-        group: every rank of it must call this.
+        rounds: of (outputs, inputs): ``inputs[r]`` goes to each rank r, ``outputs[r]`` is received from it; contiguous,
+            on ``device``, None where nothing travels.
         stage: name for :func:`record_waits`.
 
     Returns:
         Handles, for a :class:`Pending`.
     """
-    return exchange_all([(outputs, inputs)], device, group, stage)
-
-
-def exchange_all(rounds: Sequence[tuple[list[Tensor | None], list[Tensor | None]]], device: torch.device,
-                 group: dist.ProcessGroup, stage: str) -> list:
-    """Starts several exchanges (outputs, inputs) as one: NCCL launches a single kernel for all of them."""
-    _count(stage, *(x for _, inputs in rounds for x in inputs if x is not None))
+    count_sent(stage, sum(x.nbytes for _, inputs in rounds for x in inputs if x is not None))
     if device.type == "meta":
         return []
     peers, messages = dist.get_process_group_ranks(group), []

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .comm import Pending, all_gather, crowds_the_network, exchange, exchange_all, reduce_scatter
+from .comm import Pending, all_gather, crowds_the_network, exchange, reduce_scatter
 from .peers import peers_for
 from .rows import Rows, copy_rows, place_own, whole_rows
 
@@ -54,7 +54,8 @@ def to_global(rows: Rows, own: Sequence[Tensor], messages: Sequence[Tensor | Non
         ranked = output.unflatten(0, (rows.size, rows.local))
         for part, x in zip(ranked[rows.rank].split(heads, 1), own):
             copy_rows(part, x)
-        works = exchange(_without(ranked, rows.rank), _without(messages, rows.rank), output.device, group, stage)
+        received, sent = _without(ranked, rows.rank), _without(messages, rows.rank)
+        works = exchange([(received, sent)], output.device, group, stage)
         return Pending(works, output, messages, stage,
                        lambda x: x.index_select(0, rows.global_rows).split(heads, 1))
     rounds = []
@@ -65,7 +66,7 @@ def to_global(rows: Rows, own: Sequence[Tensor], messages: Sequence[Tensor | Non
         sent = [mine] * rows.size if messages is None else [None if x is None else x[local] for x in messages]
         received = [output[rows.global_run(run, rank)] for rank in range(rows.size)]
         rounds.append((_without(received, rows.rank), _without(sent, rows.rank)))
-    works = exchange_all(rounds, output.device, group, stage)
+    works = exchange(rounds, output.device, group, stage)
     return Pending(works, output, messages, stage, lambda x: x.split(heads, 1))
 
 
@@ -97,7 +98,7 @@ def to_local(rows: Rows, tensors: Sequence[Tensor], group: dist.ProcessGroup, st
             own.append((local, sent[rows.rank]))
         keep.append(x)
         arriving.append(Arrived(others, own))
-    works = exchange_all(rounds, tensors[0].device, group, stage)
+    works = exchange(rounds, tensors[0].device, group, stage)
     return Pending(works, tensors[0], keep, stage, lambda _: arriving)
 
 
