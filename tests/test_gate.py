@@ -1,0 +1,54 @@
+"""The gate: this checkout beside a copy of it, and beside a copy that computes something else."""
+import json
+import shutil
+
+import pytest
+import torch
+from ranks import ROOT
+
+from benchmarks import gate
+from benchmarks.__main__ import main
+
+TRY = ["--device", "cpu", "--backend", "reference", "--turns", "2", "--repeats", "1"]
+
+
+@pytest.fixture
+def other(tmp_path):
+    """A copy of the package: its operator adds a little where sequences are packed, and it has no decoding."""
+    shutil.copytree(ROOT / "moba_megatron", tmp_path / "other/moba_megatron", ignore=shutil.ignore_patterns("*.pyc"))
+    with open(tmp_path / "other/moba_megatron/__init__.py", "a") as file:
+        file.write("\nright = moba_attn_varlen\n\n\ndef moba_attn_varlen(q, k, v, cu_seqlens, *a, **kw):\n"
+                   "    return right(q, k, v, cu_seqlens, *a, **kw) + (1e-3 if len(cu_seqlens) > 2 else 0)\n")
+    (tmp_path / "other/moba_megatron/ops/decode.py").write_text("raise ImportError('not in this version')\n")
+    return tmp_path / "other"
+
+
+def test_both_sides_are_timed_and_compared(other, tmp_path, capsys):
+    stored, page = tmp_path / "gate.json", tmp_path / "gate.md"
+    assert main(["gate", "--against", str(other), "--rows", "tiny-decode", "tiny-packed", "tiny", *TRY, "--limit",
+                 "1e-6", "--json", str(stored), "--write", str(page)]) == 1
+    result = json.loads(stored.read_text())
+    decode, packed, alone = result["rows"]
+    assert packed["status"] == alone["status"] == "slower" and packed["ratio"] > 0 and result["against"]
+    assert len(packed["turns"]["this"]) == len(packed["turns"]["other"]) == 2 + 4  # above the limit: timed again
+    assert 1e-5 < packed["difference"] < 1e-1 and alone["difference"] == 0
+    assert decode["status"] == "failed" and "ImportError: not in this version" in decode["reason"]
+    assert "| tiny-packed |" in page.read_text() and "same bits" in capsys.readouterr().out
+
+
+def test_bad_input_and_missing_gpus(tmp_path, monkeypatch, capsys):
+    assert main(["gate", "--against", str(tmp_path), *TRY]) == 2
+    assert "--against must be a checkout" in capsys.readouterr().err
+    assert main(["gate", "--against", str(ROOT), "--rows", "nonsense", *TRY]) == 2
+    assert "--rows must name rows, got 'nonsense'" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    about = dict.fromkeys(("device", "driver", "torch", "triton", "cudnn", "commit", "when"), "x")
+    monkeypatch.setattr(gate.environment, "describe", lambda device: about)
+    assert main(["gate", "--against", str(ROOT), "--rows", "cp2"]) == 0
+    assert "two GPUs are needed" in capsys.readouterr().out
+
+
+def test_rows_are_those_that_the_gate_promises():
+    kinds = [row.kind for row in gate.ROWS]
+    assert kinds.count("operator") == 8 and kinds.count("decode") == kinds.count("cp") == 1
+    assert len({row.name for row in (*gate.ROWS, *gate.TINY)}) == len(gate.ROWS) + len(gate.TINY)
