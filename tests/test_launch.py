@@ -1,8 +1,10 @@
 """The launch scripts: what DRY_RUN=1 prints, and what is said where something is missing. Nothing is installed."""
 import os
+import re
 import shutil
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -225,6 +227,34 @@ def test_a_measurement_without_a_gpu_ends_at_once(monkeypatch, capsys, command):
     said = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2
     assert ("error: it measures on a CUDA device, and torch sees none here") in said[-1]
+
+
+class TestMissionSmoke:
+    CHECKOUTS = {"MEGATRON_LM": "/there/Megatron-LM", "MEGATRON_LM_ALL": "/there/0.13 /there/main"}
+
+    def test_every_step_is_shown(self, tmp_path):
+        said = launch("mission_smoke.sh", DRY_RUN="1", GPUS="2", VENV=str(tmp_path / "venv"), DATA_PATH="data/mine",
+                      TORCH_CPU="torch==2.13.0", **self.CHECKOUTS)
+        assert said.returncode == 0, said.stderr
+        commands = [line for line in said.stderr.splitlines() if line.startswith("+ ")]
+        for words in ("launch/quickstart.sh", "ZERO=3 SP=2 METHOD=ulysses", "LIMIT=1 STEPS=6",
+                      "--spec moba_megatron.layer_specs moba_layer_te_spec", "-m moba_megatron.launch pretrain_gpt.py",
+                      "patches/apply.sh /there/Megatron-LM", "patched /there/0.13", "patched /there/main"):
+            assert any(words in line for line in commands), words
+        assert len([line for line in said.stderr.splitlines() if line.endswith(" not run")]) == 12
+
+    def test_what_fails_and_what_is_skipped_is_said(self, tmp_path):
+        """Every script but one is good, as far as a shell that runs none of them says."""
+        command("bash", tmp_path, 'case "$*" in *smoke_a6000*) echo out of memory; exit 3 ;; esac')
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path), "USE_SYSTEM_PYTHON": "1",
+                       "PYTHON": sys.executable, "GPUS": "1", "DATA_PATH": "data/mine", "OUTPUT": str(tmp_path / "out")}
+        done = subprocess.run(["/bin/bash", str(ROOT / "launch/mission_smoke.sh")], capture_output=True, text=True,
+                              env=environment, timeout=60)
+        table = done.stderr[done.stderr.rindex("step  "):]
+        assert done.returncode == 1, done.stderr
+        assert re.search(r"quickstart-1 +good", table) and re.search(r"a6000 +FAILED .*status 3: .*a6000.log", table)
+        assert re.search(r"quickstart-2-nccl +skipped +two GPUs are needed", table)
+        assert re.search(r"te-spec +skipped +MEGATRON_LM names no checkout", table) and "out of memory" in done.stderr
 
 
 def test_fault_drills_without_a_gpu_end_at_once(monkeypatch, capsys, tmp_path):
