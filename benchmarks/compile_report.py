@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 
 from moba_megatron import kernels
 from moba_megatron.kernels import decode, tuning
-from moba_megatron.kernels.tuning_table import TABLE
+from moba_megatron.kernels.tuning_table import TABLE, is_gluon
 from moba_megatron.segments import Segments
 
 SHARED_LIMIT_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -34,7 +34,7 @@ MULTIPROCESSORS = 132
 """Of the card that launchers are told they run on, where they ask; an H200's."""
 ONE_OF_EACH_CLASS = (80, 86, 90, 100)
 """One card of each class of the tuning tables; 89 and 120 share 86's rows."""
-BEYOND = {"chunk_size": 4096, "choices": 63, "slots": 63, "portable": 1, "ragged": 1}
+BEYOND = {"chunk_size": 4096, "choices": 63, "ragged": 1}
 """Values that exceed every bound of a row's key in the tables."""
 MORE_SHAPES = (86, 90)
 """The card with the least shared memory, and the one the kernels are tuned on."""
@@ -273,6 +273,8 @@ def reachable_rows(arch: str) -> dict[tuple[str, str], dict[str, int]]:
         values: dict[str, set[int]] = {"head_dim": {256}, "itemsize": {2, 4}, "chunk_size": {512}}
         for name, bound in (item for row in rows for item in row.upto.items()):
             values.setdefault(name, set()).update((bound, BEYOND.get(name, bound)))
+        if any(is_gluon(row.config) for row in rows):
+            values["gluon"] = {0, 1}
         # the largest values first: they need the most of the card
         for chosen in itertools.product(*(sorted(some, reverse=True) for some in values.values())):
             key = dict(zip(values, chosen))
@@ -298,9 +300,9 @@ def _problems_for_other_rows(capability: int, problems: list[Problem]) -> list[P
         if row in used:
             continue
         dtype = torch.float32 if key["itemsize"] == 4 else torch.bfloat16
-        earlier = key.get("choices", key.get("slots", 7))
+        earlier = key.get("choices", 7)
         problem = Problem(key["head_dim"], key["chunk_size"], topk=earlier + 1, dtype=dtype,
-                          head_dim_v=key["head_dim"] // 2 if key.get("portable") else None)
+                          head_dim_v=key["head_dim"] // 2 if "gluon" in key and not key["gluon"] else None)
         now = used_rows(problem, capability)
         if now - used:
             added.append(problem)

@@ -41,9 +41,9 @@ OTHER_VARIABLES = {"MOBA_WORKSPACE_MIB", "MOBA_CHECK_INPUTS", "MOBA_TUNING_FILE"
 SWITCHES = {"MOBA_CP_COPY_ENGINES": ("0", "1"), "MOBA_PREPARED_LAUNCHES": ("0", "1"), "MOBA_CHECK_INPUTS": ("0", "1")}
 STAGES = {  # of the tuning table
     "chunk_means": "chunk means", "gate": "gate and top-k", "route": "route", "attention_fwd": "sparse forward",
-    "attention_fwd_own": "own chunk and merge, forward", "attention_bwd_delta": "delta, backward",
-    "attention_bwd_dkv": "sparse dk and dv, backward", "attention_bwd_dq": "sparse dq, backward",
-    "attention_bwd_dq_own": "own chunk's dq, backward", "decode_gate": "gate and top-k, decoding",
+    "attention_fwd_diagonal": "diagonal and merge, forward", "attention_bwd_delta": "delta, backward",
+    "attention_bwd_dkdv": "sparse dk and dv, backward", "attention_bwd_dq": "sparse dq, backward",
+    "attention_bwd_dq_diagonal": "diagonal dq, backward", "decode_gate": "gate and top-k, decoding",
     "decode": "attention, decoding"}
 HEAD_DIM = 128
 LIMIT_BF16 = 0.02  # relative RMS error of kernels against the reference: 5 bf16 roundings (2^-8) at worst
@@ -137,17 +137,17 @@ def report_stages() -> bool:
 def _kernel_of(stage: str, config: MoBAConfig) -> str:
     """Hopper or portable, by the look-ups that the launchers do."""
     from .kernels import sm90, tuning
+    from .kernels.tuning_table import is_gluon
     q = torch.empty(16, 1, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
-    portable = sm90.portable(q, q, q, q)
+    gluon = sm90.takes(q, q, q, q)
     options = tuning.config(stage, q.device, head_dim=HEAD_DIM, itemsize=2, chunk_size=config.chunk_size,
-                            choices=config.topk - 1, slots=config.topk - 1, ragged=config.chunk_size % 64,
-                            portable=portable)
+                            choices=config.topk - 1, ragged=config.chunk_size % 64, gluon=gluon)
     arch = tuning.arch_of(q.device)
-    if sm90.chosen(options):
+    if is_gluon(options):
         return f"Hopper (Gluon), by the tuning table's rows for {arch}"
-    has_any = any(sm90.chosen(row.config) for row in tuning.rows(stage))
+    has_any = any(is_gluon(row.config) for row in tuning.rows(stage))
     why = ("the stage has no others" if not has_any else f"the Hopper kernels need sm_90, this is {arch}"
-           if torch.cuda.get_device_capability() != (9, 0) else "the Hopper kernels cannot be used (below)" if portable
+           if torch.cuda.get_device_capability() != (9, 0) else "the Hopper kernels cannot be used (below)" if not gluon
            else "the tuning table prefers them for these sizes")
     return f"portable Triton: {why}"
 

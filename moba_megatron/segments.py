@@ -112,28 +112,28 @@ def _counted(number: int, device: torch.device) -> tuple[Tensor, Tensor]:
             torch.zeros(number, dtype=torch.int32, device=device))
 
 
-def entry_dtype(num_choices: int) -> torch.dtype:
+def index_dtype(num_choices: int) -> torch.dtype:
     """int32 while it holds every choice's number (up to 1M tokens with 32 heads and topk 64), and a tile beyond it."""
     return torch.int32 if num_choices < 2 ** 31 - 2 ** 16 else torch.int64
 
 
 @dataclass(frozen=True)
 class Routing:
-    """One bucket for each (kv head, chunk), ``kv_head * num_chunks + chunk``: the choices that fell on the chunk.
+    """The choices that fell on each (kv head, chunk), as a CSR matrix with a row ``kv_head * num_chunks + chunk``.
 
     A choice has the number ``(token * H + head) * (topk - 1) + j``: its place in ``selected``, flattened.
 
     Args:
-        entries: ``[T * H * (topk - 1)]``, numbers of choices, bucket after bucket, ascending within a bucket; not
-            written from ``starts[-1]`` on.
-        starts: ``[HK * num_chunks + 1]``, the first entry of each bucket, and the number of entries last.
+        indices: ``[T * H * (topk - 1)]``, numbers of choices, row after row, ascending within a row; not written from
+            ``indptr[-1]`` on.
+        indptr: ``[HK * num_chunks + 1]``, where each row begins in ``indices``, and where the last one ends.
 
     Both are int32, or int64 where the numbers of choices need it.
     """
 
-    entries: Tensor
-    starts: Tensor
+    indices: Tensor
+    indptr: Tensor
 
     @property
-    def num_buckets(self) -> int:
-        return self.starts.numel() - 1
+    def num_csr_rows(self) -> int:
+        return self.indptr.numel() - 1

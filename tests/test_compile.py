@@ -48,7 +48,7 @@ def test_nothing_spills_much(report):
 
 def test_kernels_of_sm90_leave_their_loops_to_registers(report):
     """384 threads have 168 registers each; what does not fit lies outside the loops that multiply, or is read once a
-    block of rows where dk and dv's kernel writes dq's slots too (chunk 128)."""
+    block of rows where dk and dv's kernel writes partial dq too (chunk 128)."""
     most = {"_attention_fwd_sm90_kernel": 0, "_attention_bwd_dq_sm90_kernel": 16,
             "_attention_bwd_dkdv_sm90_kernel": 256}
     rows = [row for row in report[0] if row.kernel in most]

@@ -55,7 +55,7 @@ TWICE = (("visit", "gqa"), ("mixed", "sink"), ("anywhere", "gqa"))
 ROUND = 40
 """Visitors that a rank takes at once in those rounds."""
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 6e-3}
-"""bf16: parts of o and dq travel rounded, as the kernels' slots are: two roundings of 2^-9 for one."""
+"""bf16: parts of o and dq travel rounded, as the kernels' partial results are: two roundings of 2^-9 for one."""
 
 
 def whole_inputs(case):

@@ -392,7 +392,7 @@ def test_halving_sum_ignores_padding_and_batch(n):
 def test_routing_lists_each_choice_once_in_order():
     selected = torch.randint(-1, 5, (40, 4, 3), dtype=torch.int32)
     routing = reference.route(selected, 2, 5)
-    starts, entries = routing.starts.tolist(), routing.entries.tolist()
+    starts, entries = routing.indptr.tolist(), routing.indices.tolist()
     flat = selected.flatten().tolist()
     for bucket in range(10):
         kv_head, chunk = divmod(bucket, 5)

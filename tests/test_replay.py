@@ -191,7 +191,7 @@ def make_rank():
     def call(q, k, v, do):
         selected, routing = pipeline.choose(q, k, segments)
         o, saved = pipeline.attend(q, k, v, selected, routing, segments)
-        return selected, routing.entries, o, saved[0], *pipeline.attend_bwd(do, q, k, v, o, saved, segments,
+        return selected, routing.indices, o, saved[0], *pipeline.attend_bwd(do, q, k, v, o, saved, segments,
                                                                          torch.float32)
 
     return (q[:1024], k, v, do[:1024]), call

@@ -86,23 +86,23 @@ class Ring:
 
 
 def threads_for_dk_dv(blocks, listed, broken, arrivals):
-    """attention_bwd_dkdv_sm90.py: ``blocks`` of rows, for the ``listed`` first of them slots of dq."""
+    """attention_bwd_dkdv_sm90.py: ``blocks`` of rows, for the ``listed`` first of them partial dq."""
     rows = Ring("rows", 3, arrivals, broken == "rows announced")
     arrivals |= {"ds full 0": 2, "ds full 1": 2, "ds empty 0": 1, "ds empty 1": 1}
     loader = [step for n in range(blocks) for step in (rows.wait("empty", n), *rows.copy(n))]
     groups = [[], []]
     for part, steps in enumerate(groups):
         for n in range(blocks):
-            turn, parity, slots = n % 2, n // 2 % 2, n < listed
-            announce = [("arrive", f"ds full {turn}")] * slots
+            turn, parity, writes_dq = n % 2, n // 2 % 2, n < listed
+            announce = [("arrive", f"ds full {turn}")] * writes_dq
             half = f"ds {turn} {part}"
-            steps += [("wait", f"ds empty {turn}", 1 - parity)] * slots
+            steps += [("wait", f"ds empty {turn}", 1 - parity)] * writes_dq
             steps += announce * (broken == "ds announced")
             steps += [rows.wait("full", n), *[rows.free(n)] * (broken == "rows given back"), rows.read(n)]
-            steps += [("fill", half, n), ("filled", half, n)] * slots
+            steps += [("fill", half, n), ("filled", half, n)] * writes_dq
             steps += [rows.read(n, "done"), *[rows.free(n)] * (broken != "rows given back")]
             steps += announce * (broken != "ds announced")
-            if slots and turn == part:
+            if writes_dq and turn == part:
                 halves = [f"ds {turn} {i}" for i in range(2)]
                 steps += [("wait", f"ds full {turn}", parity), *(("read", x, n) for x in halves),
                           *(("done", x, n) for x in halves), ("arrive", f"ds empty {turn}")]

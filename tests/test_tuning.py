@@ -117,3 +117,14 @@ def test_the_interpreter_gets_small_tiles_unless_a_row_is_its_own(monkeypatch):
     with tuning.forced(arch=tuning.INTERPRETER):
         assert tuning.config("made up", head_dim=64) == {"BLOCK_M": 32, "SPLIT": 4096}
         assert tuning.config("made up", head_dim=65) == {"BLOCK_M": 64}
+
+
+def test_a_file_of_version_0_2_is_read(monkeypatch, tmp_path):
+    """Its words for stages and keys; where Gluon can run needs no bound any more."""
+    row = {"archs": "sm_86", "config": {"BLOCK_M": 16}, "why": "x"}
+    path = tmp_path / "tuned.json"
+    path.write_text(json.dumps({"rows": [{**row, "stage": "attention_fwd_own", "upto": {"slots": 7, "head_dim": 64}},
+                                         {**row, "stage": "attention_bwd_dkv", "upto": {"portable": 1}}]}))
+    monkeypatch.setenv("MOBA_TUNING_FILE", str(path))
+    assert tuning.rows("attention_fwd_diagonal")[0].upto == {"choices": 7, "head_dim": 64}
+    assert tuning.rows("attention_bwd_dkdv")[0].upto == {}

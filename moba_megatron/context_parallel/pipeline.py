@@ -61,7 +61,7 @@ class Pipeline:
             selected = self.stages.gate(q, means, segments, self.earlier(segments) + 1)
             num_chunks = segments.num_chunks(keys.shape[0] if kv_rows is None else kv_rows)
             routing = self.stages.route(selected, keys.shape[1], num_chunks)
-            return selected, routing.entries, routing.starts
+            return selected, routing.indices, routing.indptr
 
         key, tensors = self._key(segments)
         selected, *lists = repeat(self.stages, ("choose", kv_rows, key), compute, q, keys, *tensors,
@@ -73,10 +73,10 @@ class Pipeline:
         """o, and lse, the selection and its lists for :meth:`attend_bwd`; causal attention without a selection."""
         if selected is None:
             selected = torch.empty(*q.shape[:2], 0, dtype=torch.int32, device=q.device)
-        lists = (None, None) if routing is None else (routing.entries, routing.starts)
+        lists = (None, None) if routing is None else (routing.indices, routing.indptr)
 
-        def compute(q, k, v, selected, entries, starts, *places):
-            routing = Routing(entries, starts) if entries is not None else None
+        def compute(q, k, v, selected, indices, indptr, *places):
+            routing = Routing(indices, indptr) if indices is not None else None
             return self.stages.attention_fwd(q, k, v, selected, self._segments(key, places), self.softmax_scale,
                                              routing)
 
@@ -88,17 +88,17 @@ class Pipeline:
     def attend_bwd(self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, saved: Saved, segments: Segments,
                    kv_grad_dtype: torch.dtype, event: torch.cuda.Event | None = None) -> Grads:
         """dq, dk, dv; ``event`` is recorded when dk and dv are complete, which may be before dq."""
-        lse, selected, entries, starts = saved
+        lse, selected, indices, indptr = saved
 
-        def compute(do, q, k, v, o, lse, selected, entries, starts, *places):
-            routing = Routing(entries, starts) if entries is not None else None
+        def compute(do, q, k, v, o, lse, selected, indices, indptr, *places):
+            routing = Routing(indices, indptr) if indices is not None else None
             return self.stages.attention_bwd(do, None, q, k, v, o, lse, selected, self._segments(key, places),
                                              self.softmax_scale, deterministic=self.deterministic,
                                              kv_grad_dtype=kv_grad_dtype, routing=routing)
 
         key, tensors = self._key(segments)
-        return repeat(self.stages, ("attend_bwd", kv_grad_dtype, key), compute, do, q, k, v, o, lse, selected, entries,
-                      starts, *tensors, workspace_mib=self.workspace_mib, milestone=event)
+        return repeat(self.stages, ("attend_bwd", kv_grad_dtype, key), compute, do, q, k, v, o, lse, selected, indices,
+                      indptr, *tensors, workspace_mib=self.workspace_mib, milestone=event)
 
     def _key(self, segments: Segments) -> tuple[tuple, tuple[Tensor, ...]]:
         """What decides the launches besides tensors, and the tensors of segments."""

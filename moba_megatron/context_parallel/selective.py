@@ -107,7 +107,7 @@ class SelectiveAttention(AllGatherAttention):
         """What travels for each group of heads; None where the whole might as well. The same answer on every rank."""
         segments, rows = self.layout.segments, self.layout.rows
         size, me, chunks = rows.size, rows.rank, segments.num_chunks(rows.total)
-        chosen = torch.cat([(r.starts[1:] > r.starts[:-1]).unflatten(0, (-1, chunks)) for r in routings])
+        chosen = torch.cat([(r.indptr[1:] > r.indptr[:-1]).unflatten(0, (-1, chunks)) for r in routings])
         sequence, position = segments.key_positions(rows.total)
         chunk_of = (segments.first_chunk()[sequence] + position // segments.chunk_size)[rows.rank_rows]
         chunk_of = chunk_of.unflatten(0, (size, -1))  # of each rank's rows

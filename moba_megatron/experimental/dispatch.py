@@ -110,7 +110,7 @@ class DispatchAttention(AllGatherAttention):
                 arriving = self._send_queries((queries,), turn, choices_per_row, "fwd dispatch later")
             q_here, = (pending.wait().index_select(0, turn.order) for pending in arriving)
             returned.send(turn, chunk_attention_fwd(q_here, k, v, turn.cu_queries, plan.most, scale))
-        saved = [plan.replicas, plan.most, plan.rounds, lse, here, routing.entries, routing.starts, choices_per_row]
+        saved = [plan.replicas, plan.most, plan.rounds, lse, here, routing.indices, routing.indptr, choices_per_row]
 
         def finish() -> None:
             o_parts, lse_parts = returned.wait()
@@ -125,14 +125,14 @@ class DispatchAttention(AllGatherAttention):
     def _attend_here_bwd(self, do: Tensor, q: Tensor, fetched: Prefetch, o: Tensor, saved: list,
                          outs: tuple[Tensor, ...]) -> Callable[[], None]:
         """Computes one group of heads; what is left to do: to write dq, dk, dv to ``outs`` when parts come."""
-        replicas, most, rounds, lse, here, entries, starts, choices_per_row = saved
+        replicas, most, rounds, lse, here, indices, indptr, choices_per_row = saved
         pipeline, size = self.pipeline, self.layout.segments.chunk_size
         tensors = [x.flatten(0, 1) for x in (do, q, o, lse)]
         arriving = self._send_queries(tensors, rounds[0], choices_per_row, "bwd dispatch")
         k, v = (x.wait() for x in fetched.take())
         dq, *sums = pipeline.stages.attention_bwd(
             do, None, q, k, v, o, lse, here, self._segments_here(replicas.places, q.device), pipeline.softmax_scale,
-            deterministic=pipeline.deterministic, kv_grad_dtype=sum_dtype(k.dtype), routing=Routing(entries, starts))
+            deterministic=pipeline.deterministic, kv_grad_dtype=sum_dtype(k.dtype), routing=Routing(indices, indptr))
         if any(sum(x.coming) for x in rounds):
             k, v = by_chunk(k, size), by_chunk(v, size)
         returned = Returned(rounds, self.group, "bwd return", (dq.flatten(0, 1),))

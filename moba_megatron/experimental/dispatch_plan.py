@@ -33,7 +33,7 @@ def chunks_of_ranks(layout: ZigzagLayout) -> Tensor:
 def table_of_choices(layout: ZigzagLayout, routings: list[Routing], group: dist.ProcessGroup) -> Tensor:
     """How often each rank's queries chose each chunk: int32 ``[P, HK, chunk ids]``, the same on every rank."""
     chunks = layout.segments.num_chunks(layout.rows.total)
-    counts = torch.cat([r.starts.diff().unflatten(0, (-1, chunks)) for r in routings]).int()
+    counts = torch.cat([r.indptr.diff().unflatten(0, (-1, chunks)) for r in routings]).int()
     return all_gather(counts, group, "fwd choices").wait().unflatten(0, (layout.rows.size, -1))
 
 
@@ -140,7 +140,7 @@ def _plan(routing: Routing, demand: Demand, numbers: list[int], rank_chunks: Ten
     # rank after rank, of each by kv head, copies before its own chunks
     order = ((demand.computed_by * heads + unit // ids) * 2 + (demand.computed_by == owner)).flatten()
     order = order.argsort(stable=True)
-    choices = routing.entries[ranges(routing.starts.long()[:-1][order], demand.leaving.flatten()[order],
+    choices = routing.indices[ranges(routing.indptr.long()[:-1][order], demand.leaving.flatten()[order],
                                      sum(sent))].long()
     # copies of each kv head by id, then what is left of their places, then the rank's own chunks
     copied = torch.where(held, unit % ids, ids).sort(1)[0][:, :places]

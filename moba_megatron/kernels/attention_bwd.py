@@ -1,4 +1,4 @@
-"""Attention backward: delta, then dk and dv by chunk, then dq from slots. Deterministic: there are no atomics."""
+"""Attention backward: delta, then dk and dv by chunk, then dq. Deterministic: there are no atomics."""
 from __future__ import annotations
 
 import functools
@@ -13,20 +13,21 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..segments import Routing, Segments
 from . import sm90, tuning
-from .attention_bwd_dkdv import _attention_bwd_dkv_kernel, _attention_bwd_dkv_sum_kernel
-from .attention_bwd_dq import _attention_bwd_dq_kernel, _attention_bwd_dq_own_kernel
+from .attention_bwd_dkdv import _attention_bwd_dkdv_kernel, _attention_bwd_dkdv_sum_kernel
+from .attention_bwd_dq import _attention_bwd_dq_diagonal_kernel, _attention_bwd_dq_kernel
 from .attention_fwd import _check, _describable, _key_source, tma_available
 from .bounds import clear_rows
 from .host import cdiv, head_block, next_power_of_2
 from .jit_helpers import _offset
 from .launcher import launch, milestone_reached
 from .routing import Tiles, make_tiles, route
+from .tuning_table import is_gluon
 from .workspace import head_groups, workspace_limit
 
 PARTIALS_SHARE = 16
-"""The partials of cut lists may take this fraction of the workspace; lists are cut later where they would take more."""
+"""The partial sums of cut lists may take this fraction of the workspace: lists are cut later for that."""
 MIN_PIECES = 32
-"""At least so many extra pieces of cut lists are allowed, whatever memory their partials take."""
+"""At least so many extra pieces of cut lists are allowed, whatever memory their partial sums take."""
 
 
 def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
@@ -68,35 +69,35 @@ def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tens
             clear_rows(segments.cu_seqlens_k, (dk, 0), (dv, 0))
     x = _Inputs(q, k, v, do, _row_terms(do, o, dlse, lse), selected.contiguous(), segments, softmax_scale)
     everything = (0, x.kv_heads)
-    if x.slots == 0:
-        _dkv(x, None, dk, dv, None, _cuts(x, None, x.kv_heads), None, everything)
+    if x.choices == 0:
+        _dkdv(x, None, dk, dv, None, _cuts(x, None, x.kv_heads), None, everything)
         milestone_reached()
-        _dq_own(x, None, dq, everything)
+        _dq_diagonal(x, None, dq, everything)
         return dq, dk, dv
     if routing is None:
         routing = route(x.selected, x.kv_heads, x.num_chunks)
-    slot_bytes = x.rows_per_kv_head * x.slots * q.shape[2] * q.element_size()
-    groups = head_groups(x.kv_heads, slot_bytes)
+    partial_bytes = x.rows_per_kv_head * x.choices * q.shape[2] * q.element_size()
+    groups = head_groups(x.kv_heads, partial_bytes)
     together = groups[0][1] - groups[0][0]
-    # one tile holds the chunk: its program writes the slots of dq too, and traffic is what it saves
-    options = x.config("attention_bwd_dkv")
-    fused = segments.chunk_size <= (sm90.KEYS if sm90.chosen(options) else options["BLOCK_N"])
+    # one tile holds the chunk: its program writes the partial dq too, and traffic is what it saves
+    options = x.config("attention_bwd_dkdv")
+    fused = segments.chunk_size <= (sm90.KEYS if is_gluon(options) else options["BLOCK_N"])
     cuts = _cuts(x, routing, together if fused else x.kv_heads)
-    partials = torch.empty(cuts.partial_floats, dtype=torch.float32, device=q.device)
+    dkdv_partial = torch.empty(cuts.partial_floats, dtype=torch.float32, device=q.device)
     if not fused:
-        _dkv(x, routing, dk, dv, None, cuts, partials, everything)
+        _dkdv(x, routing, dk, dv, None, cuts, dkdv_partial, everything)
         milestone_reached()
-        del partials
+        del dkdv_partial
         tiles = make_tiles(routing, x.dq_rows_per_program)
-    slots = torch.empty(together * slot_bytes // q.element_size(), dtype=q.dtype, device=q.device)
+    dq_partial = torch.empty(together * partial_bytes // q.element_size(), dtype=q.dtype, device=q.device)
     for group in groups:
         if fused:
-            _dkv(x, routing, dk, dv, slots, cuts, partials, group)
+            _dkdv(x, routing, dk, dv, dq_partial, cuts, dkdv_partial, group)
             if group == groups[-1]:
                 milestone_reached()
         else:
-            _dq_sparse(x, routing, tiles, slots, group)
-        _dq_own(x, slots, dq, group)
+            _dq_sparse(x, routing, tiles, dq_partial, group)
+        _dq_diagonal(x, dq_partial, dq, group)
     return dq, dk, dv
 
 
@@ -126,7 +127,7 @@ class _Inputs:
         return self.q.shape[0] * self.heads_per_kv
 
     @property
-    def slots(self) -> int:
+    def choices(self) -> int:
         return self.selected.shape[2]
 
     @property
@@ -144,23 +145,23 @@ class _Inputs:
     @property
     def constants(self) -> dict[str, int]:
         d, dv = self.q.shape[2], self.v.shape[2]
-        return {"H": self.q.shape[1], "G": self.heads_per_kv, "KS": self.slots, "D": d, "DV": dv,
+        return {"H": self.q.shape[1], "G": self.heads_per_kv, "KS": self.choices, "D": d, "DV": dv,
                 "BLOCK_D": head_block(d), "BLOCK_DV": head_block(dv),
                 "PRECISION": "ieee"}  # fp32: tf32x3 would cost a weight its last three bits
 
     @functools.cached_property
-    def portable(self) -> int:
-        return sm90.portable(self.q, self.k, self.v, self.do)
+    def gluon(self) -> bool:
+        return sm90.takes(self.q, self.k, self.v, self.do)
 
     def config(self, stage: str) -> dict[str, int]:
         return tuning.config(stage, self.q.device, head_dim=max(self.q.shape[2], self.v.shape[2]),
                              chunk_size=self.segments.chunk_size, itemsize=self.q.element_size(),
-                             portable=self.portable)
+                             gluon=self.gluon)
 
     @property
     def dq_rows_per_program(self) -> int:
         options = self.config("attention_bwd_dq")
-        if sm90.chosen(options):
+        if is_gluon(options):
             return sm90.rows_per_program(options, self.selected.numel())
         return options["BLOCK_M"]
 
@@ -218,52 +219,52 @@ def _attention_bwd_delta_kernel(
 
 @dataclass(frozen=True)
 class _Cuts:
-    """How lists are cut among programs: ``split`` entries in a piece.
+    """How lists are cut among programs: ``split`` indices in a piece.
 
-    ``extra_buckets[n]`` is one more than the list of the extra piece number n (see ``_extra_piece``).
+    ``extra_csr_rows[n]`` is one more than the list of the extra piece number n (see ``_extra_piece``).
     """
 
     split: int
     entries_per_kv_head: int
-    extra_buckets: Tensor | None
+    extra_csr_rows: Tensor | None
     partial_floats: int
 
     def num_extra(self, kv_heads: int) -> int:
         """The bound on pieces beyond each list's first, of so many kv heads."""
-        return 0 if self.extra_buckets is None else cdiv(self.entries_per_kv_head * kv_heads, self.split)
+        return 0 if self.extra_csr_rows is None else cdiv(self.entries_per_kv_head * kv_heads, self.split)
 
 
 def _cuts(x: _Inputs, routing: Routing | None, kv_heads_together: int) -> _Cuts:
-    split = x.config("attention_bwd_dkv")["SPLIT"]
+    split = x.config("attention_bwd_dkdv")["SPLIT"]
     if routing is None or x.rows_per_kv_head <= split:  # a row is in a list at most once
         return _Cuts(split, 0, None, 0)
     floats = 2 * x.segments.chunk_size * (x.q.shape[2] + x.v.shape[2])  # a cut list's first piece has a partial too
-    entries = x.rows_per_kv_head * x.slots
+    indices = x.rows_per_kv_head * x.choices
     allowed = max(MIN_PIECES, workspace_limit() // PARTIALS_SHARE // (4 * floats))
-    split = max(split, cdiv(entries * kv_heads_together, allowed))
-    return _Cuts(split, entries, _extra_buckets(routing, split), cdiv(entries * kv_heads_together, split) * floats)
+    split = max(split, cdiv(indices * kv_heads_together, allowed))
+    return _Cuts(split, indices, _extra_csr_rows(routing, split), cdiv(indices * kv_heads_together, split) * floats)
 
 
-def _extra_buckets(routing: Routing, split: int) -> Tensor:
-    """int32: for each ``split`` entries the number of buckets that start before their end."""
-    number = routing.entries.numel() // split + 2
-    extra_buckets = torch.empty(number, dtype=torch.int32, device=routing.entries.device)
-    launch(_extra_buckets_kernel, (cdiv(number, 256),),
-        routing.starts, extra_buckets, routing.num_buckets, number, split, BLOCK=256, num_warps=4)
-    return extra_buckets
+def _extra_csr_rows(routing: Routing, split: int) -> Tensor:
+    """int32: for each ``split`` indices the number of CSR rows that start before their end."""
+    number = routing.indices.numel() // split + 2
+    extra_csr_rows = torch.empty(number, dtype=torch.int32, device=routing.indices.device)
+    launch(_extra_csr_rows_kernel, (cdiv(number, 256),),
+        routing.indptr, extra_csr_rows, routing.num_csr_rows, number, split, BLOCK=256, num_warps=4)
+    return extra_csr_rows
 
 
-@triton.jit(do_not_specialize=["num_buckets", "num_pieces", "split"])
-def _extra_buckets_kernel(starts, extra_buckets, num_buckets, num_pieces, split, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["num_csr_rows", "num_pieces", "split"])
+def _extra_csr_rows_kernel(indptr, extra_csr_rows, num_csr_rows, num_pieces, split, BLOCK: tl.constexpr):
     piece = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     end = (piece + 1).to(tl.int64) * split
     count = piece * 0
-    remaining = num_buckets + 1
+    remaining = num_csr_rows + 1
     while remaining > 1:
         half = remaining // 2
-        count = tl.where(tl.load(starts + count + half - 1) < end, count + half, count)
+        count = tl.where(tl.load(indptr + count + half - 1) < end, count + half, count)
         remaining -= half
-    tl.store(extra_buckets + piece, count, mask=piece < num_pieces)
+    tl.store(extra_csr_rows + piece, count, mask=piece < num_pieces)
 
 
 def _segments_by_sequence(segments: Segments) -> tuple[Tensor, ...]:
@@ -296,39 +297,39 @@ def _order_segments_kernel(cu_seqlens, seq_ids, offsets, to_seq_ids, to_begin, t
     tl.store(to_offsets + place, tl.load(offsets + segment, mask=keep), mask=keep)
 
 
-def _dkv(x: _Inputs, routing: Routing | None, dk: Tensor, dv: Tensor, slots: Tensor | None, cuts: _Cuts,
-         partials: Tensor | None, group: tuple[int, int]) -> None:
-    """Writes dk and dv of one group of kv heads, and with ``slots`` the slots of their dq."""
-    options = x.config("attention_bwd_dkv")
-    if sm90.chosen(options):
-        sm90.kernel_module("attention_bwd_dkdv").dkv(x, routing, dk, dv, slots, cuts, partials, group,
+def _dkdv(x: _Inputs, routing: Routing | None, dk: Tensor, dv: Tensor, dq_partial: Tensor | None, cuts: _Cuts,
+         dkdv_partial: Tensor | None, group: tuple[int, int]) -> None:
+    """Writes dk and dv of one group of kv heads, and ``dq_partial`` where there is one."""
+    options = x.config("attention_bwd_dkdv")
+    if is_gluon(options):
+        sm90.kernel_module("attention_bwd_dkdv").dkdv(x, routing, dk, dv, dq_partial, cuts, dkdv_partial, group,
                                             _segments_by_sequence(x.segments), options)
-        _dkv_sum(x, routing, dk, dv, cuts, partials, group)
+        _dkdv_sum(x, routing, dk, dv, cuts, dkdv_partial, group)
         return
     del options["SPLIT"]
     size = x.segments.chunk_size
-    if slots is not None:
+    if dq_partial is not None:
         options["BLOCK_N"] = max(16, next_power_of_2(size))
     kv_heads, constants = group[1] - group[0], x.constants
     num_extra = cuts.num_extra(kv_heads)
     num_key_tiles = cdiv(min(size, x.segments.max_seqlen_k), options["BLOCK_N"])
     if num_key_tiles == 0:
         return
-    launch(_attention_bwd_dkv_kernel, ((num_extra + x.num_chunks * kv_heads) * num_key_tiles,),
+    launch(_attention_bwd_dkdv_kernel, ((num_extra + x.num_chunks * kv_heads) * num_key_tiles,),
         x.q,
         x.k,
         x.v,
         x.do,
         x.terms,
-        routing and routing.entries,
-        routing and routing.starts,
-        cuts.extra_buckets,
+        routing and routing.indices,
+        routing and routing.indptr,
+        cuts.extra_csr_rows,
         x.segments.cu_seqlens_k,
         *_segments_by_sequence(x.segments),
         dk,
         dv,
-        partials,
-        slots,
+        dkdv_partial,
+        dq_partial,
         *x.scales,
         x.q.shape[0] * x.q.shape[1],
         size,
@@ -342,27 +343,27 @@ def _dkv(x: _Inputs, routing: Routing | None, dk: Tensor, dv: Tensor, slots: Ten
         *x.strides,
         HK=x.kv_heads,
         PACKED=x.segments.packed,
-        HAS_SLOTS=slots is not None,
-        PARTIAL=size % options["BLOCK_N"] != 0,
+        HAS_DQ=dq_partial is not None,
+        RAGGED=size % options["BLOCK_N"] != 0,
         **constants,
         **options,
     )
-    _dkv_sum(x, routing, dk, dv, cuts, partials, group)
+    _dkdv_sum(x, routing, dk, dv, cuts, dkdv_partial, group)
 
 
-def _dkv_sum(x: _Inputs, routing: Routing | None, dk: Tensor, dv: Tensor, cuts: _Cuts, partials: Tensor | None,
+def _dkdv_sum(x: _Inputs, routing: Routing | None, dk: Tensor, dv: Tensor, cuts: _Cuts, dkdv_partial: Tensor | None,
              group: tuple[int, int]) -> None:
-    """Adds the partials of cut lists, if there may be any."""
+    """Adds the partial sums of cut lists, if there may be any."""
     num_extra = cuts.num_extra(group[1] - group[0])
     if num_extra == 0:
         return
     size, constants = x.segments.chunk_size, x.constants
     del constants["H"], constants["G"], constants["KS"], constants["PRECISION"]
-    launch(_attention_bwd_dkv_sum_kernel, (num_extra, cdiv(size, 16)),
-        routing.starts,
-        cuts.extra_buckets,
+    launch(_attention_bwd_dkdv_sum_kernel, (num_extra, cdiv(size, 16)),
+        routing.indptr,
+        cuts.extra_csr_rows,
         x.segments.cu_seqlens_k,
-        partials,
+        dkdv_partial,
         dk,
         dv,
         size,
@@ -377,30 +378,30 @@ def _dkv_sum(x: _Inputs, routing: Routing | None, dk: Tensor, dv: Tensor, cuts: 
     )
 
 
-def _dq_sparse(x: _Inputs, routing: Routing, tiles: Tiles, slots: Tensor, group: tuple[int, int]) -> None:
-    """Fills the slots of dq of one group of kv heads."""
+def _dq_sparse(x: _Inputs, routing: Routing, tiles: Tiles, dq_partial: Tensor, group: tuple[int, int]) -> None:
+    """Fills the partial dq of one group of kv heads."""
     options = x.config("attention_bwd_dq")
-    if sm90.chosen(options):
-        sm90.kernel_module("attention_bwd_dq").dq_sparse(x, routing, tiles, slots, group, options)
+    if is_gluon(options):
+        sm90.kernel_module("attention_bwd_dq").dq_sparse(x, routing, tiles, dq_partial, group, options)
         return
     block_n = options["BLOCK_N"]
     size, kv_heads = x.segments.chunk_size, group[1] - group[0]
-    partial = size % block_n != 0
-    use_tma = not partial and tma_available(x.q.device) and _describable(x.k) and _describable(x.v)
-    bound = x.rows_per_kv_head * kv_heads * x.slots // tiles.block + x.num_chunks * kv_heads + 1
+    ragged = size % block_n != 0
+    use_tma = not ragged and tma_available(x.q.device) and _describable(x.k) and _describable(x.v)
+    bound = x.rows_per_kv_head * kv_heads * x.choices // tiles.block + x.num_chunks * kv_heads + 1
     launch(_attention_bwd_dq_kernel, (bound,),
         x.q,
         _key_source(x.k, block_n, use_tma),
         _key_source(x.v, block_n, use_tma),
         x.do,
         x.terms,
-        routing.entries,
-        tiles.bucket,
+        routing.indices,
+        tiles.csr_row,
         tiles.begin,
         tiles.end,
-        tiles.starts,
+        tiles.indptr,
         x.segments.cu_seqlens_k,
-        slots,
+        dq_partial,
         *x.scales,
         1.0,
         size,
@@ -409,31 +410,31 @@ def _dq_sparse(x: _Inputs, routing: Routing, tiles: Tiles, slots: Tensor, group:
         *group,
         *x.strides,
         USE_TMA=use_tma,
-        PARTIAL=partial,
+        RAGGED=ragged,
         **x.constants,
         **options,
     )
 
 
-def _dq_own(x: _Inputs, slots: Tensor | None, dq: Tensor, group: tuple[int, int]) -> None:
-    """Writes dq of one group of kv heads: the own chunks' part and the slots."""
-    options = x.config("attention_bwd_dq_own")
+def _dq_diagonal(x: _Inputs, dq_partial: Tensor | None, dq: Tensor, group: tuple[int, int]) -> None:
+    """Writes dq of one group of kv heads: the diagonal chunks' part and the sum of the partial dq."""
+    options = x.config("attention_bwd_dq_diagonal")
     num_tiles = x.q.shape[0] // options["BLOCK_M"] + x.segments.num_segments
     group_heads = (group[1] - group[0]) * x.heads_per_kv
     dim = x.q.shape[2]
-    use_tma = slots is not None and dim % 8 == 0 and slots.element_size() == 2 and tma_available(x.q.device)
+    use_tma = dq_partial is not None and dim % 8 == 0 and dq_partial.element_size() == 2 and tma_available(x.q.device)
     if use_tma:
-        width = x.slots * dim
-        slots = TensorDescriptor(slots, [x.q.shape[0], group_heads, width], [group_heads * width, width, 1],
-                                 [options["BLOCK_M"], 1, head_block(dim)])
-    launch(_attention_bwd_dq_own_kernel, (num_tiles * group_heads,),
+        width = x.choices * dim
+        dq_partial = TensorDescriptor(dq_partial, [x.q.shape[0], group_heads, width], [group_heads * width, width, 1],
+                                      [options["BLOCK_M"], 1, head_block(dim)])
+    launch(_attention_bwd_dq_diagonal_kernel, (num_tiles * group_heads,),
         x.q,
         x.k,
         x.v,
         x.do,
         x.terms,
         x.selected,
-        slots,
+        dq_partial,
         dq,
         x.segments.cu_seqlens_q,
         x.segments.cu_seqlens_k,

@@ -1,8 +1,8 @@
-"""Attention backward, dk and dv: a tile of keys stays, the rows that attend to it stream past; dq slots on the way.
+"""Attention backward, dk and dv: a tile of keys stays, the rows that attend to it stream past; partial dq too.
 
 A program owns BLOCK_N keys of one (chunk, kv head). It streams the chunk's list of gathered (query, head) rows, then
-the queries whose own chunk it is, so that dk and dv are complete and are written once. A list longer than ``split``
-entries is cut: every piece writes fp32 partials, which a second kernel adds in order. Nothing is atomic.
+the queries whose diagonal chunk it is, so that dk and dv are complete and are written once. A list of more than
+``split`` rows is cut: every piece writes fp32 partial sums, which a second kernel adds in order. Nothing is atomic.
 """
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def _load_rows_where(pointer, offsets, keep, D: tl.constexpr, BLOCK_D: tl.conste
 
 
 @triton.jit
-def _entry_row(entry, kv_head, H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr):
-    """Row (token * H + head) of entries, int32; token and head, int64; head is a scalar where it can only be one.
+def _choice_row(choice, kv_head, H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr):
+    """Row (token * H + head) of indices, int32; token and head, int64; head is a scalar where it can only be one.
 
     Divisions are unsigned (shifts, where they can be), and what is multiplied by a stride is a signed 32-bit number
     until then: one instruction each.
     """
-    if entry.dtype == tl.int64:
-        row = (entry.to(tl.uint64) // KS).to(tl.uint32)
+    if choice.dtype == tl.int64:
+        row = (choice.to(tl.uint64) // KS).to(tl.uint32)
     else:
-        row = entry.to(tl.uint32) // KS
+        row = choice.to(tl.uint32) // KS
     token = (row // H).to(tl.int32).to(tl.int64)
     if G == 1:
         head = kv_head.to(tl.int64)
@@ -83,48 +83,48 @@ def _weights(k, v, q, do, lse, delta, keep, qk_scale, HAS_KEEP: tl.constexpr, PR
 
 
 @triton.jit
-def _extra_piece(extra_buckets, starts, first_bucket, end_bucket, extra, split):
-    """Extra piece number ``extra`` of the buckets ``first_bucket .. end_bucket``: its bucket, and its number there.
+def _extra_piece(extra_csr_rows, indptr, first_csr_row, end_csr_row, extra, split):
+    """Extra piece number ``extra`` of the CSR rows ``first_csr_row .. end_csr_row``: its row, and its number there.
 
-    A bucket's first ``split`` entries are piece 0. Piece i > 0 of bucket b has the number
-    ``starts[b] // split + i - 1``, here counted from the first bucket's; buckets of up to ``split`` entries have none,
-    so numbers are unique. Piece 0 where the number is not used.
+    A row's first ``split`` indices are piece 0. Piece i > 0 of row b has the number ``indptr[b] // split + i - 1``,
+    here counted from the first row's; rows of up to ``split`` indices have none, so numbers are unique. Piece 0 where
+    the number is not used.
     """
-    number = extra + (tl.load(starts + first_bucket) // split).to(tl.int32)
-    bucket = tl.load(extra_buckets + number) - 1
-    begin = tl.load(starts + bucket)
-    end = tl.load(starts + bucket + 1)
+    number = extra + (tl.load(indptr + first_csr_row) // split).to(tl.int32)
+    csr_row = tl.load(extra_csr_rows + number) - 1
+    begin = tl.load(indptr + csr_row)
+    end = tl.load(indptr + csr_row + 1)
     piece = number - (begin // split).to(tl.int32) + 1
-    used = (bucket < end_bucket) & (begin + piece.to(tl.int64) * split < end)
-    return bucket, tl.where(used, piece, 0)
+    used = (csr_row < end_csr_row) & (begin + piece.to(tl.int64) * split < end)
+    return csr_row, tl.where(used, piece, 0)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_key_tiles", "num_chunks", "num_sequences", "num_segments",
                                "num_extra", "split", "kv_head_begin", "kv_head_end"])
-def _attention_bwd_dkv_kernel(
-    q, k, v, do, terms, entries, starts, extra_buckets,
-    cu_seqlens_k, seq_ids, segment_begin, segment_end, offsets, dk, dv, partials, slots,
+def _attention_bwd_dkdv_kernel(
+    q, k, v, do, terms, indices, indptr, extra_csr_rows,
+    cu_seqlens_k, seq_ids, segment_begin, segment_end, offsets, dk, dv, dkdv_partial, dq_partial,
     qk_scale, softmax_scale, num_rows, chunk_size, num_key_tiles, num_chunks, num_sequences, num_segments,
     num_extra, split, kv_head_begin, kv_head_end,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,
     H: tl.constexpr, HK: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PACKED: tl.constexpr, HAS_SLOTS: tl.constexpr,
-    PARTIAL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PACKED: tl.constexpr, HAS_DQ: tl.constexpr,
+    RAGGED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """The first ``num_extra * num_key_tiles`` programs take the extra pieces of long lists; slots of dq: HAS_SLOTS."""
+    """The first ``num_extra * num_key_tiles`` programs take the extra pieces of long lists; HAS_DQ: partial dq too."""
     pid = tl.program_id(0)
     tile = pid % num_key_tiles
     item = pid // num_key_tiles
-    first_bucket = kv_head_begin * num_chunks
-    bucket = first_bucket + item - num_extra
+    first_csr_row = kv_head_begin * num_chunks
+    csr_row = first_csr_row + item - num_extra
     piece = item * 0
-    if extra_buckets is not None:
+    if extra_csr_rows is not None:
         if item < num_extra:
-            bucket, piece = _extra_piece(extra_buckets, starts, first_bucket, kv_head_end * num_chunks, item, split)
+            csr_row, piece = _extra_piece(extra_csr_rows, indptr, first_csr_row, kv_head_end * num_chunks, item, split)
             if piece == 0:
                 return
-    kv_head = bucket // num_chunks
-    chunk = bucket % num_chunks
+    kv_head = csr_row // num_chunks
+    chunk = csr_row % num_chunks
     sequence = _find_piece(cu_seqlens_k, num_sequences, chunk_size, chunk)
     chunk_row, chunk_end = _piece_items(cu_seqlens_k, sequence, chunk_size, chunk)
     first_row = chunk_row + tile * BLOCK_N
@@ -139,42 +139,42 @@ def _attention_bwd_dkv_kernel(
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
 
-    partial = piece.to(tl.int64) * 0 - 1
+    partial_index = piece.to(tl.int64) * 0 - 1
     if KS > 0:
-        bucket_begin = tl.load(starts + bucket)
-        bucket_end = tl.load(starts + bucket + 1)
-        begin = bucket_begin + piece.to(tl.int64) * split
-        end = tl.minimum(bucket_end, begin + split)
-        if extra_buckets is not None:
+        csr_begin = tl.load(indptr + csr_row)
+        csr_end = tl.load(indptr + csr_row + 1)
+        begin = csr_begin + piece.to(tl.int64) * split
+        end = tl.minimum(csr_end, begin + split)
+        if extra_csr_rows is not None:
             if piece > 0:
-                partial = item.to(tl.int64)
-            elif end < bucket_end:
-                first_extra = bucket_begin // split - tl.load(starts + first_bucket) // split
-                partial = num_extra + first_extra.to(tl.int64)
+                partial_index = item.to(tl.int64)
+            elif end < csr_end:
+                first_extra = csr_begin // split - tl.load(indptr + first_csr_row) // split
+                partial_index = num_extra + first_extra.to(tl.int64)
         group_heads = (kv_head_end - kv_head_begin) * G
-        listed = entries + begin
+        listed = indices + begin
         count = (end - begin).to(tl.int32)
         lane = tl.arange(0, BLOCK_M)
-        entry = tl.load(listed + tl.minimum(lane, count - 1), mask=count > 0, other=0)  # the last entry fills up
-        for first_entry in range(0, count, BLOCK_M):
-            row, token, head = _entry_row(entry, kv_head, H, G, KS)
-            valid = first_entry + lane < count
+        choice = tl.load(listed + tl.minimum(lane, count - 1), mask=count > 0, other=0)  # the last choice fills up
+        for first in range(0, count, BLOCK_M):
+            row, token, head = _choice_row(choice, kv_head, H, G, KS)
+            valid = first + lane < count
             q_rows = _gather_rows(q, token, head, stride_qt, stride_qh, G, D, BLOCK_D)
             do_rows = _gather_rows(do, token, head, stride_dot, stride_doh, G, DV, BLOCK_DV)
             row_lse, row_delta = _load_terms(terms, tl.where(valid, row, num_rows).to(tl.int64), BLOCK_M)
-            this_entry = entry
+            this_choice = choice
             # the next rows are looked up one block ahead: their gathers then need not wait for their numbers
-            entry = tl.load(listed + tl.minimum(first_entry + BLOCK_M + lane, count - 1))
+            choice = tl.load(listed + tl.minimum(first + BLOCK_M + lane, count - 1))
             p, ds = _weights(k_rows, v_rows, q_rows, do_rows, row_lse, row_delta, key_valid[:, None], qk_scale,
-                             HAS_KEEP=HAS_SLOTS and PARTIAL, PRECISION=PRECISION)
+                             HAS_KEEP=HAS_DQ and RAGGED, PRECISION=PRECISION)
             dv_acc = tl.dot(p, do_rows, dv_acc, input_precision=PRECISION)
             dk_acc = tl.dot(ds, q_rows, dk_acc, input_precision=PRECISION)
-            if HAS_SLOTS:
+            if HAS_DQ:
                 dq = tl.dot(tl.trans(ds), k_rows, input_precision=PRECISION) * softmax_scale
                 cols = tl.arange(0, BLOCK_D)
-                row, token, head = _entry_row(this_entry, kv_head, H, G, KS)
-                slot = (token * group_heads + head - kv_head_begin * G) * KS + this_entry % KS
-                tl.store(slots + slot[:, None] * D + cols[None, :], dq.to(slots.dtype.element_ty),
+                row, token, head = _choice_row(this_choice, kv_head, H, G, KS)
+                partial_row = (token * group_heads + head - kv_head_begin * G) * KS + this_choice % KS
+                tl.store(dq_partial + partial_row[:, None] * D + cols[None, :], dq.to(dq_partial.dtype.element_ty),
                          mask=valid[:, None] & (cols[None, :] < D))
 
     if piece == 0:
@@ -212,14 +212,14 @@ def _attention_bwd_dkv_kernel(
     cols_v = tl.arange(0, BLOCK_DV)
     keep = key_valid[:, None] & (cols[None, :] < D)
     keep_v = key_valid[:, None] & (cols_v[None, :] < DV)
-    if extra_buckets is not None:
-        if partial >= 0:
-            to = partials + (partial * chunk_size + rows - chunk_row)[:, None] * (D + DV)
+    if extra_csr_rows is not None:
+        if partial_index >= 0:
+            to = dkdv_partial + (partial_index * chunk_size + rows - chunk_row)[:, None] * (D + DV)
             tl.store(to + cols[None, :], dk_acc, mask=keep)
             tl.store(to + D + cols_v[None, :], dv_acc, mask=keep_v)
     row = (key_row * HK + kv_head)[:, None]
-    tl.store(dk + row * D + cols[None, :], dk_acc.to(dk.dtype.element_ty), mask=keep & (partial < 0))
-    tl.store(dv + row * DV + cols_v[None, :], dv_acc.to(dv.dtype.element_ty), mask=keep_v & (partial < 0))
+    tl.store(dk + row * D + cols[None, :], dk_acc.to(dk.dtype.element_ty), mask=keep & (partial_index < 0))
+    tl.store(dv + row * DV + cols_v[None, :], dv_acc.to(dv.dtype.element_ty), mask=keep_v & (partial_index < 0))
 
 
 @triton.jit
@@ -236,32 +236,32 @@ def _lower_bound(values, count, wanted):
 
 
 @triton.jit(do_not_specialize=["num_chunks", "num_sequences", "num_extra", "split", "kv_head_begin", "kv_head_end"])
-def _attention_bwd_dkv_sum_kernel(
-    starts, extra_buckets, cu_seqlens_k, partials, dk, dv,
+def _attention_bwd_dkdv_sum_kernel(
+    indptr, extra_csr_rows, cu_seqlens_k, dkdv_partial, dk, dv,
     chunk_size, num_chunks, num_sequences, num_extra, split, kv_head_begin, kv_head_end,
     HK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Adds the partials of one cut list in the order of its pieces, and writes dk and dv."""
+    """Adds the partial sums of one cut list in the order of its pieces, and writes dk and dv."""
     first_extra = tl.program_id(0)
-    bucket, piece = _extra_piece(extra_buckets, starts, kv_head_begin * num_chunks, kv_head_end * num_chunks,
+    csr_row, piece = _extra_piece(extra_csr_rows, indptr, kv_head_begin * num_chunks, kv_head_end * num_chunks,
                                 first_extra, split)
     if piece != 1:
         return
-    first_row, _ = _chunk_keys(cu_seqlens_k, num_sequences, chunk_size, bucket % num_chunks)  # listed chunks are full
+    first_row, _ = _chunk_keys(cu_seqlens_k, num_sequences, chunk_size, csr_row % num_chunks)  # listed chunks are full
     in_chunk = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tl.arange(0, BLOCK_D)
     cols_v = tl.arange(0, BLOCK_DV)
     keep = (in_chunk < chunk_size)[:, None] & (cols[None, :] < D)
     keep_v = (in_chunk < chunk_size)[:, None] & (cols_v[None, :] < DV)
-    at = partials + ((num_extra + first_extra).to(tl.int64) * chunk_size + in_chunk)[:, None] * (D + DV)
+    at = dkdv_partial + ((num_extra + first_extra).to(tl.int64) * chunk_size + in_chunk)[:, None] * (D + DV)
     dk_acc = tl.load(at + cols[None, :], mask=keep, other=0.0)
     dv_acc = tl.load(at + D + cols_v[None, :], mask=keep_v, other=0.0)
-    length = (tl.load(starts + bucket + 1) - tl.load(starts + bucket)).to(tl.int32)
+    length = (tl.load(indptr + csr_row + 1) - tl.load(indptr + csr_row)).to(tl.int32)
     for piece in range(1, tl.cdiv(length, split)):
-        at = partials + ((first_extra + piece - 1).to(tl.int64) * chunk_size + in_chunk)[:, None] * (D + DV)
+        at = dkdv_partial + ((first_extra + piece - 1).to(tl.int64) * chunk_size + in_chunk)[:, None] * (D + DV)
         dk_acc += tl.load(at + cols[None, :], mask=keep, other=0.0)
         dv_acc += tl.load(at + D + cols_v[None, :], mask=keep_v, other=0.0)
-    to = ((first_row + in_chunk).to(tl.int64) * HK + bucket // num_chunks)[:, None]
+    to = ((first_row + in_chunk).to(tl.int64) * HK + csr_row // num_chunks)[:, None]
     tl.store(dk + to * D + cols[None, :], dk_acc.to(dk.dtype.element_ty), mask=keep)
     tl.store(dv + to * DV + cols_v[None, :], dv_acc.to(dv.dtype.element_ty), mask=keep_v)

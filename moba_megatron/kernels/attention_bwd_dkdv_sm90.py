@@ -1,9 +1,9 @@
 """Attention backward, dk and dv, on Hopper (Gluon): a tile of keys stays, the rows that attend to it stream past.
 
 A program owns 128 keys of one (chunk, kv head), 64 for each of two groups of warps. The loader gathers the rows of the
-chunk's list, then those whose own chunk it is; long lists are cut as in ``attention_bwd_dkdv.py``. While one group
+chunk's list, then those whose diagonal chunk it is; long lists are cut as in ``attention_bwd_dkdv.py``. While one group
 computes weights, the other's products run. Where the keys are the whole chunk, the groups hand each other their halves
-of ds through shared memory and write the slots of dq of every other block of rows.
+of ds through shared memory and write the partial dq of every other block of rows.
 """
 from __future__ import annotations
 
@@ -21,7 +21,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..segments import Routing
 from . import attention_bwd_dkdv, sm90
 from .host import cdiv
-from .jit_helpers_sm90 import LOADER_WARPS, _copy_rows, _copy_rows_where, _entry_row, _find_piece, _piece_items, _slot
+from .jit_helpers_sm90 import (
+    LOADER_WARPS,
+    _choice_row,
+    _copy_rows,
+    _copy_rows_where,
+    _find_piece,
+    _partial_row,
+    _piece_items,
+)
 from .launcher import launch
 
 KEYS = gl.constexpr(sm90.KEYS)
@@ -29,9 +37,10 @@ _extra_piece = gluon.jit(attention_bwd_dkdv._extra_piece.fn)
 _lower_bound = gluon.jit(attention_bwd_dkdv._lower_bound.fn)
 
 
-def dkv(x, routing: Routing | None, dk: Tensor, dv: Tensor, slots: Tensor | None, cuts, partials: Tensor | None,
-        group: tuple[int, int], by_sequence: tuple[Tensor, ...], options: dict[str, int]) -> None:
-    """Writes dk and dv of one group of kv heads, or partials of cut lists, and with ``slots`` the slots of their dq.
+def dkdv(x, routing: Routing | None, dk: Tensor, dv: Tensor, dq_partial: Tensor | None, cuts,
+         dkdv_partial: Tensor | None, group: tuple[int, int], by_sequence: tuple[Tensor, ...],
+         options: dict[str, int]) -> None:
+    """Writes dk and dv of one group of kv heads, or partial sums of cut lists, and ``dq_partial`` where there is one.
 
     Args:
         x, cuts: attention_bwd's inputs, and how it cuts the lists.
@@ -48,15 +57,15 @@ def dkv(x, routing: Routing | None, dk: Tensor, dv: Tensor, slots: Tensor | None
         x.v,
         x.do,
         x.terms,
-        x.selected if routing is None else routing.entries,  # not read where there are no slots
-        x.selected if routing is None else routing.starts,
-        cuts.extra_buckets,
+        x.selected if routing is None else routing.indices,  # not read where there are no choices
+        x.selected if routing is None else routing.indptr,
+        cuts.extra_csr_rows,
         x.segments.cu_seqlens_k,
         *by_sequence,
         dk,
         dv,
-        x.terms if partials is None else partials,
-        x.q if slots is None else slots,
+        x.terms if dkdv_partial is None else dkdv_partial,
+        x.q if dq_partial is None else dq_partial,
         *x.scales,
         x.q.shape[0] * x.q.shape[1],
         size,
@@ -71,17 +80,17 @@ def dkv(x, routing: Routing | None, dk: Tensor, dv: Tensor, slots: Tensor | None
         H=x.q.shape[1],
         HK=x.kv_heads,
         G=x.heads_per_kv,
-        KS=x.slots,
+        KS=x.choices,
         D=x.q.shape[2],
         PACKED=x.segments.packed,
-        HAS_SLOTS=slots is not None,
-        PARTIAL=size % KEYS.value != 0,
+        HAS_DQ=dq_partial is not None,
+        RAGGED=size % KEYS.value != 0,
         **options,
     )
 
 
 @gluon.jit
-def _own_rows(spans, segment, first_position, chunk_end_position, BLOCK_M: gl.constexpr):
+def _diagonal_rows(spans, segment, first_position, chunk_end_position, BLOCK_M: gl.constexpr):
     """A segment's rows in this chunk, at or after these keys: row minus position, positions, blocks of rows."""
     segment_begin, segment_end, offsets, first_segment, end_segment = spans
     row_begin = gl.load(segment_begin + segment)
@@ -104,7 +113,7 @@ def _copy_terms(smem, full, stage, terms, row):
 @gluon.jit
 def _loader(pointers, spans, smem, kv_smem, bars, ints, strides, H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr,
             STAGES: gl.constexpr):
-    q, k, v, do, terms, entries = pointers
+    q, k, v, do, terms, indices = pointers
     segment_begin, segment_end, offsets, first_segment, end_segment = spans
     q_smem, do_smem, lse_smem, delta_smem = smem
     k_smem, v_smem = kv_smem
@@ -128,14 +137,14 @@ def _loader(pointers, spans, smem, kv_smem, bars, ints, strides, H: gl.constexpr
     line = gl.arange(0, BLOCK_M, layout=LINE)
     step = 0
     if KS > 0:
-        entry = gl.load(entries + gl.minimum(lane, count - 1), mask=count > 0, other=0)  # the last entry fills up
-        line_entry = gl.load(entries + gl.minimum(line, count - 1), mask=count > 0, other=0)
+        choice = gl.load(indices + gl.minimum(lane, count - 1), mask=count > 0, other=0)  # the last choice fills up
+        line_choice = gl.load(indices + gl.minimum(line, count - 1), mask=count > 0, other=0)
         for first in range(0, count, BLOCK_M):
-            _, token, head = _entry_row(entry, kv_head, H, G, KS)
-            row, _, _ = _entry_row(line_entry, kv_head, H, G, KS)
+            _, token, head = _choice_row(choice, kv_head, H, G, KS)
+            row, _, _ = _choice_row(line_choice, kv_head, H, G, KS)
             row = gl.where(first + line < count, row, num_rows)
-            entry = gl.load(entries + gl.minimum(first + BLOCK_M + lane, count - 1))
-            line_entry = gl.load(entries + gl.minimum(first + BLOCK_M + line, count - 1))
+            choice = gl.load(indices + gl.minimum(first + BLOCK_M + lane, count - 1))
+            line_choice = gl.load(indices + gl.minimum(first + BLOCK_M + line, count - 1))
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
             _copy_rows(q_smem.index(stage), q, token, head, stride_qt, stride_qh, ROWS)
@@ -143,7 +152,7 @@ def _loader(pointers, spans, smem, kv_smem, bars, ints, strides, H: gl.constexpr
             _copy_terms(smem, full, stage, terms, row)
             step += 1
     for segment in range(first_segment, end_segment):
-        shift, low, high, blocks = _own_rows(spans, segment, first_position, chunk_end_position, BLOCK_M)
+        shift, low, high, blocks = _diagonal_rows(spans, segment, first_position, chunk_end_position, BLOCK_M)
         for i in range(0, blocks * G):
             head = (kv_head * G + i // blocks).to(gl.int64)
             position = low + i % blocks * BLOCK_M + lane
@@ -200,37 +209,37 @@ def _add_rows(k, v, smem, full, empty, step, dk, dv, qk_scale, key_position, que
 
 
 @gluon.jit
-def _write_slots(k_smem, ds_smem, out_smem, turn, entries, first, count, places, softmax_scale, kv_head,
+def _write_dq_partial(k_smem, ds_smem, out_smem, turn, indices, first, count, places, softmax_scale, kv_head,
                  H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr):
-    """dq of one block of rows against both halves of the keys, into the rows' slots."""
-    slots, first_head, group_heads = places
+    """dq of one block of rows against both halves of the keys, into their partial dq."""
+    dq_partial, first_head, group_heads = places
     BLOCK_M: gl.constexpr = out_smem.shape[0]
     D: gl.constexpr = out_smem.shape[1]
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     OUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     index = first + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, OUT))
     cols = gl.arange(0, D, layout=gl.SliceLayout(0, OUT))
-    entry = gl.load(entries + gl.minimum(index, count - 1))
+    choice = gl.load(indices + gl.minimum(index, count - 1))
     dq = gl.zeros([BLOCK_M, D], gl.float32, layout=ACC)
     dq = warpgroup_mma(ds_smem.index(turn * 2).permute((1, 0)), k_smem.index(0), dq, use_acc=False, is_async=True)
     dq = warpgroup_mma(ds_smem.index(turn * 2 + 1).permute((1, 0)), k_smem.index(1), dq, is_async=True)
     dq = warpgroup_mma_wait(0, deps=(dq,))
     out_smem.store((dq * softmax_scale).to(out_smem.dtype))  # whole lines are stored from here
-    slot = _slot(entry, kv_head, first_head, group_heads, H, G, KS)
-    gl.store(slots + slot[:, None] * D + cols[None, :], out_smem.load(OUT), mask=(index < count)[:, None])
+    partial_row = _partial_row(choice, kv_head, first_head, group_heads, H, G, KS)
+    gl.store(dq_partial + partial_row[:, None] * D + cols[None, :], out_smem.load(OUT), mask=(index < count)[:, None])
 
 
 @gluon.jit
 def _consumer(part: gl.constexpr, spans, smem, kv_smem, dq_smem, bars, ints, outs, dq_outs, scales, H: gl.constexpr,
-              HK: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, CUT: gl.constexpr, HAS_SLOTS: gl.constexpr,
-              PARTIAL: gl.constexpr, STAGES: gl.constexpr):
+              HK: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, CUT: gl.constexpr, HAS_DQ: gl.constexpr,
+              RAGGED: gl.constexpr, STAGES: gl.constexpr):
     """64 of the 128 keys, by one group of four warps."""
     segment_begin, segment_end, offsets, first_segment, end_segment = spans
     q_smem, do_smem, lse_smem, delta_smem = smem
     k_smem, v_smem = kv_smem
     full, empty, kv_full = bars
     count, kv_head, first_row, chunk_end, first_position, chunk_end_position, num_rows = ints
-    dk_out, dv_out, partials, partial, chunk_row, chunk_size = outs
+    dk_out, dv_out, dkdv_partial, partial_index, chunk_row, chunk_size = outs
     qk_scale, softmax_scale = scales
     BLOCK_M: gl.constexpr = q_smem.shape[1]
     D: gl.constexpr = q_smem.shape[2]
@@ -245,20 +254,20 @@ def _consumer(part: gl.constexpr, spans, smem, kv_smem, dq_smem, bars, ints, out
     mbarrier.wait(kv_full, 0)
     fence_async_shared()
     step = 0
-    if HAS_SLOTS:
-        entries, places = dq_outs
+    if HAS_DQ:
+        indices, places = dq_outs
         ds_smem, out_smem, ds_full, ds_empty = dq_smem
         for first in range(0, count, BLOCK_M):
             turn = step & 1
             phase = (step >> 1) & 1
             mbarrier.wait(ds_empty.index(turn), phase ^ 1)
             dk, dv = _add_rows(k, v, smem, full, empty, step, dk, dv, qk_scale, key_position, lane,
-                               chunk_end_position if PARTIAL else None, ds_smem.index(turn * 2 + part), False, STAGES)
+                               chunk_end_position if RAGGED else None, ds_smem.index(turn * 2 + part), False, STAGES)
             mbarrier.arrive(ds_full.index(turn), count=1)
             if turn == part:
                 mbarrier.wait(ds_full.index(turn), phase)
-                _write_slots(k_smem, ds_smem, out_smem.index(part), turn, entries, first, count, places, softmax_scale,
-                             kv_head, H, G, KS)
+                _write_dq_partial(k_smem, ds_smem, out_smem.index(part), turn, indices, first, count, places,
+                                  softmax_scale, kv_head, H, G, KS)
                 mbarrier.arrive(ds_empty.index(turn), count=1)
             step += 1
     elif KS > 0:
@@ -267,7 +276,7 @@ def _consumer(part: gl.constexpr, spans, smem, kv_smem, dq_smem, bars, ints, out
                                STAGES)
             step += 1
     for segment in range(first_segment, end_segment):
-        _, low, _, blocks = _own_rows(spans, segment, first_position, chunk_end_position, BLOCK_M)
+        _, low, _, blocks = _diagonal_rows(spans, segment, first_position, chunk_end_position, BLOCK_M)
         for i in range(0, blocks * G):
             dk, dv = _add_rows(k, v, smem, full, empty, step, dk, dv, qk_scale, key_position,
                                low + i % blocks * BLOCK_M + lane, None, None, True, STAGES)
@@ -277,11 +286,11 @@ def _consumer(part: gl.constexpr, spans, smem, kv_smem, dq_smem, bars, ints, out
     rows = first_row + part * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, ACC))
     keep = (rows < chunk_end)[:, None]
     if CUT:
-        if partial >= 0:
-            to = partials + (partial * chunk_size + rows - chunk_row)[:, None] * (2 * D)
+        if partial_index >= 0:
+            to = dkdv_partial + (partial_index * chunk_size + rows - chunk_row)[:, None] * (2 * D)
             gl.store(to + cols[None, :], dk, mask=keep)
             gl.store(to + D + cols[None, :], dv, mask=keep)
-        keep = keep & (partial < 0)
+        keep = keep & (partial_index < 0)
     at = (rows.to(gl.int64) * HK + kv_head)[:, None] * D + cols[None, :]
     gl.store(dk_out + at, dk.to(dk_out.dtype.element_ty), mask=keep)
     gl.store(dv_out + at, dv.to(dv_out.dtype.element_ty), mask=keep)
@@ -297,47 +306,47 @@ def _consumer(part: gl.constexpr, spans, smem, kv_smem, dq_smem, bars, ints, out
 @gluon.jit(do_not_specialize=["num_rows", "chunk_size", "num_key_tiles", "num_chunks", "num_sequences", "num_segments",
                                "num_extra", "split", "kv_head_begin", "kv_head_end"])
 def _attention_bwd_dkdv_sm90_kernel(
-    q, k, v, do, terms, entries, starts, extra_buckets,
-    cu_seqlens_k, seq_ids, segment_begin, segment_end, offsets, dk, dv, partials, slots,
+    q, k, v, do, terms, indices, indptr, extra_csr_rows,
+    cu_seqlens_k, seq_ids, segment_begin, segment_end, offsets, dk, dv, dkdv_partial, dq_partial,
     qk_scale, softmax_scale, num_rows, chunk_size, num_key_tiles, num_chunks, num_sequences, num_segments,
     num_extra, split, kv_head_begin, kv_head_end,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,
     H: gl.constexpr, HK: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, D: gl.constexpr, PACKED: gl.constexpr,
-    HAS_SLOTS: gl.constexpr, PARTIAL: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    HAS_DQ: gl.constexpr, RAGGED: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
     LOADER_REGS: gl.constexpr, CONSUMER_REGS: gl.constexpr, num_warps: gl.constexpr,
 ):
     """The first ``num_extra * num_key_tiles`` programs take the extra pieces of long lists."""
     tile = gl.program_id(0) % num_key_tiles
     item = gl.program_id(0) // num_key_tiles
-    first_bucket = kv_head_begin * num_chunks
-    bucket = first_bucket + item - num_extra
+    first_csr_row = kv_head_begin * num_chunks
+    csr_row = first_csr_row + item - num_extra
     piece = item * 0
-    if extra_buckets is not None:
+    if extra_csr_rows is not None:
         if item < num_extra:
-            bucket, piece = _extra_piece(extra_buckets, starts, first_bucket, kv_head_end * num_chunks, item, split)
+            csr_row, piece = _extra_piece(extra_csr_rows, indptr, first_csr_row, kv_head_end * num_chunks, item, split)
             if piece == 0:
                 return
-    kv_head = bucket // num_chunks
-    sequence = _find_piece(cu_seqlens_k, num_sequences, chunk_size, bucket % num_chunks)
-    chunk_row, chunk_end = _piece_items(cu_seqlens_k, sequence, chunk_size, bucket % num_chunks)
+    kv_head = csr_row // num_chunks
+    sequence = _find_piece(cu_seqlens_k, num_sequences, chunk_size, csr_row % num_chunks)
+    chunk_row, chunk_end = _piece_items(cu_seqlens_k, sequence, chunk_size, csr_row % num_chunks)
     first_row = chunk_row + tile * KEYS
     if first_row >= chunk_end:
         return
-    CUT: gl.constexpr = extra_buckets is not None
-    partial = bucket.to(gl.int64) * 0 - 1
-    count = bucket * 0
+    CUT: gl.constexpr = extra_csr_rows is not None
+    partial_index = csr_row.to(gl.int64) * 0 - 1
+    count = csr_row * 0
     if KS > 0:
-        bucket_begin = gl.load(starts + bucket)
-        bucket_end = gl.load(starts + bucket + 1)
-        begin = bucket_begin + piece.to(gl.int64) * split
-        end = gl.minimum(bucket_end, begin + split)
-        if extra_buckets is not None:
+        csr_begin = gl.load(indptr + csr_row)
+        csr_end = gl.load(indptr + csr_row + 1)
+        begin = csr_begin + piece.to(gl.int64) * split
+        end = gl.minimum(csr_end, begin + split)
+        if extra_csr_rows is not None:
             if piece > 0:
-                partial = item.to(gl.int64)
-            elif end < bucket_end:
-                first_extra = bucket_begin // split - gl.load(starts + first_bucket) // split
-                partial = num_extra + first_extra.to(gl.int64)
-        entries += begin
+                partial_index = item.to(gl.int64)
+            elif end < csr_end:
+                first_extra = csr_begin // split - gl.load(indptr + first_csr_row) // split
+                partial_index = num_extra + first_extra.to(gl.int64)
+        indices += begin
         count = (end - begin).to(gl.int32)
     sequence_row = gl.load(cu_seqlens_k + sequence)
     first_segment = sequence
@@ -365,7 +374,7 @@ def _attention_bwd_dkdv_sm90_kernel(
         mbarrier.init(empty.index(i), count=2)
     mbarrier.init(kv_full, count=32 * LOADER_WARPS)
     dq_smem = ()
-    if HAS_SLOTS:
+    if HAS_DQ:
         HALF: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_M], dtype)
         ds_smem = gl.allocate_shared_memory(dtype, [4, 64, BLOCK_M], HALF)
         out_smem = gl.allocate_shared_memory(dtype, [2, BLOCK_M, D], ROWS_SMEM)
@@ -377,21 +386,21 @@ def _attention_bwd_dkdv_sm90_kernel(
         dq_smem = (ds_smem, out_smem, ds_full, ds_empty)
     fence_async_shared()
 
-    pointers = (q, k, v, do, terms, entries)
+    pointers = (q, k, v, do, terms, indices)
     spans = (segment_begin, segment_end, offsets, first_segment, end_segment)
     smem = (q_smem, do_smem, lse_smem, delta_smem)
     kv_smem = (k_smem, v_smem)
     bars = (full, empty, kv_full)
     ints = (count, kv_head, first_row, chunk_end, first_row - sequence_row, chunk_row - sequence_row + chunk_size,
             num_rows)
-    outs = (dk, dv, partials, partial, chunk_row, chunk_size)
-    dq_outs = (entries, (slots, kv_head_begin * G, (kv_head_end - kv_head_begin) * G))
+    outs = (dk, dv, dkdv_partial, partial_index, chunk_row, chunk_size)
+    dq_outs = (indices, (dq_partial, kv_head_begin * G, (kv_head_end - kv_head_begin) * G))
     strides = (stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh)
     scales = (qk_scale, softmax_scale)
     gl.warp_specialize([
         (_consumer, (0, spans, smem, kv_smem, dq_smem, bars, ints, outs, dq_outs, scales, H, HK, G, KS, CUT,
-                     HAS_SLOTS, PARTIAL, STAGES)),
+                     HAS_DQ, RAGGED, STAGES)),
         (_consumer, (1, spans, smem, kv_smem, dq_smem, bars, ints, outs, dq_outs, scales, H, HK, G, KS, CUT,
-                     HAS_SLOTS, PARTIAL, STAGES)),
+                     HAS_DQ, RAGGED, STAGES)),
         (_loader, (pointers, spans, smem, kv_smem, bars, ints, strides, H, G, KS, STAGES)),
     ], [4, LOADER_WARPS], [CONSUMER_REGS, LOADER_REGS])

@@ -1,4 +1,4 @@
-"""Attention backward, dq's slots, on Hopper (Gluon): gathered rows against a selected chunk.
+"""Attention backward, partial dq, on Hopper (Gluon): gathered rows against a selected chunk.
 
 A program takes a piece of one (chunk, kv head)'s list, 128 rows at a time: 64 for each of two groups of warps. The
 loader gathers the next rows of q and do, and streams the chunk's keys and values past. While one group computes
@@ -19,33 +19,33 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..segments import Routing
 from . import sm90
-from .jit_helpers_sm90 import LOADER_WARPS, _chunk_keys, _copy_keys, _copy_rows, _entry_row, _slot
+from .jit_helpers_sm90 import LOADER_WARPS, _choice_row, _chunk_keys, _copy_keys, _copy_rows, _partial_row
 from .launcher import launch
 from .routing import Tiles
 
 
-def dq_sparse(x, routing: Routing, tiles: Tiles, slots: Tensor, group: tuple[int, int],
+def dq_sparse(x, routing: Routing, tiles: Tiles, dq_partial: Tensor, group: tuple[int, int],
               options: dict[str, int]) -> None:
-    """Fills the slots of dq of one group of kv heads; ``x`` is attention_bwd's inputs."""
+    """Fills the partial dq of one group of kv heads; ``x`` is attention_bwd's inputs."""
     options = {name: value for name, value in options.items() if name != "SPLIT"}
     size, kv_heads = x.segments.chunk_size, group[1] - group[0]
     options["BLOCK_N"] = block_n = sm90.key_tile(options, size)
-    partial = size % block_n != 0
-    use_tma = not partial and sm90.describable(x.k) and sm90.describable(x.v)
-    bound = x.rows_per_kv_head * kv_heads * x.slots // tiles.block + x.num_chunks * kv_heads + 1
+    ragged = size % block_n != 0
+    use_tma = not ragged and sm90.describable(x.k) and sm90.describable(x.v)
+    bound = x.rows_per_kv_head * kv_heads * x.choices // tiles.block + x.num_chunks * kv_heads + 1
     launch(_attention_bwd_dq_sm90_kernel, (bound,),
         x.q,
         sm90.describe(x.k, block_n) if use_tma else x.k,
         sm90.describe(x.v, block_n) if use_tma else x.v,
         x.do,
         x.terms,
-        routing.entries,
-        tiles.bucket,
+        routing.indices,
+        tiles.csr_row,
         tiles.begin,
         tiles.end,
-        tiles.starts,
+        tiles.indptr,
         x.segments.cu_seqlens_k,
-        slots,
+        dq_partial,
         *x.scales,
         size,
         x.num_chunks,
@@ -54,25 +54,25 @@ def dq_sparse(x, routing: Routing, tiles: Tiles, slots: Tensor, group: tuple[int
         *sm90.strides_of_eight(x.q, x.k, x.v, x.do),
         H=x.q.shape[1],
         G=x.heads_per_kv,
-        KS=x.slots,
+        KS=x.choices,
         D=x.q.shape[2],
         USE_TMA=use_tma,
-        PARTIAL=partial,
+        RAGGED=ragged,
         **options,
     )
 
 
 @gluon.jit
-def _gather(rows, smem, row_full, buffer, entry0, entry1, kv_head, strides, H: gl.constexpr, G: gl.constexpr,
+def _gather(rows, smem, row_full, buffer, choice0, choice1, kv_head, strides, H: gl.constexpr, G: gl.constexpr,
             KS: gl.constexpr, ROWS: gl.constexpr):
     """Starts copies of 128 rows of q and do, 64 for each group of warps."""
     q, do = rows
     q_smem, do_smem, k_smem, v_smem = smem
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh = strides
-    _, token, head = _entry_row(entry0, kv_head, H, G, KS)
+    _, token, head = _choice_row(choice0, kv_head, H, G, KS)
     _copy_rows(q_smem.index(buffer * 2), q, token, head, stride_qt, stride_qh, ROWS)
     _copy_rows(do_smem.index(buffer * 2), do, token, head, stride_dot, stride_doh, ROWS)
-    _, token, head = _entry_row(entry1, kv_head, H, G, KS)
+    _, token, head = _choice_row(choice1, kv_head, H, G, KS)
     _copy_rows(q_smem.index(buffer * 2 + 1), q, token, head, stride_qt, stride_qh, ROWS)
     _copy_rows(do_smem.index(buffer * 2 + 1), do, token, head, stride_dot, stride_doh, ROWS)
     async_copy.mbarrier_arrive(row_full.index(buffer), increment_count=False)
@@ -94,7 +94,7 @@ def _load_tile(keys, smem, bars, step, row, end, kv_head, strides, USE_TMA: gl.c
 
 
 @gluon.jit
-def _loader(rows, keys, entries, smem, bars, ints, strides, H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr,
+def _loader(rows, keys, indices, smem, bars, ints, strides, H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr,
             BUFFERS: gl.constexpr, USE_TMA: gl.constexpr):
     q_smem, do_smem, k_smem, v_smem = smem
     row_full, row_empty, k_full, v_full, kv_empty = bars
@@ -105,35 +105,35 @@ def _loader(rows, keys, entries, smem, bars, ints, strides, H: gl.constexpr, G: 
     gl.static_assert(BUFFERS > 1, "rows are gathered ahead, before the last keys of those that are in use")
     lane = gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS))
     end = first_key + chunk_size
-    entry0 = gl.load(entries + gl.minimum(lane, count - 1))  # the last entry fills up
-    entry1 = gl.load(entries + gl.minimum(64 + lane, count - 1))
-    _gather(rows, smem, row_full, 0, entry0, entry1, kv_head, strides, H, G, KS, ROWS)
+    choice0 = gl.load(indices + gl.minimum(lane, count - 1))  # the last choice fills up
+    choice1 = gl.load(indices + gl.minimum(64 + lane, count - 1))
+    _gather(rows, smem, row_full, 0, choice0, choice1, kv_head, strides, H, G, KS, ROWS)
     step = 0
     tile = 1
     for first in range(0, count, 128):
-        entry0 = gl.load(entries + gl.minimum(first + 128 + lane, count - 1))
-        entry1 = gl.load(entries + gl.minimum(first + 192 + lane, count - 1))
+        choice0 = gl.load(indices + gl.minimum(first + 128 + lane, count - 1))
+        choice1 = gl.load(indices + gl.minimum(first + 192 + lane, count - 1))
         step = _load_tile(keys, smem, bars, step, first_key, end, kv_head, strides, USE_TMA, ROWS)
         if first + 128 < count:
             buffer = tile % BUFFERS
             mbarrier.wait(row_empty.index(buffer), ((tile // BUFFERS) & 1) ^ 1)
-            _gather(rows, smem, row_full, buffer, entry0, entry1, kv_head, strides, H, G, KS, ROWS)
+            _gather(rows, smem, row_full, buffer, choice0, choice1, kv_head, strides, H, G, KS, ROWS)
             tile += 1
         for key in range(BLOCK_N, chunk_size, BLOCK_N):
             step = _load_tile(keys, smem, bars, step, first_key + key, end, kv_head, strides, USE_TMA, ROWS)
 
 
 @gluon.jit
-def _load_terms(terms, entry, kv_head, H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr):
-    """lse, in powers of two, and delta of entries' rows."""
-    row, _, _ = _entry_row(entry, kv_head, H, G, KS)
+def _load_terms(terms, choice, kv_head, H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr):
+    """lse, in powers of two, and delta of indices' rows."""
+    row, _, _ = _choice_row(choice, kv_head, H, G, KS)
     at = terms + row.to(gl.int64) * 4
     return gl.load(at), gl.load(at + 1)
 
 
 @gluon.jit
 def _add_tile(dq, q, do, lse, delta, smem, bars, step, key, chunk_size, qk_scale, USE_TMA: gl.constexpr,
-              PARTIAL: gl.constexpr):
+              RAGGED: gl.constexpr):
     """Adds one tile of keys to dq ``[64, D]``, and frees the tile's buffers."""
     q_smem, do_smem, k_smem, v_smem = smem
     row_full, row_empty, k_full, v_full, kv_empty = bars
@@ -154,7 +154,7 @@ def _add_tile(dq, q, do, lse, delta, smem, bars, step, key, chunk_size, qk_scale
     dp = warpgroup_mma(do, v_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
     p = gl.exp2(s * qk_scale - lse[:, None])
-    if PARTIAL:
+    if RAGGED:
         index = key + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S))
         p = gl.where((index < chunk_size)[None, :], p, 0.0)
     dp = warpgroup_mma_wait(0, deps=(dp,))
@@ -166,12 +166,12 @@ def _add_tile(dq, q, do, lse, delta, smem, bars, step, key, chunk_size, qk_scale
 
 
 @gluon.jit
-def _consumer(part: gl.constexpr, terms, entries, outs, smem, bars, ints, scales, H: gl.constexpr, G: gl.constexpr,
-              KS: gl.constexpr, BUFFERS: gl.constexpr, USE_TMA: gl.constexpr, PARTIAL: gl.constexpr):
+def _consumer(part: gl.constexpr, terms, indices, outs, smem, bars, ints, scales, H: gl.constexpr, G: gl.constexpr,
+              KS: gl.constexpr, BUFFERS: gl.constexpr, USE_TMA: gl.constexpr, RAGGED: gl.constexpr):
     """64 rows of every 128, by one group of four warps."""
     q_smem, do_smem, k_smem, v_smem = smem
     row_full, row_empty, k_full, v_full, kv_empty = bars
-    slots, first_head, group_heads = outs
+    dq_partial, first_head, group_heads = outs
     count, kv_head, first_key, chunk_size = ints
     qk_scale, softmax_scale = scales
     D: gl.constexpr = q_smem.shape[2]
@@ -182,16 +182,16 @@ def _consumer(part: gl.constexpr, terms, entries, outs, smem, bars, ints, scales
     lane = part * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
     at = part * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, OUT))
     cols = gl.arange(0, D, layout=gl.SliceLayout(0, OUT))
-    entry = gl.load(entries + gl.minimum(lane, count - 1))
-    next_lse, next_delta = _load_terms(terms, entry, kv_head, H, G, KS)
-    entry = gl.load(entries + gl.minimum(lane + 128, count - 1))
+    choice = gl.load(indices + gl.minimum(lane, count - 1))
+    next_lse, next_delta = _load_terms(terms, choice, kv_head, H, G, KS)
+    choice = gl.load(indices + gl.minimum(lane + 128, count - 1))
     step = 0
     tile = 0
     for first in range(0, count, 128):
         lse = next_lse
         delta = next_delta
-        next_lse, next_delta = _load_terms(terms, entry, kv_head, H, G, KS)
-        entry = gl.load(entries + gl.minimum(first + 256 + lane, count - 1))
+        next_lse, next_delta = _load_terms(terms, choice, kv_head, H, G, KS)
+        choice = gl.load(indices + gl.minimum(first + 256 + lane, count - 1))
         buffer = tile % BUFFERS
         mbarrier.wait(row_full.index(buffer), (tile // BUFFERS) & 1)
         fence_async_shared()
@@ -199,15 +199,15 @@ def _consumer(part: gl.constexpr, terms, entries, outs, smem, bars, ints, scales
         do = do_smem.index(buffer * 2 + part)
         dq = gl.zeros([64, D], gl.float32, layout=ACC)
         for key in range(0, chunk_size, BLOCK_N):
-            dq = _add_tile(dq, q, do, lse, delta, smem, bars, step, key, chunk_size, qk_scale, USE_TMA, PARTIAL)
+            dq = _add_tile(dq, q, do, lse, delta, smem, bars, step, key, chunk_size, qk_scale, USE_TMA, RAGGED)
             step += 1
         q.store((dq * softmax_scale).to(q_smem.dtype))  # the rows have been used: whole lines are stored from here
         index = first + at
-        this = gl.load(entries + gl.minimum(index, count - 1))
-        slot = _slot(this, kv_head, first_head, group_heads, H, G, KS)
+        this = gl.load(indices + gl.minimum(index, count - 1))
+        partial_row = _partial_row(this, kv_head, first_head, group_heads, H, G, KS)
         x = q.load(OUT)
         mbarrier.arrive(row_empty.index(buffer), count=1)
-        gl.store(slots + slot[:, None] * D + cols[None, :], x, mask=(index < count)[:, None])
+        gl.store(dq_partial + partial_row[:, None] * D + cols[None, :], x, mask=(index < count)[:, None])
         tile += 1
 
 
@@ -218,24 +218,24 @@ def _consumer(part: gl.constexpr, terms, entries, outs, smem, bars, ints, scales
 # v                  loader, TMA or cp.async   both groups: dp                           v_full     kv_empty (2)
 @gluon.jit(do_not_specialize=["chunk_size", "num_chunks", "num_sequences", "kv_head_begin", "kv_head_end"])
 def _attention_bwd_dq_sm90_kernel(
-    q, k, v, do, terms, entries, tile_bucket, tile_begin, tile_end, tile_starts, cu_seqlens_k, slots,
+    q, k, v, do, terms, indices, tile_csr_row, tile_begin, tile_end, tile_indptr, cu_seqlens_k, dq_partial,
     qk_scale, softmax_scale, chunk_size, num_chunks, num_sequences, kv_head_begin, kv_head_end,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,
-    H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, D: gl.constexpr, USE_TMA: gl.constexpr, PARTIAL: gl.constexpr,
+    H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, D: gl.constexpr, USE_TMA: gl.constexpr, RAGGED: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, LOADER_REGS: gl.constexpr,
     CONSUMER_REGS: gl.constexpr, num_warps: gl.constexpr,
 ):
     """A piece of the list of one (chunk, kv head)."""
-    tile = gl.program_id(0) + gl.load(tile_starts + kv_head_begin * num_chunks)
-    if tile >= gl.load(tile_starts + kv_head_end * num_chunks):
+    tile = gl.program_id(0) + gl.load(tile_indptr + kv_head_begin * num_chunks)
+    if tile >= gl.load(tile_indptr + kv_head_end * num_chunks):
         return
-    bucket = gl.load(tile_bucket + tile)
+    csr_row = gl.load(tile_csr_row + tile)
     begin = gl.load(tile_begin + tile)
     end = gl.load(tile_end + tile)
     if begin >= end:  # nothing of the list is here; its chunk may even reach beyond the keys
         return
-    kv_head = bucket // num_chunks
-    first_key, _ = _chunk_keys(cu_seqlens_k, num_sequences, chunk_size, bucket % num_chunks)
+    kv_head = csr_row // num_chunks
+    first_key, _ = _chunk_keys(cu_seqlens_k, num_sequences, chunk_size, csr_row % num_chunks)
     dtype: gl.constexpr = q.dtype.element_ty
     ROWS_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], dtype)
     KEYS_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, D], dtype)
@@ -257,17 +257,17 @@ def _attention_bwd_dq_sm90_kernel(
         mbarrier.init(row_full.index(i), count=32 * LOADER_WARPS)
         mbarrier.init(row_empty.index(i), count=2)
     fence_async_shared()
-    entries += begin
+    indices += begin
     rows = (q, do)
     keys = (k, v)
     smem = (q_smem, do_smem, k_smem, v_smem)
     bars = (row_full, row_empty, k_full, v_full, kv_empty)
     ints = ((end - begin).to(gl.int32), kv_head, first_key, chunk_size)
-    outs = (slots, kv_head_begin * G, (kv_head_end - kv_head_begin) * G)
+    outs = (dq_partial, kv_head_begin * G, (kv_head_end - kv_head_begin) * G)
     scales = (qk_scale, softmax_scale)
     strides = (stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh)
     gl.warp_specialize([
-        (_consumer, (0, terms, entries, outs, smem, bars, ints, scales, H, G, KS, BUFFERS, USE_TMA, PARTIAL)),
-        (_consumer, (1, terms, entries, outs, smem, bars, ints, scales, H, G, KS, BUFFERS, USE_TMA, PARTIAL)),
-        (_loader, (rows, keys, entries, smem, bars, ints, strides, H, G, KS, BUFFERS, USE_TMA)),
+        (_consumer, (0, terms, indices, outs, smem, bars, ints, scales, H, G, KS, BUFFERS, USE_TMA, RAGGED)),
+        (_consumer, (1, terms, indices, outs, smem, bars, ints, scales, H, G, KS, BUFFERS, USE_TMA, RAGGED)),
+        (_loader, (rows, keys, indices, smem, bars, ints, strides, H, G, KS, BUFFERS, USE_TMA)),
     ], [4, LOADER_WARPS], [CONSUMER_REGS, LOADER_REGS])

@@ -1,7 +1,7 @@
-"""Attention forward: gathered rows against selected chunks into slots, then the own chunk and the merge of the slots.
+"""Attention forward: gathered rows against selected chunks, then the diagonal chunk and the merge of all parts.
 
-A slot holds what one (query, head) got from one selected chunk: a normalised partial o and its log-sum-exp. Slots exist
-for one group of kv heads at a time (``workspace.py``). Inside the kernels everything is in powers of two.
+What one (query, head) got from one selected chunk is a normalised partial o and its log-sum-exp, for one group of kv
+heads at a time (``workspace.py``). Inside the kernels everything is in powers of two.
 """
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from .host import INTERPRETED, head_block, next_power_of_2, precision
 from .jit_helpers import _chunk_keys, _offset, _query_tile
 from .launcher import launch
 from .routing import Tiles, make_tiles, route
+from .tuning_table import is_gluon
 from .workspace import head_groups
 
 MAX_HEAD_DIM = 256
@@ -27,7 +28,7 @@ MAX_HEAD_DIM = 256
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: Segments, softmax_scale: float,
                   routing: Routing | None = None) -> tuple[Tensor, Tensor]:
-    """Softmax attention over the own chunk and the selected ones, keys at or before the query.
+    """Softmax attention over the diagonal chunk and the selected ones, keys at or before the query.
 
     With ``(o_j, lse_j)`` the attention over one chunk alone: ``lse = log sum_j exp(lse_j)`` and
     ``o = sum_j exp(lse_j - lse) o_j``.
@@ -53,29 +54,29 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: S
     qk_scale = max(softmax_scale, 1e-30) * math.log2(math.e)  # 0 would turn a masked -inf into NaN
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     total_q, num_heads, _ = q.shape
-    num_kv_heads, slots = k.shape[1], selected.shape[2]
+    num_kv_heads, choices = k.shape[1], selected.shape[2]
     o = torch.empty(total_q, num_heads, v.shape[2], dtype=q.dtype, device=q.device)
     lse = torch.empty(total_q, num_heads, dtype=torch.float32, device=q.device)
     if total_q == 0:
         return o, lse
     if not segments.exact:
         clear_rows(segments.cu_seqlens_q, (o, 0), (lse, -math.inf))
-    if slots == 0:
-        _own_merge(q, k, v, selected, None, None, o, lse, segments, qk_scale, (0, num_kv_heads))
+    if choices == 0:
+        _diagonal_merge(q, k, v, selected, None, None, o, lse, segments, qk_scale, (0, num_kv_heads))
         return o, lse
     selected = selected.contiguous()
     options = _sparse_config(q, k, v, segments.chunk_size, selected.numel())
     if routing is None:
         routing = route(selected, num_kv_heads, segments.num_chunks(k.shape[0]))
     tiles = make_tiles(routing, options["SPLIT"])
-    rows_per_head = total_q * (num_heads // num_kv_heads) * slots
+    rows_per_head = total_q * (num_heads // num_kv_heads) * choices
     groups = head_groups(num_kv_heads, rows_per_head * (v.shape[2] * q.element_size() + 4))
     rows = rows_per_head * (groups[0][1] - groups[0][0])
-    o_slots = torch.empty(rows, v.shape[2], dtype=q.dtype, device=q.device)
-    lse_slots = torch.empty(rows, dtype=torch.float32, device=q.device)
+    o_partial = torch.empty(rows, v.shape[2], dtype=q.dtype, device=q.device)
+    lse_partial = torch.empty(rows, dtype=torch.float32, device=q.device)
     for group in groups:
-        _sparse(q, k, v, routing, tiles, o_slots, lse_slots, segments, qk_scale, slots, group, options)
-        _own_merge(q, k, v, selected, o_slots, lse_slots, o, lse, segments, qk_scale, group)
+        _sparse(q, k, v, routing, tiles, o_partial, lse_partial, segments, qk_scale, choices, group, options)
+        _diagonal_merge(q, k, v, selected, o_partial, lse_partial, o, lse, segments, qk_scale, group)
     return o, lse
 
 
@@ -87,7 +88,7 @@ def _check(q: Tensor, v: Tensor, selected: Tensor, segments: Segments) -> None:
         raise ValueError(f"head_dim must be at most {MAX_HEAD_DIM} for the Triton kernels, got {q.shape[2]} for q and "
                          f"k, {v.shape[2]} for v: use backend='reference'")
     rows = max(q.shape[0] * q.shape[1], (v.shape[0] + segments.num_sequences) * v.shape[1])
-    if rows >= 2 ** 31:  # numbers of rows (token, head) and of buckets (kv head, chunk) are 32 bits wide
+    if rows >= 2 ** 31:  # numbers of rows (token, head) and of CSR rows (kv head, chunk) are 32 bits wide
         raise ValueError(f"tokens times heads must be below 2^31 for the Triton kernels, got {rows}: use fewer tokens")
     if segments.chunk_size < 16 and selected.shape[2]:
         raise ValueError(f"chunk_size must be at least 16 for the Triton kernels, got {segments.chunk_size}: "
@@ -97,8 +98,8 @@ def _check(q: Tensor, v: Tensor, selected: Tensor, segments: Segments) -> None:
 def _sparse_config(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, choices: int) -> dict[str, int]:
     """The sparse pass's configuration, with SPLIT (rows a program) and RESIDENT (a chunk's keys fit one tile)."""
     options = tuning.config("attention_fwd", q.device, head_dim=max(q.shape[2], v.shape[2]), chunk_size=chunk_size,
-                            ragged=chunk_size % 64, itemsize=q.element_size(), portable=sm90.portable(q, k, v))
-    if sm90.chosen(options):
+                            ragged=chunk_size % 64, itemsize=q.element_size(), gluon=sm90.takes(q, k, v))
+    if is_gluon(options):
         return {**options, "SPLIT": sm90.rows_per_program(options, choices)}
     options["RESIDENT"] = options["BLOCK_N"] >= chunk_size
     if options["RESIDENT"]:
@@ -132,12 +133,12 @@ def _wide(*tensors: Tensor) -> bool:
     return any(sum((n - 1) * s for n, s in zip(x.shape, x.stride())) >= 2 ** 31 for x in tensors)
 
 
-def _sparse(q: Tensor, k: Tensor, v: Tensor, routing: Routing, tiles: Tiles, o_slots: Tensor, lse_slots: Tensor,
-            segments: Segments, qk_scale: float, slots: int, group: tuple[int, int], options: dict[str, int]) -> None:
-    """Fills the slots of one group of kv heads."""
-    if sm90.chosen(options):
-        sm90.kernel_module("attention_fwd").attention_fwd_sparse(q, k, v, routing, tiles, o_slots, lse_slots, segments,
-                                                         qk_scale, slots, group, options)
+def _sparse(q: Tensor, k: Tensor, v: Tensor, routing: Routing, tiles: Tiles, o_partial: Tensor, lse_partial: Tensor,
+            segments: Segments, qk_scale: float, choices: int, group: tuple[int, int], options: dict[str, int]) -> None:
+    """Fills the partial o and lse of one group of kv heads."""
+    if is_gluon(options):
+        sm90.kernel_module("attention_fwd").attention_fwd_sparse(q, k, v, routing, tiles, o_partial, lse_partial,
+                                                                 segments, qk_scale, choices, group, options)
         return
     options = dict(options)
     resident, split = options.pop("RESIDENT"), options.pop("SPLIT")
@@ -145,19 +146,19 @@ def _sparse(q: Tensor, k: Tensor, v: Tensor, routing: Routing, tiles: Tiles, o_s
     heads_per_kv, kv_heads = q.shape[1] // k.shape[1], group[1] - group[0]
     use_tma = (size % options["BLOCK_N"] == 0 and tma_available(q.device) and _describable(k) and _describable(v))
     kernel = _attention_fwd_resident_kernel if resident else _attention_fwd_sparse_kernel
-    bound = q.shape[0] * heads_per_kv * kv_heads * slots // split + num_chunks * kv_heads + 1
+    bound = q.shape[0] * heads_per_kv * kv_heads * choices // split + num_chunks * kv_heads + 1
     launch(kernel, (bound,),
         q,
         _key_source(k, options["BLOCK_N"], use_tma),
         _key_source(v, options["BLOCK_N"], use_tma),
-        routing.entries,
-        tiles.bucket,
+        routing.indices,
+        tiles.csr_row,
         tiles.begin,
         tiles.end,
-        tiles.starts,
+        tiles.indptr,
         segments.cu_seqlens_k,
-        o_slots,
-        lse_slots,
+        o_partial,
+        lse_partial,
         qk_scale,
         num_chunks,
         segments.num_sequences,
@@ -170,39 +171,40 @@ def _sparse(q: Tensor, k: Tensor, v: Tensor, routing: Routing, tiles: Tiles, o_s
         v.stride(1),
         H=q.shape[1],
         G=heads_per_kv,
-        KS=slots,
+        KS=choices,
         D=q.shape[2],
         DV=v.shape[2],
         BLOCK_D=head_block(q.shape[2]),
         BLOCK_DV=head_block(v.shape[2]),
         CHUNK=size,
         USE_TMA=use_tma,
-        WIDE=_wide(q, o_slots) or routing.entries.dtype == torch.int64,
+        WIDE=_wide(q, o_partial) or routing.indices.dtype == torch.int64,
         PRECISION=precision(q.dtype),
         **options,
     )
 
 
-def _own_merge(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, o_slots: Tensor | None, lse_slots: Tensor | None,
-               o: Tensor, lse: Tensor, segments: Segments, qk_scale: float, group: tuple[int, int]) -> None:
+def _diagonal_merge(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, o_partial: Tensor | None,
+                    lse_partial: Tensor | None, o: Tensor, lse: Tensor, segments: Segments, qk_scale: float,
+                    group: tuple[int, int]) -> None:
     """Writes o and lse of one group of kv heads."""
-    heads_per_kv, slots = q.shape[1] // k.shape[1], selected.shape[2]
-    options = tuning.config("attention_fwd_own", q.device, head_dim=max(q.shape[2], v.shape[2]),
-                            chunk_size=segments.chunk_size, itemsize=q.element_size(), slots=slots)
+    heads_per_kv, choices = q.shape[1] // k.shape[1], selected.shape[2]
+    options = tuning.config("attention_fwd_diagonal", q.device, head_dim=max(q.shape[2], v.shape[2]),
+                            chunk_size=segments.chunk_size, itemsize=q.element_size(), choices=choices)
     num_tiles = q.shape[0] // options["BLOCK_M"] + segments.num_segments
     group_heads = (group[1] - group[0]) * heads_per_kv
-    use_tma = slots > 0 and tma_available(q.device) and v.shape[2] % 8 == 0 and v.element_size() == 2
+    use_tma = choices > 0 and tma_available(q.device) and v.shape[2] % 8 == 0 and v.element_size() == 2
     if use_tma:
-        width = slots * v.shape[2]
-        o_slots = TensorDescriptor(o_slots, [q.shape[0], group_heads, width], [group_heads * width, width, 1],
+        width = choices * v.shape[2]
+        o_partial = TensorDescriptor(o_partial, [q.shape[0], group_heads, width], [group_heads * width, width, 1],
                                    [options["BLOCK_M"], 1, head_block(v.shape[2])])
-    launch(_attention_fwd_own_kernel, (num_tiles * group_heads,),
+    launch(_attention_fwd_diagonal_kernel, (num_tiles * group_heads,),
         q,
         k,
         v,
         selected,
-        o_slots,
-        lse_slots,
+        o_partial,
+        lse_partial,
         o,
         lse,
         segments.cu_seqlens_q,
@@ -223,8 +225,8 @@ def _own_merge(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, o_slots: Tenso
         v.stride(1),
         H=q.shape[1],
         G=heads_per_kv,
-        KS=slots,
-        BLOCK_KS=next_power_of_2(slots) if slots else 1,
+        KS=choices,
+        BLOCK_KS=next_power_of_2(choices) if choices else 1,
         D=q.shape[2],
         DV=v.shape[2],
         BLOCK_D=head_block(q.shape[2]),
@@ -255,43 +257,43 @@ def _load_keys(source, row, end, head, stride_row, stride_head, D: tl.constexpr,
 
 
 @triton.jit
-def _gather_queries(q, entries, begin, end, first_head, group_heads, stride_qt, stride_qh, H: tl.constexpr,
+def _gather_queries(q, indices, begin, end, first_head, group_heads, stride_qt, stride_qh, H: tl.constexpr,
                     KS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
                     WIDE: tl.constexpr):
-    """The query rows of entries ``begin .. begin + BLOCK_M``, their slots, and which of them are before ``end``."""
+    """The query rows of indices ``begin .. begin + BLOCK_M``, where their results go, which are before ``end``."""
     index = begin + tl.arange(0, BLOCK_M)
     valid = index < end
-    entry = tl.load(entries + index, mask=valid, other=0)
-    token = entry // (H * KS)
-    choice = entry - token * (H * KS)  # head * KS + j
+    choice = tl.load(indices + index, mask=valid, other=0)
+    token = choice // (H * KS)
+    within = choice - token * (H * KS)  # head * KS + j
     if WIDE:
         token = token.to(tl.int64)
-        row = _offset(token, stride_qt) + _offset(choice // KS, stride_qh)
+        row = _offset(token, stride_qt) + _offset(within // KS, stride_qh)
     else:
-        row = token * stride_qt + choice // KS * stride_qh
+        row = token * stride_qt + within // KS * stride_qh
     cols = tl.arange(0, BLOCK_D)
     pointers = q + row[:, None] + cols[None, :]
     if D < BLOCK_D:
         rows = tl.load(pointers, mask=cols[None, :] < D, other=0.0)
     else:
-        rows = tl.load(pointers)  # entry 0 stands in beyond the end
-    slot = token * (group_heads * KS) + (choice - first_head * KS)
-    return rows, slot, valid
+        rows = tl.load(pointers)  # choice 0 stands in beyond the end
+    partial_row = token * (group_heads * KS) + (within - first_head * KS)
+    return rows, partial_row, valid
 
 
 @triton.jit
-def _store_slots(o_slots, lse_slots, slot, valid, acc, m, l, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
+def _store_partial(o_partial, lse_partial, partial_row, valid, acc, m, l, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
     """Writes the normalised partial results."""
     cols = tl.arange(0, BLOCK_DV)
     o = acc * (1.0 / l)[:, None]
-    tl.store(o_slots + slot[:, None] * DV + cols[None, :], o.to(o_slots.dtype.element_ty),
+    tl.store(o_partial + partial_row[:, None] * DV + cols[None, :], o.to(o_partial.dtype.element_ty),
              mask=valid[:, None] & (cols[None, :] < DV))
-    tl.store(lse_slots + slot, m + tl.log2(l), mask=valid)
+    tl.store(lse_partial + partial_row, m + tl.log2(l), mask=valid)
 
 
 @triton.jit(do_not_specialize=["num_chunks", "num_sequences", "kv_head_begin", "kv_head_end"])
 def _attention_fwd_resident_kernel(
-    q, k, v, entries, tile_bucket, tile_begin, tile_end, tile_starts, cu_seqlens_k, o_slots, lse_slots,
+    q, k, v, indices, tile_csr_row, tile_begin, tile_end, tile_indptr, cu_seqlens_k, o_partial, lse_partial,
     qk_scale, num_chunks, num_sequences, kv_head_begin, kv_head_end,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
@@ -299,39 +301,39 @@ def _attention_fwd_resident_kernel(
     USE_TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, ROW_STAGES: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """A run of entries of one (chunk, kv head): the chunk's keys and values stay, the query rows stream past."""
-    tile = tl.program_id(0) + tl.load(tile_starts + kv_head_begin * num_chunks)
-    end_tile = tl.load(tile_starts + kv_head_end * num_chunks)
+    """A run of indices of one (chunk, kv head): the chunk's keys and values stay, the query rows stream past."""
+    tile = tl.program_id(0) + tl.load(tile_indptr + kv_head_begin * num_chunks)
+    end_tile = tl.load(tile_indptr + kv_head_end * num_chunks)
     here = tl.minimum(tile, end_tile - 1)  # so that the table's loads need not wait for end_tile's
-    bucket = tl.load(tile_bucket + here)
+    csr_row = tl.load(tile_csr_row + here)
     begin = tl.load(tile_begin + here)
     end = tl.load(tile_end + here)
     if (tile >= end_tile) | (begin >= end):
         return
-    kv_head = bucket // num_chunks
-    first_key, _ = _chunk_keys(cu_seqlens_k, num_sequences, CHUNK, bucket % num_chunks)
+    kv_head = csr_row // num_chunks
+    first_key, _ = _chunk_keys(cu_seqlens_k, num_sequences, CHUNK, csr_row % num_chunks)
     group_heads = (kv_head_end - kv_head_begin) * G
-    PARTIAL: tl.constexpr = CHUNK < BLOCK_N
+    RAGGED: tl.constexpr = CHUNK < BLOCK_N
     k_rows = _load_keys(k, first_key, first_key + CHUNK, kv_head, stride_kt, stride_kh, D, BLOCK_N, BLOCK_D, USE_TMA,
-                        PARTIAL)
+                        RAGGED)
     v_rows = _load_keys(v, first_key, first_key + CHUNK, kv_head, stride_vt, stride_vh, DV, BLOCK_N, BLOCK_DV, USE_TMA,
-                        PARTIAL)
-    # the stages by name: else only what feeds a dot is loaded ahead, and not the entries that the stores need
+                        RAGGED)
+    # the stages by name: else only what feeds a dot is loaded ahead, and not the indices that the stores need
     for first in tl.range(begin, end, BLOCK_M, num_stages=ROW_STAGES):
-        q_rows, slot, valid = _gather_queries(q, entries, first, end, kv_head_begin * G, group_heads, stride_qt,
-                                              stride_qh, H, KS, D, BLOCK_M, BLOCK_D, WIDE)
+        q_rows, partial_row, valid = _gather_queries(q, indices, first, end, kv_head_begin * G, group_heads, stride_qt,
+                                                     stride_qh, H, KS, D, BLOCK_M, BLOCK_D, WIDE)
         s = tl.dot(q_rows, tl.trans(k_rows), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        if PARTIAL:
+        if RAGGED:
             s = tl.where(tl.arange(0, BLOCK_N)[None, :] < CHUNK, s, -float("inf"))
         m = tl.max(s, 1) * qk_scale
         p = tl.exp2(s * qk_scale - m[:, None])
         acc = tl.dot(p.to(v_rows.dtype), v_rows, input_precision=PRECISION)  # [BLOCK_M, BLOCK_DV]
-        _store_slots(o_slots, lse_slots, slot, valid, acc, m, tl.sum(p, 1), DV, BLOCK_DV)
+        _store_partial(o_partial, lse_partial, partial_row, valid, acc, m, tl.sum(p, 1), DV, BLOCK_DV)
 
 
 @triton.jit(do_not_specialize=["num_chunks", "num_sequences", "kv_head_begin", "kv_head_end"])
 def _attention_fwd_sparse_kernel(
-    q, k, v, entries, tile_bucket, tile_begin, tile_end, tile_starts, cu_seqlens_k, o_slots, lse_slots,
+    q, k, v, indices, tile_csr_row, tile_begin, tile_end, tile_indptr, cu_seqlens_k, o_partial, lse_partial,
     qk_scale, num_chunks, num_sequences, kv_head_begin, kv_head_end,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
@@ -339,43 +341,43 @@ def _attention_fwd_sparse_kernel(
     USE_TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """BLOCK_M entries of one (chunk, kv head): the query rows stay, the chunk's keys and values stream past."""
-    tile = tl.program_id(0) + tl.load(tile_starts + kv_head_begin * num_chunks)
-    end_tile = tl.load(tile_starts + kv_head_end * num_chunks)
+    """BLOCK_M indices of one (chunk, kv head): the query rows stay, the chunk's keys and values stream past."""
+    tile = tl.program_id(0) + tl.load(tile_indptr + kv_head_begin * num_chunks)
+    end_tile = tl.load(tile_indptr + kv_head_end * num_chunks)
     here = tl.minimum(tile, end_tile - 1)  # so that the table's loads need not wait for end_tile's
-    bucket = tl.load(tile_bucket + here)
+    csr_row = tl.load(tile_csr_row + here)
     begin = tl.load(tile_begin + here)
     end = tl.load(tile_end + here)
     if (tile >= end_tile) | (begin >= end):
         return
-    kv_head = bucket // num_chunks
-    first_key, _ = _chunk_keys(cu_seqlens_k, num_sequences, CHUNK, bucket % num_chunks)
+    kv_head = csr_row // num_chunks
+    first_key, _ = _chunk_keys(cu_seqlens_k, num_sequences, CHUNK, csr_row % num_chunks)
     group_heads = (kv_head_end - kv_head_begin) * G
-    q_rows, slot, valid = _gather_queries(q, entries, begin, end, kv_head_begin * G, group_heads, stride_qt, stride_qh,
-                                          H, KS, D, BLOCK_M, BLOCK_D, WIDE)
-    PARTIAL: tl.constexpr = CHUNK % BLOCK_N != 0
+    q_rows, partial_row, valid = _gather_queries(q, indices, begin, end, kv_head_begin * G, group_heads, stride_qt,
+                                                 stride_qh, H, KS, D, BLOCK_M, BLOCK_D, WIDE)
+    RAGGED: tl.constexpr = CHUNK % BLOCK_N != 0
     m = tl.full([BLOCK_M], -float("inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for first in range(0, CHUNK, BLOCK_N):
         k_rows = _load_keys(k, first_key + first, first_key + CHUNK, kv_head, stride_kt, stride_kh, D, BLOCK_N, BLOCK_D,
-                            USE_TMA, PARTIAL)
+                            USE_TMA, RAGGED)
         s = tl.dot(q_rows, tl.trans(k_rows), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        if PARTIAL:
+        if RAGGED:
             s = tl.where(first + tl.arange(0, BLOCK_N)[None, :] < CHUNK, s, -float("inf"))
         m_new = tl.maximum(m, tl.max(s, 1) * qk_scale)
         p = tl.exp2(s * qk_scale - m_new[:, None])
         alpha = tl.exp2(m - m_new)
         l = l * alpha + tl.sum(p, 1)
         v_rows = _load_keys(v, first_key + first, first_key + CHUNK, kv_head, stride_vt, stride_vh, DV, BLOCK_N,
-                            BLOCK_DV, USE_TMA, PARTIAL)
+                            BLOCK_DV, USE_TMA, RAGGED)
         acc = tl.dot(p.to(v_rows.dtype), v_rows, acc * alpha[:, None], input_precision=PRECISION)
         m = m_new
-    _store_slots(o_slots, lse_slots, slot, valid, acc, m, l, DV, BLOCK_DV)
+    _store_partial(o_partial, lse_partial, partial_row, valid, acc, m, l, DV, BLOCK_DV)
 
 
 @triton.jit
-def _own_step(acc, m, l, q_rows, k, v, k_row, k_end, kv_head, keep_from, keep_to, first, qk_scale,
+def _diagonal_step(acc, m, l, q_rows, k, v, k_row, k_end, kv_head, keep_from, keep_to, first, qk_scale,
               stride_kt, stride_kh, stride_vt, stride_vh, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr,
               BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr):
     """One tile of keys; where MASKED a row keeps the key positions ``keep_from .. keep_to``, both included."""
@@ -399,41 +401,41 @@ def _own_step(acc, m, l, q_rows, k, v, k_row, k_end, kv_head, keep_from, keep_to
 
 
 @triton.jit
-def _merge_slots(acc, m, l, selected, o_slots, lse_slots, first_row, head_in_group, row, slot_row, valid,
-                 KS: tl.constexpr, BLOCK_KS: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
-                 BLOCK_M: tl.constexpr, USE_TMA: tl.constexpr):
-    """Adds the slots of each row, reading all log-sum-exps first: then the loads of o do not wait for one another."""
+def _merge_partial(acc, m, l, selected, o_partial, lse_partial, first_row, head_in_group, row, group_row, valid,
+                   KS: tl.constexpr, BLOCK_KS: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+                   BLOCK_M: tl.constexpr, USE_TMA: tl.constexpr):
+    """Adds each row's partial results, reading all log-sum-exps first: then loads of o do not wait for each other."""
     j = tl.arange(0, BLOCK_KS)
     chosen = tl.load(selected + row[:, None] * KS + j[None, :], mask=valid[:, None] & (j[None, :] < KS), other=-1) >= 0
-    slot_lse = tl.load(lse_slots + slot_row[:, None] * KS + j[None, :], mask=chosen, other=-float("inf"))
-    m_new = tl.maximum(m, tl.max(slot_lse, 1))
+    partial_lse = tl.load(lse_partial + group_row[:, None] * KS + j[None, :], mask=chosen, other=-float("inf"))
+    m_new = tl.maximum(m, tl.max(partial_lse, 1))
     alpha = tl.exp2(m - m_new)
-    l = l * alpha + tl.sum(tl.exp2(slot_lse - m_new[:, None]), 1)
+    l = l * alpha + tl.sum(tl.exp2(partial_lse - m_new[:, None]), 1)
     cols = tl.arange(0, BLOCK_DV)
     merged = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for i in tl.range(0, KS, num_stages=3):  # without a count of stages only loads for a dot are pipelined
         chosen_i = tl.load(selected + row * KS + i, mask=valid, other=-1) >= 0
-        lse_i = tl.load(lse_slots + slot_row * KS + i, mask=chosen_i, other=-float("inf"))
+        lse_i = tl.load(lse_partial + group_row * KS + i, mask=chosen_i, other=-float("inf"))
         if USE_TMA:
-            o_i = o_slots.load([first_row, head_in_group, i * DV]).reshape(BLOCK_M, BLOCK_DV)
-            o_i = tl.where(chosen_i[:, None], o_i, 0.0)  # an empty slot may hold anything
+            o_i = o_partial.load([first_row, head_in_group, i * DV]).reshape(BLOCK_M, BLOCK_DV)
+            o_i = tl.where(chosen_i[:, None], o_i, 0.0)  # what nobody wrote may be anything
         else:
-            o_i = tl.load(o_slots + (slot_row * KS + i)[:, None] * DV + cols[None, :],
+            o_i = tl.load(o_partial + (group_row * KS + i)[:, None] * DV + cols[None, :],
                           mask=chosen_i[:, None] & (cols[None, :] < DV), other=0.0)
         merged += tl.exp2(lse_i - m_new)[:, None] * o_i.to(tl.float32)
     return acc * alpha[:, None] + merged, m_new, l
 
 
 @triton.jit(do_not_specialize=["num_tiles", "num_segments", "chunk_size", "first_head", "group_heads"])
-def _attention_fwd_own_kernel(
-    q, k, v, selected, o_slots, lse_slots, o, lse, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets,
+def _attention_fwd_diagonal_kernel(
+    q, k, v, selected, o_partial, lse_partial, o, lse, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets,
     qk_scale, num_tiles, num_segments, chunk_size, first_head, group_heads,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, BLOCK_KS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """BLOCK_M queries of one segment and head: their own chunks up to themselves, then the merge with their slots."""
+    """BLOCK_M queries of one segment and head: their diagonal chunks, then the merge with their partial results."""
     tile = num_tiles - 1 - tl.program_id(0) // group_heads  # later tiles may have more keys: they start first
     head_in_group = tl.program_id(0) % group_heads
     head = first_head + head_in_group
@@ -450,7 +452,7 @@ def _attention_fwd_own_kernel(
 
     position = first_position + tl.minimum(rows, q_end - 1) - first_row  # in the sequence
     last_position = first_position + q_end - 1 - first_row
-    own_begin = position // chunk_size * chunk_size
+    chunk_begin = position // chunk_size * chunk_size
     key_begin = first_position // chunk_size * chunk_size
     one_chunk = last_position // chunk_size == first_position // chunk_size
     clear = tl.where(one_chunk, (first_position + 1 - key_begin) // BLOCK_N * BLOCK_N, 0)  # keys that every row sees
@@ -460,16 +462,17 @@ def _attention_fwd_own_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     k_end = k_row + last_position + 1
     for first in range(key_begin, key_begin + clear, BLOCK_N):
-        acc, m, l = _own_step(acc, m, l, q_rows, k, v, k_row, k_end, head // G, own_begin, position, first, qk_scale,
-                              stride_kt, stride_kh, stride_vt, stride_vh, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
-                              MASKED=False)
+        acc, m, l = _diagonal_step(acc, m, l, q_rows, k, v, k_row, k_end, head // G, chunk_begin, position, first,
+                                   qk_scale, stride_kt, stride_kh, stride_vt, stride_vh, D, DV, BLOCK_N, BLOCK_D,
+                                   BLOCK_DV, PRECISION, MASKED=False)
     for first in range(key_begin + clear, last_position + 1, BLOCK_N):
-        acc, m, l = _own_step(acc, m, l, q_rows, k, v, k_row, k_end, head // G, own_begin, position, first, qk_scale,
-                              stride_kt, stride_kh, stride_vt, stride_vh, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
-                              MASKED=True)
+        acc, m, l = _diagonal_step(acc, m, l, q_rows, k, v, k_row, k_end, head // G, chunk_begin, position, first,
+                                   qk_scale, stride_kt, stride_kh, stride_vt, stride_vh, D, DV, BLOCK_N, BLOCK_D,
+                                   BLOCK_DV, PRECISION, MASKED=True)
     if KS > 0:
-        acc, m, l = _merge_slots(acc, m, l, selected, o_slots, lse_slots, first_row, head_in_group, row * H + head,
-                                 row * group_heads + head_in_group, valid, KS, BLOCK_KS, DV, BLOCK_DV, BLOCK_M, USE_TMA)
+        acc, m, l = _merge_partial(acc, m, l, selected, o_partial, lse_partial, first_row, head_in_group,
+                                   row * H + head, row * group_heads + head_in_group, valid, KS, BLOCK_KS, DV, BLOCK_DV,
+                                   BLOCK_M, USE_TMA)
     cols_v = tl.arange(0, BLOCK_DV)
     tl.store(o + (row * H + head)[:, None] * DV + cols_v[None, :], (acc * (1.0 / l)[:, None]).to(o.dtype.element_ty),
              mask=valid[:, None] & (cols_v[None, :] < DV))

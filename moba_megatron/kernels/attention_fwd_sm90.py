@@ -1,4 +1,4 @@
-"""Sparse attention forward on Hopper (Gluon): gathered rows against a selected chunk, into slots.
+"""Sparse attention forward on Hopper (Gluon): gathered rows against a selected chunk.
 
 A program takes a piece of one (chunk, kv head)'s list, 128 rows at a time: 64 for each of two groups of warps. The
 loader gathers the next rows and streams the chunk's keys and values past. While one group is in its softmax, the
@@ -19,34 +19,34 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..segments import Routing, Segments
 from . import sm90
-from .jit_helpers_sm90 import LOADER_WARPS, _chunk_keys, _copy_keys, _copy_rows, _entry_row, _slot
+from .jit_helpers_sm90 import LOADER_WARPS, _choice_row, _chunk_keys, _copy_keys, _copy_rows, _partial_row
 from .launcher import launch
 from .routing import Tiles
 
 
-def attention_fwd_sparse(q: Tensor, k: Tensor, v: Tensor, routing: Routing, tiles: Tiles, o_slots: Tensor,
-                         lse_slots: Tensor, segments: Segments, qk_scale: float, slots: int, group: tuple[int, int],
+def attention_fwd_sparse(q: Tensor, k: Tensor, v: Tensor, routing: Routing, tiles: Tiles, o_partial: Tensor,
+                         lse_partial: Tensor, segments: Segments, qk_scale: float, choices: int, group: tuple[int, int],
                          options: dict[str, int]) -> None:
-    """Fills the slots of one group of kv heads; arguments as the Triton kernels' launcher."""
+    """Fills the partial o and lse of one group of kv heads; arguments as the Triton kernels' launcher."""
     options = {name: value for name, value in options.items() if name != "SPLIT"}
     size, num_chunks = segments.chunk_size, segments.num_chunks(k.shape[0])
     options["BLOCK_N"] = block_n = sm90.key_tile(options, size)
     heads_per_kv, kv_heads = q.shape[1] // k.shape[1], group[1] - group[0]
-    partial = size % block_n != 0
-    use_tma = not partial and sm90.describable(k) and sm90.describable(v)
-    bound = q.shape[0] * heads_per_kv * kv_heads * slots // tiles.block + num_chunks * kv_heads + 1
+    ragged = size % block_n != 0
+    use_tma = not ragged and sm90.describable(k) and sm90.describable(v)
+    bound = q.shape[0] * heads_per_kv * kv_heads * choices // tiles.block + num_chunks * kv_heads + 1
     launch(_attention_fwd_sm90_kernel, (bound,),
         q,
         sm90.describe(k, block_n) if use_tma else k,
         sm90.describe(v, block_n) if use_tma else v,
-        routing.entries,
-        tiles.bucket,
+        routing.indices,
+        tiles.csr_row,
         tiles.begin,
         tiles.end,
-        tiles.starts,
+        tiles.indptr,
         segments.cu_seqlens_k,
-        o_slots,
-        lse_slots,
+        o_partial,
+        lse_partial,
         qk_scale,
         size,
         num_chunks,
@@ -55,21 +55,21 @@ def attention_fwd_sparse(q: Tensor, k: Tensor, v: Tensor, routing: Routing, tile
         *sm90.strides_of_eight(q, k, v),
         H=q.shape[1],
         G=heads_per_kv,
-        KS=slots,
+        KS=choices,
         D=q.shape[2],
         USE_TMA=use_tma,
-        PARTIAL=partial,
+        RAGGED=ragged,
         **options,
     )
 
 
 @gluon.jit
-def _gather(q, q_smem, row_full, buffer, entry0, entry1, kv_head, stride_qt, stride_qh, H: gl.constexpr,
+def _gather(q, q_smem, row_full, buffer, choice0, choice1, kv_head, stride_qt, stride_qh, H: gl.constexpr,
             G: gl.constexpr, KS: gl.constexpr, ROWS: gl.constexpr):
     """Starts copies of 128 rows, 64 for each group of warps."""
-    _, token, head = _entry_row(entry0, kv_head, H, G, KS)
+    _, token, head = _choice_row(choice0, kv_head, H, G, KS)
     _copy_rows(q_smem.index(buffer * 2), q, token, head, stride_qt, stride_qh, ROWS)
-    _, token, head = _entry_row(entry1, kv_head, H, G, KS)
+    _, token, head = _choice_row(choice1, kv_head, H, G, KS)
     _copy_rows(q_smem.index(buffer * 2 + 1), q, token, head, stride_qt, stride_qh, ROWS)
     async_copy.mbarrier_arrive(row_full.index(buffer), increment_count=False)
 
@@ -92,7 +92,7 @@ def _load_tile(keys, smem, bars, step, row, end, kv_head, strides, USE_TMA: gl.c
 
 
 @gluon.jit
-def _loader(q, keys, entries, smem, bars, ints, strides, H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr,
+def _loader(q, keys, indices, smem, bars, ints, strides, H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr,
             BUFFERS: gl.constexpr, USE_TMA: gl.constexpr):
     q_smem, k_smem, v_smem = smem
     row_full, row_empty, k_full, v_full, k_empty, v_empty = bars
@@ -104,19 +104,19 @@ def _loader(q, keys, entries, smem, bars, ints, strides, H: gl.constexpr, G: gl.
     gl.static_assert(BUFFERS > 1, "rows are gathered ahead, before the last keys of those that are in use")
     lane = gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS))
     end = first_key + chunk_size
-    entry0 = gl.load(entries + gl.minimum(lane, count - 1))  # the last entry fills up
-    entry1 = gl.load(entries + gl.minimum(64 + lane, count - 1))
-    _gather(q, q_smem, row_full, 0, entry0, entry1, kv_head, stride_qt, stride_qh, H, G, KS, ROWS)
+    choice0 = gl.load(indices + gl.minimum(lane, count - 1))  # the last choice fills up
+    choice1 = gl.load(indices + gl.minimum(64 + lane, count - 1))
+    _gather(q, q_smem, row_full, 0, choice0, choice1, kv_head, stride_qt, stride_qh, H, G, KS, ROWS)
     step = 0
     tile = 1
     for first in range(0, count, 128):
-        entry0 = gl.load(entries + gl.minimum(first + 128 + lane, count - 1))
-        entry1 = gl.load(entries + gl.minimum(first + 192 + lane, count - 1))
+        choice0 = gl.load(indices + gl.minimum(first + 128 + lane, count - 1))
+        choice1 = gl.load(indices + gl.minimum(first + 192 + lane, count - 1))
         step = _load_tile(keys, smem, bars, step, first_key, end, kv_head, strides, USE_TMA, ROWS)
         if first + 128 < count:
             buffer = tile % BUFFERS
             mbarrier.wait(row_empty.index(buffer), ((tile // BUFFERS) & 1) ^ 1)
-            _gather(q, q_smem, row_full, buffer, entry0, entry1, kv_head, stride_qt, stride_qh, H, G, KS, ROWS)
+            _gather(q, q_smem, row_full, buffer, choice0, choice1, kv_head, stride_qt, stride_qh, H, G, KS, ROWS)
             tile += 1
         for key in range(BLOCK_N, chunk_size, BLOCK_N):
             step = _load_tile(keys, smem, bars, step, first_key + key, end, kv_head, strides, USE_TMA, ROWS)
@@ -145,21 +145,21 @@ def _issue_values(weights, v_smem, v_full, step, acc, USE_TMA: gl.constexpr):
 
 
 @gluon.jit
-def _keep_chunk(s, key, chunk_size, PARTIAL: gl.constexpr):
+def _keep_chunk(s, key, chunk_size, RAGGED: gl.constexpr):
     """Scores of keys ``key .. key + BLOCK_N``, -inf beyond the chunk."""
-    if PARTIAL:
+    if RAGGED:
         index = key + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout))
         s = gl.where((index < chunk_size)[None, :], s, -float("inf"))
     return s
 
 
 @gluon.jit
-def _consumer(part: gl.constexpr, entries, outs, smem, bars, ints, qk_scale, H: gl.constexpr, G: gl.constexpr,
-              KS: gl.constexpr, BUFFERS: gl.constexpr, USE_TMA: gl.constexpr, PARTIAL: gl.constexpr):
+def _consumer(part: gl.constexpr, indices, outs, smem, bars, ints, qk_scale, H: gl.constexpr, G: gl.constexpr,
+              KS: gl.constexpr, BUFFERS: gl.constexpr, USE_TMA: gl.constexpr, RAGGED: gl.constexpr):
     """64 rows of every 128, by one group of four warps."""
     q_smem, k_smem, v_smem = smem
     row_full, row_empty, k_full, v_full, k_empty, v_empty = bars
-    o_slots, lse_slots, first_head, group_heads = outs
+    o_partial, lse_partial, first_head, group_heads = outs
     count, kv_head, first_key, chunk_size = ints
     D: gl.constexpr = q_smem.shape[2]
     STAGES: gl.constexpr = k_smem.shape[0]
@@ -178,9 +178,9 @@ def _consumer(part: gl.constexpr, entries, outs, smem, bars, ints, qk_scale, H: 
     for first in range(0, count, 128):
         buffer = tile % BUFFERS
         o_index = first + part * 64 + at
-        o_entry = gl.load(entries + gl.minimum(o_index, count - 1))
+        o_choice = gl.load(indices + gl.minimum(o_index, count - 1))
         lse_index = first + part * 64 + lane
-        lse_entry = gl.load(entries + gl.minimum(lse_index, count - 1))
+        lse_choice = gl.load(indices + gl.minimum(lse_index, count - 1))
         mbarrier.wait(row_full.index(buffer), (tile // BUFFERS) & 1)
         fence_async_shared()
         q = q_smem.index(buffer * 2 + part)
@@ -188,7 +188,7 @@ def _consumer(part: gl.constexpr, entries, outs, smem, bars, ints, qk_scale, H: 
         s = _issue_scores(q, k_smem, k_full, step, zero, USE_TMA)
         s = warpgroup_mma_wait(0, deps=(s,))
         mbarrier.arrive(k_empty.index(step % STAGES), count=1)
-        s = _keep_chunk(s, 0, chunk_size, PARTIAL)
+        s = _keep_chunk(s, 0, chunk_size, RAGGED)
         m = gl.max(s, 1) * qk_scale
         p = gl.exp2(s * qk_scale - m[:, None])
         l = gl.sum(p, 1)
@@ -198,7 +198,7 @@ def _consumer(part: gl.constexpr, entries, outs, smem, bars, ints, qk_scale, H: 
             acc = _issue_values(weights, v_smem, v_full, step, acc, USE_TMA)
             s = warpgroup_mma_wait(1, deps=(s,))
             mbarrier.arrive(k_empty.index((step + 1) % STAGES), count=1)
-            s = _keep_chunk(s, key, chunk_size, PARTIAL)
+            s = _keep_chunk(s, key, chunk_size, RAGGED)
             m_new = gl.maximum(m, gl.max(s, 1) * qk_scale)
             p = gl.exp2(s * qk_scale - m_new[:, None])
             alpha = gl.exp2(m - m_new)
@@ -215,12 +215,12 @@ def _consumer(part: gl.constexpr, entries, outs, smem, bars, ints, qk_scale, H: 
         step += 1
         o = acc * gl.convert_layout(1.0 / l, gl.SliceLayout(1, ACC))[:, None]
         q.store(o.to(dtype))  # the rows have been used: whole lines are stored from here
-        o_slot = _slot(o_entry, kv_head, first_head, group_heads, H, G, KS)
-        lse_slot = _slot(lse_entry, kv_head, first_head, group_heads, H, G, KS)
+        o_row = _partial_row(o_choice, kv_head, first_head, group_heads, H, G, KS)
+        lse_row = _partial_row(lse_choice, kv_head, first_head, group_heads, H, G, KS)
         x = q.load(OUT)
         mbarrier.arrive(row_empty.index(buffer), count=1)
-        gl.store(o_slots + o_slot[:, None] * D + cols[None, :], x, mask=(o_index < count)[:, None])
-        gl.store(lse_slots + lse_slot, m + gl.log2(l), mask=lse_index < count)
+        gl.store(o_partial + o_row[:, None] * D + cols[None, :], x, mask=(o_index < count)[:, None])
+        gl.store(lse_partial + lse_row, m + gl.log2(l), mask=lse_index < count)
         tile += 1
 
 
@@ -231,24 +231,24 @@ def _consumer(part: gl.constexpr, entries, outs, smem, bars, ints, qk_scale, H: 
 # v               loader, TMA or cp.async  both groups: values                       v_full     v_empty (2)
 @gluon.jit(do_not_specialize=["chunk_size", "num_chunks", "num_sequences", "kv_head_begin", "kv_head_end"])
 def _attention_fwd_sm90_kernel(
-    q, k, v, entries, tile_bucket, tile_begin, tile_end, tile_starts, cu_seqlens_k, o_slots, lse_slots,
+    q, k, v, indices, tile_csr_row, tile_begin, tile_end, tile_indptr, cu_seqlens_k, o_partial, lse_partial,
     qk_scale, chunk_size, num_chunks, num_sequences, kv_head_begin, kv_head_end,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-    H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, D: gl.constexpr, USE_TMA: gl.constexpr, PARTIAL: gl.constexpr,
+    H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, D: gl.constexpr, USE_TMA: gl.constexpr, RAGGED: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, LOADER_REGS: gl.constexpr,
     CONSUMER_REGS: gl.constexpr, num_warps: gl.constexpr,
 ):
     """A piece of the list of one (chunk, kv head)."""
-    tile = gl.program_id(0) + gl.load(tile_starts + kv_head_begin * num_chunks)
-    if tile >= gl.load(tile_starts + kv_head_end * num_chunks):
+    tile = gl.program_id(0) + gl.load(tile_indptr + kv_head_begin * num_chunks)
+    if tile >= gl.load(tile_indptr + kv_head_end * num_chunks):
         return
-    bucket = gl.load(tile_bucket + tile)
+    csr_row = gl.load(tile_csr_row + tile)
     begin = gl.load(tile_begin + tile)
     end = gl.load(tile_end + tile)
     if begin >= end:  # nothing of the list is here; its chunk may even reach beyond the keys
         return
-    kv_head = bucket // num_chunks
-    first_key, _ = _chunk_keys(cu_seqlens_k, num_sequences, chunk_size, bucket % num_chunks)
+    kv_head = csr_row // num_chunks
+    first_key, _ = _chunk_keys(cu_seqlens_k, num_sequences, chunk_size, csr_row % num_chunks)
     dtype: gl.constexpr = q.dtype.element_ty
     ROWS_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], dtype)
     KEYS_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, D], dtype)
@@ -271,15 +271,15 @@ def _attention_fwd_sm90_kernel(
         mbarrier.init(row_full.index(i), count=32 * LOADER_WARPS)
         mbarrier.init(row_empty.index(i), count=2)
     fence_async_shared()
-    entries += begin
+    indices += begin
     smem = (q_smem, k_smem, v_smem)
     bars = (row_full, row_empty, k_full, v_full, k_empty, v_empty)
     ints = ((end - begin).to(gl.int32), kv_head, first_key, chunk_size)
-    outs = (o_slots, lse_slots, kv_head_begin * G, (kv_head_end - kv_head_begin) * G)
+    outs = (o_partial, lse_partial, kv_head_begin * G, (kv_head_end - kv_head_begin) * G)
     strides = (stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh)
     keys = (k, v)
     gl.warp_specialize([
-        (_consumer, (0, entries, outs, smem, bars, ints, qk_scale, H, G, KS, BUFFERS, USE_TMA, PARTIAL)),
-        (_consumer, (1, entries, outs, smem, bars, ints, qk_scale, H, G, KS, BUFFERS, USE_TMA, PARTIAL)),
-        (_loader, (q, keys, entries, smem, bars, ints, strides, H, G, KS, BUFFERS, USE_TMA)),
+        (_consumer, (0, indices, outs, smem, bars, ints, qk_scale, H, G, KS, BUFFERS, USE_TMA, RAGGED)),
+        (_consumer, (1, indices, outs, smem, bars, ints, qk_scale, H, G, KS, BUFFERS, USE_TMA, RAGGED)),
+        (_loader, (q, keys, indices, smem, bars, ints, strides, H, G, KS, BUFFERS, USE_TMA)),
     ], [4, LOADER_WARPS], [CONSUMER_REGS, LOADER_REGS])

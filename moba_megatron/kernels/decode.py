@@ -113,10 +113,10 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, selected: Tens
     pieces, piece_keys = _pieces(lists * (group * choices + 1), chunk_size, options.pop("PROGRAMS"), options["BLOCK_N"],
                                  q.device)
     slots = (choices + 1) * pieces
-    o_slots = torch.empty(batch * num_heads * slots, dim_v, dtype=torch.float32, device=q.device)
-    lse_slots = torch.empty(batch * num_heads * slots, dtype=torch.float32, device=q.device)
+    o_partial = torch.empty(batch * num_heads * slots, dim_v, dtype=torch.float32, device=q.device)
+    lse_partial = torch.empty(batch * num_heads * slots, dtype=torch.float32, device=q.device)
     launch(_decode_attention_kernel, (lists * (group * choices + 1) * pieces,),
-        q, k_cache, v_cache, selected, o_slots, lse_slots, cache_seqlens,
+        q, k_cache, v_cache, selected, o_partial, lse_partial, cache_seqlens,
         *_places(cache_seqlens, block_table, cache_starts), softmax_scale * math.log2(math.e), chunk_size, pieces,
         piece_keys, *q.stride(), *k_cache.stride(), *v_cache.stride(), _table_stride(block_table),
         HK=num_kv_heads, G=group, KS=choices, BLOCK_G=max(16, next_power_of_2(group)),
@@ -125,7 +125,7 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, selected: Tens
         PRECISION=precision(q.dtype),
         HAS_STARTS=cache_starts is not None, PAGE_SIZE=_page_size(k_cache, block_table), **options)
     launch(_decode_merge_kernel, (batch * num_heads,),
-        selected, o_slots, lse_slots, o, lse, pieces, KS=choices, DV=dim_v, BLOCK_DV=next_power_of_2(dim_v),
+        selected, o_partial, lse_partial, o, lse, pieces, KS=choices, DV=dim_v, BLOCK_DV=next_power_of_2(dim_v),
         BLOCK_S=min(32, max(2, next_power_of_2(slots))), num_warps=4)
     return o, lse
 
@@ -315,7 +315,7 @@ def _choice(selected, list_id, candidate, own, G: tl.constexpr, KS: tl.constexpr
 
 @triton.jit(do_not_specialize=["chunk_size", "pieces", "piece_keys", "stride_table"])
 def _decode_attention_kernel(
-    q, k, v, selected, o_slots, lse_slots, cache_seqlens, block_table, cache_starts,
+    q, k, v, selected, o_partial, lse_partial, cache_seqlens, block_table, cache_starts,
     qk_scale, chunk_size, pieces, piece_keys,
     stride_qb, stride_qh, stride_qd, stride_kb, stride_kt, stride_kh, stride_kd,
     stride_vb, stride_vt, stride_vh, stride_vd, stride_table,
@@ -368,13 +368,13 @@ def _decode_attention_kernel(
         acc = tl.dot(p.to(v_rows.dtype), v_rows, acc * alpha[:, None], input_precision=PRECISION)
         m = m_new
     to = ((list_id * G + head).to(tl.int64) * (KS + 1) + slot) * pieces + piece
-    tl.store(lse_slots + to, tl.where(l > 0, m + tl.log2(l), l - float("inf")), mask=slot >= 0)
-    tl.store(o_slots + to[:, None] * DV + col_v[None, :], acc / tl.where(l == 0, 1.0, l)[:, None],
+    tl.store(lse_partial + to, tl.where(l > 0, m + tl.log2(l), l - float("inf")), mask=slot >= 0)
+    tl.store(o_partial + to[:, None] * DV + col_v[None, :], acc / tl.where(l == 0, 1.0, l)[:, None],
              mask=(slot >= 0)[:, None] & (col_v < DV)[None, :])
 
 
 @triton.jit(do_not_specialize=["pieces"])
-def _decode_merge_kernel(selected, o_slots, lse_slots, o, lse, pieces, KS: tl.constexpr, DV: tl.constexpr,
+def _decode_merge_kernel(selected, o_partial, lse_partial, o, lse, pieces, KS: tl.constexpr, DV: tl.constexpr,
                          BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr):
     """Adds the pieces of one (sequence, query head), BLOCK_S at a time, in order."""
     row = tl.program_id(0).to(tl.int64)
@@ -388,12 +388,12 @@ def _decode_merge_kernel(selected, o_slots, lse_slots, o, lse, pieces, KS: tl.co
         j = slot // pieces
         chosen = tl.load(selected + row * KS + j, mask=j < KS, other=0)
         valid = (slot < slots) & (chosen >= 0)
-        slot_lse = tl.load(lse_slots + row * slots + slot, mask=valid, other=-float("inf"))
-        o_rows = tl.load(o_slots + (row * slots + slot)[:, None] * DV + col[None, :],
+        partial_lse = tl.load(lse_partial + row * slots + slot, mask=valid, other=-float("inf"))
+        o_rows = tl.load(o_partial + (row * slots + slot)[:, None] * DV + col[None, :],
                          mask=valid[:, None] & (col < DV)[None, :], other=0.0)
-        m_new = tl.maximum(m, tl.max(slot_lse, 0))
+        m_new = tl.maximum(m, tl.max(partial_lse, 0))
         shift = tl.where(m_new == -float("inf"), 0.0, m_new)
-        p = tl.exp2(slot_lse - shift)
+        p = tl.exp2(partial_lse - shift)
         alpha = tl.exp2(m - shift)
         l = l * alpha + tl.sum(p, 0)
         acc = acc * alpha + tl.sum(p[:, None] * o_rows, 0)

@@ -1,8 +1,8 @@
-"""What several kernels share: finding the segment, sequence or bucket that a program works on, without prefix sums.
+"""What several kernels share: finding the segment, sequence or CSR row that a program works on, without prefix sums.
 
-Runs (segments, sequences, buckets) are packed: run ``b`` owns the items ``cu[b] .. cu[b + 1]``. Cutting every run into
+Runs (segments, sequences, CSR rows) are packed: run ``b`` owns the items ``cu[b] .. cu[b + 1]``. Cutting every run into
 pieces of ``size`` items gives piece ``i`` of run ``b`` the number ``cu[b] // size + b + i``: unique, in order, below
-``cu[-1] // size + runs``, with at most one number unused per run. Chunks, tiles of queries and tiles of buckets are all
+``cu[-1] // size + runs``, with at most one number unused per run. Chunks, tiles of queries and tiles of CSR rows are
 numbered so; ``_find_piece`` inverts it.
 """
 import triton

@@ -29,12 +29,12 @@ _offset = gluon.jit(jit_helpers._offset.fn)
 
 
 @gluon.jit
-def _entry_row(entry, kv_head, H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr):
-    """Row (token * H + head) of entries, int32; token and head, int64; head is a scalar where it can only be one."""
-    if entry.dtype == gl.int64:
-        row = (entry.to(gl.uint64) // KS).to(gl.uint32)
+def _choice_row(choice, kv_head, H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr):
+    """Row (token * H + head) of indices, int32; token and head, int64; head is a scalar where it can only be one."""
+    if choice.dtype == gl.int64:
+        row = (choice.to(gl.uint64) // KS).to(gl.uint32)
     else:
-        row = entry.to(gl.uint32) // KS
+        row = choice.to(gl.uint32) // KS
     token = (row // H).to(gl.int32).to(gl.int64)
     if G == 1:
         head = kv_head.to(gl.int64)
@@ -44,10 +44,10 @@ def _entry_row(entry, kv_head, H: gl.constexpr, G: gl.constexpr, KS: gl.constexp
 
 
 @gluon.jit
-def _slot(entry, kv_head, first_head, group_heads, H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr):
-    """Where a choice's slot is, among the slots of a group of heads."""
-    _, token, head = _entry_row(entry, kv_head, H, G, KS)
-    return (token * group_heads + head - first_head) * KS + (entry % KS).to(gl.int64)
+def _partial_row(choice, kv_head, first_head, group_heads, H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr):
+    """Where a choice's partial result is, among those of a group of heads."""
+    _, token, head = _choice_row(choice, kv_head, H, G, KS)
+    return (token * group_heads + head - first_head) * KS + (choice % KS).to(gl.int64)
 
 
 @gluon.jit

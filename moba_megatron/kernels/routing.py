@@ -1,6 +1,6 @@
 """Routing: from each query's chunks to each chunk's queries, by a stable counting sort on the device.
 
-Three launches: count, for each group of consecutive tokens; add up, over groups and over buckets; place. A program
+Three launches: count, for each group of consecutive tokens; add up, over groups and over CSR rows; place. A program
 places the choices of its group alone, in order, with counters of its own: the result is always the same.
 """
 from __future__ import annotations
@@ -12,46 +12,46 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..segments import Routing, entry_dtype
+from ..segments import Routing, index_dtype
 from . import tuning
 from .host import cdiv
 from .jit_helpers import _find_piece, _piece_items
 from .launcher import launch
 
 PROGRAMS = 8192
-"""Programs that count and place. More than a card holds at once: they then write to a few kv heads' buckets at a time,
+"""Programs that count and place. More than a card holds at once: they then write to a few kv heads' CSR rows at a time,
 which the second-level cache holds until its lines are full."""
 MOST_GROUPS = 1024
 """Groups of tokens of a kv head, at most: their counters are added up one after the other, by few programs where heads
 are few."""
 COUNTER_BYTES = 32 << 20
-"""Bound of the counters' memory, or half of the entries' where that is more; fewer groups of tokens keep to it."""
+"""Bound of the counters' memory, or half of the indices' where that is more; fewer groups of tokens keep to it."""
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Buckets cut into tiles of ``block`` entries. The tiles of a bucket follow each other, buckets are in order.
+    """CSR rows cut into tiles of ``block`` indices. The tiles of a row follow each other, rows are in order.
 
-    Tile ``i`` of bucket ``b`` has the number ``starts[b] // block + b + i`` (``starts`` of the routing): a bucket may
-    have one number too many: there begin >= end, and a program leaves.
+    Tile ``i`` of row ``b`` has the number ``indptr[b] // block + b + i`` (``indptr`` of the routing): a row may have
+    one number too many: there begin >= end, and a program leaves.
 
     Args:
-        bucket: int32 ``[num_tiles]``.
-        begin, end: ``[num_tiles]``, range of entries; in the dtype of the entries.
-        starts: int32 ``[num_buckets + 1]``, the first tile of each bucket, and the end of the last one's.
-        block: entries in a tile.
+        csr_row: int32 ``[num_tiles]``.
+        begin, end: ``[num_tiles]``, range of indices; in the dtype of the indices.
+        indptr: int32 ``[num_csr_rows + 1]``, the first tile of each row, and the end of the last one's.
+        block: indices in a tile.
     """
 
-    bucket: Tensor
+    csr_row: Tensor
     begin: Tensor
     end: Tensor
-    starts: Tensor
+    indptr: Tensor
     block: int
 
     @property
     def num_tiles(self) -> int:
-        """Bound of the tile numbers, known on the host: the grid of all buckets."""
-        return self.bucket.numel()
+        """Bound of the tile numbers, known on the host: the grid of all CSR rows."""
+        return self.csr_row.numel()
 
 
 def route(selected: Tensor, num_kv_heads: int, num_chunks: int) -> Routing:
@@ -67,14 +67,14 @@ def route(selected: Tensor, num_kv_heads: int, num_chunks: int) -> Routing:
     total, num_heads, choices = selected.shape
     selected = selected.contiguous()
     device = selected.device
-    dtype = entry_dtype(selected.numel())
-    entries = torch.empty(selected.numel(), dtype=dtype, device=device)
-    starts = torch.empty(num_kv_heads * num_chunks + 1, dtype=dtype, device=device)
+    dtype = index_dtype(selected.numel())
+    indices = torch.empty(selected.numel(), dtype=dtype, device=device)
+    indptr = torch.empty(num_kv_heads * num_chunks + 1, dtype=dtype, device=device)
     if selected.numel() == 0:
-        return Routing(entries, starts.zero_())
+        return Routing(indices, indptr.zero_())
     group = num_heads // num_kv_heads
     options = tuning.config("route", device)
-    limit = max(COUNTER_BYTES, entries.nbytes // 2) // (entries.element_size() * num_kv_heads * num_chunks)
+    limit = max(COUNTER_BYTES, indices.nbytes // 2) // (indices.element_size() * num_kv_heads * num_chunks)
     num_groups, tokens = token_groups(total, cdiv(options["BLOCK"], group * choices),
                                       max(1, selected.numel() >> 29,  # a group numbers its own in 32 bits
                                           min(PROGRAMS // num_kv_heads, MOST_GROUPS, limit)))
@@ -84,24 +84,24 @@ def route(selected: Tensor, num_kv_heads: int, num_chunks: int) -> Routing:
     grid = (num_groups * num_kv_heads,)
     launch(_route_count_kernel, grid, selected, counts, *sizes, **shape, BLOCK=1024, num_warps=4)
     launch(_route_sum_kernel, (cdiv(num_chunks, 32) * num_kv_heads,),
-        counts, starts, num_chunks, num_groups, num_kv_heads, BLOCK_G=256, BLOCK_C=32, BLOCK=2048, num_warps=8)
-    launch(_route_place_kernel, grid, selected, counts, starts, entries, *sizes, **shape, **options)
-    return Routing(entries, starts)
+        counts, indptr, num_chunks, num_groups, num_kv_heads, BLOCK_G=256, BLOCK_C=32, BLOCK=2048, num_warps=8)
+    launch(_route_place_kernel, grid, selected, counts, indptr, indices, *sizes, **shape, **options)
+    return Routing(indices, indptr)
 
 
 def make_tiles(routing: Routing, block: int) -> Tiles:
-    """Cuts the buckets into tiles of ``block`` entries: one launch, sizes known on the host."""
-    num_buckets, starts = routing.num_buckets, routing.starts
-    num_tiles = routing.entries.numel() // block + num_buckets
+    """Cuts the CSR rows into tiles of ``block`` indices: one launch, sizes known on the host."""
+    num_csr_rows, indptr = routing.num_csr_rows, routing.indptr
+    num_tiles = routing.indices.numel() // block + num_csr_rows
     tiles = Tiles(
-        bucket=torch.empty(num_tiles, dtype=torch.int32, device=starts.device),
-        begin=torch.empty(num_tiles, dtype=starts.dtype, device=starts.device),
-        end=torch.empty(num_tiles, dtype=starts.dtype, device=starts.device),
-        starts=torch.empty(num_buckets + 1, dtype=torch.int32, device=starts.device),
+        csr_row=torch.empty(num_tiles, dtype=torch.int32, device=indptr.device),
+        begin=torch.empty(num_tiles, dtype=indptr.dtype, device=indptr.device),
+        end=torch.empty(num_tiles, dtype=indptr.dtype, device=indptr.device),
+        indptr=torch.empty(num_csr_rows + 1, dtype=torch.int32, device=indptr.device),
         block=block)
-    items = max(num_tiles, num_buckets + 1)
+    items = max(num_tiles, num_csr_rows + 1)
     launch(_make_tiles_kernel, (cdiv(items, 256),),
-        starts, tiles.bucket, tiles.begin, tiles.end, tiles.starts, num_tiles, num_buckets, block, BLOCK=256,
+        indptr, tiles.csr_row, tiles.begin, tiles.end, tiles.indptr, num_tiles, num_csr_rows, block, BLOCK=256,
         num_warps=4)
     return tiles
 
@@ -135,9 +135,9 @@ def _route_count_kernel(selected, counts, total, tokens, num_chunks, num_groups,
 
 
 @triton.jit(do_not_specialize=["num_chunks", "num_groups", "num_kv_heads"])
-def _route_sum_kernel(counts, starts, num_chunks, num_groups, num_kv_heads, BLOCK_G: tl.constexpr,
+def _route_sum_kernel(counts, indptr, num_chunks, num_groups, num_kv_heads, BLOCK_G: tl.constexpr,
                       BLOCK_C: tl.constexpr, BLOCK: tl.constexpr):
-    """Turns counts into the counts of earlier groups, in place, and totals into the first entry of each bucket.
+    """Turns counts into the counts of earlier groups, in place, and totals into where each CSR row begins.
 
     The program that finishes last, by the ticket behind the counts, has all totals in sight and adds them up.
     """
@@ -152,32 +152,32 @@ def _route_sum_kernel(counts, starts, num_chunks, num_groups, num_kv_heads, BLOC
         count = tl.load(counts + at, mask=keep, other=0)  # [BLOCK_G, BLOCK_C]
         tl.store(counts + at, tl.cumsum(count, 0) - count + before[None, :], mask=keep)
         before += tl.sum(count, 0)
-    tl.store(starts + kv_head.to(tl.int64) * num_chunks + chunk, before, mask=chunk < num_chunks)
+    tl.store(indptr + kv_head.to(tl.int64) * num_chunks + chunk, before, mask=chunk < num_chunks)
 
     tl.debug_barrier()
-    num_buckets = num_kv_heads * num_chunks
-    ticket = counts + num_buckets.to(tl.int64) * num_groups
+    num_csr_rows = num_kv_heads * num_chunks
+    ticket = counts + num_csr_rows.to(tl.int64) * num_groups
     if tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        start = tl.zeros([], starts.dtype.element_ty)
-        for first in range(0, num_buckets, BLOCK):
-            bucket = first + tl.arange(0, BLOCK)
-            count = tl.load(starts + bucket, mask=bucket < num_buckets, other=0, cache_modifier=".cg")
-            tl.store(starts + bucket, start + tl.cumsum(count, 0) - count, mask=bucket < num_buckets)
+        start = tl.zeros([], indptr.dtype.element_ty)
+        for first in range(0, num_csr_rows, BLOCK):
+            csr_row = first + tl.arange(0, BLOCK)
+            count = tl.load(indptr + csr_row, mask=csr_row < num_csr_rows, other=0, cache_modifier=".cg")
+            tl.store(indptr + csr_row, start + tl.cumsum(count, 0) - count, mask=csr_row < num_csr_rows)
             start += tl.sum(count, 0)
-        tl.store(starts + num_buckets, start)
+        tl.store(indptr + num_csr_rows, start)
 
 
 @triton.jit(do_not_specialize=["total", "tokens", "num_chunks", "num_groups"])
-def _route_place_kernel(selected, counts, starts, entries, total, tokens, num_chunks, num_groups,
+def _route_place_kernel(selected, counts, indptr, indices, total, tokens, num_chunks, num_groups,
                         H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, BLOCK: tl.constexpr):
     """Writes the choices of one group of tokens and one kv head to their places, BLOCK at a time, in order."""
     kv_head = tl.program_id(0) // num_groups
     first_token = tl.program_id(0) % num_groups * tokens
     row = counts + tl.program_id(0).to(tl.int64) * num_chunks
     wide = tl.arange(0, 512)
-    for first in range(0, num_chunks, 512):  # the program's counters become the places of its next entries
+    for first in range(0, num_chunks, 512):  # the program's counters become the places of its next indices
         keep = first + wide < num_chunks
-        start = tl.load(starts + kv_head.to(tl.int64) * num_chunks + first + wide, mask=keep, other=0)
+        start = tl.load(indptr + kv_head.to(tl.int64) * num_chunks + first + wide, mask=keep, other=0)
         tl.store(row + first + wide, start + tl.load(row + first + wide, mask=keep, other=0), mask=keep)
     tl.debug_barrier()
     num_choices = tl.minimum(tokens, total - first_token) * (G * KS)
@@ -194,7 +194,7 @@ def _route_place_kernel(selected, counts, starts, entries, total, tokens, num_ch
         # one sum counts the equal chunks of this step (low half) and those of earlier lanes (high half)
         same = tl.sum(tl.where(chunk[:, None] == chunk[None, :], tl.where(earlier, 65537, 1), 0), 1)
         place += same >> 16
-        tl.store(entries + place, (base + at).to(entries.dtype.element_ty), mask=chunk >= 0)
+        tl.store(indices + place, (base + at).to(indices.dtype.element_ty), mask=chunk >= 0)
         tl.debug_barrier()
         tl.store(row + chunk, place + 1, mask=(chunk >= 0) & ((same >> 16) + 1 == (same & 65535)))
         tl.debug_barrier()
@@ -202,15 +202,15 @@ def _route_place_kernel(selected, counts, starts, entries, total, tokens, num_ch
         at = next_at
 
 
-@triton.jit(do_not_specialize=["num_tiles", "num_buckets"])
-def _make_tiles_kernel(starts, tile_bucket, tile_begin, tile_end, tile_starts, num_tiles, num_buckets, block,
+@triton.jit(do_not_specialize=["num_tiles", "num_csr_rows"])
+def _make_tiles_kernel(indptr, tile_csr_row, tile_begin, tile_end, tile_indptr, num_tiles, num_csr_rows, block,
                        BLOCK: tl.constexpr):
     item = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    bucket = _find_piece(starts, num_buckets, block, item)
-    begin, end = _piece_items(starts, bucket, block, item)
+    csr_row = _find_piece(indptr, num_csr_rows, block, item)
+    begin, end = _piece_items(indptr, csr_row, block, item)
     keep = item < num_tiles
-    tl.store(tile_bucket + item, bucket, mask=keep)
+    tl.store(tile_csr_row + item, csr_row, mask=keep)
     tl.store(tile_begin + item, begin, mask=keep)
     tl.store(tile_end + item, end, mask=keep)
-    first = tl.load(starts + item, mask=item <= num_buckets, other=0) // block + item
-    tl.store(tile_starts + item, first, mask=item <= num_buckets)
+    first = tl.load(indptr + item, mask=item <= num_csr_rows, other=0) // block + item
+    tl.store(tile_indptr + item, first, mask=item <= num_csr_rows)

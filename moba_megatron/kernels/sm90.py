@@ -1,7 +1,7 @@
 """Kernels for Hopper, written in Gluon: when an operator's call can use them, and what their launchers share.
 
-They hold D = DV = 64 or 128 in 16 bits, on sm_90 alone. The tuning table's rows with ``CONSUMER_REGS`` choose them,
-through the key ``portable`` (1 where they cannot be used); everything else runs the Triton kernels.
+They hold D = DV = 64 or 128 in 16 bits, on sm_90 alone. The tuning table chooses them, by the key ``gluon``;
+everything else runs the Triton kernels.
 """
 from __future__ import annotations
 
@@ -26,19 +26,13 @@ PROGRAMS = 1056
 """Lists are cut into pieces until there are so many, eight for each processor of an H200."""
 
 
-def portable(*tensors: Tensor) -> int:
-    """0 where the kernels can take q, k, v (and do): same 16-bit dtype, D = DV = 64 or 128, rows aligned; else 1."""
+def takes(*tensors: Tensor) -> bool:
+    """Whether the kernels can take q, k, v (and do): same 16-bit dtype, D = DV = 64 or 128, rows aligned."""
     q = tensors[0]
-    fits = (q.element_size() == 2 and q.shape[2] in (64, 128)
+    return (q.element_size() == 2 and q.shape[2] in (64, 128)
             and all(x.dtype == q.dtype and x.shape[2] == q.shape[2] and x.data_ptr() % 16 == 0
                     and all(s % 8 == 0 for s in strides(x)) for x in tensors)
             and not INTERPRETED and torch.cuda.get_device_capability(q.device) == (9, 0) and _importable())
-    return int(not fits)
-
-
-def chosen(options: dict[str, int]) -> bool:
-    """Whether a configuration is one of these kernels'."""
-    return "CONSUMER_REGS" in options
 
 
 def strides(x: Tensor) -> tuple[int, int]:
@@ -88,7 +82,7 @@ def _descriptor_and_layout(block: int, dim: int, dtype: torch.dtype) -> tuple[ty
 
 @functools.lru_cache(maxsize=None)
 def kernel_module(name: str) -> ModuleType:
-    """``<name>_sm90``; where :func:`portable` said 0."""
+    """``<name>_sm90``; where :func:`takes` said so."""
     return importlib.import_module(f".{name}_sm90", __package__)
 
 

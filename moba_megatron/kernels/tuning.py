@@ -11,6 +11,7 @@ import contextlib
 import functools
 import json
 import os
+from dataclasses import replace
 
 import torch
 
@@ -19,6 +20,9 @@ from .tuning_table import TABLE, Row
 
 ARCHS = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227}
 """Architecture classes and a block's shared memory in KiB. sm_86 stands for every card with 99 KiB: 86, 89, 120."""
+RENAMED = {"attention_fwd_own": "attention_fwd_diagonal", "attention_bwd_dkv": "attention_bwd_dkdv",
+           "attention_bwd_dq_own": "attention_bwd_dq_diagonal"}
+"""Stages in files that version 0.2 wrote."""
 INTERPRETER = "interpreter"
 INTERPRETER_BLOCK = 32
 """Under the interpreter tiles are cut to this: small shapes then still have several tiles in each direction."""
@@ -130,8 +134,16 @@ def _file_rows(path: str) -> dict[str, tuple[Row, ...]]:
         return {}
     try:
         with open(path) as file:
-            listed = [(row.pop("stage"), Row(**row)) for row in json.load(file)["rows"]]
+            listed = [_row_of_file(row) for row in json.load(file)["rows"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"MOBA_TUNING_FILE must name a file written by `python -m moba_megatron.tune`, got "
                          f"{path!r}: {type(error).__name__}: {error}") from error
     return {stage: tuple(row for name, row in listed if name == stage) for stage, _ in listed}
+
+
+def _row_of_file(item: dict) -> tuple[str, Row]:
+    """The stage and the row of one item, in the words of today."""
+    stage = item.pop("stage")
+    row = Row(**item)
+    upto = {"choices" if name == "slots" else name: bound for name, bound in row.upto.items() if name != "portable"}
+    return RENAMED.get(stage, stage), replace(row, upto=upto)

@@ -8,6 +8,11 @@ from dataclasses import dataclass
 UNTUNED = "untuned: fits by the compile report"
 
 
+def is_gluon(config: dict[str, int]) -> bool:
+    """Whether a configuration is for the Gluon kernels (``sm90.py``)."""
+    return "CONSUMER_REGS" in config
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the table: this configuration, on these architectures, where no key exceeds its bound.
@@ -15,7 +20,8 @@ class Row:
     Args:
         archs: names in ``tuning.ARCHS`` (or ``interpreter``), separated by blanks; ``*`` for every one.
         upto: largest value of each key that the row is for; a key that is not named may have any value.
-        config: constexprs and launch options, passed to the launch as they are.
+        config: constexprs and launch options, passed to the launch as they are. One for the
+            Gluon kernels fits only where the key ``gluon`` says that they take the tensors.
         why: the measurement that chose it, or "untuned: fits by the compile report".
     """
 
@@ -26,6 +32,7 @@ class Row:
 
     def fits(self, arch: str, key: dict[str, int]) -> bool:
         return ((self.archs == "*" or arch in self.archs.split())
+                and (not is_gluon(self.config) or bool(key.get("gluon")))
                 and all(key.get(name, 0) <= bound for name, bound in self.upto.items()))
 
 
@@ -41,7 +48,7 @@ def _sm90(stages: int, **more: int) -> dict[str, int]:
 RESIDENT = _c(64, 128, 4, 3, SPLIT=2048)
 """The forward where a chunk of up to 128 keys stays in shared memory."""
 WITH_SLOTS = _c(64, 128, 8, 2, SPLIT=4096)
-"""dk and dv where one tile holds a chunk of up to 128 keys, and dq's slots are written too."""
+"""dk and dv where one tile holds a chunk of up to 128 keys, and partial dq is written too."""
 
 TABLE: dict[str, tuple[Row, ...]] = {
     # BLOCK running sums (columns of heads x dims, times blocks of rows side by side) of a program
@@ -73,7 +80,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("sm_100", {"head_dim": 128, "itemsize": 2, "chunk_size": 128}, RESIDENT, UNTUNED),
         Row("sm_90 sm_100", {"head_dim": 64, "itemsize": 2}, _c(64, 128, 4, 2),
             "H200, 8 heads of 64, 128K/512/3: 0.91 ms; 64x64 at 3 stages 0.94, 128x64 1.12, at 3 stages 0.96"),
-        Row("sm_90", {"head_dim": 128, "itemsize": 2, "portable": 0, "ragged": 0},
+        Row("sm_90", {"head_dim": 128, "itemsize": 2, "ragged": 0},
             _sm90(2, BLOCK_N=128, BUFFERS=2, SPLIT=1024),
             "H200, 128K/512/8: 7.1 to 7.4 ms, Triton's 9.0; 64 keys, 4 stages 8.6; SPLIT 512 8.1; chunk 256: 4.65, "
             "6.13; chunk 128: 3.52, 3.64; chunk 500, 12.3 and 11.1, is for Triton's"),
@@ -86,11 +93,11 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("*", {"itemsize": 2}, _c(64, 32, 4, 1), UNTUNED),
         Row("*", {}, _c(16, 16, 4, 1), UNTUNED),
     ),
-    # BLOCK_M queries of one head against their own chunk, BLOCK_N keys at a time, then the merge of their `slots` slots
-    "attention_fwd_own": (
+    # BLOCK_M queries of one head against their diagonal chunk, BLOCK_N keys at a time, then the merge
+    "attention_fwd_diagonal": (
         Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2, "chunk_size": 256}, _c(64, 64, 4, 2),
             "H200, 128K/128/8: 1.9 ms; 3 stages 1.96; 64x128 2.0; 8 warps 3.1"),
-        Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2, "slots": 0}, _c(128, 64, 8, 3),
+        Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2, "choices": 0}, _c(128, 64, 8, 3),
             "H200, dense 32K: 9.5 ms (462 TFLOP/s); 128x64 at 4 warps 10.3; 128x128 at 8 warps 10.9; 64x64 11.6"),
         Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2}, _c(64, 64, 4, 3),
             "H200, 128K/2048/3: 3.3 ms, 2 stages 3.7; 128K/512/8: 2.27, 2 stages 2.33"),
@@ -104,19 +111,19 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("*", {}, {"BLOCK_M": 32, "num_warps": 4, "num_stages": 1}, UNTUNED),
     ),
     # BLOCK_N keys of one (chunk, kv head) against its list, BLOCK_M rows at a time, SPLIT rows of a list a program;
-    # where one tile holds the chunk, the kernel writes dq's slots too
-    "attention_bwd_dkv": (
+    # where one tile holds the chunk, the kernel writes partial dq too
+    "attention_bwd_dkdv": (
         Row("sm_100", {"head_dim": 128, "itemsize": 2, "chunk_size": 128}, _c(32, 128, 8, 2, SPLIT=4096),
             "untuned: 64 rows would need 576 of 512 columns of tensor memory"),
         Row("sm_90", {"head_dim": 128, "itemsize": 2, "chunk_size": 64}, WITH_SLOTS, UNTUNED),
         Row("sm_90", {"head_dim": 64, "itemsize": 2, "chunk_size": 128}, WITH_SLOTS, UNTUNED),
         Row("sm_90 sm_100", {"head_dim": 64, "itemsize": 2}, _c(64, 64, 4, 2, SPLIT=4096),
             "H200, 8 heads of 64, 32K/512/3: 0.58 ms"),
-        Row("sm_90", {"head_dim": 128, "itemsize": 2, "portable": 0}, _sm90(3, BLOCK_M=64, SPLIT=4096),
+        Row("sm_90", {"head_dim": 128, "itemsize": 2}, _sm90(3, BLOCK_M=64, SPLIT=4096),
             "H200, 128K/512/8: 15.1 ms, Triton's 17.4; 2 stages 16.6; SPLIT 8192 15.5; 56 and 224 registers 16.1; "
-            "chunk 128, dq's slots included: 8.45, 9.41"),
+            "chunk 128, partial dq included: 8.45, 9.41"),
         Row("sm_90", {"head_dim": 128, "itemsize": 2, "chunk_size": 128}, WITH_SLOTS,
-            "H200: 9.0 ms at 128K, chunk 128, topk 8, dq's slots included; 64 keys and a dq kernel of its own 11.2"),
+            "H200: 9.0 ms at 128K, chunk 128, topk 8, partial dq included; 64 keys and a dq kernel of its own 11.2"),
         Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2}, _c(64, 64, 4, 2, SPLIT=4096),
             "H200: 16.2 ms at 128K, chunk 512, topk 8; 64x128, 8 warps, 3 stages 17.4, 32x64 20.1"),
         Row("*", {"head_dim": 128, "itemsize": 2}, _c(32, 64, 4, 1, SPLIT=4096), UNTUNED),
@@ -124,11 +131,11 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("*", {"itemsize": 2}, _c(32, 32, 4, 1, SPLIT=4096), UNTUNED),
         Row("*", {}, _c(16, 16, 4, 1, SPLIT=4096), UNTUNED),
     ),
-    # BLOCK_M gathered rows against the chunk, BLOCK_N keys at a time, into slots
+    # BLOCK_M gathered rows against the chunk, BLOCK_N keys at a time, into partial dq
     "attention_bwd_dq": (
         Row("sm_90 sm_100", {"head_dim": 64, "itemsize": 2}, _c(128, 32, 4, 3),
             "H200, 8 heads of 64, 32K/512/3: 0.33 ms"),
-        Row("sm_90", {"head_dim": 128, "itemsize": 2, "portable": 0}, _sm90(3, BLOCK_N=64, BUFFERS=2, SPLIT=1024),
+        Row("sm_90", {"head_dim": 128, "itemsize": 2}, _sm90(3, BLOCK_N=64, BUFFERS=2, SPLIT=1024),
             "H200, 128K/512/8: 9.5 ms, Triton's 11.9; SPLIT 512 10.0, 2048 10.3; 128 keys, 1 stage 13.3"),
         Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2}, _c(128, 32, 4, 3),
             "H200: 12.1 ms at 128K, chunk 512, topk 8; 64 rows 13.7, 2 stages 13.6, 128x64 at 8 warps 13.8"),
@@ -137,8 +144,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("*", {"itemsize": 2}, _c(32, 32, 4, 1), UNTUNED),
         Row("*", {}, _c(16, 16, 4, 1), UNTUNED),
     ),
-    # BLOCK_M queries of one head against their own chunk, BLOCK_N keys at a time, then the ordered sum of the slots
-    "attention_bwd_dq_own": (
+    # BLOCK_M queries of one head against their diagonal chunk, BLOCK_N keys at a time, then the sum of partial dq
+    "attention_bwd_dq_diagonal": (
         Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2}, _c(64, 64, 4, 2),
             "H200: 2.5 ms at 128K, chunk 512, topk 8; 32 rows 3.2, 8 warps 4.0"),
         Row("*", {"head_dim": 128, "itemsize": 2}, _c(32, 32, 4, 1), UNTUNED),

@@ -5,7 +5,7 @@ import os
 import threading
 
 DEFAULT_MIB = 1024
-"""At 128K tokens, 16 heads of 128, topk 8, bf16: four heads' slots at a time in the forward."""
+"""At 128K tokens, 16 heads of 128, topk 8, bf16: four heads' partial results at a time in the forward."""
 
 _given = threading.local()
 

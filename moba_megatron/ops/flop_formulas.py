@@ -22,7 +22,7 @@ def forward_flops(q, k, v, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seq
 
 
 @register_flop_formula(torch.ops.moba_megatron.attention_bwd, get_raw=True)
-def backward_flops(do, dlse, q, k, v, o, lse, selected, entries, starts, cu_seqlens_q, cu_seqlens_k, seq_ids,
+def backward_flops(do, dlse, q, k, v, o, lse, selected, indices, indptr, cu_seqlens_q, cu_seqlens_k, seq_ids,
                    offsets, max_seqlen_q, max_seqlen_k, chunk_size, packed, *args, out_val=None, **kwargs) -> int:
     """Five products over the attended pairs; the scores are computed again."""
     attended, _ = _segment_pairs(q, cu_seqlens_q, offsets, max_seqlen_k, chunk_size, packed, selected.shape[2] + 1)

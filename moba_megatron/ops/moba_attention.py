@@ -6,7 +6,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from ..segments import Routing, Segments, entry_dtype
+from ..segments import Routing, Segments, index_dtype
 from ..tensor_cache import is_unobserved
 from .backend import check_backend, get_stages, repeat
 from .dense import dense_causal, dense_causal_bwd
@@ -188,7 +188,7 @@ def _attention_fwd(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seq
                    offsets: Tensor, max_seqlen_q: int, max_seqlen_k: int, chunk_size: int, packed: bool, exact: bool,
                    topk: int, softmax_scale: float, deterministic: bool, backend: str, workspace_mib: float | None
                    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """o, lse, and the integers that backward wants: the selection, and its routing's entries and starts."""
+    """o, lse, and the integers that backward wants: the selection, and its routing's indices and indptr."""
     stages = get_stages(backend, q.device)
     earlier = min(topk - 1, max(0, (max_seqlen_k - 1) // chunk_size))  # no query has more earlier chunks than this
 
@@ -201,7 +201,7 @@ def _attention_fwd(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seq
         selected = stages.gate(q, stages.chunk_means(k, segments), segments, earlier + 1)
         routing = stages.route(selected, k.shape[1], segments.num_chunks(k.shape[0]))
         o, lse = stages.attention_fwd(q, k, v, selected, segments, softmax_scale, routing)
-        return o, lse, selected, routing.entries, routing.starts
+        return o, lse, selected, routing.indices, routing.indptr
 
     if earlier:
         options = ("forward", max_seqlen_q, max_seqlen_k, chunk_size, packed, exact, earlier, softmax_scale,
@@ -231,15 +231,15 @@ def _(q, k, v, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_s
     earlier = min(topk - 1, max(0, (max_seqlen_k - 1) // chunk_size))
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     choices = q.shape[0] * q.shape[1] * earlier
-    buckets = k.shape[1] * (k.shape[0] // chunk_size + cu_seqlens_k.shape[0] - 1) + 1 if earlier else 0
-    wide = entry_dtype(choices)
+    csr_rows = k.shape[1] * (k.shape[0] // chunk_size + cu_seqlens_k.shape[0] - 1) + 1 if earlier else 0
+    wide = index_dtype(choices)
     return (q.new_empty(q.shape[0], q.shape[1], v.shape[2]), q.new_empty(q.shape[:2], dtype=lse_dtype),
             q.new_empty(q.shape[0], q.shape[1], earlier, dtype=torch.int32), q.new_empty(choices, dtype=wide),
-            q.new_empty(buckets, dtype=wide))
+            q.new_empty(csr_rows, dtype=wide))
 
 
 def _attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
-                   selected: Tensor, entries: Tensor, starts: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+                   selected: Tensor, indices: Tensor, indptr: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
                    seq_ids: Tensor, offsets: Tensor, max_seqlen_q: int, max_seqlen_k: int, chunk_size: int,
                    packed: bool, exact: bool, softmax_scale: float, deterministic: bool, backend: str,
                    workspace_mib: float | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -256,14 +256,14 @@ def _attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Ten
         if dense is not None:
             return dense
 
-    def compute(do, dlse, q, k, v, o, lse, selected, entries, starts, *places):
+    def compute(do, dlse, q, k, v, o, lse, selected, indices, indptr, *places):
         segments = bounded(*places)
-        routing = Routing(entries, starts) if selected.shape[2] else None
+        routing = Routing(indices, indptr) if selected.shape[2] else None
         return stages.attention_bwd(do, dlse, q, k, v, o, lse, selected, segments, softmax_scale,
                                     deterministic=deterministic, routing=routing)
 
     options = ("backward", max_seqlen_q, max_seqlen_k, chunk_size, packed, exact, softmax_scale, deterministic)
-    return repeat(stages, options, compute, do, dlse, q, k, v, o, lse, selected, entries, starts, cu_seqlens_q,
+    return repeat(stages, options, compute, do, dlse, q, k, v, o, lse, selected, indices, indptr, cu_seqlens_q,
                   cu_seqlens_k, seq_ids, offsets, workspace_mib=workspace_mib)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..segments import Routing, entry_dtype
+from ..segments import Routing, index_dtype
 
 
 def route(selected: Tensor, num_kv_heads: int, num_chunks: int) -> Routing:
@@ -15,10 +15,10 @@ def route(selected: Tensor, num_kv_heads: int, num_chunks: int) -> Routing:
         num_kv_heads: kv heads HK; query head h belongs to kv head ``h // (H / HK)``.
         num_chunks: bound of the chunk ids.
     """
-    num_buckets = num_kv_heads * num_chunks
+    num_csr_rows = num_kv_heads * num_chunks
     kv_head = torch.arange(selected.shape[1], device=selected.device) // (selected.shape[1] // num_kv_heads)
-    bucket = torch.where(selected < 0, num_buckets, kv_head[:, None] * num_chunks + selected).flatten()
-    dtype = entry_dtype(selected.numel())
-    ordered, entries = torch.sort(bucket, stable=True)
-    starts = torch.searchsorted(ordered, torch.arange(num_buckets + 1, device=selected.device))
-    return Routing(entries.to(dtype), starts.to(dtype))
+    csr_row = torch.where(selected < 0, num_csr_rows, kv_head[:, None] * num_chunks + selected).flatten()
+    dtype = index_dtype(selected.numel())
+    ordered, indices = torch.sort(csr_row, stable=True)
+    indptr = torch.searchsorted(ordered, torch.arange(num_csr_rows + 1, device=selected.device))
+    return Routing(indices.to(dtype), indptr.to(dtype))

@@ -142,12 +142,12 @@ if __name__ == "__main__":
     parser.add_argument("--cases", nargs="+", default=list(PROGRAMS), choices=list(PROGRAMS), metavar="NAME")
     parser.add_argument("--sm90", action="store_true", help="only: status 0 where the kernels for Hopper are in use")
     arguments = parser.parse_args()
-    portable = sm90.portable(torch.empty(1, 1, 128, dtype=torch.bfloat16, device="cuda"))
+    gluon = sm90.takes(torch.empty(1, 1, 128, dtype=torch.bfloat16, device="cuda"))
     if arguments.sm90:
-        sys.exit(portable)
+        sys.exit(not gluon)
     for name in arguments.cases:
         program, case = PROGRAMS[name]
         program(**case)
         print(name, flush=True)
-    if arguments.cases == list(PROGRAMS) and (missing := launched.never_launched(sm90=not portable)):
+    if arguments.cases == list(PROGRAMS) and (missing := launched.never_launched(sm90=gluon)):
         sys.exit(f"no case launches {', '.join(missing)}")

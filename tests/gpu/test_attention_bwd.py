@@ -49,7 +49,7 @@ def to_first_chunk(selected, segments):
 @pytest.mark.parametrize("chunk", [128, 512])
 def test_cut_lists(chunk):
     q, k, v, selected, segments = problem([3000], chunk, 4, heads=8, kv_heads=2)
-    with tuning.forced(configs={"attention_bwd_dkv": {**tuning.config("attention_bwd_dkv", q.device, head_dim=128,
+    with tuning.forced(configs={"attention_bwd_dkdv": {**tuning.config("attention_bwd_dkdv", q.device, head_dim=128,
                                                                       chunk_size=chunk, itemsize=2), "SPLIT": 512}}):
         check(q, k, v, to_first_chunk(selected, segments), segments)
 

@@ -110,14 +110,14 @@ def test_routing(skewed):
         selected[:, :, 0], selected[:, :, 1:] = 0, -1
     routing = route(selected, kv_heads, num_chunks)
     head = torch.arange(heads, device="cuda")[None, :, None] // (heads // kv_heads)
-    bucket = torch.where(selected < 0, kv_heads * num_chunks, head * num_chunks + selected).flatten()
-    counts = torch.bincount(bucket, minlength=kv_heads * num_chunks + 1)[:-1]
-    assert torch.equal(routing.starts.diff(), counts.int())
+    row = torch.where(selected < 0, kv_heads * num_chunks, head * num_chunks + selected).flatten()
+    counts = torch.bincount(row, minlength=kv_heads * num_chunks + 1)[:-1]
+    assert torch.equal(routing.indptr.diff(), counts.int())
     used = int(counts.sum())
-    entries = routing.entries[:used].long()
-    assert torch.equal(bucket[entries], torch.repeat_interleave(counts))
-    assert entries.unique().numel() == used
-    assert all(torch.equal(route(selected, kv_heads, num_chunks).entries[:used], entries.int()) for _ in range(3))
+    indices = routing.indices[:used].long()
+    assert torch.equal(row[indices], torch.repeat_interleave(counts))
+    assert indices.unique().numel() == used
+    assert all(torch.equal(route(selected, kv_heads, num_chunks).indices[:used], indices.int()) for _ in range(3))
     tiles = make_tiles(routing, 64)
     covered = torch.zeros(used + 1, dtype=torch.int32, device="cuda")
     keep = tiles.begin < tiles.end
@@ -125,4 +125,5 @@ def test_routing(skewed):
     covered.scatter_add_(0, tiles.end[keep].long(), -torch.ones_like(tiles.end[keep]))
     assert (covered.cumsum(0)[:used] == 1).all()
     assert (tiles.end - tiles.begin)[keep].max() <= 64
-    assert torch.equal(torch.searchsorted(routing.starts, tiles.begin[keep], right=True) - 1, tiles.bucket[keep].long())
+    row = torch.searchsorted(routing.indptr, tiles.begin[keep], right=True) - 1
+    assert torch.equal(row, tiles.csr_row[keep].long())

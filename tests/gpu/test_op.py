@@ -246,7 +246,7 @@ def test_peak_memory_respects_the_workspace_limit(monkeypatch, chunk, topk, dete
 
 
 def test_one_million_tokens():
-    """1M tokens, 32:8 heads of 128, chunk 4096, topk 12: row, slot and element numbers exceed 2^31."""
+    """1M tokens, 32:8 heads of 128, chunk 4096, topk 12: row, choice and element numbers exceed 2^31."""
     tokens, chunk, topk = 1 << 20, 4096, 12
     if torch.cuda.get_device_properties(0).total_memory < 100 * GIB:
         pytest.skip("needs about 80 GiB")

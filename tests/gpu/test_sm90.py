@@ -8,14 +8,14 @@ import comparison
 from gpu import test_attention_bwd, test_attention_fwd, test_op
 from moba_megatron import kernels
 from moba_megatron.kernels import sm90, tuning
-from moba_megatron.kernels.tuning_table import TABLE
+from moba_megatron.kernels.tuning_table import TABLE, is_gluon
 from moba_megatron.kernels.workspace import head_groups
 from moba_megatron.segments import Routing
 
 pytestmark = pytest.mark.gpu
-CONFIGS = {stage: row.config for stage, rows in TABLE.items() for row in rows if sm90.chosen(row.config)}
+CONFIGS = {stage: row.config for stage, rows in TABLE.items() for row in rows if is_gluon(row.config)}
 ALL = {"attention_fwd", "attention_bwd_dq", "attention_bwd_dkdv"}
-WHOLE_CHUNK = {"attention_fwd", "attention_bwd_dkdv"}  # the latter holds all keys of a chunk, and writes dq's slots
+WHOLE_CHUNK = {"attention_fwd", "attention_bwd_dkdv"}  # the latter holds all keys of a chunk, and writes partial dq
 CASES = {name: case for name, case in test_op.CASES.items()
          if "dtype" not in case and ("dim" not in case or name.startswith("D 128"))}
 CASES |= {
@@ -40,7 +40,7 @@ PARTS = {
 def launched(monkeypatch):
     """How often each of the kernels' modules launched; skips where they cannot be used."""
     q = torch.empty(1, 1, 128, dtype=torch.bfloat16, device="cuda")
-    if sm90.portable(q):
+    if not sm90.takes(q):
         pytest.skip("needs a Hopper card and Triton 3.6 or 3.7")
     count = collections.Counter()
 
@@ -116,7 +116,7 @@ def run(q, k, v, selected, segments, routing=None):
 
 @pytest.mark.parametrize("chunk", [48, 128, 200, 512])
 def test_nothing_chosen(chunk, always):
-    """Empty lists: nothing of a chunk is read, and slots of nobody are not added."""
+    """Empty lists: nothing of a chunk is read, and what nobody wrote is not added."""
     q, k, v, selected, segments = test_attention_fwd.problem([1300, 700], chunk, 4)
     empty = run(q, k, v, torch.full_like(selected, -1), segments)
     alone = run(q, k, v, selected[:, :, :0], segments)
@@ -130,7 +130,7 @@ def test_choices_numbered_in_64_bits(chunk, always):
     tensors = test_attention_fwd.problem([3000], chunk, 4, heads=8, kv_heads=2)
     q, k, _, selected, segments = tensors
     narrow = kernels.route(selected, k.shape[1], segments.num_chunks(k.shape[0]))
-    for a, b in zip(run(*tensors, narrow), run(*tensors, Routing(narrow.entries.long(), narrow.starts.long()))):
+    for a, b in zip(run(*tensors, narrow), run(*tensors, Routing(narrow.indices.long(), narrow.indptr.long()))):
         assert torch.equal(a, b)
     assert set(always) == kernels_for(chunk)
 

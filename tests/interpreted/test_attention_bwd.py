@@ -47,9 +47,9 @@ def test_against_fp64(case):
 
 @pytest.mark.parametrize("block_n", [32, 16])
 def test_gradient_of_lse(block_n):
-    """A chunk in one tile of keys, whose program writes dq's slots, and a chunk in two."""
+    """A chunk in one tile of keys, whose program writes partial dq, and a chunk in two."""
     row = {"BLOCK_M": 16, "BLOCK_N": block_n, "SPLIT": 4096, "num_warps": 4, "num_stages": 1}
-    with tuning.forced(configs={"attention_bwd_dkv": row}):
+    with tuning.forced(configs={"attention_bwd_dkdv": row}):
         check(*problem([150], 32, 3, heads=4), lse_gradient=True)
 
 
@@ -66,7 +66,7 @@ def test_cut_lists(case, limit, monkeypatch):
     selected = torch.where(selected == first[:, None, None], -1, selected)
     selected[:, :, 0] = torch.where(position >= segments.chunk_size, first, -1)[:, None]
     row = {"BLOCK_M": 16, "BLOCK_N": 32, "SPLIT": 48, "num_warps": 4, "num_stages": 1}
-    with tuning.forced(configs={"attention_bwd_dkv": row}):
+    with tuning.forced(configs={"attention_bwd_dkdv": row}):
         cuts = stage._cuts(inputs(q, k, v, selected, segments), kernels_routing(selected, k, segments), 2)
         assert cuts.num_extra(2) > 0
         check(q, k, v, selected, segments)
@@ -79,12 +79,12 @@ def test_pieces_of_every_group_are_numbered(tokens, split, kv_heads, together, m
     q, k, v, selected, segments = problem([tokens], 16, 4, heads=2 * kv_heads, kv_heads=kv_heads, dim=8)
     x, routing = inputs(q, k, v, selected, segments), kernels_routing(selected, k, segments)
     monkeypatch.setenv("MOBA_WORKSPACE_MIB", "1000000")
-    with tuning.forced(configs={"attention_bwd_dkv": {"BLOCK_M": 16, "BLOCK_N": 16, "SPLIT": split}}):
+    with tuning.forced(configs={"attention_bwd_dkdv": {"BLOCK_M": 16, "BLOCK_N": 16, "SPLIT": split}}):
         cuts = stage._cuts(x, routing, together)
     for begin, end in stage.head_groups(kv_heads, 1, limit=together):
-        most_before = x.rows_per_kv_head * x.slots * begin  # choices that are not there are in no list
+        most_before = x.rows_per_kv_head * x.choices * begin  # choices that are not there are in no list
         last = cuts.num_extra(end - begin) - 1 + most_before // split
-        assert last < cuts.extra_buckets.numel()
+        assert last < cuts.extra_csr_rows.numel()
 
 
 def inputs(q, k, v, selected, segments):
@@ -144,12 +144,12 @@ def test_segments_in_the_order_of_their_sequences(number):
         assert torch.equal(a, b[order])
 
 
-@pytest.mark.parametrize("buckets, split", [(1, 10), (64, 7), (1000, 100)])
-def test_buckets_of_extra_pieces(buckets, split):
-    """``extra_buckets[n]``: one more than the last bucket that starts before entry ``(n + 1) * split``."""
-    starts = torch.cat((torch.zeros(1, dtype=torch.int32), torch.randint(0, 40, (buckets,)).cumsum(0).int()))
-    routing = Routing(torch.empty(int(starts[-1]), dtype=torch.int32), starts)
-    got = stage._extra_buckets(routing, split)
+@pytest.mark.parametrize("rows, split", [(1, 10), (64, 7), (1000, 100)])
+def test_rows_of_extra_pieces(rows, split):
+    """``extra_csr_rows[n]``: one more than the last row that begins before index ``(n + 1) * split``."""
+    indptr = torch.cat((torch.zeros(1, dtype=torch.int32), torch.randint(0, 40, (rows,)).cumsum(0).int()))
+    routing = Routing(torch.empty(int(indptr[-1]), dtype=torch.int32), indptr)
+    got = stage._extra_csr_rows(routing, split)
     numbers = torch.arange(got.numel())
-    assert got.numel() == routing.entries.numel() // split + 2
-    assert torch.equal(got.long(), torch.searchsorted(starts[:-1] // split, numbers, right=True))
+    assert got.numel() == routing.indices.numel() // split + 2
+    assert torch.equal(got.long(), torch.searchsorted(indptr[:-1] // split, numbers, right=True))

@@ -1,4 +1,4 @@
-"""Routing under the interpreter: every choice once, in the right bucket, in order; tiles cover every bucket once."""
+"""Routing under the interpreter: every choice once, in the right row, in order; tiles cover every row once."""
 import pytest
 import torch
 
@@ -32,29 +32,29 @@ def test_a_stable_sort(case, groups, monkeypatch):
     selected = choose(**case)
     expected = reference.route(selected, case["kv_heads"], case["num_chunks"])
     result = route(selected, case["kv_heads"], case["num_chunks"])
-    assert torch.equal(result.starts, expected.starts)
-    assert torch.equal(result.entries[:expected.starts[-1]], expected.entries[:expected.starts[-1]])
+    assert torch.equal(result.indptr, expected.indptr)
+    assert torch.equal(result.indices[:expected.indptr[-1]], expected.indices[:expected.indptr[-1]])
 
 
 @pytest.mark.parametrize("block", [16, 48, 4096])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_tiles_cover_each_bucket_once(case, block):
+def test_tiles_cover_each_row_once(case, block):
     result = route(choose(**case), case["kv_heads"], case["num_chunks"])
     tiles = make_tiles(result, block)
-    starts = result.starts.tolist()
+    starts = result.indptr.tolist()
     covered = torch.zeros(starts[-1], dtype=torch.int32)
-    for tile, (bucket, begin, end) in enumerate(zip(tiles.bucket.tolist(), tiles.begin.tolist(), tiles.end.tolist())):
+    for tile, (row, begin, end) in enumerate(zip(tiles.csr_row.tolist(), tiles.begin.tolist(), tiles.end.tolist())):
         if begin < end:
-            assert starts[bucket] <= begin and end <= starts[bucket + 1] and end - begin <= block
-            assert tiles.starts[bucket] <= tile < tiles.starts[bucket + 1]
+            assert starts[row] <= begin and end <= starts[row + 1] and end - begin <= block
+            assert tiles.indptr[row] <= tile < tiles.indptr[row + 1]
             covered[begin:end] += 1
     assert (covered == 1).all()
-    assert tiles.num_tiles == result.entries.numel() // block + result.num_buckets >= tiles.starts[-1]
+    assert tiles.num_tiles == result.indices.numel() // block + result.num_csr_rows >= tiles.indptr[-1]
 
 
 def test_no_choices_at_all():
     result = route(torch.empty(10, 2, 0, dtype=torch.int32), 2, 3)
-    assert result.entries.numel() == 0 and result.starts.tolist() == [0] * 7
+    assert result.indices.numel() == 0 and result.indptr.tolist() == [0] * 7
     tiles = make_tiles(result, 64)
     assert (tiles.begin >= tiles.end).all()
 
@@ -71,5 +71,5 @@ def test_numbers_of_choices_beyond_32_bits():
     """The entries' dtype follows from the shape; meta tensors hold no memory."""
     tokens, heads, choices = 1 << 21, 32, 63
     assert tokens * heads * choices >= 2 ** 31
-    assert routing.entry_dtype(tokens * heads * choices) == torch.int64
-    assert routing.entry_dtype((1 << 20) * heads * choices) == torch.int32
+    assert routing.index_dtype(tokens * heads * choices) == torch.int64
+    assert routing.index_dtype((1 << 20) * heads * choices) == torch.int32

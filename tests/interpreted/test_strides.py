@@ -38,7 +38,7 @@ def lengths(*sizes):
 @pytest.mark.parametrize("chunk", [16, 100], ids=["sparse", "dense"])
 @pytest.mark.parametrize("layout", list(LAYOUTS)[:2])
 def test_attention(layout, chunk):
-    """Means, gate, forward, backward with slots; or the own chunk's kernels alone."""
+    """Means, gate, forward, backward with choices; or the diagonal chunk's kernels alone."""
     near = [normal(36, 3, 16) for _ in range(4)]
     far = [far_apart(x, *LAYOUTS[layout]) for x in near]
 
@@ -52,7 +52,7 @@ def test_attention(layout, chunk):
 
 @pytest.mark.parametrize("layout", list(LAYOUTS)[:2])
 def test_attention_over_chunks_of_several_tiles(layout):
-    """dk and dv's kernel without slots, dq's own kernel, and the forward that streams keys."""
+    """dk and dv's kernel without partial dq, dq's own kernel, and the forward that streams keys."""
     near = [normal(84, 3, 16) for _ in range(4)]
     strides = LAYOUTS[layout] if layout == "heads far apart" else (2 ** 25 + 32, 16, 1)
     far = [far_apart(x, *strides) for x in near]
