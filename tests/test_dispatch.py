@@ -33,7 +33,7 @@ from moba_megatron.experimental.cost_model import (
 from moba_megatron.experimental.dispatch import by_chunk
 from moba_megatron.experimental.dispatch_plan import chunks_of_ranks, ranges
 from moba_megatron.ops import moba_attention
-from moba_megatron.plan.exchange import query_bytes
+from moba_megatron.plan.collectives import query_bytes
 from moba_megatron.segments import Segments
 
 # (name, tokens of a sequence, sequences, chunk size, topk, heads, kv heads, D, DV, head groups, dtype)

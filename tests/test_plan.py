@@ -21,13 +21,20 @@ from moba_megatron.launch import check_flags
 from moba_megatron.megatron.arguments import add_moba_arguments, config_from_args
 from moba_megatron.plan import CARDS, MODELS, Model, Run, find_card, parse_size, plan, predict
 from moba_megatron.plan.__main__ import main
-from moba_megatron.plan.attention_cost import STAGES, TERMS, AttentionShape, term_seconds
-from moba_megatron.plan.coefficients import LINK_SHARE, stored
+from moba_megatron.plan.attention_cost import LINK_SHARE, STAGES, TERMS, AttentionShape, stored, term_seconds
+from moba_megatron.plan.collectives import (
+    Group,
+    LocalShape,
+    all_gather,
+    all_to_all,
+    exchange,
+    point_to_point,
+    query_bytes,
+    union_share,
+)
 from moba_megatron.plan.command import as_text, flags, torchrun
-from moba_megatron.plan.exchange import LocalShape, exchange, query_bytes, union_share
 from moba_megatron.plan.hardware import ASSUMED, DERIVED, MEASURED, VENDOR, Figure
 from moba_megatron.plan.layout import RECOMPUTE, Layout, candidates, refusals
-from moba_megatron.plan.links import Group, all_gather, all_to_all, point_to_point
 from moba_megatron.plan.memory import estimate
 from moba_megatron.plan.step import local_shape
 

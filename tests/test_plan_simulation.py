@@ -26,8 +26,8 @@ from benchmarks.planner.simulate import (
 )
 from moba_megatron.experimental.cost_model import LINK
 from moba_megatron.inspect.trace import RoutingTrace, save_trace
-from moba_megatron.plan.coefficients import stored
-from moba_megatron.plan.exchange import query_bytes
+from moba_megatron.plan.attention_cost import stored
+from moba_megatron.plan.collectives import query_bytes
 from moba_megatron.plan.hardware import find_card
 
 SMALL = Layer(chunk_size=2, topk=2, heads=4, kv_heads=2, head_dim=16)

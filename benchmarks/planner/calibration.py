@@ -10,8 +10,16 @@ from pathlib import Path
 import numpy
 
 from moba_megatron.config import MoBAConfig
-from moba_megatron.plan.attention_cost import FORWARD, STAGES, TERMS, AttentionShape, dense_seconds, term_seconds
-from moba_megatron.plan.coefficients import COEFFICIENTS, Calibration
+from moba_megatron.plan.attention_cost import (
+    COEFFICIENTS,
+    FORWARD,
+    STAGES,
+    TERMS,
+    AttentionShape,
+    Calibration,
+    dense_seconds,
+    term_seconds,
+)
 from moba_megatron.plan.hardware import Card, find_card
 from moba_megatron.plan.layout import Layout
 from moba_megatron.plan.models import MODELS, Run

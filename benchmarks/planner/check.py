@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moba_megatron.config import MoBAConfig
 from moba_megatron.experimental.cost_model import DISPATCH, MIXED
-from moba_megatron.plan.coefficients import Calibration
+from moba_megatron.plan.attention_cost import Calibration
 from moba_megatron.plan.hardware import Card, find_card
 from moba_megatron.plan.layout import Layout
 from moba_megatron.plan.memory import attention_working

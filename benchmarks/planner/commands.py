@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from moba_megatron import MoBAConfig, environment
-from moba_megatron.plan.coefficients import COEFFICIENTS
+from moba_megatron.plan.attention_cost import COEFFICIENTS
 from moba_megatron.plan.hardware import CARDS, find_card
 from moba_megatron.plan.models import parse_size
 

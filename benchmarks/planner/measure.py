@@ -34,7 +34,7 @@ from moba_megatron.experimental.cost_model import (
     seconds_of_modes,
 )
 from moba_megatron.ops import get_stages, moba_attention
-from moba_megatron.plan.exchange import query_bytes
+from moba_megatron.plan.collectives import query_bytes
 from moba_megatron.rendezvous import report_error
 from moba_megatron.segments import Segments
 

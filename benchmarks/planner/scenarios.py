@@ -7,7 +7,7 @@ import torch
 
 from moba_megatron import environment
 from moba_megatron.inspect.trace import load_trace
-from moba_megatron.plan.coefficients import stored
+from moba_megatron.plan.attention_cost import stored
 from moba_megatron.plan.hardware import Card
 
 from ..report import save

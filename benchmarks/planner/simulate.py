@@ -14,11 +14,9 @@ from torch import Tensor
 
 from moba_megatron.context_parallel.selective import DISPATCH_FROM, HANDLING, PLANNING
 from moba_megatron.experimental.cost_model import RowSizes, is_relayed, mixed_ranks, replicas_of
-from moba_megatron.plan.attention_cost import BF16, FP32, AttentionShape
-from moba_megatron.plan.coefficients import LINK_SHARE, Calibration
-from moba_megatron.plan.exchange import query_bytes
+from moba_megatron.plan.attention_cost import BF16, FP32, LINK_SHARE, AttentionShape, Calibration
+from moba_megatron.plan.collectives import LATENCY, Group, all_gather, query_bytes
 from moba_megatron.plan.hardware import Card
-from moba_megatron.plan.links import LATENCY, Group, all_gather
 
 from .routing import Routing
 

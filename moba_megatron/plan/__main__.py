@@ -6,20 +6,23 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
+
 from ..config import MoBAConfig
-from ..environment import as_text, save
+from ..environment import as_text, describe, save
 from . import command, hardware
-from .coefficients import Calibration, stored
+from .attention_cost import Calibration, stored
 from .layout import RECOMPUTE
 from .models import MODELS, Model, Run, default_batch, parse_size
-from .search import plan
-from .step import Prediction
+from .step import Prediction, plan
 
 SIZES = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocabulary")
 MOVED = {"--check": "plan-check", "--results": "plan-check", "--fit": "plan-fit", "--simulate": "plan-simulate",
          "--trace": "plan-simulate"}
 """Flags of earlier versions -> the benchmarks' subcommand that does it."""
 GIB = 1 << 30
+SHORTEST = 1 << 15
+"""Tokens: the shortest sequence of the picture."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -110,14 +113,13 @@ def _plan(arguments: argparse.Namespace, run: Run, card: hardware.Card) -> int:
     if arguments.why:
         print(as_text([{"layout": layout.name(), "reason": "; ".join(why)} for layout, why in out]))
     if arguments.json:
-        save(arguments.json, {"environment": command.about(), "layouts": [as_dict(p) for p in fit]})
+        save(arguments.json, {"environment": describe(torch.device("cpu")), "layouts": [as_dict(p) for p in fit]})
     if not fit:
         return 1
     print(f"\nThe cheapest, {fit[0].layout.name()} (add your own {command.YOUR_OWN}):\n")
     print(command.as_text(command.torchrun(run, fit[0].layout, card)))
     if arguments.picture:
-        from . import picture
-        picture.time_against_length(run, card, fitted, arguments.picture)
+        time_against_length(run, card, fitted, arguments.picture)
     return 0
 
 
@@ -156,6 +158,50 @@ def as_dict(p: Prediction) -> dict:
             "gpu_seconds_per_million_tokens": p.cost, "mfu_as_if_full": p.mfu, "mfu": p.mfu_moba,
             "exposed_s": p.exposed, "hidden_s": p.hidden, "memory_bytes": {**asdict(p.memory), "total": p.memory.total},
             "parts": {name: asdict(part) for name, part in p.parts.items()}}
+
+
+def lengths_around(seqlen: int) -> list[int]:
+    """Powers of two from 32K to four times the run's length, and the length itself."""
+    found = {seqlen}
+    length = SHORTEST
+    while length <= 4 * seqlen:
+        found.add(length)
+        length *= 2
+    return sorted(found)
+
+
+def costs_by_length(run: Run, card: hardware.Card, calibration: Calibration) -> dict[str, list[tuple[int, float]]]:
+    """For MoBA and for full attention: (sequence length, GPU seconds a million tokens) of the cheapest layout.
+
+    The batch is about four million tokens at each length.
+    """
+    found: dict[str, list[tuple[int, float]]] = {"moba": [], "full": []}
+    for seqlen in lengths_around(run.seqlen):
+        for attention, points in found.items():
+            batch = run.batch if seqlen == run.seqlen else default_batch(seqlen)
+            fit, _ = plan(replace(run, seqlen=seqlen, batch=batch, attention=attention), card, calibration)
+            if fit:
+                points.append((seqlen, fit[0].cost))
+    return found
+
+
+def time_against_length(run: Run, card: hardware.Card, calibration: Calibration, path: Path) -> None:
+    """Draws :func:`costs_by_length` into ``path`` (.png or .svg)."""
+    from .. import plotting
+    names = {"moba": f"MoBA ({run.moba.chunk_size}, {run.moba.topk})", "full": "full attention"}
+    lines = {name: points for name, points in costs_by_length(run, card, calibration).items() if points}
+    with plotting.figure(path) as (_, axes):
+        labels = []
+        for attention, points in lines.items():
+            colour = plotting.LIGHT.accent if attention == "moba" else plotting.LIGHT.others[0]
+            axes.plot(*zip(*points), color=colour, linewidth=2, marker="o", markersize=4)
+            labels.append((points[-1][1], f"{names[attention]}: {points[-1][1]:.0f}", colour))
+        plotting.log_axis(axes)
+        plotting.length_axis(axes, sorted({tokens for points in lines.values() for tokens, _ in points})[::2])
+        axes.set_title(f"Predicted GPU seconds per million tokens,\n{run.model.parameters / 1e9:.2g}B parameters, "
+                       f"{run.gpus} x {card.name}")
+        axes.figure.draw_without_rendering()
+        plotting.label_ends(axes, labels)
 
 
 if __name__ == "__main__":

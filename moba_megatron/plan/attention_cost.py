@@ -1,15 +1,23 @@
 """Time of one attention call as a sum of terms: operations, bytes and choices, each over a rate of the card.
 
 A term's physics gives the seconds that the card would need at its best; the fitted coefficient of
-:class:`~moba_megatron.plan.coefficients.Calibration` says how many times longer the kernels take.
+:class:`Calibration` says how many times longer the kernels take.
 """
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
 from ..flops import attended_pairs, scored_pairs
 from .hardware import Card
 
+COEFFICIENTS = Path(__file__).with_name("coefficients.json")
+"""What the predictions rest on, fitted to stored rows by ``python -m benchmarks plan-fit``."""
+_STORED = json.loads(COEFFICIENTS.read_text())
+LINK_SHARE = _STORED.pop("link_share")
+"""Part of the link's data-sheet rate that NCCL reached on 2 and 4 H200s."""
 BACKWARD_PRODUCTS = 2.5
 """Backward over forward: five matrix products against two."""
 BF16 = 2
@@ -23,7 +31,7 @@ STAGES = {
     "own": ("own products", "own bytes", "launch"),
     "bwd": ("bwd products", "bwd own products", "bwd bytes", "bwd launches"),
 }
-"""Stage -> its terms. ``own`` includes the merge of the slots."""
+"""Stage -> its terms. ``own`` includes merging partial o and lse."""
 FORWARD = ("means", "gate", "route", "sparse", "own")
 TERMS = tuple(dict.fromkeys(term for terms in STAGES.values() for term in terms))
 LAUNCH_SECONDS = 10e-6
@@ -81,7 +89,7 @@ def term_seconds(shape: AttentionShape, card: Card) -> dict[str, float]:
     """What every term would take at the card's best rate."""
     q_rows = shape.seqlen * shape.share * shape.heads
     kv_bytes = 2 * shape.seqlen * shape.kv_heads * shape.row_bytes
-    slot = shape.row_bytes + FP32
+    partial = shape.row_bytes + FP32
     per_product = 2 * shape.head_dim
     operations = {
         "gate scores": per_product * shape.scores,
@@ -92,9 +100,9 @@ def term_seconds(shape: AttentionShape, card: Card) -> dict[str, float]:
     }
     moved = {
         "means bytes": shape.seqlen * shape.key_share * shape.kv_heads * shape.row_bytes,
-        "sparse bytes": shape.choices * (shape.row_bytes + slot) + kv_bytes,
-        "own bytes": 2 * q_rows * shape.row_bytes + shape.choices * slot + kv_bytes,
-        # gathers of q and do, one slot of dq written and read, for a choice; q, o, do, dq and k, v, dk, dv once
+        "sparse bytes": shape.choices * (shape.row_bytes + partial) + kv_bytes,
+        "own bytes": 2 * q_rows * shape.row_bytes + shape.choices * partial + kv_bytes,
+        # gathers of q and do, one partial dq written and read, for a choice; q, o, do, dq and k, v, dk, dv once
         "bwd bytes": 4 * (shape.choices + q_rows) * shape.row_bytes + 2 * kv_bytes,
     }
     issued = {"gate choices": shape.choices, "route choices": shape.choices}
@@ -131,3 +139,40 @@ class AttentionTime:
     def alone(self) -> float:
         """Forward and backward called by themselves: the device waits where the host is slower."""
         return max(self.forward, self.host_forward) + max(self.backward, self.host_backward)
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """How many times longer things take than at the card's best rate, and what launching costs.
+
+    Args:
+        coefficients: term of attention -> times.
+        dense: the same for full attention, forward and backward together.
+        host_forward, host_backward: seconds of one call's launches.
+        elementwise: the same for everything beside products and attention, over the bytes that it must move.
+        source: what it was fitted to.
+    """
+
+    coefficients: dict[str, float]
+    dense: float
+    host_forward: float
+    host_backward: float
+    elementwise: float
+    source: str
+
+    def moba(self, shape: AttentionShape, card: Card) -> AttentionTime:
+        """Predicted time of MoBA attention."""
+        terms = term_seconds(shape, card)
+        stages = {stage: sum(self.coefficients[t] * terms[t] for t in names) for stage, names in STAGES.items()}
+        return AttentionTime(stages, self.host_forward, self.host_backward)
+
+    def full(self, shape: AttentionShape, card: Card) -> tuple[float, float]:
+        """Predicted seconds of full attention: forward, backward."""
+        forward, backward = dense_seconds(shape, card)
+        return self.dense * forward, self.dense * backward
+
+
+@lru_cache(maxsize=None)
+def stored() -> Calibration:
+    """The calibration by the rows that are stored for the H200."""
+    return Calibration(**_STORED)

@@ -2,11 +2,7 @@
 from __future__ import annotations
 
 import shlex
-import sys
 
-import torch
-
-from .. import environment
 from .hardware import Card
 from .layout import Layout
 from .models import Run
@@ -82,9 +78,3 @@ def as_text(words: list[str], width: int = 110) -> str:
             lines.append("   ")
         lines[-1] += " " + phrase
     return " \\\n".join(lines)
-
-
-def about() -> dict:
-    """Where and by which command something was predicted."""
-    command = "python -m moba_megatron.plan " + shlex.join(sys.argv[1:])
-    return environment.describe(torch.device("cpu")) | {"command": command}

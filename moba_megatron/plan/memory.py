@@ -10,7 +10,7 @@ from .models import Model, Run
 RESERVED = 5 << 30
 """CUDA context, NCCL buffers, fragmentation of the allocator (assumed)."""
 WORKSPACE = 1 << 30
-"""Default of MOBA_WORKSPACE_MIB: what one group of kv heads may take for slots."""
+"""Default of MOBA_WORKSPACE_MIB: what one group of kv heads may take for partial results."""
 ADAM = 12
 """Bytes of optimizer state a parameter: master weight and two moments in fp32."""
 LOGIT = 10
@@ -75,9 +75,9 @@ def layer_activations(model: Model, run: Run, layout: Layout) -> float:
 
 
 def attention_working(run: Run, layout: Layout) -> float:
-    """Bytes of one attention call beyond q, k, v: results, selection, routing, slots.
+    """Bytes of one attention call beyond q, k, v: results, selection, routing, partial o and lse.
 
-    The largest of the passes is backward: dq, dk, dv, and slots of dq for as many kv heads as fit the workspace.
+    The largest of the passes is backward: dq, dk, dv, and partial dq for as many kv heads as fit the workspace.
     """
     m, ranks = run.model, layout.cp * layout.tp
     tokens = run.seqlen / ranks  # times heads; all-to-all trades one for the other
@@ -86,9 +86,9 @@ def attention_working(run: Run, layout: Layout) -> float:
     if run.attention == "full":
         return 2 * q + 2 * kv
     choices = tokens * m.heads * (run.moba.topk - 1)
-    slots = choices * (m.head_dim * BF16 + FP32)
-    least = slots / max(1, m.kv_heads / layout.tp / layout.heads_split)  # one kv head runs even where it needs more
-    return 2 * q + 2 * kv + 8 * choices + min(slots, max(WORKSPACE, least))
+    partial = choices * (m.head_dim * BF16 + FP32)
+    least = partial / max(1, m.kv_heads / layout.tp / layout.heads_split)  # one kv head runs even where it needs more
+    return 2 * q + 2 * kv + 8 * choices + min(partial, max(WORKSPACE, least))
 
 
 def gathered(run: Run, layout: Layout) -> float:

@@ -1,16 +1,15 @@
-"""Time of one training step of a layout: matrix products, attention, collectives, what hides what, the pipeline."""
+"""Time of one training step of a layout: matrix products, attention, collectives, what hides what, the pipeline; and
+every sensible layout of a run, predicted, sorted by cost."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from ..context_parallel import COMM_TYPES
-from . import links
-from .attention_cost import BF16, FP32, AttentionShape
-from .coefficients import Calibration
-from .exchange import Exchange, LocalShape, exchange
+from . import collectives
+from .attention_cost import BF16, FP32, AttentionShape, Calibration
+from .collectives import NOTHING, Exchange, Group, LocalShape, Traffic, exchange
 from .hardware import Card
-from .layout import Layout
-from .links import NOTHING, Group, Traffic
+from .layout import RECOMPUTE, Layout, candidates, refusals
 from .memory import Memory, estimate, rank_parameters
 from .models import Run
 
@@ -136,6 +135,38 @@ def predict(run: Run, layout: Layout, card: Card, calibration: Calibration, opti
                       run.step_flops(dense=False) / rate)
 
 
+def plan(run: Run, card: Card, calibration: Calibration, fixed: dict[str, int | str] | None = None
+         ) -> tuple[list[Prediction], list[tuple[Layout, list[str]]]]:
+    """All layouts.
+
+    Args:
+        run: what is trained.
+        card: on what.
+        calibration: of attention.
+        fixed: fields of Layout that the user has decided.
+
+    Returns:
+        Those that fit, cheapest first (with the least recompute that fits), and the others with reasons.
+    """
+    fit, out = [], []
+    for layout in candidates(run, int(card.node.value)):
+        if any(getattr(layout, name) != value for name, value in (fixed or {}).items() if name != "recompute"):
+            continue
+        why = refusals(run, layout)
+        if why:
+            out.append((layout, why))
+            continue
+        modes = [m for m in RECOMPUTE if (fixed or {}).get("recompute", m) == m]
+        predictions = [predict(run, layout.with_recompute(m), card, calibration) for m in modes]
+        enough = [p for p in predictions if p.memory.total <= card.memory.value]
+        if enough:
+            fit.append(min(enough, key=lambda p: p.cost))
+        else:
+            least = min(p.memory.total for p in predictions)
+            out.append((layout, [f"needs {least / 2**30:.0f} GiB a GPU, has {card.memory.value / 2**30:.0f}"]))
+    return sorted(fit, key=lambda p: p.cost), out
+
+
 def _merge(a: dict[str, Part], b: dict[str, Part]) -> dict[str, Part]:
     return {name: a.get(name, Part()) + b.get(name, Part()) for name in {**a, **b}}
 
@@ -161,7 +192,7 @@ def _layer(run: Run, layout: Layout, card: Card, calibration: Calibration, dense
     attention = forward * (2 if attention_again else 1) + backward
     device = passes * (matrices + elementwise) + attention
     waiting = host[0] * (2 if attention_again else 1) + host[1] + HOST_LAYER * (3 if again else 2)
-    tensor = links.all_gather(Group(layout.tp), tokens * model.hidden * BF16 / layout.tp, card)
+    tensor = collectives.all_gather(Group(layout.tp), tokens * model.hidden * BF16 / layout.tp, card)
     return {
         "matrices": Part(matrices * passes), "elementwise": Part(elementwise * passes),
         "attention": Part(attention), "context": context,
@@ -205,7 +236,7 @@ def _hide(moved: Exchange, forward: float, backward: float, again: bool, card: C
     for first, rest, after, compute in passes:
         late = max(0.0, rest.seconds - compute)
         cost = HIDDEN_COST_NCCL if moved.nccl or rest.network else HIDDEN_COST
-        slower = min(rest.seconds - late, cost * links.link_seconds(rest.link + rest.network, card))
+        slower = min(rest.seconds - late, cost * collectives.link_seconds(rest.link + rest.network, card))
         part += Part(first.seconds + late + after.seconds + slower, rest.seconds - late - slower, first + rest + after)
     return part
 
@@ -237,8 +268,8 @@ def _pipeline(run: Run, layout: Layout, card: Card, micro_batches: int) -> Part:
     """Activations to the next stage and gradients back, none hidden."""
     if layout.pp == 1:
         return Part()
-    one = links.point_to_point(layout.gpus // layout.pp, run.seqlen / layout.cp * run.model.hidden * BF16 / layout.tp,
-                               card)
+    sent = run.seqlen / layout.cp * run.model.hidden * BF16 / layout.tp
+    one = collectives.point_to_point(layout.gpus // layout.pp, sent, card)
     both = one * (2 * (micro_batches + layout.pp - 1))
     return Part(both.seconds, 0.0, both)
 
@@ -251,8 +282,8 @@ def _update(run: Run, layout: Layout, card: Card, micro_batch_seconds: float) ->
     """
     ranks = Group(layout.dp * layout.cp, layout.tp)
     parameters = rank_parameters(run, layout)
-    gradients = links.all_gather(ranks, FP32 * parameters / ranks.size, card)
-    weights = links.all_gather(ranks, BF16 * parameters / ranks.size, card)
+    gradients = collectives.all_gather(ranks, FP32 * parameters / ranks.size, card)
+    weights = collectives.all_gather(ranks, BF16 * parameters / ranks.size, card)
     if not run.distributed_optimizer:  # an all-reduce: scatter and gather of gradients
         weights = gradients
     late = max(0.0, gradients.seconds - micro_batch_seconds * 2 / 3)

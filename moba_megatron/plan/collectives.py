@@ -1,9 +1,9 @@
-"""Bytes that context parallelism moves in one attention layer, for each comm type; selective under uniform routing.
+"""Time of a collective, as NCCL would run it, and the bytes that context parallelism moves in one attention layer.
 
-``selective`` does what is cheapest of three. *Gather*: as all_gather. *Chunks travel*: owners send the chunks that any
-query of a rank chose. *Queries travel*: a query goes to the owner of each of its chunks, as a token goes to experts,
-and partial (o, lse) come back. Other routings than uniform, and both ways mixed, are in
-``benchmarks/planner/simulate.py``; mixed, selective moves less than is reckoned here.
+``selective`` does what is cheapest of three, under uniform routing. *Gather*: as all_gather. *Send*: owners send the
+chunks that any query of a rank chose. *Dispatch*: a query goes to the owner of each of its chunks, as a token goes to
+experts, and partial (o, lse) come back. Other routings, and both ways mixed, are in ``benchmarks/planner/simulate.py``;
+mixed, selective moves less than is counted here.
 """
 from __future__ import annotations
 
@@ -13,9 +13,87 @@ from dataclasses import dataclass, replace
 from ..context_parallel import COMM_TYPES
 from ..context_parallel.head_groups import number_of_groups, split_heads
 from ..context_parallel.selective import DISPATCH_FROM, HANDLING, PLANNING
-from .attention_cost import BF16, FP32
+from .attention_cost import BF16, FP32, LINK_SHARE
 from .hardware import Card
-from .links import NOTHING, Group, Traffic, all_gather, all_to_all
+
+LATENCY = 20e-6
+"""Seconds of a collective that carries nothing, inside a machine; the network's is twice that (assumed)."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one GPU spends on a collective.
+
+    Args:
+        seconds: until it is done.
+        link: bytes that it receives from GPUs of its own machine.
+        network: bytes that it receives from other machines through its own port.
+    """
+
+    seconds: float = 0.0
+    link: float = 0.0
+    network: float = 0.0
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(self.seconds + other.seconds, self.link + other.link, self.network + other.network)
+
+    def __mul__(self, times: float) -> "Traffic":
+        return Traffic(self.seconds * times, self.link * times, self.network * times)
+
+
+NOTHING = Traffic()
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that talk: ``size`` of them, ``stride`` apart in Megatron's order (tensor, context, data, pipeline)."""
+
+    size: int
+    stride: int = 1
+
+    def inside(self, card: Card) -> int:
+        """How many of them one machine holds."""
+        return max(1, min(self.size, int(card.node.value) // self.stride))
+
+
+def all_gather(group: Group, contributed: float, card: Card) -> Traffic:
+    """Every rank gets ``contributed`` bytes from each. The reduce-scatter of its result costs the same.
+
+    What comes from other machines enters through the ports of all the group's GPUs in the machine, each a part, and is
+    handed on inside.
+    """
+    if group.size == 1:
+        return NOTHING
+    inside = group.inside(card)
+    received = contributed * (group.size - 1)
+    network = contributed * (group.size - inside) / inside
+    return _traffic(received - network, network, card)
+
+
+def all_to_all(group: Group, sent: float, card: Card) -> Traffic:
+    """Every rank spreads ``sent`` bytes evenly over all, itself included."""
+    if group.size == 1:
+        return NOTHING
+    inside = group.inside(card)
+    return _traffic(sent * (inside - 1) / group.size, sent * (group.size - inside) / group.size, card)
+
+
+def point_to_point(distance: int, sent: float, card: Card) -> Traffic:
+    """``sent`` bytes to a rank that is ``distance`` away in Megatron's order."""
+    outside = distance >= card.node.value
+    return _traffic(0.0 if outside else sent, sent if outside else 0.0, card)
+
+
+def link_seconds(received: float, card: Card) -> float:
+    """Time of so many bytes over a GPU's link to its machine."""
+    return received / (card.link.value * LINK_SHARE)
+
+
+def _traffic(link: float, network: float, card: Card) -> Traffic:
+    """Both kinds of link work at the same time; what came over the network is handed on inside as well."""
+    inside = link_seconds(link + network, card)
+    outside = network / (card.network.value * LINK_SHARE)
+    return Traffic(max(inside, outside) + LATENCY * (2 if network else 1), link, network)
 
 
 @dataclass(frozen=True)
@@ -58,7 +136,7 @@ class Exchange:
         after: when attention is done.
         backward_first, backward_rest, backward_after: the same for the backward pass.
         nccl: all of it goes by NCCL, also inside a machine.
-        beside: seconds of a layer for deciding what travels and for handling visiting rows, which nothing hides.
+        beside: seconds of a layer for planning what is sent and for handling dispatched rows, which nothing hides.
     """
 
     first: Traffic = NOTHING
@@ -89,7 +167,7 @@ def exchange(comm_type: str, x: LocalShape, size: int, stride: int, inner: int, 
         size, stride: of the context parallel group.
         inner: for ``a2a+all_gather``, ranks that exchange heads; the others gather.
         card: with its links.
-        head_groups: groups of heads in which ``a2a`` travels; None for as many as the schedule makes.
+        head_groups: groups of heads of ``a2a``, one after the other; None for as many as the schedule makes.
     """
     if size == 1:
         return Exchange()
@@ -106,8 +184,8 @@ def exchange(comm_type: str, x: LocalShape, size: int, stride: int, inner: int, 
                         keys.backward_rest, keys.backward_after + heads.backward_after)
     if comm_type == "selective":
         group = Group(size, stride)
-        ways = [_by_head_groups(group, x.kv_bytes, x.kv_heads, card), _chunks_travel(group, x, card)]
-        ways += [_queries_travel(group, x, card)] if size >= DISPATCH_FROM else []
+        ways = [_by_head_groups(group, x.kv_bytes, x.kv_heads, card), _send_chunks(group, x, card)]
+        ways += [_dispatch_queries(group, x, card)] if size >= DISPATCH_FROM else []
         return min(ways, key=lambda e: e.forward.seconds + e.backward.seconds + e.beside)
     raise ValueError(f"comm_type must be one of {', '.join(COMM_TYPES)}, got {comm_type!r}")
 
@@ -123,7 +201,7 @@ def _by_head_groups(group: Group, kv_bytes: float, kv_heads: int, card: Card) ->
 def _heads_for_sequence(group: Group, x: LocalShape, card: Card, asked: int | None) -> Exchange:
     """q, k, v out and o back; backward do out, dq, dk, dv back. Fewer kv heads than ranks are repeated.
 
-    Groups of heads travel while others are computed: what waits is the first group, and the last on its way back.
+    Groups of heads are sent while others are computed: what waits is the first group, and the last on its way back.
     """
     kv_bytes = x.kv_bytes * max(1, group.size / x.kv_heads)
     inputs, output = all_to_all(group, x.q_bytes + kv_bytes, card), all_to_all(group, x.q_bytes, card)
@@ -142,17 +220,17 @@ def union_share(x: LocalShape) -> float:
 
 
 def query_bytes(head_dim: int) -> tuple[int, int]:
-    """Bytes of one (query, head) that visits one owner: forward (q; o, lse), backward (q, do, o, lse; dq)."""
+    """Bytes of one (query, head) dispatched to one owner: forward (q; o, lse), backward (q, do, o, lse; dq)."""
     row = head_dim * BF16
     return 2 * row + FP32, 4 * row + FP32
 
 
-def _chunks_travel(group: Group, x: LocalShape, card: Card) -> Exchange:
+def _send_chunks(group: Group, x: LocalShape, card: Card) -> Exchange:
     planning = PLANNING if group.size >= DISPATCH_FROM else 0.0
     return replace(_by_head_groups(group, x.kv_bytes * union_share(x), x.kv_heads, card), nccl=True, beside=planning)
 
 
-def _queries_travel(group: Group, x: LocalShape, card: Card) -> Exchange:
+def _dispatch_queries(group: Group, x: LocalShape, card: Card) -> Exchange:
     rows = x.tokens * x.heads * (x.topk - 1)
     forward, backward = (all_to_all(group, rows * size, card) for size in query_bytes(x.head_dim))
     return Exchange(rest=forward, backward_rest=backward, nccl=True, beside=PLANNING + 2 * rows * HANDLING)
