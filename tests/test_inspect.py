@@ -16,7 +16,7 @@ from test_core_attention import fused_qkv, make_config, make_core
 
 from moba_megatron import MoBAConfig, kernels
 from moba_megatron.inspect import __main__ as command
-from moba_megatron.inspect import page, picture, statistics
+from moba_megatron.inspect import picture, statistics
 from moba_megatron.inspect.choices import look, watching
 from moba_megatron.inspect.recorder import TraceRecorder
 from moba_megatron.inspect.report import as_record, as_scalars, as_table, summary
@@ -448,7 +448,7 @@ class TestPictures:
         trace, counts = random_trace()
         report = {layer: {"recall": [0.1, 0.2, 0.3, 0.45678]} for layer in trace.layers}
         excerpts = ["</script><b>", "\u2028 \"x\"", "{{data}}", "", "", ""]
-        page.write_page(trace, tmp_path / "router.html", report, excerpts)
+        picture.write_page(trace, tmp_path / "router.html", report, excerpts)
         text = (tmp_path / "router.html").read_text(encoding="utf-8")
         reader = Reader()
         reader.feed(text)
@@ -465,15 +465,15 @@ class TestPictures:
             assert data["shares"]["5"][head] == np.rint(1000 * share[below]).tolist()
 
     def test_script_finds_its_elements(self):
-        text = page.TEMPLATE.read_text(encoding="utf-8")
+        text = picture.TEMPLATE.read_text(encoding="utf-8")
         reader = Reader()
         reader.feed(text)
         assert set(re.findall(r'at\("(\w+)"\)', text)) <= reader.ids
-        assert text.count(page.MARK) == 1
+        assert text.count(picture.MARK) == 1
 
     def test_long_sequences_are_averaged(self):
         trace, _ = random_trace(layers=(1,), heads=2, num_chunks=300, sequences=1, last=8)
-        data = page.page_data(trace)
+        data = picture.page_data(trace)
         assert data["width"] == 3 and len(data["shares"]["1"][0]) == 100 * 101 // 2
         assert picture.coarse(np.eye(5), 2).tolist() == [[1 / 3, 0], [0, 1 / 2]]
         assert picture.spread(range(20), 4) == [0, 6, 13, 19] and picture.spread((3, 1), 4) == [3, 1]

@@ -8,9 +8,9 @@
 | ``router_log`` | the statistics of every N-th training step; in Megatron-LM: `megatron/router_log.py` |
 | ``report`` | the statistics as JSON, scalars and text |
 | ``trace``, ``recorder`` | RoutingTrace and its file; recording one from a forward pass |
-| ``checkpoint`` | a model for inspection from a checkpoint of examples/pretrain_gpt.py |
-| ``picture``, ``page`` | a trace as PNG and as a self-contained HTML page |
+| ``checkpoint`` | a model and its tokenizer from a checkpoint of examples/pretrain_gpt.py |
+| ``picture`` | a trace as PNG and as a self-contained HTML page |
 
-``python -m moba_megatron.inspect`` is the command. Reading and drawing (trace, report, picture,
-page) can do without Megatron-Core.
+``python -m moba_megatron.inspect`` is the command. Reading and drawing (trace, report, picture)
+can do without Megatron-Core.
 """

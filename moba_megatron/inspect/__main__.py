@@ -22,7 +22,7 @@ import json
 import sys
 from pathlib import Path
 
-from .page import write_page
+from .picture import draw_report, draw_trace, write_page
 from .report import as_record, as_table
 from .trace import RoutingTrace, load_trace, save_trace
 
@@ -66,11 +66,10 @@ def look(args: argparse.Namespace) -> tuple[RoutingTrace, dict, list[str]]:
 
     from ..config import MoBAConfig
     from ..environment import describe
-    from .checkpoint import find_checkpoint, load_model, read_description, single_process
+    from .checkpoint import find_checkpoint, load_model, read_description, single_process, tokenizer
     from .choices import watching
     from .recorder import TraceRecorder
     from .router_log import RouterLog
-    from .text import tokenizer
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     checkpoint = find_checkpoint(args.load)
@@ -126,8 +125,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def write(directory: Path, trace: RoutingTrace, report: dict, excerpts: list[str]) -> list[Path]:
     """Writes page, pictures and statistics; returns what was written."""
-    from .picture import draw_report, draw_trace
-
     directory.mkdir(parents=True, exist_ok=True)
     page, selection = directory / "router.html", directory / "selection.png"
     write_page(trace, page, report, excerpts)

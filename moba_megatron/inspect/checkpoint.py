@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -103,12 +104,6 @@ def load_model(checkpoint: Path, description: dict, moba: MoBAConfig, device: to
     """The whole model with the checkpoint's weights, in evaluation mode; inside :func:`single_process`.
 
     On the CPU it computes in fp32, else in the dtype that it was trained in.
-
-    Args:
-        checkpoint: from :func:`find_checkpoint`.
-        description: from :func:`read_description`.
-        moba: how to attend, usually the description's own.
-        device: where to.
     """
     options = dict(description["transformer"])
     dtype = torch.bfloat16 if options.get("bf16") else torch.float32
@@ -130,3 +125,39 @@ def load_model(checkpoint: Path, description: dict, moba: MoBAConfig, device: to
         config.bf16, config.params_dtype = False, torch.float32
         model.float()
     return model.to(device).eval()
+
+
+class Bytes:
+    """Every byte of the UTF-8 text is a token."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8"))
+
+    def decode(self, ids: list[int]) -> str:
+        """A character that was cut in two, and ids that are no bytes, become a replacement character."""
+        return bytes(i if i < 256 else 255 for i in ids).decode("utf-8", errors="replace")
+
+
+def tokenizer(name: str, path: str | None):
+    """Something with ``encode`` and ``decode``.
+
+    Args:
+        name: ByteLevel or HuggingFaceTokenizer.
+        path: the directory of a Hugging Face tokenizer.
+
+    Raises:
+        ValueError: the name is unknown, or a Hugging Face tokenizer cannot be had.
+    """
+    if name == "ByteLevel":
+        return Bytes()
+    if name != "HuggingFaceTokenizer":
+        raise ValueError(f"the tokenizer of the checkpoint must be ByteLevel or HuggingFaceTokenizer, got {name!r}")
+    if path is None or not Path(path).is_dir():
+        raise ValueError("--tokenizer-model must be the directory of the checkpoint's Hugging Face tokenizer, "
+                         f"got {path}")
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise ValueError("a Hugging Face tokenizer needs the package transformers: pip install -e '.[hf]'") from None
+    found = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    return SimpleNamespace(encode=lambda text: found(text, add_special_tokens=False)["input_ids"], decode=found.decode)

@@ -16,17 +16,7 @@ from ..segments import Segments
 
 
 def counts(selected: Tensor, rows: Tensor, num_rows: int, num_chunks: int) -> Tensor:
-    """How often each chunk was chosen, by groups of queries.
-
-    Args:
-        selected: int32 ``[T, H, topk - 1]``, contiguous.
-        rows: int64 ``[T]``, the group of each query, below 0 for queries that are not counted.
-        num_rows: groups.
-        num_chunks: bound of the chunk ids.
-
-    Returns:
-        int64 ``[H, num_rows, num_chunks]``.
-    """
+    """:meth:`.choices.Choices.counts` of int32 ``selected [T, H, topk - 1]``, contiguous."""
     def compute(selected, rows):
         _, num_heads, choices = selected.shape
         table = torch.zeros(num_heads, num_rows, num_chunks, dtype=torch.int64, device=selected.device)
@@ -39,18 +29,10 @@ def counts(selected: Tensor, rows: Tensor, num_rows: int, num_chunks: int) -> Te
 
 def recalls(q: Tensor, k: Tensor, selected: Tensor, segments: Segments, places: tuple[Tensor, ...],
             softmax_scale: float) -> Tensor:
-    """Attention mass on the chosen chunks, and on the best possible ones, for some queries.
+    """:func:`.statistics.recalls` of q, k in fp16, bf16 or fp32 and a contiguous selection, as fp32 ``[n, H, 2]``.
 
     Args:
-        q: ``[T, H, D]``, fp16, bf16 or fp32.
-        k: ``[S, HK, D]``.
-        selected: int32 ``[T, H, topk - 1]``, contiguous.
-        segments: gives the chunks' keys.
         places: of the queries, int64 ``[n]`` each: row of q, own chunk's id, sequence, position in it.
-        softmax_scale: of the scores.
-
-    Returns:
-        fp32 ``[n, H, 2]``.
     """
     chunk_size, num_sequences = segments.chunk_size, segments.num_sequences
 

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -13,18 +12,6 @@ from .choices import Choices, look, message_device
 from .trace import RoutingTrace
 
 
-@dataclass(frozen=True)
-class _Numbers:
-    """What every layer and rank has in common."""
-
-    chunk_size: int
-    topk: int
-    seq_length: int
-    num_heads: int
-    num_kv_heads: int
-    sequences: int
-
-
 class TraceRecorder:
     """An observer for :func:`~moba_megatron.inspect.choices.watching`: counts each layer's choices in its first run.
 
@@ -33,7 +20,8 @@ class TraceRecorder:
 
     def __init__(self):
         self._tables: dict[int, Tensor] = {}
-        self._numbers: _Numbers | None = None
+        self._numbers: dict[str, int] | None = None
+        """What every layer and rank has in common, as RoutingTrace names it; None before a layer with a choice."""
 
     def __call__(self, module, q: Tensor, k: Tensor, segments, group=None, global_rows=None) -> None:
         layer = module.layer_number
@@ -45,8 +33,9 @@ class TraceRecorder:
             raise ValueError(f"a routing trace must be of sequences of one length, got {sequences} packed sequences of "
                              f"at most {length} and together {choices.k.shape[0]} tokens")
         config = module.config
-        self._numbers = _Numbers(segments.chunk_size, choices.topk, length, config.num_attention_heads,
-                                 config.num_query_groups, sequences)
+        self._numbers = {"chunk_size": segments.chunk_size, "topk": choices.topk, "seq_length": length,
+                         "num_heads": config.num_attention_heads, "num_kv_heads": config.num_query_groups,
+                         "sequences": sequences}
         self._tables[layer] = _pair_counts(choices)
 
     def trace(self, about: Mapping | None = None) -> RoutingTrace:
@@ -66,22 +55,22 @@ class TraceRecorder:
         if dist.is_initialized():
             found = [None] * dist.get_world_size()
             dist.all_gather_object(found, (self._numbers, sorted(self._tables)))
-        numbers = next((n for n, _ in found if n is not None), None)
-        if numbers is None:
+        numbers = dict(next((n for n, _ in found if n), {}))
+        if not numbers:
             raise ValueError("no layer has a choice: topk * chunk_size covers the sequence, or all layers are dense")
-        size = -(-numbers.seq_length // numbers.chunk_size)
+        size = -(-numbers["seq_length"] // numbers["chunk_size"])
+        num_heads = numbers.pop("num_heads")
         counts = {}
         for layer in sorted({layer for _, layers in found for layer in layers}):
-            table = torch.zeros(numbers.num_heads, size, size, dtype=torch.int64, device=message_device())
+            table = torch.zeros(num_heads, size, size, dtype=torch.int64, device=message_device())
             if layer in self._tables:
                 mine = self._tables[layer]
                 table[tensor_rank * mine.shape[0]:][:mine.shape[0]] = mine
             if dist.is_initialized():
                 dist.all_reduce(table)
             counts[layer] = table.cpu().numpy()
-        return RoutingTrace.from_counts(
-            chunk_size=numbers.chunk_size, topk=numbers.topk, seq_length=numbers.seq_length,
-            num_kv_heads=numbers.num_kv_heads, counts=counts, sequences=numbers.sequences * data_parallel, about=about)
+        numbers["sequences"] *= data_parallel
+        return RoutingTrace.from_counts(counts=counts, about=about, **numbers)
 
 
 def _pair_counts(choices: Choices) -> Tensor:

@@ -56,12 +56,7 @@ class Places:
     @classmethod
     @torch.no_grad()
     def of(cls, choices: Choices, samples: int) -> Places:
-        """The places of a layer's queries.
-
-        Args:
-            choices: of the layer.
-            samples: queries to sample; evenly spaced among those with a choice, all where there are no more.
-        """
+        """The places of a layer's queries; ``samples`` of those with a choice, evenly spaced (all of fewer)."""
         segments = choices.segments
         sequence, position = segments.query_positions(choices.q.shape[0])
         earlier, first = position // segments.chunk_size, segments.first_chunk()
@@ -98,12 +93,7 @@ class Tally:
 
 @torch.no_grad()
 def tally(choices: Choices, places: Places) -> Tally:
-    """Counts a layer's choices and computes the recall of the sampled queries, without a wait for the device.
-
-    Args:
-        choices: of this rank.
-        places: made for this layer or for one that it serves as well.
-    """
+    """Counts a layer's choices and computes the recall of the sampled queries, without a wait for the device."""
     chosen = choices.counts(places.counted, 1)[:, 0]
     if choices.fused:
         from . import kernels
@@ -130,15 +120,11 @@ def sums(tallies: list[Tally]) -> Tensor:
 
 
 def layer_statistics(total: Tensor, first: Tensor, topk: int, layers: int, num_chunks: int) -> Tensor:
-    """The statistics of layers from the sums over all their queries.
+    """The statistics of so many layers from the sums over all their queries.
 
     Args:
-        total: from :func:`sums`, all context parallel ranks added; on the CPU, where sums along small tables are
-            quicker, and which has cumulative ones where a program asks for deterministic algorithms.
-        first: int64 ``[B]``, the first chunk of each sequence; on the CPU.
-        topk: chunks a query attends to, its own included.
-        layers: their number L.
-        num_chunks: bound of the chunk ids.
+        total: from :func:`sums`, all context parallel ranks added; on the CPU (as ``first``), where sums along small
+            tables are quicker, and which has cumulative ones where a program asks for deterministic algorithms.
 
     Returns:
         fp64 ``[L, H, len(NAMES)]``; NaN where no query has a choice.
@@ -160,10 +146,7 @@ def recalls(choices: Choices, rows: Tensor, own: Tensor, sequence: Tensor, posit
     """Attention mass on the chosen chunks, and on the best possible ones, for some queries.
 
     Args:
-        choices: of this rank.
-        rows: int64 ``[n]``, rows of the queries.
-        own: int64 ``[n]``, their own chunks' ids.
-        sequence, position: int64 ``[n]``, where they lie.
+        rows, own, sequence, position: int64 ``[n]``, the queries' rows, own chunks' ids, and where they lie.
 
     Returns:
         two ``[n, H]``, in fp32 (fp64 for fp64 queries).
@@ -180,12 +163,7 @@ def recalls(choices: Choices, rows: Tensor, own: Tensor, sequence: Tensor, posit
 
 
 def attention_mass(choices: Choices, rows: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
-    """Softmax weights of full causal attention, summed over each chunk, for some queries.
-
-    Args:
-        choices: of this rank.
-        rows: int64 ``[n]``, rows of the queries.
-        sequence, position: int64 ``[n]``, where they lie.
+    """Softmax weights of full causal attention, summed over each chunk, of the queries of :func:`recalls`.
 
     Returns:
         ``[n, H, num_chunks]``, rows that sum to 1; fp32 (fp64 for fp64 queries).
@@ -223,16 +201,8 @@ def _sample(has_choice: Tensor, samples: int) -> tuple[Tensor, Tensor]:
 
 
 def _even_shares(choosers: Tensor, first: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """How many choices each chunk would get if all queries spread them evenly, and whether any query may choose it.
-
-    Args:
-        choosers: fp64 ``[num_chunks]``, queries with a choice by their own chunk.
-        first: int64 ``[B]``, the first chunk of each sequence.
-        topk: chunks a query attends to, its own included.
-
-    Returns:
-        fp64 and bool ``[num_chunks]``.
-    """
+    """How many choices each chunk would get if all queries spread them evenly, and whether any query may choose it:
+    fp64 and bool ``[num_chunks]``. ``choosers`` and ``first`` as in :class:`Places`."""
     ids = torch.arange(choosers.shape[0], device=choosers.device)
     sequence = torch.searchsorted(first, ids, right=True) - 1
     last = torch.cat((first[1:], first.new_full((1,), choosers.shape[0])))[sequence] - 1
