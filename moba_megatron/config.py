@@ -142,6 +142,10 @@ class MoBAConfig:
         """Whether every layer attends densely at this training iteration (0-based)."""
         return self.full_attention_from_step is not None and iteration >= self.full_attention_from_step
 
+    def chunks(self, dense: bool, max_seqlen: int) -> tuple[int, int]:
+        """Chunk size and topk of a layer: where it is dense, those of one chunk that holds everything."""
+        return (max(1, max_seqlen), 1) if dense else (self.chunk_size, self.topk)
+
     def refuse(self, host: str, reasons: Mapping[str, str]) -> None:
         """Raises ValueError where a field that a host cannot honour is not at its default.
 

@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     print(f"moba_megatron {__version__}, Python {platform.python_version()}, torch {torch.__version__} "
           f"(CUDA {torch.version.cuda or 'none'}), {platform.system()}")
-    report_cards()
+    report_hardware()
     report_packages()
     report_megatron()
     healthy = report_stages()
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if healthy else 1
 
 
-def report_cards() -> None:
+def report_hardware() -> None:
     print("cards")
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
@@ -175,8 +175,11 @@ def self_test() -> bool:
     checks = [("reference = definition", check_definition), ("reference = torch, where dense", check_dense)]
     if torch.cuda.is_available():
         checks.append(("kernels = reference, bf16", check_kernels))
-        checks += [(f"{package} = definition", functools.partial(check_package, package, variant))
-                   for package, variant in _dense_packages()]
+        variant = flash_packages.Variant(torch.device("cuda"), torch.bfloat16, 128, 128, 2)
+        for package in (flash_packages.FLASH_2, flash_packages.FLASH_3, flash_packages.FLASH_4):
+            fits = flash_packages.fits(package, torch.cuda.get_device_capability(), variant)
+            if fits and flash_packages.module_of(package):
+                checks.append((f"{package} = definition", functools.partial(check_package, package, variant)))
     if not _import_problem("megatron.core"):
         checks.append(("Megatron core attention", check_core_attention))
     return all([_run(name, check) for name, check in checks])
@@ -187,7 +190,7 @@ def _run(name: str, check) -> bool:
     try:
         said = check()
     except Exception as error:  # a report, not a traceback: any failure is a finding
-        _line(name, f"FAIL: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        _line(name, f"FAIL: {_first_line(error)}")
         return False
     _line(name, f"ok, {said} ({time.perf_counter() - start:.1f} s)")
     return True
@@ -205,35 +208,32 @@ def check_definition() -> str:
     scores.masked_fill_(torch.arange(len(means)) >= position[:, None] // chunk, -torch.inf)
     best = scores.topk(topk - 1).indices
     chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(2, best, True) & (scores > -torch.inf)
-    own = position[:, None] // chunk == position // chunk
-    mask = (chosen[:, :, position // chunk] | own) & (position <= position[:, None])
+    diagonal = position[:, None] // chunk == position // chunk
+    mask = (chosen[:, :, position // chunk] | diagonal) & (position <= position[:, None])
     logits = torch.einsum("thd,shd->hts", q, k) / q.shape[-1] ** 0.5
     expected = torch.einsum("hts,shd->thd", logits.masked_fill(~mask, -torch.inf).softmax(-1), v)
-    return _require(_error(o, expected), 1e-10)
+    return _require_equal([o], [expected], 1e-10)
 
 
 def check_dense() -> str:
     """With topk covering every chunk MoBA is causal attention: torch's, with gradients."""
-    results = []
-    for moba in (True, False):
-        q, k, v, cu_seqlens = _inputs(75, torch.float64, "cpu")
-        if moba:
-            o = moba_attn_varlen(q, k, v, cu_seqlens, 75, 16, 5, backend="reference")
-        else:
-            heads = (x.transpose(0, 1)[None] for x in (q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)))
-            o = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True)[0].transpose(0, 1)
-        results.append((o, *torch.autograd.grad(o.square().sum(), (q, k, v))))
-    return _require(max(_error(ours, torchs) for ours, torchs in zip(*results)), 1e-10)
+    def moba(q, k, v, cu_seqlens):
+        return moba_attn_varlen(q, k, v, cu_seqlens, 75, 16, 5, backend="reference")
+
+    def torchs(q, k, v, cu_seqlens):
+        heads = (x.transpose(0, 1)[None] for x in (q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)))
+        return torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True)[0].transpose(0, 1)
+
+    inputs = 75, torch.float64, "cpu"
+    return _require_equal(_with_gradients(moba, *inputs), _with_gradients(torchs, *inputs), 1e-10)
 
 
 def check_kernels() -> str:
     """Triton against the reference on the card, forward and backward."""
-    results = []
-    for backend in ("triton", "reference"):
-        q, k, v, cu_seqlens = _inputs(1000, torch.bfloat16, "cuda", head_dim=64)
-        o = moba_attn_varlen(q, k, v, cu_seqlens, 1000, 64, 4, backend=backend)
-        results.append((o, *torch.autograd.grad(o.float().square().sum(), (q, k, v))))
-    return _require(max(_error(ours, theirs) for ours, theirs in zip(*results)), LIMIT_BF16)
+    triton, reference = (_with_gradients(
+        lambda *packed: moba_attn_varlen(*packed, 1000, 64, 4, backend=backend).float(),
+        1000, torch.bfloat16, "cuda", 64) for backend in ("triton", "reference"))
+    return _require_equal(triton, reference, LIMIT_BF16)
 
 
 def check_package(package: str, variant: flash_packages.Variant) -> str:
@@ -242,14 +242,6 @@ def check_package(package: str, variant: flash_packages.Variant) -> str:
     if problem:
         raise AssertionError(f"{problem}: dense layers go on without it")
     return "bf16, head dim 128"
-
-
-def _dense_packages() -> list[tuple[str, flash_packages.Variant]]:
-    """The flash-attn packages that are installed and fit the card."""
-    variant = flash_packages.Variant(torch.device("cuda"), torch.bfloat16, 128, 128, 2)
-    return [(package, variant) for package in (flash_packages.FLASH_2, flash_packages.FLASH_3, flash_packages.FLASH_4)
-            if flash_packages.fits(package, torch.cuda.get_device_capability(), variant)
-            and flash_packages.module_of(package)]
 
 
 def check_core_attention() -> str:
@@ -267,7 +259,7 @@ def check_core_attention() -> str:
     dtype = torch.bfloat16 if device == "cuda" else torch.float64
     q, k, v, cu_seqlens = _inputs(100, dtype, device)
     o = core(q[:, None], k[:, None], v[:, None])
-    return _require(_error(o[:, 0], moba_attn_varlen(q, k, v, cu_seqlens, 100, 16, 3).flatten(1)), 1e-12)
+    return _require_equal([o[:, 0]], [moba_attn_varlen(q, k, v, cu_seqlens, 100, 16, 3).flatten(1)], 1e-12)
 
 
 def _inputs(tokens: int, dtype: torch.dtype, device: str, head_dim: int = 16):
@@ -279,13 +271,17 @@ def _inputs(tokens: int, dtype: torch.dtype, device: str, head_dim: int = 16):
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), cu_seqlens
 
 
-def _error(ours: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative RMS error."""
-    ours, expected = ours.detach().double(), expected.detach().double()
-    return float((ours - expected).norm() / expected.norm())
+def _with_gradients(attend, *of) -> tuple[torch.Tensor, ...]:
+    """o, dq, dk and dv of inputs that ``_inputs`` makes."""
+    q, k, v, cu_seqlens = _inputs(*of)
+    o = attend(q, k, v, cu_seqlens)
+    return o, *torch.autograd.grad(o.square().sum(), (q, k, v))
 
 
-def _require(error: float, limit: float) -> str:
+def _require_equal(ours, expected, limit: float) -> str:
+    """The largest relative RMS error."""
+    errors = torch.stack([(a.double() - b.double()).norm() / b.double().norm() for a, b in zip(ours, expected)])
+    error = errors.max().item()
     if not error <= limit:  # NaN too
         raise AssertionError(f"relative error {error:.2e}, at most {limit:.0e} expected")
     return f"relative error {error:.1e}"
@@ -298,8 +294,12 @@ def _import_problem(module: str) -> str | None:
             warnings.simplefilter("ignore")
             importlib.import_module(module)
     except Exception as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return _first_line(error)
     return None
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def _line(name: str, text: str) -> None:

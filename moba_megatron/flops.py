@@ -19,10 +19,10 @@ def attended_pairs(seqlen: float, chunk_size: int, topk: int) -> float:
         topk: chunks a query attends to, its own included.
     """
     full, rest = divmod(seqlen, chunk_size)
-    own = (full * chunk_size**2 + rest**2) / 2  # as Megatron-LM counts a causal square: half of it
+    diagonal = (full * chunk_size**2 + rest**2) / 2  # as Megatron-LM counts a causal square: half of it
     ramp = min(full, topk - 1)  # query chunks 0..ramp-1 have fewer than topk - 1 earlier ones, and take them all
     earlier_chunks = ramp * (ramp - 1) / 2 + (full - ramp) * (topk - 1)
-    return own + chunk_size * (chunk_size * earlier_chunks + rest * min(full, topk - 1))
+    return diagonal + chunk_size * (chunk_size * earlier_chunks + rest * min(full, topk - 1))
 
 
 def scored_pairs(seqlen: float, chunk_size: int, topk: int) -> float:

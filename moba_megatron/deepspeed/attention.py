@@ -52,12 +52,8 @@ class SequenceParallel:
             raise ValueError(f"method must be ulysses or zigzag for sequences over {size} ranks, got 'none'")
         if size == 1:
             return cls()
-        rank, mine = dist.get_rank(), None
-        for first in range(0, world, size):
-            group = dist.new_group(range(first, first + size))
-            if first <= rank < first + size:
-                mine = group
-        return cls(method, size, rank % size, mine)
+        group, _ = dist.new_subgroups(size)
+        return cls(method, size, dist.get_rank() % size, group)
 
     @property
     def data_rank(self) -> int:
@@ -158,7 +154,7 @@ class MoBAAttention(nn.Module):
 
     def _whole_sequences(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch, length = q.shape[:2]
-        chunk_size, topk = (max(1, length), 1) if self._is_dense() else (self.config.chunk_size, self.config.topk)
+        chunk_size, topk = self.config.chunks(self._is_dense(), length)
         segments = uniform_segments(length, length, batch, chunk_size, q.device)  # of one length: cuDNN may take them
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
         o = moba_attention(q, k, v, segments, topk, softmax_scale=self.softmax_scale,
@@ -169,7 +165,7 @@ class MoBAAttention(nn.Module):
     def _zigzag(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         parallel, config = self.parallel, self.config
         batch, length = q.shape[0], q.shape[1] * parallel.size
-        chunk_size, topk = (length, 1) if self._is_dense() else (config.chunk_size, config.topk)
+        chunk_size, topk = config.chunks(self._is_dense(), length)
         with CollectiveCheck(parallel.group) as collective:  # a rank with bad input ends all of them, with one message
             packed = tuple(x.flatten(0, 1) for x in (q, k, v))
             check_qkv(*packed)

@@ -23,7 +23,6 @@ from transformers.utils import TransformersKwargs
 from ..config import CHOICES, MoBAConfig
 from ..ops import moba_attention
 from ..ops.validation import same_dtype
-from ..segments import Segments
 from .cache import fill_after_prompt, follow_caches, is_in_prompt, note_prompts, sparse_decode
 from .mask import attended_slots, is_layout, moba_mask, packed_bounds, row_segments
 
@@ -123,16 +122,20 @@ def moba_attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, 
     config = _settings[name]
     refuse(module, attention_mask, dropout, kwargs)
     query, key, value = same_dtype(query, key, value)
-    topk = config.topk
     dense = config.is_full_attention(module.layer_idx + 1, module.config.num_hidden_layers)
     if query.shape[2] == 1 and key.shape[2] > 1 and config.decode == "moba" and not dense:
         return sparse_decode(query, key, value, attention_mask, scaling, config), None
     if query.shape[2] == 1 and key.shape[2] > 1 and (dense or not is_in_prompt(key, attention_mask)):
         slots = attended_slots(attention_mask, key.shape[2])
         return sdpa_attention_forward(module, query, key, value, slots, scaling=scaling, is_causal=False)
-    segments = _segments(query, key, attention_mask, kwargs, config.chunk_size)
-    if dense:  # one chunk that holds everything
-        segments, topk = replace(segments, chunk_size=max(1, segments.max_seqlen_k)), 1
+    if kwargs.get("cu_seq_lens_q") is not None:
+        segments = packed_bounds(kwargs["cu_seq_lens_q"], kwargs.get("max_length_q"), query, key, attention_mask,
+                                 config.chunk_size)
+    else:
+        segments = row_segments(query, key, attention_mask, kwargs.get("position_ids"), config.chunk_size)
+    chunk_size, topk = config.chunks(dense, segments.max_seqlen_k)
+    if dense:
+        segments = replace(segments, chunk_size=chunk_size)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     o = moba_attention(q, k, v, segments, topk, softmax_scale=scaling, deterministic=config.deterministic,
                        backend=config.backend, workspace_mib=config.workspace_mib)
@@ -143,13 +146,6 @@ def moba_attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, 
 
 for _name in BACKENDS:  # so that a model that runs without settings is told what is missing
     _make_known(_name)
-
-
-def _segments(query: Tensor, key: Tensor, layout: Tensor | None, kwargs: dict, chunk_size: int) -> Segments:
-    """Where the queries stand among the keys."""
-    if kwargs.get("cu_seq_lens_q") is not None:
-        return packed_bounds(kwargs["cu_seq_lens_q"], kwargs.get("max_length_q"), query, key, layout, chunk_size)
-    return row_segments(query, key, layout, kwargs.get("position_ids"), chunk_size)
 
 
 REFUSED = {

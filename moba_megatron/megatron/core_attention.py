@@ -127,17 +127,19 @@ class MoBACoreAttention(MegatronModule):
         self.full_attention = self.moba_config.is_full_attention(min(self.layer_number, last), last)
         if not self.full_attention:
             refuse_switch_in_graphs(config, self.moba_config)
+        groups = pg_collection or model_comm_pgs
         self.cp_group, self.cp_comm_type, self.cp_levels = None, None, None
         if config.context_parallel_size > 1:
             self.cp_comm_type = resolve_cp_comm_type(cp_comm_type, config, layer_number)
-            self.cp_group = _context_parallel_group(pg_collection or model_comm_pgs)
+            self.cp_group = getattr(groups, "cp", None)
+            if self.cp_group is None:
+                self.cp_group = parallel_state.get_context_parallel_group()
             if self.cp_comm_type == HIERARCHICAL:
                 self.cp_levels = _hierarchical_groups(pg_collection, layer_number)
         self.key_convolution = None
         if self.moba_config.key_conv and not self.full_attention:
             self.key_convolution = KeyConvolution(config, self.moba_config.key_conv, k_channels,
-                                                  self.moba_config.backend,
-                                                  getattr(pg_collection or model_comm_pgs, "tp", None))
+                                                  self.moba_config.backend, getattr(groups, "tp", None))
         guard_layers()
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
@@ -178,18 +180,22 @@ class MoBACoreAttention(MegatronModule):
             check(query, key, value)
             q, k, v = _to_thd(query, key, value)
             v = _apart_from_projection(q, k, v)
-            dense = dense or self._decodes_densely(query, key, packed)
-            segments = self._segments(query, key, packed, dense)
+            if self.moba_config.decode == "dense" and packed is None and query.shape[0] == 1 < key.shape[0]:
+                dense = True
+            segments, topk = self._segments(query, key, packed, dense)
             if self.key_convolution is not None:
                 k = self.key_convolution(k, segments.cu_seqlens_k)
             if _observer is not None and not dense:
                 _observer(self, q, k, segments)
-            o = moba_attention(q, k, v, segments, 1 if dense else self.moba_config.topk,
-                               softmax_scale=self.softmax_scale, deterministic=self.deterministic,
-                               backend=self.moba_config.backend, workspace_mib=self.moba_config.workspace_mib)
+            o = moba_attention(q, k, v, segments, topk, softmax_scale=self.softmax_scale,
+                               deterministic=self.deterministic, backend=self.moba_config.backend,
+                               workspace_mib=self.moba_config.workspace_mib)
         else:
             o = self._context_parallel(query, key, value, packed, dense, group, check)
-        return _from_thd(o, query)
+        if packed is not None:
+            return o.flatten(1)
+        seqlen, batch = query.shape[:2]
+        return o.unflatten(0, (batch, seqlen)).transpose(0, 1).flatten(2)
 
     @staticmethod
     def _check_call(mask_type, attention_bias, packed, attention_mask, group, kwargs, query, key, value) -> None:
@@ -222,19 +228,18 @@ class MoBACoreAttention(MegatronModule):
                 group = None
         return group if group is not None and group.size() > 1 else None
 
-    def _decodes_densely(self, query: Tensor, key: Tensor, packed: PackedSeqParams | None) -> bool:
-        return self.moba_config.decode == "dense" and packed is None and query.shape[0] == 1 < key.shape[0]
-
-    def _segments(self, query: Tensor, key: Tensor, packed: PackedSeqParams | None, dense: bool) -> Segments:
+    def _segments(self, query: Tensor, key: Tensor, packed: PackedSeqParams | None,
+                  dense: bool) -> tuple[Segments, int]:
+        """Where the queries stand among the keys, and topk."""
         if packed is None:
             seqlen_q, batch, seqlen_k = query.shape[0], query.shape[1], key.shape[0]
             if seqlen_q > seqlen_k:
                 raise ValueError(f"key must have at least query's {seqlen_q} tokens, got {seqlen_k}")
-            chunk_size = max(1, seqlen_k) if dense else self.moba_config.chunk_size
-            return uniform_segments(seqlen_q, seqlen_k, batch, chunk_size, query.device)
+            chunk_size, topk = self.moba_config.chunks(dense, seqlen_k)
+            return uniform_segments(seqlen_q, seqlen_k, batch, chunk_size, query.device), topk
         cu_seqlens, max_seqlen = _packed_lengths(packed, query.shape[0], query.device)
-        chunk_size = max(1, max_seqlen) if dense else self.moba_config.chunk_size
-        return Segments.from_cu_seqlens(cu_seqlens, max_seqlen, chunk_size)
+        chunk_size, topk = self.moba_config.chunks(dense, max_seqlen)
+        return Segments.from_cu_seqlens(cu_seqlens, max_seqlen, chunk_size), topk
 
     def _context_parallel(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams | None, dense: bool,
                           group: dist.ProcessGroup, check) -> Tensor:
@@ -272,8 +277,8 @@ class MoBACoreAttention(MegatronModule):
             layout = sequences.zigzag(size, dist.get_rank(group), moba.chunk_size)
             _observer(self, q, k, layout.segments, group, layout.rows.global_rows)
         return context_parallel_attention(
-            q, k, v, sequences, max(1, seqlen) if dense else moba.chunk_size, 1 if dense else moba.topk, levels,
-            comm_type=comm_type, head_groups=moba.cp_head_groups, softmax_scale=self.softmax_scale,
+            q, k, v, sequences, *moba.chunks(dense, seqlen), levels, comm_type=comm_type,
+            head_groups=moba.cp_head_groups, softmax_scale=self.softmax_scale,
             deterministic=self.deterministic, backend=moba.backend, workspace_mib=moba.workspace_mib)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -341,12 +346,6 @@ def resolve_cp_comm_type(cp_comm_type: str | list[str] | None, config: Transform
                          "heads can be dealt out to the ranks") from None
 
 
-def _context_parallel_group(groups) -> dist.ProcessGroup:
-    if getattr(groups, "cp", None) is not None:
-        return groups.cp
-    return parallel_state.get_context_parallel_group()
-
-
 def _hierarchical_groups(groups, layer_number: int) -> list[dist.ProcessGroup]:
     levels = getattr(groups, "hcp", None)
     if levels is None:
@@ -402,11 +401,3 @@ def _apart_from_projection(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if shared or not (torch.is_grad_enabled() and v.requires_grad) or storage.nbytes() < 2 * v.nbytes:
         return v
     return v.contiguous()
-
-
-def _from_thd(o: Tensor, query: Tensor) -> Tensor:
-    """``[b * s, h, dv]`` in query's layout with the heads joined."""
-    if query.dim() == 3:
-        return o.flatten(1)
-    seqlen, batch = query.shape[:2]
-    return o.unflatten(0, (batch, seqlen)).transpose(0, 1).flatten(2)

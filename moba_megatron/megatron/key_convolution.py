@@ -73,9 +73,9 @@ class KeyConvolution(MegatronModule):
         if cp_group is None:
             return key_convolution(k, weight, cu_seqlens, backend=self.backend)
         lengths = (cu_seqlens.diff() // (2 * cp_group.size())).repeat_interleave(2, output_size=2 * len(cu_seqlens) - 2)
-        runs = torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).int()
-        halo = _halo(k, runs, self.width - 1, cp_group)
-        return key_convolution(k, weight, runs, halo, backend=self.backend)
+        bounds = torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).int()
+        halo = _halo(k, bounds, self.width - 1, cp_group)
+        return key_convolution(k, weight, bounds, halo, backend=self.backend)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """The weight, cut along its only axis by tensor parallel rank, under each layer's own name.
@@ -89,11 +89,10 @@ class KeyConvolution(MegatronModule):
         return state
 
 
-def load_without_filters(original, sharded_state_dict, checkpoint_dir, *args, **kwargs):
-    """Has a distributed checkpoint without filters, a dense model's, load: they stay as they are, the identity."""
+def as_saved(sharded_state_dict: dict, checkpoint_dir) -> dict:
+    """What to load of a distributed checkpoint, which may be a dense model's: filters then stay as they are."""
     saved = {t.key: t for t in dist_checkpointing.load_tensors_metadata(str(checkpoint_dir)).values()}
-    expected = dict_list_map_outplace(functools.partial(_as_saved, saved), sharded_state_dict)
-    return original(expected, checkpoint_dir, *args, **kwargs)
+    return dict_list_map_outplace(functools.partial(_as_saved, saved), sharded_state_dict)
 
 
 def _as_saved(saved: dict[str, ShardedTensor], tensor):
@@ -114,24 +113,24 @@ def _as_saved(saved: dict[str, ShardedTensor], tensor):
     return LocalNonpersistentObject(tensor.data)
 
 
-def _halo(k: Tensor, runs: Tensor, width: int, group: dist.ProcessGroup) -> Tensor:
-    """The ``width`` keys before each run of this rank's zigzag, ``[runs, width, HK, D]``; 0 before a sequence.
+def _halo(k: Tensor, bounds: Tensor, width: int, group: dist.ProcessGroup) -> Tensor:
+    """The ``width`` keys before each zigzag piece of this rank, ``[pieces, width, HK, D]``; 0 before a sequence.
 
-    Every rank sends the last keys of its runs. A run's halo reaches into several runs where those are shorter.
+    Every rank sends the last keys of its pieces. A halo reaches into several pieces where those are shorter.
     """
     size, rank = group.size(), dist.get_rank(group)
     back = torch.arange(-width, 0, device=k.device)
-    rows = runs[1:, None] + back
-    own = rows >= runs[:-1, None]
-    tails = torch.where(own[..., None, None], k[rows.clamp(min=0)], 0)
-    gathered = _GatherTails.apply(tails, group)  # [P * runs, width, HK, D], rank after rank
-    number = torch.arange(len(runs) - 1, device=k.device)
+    rows = bounds[1:, None] + back
+    inside = rows >= bounds[:-1, None]
+    tails = torch.where(inside[..., None, None], k[rows.clamp(min=0)], 0)
+    gathered = _GatherTails.apply(tails, group)  # [P * pieces, width, HK, D], rank after rank
+    number = torch.arange(len(bounds) - 1, device=k.device)
     piece = torch.where(number % 2 == 0, rank, 2 * size - 1 - rank)[:, None]
-    length = runs.diff()[:, None].clamp(min=1)
+    length = bounds.diff()[:, None].clamp(min=1)
     position = piece * length + back  # in the sequence
     piece = position.clamp(min=0) // length
-    holder = torch.where(piece < size, piece, 2 * size - 1 - piece)
-    tail = holder * len(number) + number[:, None] // 2 * 2 + (piece >= size)
+    owner = torch.where(piece < size, piece, 2 * size - 1 - piece)
+    tail = owner * len(number) + number[:, None] // 2 * 2 + (piece >= size)
     place = width - length + position % length
     return torch.where((position >= 0)[..., None, None], gathered[tail, place.clamp(min=0)], 0)
 

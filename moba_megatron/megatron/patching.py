@@ -97,7 +97,7 @@ def guard_layers() -> None:
 
 
 def hook_loading() -> None:
-    """Has dense checkpoints load into a model that has key convolutions."""
+    """Has checkpoints of dense models load into one with key convolutions, which each of them asks for."""
     _hook("megatron.core.dist_checkpointing", "load", moba_load)
 
 
@@ -303,11 +303,11 @@ def moba_inference_guard(original, self, *args, **kwargs):
 
 
 @_wrapper
-def moba_load(original, *args, **kwargs):
-    """On ``dist_checkpointing.load``."""
-    from .key_convolution import load_without_filters
+def moba_load(original, sharded_state_dict, checkpoint_dir, *args, **kwargs):
+    """On ``dist_checkpointing.load``: a checkpoint without key convolutions loads into a model that has them."""
+    from .key_convolution import as_saved
 
-    return load_without_filters(original, *args, **kwargs)
+    return original(as_saved(sharded_state_dict, checkpoint_dir), checkpoint_dir, *args, **kwargs)
 
 
 ARGUMENTS_HOOK = ("megatron.training.arguments", "add_megatron_arguments", moba_arguments)
