@@ -3,6 +3,7 @@
 The imitation has Megatron-LM's names and calling order and nothing else; megatron.core below it is the installed one.
 Set MEGATRON_LM_PATH to a Megatron-LM checkout to hook into that as well.
 """
+import argparse
 import importlib.util
 import json
 import os
@@ -242,14 +243,14 @@ def test_launch_says_that_megatron_training_is_missing(monkeypatch, capsys):
 @pytest.fixture
 def host(monkeypatch):
     """Megatron-LM's parsed arguments, as of --attention moba; the test may change them."""
-    args = add_moba_arguments(launch.argparse.ArgumentParser(), "full", "full").parse_args(["--attention", "moba"])
+    args = add_moba_arguments(argparse.ArgumentParser(), "full", "full").parse_args(["--attention", "moba"])
     monkeypatch.setitem(sys.modules, "megatron.training.global_vars", SimpleNamespace(_GLOBAL_ARGS=args))
     monkeypatch.setattr(core_attention, "_iteration", None)
     return args
 
 
 def namespace(**kwargs):
-    return launch.argparse.Namespace(**kwargs)
+    return argparse.Namespace(**kwargs)
 
 
 @pytest.mark.parametrize("change, dropped", [
@@ -301,11 +302,12 @@ def test_restored_flags_that_come_too_late_are_an_error(monkeypatch):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--moba-log-router-interval", "0"], "argument --moba-log-router-interval: must be at least 1, got 0"),
+    (["--moba-log-router-interval", "0"],
+     "argument --moba-log-router-interval: must be a whole number of at least 1, got 0"),
     (["--moba-log-router-file", "x"], "--moba-log-router-file needs --moba-log-router-interval N"),
 ])
 def test_router_flags_are_checked_when_they_are_read(capsys, flags, message):
-    parser = patching.moba_arguments(lambda parser: parser)(launch.argparse.ArgumentParser())
+    parser = patching.moba_arguments(lambda parser: parser)(argparse.ArgumentParser())
     assert parser.parse_args(["--moba-log-router-interval", "1", "--moba-log-router-file", "x"])
     with pytest.raises(SystemExit):
         parser.parse_args(flags)
@@ -400,8 +402,8 @@ def test_last_fraction_refuses(flags, message):
 
 
 def parsed(*flags, **others):
-    args = add_moba_arguments(launch.argparse.ArgumentParser()).parse_args(flags)
-    return config_from_args(launch.argparse.Namespace(**vars(args), **others))
+    args = add_moba_arguments(argparse.ArgumentParser()).parse_args(flags)
+    return config_from_args(argparse.Namespace(**vars(args), **others))
 
 
 def test_unknown_version_is_said(monkeypatch):
