@@ -327,6 +327,15 @@ def test_layer_specs():
     assert "moba_layer_te_spec" in vars(layer_specs)  # --spec reads the module's dictionary
 
 
+def test_names_that_stay():
+    """Of programs of 0.1, and of patched checkouts of Megatron-LM (tests/test_patches.py)."""
+    from moba_megatron import arguments as old_arguments
+    from moba_megatron import core_attention as old
+
+    assert old.MoBACoreAttention is MoBACoreAttention and old.set_iteration is set_iteration
+    assert old_arguments.add_moba_arguments is add_moba_arguments
+
+
 def test_flags_round_trip():
     parser = add_moba_arguments(argparse.ArgumentParser())
     assert config_from_args(parser.parse_args([])) == MoBAConfig()

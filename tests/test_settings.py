@@ -1,8 +1,10 @@
 """Every setting of every host is honoured or refused by name: the tables must name each field, so none is forgotten."""
 import contextlib
 import dataclasses
+import importlib
 import inspect
 import re
+import sys
 from types import SimpleNamespace
 
 import huggingface_models as hf
@@ -142,6 +144,20 @@ ARGUMENTS = {
 }
 """The arguments of integrations, each of which has a test that sees it honoured or refused: below, in
 test_huggingface.py and in test_deepspeed.py."""
+
+
+@pytest.mark.parametrize("host, needs", [("deepspeed", "deepspeed"), ("huggingface", "transformers")])
+def test_names_of_an_earlier_version(host, needs, monkeypatch):
+    """They warn once, and are the same objects."""
+    pytest.importorskip(needs)
+    monkeypatch.delitem(sys.modules, f"moba_megatron.integrations.{host}", raising=False)
+    with pytest.warns(DeprecationWarning) as warned:
+        before = importlib.import_module(f"moba_megatron.integrations.{host}")
+        importlib.import_module(f"moba_megatron.integrations.{host}")
+    now = importlib.import_module(f"moba_megatron.{host}")
+    (warning,) = [w for w in warned if "integrations" in str(w.message)]
+    assert str(warning.message).endswith(f"import moba_megatron.{host}")
+    assert all(getattr(before, name) is getattr(now, name) for name in now.__all__)
 
 
 def test_arguments_are_listed():
