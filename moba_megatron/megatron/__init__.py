@@ -7,5 +7,5 @@
 | ``arguments``, ``checkpoint_flags`` | ``--moba-*`` flags, in checkpoints too |
 | ``patching`` | every change of Megatron: ``apply()``, ``undo()`` |
 | ``host``, ``refusals`` | what is read of Megatron, and what is refused of it |
-| ``flops``, ``router_log`` | Megatron-LM's throughput line and logs |
+| ``flops`` | Megatron-LM's throughput line |
 """

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ..inspect.report import as_record, as_scalars, summary
-from ..inspect.router_log import RouterLog
-from .host import host_args, host_iteration
+from ..megatron.host import host_args, host_iteration
+from .report import as_record, as_scalars, summary
+from .router_log import RouterLog
 
 
 def log_router(original):
