@@ -27,7 +27,8 @@ class Kernel:
 
     def __init__(self, log, *names, **defaults):
         self.log = log
-        self.params = [SimpleNamespace(name=name, default=defaults.get(name)) for name in names]
+        self.params = [SimpleNamespace(name=name, default=defaults.get(name), is_constexpr=name.isupper())
+                       for name in names]
 
     def __getitem__(self, grid):
         def run(*args, **constants):

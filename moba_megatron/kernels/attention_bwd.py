@@ -1,23 +1,20 @@
 """Attention backward: delta, then dk and dv by chunk, then dq. Deterministic: there are no atomics."""
 from __future__ import annotations
 
-import functools
-import math
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..segments import Routing, Segments
 from . import sm90, tuning
 from .attention_bwd_dkdv import _attention_bwd_dkdv_kernel, _attention_bwd_dkdv_sum_kernel
 from .attention_bwd_dq import _attention_bwd_dq_diagonal_kernel, _attention_bwd_dq_kernel
-from .attention_fwd import _check, _describable, _key_source, tma_available
+from .attention_call import AttentionCall, check
 from .bounds import clear_rows
-from .host import cdiv, head_block, next_power_of_2
+from .host import cdiv, next_power_of_2
 from .jit_helpers import _offset
 from .launcher import launch, milestone_reached
 from .routing import Tiles, make_tiles, route
@@ -34,27 +31,17 @@ def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tens
                   selected: Tensor, segments: Segments, softmax_scale: float, *, deterministic: bool = False,
                   kv_grad_dtype: torch.dtype | None = None,
                   routing: Routing | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`attention_fwd`.
+    """Gradients of :func:`attention_fwd`; products of fp32 are IEEE: tf32x3 would cost a weight its last three bits.
 
-    With ``p = exp(scale <q, k> - lse)`` and ``delta = <do, o> - dlse``: ``dv = p^T do``, ``ds = p * (do v^T - delta)``,
-    ``dq = scale * ds k``, ``dk = scale * ds^T q``. A milestone of ``launcher.repeat``: dk and dv are complete.
+    A milestone of ``launcher.repeat``: dk and dv are complete.
 
-    Args:
-        do: ``[T, H, DV]``, gradient of o; any strides.
-        dlse: ``[T, H]``, gradient of lse, or None.
-        q, k, v, selected, segments, softmax_scale: as forward; fp32 products are IEEE here.
-        o, lse: forward's results; lse decides the weights.
-        deterministic: no effect: every sum has a fixed order.
-        kv_grad_dtype: dtype of dk and dv; k's and v's own by default.
-        routing: of ``selected``, as forward used it; None to make it again.
-
-    Returns:
-        dq ``[T, H, D]``, dk ``[S, HK, D]``, dv ``[S, HK, DV]``; 0 for rows of no segment or sequence.
+    Args, Returns: as :func:`moba_megatron.reference.attention_bwd`; every sum has a fixed order, deterministic or not;
+        routing: of ``selected``, as forward used it, None to make it again.
 
     Raises:
         TypeError: fp64. ValueError: a head dim above 256, or chunks below 16.
     """
-    _check(q, v, selected, segments)
+    check(q, v, selected, segments)
     q, k, v, do, o = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v, do, o))
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.empty(k.shape, dtype=kv_grad_dtype or k.dtype, device=k.device)
@@ -67,103 +54,39 @@ def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tens
         else:
             clear_rows(segments.cu_seqlens_q, (dq, 0))
             clear_rows(segments.cu_seqlens_k, (dk, 0), (dv, 0))
-    x = _Inputs(q, k, v, do, _row_terms(do, o, dlse, lse), selected.contiguous(), segments, softmax_scale)
-    everything = (0, x.kv_heads)
-    if x.choices == 0:
-        _dkdv(x, None, dk, dv, None, _cuts(x, None, x.kv_heads), None, everything)
+    call = AttentionCall(q, k, v, selected.contiguous(), segments, softmax_scale, "ieee", do,
+                         _row_terms(do, o, dlse, lse))
+    everything = (0, call.kv_heads)
+    if call.choices == 0:
+        _attention_bwd_dkdv(call, None, dk, dv, None, _cuts(call, None, call.kv_heads), None, everything)
         milestone_reached()
-        _dq_diagonal(x, None, dq, everything)
+        _attention_bwd_dq_diagonal(call, None, dq, everything)
         return dq, dk, dv
     if routing is None:
-        routing = route(x.selected, x.kv_heads, x.num_chunks)
-    partial_bytes = x.rows_per_kv_head * x.choices * q.shape[2] * q.element_size()
-    groups = head_groups(x.kv_heads, partial_bytes)
+        routing = route(call.selected, call.kv_heads, call.num_chunks)
+    partial_size = call.rows_per_kv_head * call.choices * q.shape[2]
+    groups = head_groups(call.kv_heads, partial_size * q.element_size())
     together = groups[0][1] - groups[0][0]
     # one tile holds the chunk: its program writes the partial dq too, and traffic is what it saves
-    options = x.config("attention_bwd_dkdv")
+    options = call.config("attention_bwd_dkdv", gluon=call.gluon)
     fused = segments.chunk_size <= (sm90.KEYS if is_gluon(options) else options["BLOCK_N"])
-    cuts = _cuts(x, routing, together if fused else x.kv_heads)
+    cuts = _cuts(call, routing, together if fused else call.kv_heads)
     dkdv_partial = torch.empty(cuts.partial_floats, dtype=torch.float32, device=q.device)
     if not fused:
-        _dkdv(x, routing, dk, dv, None, cuts, dkdv_partial, everything)
+        _attention_bwd_dkdv(call, routing, dk, dv, None, cuts, dkdv_partial, everything)
         milestone_reached()
         del dkdv_partial
-        tiles = make_tiles(routing, x.dq_rows_per_program)
-    dq_partial = torch.empty(together * partial_bytes // q.element_size(), dtype=q.dtype, device=q.device)
+        tiles = _dq_tiles(call, routing)
+    dq_partial = torch.empty(together * partial_size, dtype=q.dtype, device=q.device)
     for group in groups:
         if fused:
-            _dkdv(x, routing, dk, dv, dq_partial, cuts, dkdv_partial, group)
+            _attention_bwd_dkdv(call, routing, dk, dv, dq_partial, cuts, dkdv_partial, group)
             if group == groups[-1]:
                 milestone_reached()
         else:
-            _dq_sparse(x, routing, tiles, dq_partial, group)
-        _dq_diagonal(x, dq_partial, dq, group)
+            _attention_bwd_dq(call, routing, tiles, dq_partial, group)
+        _attention_bwd_dq_diagonal(call, dq_partial, dq, group)
     return dq, dk, dv
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """What every kernel of the stage reads; all rows contiguous in their last dimension."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    do: Tensor
-    terms: Tensor
-    selected: Tensor
-    segments: Segments
-    softmax_scale: float
-
-    @property
-    def kv_heads(self) -> int:
-        return self.k.shape[1]
-
-    @property
-    def heads_per_kv(self) -> int:
-        return self.q.shape[1] // self.k.shape[1]
-
-    @property
-    def rows_per_kv_head(self) -> int:
-        return self.q.shape[0] * self.heads_per_kv
-
-    @property
-    def choices(self) -> int:
-        return self.selected.shape[2]
-
-    @property
-    def num_chunks(self) -> int:
-        return self.segments.num_chunks(self.k.shape[0])
-
-    @property
-    def scales(self) -> tuple[float, float]:
-        return self.softmax_scale * math.log2(math.e), self.softmax_scale
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        return tuple(x.stride(i) for x in (self.q, self.k, self.v, self.do) for i in (0, 1))
-
-    @property
-    def constants(self) -> dict[str, int]:
-        d, dv = self.q.shape[2], self.v.shape[2]
-        return {"H": self.q.shape[1], "G": self.heads_per_kv, "KS": self.choices, "D": d, "DV": dv,
-                "BLOCK_D": head_block(d), "BLOCK_DV": head_block(dv),
-                "PRECISION": "ieee"}  # fp32: tf32x3 would cost a weight its last three bits
-
-    @functools.cached_property
-    def gluon(self) -> bool:
-        return sm90.takes(self.q, self.k, self.v, self.do)
-
-    def config(self, stage: str) -> dict[str, int]:
-        return tuning.config(stage, self.q.device, head_dim=max(self.q.shape[2], self.v.shape[2]),
-                             chunk_size=self.segments.chunk_size, itemsize=self.q.element_size(),
-                             gluon=self.gluon)
-
-    @property
-    def dq_rows_per_program(self) -> int:
-        options = self.config("attention_bwd_dq")
-        if is_gluon(options):
-            return sm90.rows_per_program(options, self.selected.numel())
-        return options["BLOCK_M"]
 
 
 def _row_terms(do: Tensor, o: Tensor, dlse: Tensor | None, lse: Tensor) -> Tensor:
@@ -174,17 +97,19 @@ def _row_terms(do: Tensor, o: Tensor, dlse: Tensor | None, lse: Tensor) -> Tenso
     total, heads, dim = o.shape
     terms = torch.empty(total * heads + 1, 4, dtype=torch.float32, device=o.device)
     options = tuning.config("attention_bwd_delta", o.device, head_dim=dim, itemsize=o.element_size())
-    launch(_attention_bwd_delta_kernel, (cdiv(total * heads + 1, options["BLOCK_M"]),),
-        do,
-        o,
-        dlse if dlse is None else dlse.contiguous(),
-        lse.contiguous(),
-        terms,
-        total * heads,
-        do.stride(0),
-        do.stride(1),
-        o.stride(0),
-        o.stride(1),
+    launch(
+        _attention_bwd_delta_kernel,
+        (cdiv(total * heads + 1, options["BLOCK_M"]),),
+        do=do,
+        o=o,
+        dlse=dlse if dlse is None else dlse.contiguous(),
+        lse=lse.contiguous(),
+        terms=terms,
+        num_rows=total * heads,
+        stride_dot=do.stride(0),
+        stride_doh=do.stride(1),
+        stride_ot=o.stride(0),
+        stride_oh=o.stride(1),
         H=heads,
         DV=dim,
         BLOCK_DV=next_power_of_2(dim),
@@ -225,21 +150,21 @@ class _Cuts:
     """
 
     split: int
-    entries_per_kv_head: int
+    indices_per_kv_head: int
     extra_csr_rows: Tensor | None
     partial_floats: int
 
     def num_extra(self, kv_heads: int) -> int:
         """The bound on pieces beyond each list's first, of so many kv heads."""
-        return 0 if self.extra_csr_rows is None else cdiv(self.entries_per_kv_head * kv_heads, self.split)
+        return 0 if self.extra_csr_rows is None else cdiv(self.indices_per_kv_head * kv_heads, self.split)
 
 
-def _cuts(x: _Inputs, routing: Routing | None, kv_heads_together: int) -> _Cuts:
-    split = x.config("attention_bwd_dkdv")["SPLIT"]
-    if routing is None or x.rows_per_kv_head <= split:  # a row is in a list at most once
+def _cuts(call: AttentionCall, routing: Routing | None, kv_heads_together: int) -> _Cuts:
+    split = call.config("attention_bwd_dkdv", gluon=call.gluon)["SPLIT"]
+    if routing is None or call.rows_per_kv_head <= split:  # a row is in a list at most once
         return _Cuts(split, 0, None, 0)
-    floats = 2 * x.segments.chunk_size * (x.q.shape[2] + x.v.shape[2])  # a cut list's first piece has a partial too
-    indices = x.rows_per_kv_head * x.choices
+    floats = 2 * call.segments.chunk_size * (call.q.shape[2] + call.v.shape[2])  # of a cut list's first piece too
+    indices = call.rows_per_kv_head * call.choices
     allowed = max(MIN_PIECES, workspace_limit() // PARTIALS_SHARE // (4 * floats))
     split = max(split, cdiv(indices * kv_heads_together, allowed))
     return _Cuts(split, indices, _extra_csr_rows(routing, split), cdiv(indices * kv_heads_together, split) * floats)
@@ -297,157 +222,93 @@ def _order_segments_kernel(cu_seqlens, seq_ids, offsets, to_seq_ids, to_begin, t
     tl.store(to_offsets + place, tl.load(offsets + segment, mask=keep), mask=keep)
 
 
-def _dkdv(x: _Inputs, routing: Routing | None, dk: Tensor, dv: Tensor, dq_partial: Tensor | None, cuts: _Cuts,
-         dkdv_partial: Tensor | None, group: tuple[int, int]) -> None:
+def _attention_bwd_dkdv(call: AttentionCall, routing: Routing | None, dk: Tensor, dv: Tensor, dq_partial: Tensor | None,
+                        cuts: _Cuts, dkdv_partial: Tensor | None, group: tuple[int, int]) -> None:
     """Writes dk and dv of one group of kv heads, and ``dq_partial`` where there is one."""
-    options = x.config("attention_bwd_dkdv")
-    if is_gluon(options):
-        sm90.kernel_module("attention_bwd_dkdv").dkdv(x, routing, dk, dv, dq_partial, cuts, dkdv_partial, group,
-                                            _segments_by_sequence(x.segments), options)
-        _dkdv_sum(x, routing, dk, dv, cuts, dkdv_partial, group)
-        return
+    options = call.config("attention_bwd_dkdv", gluon=call.gluon)
     del options["SPLIT"]
-    size = x.segments.chunk_size
-    if dq_partial is not None:
+    size, gluon = call.segments.chunk_size, is_gluon(options)
+    if dq_partial is not None and not gluon:
         options["BLOCK_N"] = max(16, next_power_of_2(size))
-    kv_heads, constants = group[1] - group[0], x.constants
-    num_extra = cuts.num_extra(kv_heads)
-    num_key_tiles = cdiv(min(size, x.segments.max_seqlen_k), options["BLOCK_N"])
+    block_n = sm90.KEYS if gluon else options["BLOCK_N"]
+    kv_heads = group[1] - group[0]
+    num_extra, num_key_tiles = cuts.num_extra(kv_heads), cdiv(min(size, call.segments.max_seqlen_k), block_n)
     if num_key_tiles == 0:
         return
-    launch(_attention_bwd_dkdv_kernel, ((num_extra + x.num_chunks * kv_heads) * num_key_tiles,),
-        x.q,
-        x.k,
-        x.v,
-        x.do,
-        x.terms,
-        routing and routing.indices,
-        routing and routing.indptr,
-        cuts.extra_csr_rows,
-        x.segments.cu_seqlens_k,
-        *_segments_by_sequence(x.segments),
-        dk,
-        dv,
-        dkdv_partial,
-        dq_partial,
-        *x.scales,
-        x.q.shape[0] * x.q.shape[1],
-        size,
-        num_key_tiles,
-        x.num_chunks,
-        x.segments.num_sequences,
-        x.segments.num_segments,
-        num_extra,
-        cuts.split,
-        *group,
-        *x.strides,
-        HK=x.kv_heads,
-        PACKED=x.segments.packed,
+    seq_ids, segment_begin, segment_end, offsets = _segments_by_sequence(call.segments)
+    lists = dict(
+        indptr=routing and routing.indptr,
+        extra_csr_rows=cuts.extra_csr_rows,
+        num_extra=num_extra,
+        split=cuts.split,
+        kv_head_begin=group[0],
+        kv_head_end=group[1],
+        dk=dk,
+        dv=dv,
+    )
+    arguments = dict(
+        lists,
+        indices=routing and routing.indices,
+        seq_ids=seq_ids,
+        segment_begin=segment_begin,
+        segment_end=segment_end,
+        offsets=offsets,
+        num_key_tiles=num_key_tiles,
+        PACKED=call.segments.packed,
         HAS_DQ=dq_partial is not None,
-        RAGGED=size % options["BLOCK_N"] != 0,
-        **constants,
+        RAGGED=size % block_n != 0,
         **options,
     )
-    _dkdv_sum(x, routing, dk, dv, cuts, dkdv_partial, group)
+    grid = ((num_extra + call.num_chunks * kv_heads) * num_key_tiles,)
+    if gluon:
+        sm90.kernel_module("attention_bwd_dkdv").attention_bwd_dkdv(call, grid, dkdv_partial, dq_partial, arguments)
+    else:
+        launch(_attention_bwd_dkdv_kernel, grid, **call.arguments(
+            _attention_bwd_dkdv_kernel, dkdv_partial=dkdv_partial, dq_partial=dq_partial, **arguments))
+    if num_extra:
+        launch(_attention_bwd_dkdv_sum_kernel, (num_extra, cdiv(size, 16)), **call.arguments(
+            _attention_bwd_dkdv_sum_kernel, dkdv_partial=dkdv_partial, BLOCK_N=16, **lists))
 
 
-def _dkdv_sum(x: _Inputs, routing: Routing | None, dk: Tensor, dv: Tensor, cuts: _Cuts, dkdv_partial: Tensor | None,
-             group: tuple[int, int]) -> None:
-    """Adds the partial sums of cut lists, if there may be any."""
-    num_extra = cuts.num_extra(group[1] - group[0])
-    if num_extra == 0:
-        return
-    size, constants = x.segments.chunk_size, x.constants
-    del constants["H"], constants["G"], constants["KS"], constants["PRECISION"]
-    launch(_attention_bwd_dkdv_sum_kernel, (num_extra, cdiv(size, 16)),
-        routing.indptr,
-        cuts.extra_csr_rows,
-        x.segments.cu_seqlens_k,
-        dkdv_partial,
-        dk,
-        dv,
-        size,
-        x.num_chunks,
-        x.segments.num_sequences,
-        num_extra,
-        cuts.split,
-        *group,
-        HK=x.kv_heads,
-        BLOCK_N=16,
-        **constants,
-    )
-
-
-def _dq_sparse(x: _Inputs, routing: Routing, tiles: Tiles, dq_partial: Tensor, group: tuple[int, int]) -> None:
-    """Fills the partial dq of one group of kv heads."""
-    options = x.config("attention_bwd_dq")
+def _dq_tiles(call: AttentionCall, routing: Routing) -> Tiles:
+    """The lists in tiles for dq."""
+    options = call.config("attention_bwd_dq", gluon=call.gluon)
     if is_gluon(options):
-        sm90.kernel_module("attention_bwd_dq").dq_sparse(x, routing, tiles, dq_partial, group, options)
+        return make_tiles(routing, sm90.rows_per_program(options, call.selected.numel()))
+    return make_tiles(routing, options["BLOCK_M"])
+
+
+def _attention_bwd_dq(call: AttentionCall, routing: Routing, tiles: Tiles, dq_partial: Tensor,
+                      group: tuple[int, int]) -> None:
+    """Fills the partial dq of one group of kv heads."""
+    options = call.config("attention_bwd_dq", gluon=call.gluon)
+    if is_gluon(options):
+        del options["SPLIT"]
+        sm90.kernel_module("attention_bwd_dq").attention_bwd_dq(call, routing, tiles, dq_partial, group, options)
         return
-    block_n = options["BLOCK_N"]
-    size, kv_heads = x.segments.chunk_size, group[1] - group[0]
-    ragged = size % block_n != 0
-    use_tma = not ragged and tma_available(x.q.device) and _describable(x.k) and _describable(x.v)
-    bound = x.rows_per_kv_head * kv_heads * x.choices // tiles.block + x.num_chunks * kv_heads + 1
-    launch(_attention_bwd_dq_kernel, (bound,),
-        x.q,
-        _key_source(x.k, block_n, use_tma),
-        _key_source(x.v, block_n, use_tma),
-        x.do,
-        x.terms,
-        routing.indices,
-        tiles.csr_row,
-        tiles.begin,
-        tiles.end,
-        tiles.indptr,
-        x.segments.cu_seqlens_k,
-        dq_partial,
-        *x.scales,
-        1.0,
-        size,
-        x.num_chunks,
-        x.segments.num_sequences,
-        *group,
-        *x.strides,
-        USE_TMA=use_tma,
-        RAGGED=ragged,
-        **x.constants,
+    grid, lists = call.over_lists(routing, tiles, group)
+    launch(_attention_bwd_dq_kernel, grid, **call.arguments(
+        _attention_bwd_dq_kernel,
+        **call.key_tiles(options["BLOCK_N"]),
+        **lists,
+        dq_partial=dq_partial,
+        one=1.0,
+        RAGGED=call.segments.chunk_size % options["BLOCK_N"] != 0,
         **options,
-    )
+    ))
 
 
-def _dq_diagonal(x: _Inputs, dq_partial: Tensor | None, dq: Tensor, group: tuple[int, int]) -> None:
+def _attention_bwd_dq_diagonal(call: AttentionCall, dq_partial: Tensor | None, dq: Tensor,
+                               group: tuple[int, int]) -> None:
     """Writes dq of one group of kv heads: the diagonal chunks' part and the sum of the partial dq."""
-    options = x.config("attention_bwd_dq_diagonal")
-    num_tiles = x.q.shape[0] // options["BLOCK_M"] + x.segments.num_segments
-    group_heads = (group[1] - group[0]) * x.heads_per_kv
-    dim = x.q.shape[2]
-    use_tma = dq_partial is not None and dim % 8 == 0 and dq_partial.element_size() == 2 and tma_available(x.q.device)
-    if use_tma:
-        width = x.choices * dim
-        dq_partial = TensorDescriptor(dq_partial, [x.q.shape[0], group_heads, width], [group_heads * width, width, 1],
-                                      [options["BLOCK_M"], 1, head_block(dim)])
-    launch(_attention_bwd_dq_diagonal_kernel, (num_tiles * group_heads,),
-        x.q,
-        x.k,
-        x.v,
-        x.do,
-        x.terms,
-        x.selected,
-        dq_partial,
-        dq,
-        x.segments.cu_seqlens_q,
-        x.segments.cu_seqlens_k,
-        x.segments.seq_ids,
-        x.segments.offsets,
-        *x.scales,
-        num_tiles,
-        x.segments.num_segments,
-        x.segments.chunk_size,
-        group[0] * x.heads_per_kv,
-        group_heads,
-        *x.strides,
+    options = call.config("attention_bwd_dq_diagonal", gluon=call.gluon)
+    grid, queries = call.over_queries(options["BLOCK_M"], group)
+    dq_partial, use_tma = call.partial_tiles(dq_partial, dq.shape[2], options["BLOCK_M"], group)
+    launch(_attention_bwd_dq_diagonal_kernel, grid, **call.arguments(
+        _attention_bwd_dq_diagonal_kernel,
+        **queries,
+        dq_partial=dq_partial,
+        dq=dq,
         USE_TMA=use_tma,
-        **x.constants,
         **options,
-    )
+    ))

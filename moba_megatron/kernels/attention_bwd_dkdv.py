@@ -9,7 +9,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .jit_helpers import _chunk_keys, _find_piece, _offset, _piece_items
+from .jit_helpers import (
+    _choice_row,
+    _chunk_keys,
+    _extra_piece,
+    _find_piece,
+    _lower_bound,
+    _offset,
+    _partial_row,
+    _piece_items,
+)
 
 
 @triton.jit
@@ -38,25 +47,6 @@ def _load_rows_where(pointer, offsets, keep, D: tl.constexpr, BLOCK_D: tl.conste
 
 
 @triton.jit
-def _choice_row(choice, kv_head, H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr):
-    """Row (token * H + head) of indices, int32; token and head, int64; head is a scalar where it can only be one.
-
-    Divisions are unsigned (shifts, where they can be), and what is multiplied by a stride is a signed 32-bit number
-    until then: one instruction each.
-    """
-    if choice.dtype == tl.int64:
-        row = (choice.to(tl.uint64) // KS).to(tl.uint32)
-    else:
-        row = choice.to(tl.uint32) // KS
-    token = (row // H).to(tl.int32).to(tl.int64)
-    if G == 1:
-        head = kv_head.to(tl.int64)
-    else:
-        head = (row % H).to(tl.int32).to(tl.int64)
-    return row.to(tl.int32), token, head
-
-
-@triton.jit
 def _load_terms(terms, row, BLOCK_M: tl.constexpr):
     """lse, in powers of two, and delta of int64 rows.
 
@@ -80,23 +70,6 @@ def _weights(k, v, q, do, lse, delta, keep, qk_scale, HAS_KEEP: tl.constexpr, PR
     dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # runs while the weights are computed
     ds = p * (dp - delta[None, :])
     return p.to(do.dtype), ds.to(q.dtype)
-
-
-@triton.jit
-def _extra_piece(extra_csr_rows, indptr, first_csr_row, end_csr_row, extra, split):
-    """Extra piece number ``extra`` of the CSR rows ``first_csr_row .. end_csr_row``: its row, and its number there.
-
-    A row's first ``split`` indices are piece 0. Piece i > 0 of row b has the number ``indptr[b] // split + i - 1``,
-    here counted from the first row's; rows of up to ``split`` indices have none, so numbers are unique. Piece 0 where
-    the number is not used.
-    """
-    number = extra + (tl.load(indptr + first_csr_row) // split).to(tl.int32)
-    csr_row = tl.load(extra_csr_rows + number) - 1
-    begin = tl.load(indptr + csr_row)
-    end = tl.load(indptr + csr_row + 1)
-    piece = number - (begin // split).to(tl.int32) + 1
-    used = (csr_row < end_csr_row) & (begin + piece.to(tl.int64) * split < end)
-    return csr_row, tl.where(used, piece, 0)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_key_tiles", "num_chunks", "num_sequences", "num_segments",
@@ -172,8 +145,7 @@ def _attention_bwd_dkdv_kernel(
             if HAS_DQ:
                 dq = tl.dot(tl.trans(ds), k_rows, input_precision=PRECISION) * softmax_scale
                 cols = tl.arange(0, BLOCK_D)
-                row, token, head = _choice_row(this_choice, kv_head, H, G, KS)
-                partial_row = (token * group_heads + head - kv_head_begin * G) * KS + this_choice % KS
+                partial_row = _partial_row(this_choice, kv_head, kv_head_begin * G, group_heads, H, G, KS)
                 tl.store(dq_partial + partial_row[:, None] * D + cols[None, :], dq.to(dq_partial.dtype.element_ty),
                          mask=valid[:, None] & (cols[None, :] < D))
 
@@ -220,19 +192,6 @@ def _attention_bwd_dkdv_kernel(
     row = (key_row * HK + kv_head)[:, None]
     tl.store(dk + row * D + cols[None, :], dk_acc.to(dk.dtype.element_ty), mask=keep & (partial_index < 0))
     tl.store(dv + row * DV + cols_v[None, :], dv_acc.to(dv.dtype.element_ty), mask=keep_v & (partial_index < 0))
-
-
-@triton.jit
-def _lower_bound(values, count, wanted):
-    """The first index whose value is at least ``wanted`` in a non-decreasing array."""
-    low = wanted * 0
-    high = low + count
-    while low < high:
-        middle = (low + high) // 2
-        below = tl.load(values + middle) < wanted
-        low = tl.where(below, middle + 1, low)
-        high = tl.where(below, high, middle)
-    return low
 
 
 @triton.jit(do_not_specialize=["num_chunks", "num_sequences", "num_extra", "split", "kv_head_begin", "kv_head_end"])

@@ -18,75 +18,40 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..segments import Routing
-from . import attention_bwd_dkdv, sm90
-from .host import cdiv
+from . import sm90
+from .attention_call import AttentionCall
 from .jit_helpers_sm90 import (
     LOADER_WARPS,
     _choice_row,
     _copy_rows,
     _copy_rows_where,
+    _extra_piece,
     _find_piece,
+    _lower_bound,
     _partial_row,
     _piece_items,
 )
 from .launcher import launch
 
 KEYS = gl.constexpr(sm90.KEYS)
-_extra_piece = gluon.jit(attention_bwd_dkdv._extra_piece.fn)
-_lower_bound = gluon.jit(attention_bwd_dkdv._lower_bound.fn)
 
 
-def dkdv(x, routing: Routing | None, dk: Tensor, dv: Tensor, dq_partial: Tensor | None, cuts,
-         dkdv_partial: Tensor | None, group: tuple[int, int], by_sequence: tuple[Tensor, ...],
-         options: dict[str, int]) -> None:
+def attention_bwd_dkdv(call: AttentionCall, grid: tuple[int], dkdv_partial: Tensor | None, dq_partial: Tensor | None,
+                       arguments: dict[str, object]) -> None:
     """Writes dk and dv of one group of kv heads, or partial sums of cut lists, and ``dq_partial`` where there is one.
 
     Args:
-        x, cuts: attention_bwd's inputs, and how it cuts the lists.
-        by_sequence: sequence, first and last row, and offset of the segments, those of a sequence side by side.
+        grid, arguments: as of the Triton kernel.
     """
-    options = {name: value for name, value in options.items() if name != "SPLIT"}
-    size, kv_heads = x.segments.chunk_size, group[1] - group[0]
-    num_extra, num_key_tiles = cuts.num_extra(kv_heads), cdiv(min(size, x.segments.max_seqlen_k), KEYS.value)
-    if num_key_tiles == 0:
-        return
-    launch(_attention_bwd_dkdv_sm90_kernel, ((num_extra + x.num_chunks * kv_heads) * num_key_tiles,),
-        x.q,
-        x.k,
-        x.v,
-        x.do,
-        x.terms,
-        x.selected if routing is None else routing.indices,  # not read where there are no choices
-        x.selected if routing is None else routing.indptr,
-        cuts.extra_csr_rows,
-        x.segments.cu_seqlens_k,
-        *by_sequence,
-        dk,
-        dv,
-        x.terms if dkdv_partial is None else dkdv_partial,
-        x.q if dq_partial is None else dq_partial,
-        *x.scales,
-        x.q.shape[0] * x.q.shape[1],
-        size,
-        num_key_tiles,
-        x.num_chunks,
-        x.segments.num_sequences,
-        x.segments.num_segments,
-        num_extra,
-        cuts.split,
-        *group,
-        *sm90.strides_of_eight(x.q, x.k, x.v, x.do),
-        H=x.q.shape[1],
-        HK=x.kv_heads,
-        G=x.heads_per_kv,
-        KS=x.choices,
-        D=x.q.shape[2],
-        PACKED=x.segments.packed,
-        HAS_DQ=dq_partial is not None,
-        RAGGED=size % KEYS.value != 0,
-        **options,
-    )
+    if arguments["indptr"] is None:  # not read where there are no choices
+        arguments = {**arguments, "indices": call.selected, "indptr": call.selected}
+    launch(_attention_bwd_dkdv_sm90_kernel, grid, **call.arguments(
+        _attention_bwd_dkdv_sm90_kernel,
+        **arguments,
+        dkdv_partial=call.terms if dkdv_partial is None else dkdv_partial,
+        dq_partial=call.q if dq_partial is None else dq_partial,
+        **sm90.strides_of_eight(q=call.q, k=call.k, v=call.v, do=call.do),
+    ))
 
 
 @gluon.jit

@@ -4,9 +4,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_bwd_dkdv import _choice_row, _gather_rows, _load_rows_where
+from .attention_bwd_dkdv import _gather_rows, _load_rows_where
 from .attention_fwd import _load_keys
-from .jit_helpers import _chunk_keys, _offset, _query_tile
+from .jit_helpers import _choice_row, _chunk_keys, _offset, _query_tile
 
 
 @triton.jit(do_not_specialize=["num_chunks", "num_sequences", "kv_head_begin", "kv_head_end"])

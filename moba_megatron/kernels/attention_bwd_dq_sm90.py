@@ -19,47 +19,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..segments import Routing
 from . import sm90
+from .attention_call import AttentionCall
 from .jit_helpers_sm90 import LOADER_WARPS, _choice_row, _chunk_keys, _copy_keys, _copy_rows, _partial_row
 from .launcher import launch
 from .routing import Tiles
 
 
-def dq_sparse(x, routing: Routing, tiles: Tiles, dq_partial: Tensor, group: tuple[int, int],
-              options: dict[str, int]) -> None:
-    """Fills the partial dq of one group of kv heads; ``x`` is attention_bwd's inputs."""
-    options = {name: value for name, value in options.items() if name != "SPLIT"}
-    size, kv_heads = x.segments.chunk_size, group[1] - group[0]
-    options["BLOCK_N"] = block_n = sm90.key_tile(options, size)
-    ragged = size % block_n != 0
-    use_tma = not ragged and sm90.describable(x.k) and sm90.describable(x.v)
-    bound = x.rows_per_kv_head * kv_heads * x.choices // tiles.block + x.num_chunks * kv_heads + 1
-    launch(_attention_bwd_dq_sm90_kernel, (bound,),
-        x.q,
-        sm90.describe(x.k, block_n) if use_tma else x.k,
-        sm90.describe(x.v, block_n) if use_tma else x.v,
-        x.do,
-        x.terms,
-        routing.indices,
-        tiles.csr_row,
-        tiles.begin,
-        tiles.end,
-        tiles.indptr,
-        x.segments.cu_seqlens_k,
-        dq_partial,
-        *x.scales,
-        size,
-        x.num_chunks,
-        x.segments.num_sequences,
-        *group,
-        *sm90.strides_of_eight(x.q, x.k, x.v, x.do),
-        H=x.q.shape[1],
-        G=x.heads_per_kv,
-        KS=x.choices,
-        D=x.q.shape[2],
-        USE_TMA=use_tma,
-        RAGGED=ragged,
-        **options,
-    )
+def attention_bwd_dq(call: AttentionCall, routing: Routing, tiles: Tiles, dq_partial: Tensor, group: tuple[int, int],
+                     options: dict[str, int]) -> None:
+    """Fills the partial dq of one group of kv heads."""
+    grid, lists = call.over_lists(routing, tiles, group)
+    launch(_attention_bwd_dq_sm90_kernel, grid, **call.arguments(
+        _attention_bwd_dq_sm90_kernel,
+        **lists,
+        dq_partial=dq_partial,
+        **sm90.strides_of_eight(q=call.q, k=call.k, v=call.v, do=call.do),
+        **sm90.key_tiles(call.k, call.v, call.segments.chunk_size, options),
+    ))
 
 
 @gluon.jit

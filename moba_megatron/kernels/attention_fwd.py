@@ -11,19 +11,17 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..segments import Routing, Segments
-from . import sm90, tuning
+from . import sm90
+from .attention_call import AttentionCall, check
 from .bounds import clear_rows
-from .host import INTERPRETED, head_block, next_power_of_2, precision
+from .host import precision
 from .jit_helpers import _chunk_keys, _offset, _query_tile
 from .launcher import launch
 from .routing import Tiles, make_tiles, route
 from .tuning_table import is_gluon
 from .workspace import head_groups
-
-MAX_HEAD_DIM = 256
 
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: Segments, softmax_scale: float,
@@ -31,101 +29,70 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: S
     """Softmax attention over the diagonal chunk and the selected ones, keys at or before the query.
 
     With ``(o_j, lse_j)`` the attention over one chunk alone: ``lse = log sum_j exp(lse_j)`` and
-    ``o = sum_j exp(lse_j - lse) o_j``.
+    ``o = sum_j exp(lse_j - lse) o_j``. Products of fp32 are in tf32x3.
 
-    Args:
-        q: ``[T, H, D]``, bf16, fp16 or fp32 (products in tf32x3); any strides, D and DV at most 256.
-        k: ``[S, HK, D]``.
-        v: ``[S, HK, DV]``.
-        selected: int32 ``[T, H, topk - 1]``, ids of full, earlier chunks, -1 for none.
-        segments: places the queries among the keys.
-        softmax_scale: multiplies the scores.
-        routing: of ``selected``; None to make it here.
-
-    Returns:
-        o ``[T, H, DV]`` in q's dtype; lse ``[T, H]``, fp32, natural log; 0 and -inf for rows of no segment.
+    Args, Returns: as :func:`moba_megatron.reference.attention_fwd`; routing: of ``selected``, None to make it here.
 
     Raises:
         TypeError: fp64. ValueError: a head dim above 256, chunks below 16, or 2^31 rows (token, head).
     """
-    _check(q, v, selected, segments)
+    check(q, v, selected, segments)
     if softmax_scale < 0:  # the running maximum is taken before the scale
         q, softmax_scale = -q, -softmax_scale
-    qk_scale = max(softmax_scale, 1e-30) * math.log2(math.e)  # 0 would turn a masked -inf into NaN
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
-    total_q, num_heads, _ = q.shape
-    num_kv_heads, choices = k.shape[1], selected.shape[2]
-    o = torch.empty(total_q, num_heads, v.shape[2], dtype=q.dtype, device=q.device)
-    lse = torch.empty(total_q, num_heads, dtype=torch.float32, device=q.device)
-    if total_q == 0:
+    o = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    if q.shape[0] == 0:
         return o, lse
     if not segments.exact:
         clear_rows(segments.cu_seqlens_q, (o, 0), (lse, -math.inf))
-    if choices == 0:
-        _diagonal_merge(q, k, v, selected, None, None, o, lse, segments, qk_scale, (0, num_kv_heads))
+    # a scale of 0 would turn a masked -inf into NaN
+    call = AttentionCall(q, k, v, selected.contiguous(), segments, max(softmax_scale, 1e-30), precision(q.dtype))
+    if call.choices == 0:
+        _attention_fwd_diagonal(call, None, None, o, lse, (0, call.kv_heads))
         return o, lse
-    selected = selected.contiguous()
-    options = _sparse_config(q, k, v, segments.chunk_size, selected.numel())
+    options = _sparse_config(call)
     if routing is None:
-        routing = route(selected, num_kv_heads, segments.num_chunks(k.shape[0]))
-    tiles = make_tiles(routing, options["SPLIT"])
-    rows_per_head = total_q * (num_heads // num_kv_heads) * choices
-    groups = head_groups(num_kv_heads, rows_per_head * (v.shape[2] * q.element_size() + 4))
+        routing = route(call.selected, call.kv_heads, call.num_chunks)
+    tiles = make_tiles(routing, options.pop("SPLIT"))
+    rows_per_head = call.rows_per_kv_head * call.choices
+    groups = head_groups(call.kv_heads, rows_per_head * (v.shape[2] * q.element_size() + 4))
     rows = rows_per_head * (groups[0][1] - groups[0][0])
     o_partial = torch.empty(rows, v.shape[2], dtype=q.dtype, device=q.device)
     lse_partial = torch.empty(rows, dtype=torch.float32, device=q.device)
+    sparse = sm90.kernel_module("attention_fwd").attention_fwd_sparse if is_gluon(options) else _attention_fwd_sparse
     for group in groups:
-        _sparse(q, k, v, routing, tiles, o_partial, lse_partial, segments, qk_scale, choices, group, options)
-        _diagonal_merge(q, k, v, selected, o_partial, lse_partial, o, lse, segments, qk_scale, group)
+        sparse(call, routing, tiles, o_partial, lse_partial, group, options)
+        _attention_fwd_diagonal(call, o_partial, lse_partial, o, lse, group)
     return o, lse
 
 
-def _check(q: Tensor, v: Tensor, selected: Tensor, segments: Segments) -> None:
-    if q.dtype == torch.float64:
-        raise TypeError("q must be bfloat16, float16 or float32 for the Triton kernels, got float64: "
-                        "use backend='reference'")
-    if max(q.shape[2], v.shape[2]) > MAX_HEAD_DIM:
-        raise ValueError(f"head_dim must be at most {MAX_HEAD_DIM} for the Triton kernels, got {q.shape[2]} for q and "
-                         f"k, {v.shape[2]} for v: use backend='reference'")
-    rows = max(q.shape[0] * q.shape[1], (v.shape[0] + segments.num_sequences) * v.shape[1])
-    if rows >= 2 ** 31:  # numbers of rows (token, head) and of CSR rows (kv head, chunk) are 32 bits wide
-        raise ValueError(f"tokens times heads must be below 2^31 for the Triton kernels, got {rows}: use fewer tokens")
-    if segments.chunk_size < 16 and selected.shape[2]:
-        raise ValueError(f"chunk_size must be at least 16 for the Triton kernels, got {segments.chunk_size}: "
-                         "use backend='reference'")
-
-
-def _sparse_config(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, choices: int) -> dict[str, int]:
-    """The sparse pass's configuration, with SPLIT (rows a program) and RESIDENT (a chunk's keys fit one tile)."""
-    options = tuning.config("attention_fwd", q.device, head_dim=max(q.shape[2], v.shape[2]), chunk_size=chunk_size,
-                            ragged=chunk_size % 64, itemsize=q.element_size(), gluon=sm90.takes(q, k, v))
+def _sparse_config(call: AttentionCall) -> dict[str, int]:
+    """The sparse pass's configuration with SPLIT, rows of a tile of a list; ROW_STAGES where a chunk fits one tile."""
+    size = call.segments.chunk_size
+    options = call.config("attention_fwd", ragged=size % 64, gluon=call.gluon)
     if is_gluon(options):
-        return {**options, "SPLIT": sm90.rows_per_program(options, choices)}
-    options["RESIDENT"] = options["BLOCK_N"] >= chunk_size
-    if options["RESIDENT"]:
+        return {**options, "SPLIT": sm90.rows_per_program(options, call.selected.numel())}
+    if options["BLOCK_N"] >= size:
         return {"SPLIT": 16 * options["BLOCK_M"], "ROW_STAGES": options["num_stages"], **options}
     return {**options, "SPLIT": options["BLOCK_M"]}
 
 
-def tma_available(device: torch.device) -> bool:
-    """Whether tensor descriptors are faster than pointers here: from Hopper on."""
-    return not INTERPRETED and torch.cuda.get_device_capability(device)[0] >= 9
-
-
-def _key_source(x: Tensor, block_n: int, use_tma: bool) -> Tensor | TensorDescriptor:
-    """x ``[S, HK, D]`` itself, or a descriptor of ``[HK, S, D]`` whose tiles are padded with zeros beyond D."""
-    if not use_tma:
-        return x
-    total, heads, dim = x.shape
-    stride_head = x.stride(1) if heads > 1 else total * x.stride(0)
-    return TensorDescriptor(x, [heads, total, dim], [stride_head, x.stride(0), 1],
-                            [1, block_n, head_block(dim)])
-
-
-def _describable(x: Tensor) -> bool:
-    strides = x.stride()[:2] if x.shape[1] > 1 else x.stride()[:1]
-    return (x.element_size() == 2 and x.data_ptr() % 16 == 0 and x.stride(0) > 0
-            and all(s * x.element_size() % 16 == 0 for s in strides))
+def _attention_fwd_sparse(call: AttentionCall, routing: Routing, tiles: Tiles, o_partial: Tensor, lse_partial: Tensor,
+                          group: tuple[int, int], options: dict[str, int]) -> None:
+    """Fills the partial o and lse of one group of kv heads."""
+    kernel = _attention_fwd_resident_kernel if "ROW_STAGES" in options else _attention_fwd_sparse_kernel
+    grid, lists = call.over_lists(routing, tiles, group)
+    launch(kernel, grid, **call.arguments(
+        kernel,
+        **call.key_tiles(options["BLOCK_N"]),
+        **lists,
+        o_partial=o_partial,
+        lse_partial=lse_partial,
+        CHUNK=call.segments.chunk_size,
+        WIDE=_wide(call.q, o_partial) or routing.indices.dtype == torch.int64,
+        **options,
+    ))
 
 
 def _wide(*tensors: Tensor) -> bool:
@@ -133,108 +100,22 @@ def _wide(*tensors: Tensor) -> bool:
     return any(sum((n - 1) * s for n, s in zip(x.shape, x.stride())) >= 2 ** 31 for x in tensors)
 
 
-def _sparse(q: Tensor, k: Tensor, v: Tensor, routing: Routing, tiles: Tiles, o_partial: Tensor, lse_partial: Tensor,
-            segments: Segments, qk_scale: float, choices: int, group: tuple[int, int], options: dict[str, int]) -> None:
-    """Fills the partial o and lse of one group of kv heads."""
-    if is_gluon(options):
-        sm90.kernel_module("attention_fwd").attention_fwd_sparse(q, k, v, routing, tiles, o_partial, lse_partial,
-                                                                 segments, qk_scale, choices, group, options)
-        return
-    options = dict(options)
-    resident, split = options.pop("RESIDENT"), options.pop("SPLIT")
-    size, num_chunks = segments.chunk_size, segments.num_chunks(k.shape[0])
-    heads_per_kv, kv_heads = q.shape[1] // k.shape[1], group[1] - group[0]
-    use_tma = (size % options["BLOCK_N"] == 0 and tma_available(q.device) and _describable(k) and _describable(v))
-    kernel = _attention_fwd_resident_kernel if resident else _attention_fwd_sparse_kernel
-    bound = q.shape[0] * heads_per_kv * kv_heads * choices // split + num_chunks * kv_heads + 1
-    launch(kernel, (bound,),
-        q,
-        _key_source(k, options["BLOCK_N"], use_tma),
-        _key_source(v, options["BLOCK_N"], use_tma),
-        routing.indices,
-        tiles.csr_row,
-        tiles.begin,
-        tiles.end,
-        tiles.indptr,
-        segments.cu_seqlens_k,
-        o_partial,
-        lse_partial,
-        qk_scale,
-        num_chunks,
-        segments.num_sequences,
-        *group,
-        q.stride(0),
-        q.stride(1),
-        k.stride(0),
-        k.stride(1),
-        v.stride(0),
-        v.stride(1),
-        H=q.shape[1],
-        G=heads_per_kv,
-        KS=choices,
-        D=q.shape[2],
-        DV=v.shape[2],
-        BLOCK_D=head_block(q.shape[2]),
-        BLOCK_DV=head_block(v.shape[2]),
-        CHUNK=size,
-        USE_TMA=use_tma,
-        WIDE=_wide(q, o_partial) or routing.indices.dtype == torch.int64,
-        PRECISION=precision(q.dtype),
-        **options,
-    )
-
-
-def _diagonal_merge(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, o_partial: Tensor | None,
-                    lse_partial: Tensor | None, o: Tensor, lse: Tensor, segments: Segments, qk_scale: float,
-                    group: tuple[int, int]) -> None:
+def _attention_fwd_diagonal(call: AttentionCall, o_partial: Tensor | None, lse_partial: Tensor | None, o: Tensor,
+                            lse: Tensor, group: tuple[int, int]) -> None:
     """Writes o and lse of one group of kv heads."""
-    heads_per_kv, choices = q.shape[1] // k.shape[1], selected.shape[2]
-    options = tuning.config("attention_fwd_diagonal", q.device, head_dim=max(q.shape[2], v.shape[2]),
-                            chunk_size=segments.chunk_size, itemsize=q.element_size(), choices=choices)
-    num_tiles = q.shape[0] // options["BLOCK_M"] + segments.num_segments
-    group_heads = (group[1] - group[0]) * heads_per_kv
-    use_tma = choices > 0 and tma_available(q.device) and v.shape[2] % 8 == 0 and v.element_size() == 2
-    if use_tma:
-        width = choices * v.shape[2]
-        o_partial = TensorDescriptor(o_partial, [q.shape[0], group_heads, width], [group_heads * width, width, 1],
-                                   [options["BLOCK_M"], 1, head_block(v.shape[2])])
-    launch(_attention_fwd_diagonal_kernel, (num_tiles * group_heads,),
-        q,
-        k,
-        v,
-        selected,
-        o_partial,
-        lse_partial,
-        o,
-        lse,
-        segments.cu_seqlens_q,
-        segments.cu_seqlens_k,
-        segments.seq_ids,
-        segments.offsets,
-        qk_scale,
-        num_tiles,
-        segments.num_segments,
-        segments.chunk_size,
-        group[0] * heads_per_kv,
-        group_heads,
-        q.stride(0),
-        q.stride(1),
-        k.stride(0),
-        k.stride(1),
-        v.stride(0),
-        v.stride(1),
-        H=q.shape[1],
-        G=heads_per_kv,
-        KS=choices,
-        BLOCK_KS=next_power_of_2(choices) if choices else 1,
-        D=q.shape[2],
-        DV=v.shape[2],
-        BLOCK_D=head_block(q.shape[2]),
-        BLOCK_DV=head_block(v.shape[2]),
+    options = call.config("attention_fwd_diagonal", choices=call.choices)
+    grid, queries = call.over_queries(options["BLOCK_M"], group)
+    o_partial, use_tma = call.partial_tiles(o_partial, o.shape[2], options["BLOCK_M"], group)
+    launch(_attention_fwd_diagonal_kernel, grid, **call.arguments(
+        _attention_fwd_diagonal_kernel,
+        **queries,
+        o_partial=o_partial,
+        lse_partial=lse_partial,
+        o=o,
+        lse=lse,
         USE_TMA=use_tma,
-        PRECISION=precision(q.dtype),
         **options,
-    )
+    ))
 
 
 @triton.jit

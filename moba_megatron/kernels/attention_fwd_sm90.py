@@ -17,50 +17,26 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..segments import Routing, Segments
+from ..segments import Routing
 from . import sm90
+from .attention_call import AttentionCall
 from .jit_helpers_sm90 import LOADER_WARPS, _choice_row, _chunk_keys, _copy_keys, _copy_rows, _partial_row
 from .launcher import launch
 from .routing import Tiles
 
 
-def attention_fwd_sparse(q: Tensor, k: Tensor, v: Tensor, routing: Routing, tiles: Tiles, o_partial: Tensor,
-                         lse_partial: Tensor, segments: Segments, qk_scale: float, choices: int, group: tuple[int, int],
-                         options: dict[str, int]) -> None:
-    """Fills the partial o and lse of one group of kv heads; arguments as the Triton kernels' launcher."""
-    options = {name: value for name, value in options.items() if name != "SPLIT"}
-    size, num_chunks = segments.chunk_size, segments.num_chunks(k.shape[0])
-    options["BLOCK_N"] = block_n = sm90.key_tile(options, size)
-    heads_per_kv, kv_heads = q.shape[1] // k.shape[1], group[1] - group[0]
-    ragged = size % block_n != 0
-    use_tma = not ragged and sm90.describable(k) and sm90.describable(v)
-    bound = q.shape[0] * heads_per_kv * kv_heads * choices // tiles.block + num_chunks * kv_heads + 1
-    launch(_attention_fwd_sm90_kernel, (bound,),
-        q,
-        sm90.describe(k, block_n) if use_tma else k,
-        sm90.describe(v, block_n) if use_tma else v,
-        routing.indices,
-        tiles.csr_row,
-        tiles.begin,
-        tiles.end,
-        tiles.indptr,
-        segments.cu_seqlens_k,
-        o_partial,
-        lse_partial,
-        qk_scale,
-        size,
-        num_chunks,
-        segments.num_sequences,
-        *group,
-        *sm90.strides_of_eight(q, k, v),
-        H=q.shape[1],
-        G=heads_per_kv,
-        KS=choices,
-        D=q.shape[2],
-        USE_TMA=use_tma,
-        RAGGED=ragged,
-        **options,
-    )
+def attention_fwd_sparse(call: AttentionCall, routing: Routing, tiles: Tiles, o_partial: Tensor, lse_partial: Tensor,
+                         group: tuple[int, int], options: dict[str, int]) -> None:
+    """Fills the partial o and lse of one group of kv heads."""
+    grid, lists = call.over_lists(routing, tiles, group)
+    launch(_attention_fwd_sm90_kernel, grid, **call.arguments(
+        _attention_fwd_sm90_kernel,
+        **lists,
+        o_partial=o_partial,
+        lse_partial=lse_partial,
+        **sm90.strides_of_eight(q=call.q, k=call.k, v=call.v),
+        **sm90.key_tiles(call.k, call.v, call.segments.chunk_size, options),
+    ))
 
 
 @gluon.jit

@@ -63,3 +63,59 @@ def _chunk_keys(cu_k, num_sequences, chunk_size, chunk):
     """First and last (exclusive) row of k of a chunk, by its id (a scalar or a tensor); first >= last if unused."""
     sequence = _find_piece(cu_k, num_sequences, chunk_size, chunk)
     return _piece_items(cu_k, sequence, chunk_size, chunk)
+
+
+@triton.jit
+def _choice_row(choice, kv_head, H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr):
+    """Row (token * H + head) of indices, int32; token and head, int64; head is a scalar where it can only be one.
+
+    Divisions are unsigned (shifts, where they can be), and what is multiplied by a stride is a signed 32-bit number
+    until then: one instruction each.
+    """
+    if choice.dtype == tl.int64:
+        row = (choice.to(tl.uint64) // KS).to(tl.uint32)
+    else:
+        row = choice.to(tl.uint32) // KS
+    token = (row // H).to(tl.int32).to(tl.int64)
+    if G == 1:
+        head = kv_head.to(tl.int64)
+    else:
+        head = (row % H).to(tl.int32).to(tl.int64)
+    return row.to(tl.int32), token, head
+
+
+@triton.jit
+def _partial_row(choice, kv_head, first_head, group_heads, H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr):
+    """Where a choice's partial result is, among those of a group of heads."""
+    _, token, head = _choice_row(choice, kv_head, H, G, KS)
+    return (token * group_heads + head - first_head) * KS + (choice % KS).to(tl.int64)
+
+
+@triton.jit
+def _extra_piece(extra_csr_rows, indptr, first_csr_row, end_csr_row, extra, split):
+    """Extra piece number ``extra`` of the CSR rows ``first_csr_row .. end_csr_row``: its row, and its number there.
+
+    A row's first ``split`` indices are piece 0. Piece i > 0 of row b has the number ``indptr[b] // split + i - 1``,
+    here counted from the first row's; rows of up to ``split`` indices have none, so numbers are unique. Piece 0 where
+    the number is not used.
+    """
+    number = extra + (tl.load(indptr + first_csr_row) // split).to(tl.int32)
+    csr_row = tl.load(extra_csr_rows + number) - 1
+    begin = tl.load(indptr + csr_row)
+    end = tl.load(indptr + csr_row + 1)
+    piece = number - (begin // split).to(tl.int32) + 1
+    used = (csr_row < end_csr_row) & (begin + piece.to(tl.int64) * split < end)
+    return csr_row, tl.where(used, piece, 0)
+
+
+@triton.jit
+def _lower_bound(values, count, wanted):
+    """The first index whose value is at least ``wanted`` in a non-decreasing array."""
+    low = wanted * 0
+    high = low + count
+    while low < high:
+        middle = (low + high) // 2
+        below = tl.load(values + middle) < wanted
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(below, high, middle)
+    return low

@@ -22,32 +22,14 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 from . import jit_helpers
 
 LOADER_WARPS = gl.constexpr(4)
+_offset = gluon.jit(jit_helpers._offset.fn)
 _find_piece = gluon.jit(jit_helpers._find_piece.fn)
 _piece_items = gluon.jit(jit_helpers._piece_items.fn)
 _chunk_keys = gluon.jit(jit_helpers._chunk_keys.fn)
-_offset = gluon.jit(jit_helpers._offset.fn)
-
-
-@gluon.jit
-def _choice_row(choice, kv_head, H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr):
-    """Row (token * H + head) of indices, int32; token and head, int64; head is a scalar where it can only be one."""
-    if choice.dtype == gl.int64:
-        row = (choice.to(gl.uint64) // KS).to(gl.uint32)
-    else:
-        row = choice.to(gl.uint32) // KS
-    token = (row // H).to(gl.int32).to(gl.int64)
-    if G == 1:
-        head = kv_head.to(gl.int64)
-    else:
-        head = (row % H).to(gl.int32).to(gl.int64)
-    return row.to(gl.int32), token, head
-
-
-@gluon.jit
-def _partial_row(choice, kv_head, first_head, group_heads, H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr):
-    """Where a choice's partial result is, among those of a group of heads."""
-    _, token, head = _choice_row(choice, kv_head, H, G, KS)
-    return (token * group_heads + head - first_head) * KS + (choice % KS).to(gl.int64)
+_choice_row = gluon.jit(jit_helpers._choice_row.fn)
+_partial_row = gluon.jit(jit_helpers._partial_row.fn)
+_extra_piece = gluon.jit(jit_helpers._extra_piece.fn)
+_lower_bound = gluon.jit(jit_helpers._lower_bound.fn)
 
 
 @gluon.jit

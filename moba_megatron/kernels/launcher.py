@@ -8,6 +8,7 @@ that one the whole course is prepared, if it can be (``replay.py``), so that fro
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import threading
@@ -46,31 +47,41 @@ def on_device(device: torch.device):
     return torch.cuda.device(device)
 
 
-def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
-    """``kernel[grid](*args, **constants)`` on the first argument's device: run-time arguments, constexprs by name."""
-    with on_device(args[0].device):
+def launch(kernel, grid: tuple[int, ...], *args, **named) -> None:
+    """``kernel[grid](*args, **named)`` on the first argument's device; constexprs are a kernel's last parameters."""
+    first = args[0] if args else next(iter(named.values()))
+    with on_device(first.device):
         record = getattr(_current, "record", None)
         if record is None or record.faulty or _hooked():
-            kernel[grid](*args, **constants)
+            kernel[grid](*args, **named)
             return
         position = _current.position
         _current.position = position + 1
+        runtime = _runtime_names(kernel)
+        values = (*args, *(named[name] for name in runtime[len(args):]))
+        constants = {name: value for name, value in named.items() if name not in runtime}
         known = record.launches.get(position)
         if known is None or known.kernel is not kernel or known.constants != constants:
-            compiled = kernel[grid](*args, **constants)
-            values = tuple(constants.get(parameter.name, parameter.default) for parameter in kernel.params[len(args):])
-            known = record.launches[position] = _Launch(kernel, constants, compiled, values)
+            compiled = kernel[grid](*args, **named)
+            defaults = tuple(constants.get(parameter.name, parameter.default)
+                             for parameter in kernel.params[len(runtime):])
+            known = record.launches[position] = _Launch(kernel, constants, compiled, defaults)
         else:
             try:
                 device = driver.active.get_current_device()
                 known.compiled.run(*grid, *(1,) * (3 - len(grid)), driver.active.get_current_stream(device),
-                                   known.compiled.function, known.compiled.packed_metadata, None, None, None, *args,
+                                   known.compiled.function, known.compiled.packed_metadata, None, None, None, *values,
                                    *known.values)
             except Exception as error:
                 record.give_up(error)
-                kernel[grid](*args, **constants)
+                kernel[grid](*args, **named)
         if _current.trace is not None:
-            _current.trace.add(known.compiled, grid, (*args, *known.values))
+            _current.trace.add(known.compiled, grid, (*values, *known.values))
+
+
+@functools.lru_cache(maxsize=None)
+def _runtime_names(kernel) -> tuple[str, ...]:
+    return tuple(parameter.name for parameter in kernel.params if not parameter.is_constexpr)
 
 
 def milestone_reached() -> None:

@@ -31,18 +31,18 @@ def takes(*tensors: Tensor) -> bool:
     q = tensors[0]
     return (q.element_size() == 2 and q.shape[2] in (64, 128)
             and all(x.dtype == q.dtype and x.shape[2] == q.shape[2] and x.data_ptr() % 16 == 0
-                    and all(s % 8 == 0 for s in strides(x)) for x in tensors)
+                    and all(s % 8 == 0 for s in _strides(x)) for x in tensors)
             and not INTERPRETED and torch.cuda.get_device_capability(q.device) == (9, 0) and _importable())
 
 
-def strides(x: Tensor) -> tuple[int, int]:
+def _strides(x: Tensor) -> tuple[int, int]:
     """Elements between the tokens and between the heads of ``[tokens, heads, dim]``; 0 where there is only one head."""
     return x.stride(0), x.stride(1) if x.shape[1] > 1 else 0
 
 
-def strides_of_eight(*tensors: Tensor) -> tuple[int, ...]:
+def strides_of_eight(**tensors: Tensor) -> dict[str, int]:
     """Strides as the kernels take them: in units of 16 bytes, which tells the compiler that rows are aligned."""
-    return tuple(s // 8 for x in tensors for s in strides(x))
+    return {f"stride_{name}{dim}": s // 8 for name, x in tensors.items() for dim, s in zip("th", _strides(x))}
 
 
 def rows_per_program(options: dict[str, int], rows: int) -> int:
@@ -50,24 +50,31 @@ def rows_per_program(options: dict[str, int], rows: int) -> int:
     return max(ROWS, min(options["SPLIT"], rows // PROGRAMS // ROWS * ROWS))
 
 
-def key_tile(options: dict[str, int], chunk_size: int) -> int:
-    """Keys of a tile: BLOCK_N, or the whole of a smaller chunk, or 64 where that alone divides the chunk."""
+def key_tiles(k: Tensor, v: Tensor, chunk_size: int, options: dict[str, int]) -> dict[str, object]:
+    """The options, and k and v for a kernel that streams the keys of whole chunks: through descriptors if possible.
+
+    A tile has BLOCK_N keys, or the whole of a smaller chunk, or 64 where that alone divides the chunk.
+    """
+    block_n = min(options["BLOCK_N"], max(16, next_power_of_2(chunk_size)))
     if chunk_size % options["BLOCK_N"] and chunk_size % 64 == 0:
-        return 64
-    return min(options["BLOCK_N"], max(16, next_power_of_2(chunk_size)))
+        block_n = 64
+    ragged = chunk_size % block_n != 0
+    use_tma = not ragged and _describable(k) and _describable(v)
+    k, v = (_described(x, block_n) if use_tma else x for x in (k, v))
+    return {**options, "k": k, "v": v, "BLOCK_N": block_n, "USE_TMA": use_tma, "RAGGED": ragged}
 
 
-def describable(x: Tensor) -> bool:
-    """Whether :func:`describe` can: the heads of a token side by side, at coordinates of 32 bits."""
-    row, head = strides(x)
+def _describable(x: Tensor) -> bool:
+    """Whether :func:`_described` can: the heads of a token side by side, at coordinates of 32 bits."""
+    row, head = _strides(x)
     width = (x.shape[1] - 1) * head + x.shape[2]
     return 0 < width < 2 ** 31 and (width <= row or x.shape[0] == 1)
 
 
-def describe(x: Tensor, block: int):
+def _described(x: Tensor, block: int):
     """A descriptor of ``[tokens, heads * dim]`` with tiles of ``block`` rows of one head."""
     total, heads, dim = x.shape
-    row, head = strides(x)
+    row, head = _strides(x)
     make, layout = _descriptor_and_layout(block, dim, x.dtype)
     return make(x, [total, (heads - 1) * head + dim], [row, 1], [block, dim], layout)
 

@@ -8,6 +8,7 @@ import comparison
 from interpreted.test_attention_fwd import CASES, problem
 from moba_megatron import kernels, reference
 from moba_megatron.kernels import tuning
+from moba_megatron.kernels.attention_call import AttentionCall
 from moba_megatron.segments import Routing, Segments
 
 stage = importlib.import_module("moba_megatron.kernels.attention_bwd")
@@ -88,7 +89,7 @@ def test_pieces_of_every_group_are_numbered(tokens, split, kv_heads, together, m
 
 
 def inputs(q, k, v, selected, segments):
-    return stage._Inputs(q, k, v, q, q, selected, segments, 1.0)
+    return AttentionCall(q, k, v, selected, segments, 1.0, "ieee", q, q)
 
 
 def kernels_routing(selected, k, segments):

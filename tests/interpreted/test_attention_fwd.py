@@ -6,7 +6,7 @@ import torch
 
 import comparison
 from moba_megatron import kernels
-from moba_megatron.kernels import tuning
+from moba_megatron.kernels import attention_call, tuning
 from moba_megatron.kernels.workspace import head_groups, workspace_limit
 from moba_megatron.segments import Segments
 
@@ -79,7 +79,7 @@ def test_against_fp64(case):
 @pytest.mark.parametrize("case", ["chunk 64, two tiles of keys", "odd length", "chunk 48", "D 80, DV 96", "D 8"])
 def test_tensor_descriptors(case, monkeypatch):
     """As on Hopper, whose tiles come through descriptors; here in fp16, the dtype that they take."""
-    monkeypatch.setattr(stage, "tma_available", lambda device: True)
+    monkeypatch.setattr(attention_call, "tma_available", lambda device: True)
     check(*problem(**{**CASES[case], "dtype": torch.float16}))
 
 
