@@ -102,7 +102,7 @@ def _call(row: Row, ranks: Ranks, settings: Settings):
         return context_parallel_attention(q, k, v, sequences, case.chunk_size, case.topk, group, comm_type=row.comm,
                                           deterministic=case.deterministic, backend=settings.backend)
 
-    call.rows = sequences.local_rows(ranks.size, ranks.rank)
+    call.rows = sequences.rows(ranks.size, ranks.rank).own_rows
     return call
 
 

@@ -21,7 +21,6 @@ from moba_megatron.context_parallel import (
 )
 from moba_megatron.context_parallel.attention import check_sequences
 from moba_megatron.context_parallel.head_groups import MOST_BYTES, MUCH_BYTES, number_of_groups, split_heads
-from moba_megatron.context_parallel.transport.collective_check import _calls_of
 from moba_megatron.context_parallel.transport.rows import copy_rows
 from moba_megatron.kernels import launcher
 from moba_megatron.ops import moba_attention
@@ -76,7 +75,7 @@ def test_row_maps(size, lengths, uniform):
         rows = layout.rows
         assert torch.equal(rows.rank_rows, gathered)
         assert torch.equal(gathered[rows.global_rows], torch.arange(sum(lengths)))
-        assert torch.equal(sequences.local_rows(size, rank), mine)
+        assert torch.equal(sequences.rows(size, rank).own_rows, mine)
         sequence, position = layout.segments.query_positions(mine.numel())
         assert torch.equal(layout.segments.cu_seqlens_k.long()[sequence] + position, mine)
         assert (rows.runs is None) == (not uniform or len(lengths) > 2)
@@ -116,7 +115,7 @@ def test_parts_of_a_hierarchy():
             sequences = make_sequences(lengths, uniform)
             for o, i in itertools.product(range(outer), range(inner)):
                 expected = zigzag_rows(lengths, inner * outer, o * inner + i)
-                held = zigzag_rows(lengths, outer, o)[sequences.part(outer).local_rows(inner, i)]
+                held = zigzag_rows(lengths, outer, o)[sequences.part(outer).rows(inner, i).own_rows]
                 assert torch.equal(held, expected)
 
 
@@ -341,26 +340,8 @@ def bad_input_everywhere(rank, size):
     return texts
 
 
-def packed_signatures(rank, size):
-    """What is new over calls with other packings of the same number of sequences; and how many signatures are kept."""
-    new = []
-    for packing in range(3):
-        with CollectiveCheck(dist.group.WORLD) as collective:
-            collective.signature = "7 packed sequences"
-            new.append(collective.is_new())
-            if new[-1]:
-                collective.signature += f", cu_seqlens [{packing}]"
-    limit, CollectiveCheck.MOST_CHANGES = CollectiveCheck.MOST_CHANGES, 8
-    for length in range(20):
-        with CollectiveCheck(dist.group.WORLD) as collective:
-            collective.signature = f"length {length}"
-    CollectiveCheck.MOST_CHANGES = limit
-    return new, len(_calls_of(dist.group.WORLD).after)
-
-
 def everything(rank, size):
-    return (compare_with_single_rank(rank, size), bad_input_everywhere(rank, size), properties(rank, size),
-            packed_signatures(rank, size))
+    return compare_with_single_rank(rank, size), bad_input_everywhere(rank, size), properties(rank, size)
 
 
 @pytest.fixture(scope="module")
@@ -389,7 +370,7 @@ def test_bytes_sent(results):
     """Counted against what should travel: 16 rows of 8 floats a head, 8 heads, 4 kv heads, 4 ranks."""
     row = 16 * 8 * 4
     blocks = 2 * 4 * 8 * 4  # two whole chunks of a block each, or its rows: never more than the keys
-    for _, _, sent, _ in results:
+    for _, _, sent in results:
         gathered = 3 * 2 * 4 * row
         assert sent["all_gather"] == {"fwd sums": sent["all_gather"]["fwd sums"], "fwd gather": gathered,
                                       "bwd gather": gathered, "bwd reduce": gathered}
@@ -403,7 +384,7 @@ def test_selective_sends_what_was_chosen(results):
     """A sink goes from its owner to all others, and its gradients back; nothing else does."""
     row = 8 * 4
     sink = 8 * 4 * row * 2  # rows of a chunk, kv heads, K and V
-    for rank, (_, _, sent, _) in enumerate(results):
+    for rank, (_, _, sent) in enumerate(results):
         sent = sent["selective"]
         assert sent["sink"]["fwd gather"] == sent["sink"]["bwd gather"] == (3 * sink if rank == 0 else 0)
         assert sent["sink"]["bwd reduce"] == (0 if rank == 0 else sink)
@@ -412,16 +393,11 @@ def test_selective_sends_what_was_chosen(results):
 
 
 def test_bad_input_raises_on_every_rank(results):
-    for texts in zip(*(texts for _, texts, _, _ in results)):
+    for texts in zip(*(texts for _, texts, _ in results)):
         assert texts[0] is not None and len(set(texts)) == 1, texts
     raised, shape, _ = results[0][1]
     assert raised == "context parallel rank 1: the sequence length must be even"
     assert "rank 0: query (8, 2), as agreed; rank 1: query (8, 2), other shape" in shape
-
-
-def test_packings_are_new_once_and_signatures_do_not_pile_up(results):
-    for *_, (new, kept) in results:
-        assert new == [True, False, False] and 0 < kept <= 8
 
 
 @pytest.mark.parametrize("given, expected", [("allgather", "all_gather"), ("a2a+allgather", "a2a+all_gather"),

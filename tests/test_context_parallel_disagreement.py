@@ -93,18 +93,6 @@ def waits_of_steps():
     return waits
 
 
-def is_new():
-    """What three calls alike are told that add to their signature where it is new."""
-    told = []
-    for _ in range(3):
-        with CollectiveCheck(dist.group.WORLD) as a:
-            a.signature = "query ..., 4 sequences"
-            told.append(a.is_new())
-            if told[-1]:
-                a.signature += ", the values that it was dear to read"
-    return told
-
-
 def kept_after(calls):
     """The most that is kept during so many batches, all of them different: changes, lengths, messages unread."""
     changes = [len(collective_check._calls_of(dist.group.WORLD).after) for step in range(calls)
@@ -297,7 +285,7 @@ def everything(rank, size, folder):
     folder = Path(folder)
     collective_check._may_be_late = lambda device: True
     collective_check._read_later = lambda headers, device: (LateMessage(headers), headers._output)
-    return dict(waits=waits_of_steps(), new=is_new(), kept=kept_after(300), apart=disagreements(rank),
+    return dict(waits=waits_of_steps(), kept=kept_after(300), apart=disagreements(rank),
                 waiting=raised_while_waiting(rank),
                 set_up=set_up(rank, folder), groups=groups_come_and_go(rank, folder))
 
@@ -309,11 +297,10 @@ def results(tmp_path_factory):
 
 
 def test_layers_do_not_wait_after_the_first_steps(results):
-    """Whatever the batches hold; and a signature that is added to becomes known."""
+    """Whatever the batches hold."""
     for result in results:
         first, second, *rest = result["waits"]
         assert 2 <= first <= 5 and second <= 3 and not any(rest), result["waits"]
-        assert result["new"] == [True, False, False]
 
 
 def test_what_is_kept_is_bounded(results):

@@ -112,7 +112,7 @@ def compare(case, served, expected, group):
     sequences = Sequences.uniform(tokens, batch, torch.device("cpu"))
     layout = sequences.zigzag(size, rank, chunk_size)
     assert pieces_are_chunks(layout)
-    rows = sequences.local_rows(size, rank)
+    rows = sequences.rows(size, rank).own_rows
     q, k, v, do = whole_inputs(case)
     leaves = [torch.cat((x[rows], x[rows]), 2)[:, :, :x.shape[2]].requires_grad_() for x in (q, k, v)]  # strided
     runs, chosen, gate = [], [], reference.gate

@@ -115,7 +115,7 @@ def measure_way(name: str, job: Job, inputs: tuple[Tensor, ...], expected: list[
                 repeats: int) -> dict:
     """Errors, time of the slowest rank, bytes sent by all ranks."""
     sequences = Sequences.uniform(job.tokens, 1, ranks.device)
-    rows = sequences.local_rows(ranks.size, ranks.rank)
+    rows = sequences.rows(ranks.size, ranks.rank).own_rows
     leaves = [x[rows].requires_grad_() for x in inputs[:3]]
     do = inputs[3][rows]
 

@@ -109,10 +109,6 @@ class Sequences:
             return _rows_uniform(self.max_seqlen, self.batch, size, rank, self.cu_seqlens.device)
         return _rows(self.cu_seqlens, self.total, size, rank, None)
 
-    def local_rows(self, size: int, rank: int) -> Tensor:
-        """Global rows of one of ``size`` ranks, in its own order: int64 ``[total / size]``."""
-        return self.rows(size, rank).own_rows
-
     def zigzag(self, size: int, rank: int, chunk_size: int) -> ZigzagLayout:
         """The layout of one of ``size`` ranks."""
         if self.batch is not None:
@@ -174,17 +170,13 @@ def _rows(cu_seqlens: Tensor, total: int, size: int, rank: int, runs: tuple[tupl
     pieces, local = (cu[1:] - cu[:-1]) // (2 * size), cu // size
     row = torch.arange(total, device=cu.device)
     sequence = (torch.searchsorted(cu, row, right=True) - 1).clamp(0, pieces.numel() - 1)
-    piece, within = _divide(row - cu[sequence], pieces[sequence])
+    position, length = row - cu[sequence], pieces[sequence]
+    piece = position // length
     owner = torch.where(piece < size, piece, 2 * size - 1 - piece)
-    second = (piece >= size) * pieces[sequence]
-    global_rows = (owner * (total // size) + local[sequence] + second + within).clamp(0, total - 1)
+    within = position - piece * length + (piece >= size) * length
+    global_rows = (owner * (total // size) + local[sequence] + within).clamp(0, total - 1)
     rank_rows = row.clone().scatter_(0, global_rows, row)
     return Rows(size, rank, global_rows, rank_rows, runs)
-
-
-def _divide(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    quotient = x // y
-    return quotient, x - quotient * y
 
 
 def _block_exchange(segments: Segments, rows: Rows, seqlen: int, batch: int) -> BlockExchange:
@@ -212,8 +204,10 @@ def _block_exchange(segments: Segments, rows: Rows, seqlen: int, batch: int) -> 
     # a message holds a rank's whole blocks, then its rows of cut blocks, both in global order
     at = torch.cat((whole_at, cut_at))
     owner = at // local_total
-    slot, longest = _number_within(owner, size)
-    source = owner * longest + slot
+    per_owner = torch.bincount(owner, minlength=size)
+    longest, order = int(per_owner.max()), torch.argsort(owner, stable=True)
+    number = torch.arange(owner.numel(), device=device) - (torch.cumsum(per_owner, 0) - per_owner)[owner[order]]
+    source = owner * longest + torch.empty_like(number).scatter_(0, order, number)
     mine_whole, mine_cut = whole_at // local_total == rank, cut_at // local_total == rank
     return BlockExchange(
         starts=(whole_at[mine_whole] % local_total).int(), counts=count[~is_cut][mine_whole].int(),
@@ -221,11 +215,3 @@ def _block_exchange(segments: Segments, rows: Rows, seqlen: int, batch: int) -> 
         sum_source=source[:whole_at.numel()], sum_target=target[~is_cut], cut_source=source[whole_at.numel():],
         cut_starts=cut_begin.int(), cut_counts=cut_count.int(), cut_target=target[is_cut],
         table_shape=(num_chunks, per_chunk))
-
-
-def _number_within(owner: Tensor, size: int) -> tuple[Tensor, int]:
-    """For each element its number among those of the same owner, in order; and the largest owner's count."""
-    per_owner = torch.bincount(owner, minlength=size)
-    order = torch.argsort(owner, stable=True)
-    number = torch.arange(owner.numel(), device=owner.device) - (torch.cumsum(per_owner, 0) - per_owner)[owner[order]]
-    return torch.empty_like(number).scatter_(0, order, number), int(per_owner.max())

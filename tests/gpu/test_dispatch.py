@@ -96,7 +96,7 @@ def parity(rank, size):
         cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device=device)
         o = moba_attention(*leaves, Segments.from_cu_seqlens(cu_seqlens, tokens, chunk_size), topk)
         sequences = Sequences.uniform(tokens, 1, device)
-        rows = sequences.local_rows(size, rank)
+        rows = sequences.rows(size, rank).own_rows
         expected = [x[rows] for x in (o, *torch.autograd.grad(o, leaves, do))]
         for way, relayed_from, limit in ((DISPATCH, 2, 1 << 30), (MIXED, 2, 1 << 30), (MIXED, 1, 1 << 20)):
             local = [x.detach()[rows].requires_grad_() for x in (q, k, v)]

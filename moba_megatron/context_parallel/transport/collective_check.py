@@ -26,17 +26,13 @@ class CollectiveCheck:
     of the error that was raised, in a message of fixed size: it cannot itself fail to match, whatever the inputs are.
     Values on the device that no collective's size depends on go with it: :meth:`compare_lengths`.
 
-    Cost: with gloo one all-gather of some 600 bytes a call, read at once. With NCCL the host reads the message at once
-    only where the signature is not the one that the calls before foretell (the first calls, another length): layers
-    that come in the same order again cost no wait. Otherwise neither the host nor the compute stream waits: a side
-    stream copies the message to pinned memory, and it is looked at when the next attention call begins. Ranks that
-    agreed so far foretell the same, so where they differ now all but one signature's ranks read at once, and raise
-    before a collective of another size begins; the rest raise at their next call, or while they wait for another rank's
-    host. On CUDA collectives may then be under way that never end: let the process end. In a CUDA graph under capture
-    nothing is exchanged.
-
-    Args:
-        group: the context parallel group.
+    Cost: an all-gather of some 600 bytes a call. With gloo the host reads it at once, with NCCL only where the
+    signature is not the one that the calls before foretell (the first calls, another length). Otherwise neither the
+    host nor the compute stream waits: a side stream copies the message to pinned memory, and it is looked at when the
+    next call begins. Ranks that agreed so far foretell the same, so where they differ now all but one signature's ranks
+    read at once, and raise before a collective of another size begins; the rest raise at their next call, or while they
+    wait for another rank's host. On CUDA collectives may then be under way that never end: let the process end. In a
+    CUDA graph under capture nothing is exchanged.
 
     Raises:
         ValueError: at the end of the block or the beginning of a later one, with the same text on every rank, where a
@@ -49,9 +45,7 @@ class CollectiveCheck:
     """What a group remembers of the order of signatures; beyond it forgets all, on every rank at the same call."""
 
     def __init__(self, group: dist.ProcessGroup):
-        self.group = group
-        self.signature = ""
-        self._foretold_by, self._lengths = None, None
+        self.group, self.signature, self._lengths = group, "", None
 
     def __enter__(self) -> "CollectiveCheck":
         self.look(self.group)
@@ -66,24 +60,18 @@ class CollectiveCheck:
         members = members_a_node(self.group)
         if error is None and members > 1:  # how rows travel between nodes depends on it
             text += f", {members} ranks a node"
-        message = self._message(text, device)
-        headers = all_gather(message, self.group, "collective check")
-        calls, known = _calls_of(self.group), self._foretold_by or self.signature
-        if error is None and known == calls.foretold() and _may_be_late(device):
+        message = _header(text, self.HEADER_BYTES, self.HEADER_BYTES + 8 * _FACTS, device)
+        if self._lengths is not None and error is None:
+            facts = _facts_of_lengths(*self._lengths, self.group.size()).to(device)
+            message = torch.cat((message[:self.HEADER_BYTES], facts.view(torch.uint8)))
+        headers, calls = all_gather(message, self.group, "collective check"), _calls_of(self.group)
+        if error is None and self.signature == calls.foretold() and _may_be_late(device):
             calls.unread.append((*_read_later(headers, device), message))
         else:
             self.look(self.group, wait=True)  # ranks that failed then are not here
             _check(self.group, headers.wait(), error)
-        calls.add(known)
+        calls.add(self.signature)
         return False
-
-    def is_new(self) -> bool:
-        """Whether the host will wait at the end of the block: costly checks may go with it.
-
-        What is added to the signature afterwards is compared, but does not make later calls new.
-        """
-        self._foretold_by = self.signature
-        return self.signature != _calls_of(self.group).foretold()
 
     def compare_lengths(self, cu_seqlens: Tensor, max_seqlen: int, total: int) -> None:
         """Has packed sequences' lengths checked and compared: on the device, once for all layers of a batch.
@@ -113,27 +101,14 @@ class CollectiveCheck:
                 unread.popleft()
                 _check(each, rows)
 
-    def _message(self, text: str, device: torch.device) -> Tensor:
-        header = _header(text, self.HEADER_BYTES, self.HEADER_BYTES + 8 * _FACTS, device)
-        if self._lengths is None or text.startswith("!"):
-            return header
-        facts = _facts_of_lengths(*self._lengths, self.group.size()).to(device)
-        return torch.cat((header[:self.HEADER_BYTES], facts.view(torch.uint8)))
-
 
 class _Calls:
-    """A group's calls so far: as long as the ranks agree, the same on all of them.
-
-    Attributes:
-        runs: the last two signatures that differ, and how many calls in a row had each; the last one's are last.
-        after: what came after such runs the last time, where it was another signature.
-        unread: messages on their way, the oldest first.
-    """
+    """A group's calls so far: as long as the ranks agree, the same on all of them."""
 
     def __init__(self):
-        self.runs: tuple = None, 0, None, 0
-        self.after: dict[tuple, str] = {}
-        self.unread: deque = deque()
+        self.runs: tuple = None, 0, None, 0  # the last two signatures that differ, and how many calls in a row had each
+        self.after: dict[tuple, str] = {}  # what came after such runs the last time, where it was another signature
+        self.unread: deque = deque()  # messages on their way, the oldest first
 
     def foretold(self) -> str | None:
         """The next signature, if all is as before."""
@@ -162,29 +137,22 @@ def _calls_of(group: dist.ProcessGroup) -> _Calls:
 
 def _check(group: dist.ProcessGroup, rows: Tensor, error: Exception | None = None) -> None:
     """Raises ValueError unless every rank's message is good and says the same; the group then begins anew."""
-    try:
-        _compare(rows.view(group.size(), -1).cpu(), error)
-    except ValueError:
-        _groups.pop(group, None)
-        raise
-
-
-def _compare(rows: Tensor, error: Exception | None) -> None:
-    text_bytes = CollectiveCheck.HEADER_BYTES
+    rows, text_bytes = rows.view(group.size(), -1).cpu(), CollectiveCheck.HEADER_BYTES
     texts = [bytes(row.tolist()).rstrip(b"\0").decode("utf-8", "ignore") for row in rows[:, :text_bytes]]
     facts = rows[:, text_bytes:].contiguous().view(torch.int64).tolist()
     problems = [t[1:] if t.startswith("!") else _problem_of_lengths(f, len(rows)) for t, f in zip(texts, facts)]
     if any(problems):
+        _groups.pop(group, None)
         raise ValueError("; ".join(f"context parallel rank {rank}: {problem}"
                                    for rank, problem in enumerate(problems) if problem)) from error
     if len(set(texts)) > 1 or any(f != facts[0] for f in facts):
+        _groups.pop(group, None)
         each = "; ".join(f"rank {rank}: {t}{_text_of_lengths(f)}" for rank, (t, f) in enumerate(zip(texts, facts)))
         raise ValueError("all ranks of a context parallel group must call attention with the same shapes, dtypes "
                          f"and MoBA settings, got {each}. Check the lengths that the data loader gives each rank")
 
 
-_known_facts = WeakTensorKeyDictionary()
-"""By cu_seqlens: when and for what they were computed, and the facts."""
+_known_facts = WeakTensorKeyDictionary()  # by cu_seqlens: when and for what they were computed, and the facts
 
 
 def _facts_of_lengths(cu_seqlens: Tensor, max_seqlen: int, total: int, size: int) -> Tensor:
