@@ -37,41 +37,25 @@ def check_heads(heads: int, kv_heads: int, size: int, comm_type: str) -> None:
             "tensor parallelism). Use cp_comm_type all_gather, or fewer ranks for the exchange")
 
 
-@dataclass(frozen=True)
-class LocalChunks:
-    """The chunks of a rank's rows, where no chunk is cut: the rows' own segments, and the chunks among all chunks."""
-
-    segments: Segments
-    rows: Rows
-
-
-def local_chunks(sequences: Sequences, size: int, rank: int, chunk_size: int) -> LocalChunks | None:
-    """The chunks of one of ``size`` ranks; None for several sequences, or where a piece of one is not whole chunks."""
+def local_chunks(sequences: Sequences, size: int, rank: int, chunk_size: int) -> tuple[Segments, Rows] | None:
+    """One of ``size`` ranks' rows as segments of whole chunks, and these among all chunks; None where they are not."""
     length = sequences.max_seqlen
     if sequences.batch != 1 or length % (2 * size * chunk_size):
         return None
     device = sequences.cu_seqlens.device
-    return LocalChunks(Sequences.uniform(length // size, 1, device).whole(chunk_size),
-                     Sequences.uniform(length // chunk_size, 1, device).rows(size, rank))
+    return (Sequences.uniform(length // size, 1, device).whole(chunk_size),
+            Sequences.uniform(length // chunk_size, 1, device).rows(size, rank))
 
 
 @dataclass(frozen=True)
 class AllToAllAttention:
-    """Attention with a part of the heads over the rows of all ranks of ``group``, by an inner schedule.
-
-    Args:
-        inner: attends.
-        rows: the rank's among all.
-        group: the ranks.
-        head_groups: as :func:`~.head_groups.number_of_groups` takes it.
-        chunks: for a choice by means that travel; None where ranks' rows cut chunks, or nothing is chosen here.
-    """
+    """Attention with a part of the heads over the rows of all ranks of ``group``, by an inner schedule."""
 
     inner: LocalAttention | AllGatherAttention
-    rows: Rows
+    rows: Rows  # the rank's among all
     group: dist.ProcessGroup
     head_groups: int | None
-    chunks: LocalChunks | None = None
+    chunks: tuple[Segments, Rows] | None = None  # None where ranks' rows cut chunks, or nothing is chosen here
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
         """q ``[T, H, D]``, k ``[T, HK, D]``, v ``[T, HK, DV]``, the rank's rows: o and what backward needs."""
@@ -119,9 +103,9 @@ class AllToAllAttention:
         def start(i: int) -> tuple[Pending, ...]:
             queries = self._send([self._parts(q, groups[i][0])], stage)
             if not i:
-                local = self.inner.pipeline.means(k, self.chunks.segments)[:self.chunks.rows.local]
-                means.append(self._send([self._parts(local, kv_heads) for _, kv_heads in groups], stage,
-                                        self.chunks.rows))
+                segments, rows = self.chunks
+                local = self.inner.pipeline.means(k, segments)[:rows.local]
+                means.append(self._send([self._parts(local, kv_heads) for _, kv_heads in groups], stage, rows))
             return queries, *(keys(i) if i in ahead else ())
 
         arriving = Prefetch(start, groups)
@@ -188,12 +172,9 @@ class AllToAllAttention:
         return x.unflatten(1, (min(self.rows.size, x.shape[1]), -1))[:, :, heads].transpose(0, 1)
 
     def _send(self, views: list[Tensor], stage: str, rows: Rows | None = None) -> Pending:
-        """Starts to send each rank its part of every view; where parts are fewer than ranks, neighbours share one.
+        """Starts to send each rank its part of every view ``[parts, T, heads, D]``; neighbours may share a part.
 
-        Args:
-            views: each ``[parts, T, heads, D]``.
-            stage: name for :func:`~.transport.comm.record_waits`.
-            rows: of the views; None for the rows of q, k and v.
+        ``rows``: of the views; None for the rows of q, k and v.
         """
         rows = rows or self.rows
         peers = peers_for(rows, self.group, views[0].device)
@@ -218,10 +199,8 @@ class AllToAllAttention:
                  after: torch.cuda.Event | None = None) -> Pending:
         """Starts to send every rank its rows of each ``[S, h, D]``; the wait puts them where they belong.
 
-        Args:
-            places: for each tensor another, the number of parts in which its heads were dealt out, and heads of each
-                of these parts.
-            after: when the tensors are complete, as :meth:`Peers.deliver` takes it; None for now.
+        ``places``: for each tensor another, the number of parts in which its heads were dealt out, and heads of each
+        of these. ``after``: when the tensors are complete, as :meth:`Peers.deliver` takes it.
         """
         outs = [whole.unflatten(1, (number, -1))[:, :, heads].transpose(0, 1) for whole, number, heads in places]
         peers = peers_for(self.rows, self.group, outs[0].device)

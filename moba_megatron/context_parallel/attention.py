@@ -18,8 +18,6 @@ from .selective import SelectiveAttention
 COMM_TYPES = ("all_gather", "a2a", "a2a+all_gather", "selective")
 """How ranks communicate, by Megatron's ``cp_comm_type``; ``allgather`` is understood too."""
 
-KEYS_TRAVEL = {"all_gather": AllGatherAttention, "selective": SelectiveAttention}
-
 Groups = dist.ProcessGroup | Sequence[dist.ProcessGroup]
 
 
@@ -113,8 +111,9 @@ def make_schedule(comm_type: str, pipeline: Pipeline, sequences: Sequences, chun
         inner = AllGatherAttention(pipeline, layout, outer, head_groups)
         sequences, head_groups = sequences.part(outer.size()), 1  # the slower part is pipelined
     size, rank = group.size(), dist.get_rank(group)
-    if comm_type in KEYS_TRAVEL:
-        return KEYS_TRAVEL[comm_type](pipeline, sequences.zigzag(size, rank, chunk_size), group, head_groups)
+    if comm_type in ("all_gather", "selective"):
+        schedule = AllGatherAttention if comm_type == "all_gather" else SelectiveAttention
+        return schedule(pipeline, sequences.zigzag(size, rank, chunk_size), group, head_groups)
     chunks = None
     if comm_type == "a2a":
         inner = LocalAttention(pipeline, sequences.whole(chunk_size))

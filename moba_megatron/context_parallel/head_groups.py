@@ -50,12 +50,7 @@ def split_heads(heads: int, kv_heads: int, number: int) -> HeadGroups:
 
 
 class Prefetch:
-    """Starts the groups' communication in order, as far ahead as memory for the two largest groups allows.
-
-    Args:
-        start: starts the communication of group i.
-        groups: of heads.
-    """
+    """Calls ``start(i)`` for each group i in order, as far ahead as memory for the two largest groups allows."""
 
     def __init__(self, start: Callable[[int], tuple[Pending, ...]], groups: HeadGroups):
         self._start, self._sizes = start, [kv_heads.stop - kv_heads.start for _, kv_heads in groups]

@@ -23,61 +23,38 @@ class BlockExchange:
     A chunk's sum is made of sums over blocks of SUM_BLOCK rows counted from the chunk's start. The rank that holds a
     whole block sends its sum. A block that a piece boundary cuts has its rows sent by the ranks that hold them, and
     every rank sums it by the same tree. What a rank sends is padded to the longest of all.
-
-    Args:
-        starts, counts: int32, the whole blocks of this rank: first local row, rows.
-        cut_rows: int64, local rows of this rank in cut blocks, sent after the sums.
-        send_rows: length of the padded message.
-        sum_source, sum_target: int64, for all whole blocks: row of the gathered messages, row of the table of blocks.
-        cut_source: int64, rows of the gathered messages that are rows of cut blocks, block after block.
-        cut_starts, cut_counts, cut_target: int32, int32, int64, where each cut block begins in those, its rows, its row
-            in the table.
-        table_shape: (chunk ids, blocks in a chunk).
     """
 
-    starts: Tensor
+    starts: Tensor  # int32, of this rank's whole blocks: first local row, rows
     counts: Tensor
-    cut_rows: Tensor
-    send_rows: int
-    sum_source: Tensor
+    cut_rows: Tensor  # int64, local rows of this rank in cut blocks, sent after the sums
+    send_rows: int  # of the padded message
+    sum_source: Tensor  # int64, of all whole blocks: row of the gathered messages, row of the table of blocks
     sum_target: Tensor
-    cut_source: Tensor
-    cut_starts: Tensor
+    cut_source: Tensor  # int64, rows of the gathered messages that are rows of cut blocks, block after block
+    cut_starts: Tensor  # int32, where each cut block begins in those; its rows; int64, its row in the table
     cut_counts: Tensor
     cut_target: Tensor
-    table_shape: tuple[int, int]
+    table_shape: tuple[int, int]  # chunk ids, blocks in a chunk
 
 
 @dataclass(frozen=True)
 class ZigzagLayout:
-    """A rank's place in the zigzag.
+    """A rank's place in the zigzag."""
 
-    Args:
-        segments: the rank's queries over the keys in global order: two segments a sequence.
-        rows: the rank's rows among all.
-        blocks: the exchange of partial sums, or None where piece boundaries are known only on the device.
-    """
-
-    segments: Segments
-    rows: Rows
-    blocks: BlockExchange | None
+    segments: Segments  # the rank's queries over the keys in global order: two segments a sequence
+    rows: Rows  # the rank's among all
+    blocks: BlockExchange | None  # None where piece boundaries are known only on the device
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """Whole sequences, the rows of all ranks together.
+    """Whole sequences, the rows of all ranks together."""
 
-    Args:
-        cu_seqlens: int32 ``[B + 1]``, from 0 to ``total``, each length a multiple of ``2 * size``.
-        max_seqlen: upper bound of a length.
-        total: rows of all sequences.
-        batch: number of sequences if they are all ``max_seqlen`` long, else None: lengths are on the device only.
-    """
-
-    cu_seqlens: Tensor
-    max_seqlen: int
-    total: int
-    batch: int | None
+    cu_seqlens: Tensor  # int32 [B + 1], from 0 to total, each length a multiple of 2 * size
+    max_seqlen: int  # upper bound of a length
+    total: int  # rows of all sequences
+    batch: int | None  # number of sequences if they are all max_seqlen long, else None: lengths are on the device only
 
     @classmethod
     def uniform(cls, seqlen: int, batch: int, device: torch.device) -> "Sequences":

@@ -18,23 +18,14 @@ Grads = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Pipeline:
-    """How to attend, apart from where the rows are.
+    """How to attend, apart from where the rows are."""
 
-    Args:
-        stages: ``moba_megatron.kernels`` or ``moba_megatron.reference``.
-        topk: chunks a query attends to, its own included.
-        softmax_scale: multiplies the scores.
-        deterministic: bitwise reproducible gradients.
-        may_be_dense: dense kernels (``ops/dense.py``) may take over where MoBA is causal attention.
-        workspace_mib: limit of the kernels' scratch memory; None for the environment's.
-    """
-
-    stages: ModuleType
+    stages: ModuleType  # moba_megatron.kernels or moba_megatron.reference
     topk: int
     softmax_scale: float
     deterministic: bool
-    may_be_dense: bool
-    workspace_mib: float | None = None
+    may_be_dense: bool  # dense kernels (ops/dense.py) may take over where MoBA is causal attention
+    workspace_mib: float | None = None  # limit of the kernels' scratch memory; None for the environment's
 
     def earlier(self, segments: Segments) -> int:
         """Earlier chunks that a query can select: no sequence has more than its bound says."""
@@ -50,11 +41,7 @@ class Pipeline:
 
     def choose(self, q: Tensor, keys: Tensor, segments: Segments, kv_rows: int | None = None
                ) -> tuple[Tensor, Routing]:
-        """The selection and its lists.
-
-        Args:
-            keys: all keys ``[S, HK, D]``; or, with ``kv_rows`` (their number S), the chunk means.
-        """
+        """The selection and its lists, by all keys ``[S, HK, D]``; or, with ``kv_rows`` (S), by the chunk means."""
         def compute(q, keys, *places):
             segments = self._segments(key, places)
             means = self.stages.chunk_means(keys, segments) if kv_rows is None else keys

@@ -2,15 +2,12 @@
 
 After the gate every rank tells the others, one bit a (kv head, chunk), which chunks its queries chose; owners send the
 rows of those chunks, to each rank its own choice, and rows of dK and dV come back the same way and are added in fp32.
-A chunk that every rank chose (a sink) reaches every rank, as in a gather. Nothing has a capacity: nothing is dropped.
-
-How much travels is known once the choices are: the host reads a table of P x P numbers a group of heads, its only wait.
-A layer whose choices cover nearly everything is gathered whole instead. K and V still have a row for every token where
+Nothing has a capacity: nothing is dropped. The host reads a table of P x P numbers a group of heads, its only wait. A
+layer whose choices cover nearly everything is gathered whole instead. K and V still have a row for every token where
 they are read, one group of heads at a time; rows that did not travel are never touched.
 
-On many ranks all queries of a rank together choose nearly everything, and a few rows of each are less than what they
-choose. There it is decided for each rank, kv head and chunk whether queries travel, or a copy of the chunk: no hardware
-has shown that (``moba_megatron.experimental``).
+On many ranks all queries of a rank together choose nearly everything. There it is decided for each rank, kv head and
+chunk whether queries travel, or a copy of the chunk: no hardware has shown that (``moba_megatron.experimental``).
 """
 from __future__ import annotations
 
@@ -33,8 +30,7 @@ GATHER_SHARE = 0.5
 """From this share of the rows on, the whole is gathered: picking rows out and putting them in costs extra copies. The
 zigzag's causal order alone leaves 3/4: at that, two H200s took 51 ms where they gathered in 45 (128K tokens, 32:8
 heads, chunks of 512, topk 8), for a gather's rows go to their place by copy engines."""
-DISPATCHED = "dispatched"
-"""What the dispatch of queries saved follows."""
+DISPATCHED = "dispatched"  # what the dispatch of queries saved follows
 DISPATCH_FROM = 16
 """Below so many ranks queries do not travel: a gather inside a machine hides behind attention."""
 HANDLING, PLANNING = 2.1e-9, 14e-3
@@ -150,29 +146,17 @@ def pieces_are_chunks(layout: ZigzagLayout) -> bool:
 
 
 class RowExchange(NamedTuple):
-    """Which rows of one group of kv heads travel; a row here is one (token, kv head).
+    """Which rows of one group of kv heads travel; a row here is one (token, kv head)."""
 
-    Args:
-        send: int64 ``[n]``, rows of this rank's ``[T, h, D]``, flattened to ``[T * h, D]``: for rank 0, rank 1, ...
-        send_counts: how many go to each rank; what a rank has for itself is copied.
-        take: int64 ``[m]``, rows of the tensor ``[R, h, D]`` where they are read, flattened: what comes from rank 0,
-            rank 1, ...
-        take_counts: how many come from each rank.
-    """
-
-    send: Tensor
-    send_counts: tuple[int, ...]
-    take: Tensor
-    take_counts: tuple[int, ...]
+    send: Tensor  # int64, rows of this rank's [T, h, D], flattened to [T * h, D]: for rank 0, rank 1, ...
+    send_counts: tuple[int, ...]  # how many go to each rank; what a rank has for itself is copied
+    take: Tensor  # int64, rows of the [R, h, D] where they are read, flattened: what comes from rank 0, rank 1, ...
+    take_counts: tuple[int, ...]  # how many come from each rank
 
     def start(self, x: Tensor, group: dist.ProcessGroup, stage: str, place: Callable[[Tensor], Tensor]) -> Pending:
-        """Starts to send rows of ``x`` ``[T, h, D]``.
+        """Starts to send rows of ``x`` ``[T, h, D]``; pending, what ``place`` makes of it, with the others' rows.
 
-        Args:
-            place: makes of x the tensor ``[R, h, D]`` that has this rank's own rows, and room for the others'.
-
-        Returns:
-            Pending, that tensor.
+        That is a ``[R, h, D]`` that has this rank's own rows, and room for the others'.
         """
         heads = x.shape[1]
         message = x[self.send // heads, self.send % heads]
@@ -188,11 +172,10 @@ class RowExchange(NamedTuple):
         return Pending(works, arrived, message, stage, finish)
 
     def send_back(self, x: Tensor, own: Tensor, out: Tensor, group: dist.ProcessGroup, stage: str) -> Pending:
-        """Starts to send the rows of ``x`` ``[R, h, D]`` that came back to their owners, which add them in fp32.
+        """Starts to send the rows of ``x`` ``[R, h, D]`` that came back to their owners.
 
-        Args:
-            own: ``[T, h, D]``, contiguous, this rank's part of the sums of its rows; the others' are added to it.
-            out: the wait writes the sums here; may be ``own``.
+        The wait adds what came to ``own`` ``[T, h, D]``, contiguous, this rank's part of the sums of its rows, and
+        writes the sums to ``out``, which may be ``own``.
         """
         message = x.flatten(0, 1).index_select(0, self.take)
         arrived = message.new_empty(self.send.numel(), x.shape[2])

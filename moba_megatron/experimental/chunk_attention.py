@@ -21,11 +21,9 @@ def chunk_attention_fwd(q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, mos
 
     Args:
         q: ``[n, D]``, the queries of chunk 0, then of chunk 1, ...
-        k: ``[B, chunk_size, D]``.
-        v: ``[B, chunk_size, DV]``.
+        k, v: ``[B, chunk_size, D]``, ``[B, chunk_size, DV]``.
         cu_queries: int32 ``[B + 1]``, where each chunk's queries begin.
         most: queries of one chunk, upper bound.
-        softmax_scale: multiplies the scores.
 
     Returns:
         o ``[n, DV]`` in q's dtype; lse ``[n]``, natural log, fp32 (fp64 for fp64).
@@ -49,9 +47,7 @@ def chunk_attention_bwd(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, 
     """Gradients through :func:`chunk_attention_fwd` of queries whose softmax goes over more than this chunk.
 
     Args:
-        do: ``[n, DV]``, gradient of the whole o.
-        q, k, v, cu_queries, most, softmax_scale: as forward.
-        o, lse: ``[n, DV]``, ``[n]`` of the queries' whole attention: they decide the weights.
+        do, o, lse: ``[n, DV]``, ``[n, DV]``, ``[n]`` of the queries' whole attention: they decide the weights.
         deterministic: not by flash attention, which adds up dq in any order.
 
     Returns:
@@ -93,12 +89,8 @@ def _flash_bwd(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tens
 def cut(starts: Tensor, rows: int, longest: int) -> tuple[Tensor, Tensor]:
     """Lists cut into parts of at most ``longest`` rows, without asking the device how many there are.
 
-    Args:
-        starts: int32 ``[B + 1]``, where each list begins, and where the last ends.
-        rows: in all lists.
-
-    Returns:
-        int32 ``[N + 1]``, where each part begins, N = B + rows // longest, empty ones last; int64 ``[N]``, its list.
+    ``starts``: int32 ``[B + 1]``, where each list begins, the last ends; ``rows``: in all lists. Returns int32
+    ``[N + 1]``, where each part begins, N = B + rows // longest, empty ones last; int64 ``[N]``, its list.
     """
     parts = (starts.diff() + longest - 1) // longest
     ends = parts.cumsum(0)
@@ -110,13 +102,11 @@ def cut(starts: Tensor, rows: int, longest: int) -> tuple[Tensor, Tensor]:
 
 def merge_partials(o: Tensor, lse: Tensor, o_parts: Tensor, lse_parts: Tensor, places: Tensor, out: Tensor,
                    kernel: bool) -> Tensor:
-    """Writes o, merged with what came back for some of the choices; parts are added in the order of j.
+    """Merges o and lse of queries with what came back for some of their choices, in the order of j.
 
     Args:
-        o: ``[T, h, DV]``, computed here; contiguous.
-        lse: ``[T, h]`` of it, natural log.
-        o_parts: ``[n, DV]``, what came back.
-        lse_parts: ``[n]``.
+        o, lse: ``[T, h, DV]``, contiguous, ``[T, h]``: computed here.
+        o_parts, lse_parts: ``[n, DV]``, ``[n]``: what came back.
         places: int32 ``[T, h, KS]``, the row of each choice's part, or -1.
         out: ``[T, h, DV]``, written.
         kernel: by the Triton kernel, where it can.

@@ -29,18 +29,15 @@ from ..context_parallel.transport.comm import crowds_the_network, members_a_node
 
 LINK, NETWORK = 280e9, 30e9
 """Bytes a second between GPUs of a node (measured on H200s: 255 to 320), and between nodes (assumed)."""
-RATE = 300e12
-"""Operations a second of sparse attention."""
-PASSES = 3.5
-"""Forward and backward over forward."""
+RATE = 300e12  # operations a second of sparse attention
+PASSES = 3.5  # forward and backward over forward
 AT_ONCE = 1 << 21
 """Entries of a table up to which several modes are reckoned in one go: fewer kernels for the host to launch."""
 OVERLOAD = 1.1
 """Work of a rank over the mean, above which queries for its chunks are sent to copies elsewhere."""
 RELAYED_FROM = 4
 """Copies of a chunk from which on slices of it are passed on by all ranks: its owner sends it once."""
-DISPATCH, GATHER, FETCH, MIXED = MODES = "visit", "gather", "fetch", "mixed"
-"""By the names that stored measurements have."""
+DISPATCH, GATHER, FETCH, MIXED = MODES = "visit", "gather", "fetch", "mixed"  # as stored measurements call them
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,15 @@
 """The schedule in which queries travel: to the ranks that compute their chosen chunks, as tokens travel to experts.
 
 A choice (a query, a head, a chunk of another rank) is a row that is dispatched to the rank which computes it, attends
-there to that chunk alone and brings back its part of o and the log-sum-exp; at home the query attends to its own chunk
-and to the chosen ones there, and all parts are merged. In backward q, do, o and lse are dispatched, and dq comes back.
-``cost_model`` decides who computes what. Mostly it is the chunk's owner: keys and values stay, dK and dV are complete
-where they are, and a rank moves O(its queries), not O(the sequence). Chunks that many choose (sinks) are copied: ranks
-fetch K and V of the chunk, keep them before their own rows while the group of heads is computed, attend to them as to
-their own chunks, and send back dK and dV, which the owner adds in fp32 in the order of ranks.
+there to that chunk alone and brings back its part of o and the log-sum-exp, which are merged with what the query found
+at home. In backward q, do, o and lse are dispatched, and dq comes back. ``cost_model`` decides who computes what.
+Mostly it is the chunk's owner: keys and values stay, dK and dV are complete where they are, and a rank moves O(its
+queries), not O(the sequence). Chunks that many choose (sinks) are copied: ranks keep K and V before their own rows
+while the group of heads is computed, and send back dK and dV, which the owner adds in fp32 in the order of ranks.
 
-Rows that a rank takes at once are limited (DISPATCHED_BYTES). What exceeds that comes in later rounds, whose bytes are
-recorded apart ("fwd dispatch later", "bwd dispatch later"): nothing is dropped. Sequences are of one length, and their
-pieces whole chunks (``context_parallel.selective.pieces_are_chunks``).
+Rows that a rank takes at once are limited (DISPATCHED_BYTES). What exceeds that comes in later rounds, recorded apart
+("fwd dispatch later", "bwd dispatch later"): nothing is dropped. Sequences are of one length, and their pieces whole
+chunks (``context_parallel.selective.pieces_are_chunks``).
 """
 from __future__ import annotations
 
@@ -31,8 +30,7 @@ from .cost_model import GATHER, RowSizes, cheapest_mode
 from .dispatch_plan import DispatchPlan, Round, chunks_of_ranks, dispatch_plans, table_of_choices
 from .replicas import Replicas
 
-DISPATCHED_BYTES = 2 << 30
-"""Bytes of q, do, o and dq of the queries that a rank takes at once."""
+DISPATCHED_BYTES = 2 << 30  # of q, do, o and dq of the queries that a rank takes at once
 
 
 class DispatchAttention(AllGatherAttention):
@@ -51,29 +49,26 @@ class DispatchAttention(AllGatherAttention):
         plan = dispatch_plans(self.layout, routings, groups, table, computed_by, capacity)
         fetched = self._fetch_copies(k, v, groups, lambda group: plan(group).replicas, "fwd gather")
         o = q.new_empty(*q.shape[:2], v.shape[2])
-        saved, finish = [], None
+        saved, finish_last = [], lambda: None
         for group, ((heads, _), (selected, _)) in enumerate(zip(groups, choices)):
-            rest, finish_this = self._attend_here(q[:, heads], fetched, selected, plan(group), o[:, heads])
-            if finish is not None:
-                finish()
-            saved, finish = [*saved, rest], finish_this
-        finish()
+            rest, finish = self._attend_here(q[:, heads], fetched, selected, plan(group), o[:, heads])
+            finish_last()
+            saved, finish_last = [*saved, rest], finish
+        finish_last()
         return o, [q, k, v, o, groups, saved]
 
     def backward(self, do: Tensor, saved: Saved, kv_grad_dtype: torch.dtype) -> Grads:
         """As :meth:`AllGatherAttention.backward`."""
         q, k, v, o, groups, saved = saved
-        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        dq, finish_last = torch.empty(q.shape, dtype=q.dtype, device=q.device), lambda: None
         dk, dv = (torch.empty(x.shape, dtype=kv_grad_dtype, device=x.device) for x in (k, v))
         fetched = self._fetch_copies(k, v, groups, lambda group: saved[group][0], "bwd gather")
-        finish = None
         for (heads, kv_heads), rest in zip(groups, saved):
-            finish_this = self._attend_here_bwd(do[:, heads], q[:, heads], fetched, o[:, heads], rest,
-                                                (dq[:, heads], dk[:, kv_heads], dv[:, kv_heads]))
-            if finish is not None:
-                finish()
-            finish = finish_this
-        finish()
+            finish = self._attend_here_bwd(do[:, heads], q[:, heads], fetched, o[:, heads], rest,
+                                           (dq[:, heads], dk[:, kv_heads], dv[:, kv_heads]))
+            finish_last()
+            finish_last = finish
+        finish_last()
         return dq, dk, dv
 
     def _fetch_copies(self, k: Tensor, v: Tensor, groups: HeadGroups, replicas: Callable[[int], Replicas],
@@ -168,14 +163,7 @@ class DispatchAttention(AllGatherAttention):
 
 
 class Returned:
-    """What comes back for the choices of one group of heads: rows in the order in which they leave, round after round.
-
-    Args:
-        rounds: of dispatch.
-        group: of the ranks.
-        stage: name for ``record_waits``.
-        like: tensors whose rows are like those that come back.
-    """
+    """What comes back for the choices of one group of heads: rows ``like`` others, in the order in which they leave."""
 
     def __init__(self, rounds: list[Round], group: dist.ProcessGroup, stage: str, like: Sequence[Tensor]):
         self._rounds, self._group, self._stage = rounds, group, stage

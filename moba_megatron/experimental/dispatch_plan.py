@@ -38,59 +38,35 @@ def table_of_choices(layout: ZigzagLayout, routings: list[Routing], group: dist.
 
 
 class Round(NamedTuple):
-    """Rows of one group of kv heads that leave this rank in one round, and rows that come.
+    """Rows of one group of kv heads that leave this rank in one round, and rows that come."""
 
-    Args:
-        choices: int64 ``[n]``, numbers of choices ``(token * h + head) * KS + j`` that leave: rank after rank, then
-            by kv head and chunk.
-        leaving, coming: how many go to each rank, and come from each.
-        order: int64 ``[m]``, the rows that come (rank after rank) sorted by kv head and chunk.
-        cu_queries: int32, where each (kv head, chunk here) begins in that order.
-    """
-
-    choices: Tensor
-    leaving: tuple[int, ...]
-    coming: tuple[int, ...]
-    order: Tensor
-    cu_queries: Tensor
+    choices: Tensor  # int64, those that leave: (token * h + head) * KS + j, rank after rank, then by kv head and chunk
+    leaving: tuple[int, ...]  # how many go to each rank
+    coming: tuple[int, ...]  # and come from each
+    order: Tensor  # int64, the rows that come (rank after rank) sorted by kv head and chunk
+    cu_queries: Tensor  # int32, where each (kv head, chunk here) begins in that order
 
 
 class DispatchPlan(NamedTuple):
-    """What this rank computes of one group of kv heads, and what others compute for its queries.
+    """What this rank computes of one group of kv heads, and what others compute for its queries."""
 
-    Args:
-        replicas: of others' chunks, before the rank's own.
-        chunk_here: int32 ``[h, chunk ids + 1]``, which chunk here it is if its own queries attend to it here, else -1.
-        most: queries that come for one (kv head, chunk), upper bound.
-        rounds: of dispatch.
-    """
-
-    replicas: Replicas
-    chunk_here: Tensor
-    most: int
+    replicas: Replicas  # of others' chunks, before the rank's own
+    chunk_here: Tensor  # int32 [h, chunk ids + 1], which chunk here it is if its own queries attend to it here, else -1
+    most: int  # queries that come for one (kv head, chunk), upper bound
     rounds: list[Round]
 
 
 class Demand(NamedTuple):
-    """What ranks want of each other, over kv heads: choices and copies by chunk.
+    """What ranks want of each other, over kv heads: choices and copies by chunk."""
 
-    Args:
-        leaving: int64 ``[HK, chunk ids]``, choices of this rank that others compute.
-        computed_by: int64 of that shape, who computes this rank's.
-        relayed: bool of that shape, which chunks are copied through relays.
-        coming: int32 ``[P, HK, chunk ids]``, choices of each other rank that this one computes.
-        copies: bool of that shape, which rank has copies of what.
-    """
-
-    leaving: Tensor
-    computed_by: Tensor
-    relayed: Tensor
-    coming: Tensor
-    copies: Tensor
+    leaving: Tensor  # int64 [HK, chunk ids], choices of this rank that others compute
+    computed_by: Tensor  # int64, who computes this rank's
+    relayed: Tensor  # bool, which chunks are copied through relays
+    coming: Tensor  # int32 [P, HK, chunk ids], choices of each other rank that this one computes
+    copies: Tensor  # bool, which rank has copies of what
 
     def numbers(self, rank_chunks: Tensor, rank: int) -> Tensor:
-        """What the host must know: choices to and from each rank, :func:`replica_counts`, places for copies, and the
-        most queries for a chunk."""
+        """For the host: choices to and from each rank, :func:`replica_counts`, places for copies, most of a chunk."""
         sent = self.leaving.new_zeros(len(rank_chunks))
         sent.scatter_add_(0, self.computed_by.flatten(), self.leaving.flatten())
         return torch.cat((sent, self.coming.sum((1, 2)),
@@ -102,11 +78,8 @@ def dispatch_plans(layout: ZigzagLayout, routings: list[Routing], groups: HeadGr
                    computed_by: Tensor, capacity: int) -> Callable[[int], DispatchPlan]:
     """The plan of each group of heads by its number, made when asked for, while the GPU computes earlier groups.
 
-    Args:
-        routings: of each group's choices.
-        table: :func:`table_of_choices`.
-        computed_by: int64 of its shape, the rank that computes these choices.
-        capacity: rows that a rank takes at once, about: each other rank sends an even share of it, at least one.
+    ``routings``: of each group's choices. ``table``, ``computed_by``: as in ``cost_model``. ``capacity``: rows that a
+    rank takes at once, about: each other rank sends an even share of it, at least one.
     """
     rank, rank_chunks = layout.rows.rank, chunks_of_ranks(layout)
     owner = owner_of_chunks(rank_chunks, table.shape[2])

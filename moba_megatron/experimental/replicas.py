@@ -17,17 +17,11 @@ from ..context_parallel.transport.comm import Pending
 
 
 class Replicas(NamedTuple):
-    """Copies of one group of kv heads.
+    """Copies of one group of kv heads."""
 
-    Args:
-        places: chunks before the rank's own, of each kv head: the most that one has copies of.
-        direct: rows that go from owners to those who want them; these read ``[places * chunk_size + T, h, D]``.
-        to_relays, from_relays: rows that go by relays, which keep them as ``[rows, 1, D]``; None where there are none.
-    """
-
-    places: int
-    direct: RowExchange
-    to_relays: RowExchange | None = None
+    places: int  # chunks before the rank's own, of each kv head: the most that one has copies of
+    direct: RowExchange  # from owners to those who want them, who read [places * chunk_size + T, h, D]
+    to_relays: RowExchange | None = None  # which keep them as [rows, 1, D]
     from_relays: RowExchange | None = None
 
     def start(self, x: Tensor, chunk_size: int, group: dist.ProcessGroup, stage: str) -> Pending:
@@ -47,9 +41,7 @@ class Replicas(NamedTuple):
     def send_back(self, x: Tensor, own: Tensor, out: Tensor, group: dist.ProcessGroup, stage: str) -> Pending:
         """Starts to send the sums of copies in ``x`` back; the wait writes those of this rank's rows to ``out``.
 
-        Args:
-            x: ``[places * chunk_size + T, h, D]``.
-            own: the last T rows of it, contiguous; changed.
+        ``own``: the last T rows of ``x`` ``[places * chunk_size + T, h, D]``; changed.
         """
         direct = self.direct.send_back(x, own, out, group, stage)
         if self.to_relays is not None:
@@ -64,9 +56,7 @@ def make_replicas(places: int, copies: Tensor, relayed: Tensor, chunk_here: Tens
     """The copies of one group of kv heads.
 
     Args:
-        places: as in :class:`Replicas`.
-        copies: bool ``[P, h, chunk ids]``, which rank has copies of what.
-        relayed: bool ``[h, chunk ids]``, what goes through relays.
+        copies, relayed: as ``dispatch_plan.Demand`` has them.
         chunk_here: ``[h, chunk ids + 1]``, the place of each chunk on this rank.
         rank_chunks: int64 ``[P, M]``, ids of every rank's chunks.
         counts: :func:`replica_counts` on the host.

@@ -23,8 +23,7 @@ class CollectiveCheck:
 
     Inside the ``with`` block a rank checks its own input and sets ``signature`` to a text of everything that the
     following collectives depend on (shapes, dtypes, chunk size). At its end the ranks exchange that text, or the text
-    of the error that was raised, in a message of fixed size: it cannot itself fail to match, whatever the inputs are.
-    Values on the device that no collective's size depends on go with it: :meth:`compare_lengths`.
+    of the error that was raised, in a message of fixed size. Values on the device go with it: :meth:`compare_lengths`.
 
     Cost: an all-gather of some 600 bytes a call. With gloo the host reads it at once, with NCCL only where the
     signature is not the one that the calls before foretell (the first calls, another length). Otherwise neither the
@@ -39,8 +38,7 @@ class CollectiveCheck:
             rank raised TypeError or ValueError in the block or where signatures or lengths differ.
     """
 
-    HEADER_BYTES = 512
-    """Of the text."""
+    HEADER_BYTES = 512  # of the text
     MOST_CHANGES = 256
     """What a group remembers of the order of signatures; beyond it forgets all, on every rank at the same call."""
 
@@ -56,8 +54,9 @@ class CollectiveCheck:
             return False
         if _capturing():
             return False
-        text, device = "!" + str(error) if error is not None else self.signature, _group_device(self.group)
-        members = members_a_node(self.group)
+        text, members = "!" + str(error) if error is not None else self.signature, members_a_node(self.group)
+        on_host = dist.get_backend(self.group) == "gloo" or not torch.cuda.is_available()
+        device = torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
         if error is None and members > 1:  # how rows travel between nodes depends on it
             text += f", {members} ranks a node"
         message = _header(text, self.HEADER_BYTES, self.HEADER_BYTES + 8 * _FACTS, device)
@@ -87,8 +86,7 @@ class CollectiveCheck:
     def look(cls, group: dist.ProcessGroup | None = None, wait: bool = False) -> None:
         """Raises ValueError where messages that are here by now, or with ``wait`` all, show that ranks disagree.
 
-        Args:
-            group: None for all groups: who waits in one may do so since another one's ranks disagreed.
+        In all groups by default: who waits in one may do so since another one's ranks disagreed.
         """
         for each in list(_groups) if group is None else [group]:
             unread = _calls_of(each).unread
@@ -156,8 +154,7 @@ _known_facts = WeakTensorKeyDictionary()  # by cu_seqlens: when and for what the
 
 
 def _facts_of_lengths(cu_seqlens: Tensor, max_seqlen: int, total: int, size: int) -> Tensor:
-    """int64 ``[_FACTS]``: total, sequences, max_seqlen, checksum, last value; the first bad length's place (-1: none)
-    and value; the first values."""
+    """int64: total, sequences, max_seqlen, checksum, last; place (-1: none) and value of a bad length; first values."""
     stream = torch.cuda.current_stream(cu_seqlens.device).cuda_stream if cu_seqlens.is_cuda else None
     kept = is_unobserved(cu_seqlens) and not cu_seqlens.is_inference()  # else changes of it are not counted
     when = (cu_seqlens._version, max_seqlen, total, size, stream) if kept else None
@@ -206,13 +203,6 @@ def _text_of_lengths(facts: list[int]) -> str:
 @cached_tensors
 def _header(text: str, text_bytes: int, size: int, device: torch.device) -> Tensor:
     return torch.tensor(list(text.encode()[:text_bytes].ljust(size, b"\0")), dtype=torch.uint8, device=device)
-
-
-def _group_device(group: dist.ProcessGroup) -> torch.device:
-    """The device of the group's small messages: the CPU with gloo, else this rank's GPU."""
-    if dist.get_backend(group) == "gloo" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _may_be_late(device: torch.device) -> bool:

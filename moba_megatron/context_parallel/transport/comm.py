@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 class WaitRecord:
-    """What :func:`record_waits` saw: for each stage its waits, their time, and the bytes sent."""
+    """What :func:`record_waits` saw."""
 
     def __init__(self):
         self._waits: list[tuple[str, Any, Any]] = []
@@ -75,8 +75,7 @@ class Pending:
     """The result of collectives that were issued and may still be under way.
 
     Args:
-        works: their handles.
-        output: what they fill.
+        works, output: their handles, and what they fill.
         keep: tensors that they read; kept until the wait, after which the current stream may reuse their memory.
         stage: name for :func:`record_waits`.
         finish: makes the result of the output, after the wait; None for the output itself.
@@ -109,10 +108,7 @@ def wait_for(pendings: Sequence[Pending]) -> None:
 
 
 def crowds_the_network(group: dist.ProcessGroup) -> bool:
-    """Whether several members of the group share a node while others are on other nodes.
-
-    Sending to each member on its own would then carry the same bytes between nodes several times.
-    """
+    """Whether sending to each member on its own would carry the same bytes between nodes several times."""
     return torch.cuda.is_available() and 1 < members_a_node(group) < group.size()
 
 
@@ -135,11 +131,7 @@ def count_sent(stage: str, size: int) -> None:
 
 def all_gather(x: Tensor, group: dist.ProcessGroup, stage: str = "gather",
                finish: Callable[[Tensor], Any] | None = None) -> Pending:
-    """Starts to gather ``[T, ...]`` from every rank.
-
-    Returns:
-        Pending ``[P * T, ...]``, rank after rank.
-    """
+    """Starts to gather ``[T, ...]`` from every rank; pending ``[P * T, ...]``, rank after rank."""
     x = x.contiguous()
     output = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
     count_sent(stage, (group.size() - 1) * x.nbytes)
@@ -149,11 +141,7 @@ def all_gather(x: Tensor, group: dist.ProcessGroup, stage: str = "gather",
 
 def reduce_scatter(x: Tensor, group: dist.ProcessGroup, stage: str,
                    finish: Callable[[Tensor], Any] | None = None) -> Pending:
-    """Starts to add ``[P * T, ...]`` over the ranks and to give each rank its part.
-
-    Returns:
-        Pending ``[T, ...]``.
-    """
+    """Starts to add ``[P * T, ...]`` over the ranks and to give each rank its part, pending ``[T, ...]``."""
     x = x.contiguous()
     output = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
     count_sent(stage, (group.size() - 1) * output.nbytes)
@@ -163,15 +151,10 @@ def reduce_scatter(x: Tensor, group: dist.ProcessGroup, stage: str,
 
 def exchange(rounds: Sequence[tuple[list[Tensor | None], list[Tensor | None]]], device: torch.device,
              group: dist.ProcessGroup, stage: str) -> list:
-    """Starts exchanges as one: NCCL launches a single kernel for all of them. Every rank of the group must call this.
+    """Starts exchanges (outputs, inputs) as one, for which NCCL launches a single kernel; handles for :class:`Pending`.
 
-    Args:
-        rounds: of (outputs, inputs): ``inputs[r]`` goes to each rank r, ``outputs[r]`` is received from it; contiguous,
-            on ``device``, None where nothing travels.
-        stage: name for :func:`record_waits`.
-
-    Returns:
-        Handles, for a :class:`Pending`.
+    ``inputs[r]`` goes to each rank r, ``outputs[r]`` is received from it: contiguous, None where nothing travels. Every
+    rank of the group must call this.
     """
     count_sent(stage, sum(x.nbytes for _, inputs in rounds for x in inputs if x is not None))
     if device.type == "meta":

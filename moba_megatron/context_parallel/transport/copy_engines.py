@@ -96,9 +96,7 @@ class LocalCopies:
 class CopyEngines:
     """Copies and signals of one GPU, on a stream that pushes and one that places.
 
-    Args:
-        device: this rank's.
-        timeout_s: an exchange that is not done so long after it was issued ends the process.
+    An exchange that is not done ``timeout_s`` after it was issued ends the process.
     """
 
     _kernels = None
@@ -133,9 +131,7 @@ class CopyEngines:
     def attempt(self, addresses: Sequence[int], flags: torch.Tensor) -> None:
         """Does once what exchanges do, so that what this driver, GPU or Triton refuses is refused here, and waits.
 
-        Args:
-            addresses: of zeros that all ranks' GPUs can write to; they stay zeros.
-            flags: this rank's, zeros, at least 32 bytes.
+        ``addresses``: of zeros that all ranks' GPUs can write to; ``flags``: this rank's zeros, at least 32 bytes.
         """
         zeros, bases = Copy(0, 0, 16, 1, 0, 16, 1, 16), [flags.data_ptr(), flags.data_ptr() + 16]
         self.begin()

@@ -6,7 +6,7 @@ place: nothing is permuted. Otherwise messages are whole ranks' rows, permuted b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,48 +17,39 @@ from .peers import peers_for
 from .rows import Rows, copy_rows, place_own, whole_rows
 
 
-@dataclass(frozen=True)
-class Arrived:
-    """What reached this rank: its rows as every rank computed them.
+class Arrived(NamedTuple):
+    """What reached this rank: its rows as every rank computed them."""
 
-    Args:
-        others: ``[P - 1, T, h, D]``, from the other ranks in order.
-        own: (rows of T, this rank's own ``[rows, h, D]``), one or several.
-    """
-
-    others: Tensor
-    own: list[tuple[slice, Tensor]]
+    others: Tensor  # [P - 1, T, h, D], from the other ranks in order
+    own: list[tuple[slice, Tensor]]  # (rows of T, this rank's own [rows, h, D]), one or several
 
 
 def to_global(rows: Rows, own: Sequence[Tensor], messages: Sequence[Tensor | None] | None, group: dist.ProcessGroup,
               stage: str) -> Pending:
-    """Starts to collect what every rank has for this one, in global order; several tensors travel as one.
+    """Starts to collect what every rank has for this one; pending, for each of ``own`` a ``[S, h, D]`` in global order.
 
     Args:
-        own: each ``[T, h, D]``, this rank's message to itself, any strides; D is the same for all.
+        own: each ``[T, h, D]``, this rank's message to itself, any strides; D is the same for all: they travel as one.
         messages: for each rank ``[T, heads of all, D]``, contiguous; None as a whole: ``own`` goes to every rank.
-
-    Returns:
-        Pending, for each of ``own`` a ``[S, h, D]``; they may be slices of one tensor.
     """
     peers = peers_for(rows, group, own[0].device) if messages is None else None
     if peers is not None:
         return peers.fetch(rows, [whole_rows(x[None]) for x in own], stage)
     heads = [x.shape[1] for x in own]
+
+    def permuted(x: Tensor) -> tuple[Tensor, ...]:
+        return x.index_select(0, rows.global_rows).split(heads, 1)
+
     in_place = rows.runs is not None and not (messages is None and crowds_the_network(group))
     if not in_place and messages is None:
-        return all_gather(torch.cat(own, 1) if len(own) > 1 else own[0], group, stage,
-                          lambda x: x.index_select(0, rows.global_rows).split(heads, 1))
-    output = own[0].new_empty(rows.total, sum(heads), own[0].shape[2])
+        return all_gather(torch.cat(own, 1) if len(own) > 1 else own[0], group, stage, permuted)
+    output, rounds = own[0].new_empty(rows.total, sum(heads), own[0].shape[2]), []
     if not in_place:
         ranked = output.unflatten(0, (rows.size, rows.local))
         for part, x in zip(ranked[rows.rank].split(heads, 1), own):
             copy_rows(part, x)
-        received, sent = _without(ranked, rows.rank), _without(messages, rows.rank)
-        works = exchange([(received, sent)], output.device, group, stage)
-        return Pending(works, output, messages, stage,
-                       lambda x: x.index_select(0, rows.global_rows).split(heads, 1))
-    rounds = []
+        rounds = [(_without(ranked, rows.rank), _without(messages, rows.rank))]
+        return Pending(exchange(rounds, output.device, group, stage), output, messages, stage, permuted)
     for part, x in zip(output.split(heads, 1), own):
         place_own(rows, part, x)
     for run in range(len(rows.runs)):
@@ -71,11 +62,7 @@ def to_global(rows: Rows, own: Sequence[Tensor], messages: Sequence[Tensor | Non
 
 
 def to_local(rows: Rows, tensors: Sequence[Tensor], group: dist.ProcessGroup, stage: str) -> Pending:
-    """Starts to send every rank its rows of each ``[S, h, D]``, in global order, contiguous; they travel together.
-
-    Returns:
-        Pending list of :class:`Arrived`, one for each tensor.
-    """
+    """Starts to send every rank its rows of each contiguous ``[S, h, D]``; pending list of :class:`Arrived`."""
     peers = peers_for(rows, group, tensors[0].device)
     if peers is not None:
         mine = [[(rows.local_run(run), x[rows.global_run(run, rows.rank)]) for run in range(len(rows.runs))]
@@ -106,9 +93,8 @@ def reduce_to_local(rows: Rows, tensors: Sequence[Tensor], outs: Sequence[Tensor
                     stage: str, deterministic: bool) -> list[Pending]:
     """Starts to add each ``[S, h, D]`` over the ranks; the wait writes this rank's rows to its out ``[T, h, D]``.
 
-    The others' rows are added in a fixed order and the rank's own last, in their own dtype, and rounded once to out's.
-    The library's reduce-scatter, which orders sums as it likes, is used only where it saves traffic between nodes, and
-    never if ``deterministic``.
+    The others' rows are added in a fixed order and the rank's own last, in their own dtype, and rounded once to out's;
+    where it saves traffic between nodes, and not if ``deterministic``, the library adds, in whatever order it likes.
     """
     if crowds_the_network(group) and not deterministic:
         return [reduce_scatter(x.index_select(0, rows.rank_rows), group, stage, out.copy_)

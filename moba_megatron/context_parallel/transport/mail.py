@@ -12,18 +12,11 @@ from collections.abc import Callable
 
 _HEADER = struct.Struct("<QII")  # number, bytes, checksum
 _ROOM = 4
-BOX_BYTES = 16384
-"""Of a message with its header, at most."""
+BOX_BYTES = 16384  # of a message with its header, at most
 
 
 class Mail:
-    """The boxes of a group.
-
-    Args:
-        rank, size: of the group.
-        memory: :meth:`bytes_needed` bytes that all ranks share, zeros at first.
-        timeout_s: how long to wait for a rank.
-    """
+    """The boxes of a group, in ``memory`` of :meth:`bytes_needed` bytes that all ranks share, zeros at first."""
 
     def __init__(self, rank: int, size: int, memory, timeout_s: float):
         self._rank, self._size, self._timeout_s = rank, size, timeout_s
@@ -46,11 +39,7 @@ class Mail:
         _HEADER.pack_into(self._memory, self._box(self._rank, number), 0, 0, 0)
 
     def read(self, number: int, rank: int, what: str, look: Callable[[], None] = lambda: None) -> bytes:
-        """Another rank's message; waits for it, and looks meanwhile whether waiting makes sense.
-
-        Raises:
-            RuntimeError: it does not come in time; ``what`` says of what it is part.
-        """
+        """Another rank's message, which is part of ``what``; looks while it waits whether waiting makes sense."""
         at, deadline = self._box(rank, number), None
         while True:
             found, length, checksum = _HEADER.unpack_from(self._memory, at)

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from .rows import Rows
 
-LONGEST_ROW = 1 << 30
-"""Bytes of a row of a rectangle, at most: the driver's pitch is below 2 GiB."""
+LONGEST_ROW = 1 << 30  # bytes of a row of a rectangle, at most: the driver's pitch is below 2 GiB
 
 
 class Copy(NamedTuple):
@@ -27,7 +26,7 @@ class Copy(NamedTuple):
 class Plan(NamedTuple):
     """An exchange of one rank: copies between its own tensors, and those that it pushes into other ranks' tensors.
 
-    Of n pairs of tensors this rank's have the numbers 0 to ``2 n - 1``; then follow those of each other rank that are
+    Of n pairs this rank's tensors have the numbers 0 to ``2 n - 1``; then follow those of each other rank that are
     written, n for a rank, in the order of :func:`other_ranks`.
     """
 
@@ -36,38 +35,25 @@ class Plan(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A tensor ``[S, h, D]`` in global order and its rows where they are one rank's: ``[parts, T, h, D]``, in bytes.
+    """A tensor ``[S, h, D]`` in global order and its rows where they are one rank's: ``[parts, T, h, D]``, in bytes."""
 
-    Args:
-        width: of a row of ``[h, D]``, contiguous in both.
-        whole_pitch: between rows of the former.
-        parts, part_step, pitch: of the latter: parts, bytes between parts, between rows.
-    """
-
-    width: int
-    whole_pitch: int
-    parts: int
+    width: int  # of a row [h, D], contiguous in both
+    whole_pitch: int  # between rows of the former
+    parts: int  # of the latter; bytes between parts, between rows
     part_step: int
     pitch: int
 
 
 class Exchange(NamedTuple):
-    """What plans depend on. Tensors that are written have the same steps on every rank.
+    """What plans depend on. Tensors that are written have the same steps on every rank."""
 
-    Args:
-        size, rank, local, runs: of :class:`~.rows.Rows`.
-        pairs: tensors that travel together; numbers ``2 i`` and ``2 i + 1`` are pair i's.
-        back: from global order to the ranks' rows, not the other way.
-        others_only: parts are the other ranks', and what is this rank's own stays where it is.
-    """
-
-    size: int
+    size: int  # of Rows, as the next three
     rank: int
     local: int
     runs: tuple[tuple[int, ...], ...]
-    pairs: tuple[Pair, ...]
-    back: bool
-    others_only: bool
+    pairs: tuple[Pair, ...]  # tensors that travel together; numbers 2 i and 2 i + 1 are pair i's
+    back: bool  # from global order to the ranks' rows, not the other way
+    others_only: bool  # parts are the other ranks', and what is this rank's own stays where it is
 
 
 def pair_of(whole: Tensor, parts: Tensor) -> Pair:
@@ -138,12 +124,8 @@ def _simplify(copies: list[Copy]) -> tuple[Copy, ...]:
             joined[-1] = last._replace(rows=last.rows + c.rows)
         else:
             joined.append(c)
-    return tuple(map(_one_row, joined))
-
-
-def _one_row(c: Copy) -> Copy:
-    """The same copy, as one row where rows touch each other."""
-    size = c.rows * c.width
-    if not c.width == c.source_pitch == c.target_pitch or size > LONGEST_ROW:
-        return c
-    return c._replace(source_pitch=size, target_pitch=size, rows=1, width=size)
+    for i, c in enumerate(joined):
+        size = c.rows * c.width
+        if c.width == c.source_pitch == c.target_pitch and size <= LONGEST_ROW:
+            joined[i] = c._replace(source_pitch=size, target_pitch=size, rows=1, width=size)
+    return tuple(joined)

@@ -30,11 +30,7 @@ class _Handle(ctypes.Structure):
 
 
 class PeerMemory:
-    """What this process lets others write to, and what they let it write to.
-
-    Args:
-        device: this rank's.
-    """
+    """What this process lets others write to, and what they let it write to."""
 
     DESCRIPTION = 8 + 8 + 64
     """Bytes that tell another process where a tensor is: offset in its segment, the segment's number and handle."""
@@ -48,11 +44,7 @@ class PeerMemory:
         self._opened: dict[bytes, int] = {}
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor, contiguous, that others can write to; belongs to the current stream.
-
-        Raises:
-            DriverError: the allocator gives no memory that can be shared.
-        """
+        """An uninitialised tensor that others can write to; DriverError where the allocator gives no such memory."""
         try:
             return self._allocate(shape, dtype)
         except DriverError:

@@ -1,22 +1,20 @@
 """Exchanges among ranks of one host by the GPUs' copy engines: no kernel sends, nothing is packed, nothing is staged.
 
-Each rank pushes rows straight from its tensors to their place in the receivers' tensors, which lie in memory that all
-have mapped (:mod:`.peer_memory`). Where they are, hosts tell each other exchange by exchange (:mod:`.mail`), in the
-same order on all ranks; GPUs tell each other by numbers in each other's memory: "ready", the receiver's tensors may be
-written; "arrived", all rows of an exchange are there. Pushing and copying this rank's own rows have a stream each, so
-that both directions of the link and the local copies overlap; the attention kernels' stream awaits one event.
+Each rank pushes rows straight to their place in the receivers' tensors, in memory that all have mapped
+(:mod:`.peer_memory`). Where that is, hosts tell each other exchange by exchange (:mod:`.mail`), in the same order on
+all ranks; GPUs tell each other by numbers in each other's memory: "ready", the receiver's tensors may be written;
+"arrived", all rows of an exchange are there. Pushing and copying this rank's own rows have a stream each; the attention
+kernels' stream awaits one event.
 
-Order. A stream runs its copies and its signals one after the other, and a signal is written after a fence for the
-whole system (``cuStreamWriteValue32`` without NO_MEMORY_BARRIER), so whoever sees the number sees the rows. Numbers
-only grow, so a wait is for "at least", and nothing has to be reset. In an exchange a rank signals "ready" before it
-waits, and pushes before it waits for what arrives, always in this order: even if the hardware runs everything from one
-queue (``CUDA_DEVICE_MAX_CONNECTIONS=1``) each wait is for something that the other ranks issued before they waited.
+Order. A stream runs its copies and signals one after the other, and a signal is written after a fence for the whole
+system (``cuStreamWriteValue32`` without NO_MEMORY_BARRIER), so whoever sees the number sees the rows. Numbers only
+grow, so a wait is for "at least". A rank signals "ready" before it waits, and pushes before it waits for what arrives:
+even if the hardware runs everything from one queue (``CUDA_DEVICE_MAX_CONNECTIONS=1``) each wait is for something that
+the other ranks issued before they waited.
 
-Safety. With its addresses a rank tells what it expects, and nothing is issued unless all ranks expect the same: then
-every copy ends within the tensor that its receiver allocated for it. Otherwise all ranks raise ValueError.
-
-Memory. Tensors that copies read or write, this rank's or others', are kept until the compute stream has been told to
-wait for the exchange.
+Safety. With its addresses a rank tells what it expects, and nothing is issued unless all expect the same: then every
+copy ends within the tensor that its receiver allocated for it. Otherwise all ranks raise ValueError. Tensors that
+copies read or write are kept until the compute stream has been told to wait for the exchange.
 """
 from __future__ import annotations
 
@@ -43,21 +41,15 @@ from .moves import Exchange, exchange_of, other_ranks, pair_of, plan_exchange, w
 from .peer_memory import PeerMemory, peer_memory
 from .rows import Rows
 
-MOST_PLANS = 256
-"""Exchanges that are kept prepared; lengths of sequences may change with every batch."""
-FLAG_STEP = 128
-"""Bytes between the numbers that ranks write to each other."""
+MOST_PLANS = 256  # exchanges that are kept prepared; lengths of sequences may change with every batch
+FLAG_STEP = 128  # bytes between the numbers that ranks write to each other
 
 
 class Peers:
     """The ranks of a group, one host's, that write to each other's tensors.
 
     Args:
-        rank: this one's.
         flags: addresses of :meth:`flag_bytes` bytes of every rank as this rank sees them; zeros at first.
-        engines: the driver's calls.
-        memory: where tensors are that others write to.
-        mail: from host to host.
         keep: what ``flags`` belongs to.
         look: called while this rank waits for another's host; raises ValueError where that one is known to have failed.
     """
@@ -83,15 +75,9 @@ class Peers:
         return self._memory.empty(shape, dtype)
 
     def fetch(self, rows: Rows, parts: Sequence[Tensor], stage: str) -> Pending:
-        """Starts to collect what every rank has for this one, in global order.
+        """Starts to collect what every rank has for this one; pending, a new ``[S, h, D]`` for each of ``parts``.
 
-        Args:
-            rows: whose runs are known.
-            parts: each ``[parts, T, h, D]``, rows whole: one part for each rank, or for several neighbours.
-            stage: name for :func:`~.comm.record_waits`.
-
-        Returns:
-            Pending, for each of ``parts`` a contiguous ``[S, h, D]``.
+        ``parts``: each ``[parts, T, h, D]``, rows whole: one part for each rank, or for several neighbours.
         """
         outs = [self.empty((rows.total, *x.shape[2:]), x.dtype) for x in parts]
         done = self._run(rows, outs, parts, stage)
@@ -105,31 +91,22 @@ class Peers:
                 after: torch.cuda.Event | None = None) -> Pending:
         """Starts to send every rank its rows of each ``[S, h, D]`` into its ``[P, T, h, D]``, by sender, rows whole.
 
-        Args:
-            outs: of :meth:`empty`, with the same strides on every rank.
-            after: recorded when the tensors are complete, after ``tensors`` and ``outs`` were allocated: what the
-                current stream does later may not use the memory of either. None: they are complete now.
+        ``outs``: of :meth:`empty`, with the same strides on every rank. ``after``: recorded when the tensors are
+        complete, after ``tensors`` and ``outs`` were allocated: what the current stream does later may not use the
+        memory of either. None: they are complete now.
         """
         done = self._run(rows, tensors, outs, stage, back=True, after=after)
         return Pending([done], outs[0], (tensors, outs), stage)
 
     def collect(self, rows: Rows, tensors: Sequence[Tensor], stage: str) -> Pending:
-        """Starts to send every rank its rows of each ``[S, h, D]``.
-
-        Returns:
-            Pending, for each of ``tensors`` the other ranks' ``[P - 1, T, h, D]``, contiguous.
-        """
+        """Starts to send every rank its rows of ``[S, h, D]``; pending, the others' ``[P - 1, T, h, D]`` of each."""
         outs = [self.empty((rows.size - 1, rows.local, *x.shape[1:]), x.dtype) for x in tensors]
         done = self._run(rows, tensors, outs, stage, back=True, others_only=True)
         return Pending([done], tensors[0], tensors, stage, lambda _: outs)
 
     def _run(self, rows: Rows, wholes: Sequence[Tensor], parts: Sequence[Tensor], stage: str, back: bool = False,
              others_only: bool = False, after: torch.cuda.Event | None = None) -> RunningCopies:
-        """Issues an exchange.
-
-        Raises:
-            ValueError: the ranks do not expect the same; on every rank, with the same text.
-        """
+        """Issues an exchange, or raises ValueError where ranks do not expect the same: on all, with the same text."""
         pairs = list(zip(wholes, parts, strict=True))
         own, push, sent, expected = self._prepared(exchange_of(rows, [pair_of(*x) for x in pairs], back, others_only))
         number, engines = self._exchanges + 1, self._engines
@@ -188,9 +165,8 @@ def peers_for(rows: Rows, group: dist.ProcessGroup, device: torch.device) -> Pee
     """The group's copy engines, or None where the process group's own library moves these rows.
 
     That is so for rows at places that the host does not know, off CUDA, in a CUDA graph under capture; among several
-    hosts, without access to each other's memory, and as MOBA_CP_COPY_ENGINES says: 0 for never, 1 for wherever it can
-    be, unset for groups of two ranks. The first call is collective and decides for the group: all ranks get the same
-    answer, which is the library as soon as one of them has a reason.
+    hosts, without access to each other's memory, and as MOBA_CP_COPY_ENGINES says: 0 never, 1 wherever it can be, unset
+    groups of two ranks. The first call is collective: all ranks get the same answer.
     """
     if (device.type != "cuda" or rows.runs is None or rows.size == 1 or not rows.local
             or torch.cuda.is_current_stream_capturing()):

@@ -12,20 +12,13 @@ MAX_RUNS = 4
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a group's ranks in "global" order (sequence after sequence) and in "rank-major" order.
-
-    Args:
-        size, rank: of the group.
-        global_rows: int64 ``[S]``, for each row in global order its row in rank-major order.
-        rank_rows: int64 ``[S]``, the inverse.
-        runs: ``runs[i][r]`` is the first global row of run i of rank r, all runs of one length; None where unknown.
-    """
+    """The rows of a group's ranks in "global" order (sequence after sequence) and in "rank-major" order."""
 
     size: int
     rank: int
-    global_rows: Tensor
-    rank_rows: Tensor
-    runs: tuple[tuple[int, ...], ...] | None
+    global_rows: Tensor  # int64 [S], for each row in global order its row in rank-major order
+    rank_rows: Tensor  # int64 [S], the inverse
+    runs: tuple[tuple[int, ...], ...] | None  # [i][r]: first global row of run i of rank r, all of one length, if known
 
     @property
     def total(self) -> int:
