@@ -8,7 +8,7 @@ what, ``dispatch_plan`` and ``replicas`` list what goes where, ``chunk_attention
   many nodes, where only a simulation speaks for it.
 - What would bring it in: one attention layer at 16 or more GPUs of several nodes, faster forward and backward than
   ``all_gather`` and ``a2a+all_gather`` on the same machines.
-- Until when: no release later than REMOVE_BY has it unless that was measured.
+- Until when: it goes by REMOVE_BY (a test says so) unless that was measured.
 
 Imports go one way: this may import anything of the package; of the package only ``context_parallel.selective`` imports
 this, where the comm type asks for it.
