@@ -115,11 +115,7 @@ class MoBAConfig:
             object.__setattr__(self, "full_attention_layers", tuple(sorted(numbers)))
 
     def is_full_attention(self, layer_number: int, num_layers: int) -> bool:
-        """Whether a layer attends densely.
-
-        Args:
-            layer_number: global, 1-based, as Megatron counts under pipeline parallelism.
-            num_layers: layers in the whole model.
+        """Whether a layer, by its global 1-based number, attends densely.
 
         Raises:
             ValueError: layer_number is not in 1..num_layers, or a listed layer is beyond num_layers.
@@ -147,12 +143,7 @@ class MoBAConfig:
         return (max(1, max_seqlen), 1) if dense else (self.chunk_size, self.topk)
 
     def refuse(self, host: str, reasons: Mapping[str, str]) -> None:
-        """Raises ValueError where a field that a host cannot honour is not at its default.
-
-        Args:
-            host: for the message, such as "for Transformers".
-            reasons: why each of these fields cannot be honoured, and what to do instead.
-        """
+        """Raises ValueError where a field that a host cannot honour, and why, is not at its default."""
         for name, reason in reasons.items():
             value, default = getattr(self, name), getattr(MoBAConfig, name)
             if value != default:

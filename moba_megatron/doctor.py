@@ -198,42 +198,37 @@ def _run(name: str, check) -> bool:
 
 def check_definition() -> str:
     """MoBA against a masked softmax that is written straight from the definition."""
-    q, k, v, cu_seqlens = _inputs(100, torch.float64, "cpu")
     chunk, topk = 16, 3
-    o = moba_attn_varlen(q, k, v, cu_seqlens, 100, chunk, topk, backend="reference")
-    k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
-    means = torch.stack([part.mean(0) for part in k.split(chunk)])
-    position = torch.arange(100)
-    scores = torch.einsum("thd,chd->htc", q, means)
-    scores.masked_fill_(torch.arange(len(means)) >= position[:, None] // chunk, -torch.inf)
-    best = scores.topk(topk - 1).indices
-    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(2, best, True) & (scores > -torch.inf)
-    diagonal = position[:, None] // chunk == position // chunk
-    mask = (chosen[:, :, position // chunk] | diagonal) & (position <= position[:, None])
-    logits = torch.einsum("thd,shd->hts", q, k) / q.shape[-1] ** 0.5
-    expected = torch.einsum("hts,shd->thd", logits.masked_fill(~mask, -torch.inf).softmax(-1), v)
-    return _require_equal([o], [expected], 1e-10)
+
+    def definition(q, k, v, cu_seqlens):
+        k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        means = torch.stack([part.mean(0) for part in k.split(chunk)])
+        position = torch.arange(len(q))
+        scores = torch.einsum("thd,chd->htc", q, means).detach()
+        scores.masked_fill_(torch.arange(len(means)) >= position[:, None] // chunk, -torch.inf)
+        best = scores.topk(topk - 1).indices
+        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(2, best, True) & (scores > -torch.inf)
+        diagonal = position[:, None] // chunk == position // chunk
+        mask = (chosen[:, :, position // chunk] | diagonal) & (position <= position[:, None])
+        logits = torch.einsum("thd,shd->hts", q, k) / q.shape[-1] ** 0.5
+        return torch.einsum("hts,shd->thd", logits.masked_fill(~mask, -torch.inf).softmax(-1), v)
+
+    return _compare(_operator(chunk, topk, "reference"), definition, 1e-10)
 
 
 def check_dense() -> str:
-    """With topk covering every chunk MoBA is causal attention: torch's, with gradients."""
-    def moba(q, k, v, cu_seqlens):
-        return moba_attn_varlen(q, k, v, cu_seqlens, 75, 16, 5, backend="reference")
-
+    """With topk covering every chunk MoBA is causal attention: torch's."""
     def torchs(q, k, v, cu_seqlens):
         heads = (x.transpose(0, 1)[None] for x in (q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)))
         return torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True)[0].transpose(0, 1)
 
-    inputs = 75, torch.float64, "cpu"
-    return _require_equal(_with_gradients(moba, *inputs), _with_gradients(torchs, *inputs), 1e-10)
+    return _compare(_operator(16, 7, "reference"), torchs, 1e-10)
 
 
 def check_kernels() -> str:
-    """Triton against the reference on the card, forward and backward."""
-    triton, reference = (_with_gradients(
-        lambda *packed: moba_attn_varlen(*packed, 1000, 64, 4, backend=backend).float(),
-        1000, torch.bfloat16, "cuda", 64) for backend in ("triton", "reference"))
-    return _require_equal(triton, reference, LIMIT_BF16)
+    """Triton against the reference on the card."""
+    ours, reference = (_operator(64, 4, backend) for backend in ("triton", "reference"))
+    return _compare(ours, reference, LIMIT_BF16, 1000, torch.bfloat16, "cuda", head_dim=64)
 
 
 def check_package(package: str, variant: flash_packages.Variant) -> str:
@@ -255,32 +250,26 @@ def check_core_attention() -> str:
                                attention_dropout=0.0)
     core = MoBACoreAttention(config=config, layer_number=1, attn_mask_type=AttnMaskType.causal, attention_type="self",
                              moba_config=MoBAConfig(chunk_size=16, topk=3))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float64
-    q, k, v, cu_seqlens = _inputs(100, dtype, device)
-    o = core(q[:, None], k[:, None], v[:, None])
-    return _require_equal([o[:, 0]], [moba_attn_varlen(q, k, v, cu_seqlens, 100, 16, 3).flatten(1)], 1e-12)
+    where = (torch.bfloat16, "cuda") if torch.cuda.is_available() else (torch.float64, "cpu")
+    return _compare(lambda q, k, v, cu_seqlens: core(q[:, None], k[:, None], v[:, None])[:, 0],
+                    lambda *packed: _operator(16, 3)(*packed).flatten(1), 1e-12, 100, *where)
 
 
-def _inputs(tokens: int, dtype: torch.dtype, device: str, head_dim: int = 16):
-    """q of 4 heads, k and v of 2, all needing gradients, and cu_seqlens of one sequence."""
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(tokens, heads, head_dim, generator=generator, dtype=torch.float64).to(device, dtype)
-               for heads in (4, 2, 2))
-    cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device=device)
-    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), cu_seqlens
+def _operator(chunk_size: int, topk: int, backend: str = "auto"):
+    return lambda q, k, v, cu_seqlens: moba_attn_varlen(q, k, v, cu_seqlens, len(q), chunk_size, topk, backend=backend)
 
 
-def _with_gradients(attend, *of) -> tuple[torch.Tensor, ...]:
-    """o, dq, dk and dv of inputs that ``_inputs`` makes."""
-    q, k, v, cu_seqlens = _inputs(*of)
-    o = attend(q, k, v, cu_seqlens)
-    return o, *torch.autograd.grad(o.square().sum(), (q, k, v))
-
-
-def _require_equal(ours, expected, limit: float) -> str:
-    """The largest relative RMS error."""
-    errors = torch.stack([(a.double() - b.double()).norm() / b.double().norm() for a, b in zip(ours, expected)])
+def _compare(ours, expected, limit: float, tokens: int = 100, dtype: torch.dtype = torch.float64, device: str = "cpu",
+             head_dim: int = 16) -> str:
+    """The largest relative RMS error of o, dq, dk and dv between two ways to attend, with 4 query and 2 kv heads."""
+    results = []
+    for attend in (ours, expected):
+        generator = torch.Generator().manual_seed(0)
+        q, k, v = (torch.randn(tokens, heads, head_dim, generator=generator, dtype=torch.float64).to(device, dtype)
+                   .requires_grad_() for heads in (4, 2, 2))
+        o = attend(q, k, v, torch.tensor([0, tokens], dtype=torch.int32, device=device)).double()
+        results.append((o, *torch.autograd.grad(o.square().sum(), (q, k, v))))
+    errors = torch.stack([(a.double() - b.double()).norm() / b.double().norm() for a, b in zip(*results)])
     error = errors.max().item()
     if not error <= limit:  # NaN too
         raise AssertionError(f"relative error {error:.2e}, at most {limit:.0e} expected")

@@ -11,13 +11,8 @@ MULTIPLY_AND_ADD = 2
 
 
 def attended_pairs(seqlen: float, chunk_size: int, topk: int) -> float:
-    """Pairs of query and key in the selected chunks of one sequence; ``seqlen ** 2 / 2`` where topk covers all chunks.
-
-    Args:
-        seqlen: tokens; may be a mean, and then a fraction.
-        chunk_size: keys in a chunk.
-        topk: chunks a query attends to, its own included.
-    """
+    """Pairs of query and key in the selected chunks of one sequence, whose length may be a mean, and then a fraction;
+    ``seqlen ** 2 / 2`` where topk covers all chunks."""
     full, rest = divmod(seqlen, chunk_size)
     diagonal = (full * chunk_size**2 + rest**2) / 2  # as Megatron-LM counts a causal square: half of it
     ramp = min(full, topk - 1)  # query chunks 0..ramp-1 have fewer than topk - 1 earlier ones, and take them all

@@ -22,17 +22,8 @@ from ..ops.decode import fill_chunk_means, moba_decode
 
 def sparse_decode(query: Tensor, key: Tensor, value: Tensor, layout: Tensor | None, scaling: float | None,
                   config: MoBAConfig) -> Tensor:
-    """One new token a row, which chooses chunks as :func:`moba_megatron.ops.decode.moba_decode` says.
-
-    Args:
-        query: ``[B, H, 1, D]``; key, value: ``[B, HK, slots, D]``, the cache with the new token.
-        layout: of ``mask.moba_mask``, or None where every slot counts.
-        scaling: multiplies the scores.
-        config: chunk size, topk and backend.
-
-    Returns:
-        o ``[B, 1, H, DV]``.
-    """
+    """o ``[B, 1, H, DV]`` of one new token a row, ``[B, H, 1, D]``, over the cache, ``[B, HK, slots, D]``, that has it;
+    ``layout`` is of ``mask.moba_mask``. It chooses chunks as :func:`moba_megatron.ops.decode.moba_decode` says."""
     k, v = key.transpose(1, 2), value.transpose(1, 2)
     lengths, starts = _places(key, layout)
     means = _kept(key, config.chunk_size)
@@ -109,10 +100,7 @@ def note_prompts() -> None:
 
 def is_in_prompt(key: Tensor, layout: Tensor | None) -> bool:
     """Whether a single query is of the prompt of the ``generate()`` that runs in this thread, which may come in pieces.
-
-    Args:
-        key: ``[B, HK, slots, D]``; layout: of ``mask.moba_mask``. A static cache's says where the query is.
-    """
+    The layout of a static cache says where the query is."""
     prompt = 0 if torch.compiler.is_compiling() else getattr(_generation, "prompt", 0)
     if not prompt:
         return False

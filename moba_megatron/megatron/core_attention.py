@@ -326,9 +326,6 @@ def resolve_cp_comm_type(cp_comm_type: str | list[str] | None, config: Transform
     """How this layer's context parallel ranks communicate: one of ``context_parallel.COMM_TYPES``.
 
     A per-layer list is read from ``config`` by ``layer_number - 1``: Megatron up to 0.16 passes its neighbour's entry.
-
-    Raises:
-        ValueError: a type that MoBA does not have (the message lists those it has), or a list of another length.
     """
     listed = config.cp_comm_type if isinstance(config.cp_comm_type, (list, tuple)) else cp_comm_type
     if isinstance(listed, (list, tuple)):

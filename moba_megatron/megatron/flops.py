@@ -9,18 +9,13 @@ def correction(args, config: MoBAConfig, iteration: int, batch_size: int, seqlen
                tokens: float | None = None) -> float:
     """What to add to Megatron-LM's ``num_floating_point_operations``: negative where MoBA saves work.
 
-    Args:
-        args: Megatron-LM's parsed arguments.
-        config: which layers and iterations are MoBA.
-        iteration: the current one.
-        batch_size: sequences (of ``args.seq_length``) in the batch.
-        seqlen_squared_sum: of packed sequences, the sum of their squared lengths; None for unpacked batches. Only sums
-            are known, so the lengths count as equal: exact where they are.
-        tokens: of packed sequences, the sum of their lengths.
+    0 for models whose attention layers are not known here (``--experimental-attention-variant``, hybrids that are given
+    by ratios instead of a pattern).
 
-    Returns:
-        0 for models whose attention layers are not known here (``--experimental-attention-variant``, hybrids that are
-        given by ratios instead of a pattern).
+    Args:
+        batch_size: sequences of ``args.seq_length``, where they are not packed.
+        seqlen_squared_sum, tokens: the sums of packed sequences' squared lengths and lengths. Nothing else is known, so
+            the lengths count as equal: exact where they are.
     """
     tokens = batch_size * args.seq_length if tokens is None else tokens
     seqlen = args.seq_length if seqlen_squared_sum is None else seqlen_squared_sum / max(tokens, 1)

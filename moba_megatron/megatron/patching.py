@@ -85,11 +85,7 @@ def undo() -> list[str]:
 
 
 def guard_layers() -> None:
-    """Makes Megatron's inference paths that bypass core attention refuse MoBA layers: they would be dense, silently.
-
-    Raises:
-        RuntimeError: a Megatron that has them by other names.
-    """
+    """Makes Megatron's inference paths that bypass core attention refuse MoBA layers: they would be dense, silently."""
     for name in ("flash_decode", "flash_decode_and_prefill"):
         if not _hook("megatron.core.transformer.attention", f"Attention.{name}", moba_inference_guard):
             raise RuntimeError(f"megatron.core's Attention has no {name}, by whose name MoBA layers refuse to be "
@@ -185,12 +181,7 @@ def _at_least_one(text: str) -> int:
 
 @_wrapper
 def moba_checkpoint(original, load_dir, args, *positional, **named):
-    """On ``_load_base_checkpoint``: the checkpoint's MoBA flags are restored while Megatron-LM restores its own, else
-    compared.
-
-    Raises:
-        ValueError: trained weights would be dropped, or the restored flags come too late.
-    """
+    """On ``_load_base_checkpoint``: MoBA's flags are restored while Megatron-LM restores its own, else compared."""
     result = original(load_dir, args, *positional, **named)
     saved = result[0].get("args") if isinstance(result[0], dict) else None
     if saved is None:
@@ -263,11 +254,7 @@ def moba_model_check(original, *args, **kwargs):
 
 
 def check_model(model, config: MoBAConfig) -> None:
-    """Raises ValueError if a layer that ``config`` gives to MoBA attends through something else.
-
-    Args:
-        model: modules of this rank, one a virtual pipeline stage.
-    """
+    """Raises ValueError if a layer, of this rank's virtual stages, that is MoBA's attends through something else."""
     from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 
     from .core_attention import MoBACoreAttention

@@ -102,13 +102,8 @@ def refuse_arguments(arguments: dict, place: str) -> None:
 def check_attention_mask(mask: Tensor | None, query: Tensor, key: Tensor, group: dist.ProcessGroup | None) -> None:
     """Raises ValueError for a mask that says anything but "causal"; of one on a GPU a call later.
 
-    Its rows' and columns' sums tell: no other mask than the causal one has the causal one's.
-
-    Args:
-        mask: bool ``[1 or b, 1 or h, s_q, s_k]``, True where a query must not look. None says nothing.
-        query: ``[s_q, b, h, d]``, the last positions.
-        key: ``[s, b, hk, d]``.
-        group: context parallel group; ``s_k`` is then the whole sequence, and the rows are this rank's zigzag pieces.
+    Its rows' and columns' sums tell: no other mask than the causal one has the causal one's. Under context parallelism
+    the rows are this rank's zigzag pieces, the columns the whole sequence.
     """
     size, rows, device = 1 if group is None else group.size(), query.shape[0], query.device
     if mask is None or (group is not None and rows % 2):  # odd: refused elsewhere
