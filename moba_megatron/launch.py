@@ -44,14 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check_flags(flags: list[str]) -> str:
-    """Reads ``--attention`` and checks the ``--moba-*`` flags before anything heavy starts.
-
-    Returns:
-        ``moba`` also where ``--use-checkpoint-args`` may yet say so.
-
-    Raises:
-        ValueError: a flag is out of range, or ``--yaml-cfg`` would drop the flags.
-    """
+    """What ``--attention`` says, or ``--use-checkpoint-args`` may yet say; the ``--moba-*`` flags are checked."""
     parser = ArgumentParser(prog="moba_megatron.launch", usage=USAGE, add_help=False, allow_abbrev=False)
     parser.add_argument("--train-iters", type=int)
     parser.add_argument("--yaml-cfg")

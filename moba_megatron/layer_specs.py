@@ -12,7 +12,6 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from .megatron.layer_specs import (
     get_moba_layer_local_spec,
     get_moba_layer_with_transformer_engine_spec,
-    require_transformer_engine,
     with_moba_core_attention,
 )
 
@@ -27,7 +26,7 @@ class _NeedsTransformerEngine:
     """
 
     def __init__(self, *args, **kwargs):
-        require_transformer_engine()
+        get_moba_layer_with_transformer_engine_spec()
 
 
 moba_layer_spec = get_moba_layer_local_spec()

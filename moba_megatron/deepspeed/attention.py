@@ -38,11 +38,7 @@ class SequenceParallel:
 
     @classmethod
     def over_ranks(cls, method: str, size: int) -> SequenceParallel:
-        """Groups of ``size`` consecutive ranks of the default process group.
-
-        Raises:
-            ValueError: the method is unknown, or the size does not divide the number of ranks.
-        """
+        """Groups of ``size`` consecutive ranks of the default process group."""
         if method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
         world = dist.get_world_size()

@@ -17,11 +17,7 @@ def init_distributed(timeout_minutes: float = 10) -> torch.device:
     NCCL with a GPU, gloo without one. On the CPU DeepSpeed would compile an operator for shared memory at its first
     start (a minute, and a lock that an ended run leaves behind hangs the next one); gloo serves without it.
 
-    Args:
-        timeout_minutes: after which a collective that a rank does not join fails.
-
-    Returns:
-        this rank's device.
+    A collective that a rank does not join fails after ``timeout_minutes``. Returns this rank's device.
     """
     import deepspeed.comm
     import deepspeed.ops

@@ -101,20 +101,13 @@ def moba_attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, 
     """What an attention layer of Transformers calls, after RoPE and after its cache has taken the new keys.
 
     Args:
-        module: the layer; its ``layer_idx`` decides whether it is dense.
         query: ``[B, H, Q, D]``; key: ``[B, HK, S, D]``; value: ``[B, HK, S, DV]``, all of the cache with a cache.
         attention_mask: what :func:`moba_mask` made.
-        dropout: must be 0.
-        scaling: multiplies the scores.
         name: whose settings :func:`register_moba` was given.
         kwargs: ``cu_seq_lens_q``, ``max_length_q`` and ``position_ids`` place packed sequences.
 
     Returns:
         o ``[B, Q, H, DV]``, and None for the weights.
-
-    Raises:
-        ValueError: a setting of the model that MoBA does not have; the message names it.
-        RuntimeError: nothing was registered in this process.
     """
     if name not in _settings:
         raise RuntimeError(f"attn_implementation={name!r} has no settings in this process: call "

@@ -34,16 +34,12 @@ def moba_mask(batch_size: int, q_length: int | None = None, kv_length: int | Non
     """The layout of a batch: what a model calls once a forward, as an entry of ``AttentionMaskInterface``.
 
     Args:
-        batch_size, q_length, kv_length: rows, queries a row, slots of keys a row.
         q_offset: slot of the first query; a tensor for static caches. Transformers 4 gives ``cache_position`` instead,
             the slots of all queries.
         kv_offset: slots that a sliding cache has dropped.
         mask_function: must be plain causal, or (without attention_mask and cache) causal within packed rows.
         attention_mask: bool ``[B, slots]``, False for padding; a row's True must be in one run.
         kwargs: ``local_size`` of sliding and chunked attention; ``config``, the model's.
-
-    Raises:
-        ValueError: the model attends in a way that MoBA does not; the message says which.
     """
     if getattr(kwargs.get("config"), "index_topk", None) is not None:
         raise ValueError("index_topk (an indexer that chooses keys, as DeepSeek-V3.2 has) is not supported by MoBA "
@@ -94,18 +90,11 @@ def attended_slots(layout: Tensor | None, slots: int) -> Tensor | None:
 
 def row_segments(query: Tensor, key: Tensor, layout: Tensor | None, position_ids: Tensor | None,
                  chunk_size: int) -> Segments:
-    """Where the queries of a batch stand among its keys.
+    """Where the queries ``[B, H, Q, D]`` of a batch stand among its keys ``[B, HK, S, D]``.
 
-    Args:
-        query: ``[B, H, Q, D]``; key: ``[B, HK, S, D]``.
-        layout: of :func:`moba_mask`.
-        position_ids: ``[B or 1, Q]``, what the layers were sent; None or of other dimensions where they say nothing.
-            Where they go back within a row's sequence, another sequence begins, whatever the layout is: a mask of ones
-            or a fresh cache does not make one of packed documents. Positions that jump forward say nothing.
-        chunk_size: keys in a chunk.
-
-    Raises:
-        ValueError: packed sequences over a cache that holds other keys than theirs.
+    Where ``position_ids`` ``[B or 1, Q]`` go back within a row's sequence, another sequence begins, whatever the layout
+    is: a mask of ones or a fresh cache does not make one of packed documents. Positions that jump forward say nothing,
+    nor do those of other dimensions.
     """
     (batch, _, queries, _), slots = query.shape, key.shape[2]
     placed = None if layout is None else layout.to(query.device)  # layers on several GPUs may share one layout
@@ -144,12 +133,7 @@ def row_segments(query: Tensor, key: Tensor, layout: Tensor | None, position_ids
 
 def packed_bounds(cu_seqlens: Tensor, max_seqlen: int | Tensor | None, query: Tensor, key: Tensor,
                   layout: Tensor | None, chunk_size: int) -> Segments:
-    """Segments of the sequences that ``cu_seq_lens_q`` names, over all rows one after the other; ``query``, ``key`` and
-    ``layout`` as for :func:`row_segments`.
-
-    Raises:
-        ValueError: there is a cache, or an attention_mask that is not all ones.
-    """
+    """Segments of the sequences that ``cu_seq_lens_q`` names, over all rows one after the other."""
     (batch, _, queries, _), slots = query.shape, key.shape[2]
     if slots != queries:
         raise ValueError(f"cu_seq_lens_q must come without a cache, got {slots} keys for {queries} queries a row")

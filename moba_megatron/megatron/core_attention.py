@@ -49,15 +49,11 @@ _observer = None
 
 
 def set_observer(observer):
-    """Has every layer that attends sparsely call ``observer`` before it attends; None, the default, ends that.
+    """Has layers that attend sparsely call ``observer(module, q, k, segments)`` before; returns the observer before.
 
-    Args:
-        observer: called as ``observer(module, q, k, segments)``, under context parallelism with two more arguments:
-            the group, and for each key in global order its row among the gathered ones. q ``[T, H, D]`` and k
-            ``[S, HK, D]`` are this rank's. It must not change them, nor wait for the device.
-
-    Returns:
-        the observer before.
+    Under context parallelism there are two more arguments: the group, and for each key in global order its row among
+    the gathered ones. q ``[T, H, D]`` and k ``[S, HK, D]`` are this rank's. It must not change them, nor wait for the
+    device. None, the default, ends that.
     """
     global _observer
     before, _observer = _observer, observer

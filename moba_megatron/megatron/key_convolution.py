@@ -32,14 +32,9 @@ class KeyConvolution(MegatronModule):
     and tensor parallel ranks hold consecutive parts.
 
     Args:
-        config: Megatron's.
         width: taps, 3 or 5.
         head_dim: of the keys; None for ``config.kv_channels``.
-        backend: of the operator.
         tp_group: tensor parallel group; None for Megatron's ``parallel_state``.
-
-    Raises:
-        ValueError: kv heads are repeated on tensor parallel ranks, whose filters would grow apart.
     """
 
     def __init__(self, config: TransformerConfig, width: int, head_dim: int | None = None, backend: str = "auto",
@@ -62,13 +57,8 @@ class KeyConvolution(MegatronModule):
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
 
     def forward(self, k: Tensor, cu_seqlens: Tensor, cp_group: dist.ProcessGroup | None = None) -> Tensor:
-        """Convolves each sequence's keys.
-
-        Args:
-            k: ``[T, HK, D]``, this rank's rows, in zigzag order under context parallelism.
-            cu_seqlens: int32 ``[B + 1]``, the whole sequences, the rows of all context parallel ranks together.
-            cp_group: the ranks that share the sequences.
-        """
+        """Convolves each sequence's keys ``[T, HK, D]``: this rank's, in zigzag order, of sequences that ``cp_group``
+        shares, where ``cu_seqlens``, int32 ``[B + 1]``, are those of the whole ones."""
         weight = self.weight.view(-1, self.width, self.head_dim)
         if cp_group is None:
             return key_convolution(k, weight, cu_seqlens, backend=self.backend)

@@ -30,7 +30,10 @@ def get_moba_layer_with_transformer_engine_spec(moba_config: MoBAConfig | None =
     Raises:
         ImportError: Transformer Engine is not installed.
     """
-    require_transformer_engine()
+    if importlib.util.find_spec("transformer_engine") is None:
+        raise ImportError("the Transformer Engine spec needs transformer-engine (pip install moba-megatron[te], CUDA "
+                          "only): without it use get_moba_layer_local_spec, or "
+                          "--spec moba_megatron.layer_specs moba_layer_spec")
     return with_moba_core_attention(gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(**kwargs), moba_config)
 
 
@@ -49,10 +52,3 @@ def with_moba_core_attention(layer_spec: ModuleSpec, moba_config: MoBAConfig | N
     submodules.core_attention = ModuleSpec(core_attention_beside(submodules.core_attention),
                                            params={"moba_config": moba_config})
     return layer_spec
-
-
-def require_transformer_engine() -> None:
-    if importlib.util.find_spec("transformer_engine") is None:
-        raise ImportError("the Transformer Engine spec needs transformer-engine (pip install moba-megatron[te], CUDA "
-                          "only): without it use get_moba_layer_local_spec, or "
-                          "--spec moba_megatron.layer_specs moba_layer_spec")
