@@ -64,7 +64,7 @@ def run_kernels(arguments: argparse.Namespace) -> int:
         _progress(row)
         if arguments.json:
             report.save(arguments.json, result)
-    print(report.as_text(report.table(result["rows"])), flush=True)
+    print(report.KERNELS.text(result), flush=True)
     return int(any(row["status"] in ("failed", "wrong") for row in result["rows"]))
 
 

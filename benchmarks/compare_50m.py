@@ -160,7 +160,7 @@ def main(argv=None) -> int:
         list(pool.map(comparison.run, jobs(args)))
     result = comparison.result()
     report.save(args.json, result)
-    print(report.as_text(training.job_table(result["rows"])))
+    print(training.JOBS.text(result))
     if args.a6000:
         print(training.beside_a6000(result))
     return int(any(row["status"] not in ("ok", "absent") for row in result["rows"]))

@@ -180,7 +180,7 @@ def main(argv=None) -> int:
     except ValueError as error:
         job.abort(f"error: {error}", 2)
     if dist.get_rank() == 0:
-        print(report.as_text(zero.table(result)))
+        print(zero.TABLE.text(result))
     dist.barrier()
     dist.destroy_process_group()
     return 0

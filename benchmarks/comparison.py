@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -95,7 +95,7 @@ def run_readme(arguments: argparse.Namespace) -> int:
             report.save(arguments.json, result)
             print(f"{row['name']}, {row['tokens']} tokens: {row['status']}"
                   + (f", {row['ms']['median']:.3f} ms" if "ms" in row else f": {row['reason']}"), flush=True)
-    print(report.as_text(table(result)))
+    print(TABLE.text(result))
     return int(any(row["name"] == OWN and row["status"] != "ok" for row in result["rows"]))
 
 
@@ -214,32 +214,33 @@ def _errors(entry: Entry, forward: Callable[..., Tensor], case: Case, device: to
     return {"errors": errors, **status}
 
 
-def table(result: dict) -> list[dict[str, str]]:
-    """An implementation a line: ms at each length, memory at the longest, error where there are many chunks."""
-    rows = result["rows"]
-    lengths = sorted({row["tokens"] for row in rows})
-    checked = next((n for n in lengths if n > MANY_CHUNKS * result["settings"]["chunk_size"]), None)
-    lines = []
-    for name in dict.fromkeys(row["name"] for row in rows):
-        found = {row["tokens"]: row for row in rows if row["name"] == name}
-        some = next(iter(found.values()))
-        line = _begin(name, some["kind"])
-        for n in lengths:
-            line[length(n)] = _milliseconds(found.get(n))
-        peak = found.get(lengths[-1], {}).get("extra_peak_bytes")
-        line["extra GiB"] = f"{peak / report.GIB:.2f}" if peak else ""
-        line["error o, dq, dk, dv"] = _error_text(found.get(checked, {}))
-        line["note"] = _note(found, some)
-        lines.append(line)
-        graph = {n: row["graph_ms"] for n, row in found.items() if "graph_ms" in row}
+def _groups(result: dict) -> list[dict]:
+    """An item an implementation, with its rows by length; behind it one of its times in a CUDA graph."""
+    groups = []
+    for name in dict.fromkeys(row["name"] for row in result["rows"]):
+        found = {row["tokens"]: row for row in result["rows"] if row["name"] == name}
+        kind = next(iter(found.values()))["kind"]
+        groups.append({"name": name, "kind": kind, "found": found, "graph": False})
+        graph = {n: {"status": "ok", "ms": row["graph_ms"]} for n, row in found.items() if "graph_ms" in row}
         if graph:
-            lines.append(dict.fromkeys(line, "") | _begin(f"{name}, in a CUDA graph", "moba") | {
-                length(n): report.number(times["median"]) for n, times in graph.items()})
-    return lines
+            groups.append({"name": f"{name}, in a CUDA graph", "kind": "moba", "found": graph, "graph": True})
+    return groups
 
 
-def _begin(name: str, kind: str) -> dict[str, str]:
-    return {"implementation": name, "attention": "MoBA" if kind == "moba" else "full"}
+def _columns(result: dict) -> report.Columns:
+    """ms at each length, memory at the longest, error where there are many chunks."""
+    lengths = sorted({row["tokens"] for row in result["rows"]})
+    checked = next((n for n in lengths if n > MANY_CHUNKS * result["settings"]["chunk_size"]), None)
+
+    def at(n: int) -> report.Cell:
+        return lambda item: _milliseconds(item["found"].get(n))
+
+    return {"implementation": report.same("name"),
+            "attention": lambda item: "MoBA" if item["kind"] == "moba" else "full",
+            **{length(n): at(n) for n in lengths},
+            "extra GiB": lambda item: report.extra_gib(item["found"].get(lengths[-1], {})),
+            "error o, dq, dk, dv": lambda item: report.errors("o", "dq", "dk", "dv")(item["found"].get(checked, {})),
+            "note": lambda item: "" if item["graph"] else _note(item["found"])}
 
 
 def not_measured(result: dict) -> list[str]:
@@ -259,12 +260,8 @@ def _milliseconds(row: dict | None) -> str:
     return report.number(row["ms"]["median"]) if "ms" in row else row["status"]
 
 
-def _error_text(row: dict) -> str:
-    errors = row.get("errors")
-    return " ".join(f"{errors[name]['error']:.1e}" for name in ("o", "dq", "dk", "dv")) if errors else ""
-
-
-def _note(found: dict[int, dict], some: dict) -> str:
+def _note(found: dict[int, dict]) -> str:
+    some = next(iter(found.values()))
     if some["status"] == "absent":
         return "absent"
     notes = [some["version"]] if some.get("version") else []
@@ -277,12 +274,15 @@ def _note(found: dict[int, dict], some: dict) -> str:
     return "; ".join(notes)
 
 
-def markdown(result: dict) -> str:
-    """The table and, below it, what was measured where."""
-    about, settings, left = result["environment"], result["settings"], not_measured(result)
-    lines = [line for line in table(result) if line["implementation"] not in left]
+def below(result: dict) -> str:
+    """What was measured where."""
+    settings, left = result["settings"], not_measured(result)
     rest = f" Not measured: {', '.join(left)}." if left else ""
-    return (f"{report.as_markdown(lines)}\n\nForward and backward, ms, {settings['heads']} heads of "
-            f"{settings['head_dim']}, {settings['dtype']}, batch 1, chunk {settings['chunk_size']}, topk "
-            f"{settings['topk']}; errors at the first length with more than {MANY_CHUNKS} chunks; extra memory at the "
-            f"longest.{rest} {environment.line(about)}. {report.made_by(result)}")
+    return (f"Forward and backward, ms, {settings['heads']} heads of {settings['head_dim']}, {settings['dtype']}, "
+            f"batch 1, chunk {settings['chunk_size']}, topk {settings['topk']}; errors at the first length with more "
+            f"than {MANY_CHUNKS} chunks; extra memory at the longest.{rest} {report.measured_at(result)}")
+
+
+TABLE = report.Table(_columns, _groups, below=below, keep_empty=True)
+PAGE = replace(TABLE, items=lambda result: [x for x in _groups(result) if x["name"] not in not_measured(result)])
+"""Without what was absent, which is named below it."""

@@ -19,8 +19,6 @@ from .cases import Case
 from .cp_cases import COMMS, Row, find_rows
 from .distributed import Ranks, add_options, join, leave, link_bytes_per_s
 
-GIB = 2 ** 30
-
 
 def add_cp(subcommands) -> None:
     p = subcommands.add_parser("cp", help="context parallelism: strong scaling, exposed communication, 1M tokens")
@@ -37,7 +35,7 @@ def add_cp(subcommands) -> None:
 def run_cp(arguments: argparse.Namespace) -> int:
     """Measures the rows and prints the table; 1 if a row failed or was wrong, 2 without a second rank."""
     if arguments.show:
-        print(markdown_of(report.load(arguments.show)))
+        print(TABLE.markdown(report.load(arguments.show)))
         return 0
     rows = find_rows(arguments.rows, arguments.comm)
     ranks = join(arguments.device)
@@ -46,7 +44,7 @@ def run_cp(arguments: argparse.Namespace) -> int:
         leave()
         return 2
     result = _measure(rows, ranks, arguments)
-    ranks.say(report.as_text(table(result["rows"])))
+    ranks.say(TABLE.text(result))
     leave()
     return int(any(row["status"] in ("failed", "wrong") for row in result["rows"]))
 
@@ -103,40 +101,6 @@ def progress(row: dict) -> str:
     return "\n".join(lines)
 
 
-def cells(row: dict) -> dict[str, str]:
-    """One line of the table: column -> text."""
-    case = row["case"]
-    ok = row["status"] == "ok"
-    line = {"row": case["name"], "heads x D": f"{case['heads']}:{case['kv_heads']} x {case['head_dim']}",
-            "comm": row["comm"], "P": str(row["ranks"])}
-    line |= dict.fromkeys(("ms", "p20-p80", "forward", "1 GPU ms", "efficiency", "exposed ms", "1/4 link ms",
-                           "full/P ms", "extra GiB", "error o, dq, dk, dv", "note"), "")
-    line["commit"] = row.get("commit", "")
-    if not ok:
-        return line | {"ms": "-", "note": f"{row['status']}: {row['reason']}"}
-    ms, number = row["ms"], report.number
-    line |= {"ms": number(ms["median"]), "p20-p80": f"{number(ms['p20'])}-{number(ms['p80'])}",
-             "forward": number(row["forward_ms"]["median"]),
-             "error o, dq, dk, dv": " ".join(f"{e:.1e}" for e in row["errors"].values())}
-    if "efficiency" in row:
-        line |= {"1 GPU ms": number(row["one_gpu_ms"]["median"]), "efficiency": f"{row['efficiency']:.3f}"}
-    if "exposed" in row:
-        line |= {"exposed ms": number(sum(x["ms"] for x in row["exposed"].values())),
-                 "1/4 link ms": "< " + number(row["quarter_link_ms"])}
-    if "full" in row:
-        line["full/P ms"] = number(row["full"]["scaled_ms"])
-    if row.get("extra_peak_bytes"):
-        line["extra GiB"] = f"{row['extra_peak_bytes'] / GIB:.2f}"
-    return line
-
-
-def table(rows: list[dict]) -> list[dict[str, str]]:
-    """All rows as cells, without the columns that are empty throughout."""
-    lines = [cells(row) for row in rows]
-    used = [name for name in (lines[0] if lines else ()) if any(line[name] for line in lines)]
-    return [{name: line[name] for name in used} for line in lines]
-
-
 LEGEND = ("`ms`: forward and backward of the slowest rank; `efficiency`: 1 GPU ms / (P x ms), both measured in this "
           "job. `error`: relative, all ranks against one GPU. `exposed`: how long the compute stream stood still for "
           "collectives, all stages. Computed, not measured: `1/4 link`, an upper bound over a link with a quarter of "
@@ -144,11 +108,25 @@ LEGEND = ("`ms`: forward and backward of the slowest rank; `efficiency`: 1 GPU m
           "square of the length, divided by P.")
 
 
-def markdown_of(result: dict) -> str:
-    """The table, what its columns mean, and where it was measured."""
-    about = result["environment"]
-    link = result.get("link_bytes_per_s")
+def below(result: dict) -> str:
+    """What the columns mean, and where it was measured."""
+    about, link = result["environment"], result.get("link_bytes_per_s")
     sent = f" Link: {link / 1e9:.0f} GB/s sent by a rank in a large all-gather." if link else ""
-    rows, rest = report.measured_and_rest(result["rows"])
-    return (f"{report.as_markdown(table(rows))}\n\n{LEGEND}{sent}{rest}\n\n{environment.line(about)}, "
-            f"{about['ranks']} ranks. {report.made_by(result)}")
+    rest = report.not_run(result)
+    return f"{LEGEND}{sent}{rest}\n\n{environment.line(about)}, {about['ranks']} ranks. {report.made_by(result)}"
+
+
+_ROW = {"row": report.same("case", "name"), "heads x D": report.heads, "comm": report.same("comm"),
+        "P": report.same("ranks")}
+TABLE = report.Table(
+    {**_ROW, "ms": report.median("ms"), "p20-p80": report.spread("ms"), "forward": report.median("forward_ms"),
+     "1 GPU ms": lambda row: report.number(row["one_gpu_ms"]["median"]) if "efficiency" in row else "",
+     "efficiency": lambda row: f"{row['efficiency']:.3f}" if "efficiency" in row else "",
+     "exposed ms": lambda row: (report.number(sum(x["ms"] for x in row["exposed"].values()))
+                                if "exposed" in row else ""),
+     "1/4 link ms": lambda row: "< " + report.number(row["quarter_link_ms"]) if "exposed" in row else "",
+     "full/P ms": lambda row: report.number(row["full"]["scaled_ms"]) if "full" in row else "",
+     "extra GiB": report.extra_gib,
+     "error o, dq, dk, dv": lambda row: " ".join(f"{e:.1e}" for e in row["errors"].values()),
+     "note": report.nothing, "commit": report.same("commit")},
+    failed={**_ROW, "ms": report.dash, "note": report.why, "commit": report.same("commit")}, below=below)

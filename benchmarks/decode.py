@@ -229,36 +229,36 @@ def _floor_ms(case: DecodeCase, inputs: Inputs, selected: Tensor) -> dict[str, f
             "dense": 1e3 * case.batch * case.tokens * case.kv_heads * row_bytes / BYTES_PER_SECOND}
 
 
-def lines(rows: list[dict]) -> list[dict[str, str]]:
-    """The table: a line a row."""
-    out = []
-    for row in rows:
-        case, ms = row["case"], row.get("ms", {})
-        line = {"row": case["name"], "tokens": str(case["tokens"]), "heads": f"{case['heads']}:{case['kv_heads']}",
-                "chunk, topk": f"{case['chunk_size']}, {case['topk']}"}
-        dense = {kind: min((t[kind]["median"] for t in row.get("dense_ms", {}).values() if kind in t), default=None)
-                 for kind in ("graph", "eager")}
-        for kind in ("graph", "eager"):
-            line[f"{kind} ms"] = f"{ms[kind]['median']:.4f}" if kind in ms else ""
-            line[f"dense {kind} ms"] = f"{dense[kind]:.4f}" if dense[kind] else ""
-            line[f"x dense {kind}"] = f"{dense[kind] / ms[kind]['median']:.2f}" if dense[kind] and kind in ms else ""
-        gate = row.get("gate_ms", {}).get("graph")
-        line["gate ms"] = f"{gate['median']:.4f}" if gate else ""
-        line["floor ms"] = f"{row['floor_ms']['moba']:.4f}" if "floor_ms" in row else ""
-        errors = row.get("errors", {})
-        line["error o, lse"] = " ".join(f"{errors[name]['error']:.1e}" for name in errors)
-        line["status"] = row["status"] if row["status"] == "ok" else f"{row['status']}: {row['reason']}"
-        out.append(line)
-    return out
+def _columns(kind: str) -> report.Columns:
+    """Times in a CUDA graph or called one by one: MoBA's, the fastest dense kernel's, and their ratio."""
+    def ours(row: dict) -> float | None:
+        return row.get("ms", {}).get(kind, {}).get("median")
+
+    def dense(row: dict) -> float | None:
+        return min((t[kind]["median"] for t in row.get("dense_ms", {}).values() if kind in t), default=None)
+
+    return {f"{kind} ms": lambda row: f"{ours(row):.4f}" if ours(row) else "",
+            f"dense {kind} ms": lambda row: f"{dense(row):.4f}" if dense(row) else "",
+            f"x dense {kind}": lambda row: f"{dense(row) / ours(row):.2f}" if dense(row) and ours(row) else ""}
 
 
-def markdown(result: dict) -> str:
-    """The table and, below it, what was measured where."""
+def below(result: dict) -> str:
+    """What was measured where."""
     about = result["environment"]
-    rows = [row for row in result["rows"] if row["status"] != "not run"]
-    return (f"{report.as_markdown(lines(rows))}\n\nOne step, bf16, heads of {rows[0]['case']['head_dim']}: in a CUDA "
-            "graph and called one by one; dense is the fastest of torch's kernels; the floor is what must be read, at "
+    return (f"One step, bf16, heads of {result['rows'][0]['case']['head_dim']}: in a CUDA graph and called one by one; "
+            "dense is the fastest of torch's kernels; the floor is what must be read, at "
             f"{BYTES_PER_SECOND / 1e12:g} TB/s. {environment.line(about)}. Made by `{report.called(about)}`.")
+
+
+TABLE = report.Table({
+    "row": report.same("case", "name"), "tokens": report.same("case", "tokens"),
+    "heads": lambda row: f"{row['case']['heads']}:{row['case']['kv_heads']}",
+    "chunk, topk": lambda row: f"{row['case']['chunk_size']}, {row['case']['topk']}",
+    **_columns("graph"), **_columns("eager"),
+    "gate ms": lambda row: f"{row['gate_ms']['graph']['median']:.4f}" if row.get("gate_ms", {}).get("graph") else "",
+    "floor ms": lambda row: f"{row['floor_ms']['moba']:.4f}" if "floor_ms" in row else "",
+    "error o, lse": report.errors(),
+    "status": lambda row: row["status"] if row["status"] == "ok" else report.why(row)}, below=below, keep_empty=True)
 
 
 def add_decode(subcommands) -> None:
@@ -292,7 +292,7 @@ def run_decode(arguments: argparse.Namespace) -> int:
         print(f"{case.name}: {row['status']}, {row.get('wall_s', 0):.0f} s", row.get("reason", ""), flush=True)
         if arguments.json:
             report.save(arguments.json, result)
-    print(report.as_text(lines(result["rows"])), flush=True)
+    print(TABLE.text(result), flush=True)
     return int(any(row["status"] in ("failed", "wrong") for row in result["rows"]))
 
 

@@ -221,11 +221,9 @@ def run_gate(arguments: argparse.Namespace) -> int:
                         report.save(arguments.json, result)
     if arguments.json:
         report.save(arguments.json, result)
-    lines = [cells(row) for row in result["rows"]]
-    print(report.as_text(lines))
+    print(TABLE.text(result))
     if arguments.write:
-        arguments.write.write_text(f"{report.as_markdown(lines)}\n\n{environment.line(about)}, against "
-                                   f"{result['against']}. {report.made_by(result)}\n")
+        arguments.write.write_text(TABLE.markdown(result) + "\n")
     return int(any(row["status"] in ("slower", "failed") for row in result["rows"]))
 
 
@@ -251,14 +249,22 @@ def commit_of(checkout: Path) -> str:
     return done.stdout.strip() or checkout.resolve().name
 
 
-def cells(row: dict) -> dict[str, str]:
-    """One line of the table."""
-    ms = row.get("ms", {})
-    same = "" if "difference" not in row else "same bits" if row["difference"] == 0 else f"{row['difference']:.1e}"
-    return {"row": row["name"], **{f"{name}, ms": f"{ms[name]:.3f}" if ms else "" for name in (NEW, OLD)},
-            "ratio": f"{row['ratio']:.3f}" if ms else "", "difference": same,
-            "note": "" if row["status"] == "ok" else row.get("reason", row["status"])}
+def _difference(row: dict) -> str:
+    return "" if "difference" not in row else "same bits" if row["difference"] == 0 else f"{row['difference']:.1e}"
+
+
+def _ms(name: str) -> report.Cell:
+    return lambda row: f"{row['ms'][name]:.3f}" if "ms" in row else ""
+
+
+TABLE = report.Table({
+    "row": report.same("name"), "this, ms": _ms(NEW), "other, ms": _ms(OLD),
+    "ratio": lambda row: f"{row['ratio']:.3f}" if "ms" in row else "", "difference": _difference,
+    "note": lambda row: "" if row["status"] == "ok" else row.get("reason", row["status"])},
+    below=lambda result: f"Against {result['against']}. {report.measured_at(result)}", keep_empty=True)
 
 
 def line(row: dict) -> str:
-    return ", ".join(f"{name} {value}" if name != "row" else value for name, value in cells(row).items() if value)
+    """A row for the screen, when it is done."""
+    told, = TABLE.lines({"rows": [row]})
+    return ", ".join(f"{name} {value}" if name != "row" else value for name, value in told.items() if value)

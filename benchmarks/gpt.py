@@ -13,13 +13,10 @@ from pathlib import Path
 import torch
 
 from moba_megatron import environment
-from moba_megatron.rendezvous import report_error
 
-from . import report
+from . import ROOT, report
 from .distributed import Ranks, add_options, join, leave
 from .gpt_cases import SHAPE, TINY_SHAPE, Row, compiled_case, rows_for
-
-GIB = 2 ** 30
 
 
 def add_gpt(subcommands) -> None:
@@ -36,19 +33,15 @@ def add_gpt(subcommands) -> None:
 def run_gpt(arguments: argparse.Namespace) -> int:
     """Measures the rows and prints the table; 1 if a row failed."""
     if arguments.show:
-        print(markdown_of(report.load(arguments.show)))
+        print(TABLE.markdown(report.load(arguments.show)))
         return 0
     if arguments.device == "cpu":
-        examples = Path(__file__).parents[2] / "examples"
-        if not (examples / "megatron_on_cpu.py").is_file():
-            report_error("--device cpu needs the checkout's examples/, and this is an installed package: run it there")
-            return 2
-        sys.path.append(str(examples))
+        sys.path.insert(0, str(ROOT / "examples"))
         importlib.import_module("megatron_on_cpu").enable()  # before Megatron is imported
     ranks = join(arguments.device)
     rows = rows_for(ranks.size, arguments.rows, tiny=arguments.device == "cpu")
     result = _measure(rows, ranks, arguments)
-    ranks.say(report.as_text(table(result["rows"])))
+    ranks.say(TABLE.text(result))
     leave()
     return int(any(row["status"] == "failed" for row in result["rows"]))
 
@@ -120,41 +113,48 @@ def progress(row: dict) -> str:
             f"step; loss {row['loss']:.5f}{norm}; wall {row['wall_s']:.0f} s")
 
 
-def cells(row: dict, full_ms: dict[tuple[int, bool], float]) -> dict[str, str]:
-    """One line of the table: column -> text. ``full_ms``: (tokens, fp8) -> the fastest full attention's ms."""
-    about = row["row"]
-    line = {"row": row["name"], "P": str(row["ranks"])}
-    line |= dict.fromkeys(("ms/step", "p20-p80", "tokens/s", "x full", "linear floor", "peak GiB", "loss",
-                           "grad norm", "sparse calls", "note", "commit"), "")
-    if row["status"] != "ok":
-        return line | {"ms/step": "-", "note": f"{row['status']}: {row['reason']}"}
-    ms, number, full = row["ms"], report.number, full_ms.get((about["tokens"], about["fp8"]))
-    return line | {
-        "ms/step": number(ms["median"]), "p20-p80": f"{number(ms['p20'])}-{number(ms['p80'])}",
-        "tokens/s": f"{row['tokens_per_s']:.0f}",
-        "x full": f"{full / ms['median']:.2f}" if full and about["attention"] == "moba" else "",
-        "linear floor": number(row["linear_floor_ms"]),
-        "peak GiB": f"{row['peak_bytes'] / GIB:.1f}" if row["peak_bytes"] else "",
-        "loss": f"{row['loss']:.4f}",
-        "grad norm": f"{row['grad_norm']:.4f}" if row["grad_norm"] else "",
-        "sparse calls": str(row["attention"]["sparse_calls"]),
-        "commit": row.get("commit", "")}
+LEGEND = ("24 layers, 1024 wide, 8 heads of 128, 2 kv groups, SwiGLU 2816, RoPE, RMSNorm, 256 byte tokens, bf16, one "
+          "sequence; forward and backward, no optimizer, no gradient reduction over ranks. `x full`: against the "
+          "fastest row of full attention (Transformer Engine's own) at that length and precision. `linear floor`, "
+          "computed: the linear layers at 790 TFLOP/s. `sparse calls`: MoBA attentions in a step, counted. Loss and "
+          "gradient norm are those of the first step, over the whole sequence.")
 
 
-def table(rows: list[dict]) -> list[dict[str, str]]:
-    """All rows as cells, without the columns that are empty throughout."""
-    full_ms: dict[tuple[int, bool], float] = {}
-    for row in rows:
+def _with_full(result: dict) -> list[dict]:
+    """The rows, those of MoBA with the fastest full attention's ms at their length and precision."""
+    full: dict[tuple[int, bool], float] = {}
+    for row in result["rows"]:
         if row["status"] == "ok" and row["row"]["attention"] == "full":
             kind = row["row"]["tokens"], row["row"]["fp8"]
-            full_ms[kind] = min(row["ms"]["median"], full_ms.get(kind, float("inf")))
-    lines = [cells(row, full_ms) for row in rows]
-    used = [name for name in (lines[0] if lines else ()) if any(line[name] for line in lines)]
-    return [{name: line[name] for name in used} for line in lines]
+            full[kind] = min(row["ms"]["median"], full.get(kind, float("inf")))
+    return [row | {"full_ms": full.get((row["row"]["tokens"], row["row"]["fp8"]))}
+            if row["row"]["attention"] == "moba" else row for row in result["rows"]]
 
 
-def speedup_markdown(result: dict) -> str:
-    """What MoBA's chunk size and topk gain over full attention in the whole model, at each length."""
+def below(result: dict) -> str:
+    """What the columns mean, and where it was measured."""
+    about = result["environment"]
+    return (f"{LEGEND}{report.not_run(result)}\n\n{environment.line(about)}, Megatron-Core {about['megatron_core']}, "
+            f"Transformer Engine {about['transformer_engine']}, {about['ranks']} rank{'s' * (about['ranks'] > 1)}. "
+            f"{report.made_by(result)}")
+
+
+_ROW = {"row": report.same("name"), "P": report.same("ranks")}
+TABLE = report.Table(
+    {**_ROW, "ms/step": report.median("ms"), "p20-p80": report.spread("ms"),
+     "tokens/s": lambda row: f"{row['tokens_per_s']:.0f}",
+     "x full": lambda row: f"{row['full_ms'] / row['ms']['median']:.2f}" if row.get("full_ms") else "",
+     "linear floor": lambda row: report.number(row["linear_floor_ms"]),
+     "peak GiB": lambda row: f"{row['peak_bytes'] / report.GIB:.1f}" if row["peak_bytes"] else "",
+     "loss": lambda row: f"{row['loss']:.4f}",
+     "grad norm": lambda row: f"{row['grad_norm']:.4f}" if row["grad_norm"] else "",
+     "sparse calls": report.same("attention", "sparse_calls"), "note": report.nothing,
+     "commit": report.same("commit")},
+    _with_full, {**_ROW, "ms/step": report.dash, "note": report.why}, below)
+
+
+def _gains(result: dict) -> list[tuple]:
+    """((chunk size, topk), length -> gain over full attention) of plain rows."""
     rows = [row for row in result["rows"] if row["status"] == "ok" and not row["row"]["fp8"]
             and row["row"]["full_layers"] == "none" and not row["row"]["recompute"]]
     full = {row["row"]["tokens"]: row["ms"]["median"] for row in rows if row["row"]["attention"] == "full"}
@@ -164,23 +164,18 @@ def speedup_markdown(result: dict) -> str:
         if about["attention"] == "moba" and about["tokens"] in full:
             gain = full[about["tokens"]] / row["ms"]["median"]
             found.setdefault((about["chunk_size"], about["topk"]), {})[about["tokens"]] = gain
-    return report.as_markdown([
-        {"chunk size, topk": f"{chunk_size}, {topk}"}
-        | {f"{tokens // 1024}K tokens": f"{gains[tokens]:.2f}x" if tokens in gains else "" for tokens in sorted(full)}
-        for (chunk_size, topk), gains in sorted(found.items())])
+    return sorted(found.items())
 
 
-LEGEND = ("24 layers, 1024 wide, 8 heads of 128, 2 kv groups, SwiGLU 2816, RoPE, RMSNorm, 256 byte tokens, bf16, one "
-          "sequence; forward and backward, no optimizer, no gradient reduction over ranks. `x full`: against the "
-          "fastest row of full attention (Transformer Engine's own) at that length and precision. `linear floor`, "
-          "computed: the linear layers at 790 TFLOP/s. `sparse calls`: MoBA attentions in a step, counted. Loss and "
-          "gradient norm are those of the first step, over the whole sequence.")
+def _lengths(result: dict) -> report.Columns:
+    """A column a length at which MoBA gained."""
+    def column(tokens: int) -> report.Cell:
+        return lambda item: f"{item[1][tokens]:.2f}x" if tokens in item[1] else ""
+
+    lengths = sorted({tokens for _, gains in _gains(result) for tokens in gains})
+    return {"chunk size, topk": lambda item: "{}, {}".format(*item[0])} | {
+        f"{tokens // 1024}K tokens": column(tokens) for tokens in lengths}
 
 
-def markdown_of(result: dict) -> str:
-    """The table, what its columns mean, and where it was measured."""
-    about = result["environment"]
-    rows, rest = report.measured_and_rest(result["rows"])
-    return (f"{report.as_markdown(table(rows))}\n\n{LEGEND}{rest}\n\n{environment.line(about)}, Megatron-Core "
-            f"{about['megatron_core']}, Transformer Engine {about['transformer_engine']}, {about['ranks']} "
-            f"rank{'s' * (about['ranks'] > 1)}. {report.made_by(result)}")
+SPEEDUP = report.Table(_lengths, _gains)
+"""What MoBA's chunk size and topk gain over full attention in the whole model, at each length."""

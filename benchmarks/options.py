@@ -63,15 +63,10 @@ def read(path: Path) -> dict:
                   "max_allocated_mib": max(map(float, re.findall(r"max allocated: ([\d.]+)", text)), default=None)}
 
 
-def table(result: dict) -> list[dict[str, str]]:
-    """A run a line, in the order of ``RUNS``."""
+def _runs(result: dict) -> list[dict]:
+    """The rows in the order of ``RUNS``, each with its run and the row that it is compared with."""
     rows = {row["name"]: row for row in result["rows"] if row["status"] == "ok"}
-    return [{"run": name, "GPUs": str(run.gpus), "flags added": run.flags,
-             "loss, step 1": f"{row['losses'][0]:.5f}", f"step {len(row['losses'])}": f"{row['losses'][-1]:.5f}",
-             "largest difference": difference(run, row, rows.get(run.like)),
-             "peak MiB": f"{row['max_allocated_mib']:.0f}" if row["max_allocated_mib"] else "",
-             "ms/step": f"{row['ms_median']:.1f}" if run.alone else "", "commit": row.get("commit", "")}
-            for name, run in RUNS.items() if (row := rows.get(name))]
+    return [row | {"run": run, "like": rows.get(run.like)} for name, run in RUNS.items() if (row := rows.get(name))]
 
 
 def difference(run: Run, row: dict, like: dict | None) -> str:
@@ -84,21 +79,29 @@ def difference(run: Run, row: dict, like: dict | None) -> str:
         f"none from {run.like}" + (f" in step {run.steps}" if run.steps else ""))
 
 
-def markdown(result: dict) -> str:
-    """The table of `docs/benchmarks.md`, and where it was measured."""
-    lines = table(result)
-    lines = [{name: line[name] for name in line if any(each[name] for each in lines)} for line in lines]
-    return f"{report.as_markdown(lines)}\n\n{environment.line(result['environment'])}. {report.made_by(result)}"
+def _columns(result: dict) -> report.Columns:
+    steps = dict.fromkeys(len(row["losses"]) for row in _runs(result))
+    return {"run": report.same("name"), "GPUs": lambda row: str(row["run"].gpus),
+            "flags added": lambda row: row["run"].flags, "loss, step 1": lambda row: f"{row['losses'][0]:.5f}",
+            **{f"step {n}": lambda row: f"{row['losses'][-1]:.5f}" for n in steps},
+            "largest difference": lambda row: difference(row["run"], row, row["like"]),
+            "peak MiB": lambda row: f"{row['max_allocated_mib']:.0f}" if row["max_allocated_mib"] else "",
+            "ms/step": lambda row: f"{row['ms_median']:.1f}" if row["run"].alone else "",
+            "commit": report.same("commit")}
 
 
-def mla_markdown(result: dict) -> str:
-    """The table of `benchmarks/check_mla.py`: the worst relative error of output and gradients."""
-    lines = [{"latent attention": name, "output": f"{errors['output']:.1e}",
-              "worst gradient": max((f"{e:.1e} ({what})" for what, e in errors.items() if what != "output"),
-                                    key=lambda text: float(text.split()[0]), default="")}
-             for name, errors in result["errors"].items()]
-    about = result["environment"]
-    return f"{report.as_markdown(lines)}\n\n{environment.line(about)}. Made by `{report.called(about)}`."
+TABLE = report.Table(_columns, _runs, below=report.measured_at)
+
+
+def _worst(errors: dict[str, float]) -> str:
+    worst = max((what for what in errors if what != "output"), key=errors.get, default=None)
+    return f"{errors[worst]:.1e} ({worst})" if worst else ""
+
+
+MLA = report.Table({"latent attention": lambda item: item[0], "output": lambda item: f"{item[1]['output']:.1e}",
+                    "worst gradient": lambda item: _worst(item[1])},
+                   lambda result: result["errors"].items(), below=report.measured_at)
+"""Of `benchmarks/check_mla.py`: the worst relative error of output and gradients."""
 
 
 def add_options(subcommands) -> None:
@@ -117,4 +120,4 @@ def run_options(arguments: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return report.finish(arguments.json, result, table(result))
+    return report.finish(arguments.json, result, TABLE)

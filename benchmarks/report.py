@@ -3,13 +3,18 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moba_megatron import environment
 from moba_megatron.environment import as_text, save
 
 from .cases import Case, plain_twin
 
+Cell = Callable[[Any], str | None]
+Columns = dict[str, Cell]
 RESULTS = Path(__file__).parent / "results"
 GIB = 2 ** 30
 RENAMED = {
@@ -24,28 +29,101 @@ def case_of(row: dict) -> Case:
     return Case(**{name: value for name, value in row["case"].items() if name in Case.__dataclass_fields__})
 
 
-def cells(row: dict, times: dict[str, float]) -> dict[str, str]:
-    """One line of the table: column -> text."""
-    case = case_of(row)
-    ms, forward, cudnn = row.get("ms"), row.get("forward_ms"), row.get("cudnn_ms")
-    twin = plain_twin(case)
-    note = "" if row["status"] == "ok" else f"{row['status']}: {row['reason']}"
-    if ms and twin and twin.name in times:
-        note = f"{ms['median'] / times[twin.name]:.2f}x {twin.name}"
-    return {
-        "row": case.name,
-        "heads x D": f"{case.heads}:{case.kv_heads} x {case.head_dim}",
-        "ms": number(ms["median"]) if ms else "-",
-        "p20-p80": f"{number(ms['p20'])}-{number(ms['p80'])}" if ms else "-",
-        "forward": number(forward["median"]) if forward else "-",
-        "graph": number(row["graph_ms"]["median"]) if "graph_ms" in row else "",
-        "floor": number(row["floor_ms"]),
-        "x floor": f"{ms['median'] / row['floor_ms']:.1f}" if ms else "-",
-        "cuDNN full": number(cudnn["median"]) if cudnn else "",
-        "extra GiB": f"{row['extra_peak_bytes'] / GIB:.2f}" if row.get("extra_peak_bytes") else "",
-        "error o, dq, dk, dv": _errors(row),
-        "note": note, "commit": row.get("commit", ""),
-    }
+@dataclass(frozen=True)
+class Table:
+    """A table as data: what its lines are of, and what stands in each column.
+
+    Args:
+        columns: name -> what stands there, of an item (nothing for None); or a function that gives them for a result.
+        items: what the lines are of; the result's rows.
+        failed: the same for an item whose ``status`` is not ok, whose other columns are empty.
+        below: what stands under the table in a page.
+        keep_empty: columns that are empty throughout stay.
+    """
+
+    columns: Columns | Callable[[dict], Columns]
+    items: Callable[[dict], Iterable] = lambda result: result["rows"]
+    failed: Columns | None = None
+    below: Callable[[dict], str] | None = None
+    keep_empty: bool = False
+
+    def lines(self, result: dict, page: bool = False) -> list[dict[str, str]]:
+        """Column -> text, a line an item; in a page without rows that no time was left for."""
+        columns = self.columns(result) if callable(self.columns) else self.columns
+        lines = []
+        for item in self.items(result):
+            status = item.get("status", "ok") if isinstance(item, dict) else "ok"
+            if page and status == "not run":
+                continue
+            bad = self.failed is not None and status != "ok"
+            given = self.failed if bad else columns
+            lines.append({name: (given[name](item) if name in given else "") or "" for name in columns})
+        used = [name for name in columns if self.keep_empty or any(line[name] for line in lines)]
+        return [{name: line[name] for name in used} for line in lines]
+
+    def text(self, result: dict) -> str:
+        """For the terminal."""
+        return as_text(self.lines(result))
+
+    def markdown(self, result: dict) -> str:
+        """For a page: the table, and below it where and how it was measured."""
+        table = as_markdown(self.lines(result, page=True))
+        return f"{table}\n\n{self.below(result)}" if self.below else table
+
+
+def same(*path: str) -> Cell:
+    """The column that shows an entry of an item as it is, nothing where there is none."""
+    def cell(item: dict) -> str:
+        for name in path:
+            item = item.get(name, {})
+        return str(item) if item not in ({}, None) else ""
+
+    return cell
+
+
+def median(name: str) -> Cell:
+    """The column that shows the median of an entry's times."""
+    return lambda item: number(item[name]["median"]) if item.get(name) else ""
+
+
+def spread(name: str) -> Cell:
+    return lambda item: f"{number(item[name]['p20'])}-{number(item[name]['p80'])}"
+
+
+def dash(item) -> str:
+    return "-"
+
+
+def nothing(item) -> str:
+    return ""
+
+
+def why(item: dict) -> str:
+    """The note of a row that is not ok."""
+    return f"{item['status']}: {item['reason']}"
+
+
+def heads(item: dict) -> str:
+    case = item["case"]
+    return f"{case['heads']}:{case['kv_heads']} x {case['head_dim']}"
+
+
+def extra_gib(item: dict) -> str:
+    return f"{item['extra_peak_bytes'] / GIB:.2f}" if item.get("extra_peak_bytes") else ""
+
+
+def errors(*names: str) -> Cell:
+    """The column that shows relative errors, of these or of all that were checked."""
+    def cell(item: dict) -> str:
+        found = item.get("errors") or {}
+        return " ".join(f"{found[name]['error']:.1e}" for name in (names or found)) if found else ""
+
+    return cell
+
+
+def measured_at(result: dict) -> str:
+    """Where and how: below every table."""
+    return f"{environment.line(result['environment'])}. {made_by(result)}"
 
 
 def number(x: float | None) -> str:
@@ -53,19 +131,6 @@ def number(x: float | None) -> str:
     if x is None:
         return ""
     return f"{x:.0f}" if x >= 200 else f"{x:.1f}" if x >= 20 else f"{x:.2f}"
-
-
-def _errors(row: dict) -> str:
-    errors = row.get("errors")
-    return " ".join(f"{errors[name]['error']:.1e}" for name in ("o", "dq", "dk", "dv")) if errors else "-"
-
-
-def table(rows: list[dict]) -> list[dict[str, str]]:
-    """All rows as cells, without the columns that are empty throughout."""
-    times = {row["case"]["name"]: row["ms"]["median"] for row in rows if "ms" in row}
-    lines = [cells(row, times) for row in rows]
-    used = [name for name in (lines[0] if lines else ()) if any(line[name] for line in lines)]
-    return [{name: line[name] for name in used} for line in lines]
 
 
 def as_markdown(lines: list[dict[str, str]]) -> str:
@@ -77,20 +142,14 @@ def as_markdown(lines: list[dict[str, str]]) -> str:
     return "\n".join(out)
 
 
-def markdown_of(result: dict) -> str:
-    """What stands in the page between its markers: the table, and below it where and how it was measured."""
-    about = result["environment"]
-    return f"{as_markdown(table(result['rows']))}\n\n{environment.line(about)}. {made_by(result)}"
-
-
 def load(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def finish(path: Path, result: dict, lines: list[dict[str, str]]) -> int:
+def finish(path: Path, result: dict, table: Table) -> int:
     """Saves a result, prints its table and why rows are not in it; 1 if there are such rows, else 0."""
     save(path, result)
-    print(as_text(lines))
+    print(table.text(result))
     failed = [row for row in result["rows"] if row["status"] != "ok"]
     for row in failed:
         print(f"{row['name']}: {row['reason']}", file=sys.stderr)
@@ -143,7 +202,28 @@ def between_markers(text: str, name: str) -> tuple[int, int]:
     return begin + len(opening), end
 
 
-def measured_and_rest(rows: list[dict]) -> tuple[list[dict], str]:
-    """The rows but those that no time was left for, and a sentence that names these."""
-    left = [row["name"] for row in rows if row["status"] == "not run"]
-    return [row for row in rows if row["status"] != "not run"], f" Not run: {', '.join(left)}." if left else ""
+def not_run(result: dict) -> str:
+    """A sentence that names the rows that no time was left for; nothing where there are none."""
+    left = [row["name"] for row in result["rows"] if row["status"] == "not run"]
+    return f" Not run: {', '.join(left)}." if left else ""
+
+
+def _with_twins(result: dict) -> list[dict]:
+    """The rows, each with the ratio to the plain row that it is compared with."""
+    times = {row["case"]["name"]: row["ms"]["median"] for row in result["rows"] if "ms" in row}
+    twins = [(row, plain_twin(case_of(row))) for row in result["rows"]]
+    return [row | {"twin": f"{row['ms']['median'] / times[twin.name]:.2f}x {twin.name}"}
+            if twin and twin.name in times and "ms" in row else row for row, twin in twins]
+
+
+_ALWAYS = {"row": same("case", "name"), "heads x D": heads, "floor": lambda row: number(row["floor_ms"]),
+           "extra GiB": extra_gib, "commit": same("commit"),
+           "error o, dq, dk, dv": lambda row: errors("o", "dq", "dk", "dv")(row) or "-"}
+_KERNELS = {"ms": median("ms"), "p20-p80": spread("ms"), "forward": median("forward_ms"), "graph": median("graph_ms"),
+            "x floor": lambda row: f"{row['ms']['median'] / row['floor_ms']:.1f}", "cuDNN full": median("cudnn_ms"),
+            "note": same("twin"), **_ALWAYS}
+KERNELS = Table(
+    {name: _KERNELS[name] for name in ("row", "heads x D", "ms", "p20-p80", "forward", "graph", "floor", "x floor",
+                                       "cuDNN full", "extra GiB", "error o, dq, dk, dv", "note", "commit")},
+    _with_twins, _ALWAYS | dict.fromkeys(("ms", "p20-p80", "forward", "x floor"), dash) | {"note": why}, measured_at)
+"""The speed table of the operator."""

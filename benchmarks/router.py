@@ -68,28 +68,31 @@ def by_step(path: Path) -> list[dict]:
     return rows
 
 
-def table(result: dict) -> list[dict[str, str]]:
-    """A run a line; with the commit of those that a later measurement replaced, where there are such."""
-    rows = [row for row in result["rows"] if row["status"] == "ok"]
-    later = any("commit" in row for row in rows)
-    return [{"tokens a step": f"{row['settings']['global_batch_size']} x {row['settings']['seq_length']:,}",
-             "layers": str(row["settings"]["num_layers"]),
-             "chunk, topk": f"{row['settings']['moba_chunk_size']}, {row['settings']['moba_topk']}",
-             "ms/step": report.number(row["ms"]["median"]), "a watched step, ms more": f"{row['extra_ms']:.1f}",
-             f"of a run, watched every {EVERY} steps": f"{100 * row['share']:.2f} %",
-             **({"commit": row.get("commit", "")} if later else {})} for row in rows]
-
-
-def markdown(result: dict) -> str:
-    """The table; below it what the router of the first run has learned, and where that was measured."""
-    text = report.as_markdown(table(result))
+def below(result: dict) -> str:
+    """What the router of the first run has learned, and where that was measured."""
+    text = ""
     if len(result.get("trained", [])) > 1:
         first, last = result["trained"][0], result["trained"][-1]
         changes = ", ".join(f"{name.replace('_', ' ')} {first[name]:.3f} to {last[name]:.3f}"
                             for name in first if name != "iteration")
-        text += (f"\n\nFrom step {first['iteration']} to {last['iteration']} of the first run's model at commit "
-                 f"{result['environment']['commit']}: {changes}.")
-    return f"{text}\n\n{environment.line(result['environment'])}. {report.made_by(result)}"
+        text = (f"From step {first['iteration']} to {last['iteration']} of the first run's model at commit "
+                f"{result['environment']['commit']}: {changes}.\n\n")
+    return text + report.measured_at(result)
+
+
+def _of(text: str) -> report.Cell:
+    """The column that fills a row's settings into a text."""
+    return lambda row: text.format(**row["settings"])
+
+
+TABLE = report.Table({
+    "tokens a step": _of("{global_batch_size} x {seq_length:,}"), "layers": _of("{num_layers}"),
+    "chunk, topk": _of("{moba_chunk_size}, {moba_topk}"), "ms/step": report.median("ms"),
+    "a watched step, ms more": lambda row: f"{row['extra_ms']:.1f}",
+    f"of a run, watched every {EVERY} steps": lambda row: f"{100 * row['share']:.2f} %",
+    "commit": report.same("commit")},
+    lambda result: [row for row in result["rows"] if row["status"] == "ok"], below=below)
+"""A run a line; with the commit of those that a later measurement replaced, where there are such."""
 
 
 def add_router(subcommands) -> None:
@@ -112,4 +115,4 @@ def run_router(arguments: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return report.finish(arguments.json, result, table(result))
+    return report.finish(arguments.json, result, TABLE)

@@ -11,34 +11,34 @@ from . import comparison, cp, decode, gpt, options, report, router, training, ze
 
 
 @dataclass(frozen=True)
-class Table:
-    """One table: the file below ``results/`` with its figures, what makes markdown of it, the page it stands on."""
+class Stored:
+    """A result below ``results/``, what makes markdown of it, and the page that it stands on."""
 
-    stored: str
+    name: str
     markdown: Callable[[dict], str]
     page: str = "docs/benchmarks.md"
 
     @property
     def path(self) -> Path:
-        return report.RESULTS / self.stored
+        return report.RESULTS / self.name
 
 
 TABLES = {
-    "speedup": Table("h200/gpt-p1.json", gpt.speedup_markdown, "README.md"),
-    "kernels": Table("h200/kernels.json", report.markdown_of),
-    "comparison": Table("h200/comparison.json", comparison.markdown),
-    "training-speed": Table("h200/training_speed.json", training.speed_markdown),
-    "smoke": Table("h200/smoke.json", training.smoke_markdown),
-    "deepspeed": Table("h200/deepspeed.json", zero.markdown),
-    "continued": Table("h200/continued.json", training.switch_markdown),
-    "decode": Table("h200/decode.json", decode.markdown),
-    "learning": Table("h200/learning.json", training.learning_markdown),
-    "cp-p2": Table("h200/cp-p2.json", cp.markdown_of),
-    "gpt-p1": Table("h200/gpt-p1.json", gpt.markdown_of),
-    "gpt-p2": Table("h200/gpt-p2.json", gpt.markdown_of),
-    "router": Table("h200/router.json", router.markdown),
-    "megatron-options": Table("h200/megatron_options.json", options.markdown),
-    "mla": Table("h200/mla.json", options.mla_markdown),
+    "speedup": Stored("h200/gpt-p1.json", gpt.SPEEDUP.markdown, "README.md"),
+    "kernels": Stored("h200/kernels.json", report.KERNELS.markdown),
+    "comparison": Stored("h200/comparison.json", comparison.PAGE.markdown),
+    "training-speed": Stored("h200/training_speed.json", training.SPEED.markdown),
+    "smoke": Stored("h200/smoke.json", training.smoke_text),
+    "deepspeed": Stored("h200/deepspeed.json", zero.TABLE.markdown),
+    "continued": Stored("h200/continued.json", training.SWITCH.markdown),
+    "decode": Stored("h200/decode.json", decode.TABLE.markdown),
+    "learning": Stored("h200/learning.json", training.LEARNING.markdown),
+    "cp-p2": Stored("h200/cp-p2.json", cp.TABLE.markdown),
+    "gpt-p1": Stored("h200/gpt-p1.json", gpt.TABLE.markdown),
+    "gpt-p2": Stored("h200/gpt-p2.json", gpt.TABLE.markdown),
+    "router": Stored("h200/router.json", router.TABLE.markdown),
+    "megatron-options": Stored("h200/megatron_options.json", options.TABLE.markdown),
+    "mla": Stored("h200/mla.json", options.MLA.markdown),
 }
 
 
@@ -62,7 +62,7 @@ def run_table(arguments: argparse.Namespace) -> int:
     """Prints or writes the markdown table."""
     table = TABLES[arguments.name]
     if not table.path.exists() and (arguments.add or arguments.path is None):
-        print(f"no {table.path}: stored results are in a checkout, not in the wheel; name a JSON file", file=sys.stderr)
+        print(f"no {table.path}: name a JSON file", file=sys.stderr)
         return 2
     if arguments.add:
         report.save(table.path, report.added(report.load(table.path), report.load(arguments.add)))

@@ -6,7 +6,7 @@ from collections import defaultdict
 
 from moba_megatron import environment
 
-from .report import as_markdown, called, made_by
+from .report import Cell, Columns, Table, called, dash, made_by, same
 
 A6000, A6000_GB = "NVIDIA RTX A6000", 48
 
@@ -16,24 +16,25 @@ def name_of(row: dict) -> str:
     return f"{row['attention']} ({row['dense_kernel']})" if row.get("dense_kernel") else row["attention"]
 
 
-def job_table(rows: list[dict]) -> list[dict[str, str]]:
-    """Every run in a line: what `launch/smoke_a6000.sh` prints."""
-    full = {(row["seq_length"], row["seed"]): row["step_ms"]["median"] for row in rows
+def _against_full(result: dict) -> list[dict]:
+    """The rows, each with full attention's ms at its length and seed."""
+    full = {(row["seq_length"], row["seed"]): row["step_ms"]["median"] for row in result["rows"]
             if row["attention"] == "full" and row["status"] == "ok"}
-    lines = []
-    for row in rows:
-        line = {"attention": name_of(row), "sequence": f"{row['seq_length']:,}", "ms a step": "-", "tokens/s": "-",
-                "1000 steps": "-", "against full": "", "peak GiB": "", "loss": "",
-                "note": row["status"] if row["status"] == "absent" else row.get("reason", "")}
-        if row["status"] == "ok":
-            ms, dense = row["step_ms"]["median"], full.get((row["seq_length"], row["seed"]))
-            line |= {"ms a step": f"{ms:.1f}", "tokens/s": f"{row['tokens_per_s']:,.0f}",
-                     "1000 steps": f"{row['minutes_per_1000_steps']:.1f} min",
-                     "against full": f"{dense / ms:.2f}x as fast" if dense else "",
-                     "peak GiB": f"{row['peak_memory_gib']:.1f}" if row["peak_memory_gib"] else "",
-                     "loss": f"{row['losses'][-1]:.3f} after {len(row['losses'])} steps"}
-        lines.append(line)
-    return lines
+    return [row | {"full_ms": full.get((row["seq_length"], row["seed"]))} for row in result["rows"]]
+
+
+_RUN = {"attention": name_of, "sequence": lambda row: f"{row['seq_length']:,}"}
+JOBS = Table(
+    {**_RUN, "ms a step": lambda row: f"{row['step_ms']['median']:.1f}",
+     "tokens/s": lambda row: f"{row['tokens_per_s']:,.0f}",
+     "1000 steps": lambda row: f"{row['minutes_per_1000_steps']:.1f} min",
+     "against full": lambda row: f"{row['full_ms'] / row['step_ms']['median']:.2f}x as fast" if row["full_ms"] else "",
+     "peak GiB": lambda row: f"{row['peak_memory_gib']:.1f}" if row["peak_memory_gib"] else "",
+     "loss": lambda row: f"{row['losses'][-1]:.3f} after {len(row['losses'])} steps", "note": same("reason")},
+    _against_full,
+    _RUN | dict.fromkeys(("ms a step", "tokens/s", "1000 steps"), dash) | {
+        "note": lambda row: row["status"] if row["status"] == "absent" else row.get("reason", "")}, keep_empty=True)
+"""Every run in a line: what `launch/smoke_a6000.sh` prints."""
 
 
 def beside_a6000(result: dict) -> str:
@@ -58,26 +59,32 @@ def beside_a6000(result: dict) -> str:
                    "original MoBA about 85 min, Triton-MoBA about 30, flash attention about 13.")
 
 
-def speed_table(rows: list[dict]) -> list[dict[str, str]]:
-    """An attention a line, ms per 65,536 tokens at each sequence length."""
-    lengths = sorted({row["seq_length"] for row in rows})
-    by_name: dict[str, dict[int, dict]] = defaultdict(dict)
-    for row in rows:
-        by_name[name_of(row)][row["seq_length"]] = row
-    longest = max((n for n in lengths if any(row["status"] == "ok" for row in rows if row["seq_length"] == n)),
-                  default=None)
-    lines = []
-    for name, found in by_name.items():
-        line = {"attention": name}
-        for n in lengths:
-            line[f"{n // 1024}K"] = _milliseconds(found.get(n))
-        at = found.get(longest)
-        ok = at is not None and at["status"] == "ok"
-        line[f"tokens/s at {longest // 1024}K" if longest else "tokens/s"] = f"{at['tokens_per_s']:,.0f}" if ok else ""
-        line["peak GiB"] = ", ".join(f"{row['peak_memory_gib']:.1f}" for n, row in sorted(found.items())
-                                     if row["status"] == "ok" and row["peak_memory_gib"])
-        lines.append(line)
-    return lines
+def _by_name(result: dict) -> list[dict]:
+    """An item an attention: its name and its rows by sequence length."""
+    found: dict[str, dict[int, dict]] = defaultdict(dict)
+    for row in result["rows"]:
+        found[name_of(row)][row["seq_length"]] = row
+    return [{"name": name, "rows": rows} for name, rows in found.items()]
+
+
+def _speed_columns(result: dict) -> Columns:
+    """ms per 65,536 tokens at each sequence length; tokens/s at the longest that was measured."""
+    lengths = sorted({row["seq_length"] for row in result["rows"]})
+    longest = max((row["seq_length"] for row in result["rows"] if row["status"] == "ok"), default=None)
+
+    def at(n: int) -> Cell:
+        return lambda item: _milliseconds(item["rows"].get(n))
+
+    def tokens_per_s(item: dict) -> str:
+        row = item["rows"].get(longest, {"status": "absent"})
+        return f"{row['tokens_per_s']:,.0f}" if row["status"] == "ok" else ""
+
+    def peak(item: dict) -> str:
+        return ", ".join(f"{row['peak_memory_gib']:.1f}" for _, row in sorted(item["rows"].items())
+                         if row["status"] == "ok" and row["peak_memory_gib"])
+
+    return {"attention": same("name"), **{f"{n // 1024}K": at(n) for n in lengths},
+            f"tokens/s at {longest // 1024}K" if longest else "tokens/s": tokens_per_s, "peak GiB": peak}
 
 
 def _milliseconds(row: dict | None) -> str:
@@ -86,30 +93,30 @@ def _milliseconds(row: dict | None) -> str:
     return f"{row['ms_per_65536_tokens']:.1f}" if row["status"] == "ok" else row["status"]
 
 
-def learning_table(rows: list[dict]) -> list[dict[str, str]]:
-    """An attention a line: validation losses at the end, over seeds, and the difference to full attention."""
-    by_name: dict[str, dict[int, dict]] = defaultdict(dict)
-    for row in rows:
+def _by_attention(result: dict) -> list[dict]:
+    """An item an attention: its runs, the last validation of each, and full attention's at the same seeds."""
+    found: dict[str, dict[int, dict]] = defaultdict(dict)
+    for row in result["rows"]:
         if row["status"] == "ok":
-            by_name[row["attention"]][row["seed"]] = row
-    full = by_name.get("full", {})
-    lines = []
-    for name, runs in by_name.items():
-        final = [run["validations"][-1] for run in runs.values()]
-        any_run = next(iter(runs.values()))
-        pairs = [run["validations"][-1]["loss"] - full[seed]["validations"][-1]["loss"]
-                 for seed, run in runs.items() if seed in full]
-        tail = [run["validations"][-1]["by_position"][-1][2] - full[seed]["validations"][-1]["by_position"][-1][2]
-                for seed, run in runs.items() if seed in full]
-        lines.append({
-            "attention": name_of(any_run), "seeds": str(len(runs)),
-            "tokens": f"{any_run['steps'] * any_run['tokens_per_step'] / 1e6:.0f}M",
-            "validation loss": _spread([v["loss"] for v in final]),
-            "last 1/16 of the sequence": _spread([v["by_position"][-1][2] for v in final]),
-            "minus full": _spread(pairs, "+") if name != "full" else "",
-            "minus full, last 1/16": _spread(tail, "+") if name != "full" else "",
-        })
-    return lines
+            found[row["attention"]][row["seed"]] = row
+
+    def last(run: dict) -> tuple[float, float]:
+        final = run["validations"][-1]
+        return final["loss"], final["by_position"][-1][2]
+
+    full = {seed: last(run) for seed, run in found.get("full", {}).items()}
+    return [{"name": name, "runs": list(runs.values()), "last": [last(run) for run in runs.values()],
+             "pairs": [(last(run), full[seed]) for seed, run in runs.items() if seed in full and name != "full"]}
+            for name, runs in found.items()]
+
+
+def _tokens(item: dict) -> str:
+    run = item["runs"][0]
+    return f"{run['steps'] * run['tokens_per_step'] / 1e6:.0f}M"
+
+
+def _minus_full(which: int) -> Cell:
+    return lambda item: _spread([ours[which] - full[which] for ours, full in item["pairs"]], "+")
 
 
 def _spread(values: list[float], sign: str = "") -> str:
@@ -120,23 +127,24 @@ def _spread(values: list[float], sign: str = "") -> str:
     return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:.4f}"
 
 
-def _markdown(table, result: dict) -> str:
+def _below(result: dict) -> str:
     about, row = result["environment"], result["rows"][0]
-    return (f"{as_markdown(table(result['rows']))}\n\n{environment.line(about)}. Chunk {row['chunk_size']}, topk "
-            f"{row['topk']}, {row['tokens_per_step']:,} tokens a step. {made_by(result)}")
+    return (f"{environment.line(about)}. Chunk {row['chunk_size']}, topk {row['topk']}, {row['tokens_per_step']:,} "
+            f"tokens a step. {made_by(result)}")
 
 
-def speed_markdown(result: dict) -> str:
-    """The table of end-to-end times."""
-    return _markdown(speed_table, result)
+SPEED = Table(_speed_columns, _by_name, below=_below, keep_empty=True)
+"""End-to-end times, an attention a line."""
+LEARNING = Table({
+    "attention": lambda item: name_of(item["runs"][0]), "seeds": lambda item: str(len(item["runs"])), "tokens": _tokens,
+    "validation loss": lambda item: _spread([loss for loss, _ in item["last"]]),
+    "last 1/16 of the sequence": lambda item: _spread([tail for _, tail in item["last"]]),
+    "minus full": _minus_full(0), "minus full, last 1/16": _minus_full(1)},
+    _by_attention, below=_below, keep_empty=True)
+"""Validation losses at the end over seeds, and their difference to full attention's, an attention a line."""
 
 
-def learning_markdown(result: dict) -> str:
-    """The table of final losses."""
-    return _markdown(learning_table, result)
-
-
-def smoke_markdown(result: dict) -> str:
+def smoke_text(result: dict) -> str:
     """What the page says of `launch/smoke_a6000.sh`: sentences, no table, for they are two rows."""
     about, rows = result["environment"], result["rows"]
     done = [row for row in rows if row["status"] == "ok"]
@@ -150,34 +158,32 @@ def smoke_markdown(result: dict) -> str:
             f"{f' Not measured: {rest}.' if rest else ''} {environment.line(about)}. Made by `{called(about)}`.")
 
 
-def switch_table(result: dict) -> list[dict[str, str]]:
+def _windows(result: dict) -> list[dict]:
     """Losses around each change of attention, then the validations after the first one."""
-    lines = []
-    for row in result["windows"]:
-        steps = f"{row['first']}-{row['last']}" if row["first"] < row["last"] else str(row["first"])
-        lines.append(_switch_line(row["window"], steps, row["switched"], row["dense"]))
     ours, theirs = (result["validations"][name] for name in ("switched", "dense"))
-    return lines + [_switch_line("validation", step, loss, theirs[step]) for step, loss in ours.items()
-                    if int(step) > result["switches"][0]]
+    return result["windows"] + [
+        {"window": "validation", "first": int(step), "last": int(step), "switched": loss, "dense": theirs[step]}
+        for step, loss in ours.items() if int(step) > result["switches"][0]]
 
 
-def _switch_line(what: str, steps: str, switched: float, dense: float) -> dict[str, str]:
-    return {"loss": what, "steps": steps, "switched": f"{switched:.4f}", "dense throughout": f"{dense:.4f}",
-            "difference": f"{switched - dense:+.4f}"}
-
-
-def switch_markdown(result: dict) -> str:
-    """The table of `examples/megatron_lm/dense_moba_dense.sh`, what it says, and where it was made."""
+def _switch_below(result: dict) -> str:
+    """What the table of `examples/megatron_lm/dense_moba_dense.sh` says, and where it was made."""
     about, shared = result["environment"], result["settings"]
     to_moba, back = result["switches"]
     differs = {row["window"]: f"{row['difference']:+.4f}" for row in result["windows"]}
     ours, theirs = (result["validations"][name] for name in ("switched", "dense"))
     largest = max(abs(loss - theirs[step]) for step, loss in ours.items())
-    return (f"{as_markdown(switch_table(result))}\n\nNats a token, means over the steps. Dense to step {to_moba} (one "
-            f"run, copied), MoBA ({shared['chunk_size']}, {shared['topk']}) to step {back}, dense again; both see the "
-            "same batches. Against the dense run the loss is "
-            f"{differs['step after switch 1']} in the first step with MoBA, {differs['after switch 1']} in the first "
-            f"ten, {differs['step after switch 2']} in the first step back, {differs['end']} in the last ten; "
-            f"validations differ by {largest:.4f} at most. {shared['num_layers']} layers, {shared['hidden_size']} "
-            f"wide, {shared['global_batch_size']} sequences of {shared['seq_length']:,} a step, one seed. "
-            f"{environment.line(about)}. Made by `{called(about)}`.")
+    return (f"Nats a token, means over the steps. Dense to step {to_moba} (one run, copied), MoBA "
+            f"({shared['chunk_size']}, {shared['topk']}) to step {back}, dense again; both see the same batches. "
+            f"Against the dense run the loss is {differs['step after switch 1']} in the first step with MoBA, "
+            f"{differs['after switch 1']} in the first ten, {differs['step after switch 2']} in the first step back, "
+            f"{differs['end']} in the last ten; validations differ by {largest:.4f} at most. {shared['num_layers']} "
+            f"layers, {shared['hidden_size']} wide, {shared['global_batch_size']} sequences of "
+            f"{shared['seq_length']:,} a step, one seed. {environment.line(about)}. Made by `{called(about)}`.")
+
+
+SWITCH = Table({
+    "loss": same("window"),
+    "steps": lambda row: f"{row['first']}-{row['last']}" if row["first"] < row["last"] else str(row["first"]),
+    "switched": lambda row: f"{row['switched']:.4f}", "dense throughout": lambda row: f"{row['dense']:.4f}",
+    "difference": lambda row: f"{row['switched'] - row['dense']:+.4f}"}, _windows, below=_switch_below)

@@ -19,29 +19,15 @@ def loss_difference(row: dict, plain: dict, steps: int | None = None) -> float:
     return max(abs(a["loss"] - b["loss"]) for a, b in list(zip(row["steps"], plain["steps"]))[:steps])
 
 
-def table(result: dict) -> list[dict[str, str]]:
-    """A training a line."""
+def _with_plain(result: dict) -> list[dict]:
+    """The rows but those not run; those of DeepSpeed with plain torch's at their length."""
     rows = [row for row in result["rows"] if row["status"] != "not run"]
     plain = {row["seq_length"]: row for row in rows if row["zero_stage"] is None and row["status"] == "ok"}
-    lines = []
-    for row in rows:
-        line = {"ZeRO": "plain torch" if row["zero_stage"] is None else str(row["zero_stage"]),
-                "a sequence on": "one rank" if row["method"] == "none" else f"all ranks, {row['method']}",
-                "tokens": f"{row['seq_length']:,}", "ms/step": "", "p20-p80": "", "tokens/s": "", "peak GiB": "",
-                "loss, step 1": "", "differs by": "", "in any step by": "", "grad norm, step 1": "",
-                "note": "recomputed" if row["recompute"] else ""}
-        if row["status"] == "ok":
-            ms, first = row["ms"], row["steps"][0]
-            line |= {"ms/step": report.number(ms["median"]), "tokens/s": f"{row['tokens_per_s']:,.0f}",
-                     "p20-p80": f"{report.number(ms['p20'])}-{report.number(ms['p80'])}", "peak GiB": _memory(row),
-                     "loss, step 1": f"{first['loss']:.4f}", "grad norm, step 1": f"{first['grad_norm']:.2f}"}
-            if row["zero_stage"] is not None and row["seq_length"] in plain:
-                line["differs by"] = f"{loss_difference(row, plain[row['seq_length']], 1):.1e}"
-                line["in any step by"] = f"{loss_difference(row, plain[row['seq_length']]):.1e}"
-        else:
-            line["note"] = row["status"]
-        lines.append(line)
-    return [{name: line[name] for name in line if any(other[name] for other in lines)} for line in lines]
+    return [row if row["zero_stage"] is None else row | {"plain": plain.get(row["seq_length"])} for row in rows]
+
+
+def _difference(steps: int | None) -> report.Cell:
+    return lambda row: f"{loss_difference(row, row['plain'], steps):.1e}" if row.get("plain") else ""
 
 
 def _memory(row: dict) -> str:
@@ -52,16 +38,28 @@ def _memory(row: dict) -> str:
     return f"< {row['peak_memory_gib']:.1f}" if before is None else f"{row['peak_memory_gib'] - before:.1f}"
 
 
-def markdown(result: dict) -> str:
-    """The table and, below it, what was measured where."""
+def below(result: dict) -> str:
+    """What was measured where."""
     about, shared = result["environment"], result["settings"]
-    rest = report.measured_and_rest(result["rows"])[1]
-    return (f"{report.as_markdown(table(result))}\n\n{shared['num_layers']} layers, {shared['hidden_size']} wide, "
-            f"{shared['num_attention_heads']} heads, {shared['num_query_groups']} kv groups, MoBA "
-            f"({shared['moba_chunk_size']}, {shared['moba_topk']}) in every layer, bf16, "
-            f"{shared['global_batch_size']} sequences a step, {about['ranks']} ranks, optimizer included. `differs "
-            f"by`: the loss from plain torch's, in the first step and at most in {shared['train_iters']}, nats a "
-            "token. Plain torch has all sequences on one GPU and an optimizer that is not fused: it is there for its "
-            f"losses. `peak GiB`: rank 0, beyond what earlier rows left; `<`: with that.{rest} "
+    return (f"{shared['num_layers']} layers, {shared['hidden_size']} wide, {shared['num_attention_heads']} heads, "
+            f"{shared['num_query_groups']} kv groups, MoBA ({shared['moba_chunk_size']}, {shared['moba_topk']}) in "
+            f"every layer, bf16, {shared['global_batch_size']} sequences a step, {about['ranks']} ranks, optimizer "
+            "included. `differs by`: the loss from plain torch's, in the first step and at most in "
+            f"{shared['train_iters']}, nats a token. Plain torch has all sequences on one GPU and an optimizer that is "
+            "not fused: it is there for its "
+            f"losses. `peak GiB`: rank 0, beyond what earlier rows left; `<`: with that.{report.not_run(result)} "
             f"{environment.line(about)}, DeepSpeed {about['deepspeed']}. Made by `{report.called(about)}`"
             f"{about.get('note', '')}.")
+
+
+_ROW = {"ZeRO": lambda row: "plain torch" if row["zero_stage"] is None else str(row["zero_stage"]),
+        "a sequence on": lambda row: "one rank" if row["method"] == "none" else f"all ranks, {row['method']}",
+        "tokens": lambda row: f"{row['seq_length']:,}"}
+TABLE = report.Table(
+    {**_ROW, "ms/step": report.median("ms"), "p20-p80": report.spread("ms"),
+     "tokens/s": lambda row: f"{row['tokens_per_s']:,.0f}", "peak GiB": _memory,
+     "loss, step 1": lambda row: f"{row['steps'][0]['loss']:.4f}", "differs by": _difference(1),
+     "in any step by": _difference(None), "grad norm, step 1": lambda row: f"{row['steps'][0]['grad_norm']:.2f}",
+     "note": lambda row: "recomputed" if row["recompute"] else ""},
+    _with_plain, _ROW | {"note": report.same("status")}, below)
+"""A training a line."""

@@ -129,8 +129,9 @@ def _row(case, ms, **more):
 
 def test_notes_say_what_failed_and_compare_with_the_plain_row():
     plain, half = (cases.find_cases([name])[0] for name in ("128K-512-8", "fp16-128K-512-8"))
-    lines = report.table([_row(plain, 30.0), _row(half, 33.0),
-                          {"case": plain.as_dict(), "status": "failed", "reason": "x", "floor_ms": 1.0}])
+    lines = report.KERNELS.lines({"rows": [
+        _row(plain, 30.0), _row(half, 33.0),
+        {"case": plain.as_dict(), "status": "failed", "reason": "x", "floor_ms": 1.0}]})
     assert [line["note"] for line in lines] == ["", "1.10x 128K-512-8", "failed: x"]
 
 
@@ -143,7 +144,7 @@ def test_speedup_is_against_full_attention_of_the_same_length():
     result = report.load(report.RESULTS / "h200" / "gpt-p1.json")
     ms = {row["name"]: row["ms"]["median"] for row in result["rows"] if row["status"] == "ok"}
     gain = ms["128K/full"] / ms["128K/moba-512-8"]
-    assert f"| 512, 8 | {ms['32K/full'] / ms['32K/moba-512-8']:.2f}x | {gain:.2f}x |" in gpt.speedup_markdown(result)
+    assert f"| 512, 8 | {ms['32K/full'] / ms['32K/moba-512-8']:.2f}x | {gain:.2f}x |" in gpt.SPEEDUP.markdown(result)
 
 
 def test_a_later_runs_rows_are_added():
@@ -178,7 +179,7 @@ def test_losses_under_options_of_megatron_lm(tmp_path, capsys):
         ("graphs", [*plain[:11], 7.5]))]
     stored = tmp_path / "options.json"
     assert main(["options", *logs, "--json", str(stored)]) == 0
-    lines = {line["run"]: line for line in options.table(report.load(stored))}
+    lines = {line["run"]: line for line in options.TABLE.lines(report.load(stored))}
     assert [lines[name]["largest difference"] for name in lines] == [
         "", "none from one", "none from one in step 1", "", "0.4000 from eager"]
     assert [lines["graphs"][name] for name in ("ms/step", "peak MiB", "step 12")] == ["102.0", "71", "7.50000"]
@@ -228,10 +229,10 @@ def test_cost_of_watching_the_router(tmp_path, capsys):
     assert row["name"] == "4 layers, 2 x 2K" and row["ms"]["median"] == pytest.approx(102)
     assert row["extra_ms"] == pytest.approx(23) and row["share"] == pytest.approx(23 / 5100)
     assert result["trained"] == [{"iteration": 6, "recall": 0.63}, {"iteration": 9, "recall": 0.645}]
-    text = router.markdown(result)
+    text = router.TABLE.markdown(result)
     assert "| 2 x 2,048 | 4 | 4, 4 | 102.0 | 23.0 | 0.45 % |" in text and "recall 0.630 to 0.645" in text
     later = {"environment": result["environment"] | {"commit": "later"}, "rows": [row | {"extra_ms": 11.0}]}
-    text = router.markdown(report.added(result, later))
+    text = router.TABLE.markdown(report.added(result, later))
     assert "| 102.0 | 11.0 | 0.45 % | later |" in text and f"model at commit {result['environment']['commit']}:" in text
     log.write_text(json.dumps({"kind": "step"}) + "\n")
     assert main(["router", str(log), "--json", str(stored)]) == 1 and "no start" in capsys.readouterr().err

@@ -39,7 +39,7 @@ def test_cp_on_gloo(tmp_path):
         assert max(row["errors"].values()) < 1e-5
         assert row["exposed"] and row["sent_bytes"] > 0 and row["quarter_link_ms"] > row["ms"]["median"]
     assert "a2a+all_gather" in out
-    assert cp.markdown_of(stored).startswith("| row |")
+    assert cp.TABLE.markdown(stored).startswith("| row |")
 
 
 def test_gpt_on_gloo(tmp_path):
@@ -50,7 +50,7 @@ def test_gpt_on_gloo(tmp_path):
     moba, full, hybrid = (rows[row.name] for row in gpt_cases.TINY)
     assert [row["attention"]["sparse_calls"] for row in (moba, full, hybrid)] == [2, 0, 2]
     assert moba["loss"] == pytest.approx(full["loss"], rel=1e-3) and moba["loss"] != full["loss"]
-    assert moba["tokens_per_s"] > 0 and gpt.markdown_of(stored).startswith("| row |")
+    assert moba["tokens_per_s"] > 0 and gpt.TABLE.markdown(stored).startswith("| row |")
 
 
 def test_no_speed_for_a_wrong_result(monkeypatch):
@@ -69,7 +69,7 @@ def test_no_speed_for_a_wrong_result(monkeypatch):
         distributed.leave()
     assert result["status"] == "wrong" and "ms" not in result
     assert result["reason"].startswith("differs from one GPU: o 1.0e-02")
-    assert "wrong: differs" in cp.progress(result) and cp.cells(result)["ms"] == "-"
+    assert "wrong: differs" in cp.progress(result) and cp.TABLE.lines({"rows": [result]})[0]["ms"] == "-"
 
 
 def test_one_rank_is_refused(capsys):
@@ -86,7 +86,7 @@ def scaled_row(efficiency):
 
 
 def test_efficiency_is_a_cell():
-    assert cp.cells(scaled_row(0.8))["efficiency"] == "0.800"
+    assert cp.TABLE.lines({"rows": [scaled_row(0.8)]})[0]["efficiency"] == "0.800"
 
 
 @pytest.mark.parametrize("size, inner, sizes", [(4, 2, (2, 2)), (8, 4, (4, 2)), (2, 2, None), (6, 4, None),
@@ -118,7 +118,7 @@ def gpt_row(name, tokens, attention, ms):
 
 
 def test_gpt_is_compared_with_the_fastest_full_attention():
-    lines = gpt.table([gpt_row("m", 128 * K, "moba", 500.0), gpt_row("f", 128 * K, "full", 1600.0),
-                       gpt_row("g", 128 * K, "full", 1500.0), gpt_row("l", 32 * K, "full", 200.0)])
+    lines = gpt.TABLE.lines({"rows": [gpt_row("m", 128 * K, "moba", 500.0), gpt_row("f", 128 * K, "full", 1600.0),
+                                      gpt_row("g", 128 * K, "full", 1500.0), gpt_row("l", 32 * K, "full", 200.0)]})
     assert lines[0]["x full"] == "3.00"
     assert [line["x full"] for line in lines[1:]] == ["", "", ""]

@@ -35,11 +35,11 @@ def test_every_row_has_its_error_or_its_reason(result):
 
 
 def test_table_takes_the_error_where_there_are_many_chunks(result):
-    own, dense, *others = comparison.table(result)
+    own, dense, *others = comparison.TABLE.lines(result)
     error = next(r for r in result["rows"] if r["tokens"] == 640)["errors"]["o"]["error"]
     assert own["error o, dq, dk, dv"].startswith(f"{error:.1e}") and dense["attention"] == "full"
     assert [line["note"] for line in others] == ["absent", "absent"]
-    text = comparison.markdown(result)
+    text = comparison.PAGE.markdown(result)
     assert "more than 32 chunks" in text and result["environment"]["torch"] in text
     assert "Not measured: cuDNN, moonshot-moba, triton-moba, fla-moba, flash-moba, flash-attn-2, flash-attn-4." in text
     assert "| flash-moba |" not in text

@@ -245,7 +245,7 @@ def test_comparison_of_zero_stages(logs):
     for row in others:
         assert row["status"] == "ok" and len(row["steps"]) == 6
         assert zero.loss_difference(row, plain, 1) < 1e-3 and zero.loss_difference(row, plain) < 5e-3  # bf16
-    lines = zero.table(result)
+    lines = zero.TABLE.lines(result)
     assert [line["ZeRO"] for line in lines] == ["plain torch", "3", "2"]
     assert [bool(line["in any step by"]) for line in lines] == [False, True, True]
 

@@ -165,13 +165,13 @@ def _row(attention, n, ms, seed=1, loss=1.0, tail=0.9):
 
 def test_speed_table_has_measured_rows_only():
     rows = [_row("moba", n, ms) for n, ms in zip((8192, 32768), (100, 110))] + [_row("full", 32768, 300)]
-    lines = {line["attention"]: line for line in training.speed_table(rows)}
+    lines = {line["attention"]: line for line in training.SPEED.lines({"rows": rows})}
     assert list(lines) == ["moba", "full (cuDNN)"] and lines["full (cuDNN)"]["32K"] == "300.0"
 
 
 def test_learning_table_pairs_runs_by_seed():
     rows = [_row("full", 8192, 1, 1, 1.0, 0.9), _row("full", 8192, 1, 2, 1.2, 1.0),
             _row("moba", 8192, 1, 1, 1.1, 0.9), _row("moba", 8192, 1, 2, 1.26, 1.0)]
-    full, moba = training.learning_table(rows)
+    full, moba = training.LEARNING.lines({"rows": rows})
     assert full["validation loss"] == "1.1000 ± 0.1000" and full["minus full"] == ""
     assert moba["minus full"] == "+0.0800 ± 0.0200" and moba["minus full, last 1/16"] == "+0.0000 ± 0.0000"
