@@ -1,4 +1,4 @@
-"""Queries that visit chunks' homes or copies, against one rank: selection, o and gradients; bytes against the model."""
+"""Queries that are dispatched to chunks' owners or copies, against one rank: selection, o, gradients; bytes counted."""
 from unittest import mock
 
 import numpy
@@ -46,14 +46,14 @@ CASES = [
     ("bf16", 240, 1, 5, 4, 4, 2, 8, 8, None, torch.bfloat16),
 ]
 SIZES = (2, 3, 4, 8)
-SERVED = {"visit": [case[0] for case in CASES], "mixed": ["sink"], "model": ["bf16"],
+COMPUTED_BY = {"owners": [case[0] for case in CASES], "mixed": ["sink"], "model": ["bf16"],
           "anywhere": ["gqa", "mha_batch_groups"]}
-"""Who serves, and for which cases: homes; what the model says where products cost and bytes are nearly free, so that
-busy homes are relieved; what it says with its own figures; any rank for every rank, head and chunk, in rounds."""
-TWICE = (("visit", "gqa"), ("mixed", "sink"), ("anywhere", "gqa"))
+"""Who computes, and for which cases: owners; what the model says where products cost and bytes are nearly free, so that
+busy owners are relieved; what it says with its own figures; any rank for every rank, head and chunk, in rounds."""
+TWICE = (("owners", "gqa"), ("mixed", "sink"), ("anywhere", "gqa"))
 """Run a second time: the same bits."""
 ROUND = 40
-"""Visitors that a rank takes at once in those rounds."""
+"""Rows that a rank takes at once in those rounds."""
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 6e-3}
 """bf16: parts of o and dq travel rounded, as the kernels' partial results are: two roundings of 2^-9 for one."""
 
@@ -91,20 +91,20 @@ def test_lists_are_cut(counts):
     assert all(begin == end == sum(counts) for _, begin, end in parts[len(expected):])
 
 
-def servers_for(served, table, homes, sizes, group):
+def compute_ranks_for(who, table, rank_chunks, sizes, group):
     """Stands for cheapest_mode."""
-    if served == "model":
-        return cheapest_mode(table, homes, sizes, group)
-    home = owner_of_chunks(homes, table.shape[2])
-    if served == "anywhere":
+    if who == "model":
+        return cheapest_mode(table, rank_chunks, sizes, group)
+    owner = owner_of_chunks(rank_chunks, table.shape[2])
+    if who == "anywhere":
         return MIXED, torch.randint(len(table), table.shape, generator=torch.Generator().manual_seed(3))
-    if served == "visit":
-        return MIXED, home.expand(table.shape)
+    if who == "owners":
+        return MIXED, owner.expand(table.shape)
     with mock.patch.object(cost_model, "HANDLING", 0):
-        return MIXED, mixed_ranks(table, home, sizes, 1e18)
+        return MIXED, mixed_ranks(table, owner, sizes, 1e18)
 
 
-def compare(case, served, expected, group):
+def compare(case, who, expected, group):
     """Relative errors of o, dq, dk, dv on this rank, and bytes sent beside those that the selection tells."""
     _, tokens, batch, chunk_size, topk, heads, kv_heads, d, dv, head_groups, dtype = case
     o, grads, selected = expected
@@ -116,11 +116,11 @@ def compare(case, served, expected, group):
     q, k, v, do = whole_inputs(case)
     leaves = [torch.cat((x[rows], x[rows]), 2)[:, :, :x.shape[2]].requires_grad_() for x in (q, k, v)]  # strided
     runs, chosen, gate = [], [], reference.gate
-    limit = ROUND * 2 * (d + dv) * dtype.itemsize if served == "anywhere" else dispatch.DISPATCHED_BYTES
-    with mock.patch.object(dispatch, "cheapest_mode", lambda *given: servers_for(served, *given)), \
+    limit = ROUND * 2 * (d + dv) * dtype.itemsize if who == "anywhere" else dispatch.DISPATCHED_BYTES
+    with mock.patch.object(dispatch, "cheapest_mode", lambda *given: compute_ranks_for(who, *given)), \
             mock.patch.object(reference, "gate", lambda *x: chosen.append(gate(*x)) or chosen[-1]), \
             mock.patch.object(dispatch, "DISPATCHED_BYTES", limit):
-        for _ in range(2 if (served, case[0]) in TWICE else 1):
+        for _ in range(2 if (who, case[0]) in TWICE else 1):
             with record_waits() as record:
                 got = context_parallel_attention(*leaves, sequences, chunk_size, topk, group, comm_type="selective",
                                                  head_groups=head_groups, deterministic=True, backend="reference")
@@ -142,9 +142,9 @@ def told(case, selected, rank, size):
     for b in range(batch):
         chosen = selected[b * tokens:(b + 1) * tokens].long()
         chunk = chosen - (b * tokens // chunk_size + b)
-        home = torch.where(chosen < 0, owner[:, None, None], owner[(chunk * chunk_size).clamp(0, tokens - 1)])
-        leaving += int(((home != rank) & (owner == rank)[:, None, None]).sum())
-        coming += int(((home == rank) & (owner != rank)[:, None, None]).sum())
+        of_chunk = torch.where(chosen < 0, owner[:, None, None], owner[(chunk * chunk_size).clamp(0, tokens - 1)])
+        leaving += int(((of_chunk != rank) & (owner == rank)[:, None, None]).sum())
+        coming += int(((of_chunk == rank) & (owner != rank)[:, None, None]).sum())
     return leaving, coming
 
 
@@ -153,17 +153,17 @@ def on_rank(rank, size):
     selective.DISPATCH_FROM = 2
     groups = [dist.new_group(list(range(n))) for n in SIZES]
     expected = {case[0]: single_rank(case) for case in CASES}
-    results = {(served, case[0], n): compare(case, served, expected[case[0]], group)
-               for n, group in zip(SIZES, groups) if rank < n for served, names in SERVED.items()
+    results = {(who, case[0], n): compare(case, who, expected[case[0]], group)
+               for n, group in zip(SIZES, groups) if rank < n for who, names in COMPUTED_BY.items()
                for case in CASES if case[0] in names}
-    results["ways"] = [cheapest_mode(*table_for(size, 4, 8, choices), SIZES_OF_ROWS, groups[-1])[0]
+    results["modes"] = [cheapest_mode(*table_for(size, 4, 8, choices), SIZES_OF_ROWS, groups[-1])[0]
                        for choices in (200, 400000)]
     results["measured"] = measured_bytes(Ranks(rank, size, torch.device("cpu")))
     return results
 
 
 def measured_bytes(ranks):
-    """What plan-measure says of its ways to be selective: (sent, counted) by all ranks, by routing and way."""
+    """What plan-measure says of the modes of selective: (sent, counted) by all ranks, by routing and mode."""
     job = Job(tokens=512, chunk_size=16, topk=3, heads=4, kv_heads=2, dim=16, backend="reference")
     found = {}
     for routing in ("local", "sink"):
@@ -183,10 +183,10 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("served, name", [(served, name) for served, names in SERVED.items() for name in names])
-def test_equals_one_rank(results, served, name, size):
+@pytest.mark.parametrize("who, name", [(who, name) for who, names in COMPUTED_BY.items() for name in names])
+def test_equals_one_rank(results, who, name, size):
     dtype = next(case[-1] for case in CASES if case[0] == name)
-    for errors, *_ in (result[served, name, size] for result in results[:size]):
+    for errors, *_ in (result[who, name, size] for result in results[:size]):
         assert max(errors) <= TOLERANCE[dtype], errors
 
 
@@ -195,7 +195,7 @@ def test_equals_one_rank(results, served, name, size):
 def test_bytes_sent_are_those_of_the_choices(results, case, size):
     *_, d, dv, _, dtype = case
     item, wide = dtype.itemsize, 8 if dtype == torch.float64 else 4  # of lse
-    for _, sent, (leaving, coming) in (result["visit", case[0], size] for result in results[:size]):
+    for _, sent, (leaving, coming) in (result["owners", case[0], size] for result in results[:size]):
         assert sent["fwd dispatch"] == leaving * d * item
         assert sent["fwd return"] == coming * (dv * item + wide)
         assert sent["bwd dispatch"] == leaving * ((d + 2 * dv) * item + wide)
@@ -205,7 +205,7 @@ def test_bytes_sent_are_those_of_the_choices(results, case, size):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_sink_is_copied_and_its_queries_stay(results, size):
-    """All choose the first chunk, of rank 0: the others fetch it; what else they choose they fetch or visit."""
+    """All choose the first chunk, of rank 0: the others fetch it; what else they choose they fetch or dispatch."""
     case = next(c for c in CASES if c[0] == "sink")
     *_, chunk_size, _, _, _, d, dv, _, dtype = case
     row = (d + dv) * dtype.itemsize
@@ -220,8 +220,8 @@ def test_a_sink_is_copied_and_its_queries_stay(results, size):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_what_exceeds_a_round_comes_in_the_next_and_is_counted(results, size):
-    """All that visits is sent, in rounds of at most ROUND visitors, a fair share of each other rank."""
-    for name in SERVED["anywhere"]:
+    """All that is dispatched is sent, in rounds of at most ROUND rows, a fair share of each other rank."""
+    for name in COMPUTED_BY["anywhere"]:
         first, later = (sum(result["anywhere", name, size][1].get(stage, 0) for result in results[:size])
                         for stage in ("fwd dispatch", "fwd dispatch later"))
         case = next(c for c in CASES if c[0] == name)
@@ -235,20 +235,20 @@ def test_the_planner_expects_these_bytes(results):
     """Rows of bf16: what all ranks send, forward and backward, is the planner's bytes of a row times the choices."""
     case = next(c for c in CASES if c[0] == "bf16")
     for size in SIZES:
-        found = [result["visit", "bf16", size] for result in results[:size]]
+        found = [result["owners", "bf16", size] for result in results[:size]]
         rows = sum(leaving for *_, (leaving, _) in found)
-        sent = sum(sum(sent[f"{way} {what}"] for way in ("fwd", "bwd") for what in ("dispatch", "return"))
+        sent = sum(sum(sent[f"{mode} {what}"] for mode in ("fwd", "bwd") for what in ("dispatch", "return"))
                    for _, sent, _ in found)
         assert sent == rows * sum(query_bytes(case[7]))
         _, tokens, _, chunk_size, topk, _, kv_heads, *_ = case
         selected = single_rank(case)[2].numpy()
         pieces = numpy.arange(tokens) // (tokens // (2 * size))
         owner = numpy.where(pieces < size, pieces, 2 * size - 1 - pieces)
-        visits = traffic_of_selection(selected, owner, owner, chunk_size, kv_heads, size)["visits"].sum()
-        assert visits <= rows <= (topk - 1) * visits  # the planner lets a query visit a home once for several chunks
+        queries = traffic_of_selection(selected, owner, owner, chunk_size, kv_heads, size)["visits"].sum()
+        assert queries <= rows <= (topk - 1) * queries  # the planner sends a query to an owner once for several chunks
 
 
-def test_visitors_attend_to_their_chunk_alone():
+def test_dispatched_queries_attend_to_their_chunk_alone():
     generator = torch.Generator().manual_seed(1)
     k, v = (torch.randn(3, 7, 4, generator=generator, dtype=torch.float64) for _ in range(2))
     q, do = (torch.randn(5, 4, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -269,56 +269,56 @@ SIZES_OF_ROWS = RowSizes(item=2, dim=128, v_dim=128, chunk_size=4096)
 
 
 def table_for(ranks, chunks_each, heads, choices):
-    """A table and homes where every rank chooses each chunk of others, and its own, ``choices`` times."""
-    homes = torch.arange(ranks * chunks_each).view(ranks, chunks_each)
+    """A table and chunks of ranks where every rank chooses each chunk of others, and its own, ``choices`` times."""
+    rank_chunks = torch.arange(ranks * chunks_each).view(ranks, chunks_each)
     table = torch.full((ranks, heads, ranks * chunks_each + 1), choices, dtype=torch.int32)
     table[:, :, -1] = 0  # an id that no chunk has
-    return table, homes
+    return table, rank_chunks
 
 
-def times(table, homes, **given):
-    """Seconds by way."""
-    return dict(zip(MODES, seconds_of_modes(table, homes, SIZES_OF_ROWS, **given)[0].tolist()))
+def times(table, rank_chunks, **given):
+    """Seconds by mode."""
+    return dict(zip(MODES, seconds_of_modes(table, rank_chunks, SIZES_OF_ROWS, **given)[0].tolist()))
 
 
-def test_seconds_of_the_ways_by_hand():
-    table, homes = table_for(2, 1, 3, 10)
-    found = times(table, homes, link=1e9)
+def test_seconds_of_the_modes_by_hand():
+    table, rank_chunks = table_for(2, 1, 3, 10)
+    found = times(table, rank_chunks, link=1e9)
     row, chunk, work = 512, 2 * 4096 * 512, 60 * 2 * 256 * 4096 * 3.5 / 300e12
-    visit = 30 * (2 * row + 4 + row + 4) / 1e9 + 60 * HANDLING + work
-    assert found[DISPATCH] == found[MIXED] == pytest.approx(PLANNING + visit)
+    dispatched = 30 * (2 * row + 4 + row + 4) / 1e9 + 60 * HANDLING + work
+    assert found[DISPATCH] == found[MIXED] == pytest.approx(PLANNING + dispatched)
     fetch = 3 * (chunk + 4096 * 1024) / 1e9 + work  # K, V twice, fp32 sums of dk, dv
     assert found[FETCH] == pytest.approx(PLANNING + fetch) and found[GATHER] == pytest.approx(fetch)
 
 
 def test_a_rank_fetches_what_many_of_its_choices_want():
-    table, homes = table_for(4, 2, 2, 5)  # a copy is worth 2 * 4096 * 1024 bytes / (1544 + 5) = 5416 choices
+    table, rank_chunks = table_for(4, 2, 2, 5)  # a copy is worth 2 * 4096 * 1024 bytes / (1544 + 5) = 5416 choices
     table[1, :, 0], table[2, :, 0], table[3, 1, 3] = 6000, 5000, 6000
-    home = owner_of_chunks(homes, table.shape[2])
-    assert home.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 0]
-    servers = mixed_ranks(table, home, SIZES_OF_ROWS, 1e9)
-    copies = replicas_of(table, servers, home)
+    owner = owner_of_chunks(rank_chunks, table.shape[2])
+    assert owner.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 0]
+    computed_by = mixed_ranks(table, owner, SIZES_OF_ROWS, 1e9)
+    copies = replicas_of(table, computed_by, owner)
     assert copies.nonzero().tolist() == [[1, 0, 0], [1, 1, 0], [3, 1, 3]]
-    assert torch.equal(torch.where(copies, home, servers), home.expand(table.shape)), "all others visit"
-    found = times(table, homes, link=1e9)
+    assert torch.equal(torch.where(copies, owner, computed_by), owner.expand(table.shape)), "all others are dispatched"
+    found = times(table, rank_chunks, link=1e9)
     assert found[MIXED] < min(found[DISPATCH], found[FETCH])
 
 
-def test_a_busy_home_is_relieved():
-    """All choose the chunks of two ranks of eight; copies elsewhere serve them, in the rank order of their visitors."""
-    table, homes = table_for(8, 1, 1, 0)
+def test_a_busy_owner_is_relieved():
+    """All choose the chunks of two ranks of eight; copies elsewhere serve them, in the rank order of the queries."""
+    table, rank_chunks = table_for(8, 1, 1, 0)
     table[:, :, 0], table[:, :, 1] = 2000, 1200
-    home = owner_of_chunks(homes, table.shape[2])
-    servers = mixed_ranks(table, home, SIZES_OF_ROWS, 280e9)
-    served = torch.zeros(8, dtype=torch.int64).scatter_add_(0, servers.flatten(), table.long().flatten())
-    assert served.sum() == 8 * 3200 and served.max() <= 2 * served.sum() / 8 < 8 * 1200
-    copies = replicas_of(table, servers, home)
-    assert (servers[copies] == copies.nonzero()[:, 0]).all(), "who has a copy uses it"
+    owner = owner_of_chunks(rank_chunks, table.shape[2])
+    computed_by = mixed_ranks(table, owner, SIZES_OF_ROWS, 280e9)
+    work = torch.zeros(8, dtype=torch.int64).scatter_add_(0, computed_by.flatten(), table.long().flatten())
+    assert work.sum() == 8 * 3200 and work.max() <= 2 * work.sum() / 8 < 8 * 1200
+    copies = replicas_of(table, computed_by, owner)
+    assert (computed_by[copies] == copies.nonzero()[:, 0]).all(), "who has a copy uses it"
     assert copies.sum() <= 12
-    before = seconds_of(table, home.expand(table.shape), home, SIZES_OF_ROWS, 280e9)
-    assert seconds_of(table, servers, home, SIZES_OF_ROWS, 280e9) < 0.5 * before
-    even, homes = table_for(8, 1, 1, 1000)
-    assert torch.equal(mixed_ranks(even, home, SIZES_OF_ROWS, 280e9), home.expand(even.shape))
+    before = seconds_of(table, owner.expand(table.shape), owner, SIZES_OF_ROWS, 280e9)
+    assert seconds_of(table, computed_by, owner, SIZES_OF_ROWS, 280e9) < 0.5 * before
+    even, rank_chunks = table_for(8, 1, 1, 1000)
+    assert torch.equal(mixed_ranks(even, owner, SIZES_OF_ROWS, 280e9), owner.expand(even.shape))
 
 
 def test_measured_bytes_are_counted_bytes(results):
@@ -326,36 +326,36 @@ def test_measured_bytes_are_counted_bytes(results):
         for sent, counted in result["measured"].values():
             assert sent == counted > 0
     sent = {key: sent for key, (sent, _) in results[0]["measured"].items()}
-    fetch, visit, mixed = (sent["local", name] for name in SELECTIVE)
-    assert mixed < min(fetch, visit)
+    fetch, dispatched, mixed = (sent["local", name] for name in SELECTIVE)
+    assert mixed < min(fetch, dispatched)
 
 
 def test_all_ranks_decide_alike(results):
-    assert [result["ways"] for result in results] == [[DISPATCH, GATHER]] * len(results)
+    assert [result["modes"] for result in results] == [[DISPATCH, GATHER]] * len(results)
 
 
-@pytest.mark.parametrize("ranks, choices, way", [(64, 2000, DISPATCH), (8, 40000, GATHER), (64, 40000, GATHER)])
-def test_many_choices_of_everything_are_gathered(ranks, choices, way):
-    table, homes = table_for(ranks, 4, 8, choices)
-    found = times(table, homes, link=30e9, members_a_node=2)
-    assert min(found, key=found.get) == way
+@pytest.mark.parametrize("ranks, choices, mode", [(64, 2000, DISPATCH), (8, 40000, GATHER), (64, 40000, GATHER)])
+def test_many_choices_of_everything_are_gathered(ranks, choices, mode):
+    table, rank_chunks = table_for(ranks, 4, 8, choices)
+    found = times(table, rank_chunks, link=30e9, members_a_node=2)
+    assert min(found, key=found.get) == mode
 
 
-def test_a_sink_is_fetched_and_does_not_overload_its_home():
-    table, homes = table_for(64, 4, 8, 0)
+def test_a_sink_is_fetched_and_does_not_overload_its_owner():
+    table, rank_chunks = table_for(64, 4, 8, 0)
     table[:, :, 100] = 100000
-    found = times(table, homes, link=30e9, members_a_node=8)
+    found = times(table, rank_chunks, link=30e9, members_a_node=8)
     assert found[FETCH] == found[MIXED] == min(found.values())
-    table[:, :, :256] += 20  # and a few choices of everything: those visit
-    found = times(table, homes, link=30e9)
-    assert found[MIXED] < 0.8 * min(found[way] for way in (DISPATCH, FETCH, GATHER))
+    table[:, :, :256] += 20  # and a few choices of everything: those are dispatched
+    found = times(table, rank_chunks, link=30e9)
+    assert found[MIXED] < 0.8 * min(found[mode] for mode in (DISPATCH, FETCH, GATHER))
     table[:] = 0
     table[0, :, 100] = 3  # few queries of one rank
-    found = times(table, homes, link=30e9)
+    found = times(table, rank_chunks, link=30e9)
     assert found[DISPATCH] == min(found.values())
 
 
-def test_homes_of_chunks():
+def test_chunks_of_ranks():
     layout = Sequences.uniform(24, 2, torch.device("cpu")).zigzag(2, 0, 3)  # eight chunks and one unused id a sequence
     assert chunks_of_ranks(layout).tolist() == [[0, 1, 6, 7, 9, 10, 15, 16], [2, 3, 4, 5, 11, 12, 13, 14]]
 

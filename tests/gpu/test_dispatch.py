@@ -30,7 +30,7 @@ COUNTS = (0, 1, 300, 0, 64, 129)
 @pytest.mark.parametrize("dtype, dim, longest", [
     (torch.bfloat16, 128, 1 << 14), (torch.float16, 64, 1 << 14), (torch.float32, 32, 1 << 14),
     (torch.bfloat16, 128, 100)])
-def test_visitors(dtype, dim, longest, monkeypatch):
+def test_chunk_attention(dtype, dim, longest, monkeypatch):
     monkeypatch.setattr(chunk_attention, "LONGEST", longest)
     generator = torch.Generator("cuda").manual_seed(1)
 
@@ -50,7 +50,7 @@ def test_visitors(dtype, dim, longest, monkeypatch):
                                    dim ** -0.5)
     for got, wanted in zip(grads, expected):
         assert relative(got, wanted) < 1e-2
-    assert not grads[1][0].any() and not grads[2][3].any(), "a chunk without visitors has no gradient"
+    assert not grads[1][0].any() and not grads[2][3].any(), "a chunk without queries has no gradient"
 
 
 @pytest.mark.parametrize("dtype, dim, share", [
@@ -82,8 +82,8 @@ def relative(a, b):
 
 
 def parity(rank, size):
-    """Relative errors of o, dq, dk, dv against one GPU, and bytes by stage, for MHA and GQA: visits; visits and copies;
-    and the same with every copy through relays and visitors in rounds."""
+    """Relative errors of o, dq, dk, dv against one GPU, and bytes by stage, for MHA and GQA: dispatch; dispatch and
+    copies; and the same with every copy through relays and queries in rounds."""
     found = {}
     for heads, kv_heads in ((16, 16), (32, 8)):
         tokens, chunk_size, topk, device = 8192, 256, 3, torch.device("cuda", rank)
@@ -98,28 +98,28 @@ def parity(rank, size):
         sequences = Sequences.uniform(tokens, 1, device)
         rows = sequences.rows(size, rank).own_rows
         expected = [x[rows] for x in (o, *torch.autograd.grad(o, leaves, do))]
-        for way, relayed_from, limit in ((DISPATCH, 2, 1 << 30), (MIXED, 2, 1 << 30), (MIXED, 1, 1 << 20)):
+        for mode, relayed_from, limit in ((DISPATCH, 2, 1 << 30), (MIXED, 2, 1 << 30), (MIXED, 1, 1 << 20)):
             local = [x.detach()[rows].requires_grad_() for x in (q, k, v)]
-            with forced(way), mock.patch.object(cost_model, "RELAYED_FROM", relayed_from), \
+            with forced(mode), mock.patch.object(cost_model, "RELAYED_FROM", relayed_from), \
                     mock.patch.object(dispatch, "DISPATCHED_BYTES", limit), record_waits() as record:
                 got = context_parallel_attention(*local, sequences, chunk_size, topk, dist.group.WORLD,
                                                  comm_type="selective", head_groups=2)
                 grads = torch.autograd.grad(got, local, do[rows])
             torch.cuda.synchronize()
             sent = {stage: entry["sent_bytes"] for stage, entry in record.summary().items()}
-            found[way, relayed_from, heads, kv_heads] = [relative(a, b) for a, b in zip((got, *grads), expected)], sent
+            found[mode, relayed_from, heads, kv_heads] = [relative(a, b) for a, b in zip((got, *grads), expected)], sent
     return found
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_against_one(tmp_path):
     first, second = run_ranks(parity, 2, tmp_path, backend="nccl")
-    for (way, *_), (errors, sent) in [*first.items(), *second.items()]:
+    for (mode, *_), (errors, sent) in [*first.items(), *second.items()]:
         assert max(errors) < 1e-2, errors
-        assert way == MIXED or min(sent[f"{x} {y}"] for x in ("fwd", "bwd") for y in ("dispatch", "return")) > 0
-    for (way, relayed_from, *heads), (_, sent) in first.items():  # the sink's owner, which others visit
-        assert (sent["fwd gather"] > 0) == (sent["bwd gather"] > 0) == (way == MIXED)
-        assert way == DISPATCH or sent["fwd return"] < first[(DISPATCH, 2, *heads)][1]["fwd return"]
+        assert mode == MIXED or min(sent[f"{x} {y}"] for x in ("fwd", "bwd") for y in ("dispatch", "return")) > 0
+    for (mode, relayed_from, *heads), (_, sent) in first.items():  # the sink's owner, to which others dispatch
+        assert (sent["fwd gather"] > 0) == (sent["bwd gather"] > 0) == (mode == MIXED)
+        assert mode == DISPATCH or sent["fwd return"] < first[(DISPATCH, 2, *heads)][1]["fwd return"]
     later = [sent.get("fwd dispatch later", 0) for (_, relayed_from, *_), (_, sent) in second.items()
              if relayed_from == 1]
     assert max(later) > 0, "rounds of 1 MiB"
