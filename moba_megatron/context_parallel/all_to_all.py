@@ -189,8 +189,7 @@ class AllToAllAttention:
                 copy_rows(out[:me], view[:me])
                 copy_rows(out[me:], view[me + 1:])
             else:
-                others = [rank for rank in range(size) if rank != me]
-                for message, rank in zip(out, others):
+                for message, rank in zip(out, [rank for rank in range(size) if rank != me]):
                     copy_rows(message, view[rank * view.shape[0] // size])
         own = [view[me * view.shape[0] // size] for view in views]
         return to_global(rows, own, [*packed[:me], None, *packed[me:]], self.group, stage)

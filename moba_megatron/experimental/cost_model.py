@@ -5,8 +5,8 @@ made it, which fetches a copy of the chunk; or by a third rank with a copy, wher
 tensor of compute ranks tells a mode: DISPATCH and FETCH are its extremes, MIXED takes for each rank, kv head and chunk
 the cheaper one and relieves busy owners.
 
-The seconds are reckoned from constants: the busiest rank's bytes over a link, products over a rate, rows handled, and
-what it takes to plan. ``python -m benchmarks plan-check`` sets them beside measurements.
+Seconds are reckoned from constants: the busiest rank's bytes over a link, products over a rate, rows handled, and what
+it takes to plan. ``python -m benchmarks plan-check`` sets them beside measurements.
 
 Arguments, where nothing else is said:
     table: ``[P, HK, chunk ids]``, how often each rank's queries chose each chunk; or expected values, fp64.

@@ -57,8 +57,7 @@ def to_global(rows: Rows, own: Sequence[Tensor], messages: Sequence[Tensor | Non
         sent = [mine] * rows.size if messages is None else [None if x is None else x[local] for x in messages]
         received = [output[rows.global_run(run, rank)] for rank in range(rows.size)]
         rounds.append((_without(received, rows.rank), _without(sent, rows.rank)))
-    works = exchange(rounds, output.device, group, stage)
-    return Pending(works, output, messages, stage, lambda x: x.split(heads, 1))
+    return Pending(exchange(rounds, output.device, group, stage), output, messages, stage, lambda x: x.split(heads, 1))
 
 
 def to_local(rows: Rows, tensors: Sequence[Tensor], group: dist.ProcessGroup, stage: str) -> Pending:
@@ -85,8 +84,7 @@ def to_local(rows: Rows, tensors: Sequence[Tensor], group: dist.ProcessGroup, st
             own.append((local, sent[rows.rank]))
         keep.append(x)
         arriving.append(Arrived(others, own))
-    works = exchange(rounds, tensors[0].device, group, stage)
-    return Pending(works, tensors[0], keep, stage, lambda _: arriving)
+    return Pending(exchange(rounds, tensors[0].device, group, stage), tensors[0], keep, stage, lambda _: arriving)
 
 
 def reduce_to_local(rows: Rows, tensors: Sequence[Tensor], outs: Sequence[Tensor], group: dist.ProcessGroup,
