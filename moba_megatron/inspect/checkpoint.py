@@ -139,11 +139,7 @@ class Bytes:
 
 
 def tokenizer(name: str, path: str | None):
-    """Something with ``encode`` and ``decode``.
-
-    Args:
-        name: ByteLevel or HuggingFaceTokenizer.
-        path: the directory of a Hugging Face tokenizer.
+    """Something with ``encode`` and ``decode``: bytes, or the Hugging Face tokenizer in a directory.
 
     Raises:
         ValueError: the name is unknown, or a Hugging Face tokenizer cannot be had.

@@ -34,27 +34,16 @@ def watching(observer):
 
 @dataclass(frozen=True)
 class Choices:
-    """A layer's choices in one micro batch, for this rank's queries and heads.
+    """A layer's choices in one micro batch, for this rank's queries and heads."""
 
-    Args:
-        layer_number: 1-based, global.
-        q: ``[T, H, D]``, the local queries.
-        k: ``[S, HK, D]``, the keys of all context parallel ranks, sequence after sequence.
-        selected: int32 ``[T, H, topk - 1]``, ids of the chosen earlier chunks, -1 for none.
-        segments: places the queries among the keys.
-        topk: chunks a query attends to, its own included.
-        softmax_scale: of the attention scores.
-        fused: whether Triton kernels count and weigh them, as they chose them.
-    """
-
-    layer_number: int
-    q: Tensor
-    k: Tensor
-    selected: Tensor
-    segments: Segments
-    topk: int
-    softmax_scale: float
-    fused: bool = False
+    layer_number: int  # 1-based, global
+    q: Tensor  # `[T, H, D]`, the local queries
+    k: Tensor  # `[S, HK, D]`, the keys of all context parallel ranks, sequence after sequence
+    selected: Tensor  # int32 `[T, H, topk - 1]`, ids of the chosen earlier chunks, -1 for none
+    segments: Segments  # places the queries among the keys
+    topk: int  # chunks a query attends to, its own included
+    softmax_scale: float  # of the attention scores
+    fused: bool = False  # whether Triton kernels count and weigh them, as they chose them
 
     @property
     def num_chunks(self) -> int:

@@ -29,11 +29,7 @@ def counts(selected: Tensor, rows: Tensor, num_rows: int, num_chunks: int) -> Te
 
 def recalls(q: Tensor, k: Tensor, selected: Tensor, segments: Segments, places: tuple[Tensor, ...],
             softmax_scale: float) -> Tensor:
-    """:func:`.statistics.recalls` of q, k in fp16, bf16 or fp32 and a contiguous selection, as fp32 ``[n, H, 2]``.
-
-    Args:
-        places: of the queries, int64 ``[n]`` each: row of q, own chunk's id, sequence, position in it.
-    """
+    """:func:`.statistics.recalls` of q, k in fp16, bf16 or fp32 and a contiguous selection, as fp32 ``[n, H, 2]``."""
     chunk_size, num_sequences = segments.chunk_size, segments.num_sequences
 
     def compute(q, k, selected, cu_seqlens_k, rows, own, sequence, position):

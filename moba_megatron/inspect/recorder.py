@@ -41,9 +41,6 @@ class TraceRecorder:
     def trace(self, about: Mapping | None = None) -> RoutingTrace:
         """The trace of all layers, heads and sequences; called by all ranks of the world, the same on all.
 
-        Args:
-            about: where it comes from, JSON values.
-
         Raises:
             ValueError: no layer had a choice, on any rank.
         """

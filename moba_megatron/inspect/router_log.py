@@ -44,11 +44,7 @@ class RouterLog:
 
     @contextlib.contextmanager
     def watch(self, iteration: int) -> Iterator[None]:
-        """Surrounds a training step on every rank of the world; afterwards ``report`` is set, the same on all ranks.
-
-        Args:
-            iteration: of the step, counted from 1.
-        """
+        """Surrounds a training step (counted from 1) on every rank of the world; then all have the same ``report``."""
         self.report = None
         if iteration % self.interval:
             yield

@@ -31,27 +31,17 @@ SCORE_ELEMENTS = 1 << 23
 
 @dataclass(frozen=True)
 class Places:
-    """Where the queries lie, and which of them are sampled: the same for every layer with these segments.
+    """Where the queries lie, and which of them are sampled: the same for every layer with these segments."""
 
-    Args:
-        segments: of the queries.
-        topk: chunks a query attends to, its own included.
-        samples: queries whose recall was asked for.
-        counted: int64 ``[T]``, 0 for queries with a choice and -1 for the others.
-        choosers: fp64 ``[num_chunks]``, queries with a choice, by their own chunk.
-        first: int64 ``[B]``, the first chunk of each sequence.
-        sampled: of the sampled queries int64 ``[n]`` each: row, own chunk's id, sequence, position in it.
-        weight: fp64 ``[n]``, 1 for sampled queries that have a choice, else 0.
-    """
-
-    segments: Segments
-    topk: int
-    samples: int
-    counted: Tensor
-    choosers: Tensor
-    first: Tensor
+    segments: Segments  # of the queries
+    topk: int  # chunks a query attends to, its own included
+    samples: int  # queries whose recall was asked for
+    counted: Tensor  # int64 `[T]`, 0 for queries with a choice and -1 for the others
+    choosers: Tensor  # fp64 `[num_chunks]`, queries with a choice, by their own chunk
+    first: Tensor  # int64 `[B]`, the first chunk of each sequence
+    # of the sampled queries int64 `[n]` each: row, own chunk's id, sequence, position in it
     sampled: tuple[Tensor, Tensor, Tensor, Tensor]
-    weight: Tensor
+    weight: Tensor  # fp64 `[n]`, 1 for sampled queries that have a choice, else 0
 
     @classmethod
     @torch.no_grad()
@@ -78,17 +68,11 @@ class Places:
 
 @dataclass(frozen=True)
 class Tally:
-    """What a rank has seen of a layer.
+    """What a rank has seen of a layer."""
 
-    Args:
-        chosen: int64 ``[H, num_chunks]``, queries that chose the chunk, of those with a choice.
-        recall: ``[n, H, 2]``, recall and best recall of the sampled queries.
-        places: of the queries.
-    """
-
-    chosen: Tensor
-    recall: Tensor
-    places: Places
+    chosen: Tensor  # int64 `[H, num_chunks]`, queries that chose the chunk, of those with a choice
+    recall: Tensor  # `[n, H, 2]`, recall and best recall of the sampled queries
+    places: Places  # of the queries
 
 
 @torch.no_grad()

@@ -22,28 +22,20 @@ class RoutingTrace:
 
     Only earlier chunks are counted: every query attends to its own chunk too.
 
-    Args:
-        chunk_size: keys in a chunk.
-        topk: chunks a query attends to, its own included.
-        seq_length: tokens of each sequence.
-        sequences: sequences whose choices are added up.
-        num_heads: query heads of the whole model.
-        num_kv_heads: key/value heads; query head ``h`` uses ``h // (num_heads // num_kv_heads)``.
-        choices: for each sparse layer, by its 1-based global number, the non-zero counts: ``(index, count)``, int64
-            ``[nnz]`` each, with the flat index ``(head * N + query chunk) * N + chosen chunk``, ascending.
-        about: where it came from, JSON values: checkpoint, iteration, text, versions.
-
     Raises:
         ValueError: a count lies outside of what the numbers allow; the message says which.
     """
 
-    chunk_size: int
-    topk: int
-    seq_length: int
-    num_heads: int
-    num_kv_heads: int
+    chunk_size: int  # keys in a chunk
+    topk: int  # chunks a query attends to, its own included
+    seq_length: int  # tokens of each sequence
+    num_heads: int  # query heads of the whole model
+    num_kv_heads: int  # key/value heads; query head `h` uses `h // (num_heads // num_kv_heads)`
+    # for each sparse layer, by its 1-based global number, the non-zero counts: `(index, count)`, int64 `[nnz]`
+    # each, with the flat index `(head * N + query chunk) * N + chosen chunk`, ascending
     choices: Mapping[int, tuple[np.ndarray, np.ndarray]]
-    sequences: int = 1
+    sequences: int = 1  # sequences whose choices are added up
+    # where it came from, JSON values: checkpoint, iteration, text, versions
     about: Mapping = field(default_factory=dict)
 
     def __post_init__(self):
@@ -72,7 +64,6 @@ class RoutingTrace:
         Args:
             counts: for each layer, integers ``[num_heads, N, N]``, N the number of chunks: ``[h, i, j]`` queries of
                 chunk i whose head h chose chunk j.
-            chunk_size, topk, seq_length, num_kv_heads, sequences, about: as the class has them.
 
         Raises:
             ValueError: there is no layer, or tables differ in shape or do not fit the numbers.

@@ -40,24 +40,18 @@ LAUNCH_SECONDS = 10e-6
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """One call: ``batch`` sequences; under context parallelism the queries of one rank.
+    """One call: ``batch`` sequences; under context parallelism the queries of one rank."""
 
-    Args:
-        seqlen: keys of the sequence, tokens.
-        chunk_size, topk: as in MoBAConfig.
-        heads, kv_heads, head_dim: on this GPU.
-        share: of the queries that this GPU has, 1 over the ranks that split them. Zigzag makes the work even.
-        key_share: of the keys whose sums this GPU makes; it reads all keys that it attends to.
-    """
-
-    seqlen: int
+    seqlen: int  # keys of the sequence, tokens
+    # chunk_size, topk: as in MoBAConfig
     chunk_size: int
     topk: int
+    # heads, kv_heads, head_dim: on this GPU
     heads: float
     kv_heads: float
     head_dim: int
-    share: float = 1.0
-    key_share: float = 1.0
+    share: float = 1.0  # of the queries that this GPU has, 1 over the ranks that split them. Zigzag makes the work even
+    key_share: float = 1.0  # of the keys whose sums this GPU makes; it reads all keys that it attends to
 
     @property
     def choices(self) -> float:
@@ -143,22 +137,15 @@ class AttentionTime:
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """How many times longer things take than at the card's best rate, and what launching costs.
+    """How many times longer things take than at the card's best rate, and what launching costs."""
 
-    Args:
-        coefficients: term of attention -> times.
-        dense: the same for full attention, forward and backward together.
-        host_forward, host_backward: seconds of one call's launches.
-        elementwise: the same for everything beside products and attention, over the bytes that it must move.
-        source: what it was fitted to.
-    """
-
-    coefficients: dict[str, float]
-    dense: float
+    coefficients: dict[str, float]  # term of attention -> times
+    dense: float  # the same for full attention, forward and backward together
+    # host_forward, host_backward: seconds of one call's launches
     host_forward: float
     host_backward: float
-    elementwise: float
-    source: str
+    elementwise: float  # the same for everything beside products and attention, over the bytes that it must move
+    source: str  # what it was fitted to
 
     def moba(self, shape: AttentionShape, card: Card) -> AttentionTime:
         """Predicted time of MoBA attention."""

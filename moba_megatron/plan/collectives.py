@@ -22,17 +22,11 @@ LATENCY = 20e-6
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one GPU spends on a collective.
+    """What one GPU spends on a collective."""
 
-    Args:
-        seconds: until it is done.
-        link: bytes that it receives from GPUs of its own machine.
-        network: bytes that it receives from other machines through its own port.
-    """
-
-    seconds: float = 0.0
-    link: float = 0.0
-    network: float = 0.0
+    seconds: float = 0.0  # until it is done
+    link: float = 0.0  # bytes that it receives from GPUs of its own machine
+    network: float = 0.0  # bytes that it receives from other machines through its own port
 
     def __add__(self, other: "Traffic") -> "Traffic":
         return Traffic(self.seconds + other.seconds, self.link + other.link, self.network + other.network)
@@ -98,21 +92,15 @@ def _traffic(link: float, network: float, card: Card) -> Traffic:
 
 @dataclass(frozen=True)
 class LocalShape:
-    """What one rank brings to an attention layer.
+    """What one rank brings to an attention layer."""
 
-    Args:
-        tokens: queries of this rank.
-        seqlen: tokens of the whole sequence.
-        heads, kv_heads: after tensor parallelism.
-        head_dim: of q, k and v.
-        chunk_size, topk: as in MoBAConfig.
-    """
-
-    tokens: int
-    seqlen: int
+    tokens: int  # queries of this rank
+    seqlen: int  # tokens of the whole sequence
+    # heads, kv_heads: after tensor parallelism
     heads: int
     kv_heads: int
-    head_dim: int
+    head_dim: int  # of q, k and v
+    # chunk_size, topk: as in MoBAConfig
     chunk_size: int
     topk: int
 
@@ -129,23 +117,18 @@ class LocalShape:
 
 @dataclass(frozen=True)
 class Exchange:
-    """Collectives of one layer, in the order of forward and backward.
+    """Collectives of one layer, in the order of forward and backward."""
 
-    Args:
-        first, rest: before attention: what must be there to begin, and what may come while it runs.
-        after: when attention is done.
-        backward_first, backward_rest, backward_after: the same for the backward pass.
-        nccl: all of it goes by NCCL, also inside a machine.
-        beside: seconds of a layer for planning what is sent and for handling dispatched rows, which nothing hides.
-    """
-
+    # first, rest: before attention: what must be there to begin, and what may come while it runs
     first: Traffic = NOTHING
     rest: Traffic = NOTHING
-    after: Traffic = NOTHING
+    after: Traffic = NOTHING  # when attention is done
+    # backward_first, backward_rest, backward_after: the same for the backward pass
     backward_first: Traffic = NOTHING
     backward_rest: Traffic = NOTHING
     backward_after: Traffic = NOTHING
-    nccl: bool = False
+    nccl: bool = False  # all of it goes by NCCL, also inside a machine
+    # seconds of a layer for planning what is sent and for handling dispatched rows, which nothing hides
     beside: float = 0.0
 
     @property
@@ -159,15 +142,10 @@ class Exchange:
 
 def exchange(comm_type: str, x: LocalShape, size: int, stride: int, inner: int, card: Card,
              head_groups: int | None = None) -> Exchange:
-    """Collectives of a layer.
+    """Collectives of a layer over a context parallel group of ``size`` ranks, ``stride`` apart.
 
-    Args:
-        comm_type: one of COMM_TYPES.
-        x: this rank's part.
-        size, stride: of the context parallel group.
-        inner: for ``a2a+all_gather``, ranks that exchange heads; the others gather.
-        card: with its links.
-        head_groups: groups of heads of ``a2a``, one after the other; None for as many as the schedule makes.
+    ``inner``: of ``a2a+all_gather``, ranks that exchange heads (the others gather); ``head_groups``: groups of heads of
+    ``a2a``, one after the other, None for as many as the schedule makes.
     """
     if size == 1:
         return Exchange()

@@ -13,47 +13,29 @@ ASSUMED = "assumed"
 
 @dataclass(frozen=True)
 class Figure:
-    """One number and why to believe it.
+    """One number and why to believe it."""
 
-    Args:
-        value: in the unit of the field that holds it.
-        kind: ``vendor`` (a data sheet), ``measured`` (for this project), ``derived`` (from other figures) or
-            ``assumed`` (typical of machines with this card; give your own by a flag).
-        source: document, or how it was measured or derived.
-    """
-
-    value: float
+    value: float  # in the unit of the field that holds it
+    # `vendor` (a data sheet), `measured` (for this project), `derived` (from other figures) or `assumed`
+    # (typical of machines with this card; give your own by a flag)
     kind: str
-    source: str
+    source: str  # document, or how it was measured or derived
 
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU and the machine that it usually comes in.
+    """A GPU and the machine that it usually comes in."""
 
-    Args:
-        name: for people.
-        peak: dense bf16 matrix products with fp32 sums, operations/s.
-        memory: bytes.
-        bandwidth: of that memory, bytes/s.
-        issue: streaming multiprocessors times clock, 1/s: what the integer work of gate and routing scales with.
-        link: to the other GPUs of the machine, bytes/s, one direction.
-        network: to other machines, bytes/s a GPU, one direction.
-        node: GPUs in a machine.
-        reached: matrix products that were reached, operations/s; None where nobody measured.
-        reached_bandwidth: bytes/s that a large copy reached.
-    """
-
-    name: str
-    peak: Figure
-    memory: Figure
-    bandwidth: Figure
-    issue: Figure
-    link: Figure
-    network: Figure
-    node: Figure
-    reached: Figure | None = None
-    reached_bandwidth: Figure | None = None
+    name: str  # for people
+    peak: Figure  # dense bf16 matrix products with fp32 sums, operations/s
+    memory: Figure  # bytes
+    bandwidth: Figure  # of that memory, bytes/s
+    issue: Figure  # streaming multiprocessors times clock, 1/s: what the integer work of gate and routing scales with
+    link: Figure  # to the other GPUs of the machine, bytes/s, one direction
+    network: Figure  # to other machines, bytes/s a GPU, one direction
+    node: Figure  # GPUs in a machine
+    reached: Figure | None = None  # matrix products that were reached, operations/s; None where nobody measured
+    reached_bandwidth: Figure | None = None  # bytes/s that a large copy reached
 
     @property
     def flops(self) -> float:

@@ -13,22 +13,17 @@ RECOMPUTE = ("none", "selective", "full")
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the parallel groups; their product is the number of GPUs.
+    """Sizes of the parallel groups; their product is the number of GPUs."""
 
-    Args:
-        tp, cp, pp, dp: tensor (with sequence parallelism), context, pipeline, data.
-        comm_type: of context parallelism, ``-`` where cp is 1; ``p2p`` only for Transformer Engine's full attention.
-        inner: for ``a2a+all_gather``, ranks that exchange heads.
-        recompute: one of RECOMPUTE.
-    """
-
+    # tp, cp, pp, dp: tensor (with sequence parallelism), context, pipeline, data
     tp: int
     cp: int
     pp: int
     dp: int
+    # of context parallelism, `-` where cp is 1; `p2p` only for Transformer Engine's full attention
     comm_type: str = "-"
-    inner: int = 1
-    recompute: str = "none"
+    inner: int = 1  # for `a2a+all_gather`, ranks that exchange heads
+    recompute: str = "none"  # one of RECOMPUTE
 
     @property
     def gpus(self) -> int:

@@ -21,25 +21,15 @@ HEADS_IN_FLIGHT = 2
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one GPU.
+    """Bytes of one GPU."""
 
-    Args:
-        weights: bf16.
-        gradients: fp32, as Megatron accumulates them.
-        optimizer: Adam in fp32.
-        activations: kept for backward, of all micro batches in flight.
-        working: the layer that is computed: attention's workspace, recomputed activations, or the logits.
-        gathered: K, V, dK, dV of other ranks.
-        reserved: what no tensor accounts for.
-    """
-
-    weights: float
-    gradients: float
-    optimizer: float
-    activations: float
-    working: float
-    gathered: float
-    reserved: float = RESERVED
+    weights: float  # bf16
+    gradients: float  # fp32, as Megatron accumulates them
+    optimizer: float  # adam in fp32
+    activations: float  # kept for backward, of all micro batches in flight
+    working: float  # the layer that is computed: attention's workspace, recomputed activations, or the logits
+    gathered: float  # K, V, dK, dV of other ranks
+    reserved: float = RESERVED  # what no tensor accounts for
 
     @property
     def total(self) -> float:

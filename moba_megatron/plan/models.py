@@ -14,13 +14,9 @@ DEFAULT_BATCH_TOKENS = 4 << 20
 
 @dataclass(frozen=True)
 class Model:
-    """A Llama-like transformer: RMSNorm, RoPE, grouped queries, SwiGLU, no biases.
+    """A Llama-like transformer: RMSNorm, RoPE, grouped queries, SwiGLU, no biases."""
 
-    Args:
-        layers, hidden, heads, kv_heads, head_dim, ffn, vocabulary: sizes; ``ffn`` is one of SwiGLU's two halves.
-        tied: the output layer shares the embedding.
-    """
-
+    # layers, hidden, heads, kv_heads, head_dim, ffn, vocabulary: sizes; `ffn` is one of SwiGLU's two halves
     layers: int
     hidden: int
     heads: int
@@ -28,7 +24,7 @@ class Model:
     head_dim: int
     ffn: int
     vocabulary: int
-    tied: bool = False
+    tied: bool = False  # the output layer shares the embedding
 
     def __post_init__(self):
         for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocabulary"):
@@ -43,10 +39,6 @@ class Model:
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         return attention + 3 * self.hidden * self.ffn
 
-    @property
-    def layer_parameters(self) -> int:
-        return self.matrix_parameters + 2 * self.hidden
-
     def padded_vocabulary(self, tensor_parallel: int = 1) -> int:
         multiple = VOCABULARY_MULTIPLE * tensor_parallel
         return -(-self.vocabulary // multiple) * multiple
@@ -55,7 +47,7 @@ class Model:
     def parameters(self) -> int:
         """All of them, without the vocabulary's padding."""
         embeddings = (1 if self.tied else 2) * self.vocabulary * self.hidden
-        return self.layers * self.layer_parameters + embeddings + self.hidden
+        return self.layers * (self.matrix_parameters + 2 * self.hidden) + embeddings + self.hidden
 
 
 MODELS = {
@@ -69,25 +61,15 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Run:
-    """What is trained, whatever the layout.
+    """What is trained, whatever the layout."""
 
-    Args:
-        model: its shape.
-        seqlen: tokens of a sequence.
-        gpus: in all.
-        batch: sequences in a step.
-        moba: chunk size, topk, dense layers.
-        distributed_optimizer: optimizer state is spread over data and context parallel ranks.
-        attention: ``moba`` or ``full``.
-    """
-
-    model: Model
-    seqlen: int
-    gpus: int
-    batch: int
-    moba: MoBAConfig
-    distributed_optimizer: bool = True
-    attention: str = "moba"
+    model: Model  # its shape
+    seqlen: int  # tokens of a sequence
+    gpus: int  # in all
+    batch: int  # sequences in a step
+    moba: MoBAConfig  # chunk size, topk, dense layers
+    distributed_optimizer: bool = True  # optimizer state is spread over data and context parallel ranks
+    attention: str = "moba"  # `moba` or `full`
 
     def __post_init__(self):
         for name in ("seqlen", "gpus", "batch"):
@@ -112,11 +94,8 @@ class Run:
         return sum(self.is_dense(number) for number in range(1, self.model.layers + 1))
 
     def step_flops(self, dense: bool) -> float:
-        """Operations of a step, forward and backward, without recompute, as Megatron-LM counts them.
-
-        Args:
-            dense: every layer counts as full attention (what MFU is usually quoted against), whatever it does.
-        """
+        """Operations of a step, forward and backward, without recompute, as Megatron-LM counts them; ``dense``: as if
+        every layer attended fully, which is what MFU is usually quoted against."""
         m = self.model
         matrices = 6 * self.tokens * (m.layers * m.matrix_parameters + m.hidden * m.padded_vocabulary())
         full = dense_attention_flops(self.seqlen, m.heads, m.head_dim, m.head_dim)

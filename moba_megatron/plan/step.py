@@ -34,17 +34,11 @@ GATHERED_DENSE = 1.16
 
 @dataclass(frozen=True)
 class Part:
-    """Seconds and traffic of one thing in a step, on the busiest GPU.
+    """Seconds and traffic of one thing in a step, on the busiest GPU."""
 
-    Args:
-        seconds: that nothing else hides.
-        hidden: seconds of communication that computation hides.
-        traffic: of a step; its seconds are those of the links, hidden or not.
-    """
-
-    seconds: float = 0.0
-    hidden: float = 0.0
-    traffic: Traffic = NOTHING
+    seconds: float = 0.0  # that nothing else hides
+    hidden: float = 0.0  # seconds of communication that computation hides
+    traffic: Traffic = NOTHING  # of a step; its seconds are those of the links, hidden or not
 
     def __add__(self, other: "Part") -> "Part":
         return Part(self.seconds + other.seconds, self.hidden + other.hidden, self.traffic + other.traffic)
@@ -55,25 +49,18 @@ class Part:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a layout is expected to cost.
+    """What a layout is expected to cost."""
 
-    Args:
-        run, layout: what was asked.
-        memory: of the fullest GPU.
-        parts: ``matrices``, ``elementwise``, ``attention``, ``output``, ``context``, ``tensor``, ``pipeline``,
-            ``data``, ``optimizer``, ``host``: they add up to the step.
-        mfu: operations as if every layer attended fully, over the card's peak. Above 1 where MoBA saves that much.
-        mfu_moba: the same with the operations that are done.
-        refused: why it would not run; empty where it would.
-    """
-
+    # run, layout: what was asked
     run: Run
     layout: Layout
-    memory: Memory
+    memory: Memory  # of the fullest GPU
+    # `matrices`, `elementwise`, `attention`, `output`, `context`, `tensor`, `pipeline`, `data`,
+    # `optimizer`, `host`: they add up to the step
     parts: dict[str, Part]
-    mfu: float
-    mfu_moba: float
-    refused: list[str] = field(default_factory=list)
+    mfu: float  # operations as if every layer attended fully, over the card's peak. Above 1 where MoBA saves that much
+    mfu_moba: float  # the same with the operations that are done
+    refused: list[str] = field(default_factory=list)  # why it would not run; empty where it would
 
     @property
     def seconds(self) -> float:
@@ -100,14 +87,7 @@ class Prediction:
 
 
 def predict(run: Run, layout: Layout, card: Card, calibration: Calibration, optimizer: bool = True) -> Prediction:
-    """Memory and time of one step.
-
-    Args:
-        run, layout: what and how.
-        card: the GPUs.
-        calibration: of attention.
-        optimizer: the step of the optimizer and its communication count.
-    """
+    """Memory and time of one step; ``optimizer``: its step and its communication count."""
     micro_batches = run.batch // layout.dp
     dense, sparse = (_layer(run, layout, card, calibration, is_dense) for is_dense in (True, False))
     stages = []
@@ -137,17 +117,8 @@ def predict(run: Run, layout: Layout, card: Card, calibration: Calibration, opti
 
 def plan(run: Run, card: Card, calibration: Calibration, fixed: dict[str, int | str] | None = None
          ) -> tuple[list[Prediction], list[tuple[Layout, list[str]]]]:
-    """All layouts.
-
-    Args:
-        run: what is trained.
-        card: on what.
-        calibration: of attention.
-        fixed: fields of Layout that the user has decided.
-
-    Returns:
-        Those that fit, cheapest first (with the least recompute that fits), and the others with reasons.
-    """
+    """All layouts that agree with ``fixed``, fields of Layout that the user has decided: those that fit, cheapest first
+    (with the least recompute that fits), and the others with reasons."""
     fit, out = [], []
     for layout in candidates(run, int(card.node.value)):
         if any(getattr(layout, name) != value for name, value in (fixed or {}).items() if name != "recompute"):
