@@ -99,14 +99,6 @@ def _functions(arguments: argparse.Namespace, head_dim: int, chunk_size: int) ->
     }
 
 
-def _looked_up(run: Callable[[], object]) -> dict[str, tuple[dict[str, int], tuning.Row]]:
-    """Stage -> (key, row) for every look-up that a call makes."""
-    record: list = []
-    with tuning.forced(record=record):
-        run()
-    return {stage: (dict(key), row) for stage, key, row in record}
-
-
 def _as_tensors(result) -> list[Tensor]:
     return [x.detach().clone() for x in (result if isinstance(result, tuple) else (result,))]
 
@@ -180,7 +172,10 @@ def _tune_problem(arguments: argparse.Namespace, head_dim: int, chunk_size: int,
     forced: dict[str, dict[str, int]] = {}
     device = environment.use_device(arguments.device)
     for prefix, run in _functions(arguments, head_dim, chunk_size).items():
-        for stage, (key, row) in _looked_up(run).items():
+        looked_up: list = []
+        with tuning.forced(record=looked_up):
+            run()
+        for stage, (key, row) in {stage: (dict(key), row) for stage, key, row in looked_up}.items():
             wanted = stage.startswith(prefix) and stage in (arguments.stages or (stage,))
             if stage in forced or not wanted or time.perf_counter() > end:
                 continue

@@ -50,12 +50,6 @@ class Choices:
         """Bound of the chunk ids."""
         return self.segments.num_chunks(self.k.shape[0])
 
-    def own_chunks(self) -> tuple[Tensor, Tensor]:
-        """For each query the id of its own chunk and the number of earlier ones: two int64 ``[T]``."""
-        sequence, position = self.segments.query_positions(self.q.shape[0])
-        earlier = position // self.segments.chunk_size
-        return self.segments.first_chunk()[sequence] + earlier, earlier
-
     def counts(self, rows: Tensor, num_rows: int) -> Tensor:
         """How often each chunk was chosen, by groups of queries.
 

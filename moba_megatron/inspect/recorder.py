@@ -74,8 +74,8 @@ def _pair_counts(choices: Choices) -> Tensor:
     """Int64 ``[H, N, N]``: local queries of a chunk that chose a chunk, numbered within their sequence, all added."""
     segments = choices.segments
     size = -(-segments.max_seqlen_k // segments.chunk_size)
-    _, earlier = choices.own_chunks()
-    counts = choices.counts(earlier, size)
+    _, position = segments.query_positions(choices.q.shape[0])
+    counts = choices.counts(position // segments.chunk_size, size)  # by the queries' own chunks
     first = segments.first_chunk()
     ids = torch.arange(choices.num_chunks, device=first.device)
     number = ids - first[torch.searchsorted(first, ids, right=True) - 1]  # N for the id that a sequence leaves unused

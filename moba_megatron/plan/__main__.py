@@ -160,23 +160,14 @@ def as_dict(p: Prediction) -> dict:
             "parts": {name: asdict(part) for name, part in p.parts.items()}}
 
 
-def lengths_around(seqlen: int) -> list[int]:
-    """Powers of two from 32K to four times the run's length, and the length itself."""
-    found = {seqlen}
-    length = SHORTEST
-    while length <= 4 * seqlen:
-        found.add(length)
-        length *= 2
-    return sorted(found)
-
-
 def costs_by_length(run: Run, card: hardware.Card, calibration: Calibration) -> dict[str, list[tuple[int, float]]]:
     """For MoBA and for full attention: (sequence length, GPU seconds a million tokens) of the cheapest layout.
 
-    The batch is about four million tokens at each length.
+    Lengths are powers of two from 32K to four times the run's, and its own; batches about four million tokens.
     """
     found: dict[str, list[tuple[int, float]]] = {"moba": [], "full": []}
-    for seqlen in lengths_around(run.seqlen):
+    doubled = [SHORTEST << i for i in range(64) if SHORTEST << i <= 4 * run.seqlen]
+    for seqlen in sorted({run.seqlen, *doubled}):
         for attention, points in found.items():
             batch = run.batch if seqlen == run.seqlen else default_batch(seqlen)
             fit, _ = plan(replace(run, seqlen=seqlen, batch=batch, attention=attention), card, calibration)

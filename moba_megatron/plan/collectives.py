@@ -162,9 +162,15 @@ def exchange(comm_type: str, x: LocalShape, size: int, stride: int, inner: int, 
                         keys.backward_rest, keys.backward_after + heads.backward_after)
     if comm_type == "selective":
         group = Group(size, stride)
-        ways = [_by_head_groups(group, x.kv_bytes, x.kv_heads, card), _send_chunks(group, x, card)]
-        ways += [_dispatch_queries(group, x, card)] if size >= DISPATCH_FROM else []
-        return min(ways, key=lambda e: e.forward.seconds + e.backward.seconds + e.beside)
+        planning = PLANNING if size >= DISPATCH_FROM else 0.0
+        gather, send = (_by_head_groups(group, x.kv_bytes * share, x.kv_heads, card) for share in (1, union_share(x)))
+        methods = [gather, replace(send, nccl=True, beside=planning)]
+        if size >= DISPATCH_FROM:
+            rows = x.tokens * x.heads * (x.topk - 1)
+            forward, backward = (all_to_all(group, rows * row, card) for row in query_bytes(x.head_dim))
+            methods.append(Exchange(rest=forward, backward_rest=backward, nccl=True,
+                                    beside=planning + 2 * rows * HANDLING))
+        return min(methods, key=lambda e: e.forward.seconds + e.backward.seconds + e.beside)
     raise ValueError(f"comm_type must be one of {', '.join(COMM_TYPES)}, got {comm_type!r}")
 
 
@@ -201,14 +207,3 @@ def query_bytes(head_dim: int) -> tuple[int, int]:
     """Bytes of one (query, head) dispatched to one owner: forward (q; o, lse), backward (q, do, o, lse; dq)."""
     row = head_dim * BF16
     return 2 * row + FP32, 4 * row + FP32
-
-
-def _send_chunks(group: Group, x: LocalShape, card: Card) -> Exchange:
-    planning = PLANNING if group.size >= DISPATCH_FROM else 0.0
-    return replace(_by_head_groups(group, x.kv_bytes * union_share(x), x.kv_heads, card), nccl=True, beside=planning)
-
-
-def _dispatch_queries(group: Group, x: LocalShape, card: Card) -> Exchange:
-    rows = x.tokens * x.heads * (x.topk - 1)
-    forward, backward = (all_to_all(group, rows * size, card) for size in query_bytes(x.head_dim))
-    return Exchange(rest=forward, backward_rest=backward, nccl=True, beside=PLANNING + 2 * rows * HANDLING)

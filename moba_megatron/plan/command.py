@@ -14,6 +14,7 @@ YOUR_OWN = "--data-path, --tokenizer-type, --train-iters, --lr, --save and so on
 def flags(run: Run, layout: Layout) -> list[str]:
     """Flags of the model, the run and the layout, spelled as in Megatron-LM, with MoBA's."""
     m, found = run.model, []
+    sizes = (layout.inner, layout.cp // layout.inner) if layout.comm_type == "a2a+all_gather" else None
 
     def add(**values) -> None:
         for name, value in values.items():
@@ -33,7 +34,7 @@ def flags(run: Run, layout: Layout) -> list[str]:
     add(tensor_model_parallel_size=layout.tp, sequence_parallel=layout.tp > 1,
         pipeline_model_parallel_size=layout.pp, context_parallel_size=layout.cp,
         cp_comm_type=layout.comm_type if layout.cp > 1 else None,
-        hierarchical_context_parallel_sizes=_hierarchy(layout),
+        hierarchical_context_parallel_sizes=sizes,
         use_distributed_optimizer=run.distributed_optimizer, overlap_grad_reduce=run.distributed_optimizer,
         overlap_param_gather=run.distributed_optimizer)
     if layout.recompute != "none":
@@ -46,10 +47,6 @@ def flags(run: Run, layout: Layout) -> list[str]:
             layers = run.moba.full_attention_layers
             add(moba_full_attention_layers=layers if isinstance(layers, str) else ",".join(map(str, layers)))
     return found
-
-
-def _hierarchy(layout: Layout) -> tuple[int, int] | None:
-    return (layout.inner, layout.cp // layout.inner) if layout.comm_type == "a2a+all_gather" else None
 
 
 def torchrun(run: Run, layout: Layout, card: Card) -> list[str]:
