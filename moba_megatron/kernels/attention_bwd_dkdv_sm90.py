@@ -22,6 +22,7 @@ from . import sm90
 from .attention_call import AttentionCall
 from .jit_helpers_sm90 import (
     LOADER_WARPS,
+    _barriers,
     _choice_row,
     _copy_rows,
     _copy_rows_where,
@@ -331,23 +332,16 @@ def _attention_bwd_dkdv_sm90_kernel(
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], PLAIN)
     k_smem = gl.allocate_shared_memory(dtype, [2, 64, D], KEYS_SMEM)
     v_smem = gl.allocate_shared_memory(dtype, [2, 64, D], KEYS_SMEM)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=32 * LOADER_WARPS)
-        mbarrier.init(empty.index(i), count=2)
-    mbarrier.init(kv_full, count=32 * LOADER_WARPS)
+    full = _barriers(STAGES, 32 * LOADER_WARPS)
+    empty = _barriers(STAGES, 2)
+    kv_full = _barriers(1, 32 * LOADER_WARPS).index(0)
     dq_smem = ()
     if HAS_DQ:
         HALF: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_M], dtype)
         ds_smem = gl.allocate_shared_memory(dtype, [4, 64, BLOCK_M], HALF)
         out_smem = gl.allocate_shared_memory(dtype, [2, BLOCK_M, D], ROWS_SMEM)
-        ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-        ds_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-        for i in gl.static_range(2):
-            mbarrier.init(ds_full.index(i), count=2)
-            mbarrier.init(ds_empty.index(i), count=1)
+        ds_full = _barriers(2, 2)
+        ds_empty = _barriers(2, 1)
         dq_smem = (ds_smem, out_smem, ds_full, ds_empty)
     fence_async_shared()
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
@@ -20,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..segments import Routing
 from . import sm90
 from .attention_call import AttentionCall
-from .jit_helpers_sm90 import LOADER_WARPS, _choice_row, _chunk_keys, _copy_keys, _copy_rows, _partial_row
+from .jit_helpers_sm90 import LOADER_WARPS, _barriers, _choice_row, _chunk_keys, _load_list, _partial_row
 from .launcher import launch
 from .routing import Tiles
 
@@ -36,67 +35,6 @@ def attention_bwd_dq(call: AttentionCall, routing: Routing, tiles: Tiles, dq_par
         **sm90.strides_of_eight(q=call.q, k=call.k, v=call.v, do=call.do),
         **sm90.key_tiles(call.k, call.v, call.segments.chunk_size, options),
     ))
-
-
-@gluon.jit
-def _gather(rows, smem, row_full, buffer, choice0, choice1, kv_head, strides, H: gl.constexpr, G: gl.constexpr,
-            KS: gl.constexpr, ROWS: gl.constexpr):
-    """Starts copies of 128 rows of q and do, 64 for each group of warps."""
-    q, do = rows
-    q_smem, do_smem, k_smem, v_smem = smem
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh = strides
-    _, token, head = _choice_row(choice0, kv_head, H, G, KS)
-    _copy_rows(q_smem.index(buffer * 2), q, token, head, stride_qt, stride_qh, ROWS)
-    _copy_rows(do_smem.index(buffer * 2), do, token, head, stride_dot, stride_doh, ROWS)
-    _, token, head = _choice_row(choice1, kv_head, H, G, KS)
-    _copy_rows(q_smem.index(buffer * 2 + 1), q, token, head, stride_qt, stride_qh, ROWS)
-    _copy_rows(do_smem.index(buffer * 2 + 1), do, token, head, stride_dot, stride_doh, ROWS)
-    async_copy.mbarrier_arrive(row_full.index(buffer), increment_count=False)
-
-
-@gluon.jit
-def _load_tile(keys, smem, bars, step, row, end, kv_head, strides, USE_TMA: gl.constexpr, ROWS: gl.constexpr):
-    """Starts the copies of one tile of keys and values as soon as its buffers are free."""
-    k, v = keys
-    q_smem, do_smem, k_smem, v_smem = smem
-    row_full, row_empty, k_full, v_full, kv_empty = bars
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh = strides
-    STAGES: gl.constexpr = k_smem.shape[0]
-    stage = step % STAGES
-    mbarrier.wait(kv_empty.index(stage), ((step // STAGES) & 1) ^ 1)
-    _copy_keys(k, k_smem.index(stage), k_full.index(stage), row, end, kv_head, stride_kt, stride_kh, USE_TMA, ROWS)
-    _copy_keys(v, v_smem.index(stage), v_full.index(stage), row, end, kv_head, stride_vt, stride_vh, USE_TMA, ROWS)
-    return step + 1
-
-
-@gluon.jit
-def _loader(rows, keys, indices, smem, bars, ints, strides, H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr,
-            BUFFERS: gl.constexpr, USE_TMA: gl.constexpr):
-    q_smem, do_smem, k_smem, v_smem = smem
-    row_full, row_empty, k_full, v_full, kv_empty = bars
-    count, kv_head, first_key, chunk_size = ints
-    D: gl.constexpr = q_smem.shape[2]
-    BLOCK_N: gl.constexpr = k_smem.shape[1]
-    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [LOADER_WARPS, 1], [1, 0])
-    gl.static_assert(BUFFERS > 1, "rows are gathered ahead, before the last keys of those that are in use")
-    lane = gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS))
-    end = first_key + chunk_size
-    choice0 = gl.load(indices + gl.minimum(lane, count - 1))  # the last choice fills up
-    choice1 = gl.load(indices + gl.minimum(64 + lane, count - 1))
-    _gather(rows, smem, row_full, 0, choice0, choice1, kv_head, strides, H, G, KS, ROWS)
-    step = 0
-    tile = 1
-    for first in range(0, count, 128):
-        choice0 = gl.load(indices + gl.minimum(first + 128 + lane, count - 1))
-        choice1 = gl.load(indices + gl.minimum(first + 192 + lane, count - 1))
-        step = _load_tile(keys, smem, bars, step, first_key, end, kv_head, strides, USE_TMA, ROWS)
-        if first + 128 < count:
-            buffer = tile % BUFFERS
-            mbarrier.wait(row_empty.index(buffer), ((tile // BUFFERS) & 1) ^ 1)
-            _gather(rows, smem, row_full, buffer, choice0, choice1, kv_head, strides, H, G, KS, ROWS)
-            tile += 1
-        for key in range(BLOCK_N, chunk_size, BLOCK_N):
-            step = _load_tile(keys, smem, bars, step, first_key + key, end, kv_head, strides, USE_TMA, ROWS)
 
 
 @gluon.jit
@@ -220,30 +158,23 @@ def _attention_bwd_dq_sm90_kernel(
     do_smem = gl.allocate_shared_memory(dtype, [BUFFERS * 2, 64, D], ROWS_SMEM)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], KEYS_SMEM)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], KEYS_SMEM)
-    row_full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
-    row_empty = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    kv_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=KEY_ARRIVALS)
-        mbarrier.init(v_full.index(i), count=KEY_ARRIVALS)
-        mbarrier.init(kv_empty.index(i), count=2)
-    for i in gl.static_range(BUFFERS):
-        mbarrier.init(row_full.index(i), count=32 * LOADER_WARPS)
-        mbarrier.init(row_empty.index(i), count=2)
+    row_full = _barriers(BUFFERS, 32 * LOADER_WARPS)
+    row_empty = _barriers(BUFFERS, 2)
+    k_full = _barriers(STAGES, KEY_ARRIVALS)
+    v_full = _barriers(STAGES, KEY_ARRIVALS)
+    kv_empty = _barriers(STAGES, 2)
     fence_async_shared()
     indices += begin
-    rows = (q, do)
-    keys = (k, v)
     smem = (q_smem, do_smem, k_smem, v_smem)
     bars = (row_full, row_empty, k_full, v_full, kv_empty)
     ints = ((end - begin).to(gl.int32), kv_head, first_key, chunk_size)
     outs = (dq_partial, kv_head_begin * G, (kv_head_end - kv_head_begin) * G)
     scales = (qk_scale, softmax_scale)
-    strides = (stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh)
+    strides = ((stride_qt, stride_qh, stride_dot, stride_doh), (stride_kt, stride_kh, stride_vt, stride_vh))
     gl.warp_specialize([
         (_consumer, (0, terms, indices, outs, smem, bars, ints, scales, H, G, KS, BUFFERS, USE_TMA, RAGGED)),
         (_consumer, (1, terms, indices, outs, smem, bars, ints, scales, H, G, KS, BUFFERS, USE_TMA, RAGGED)),
-        (_loader, (rows, keys, indices, smem, bars, ints, strides, H, G, KS, BUFFERS, USE_TMA)),
+        (_load_list, ((q, do), (k, v), indices, ((q_smem, do_smem), k_smem, v_smem),
+                      (row_full, row_empty, k_full, v_full, kv_empty, kv_empty), ints, strides, H, G, KS, BUFFERS,
+                      USE_TMA, True)),
     ], [4, LOADER_WARPS], [CONSUMER_REGS, LOADER_REGS])

@@ -10,7 +10,6 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
@@ -20,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..segments import Routing
 from . import sm90
 from .attention_call import AttentionCall
-from .jit_helpers_sm90 import LOADER_WARPS, _choice_row, _chunk_keys, _copy_keys, _copy_rows, _partial_row
+from .jit_helpers_sm90 import LOADER_WARPS, _barriers, _chunk_keys, _load_list, _partial_row
 from .launcher import launch
 from .routing import Tiles
 
@@ -37,65 +36,6 @@ def attention_fwd_sparse(call: AttentionCall, routing: Routing, tiles: Tiles, o_
         **sm90.strides_of_eight(q=call.q, k=call.k, v=call.v),
         **sm90.key_tiles(call.k, call.v, call.segments.chunk_size, options),
     ))
-
-
-@gluon.jit
-def _gather(q, q_smem, row_full, buffer, choice0, choice1, kv_head, stride_qt, stride_qh, H: gl.constexpr,
-            G: gl.constexpr, KS: gl.constexpr, ROWS: gl.constexpr):
-    """Starts copies of 128 rows, 64 for each group of warps."""
-    _, token, head = _choice_row(choice0, kv_head, H, G, KS)
-    _copy_rows(q_smem.index(buffer * 2), q, token, head, stride_qt, stride_qh, ROWS)
-    _, token, head = _choice_row(choice1, kv_head, H, G, KS)
-    _copy_rows(q_smem.index(buffer * 2 + 1), q, token, head, stride_qt, stride_qh, ROWS)
-    async_copy.mbarrier_arrive(row_full.index(buffer), increment_count=False)
-
-
-@gluon.jit
-def _load_tile(keys, smem, bars, step, row, end, kv_head, strides, USE_TMA: gl.constexpr, ROWS: gl.constexpr):
-    """Starts the copies of one tile of keys and values as soon as its buffers are free."""
-    k, v = keys
-    q_smem, k_smem, v_smem = smem
-    row_full, row_empty, k_full, v_full, k_empty, v_empty = bars
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh = strides
-    STAGES: gl.constexpr = k_smem.shape[0]
-    stage = step % STAGES
-    phase = ((step // STAGES) & 1) ^ 1
-    mbarrier.wait(k_empty.index(stage), phase)
-    _copy_keys(k, k_smem.index(stage), k_full.index(stage), row, end, kv_head, stride_kt, stride_kh, USE_TMA, ROWS)
-    mbarrier.wait(v_empty.index(stage), phase)
-    _copy_keys(v, v_smem.index(stage), v_full.index(stage), row, end, kv_head, stride_vt, stride_vh, USE_TMA, ROWS)
-    return step + 1
-
-
-@gluon.jit
-def _loader(q, keys, indices, smem, bars, ints, strides, H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr,
-            BUFFERS: gl.constexpr, USE_TMA: gl.constexpr):
-    q_smem, k_smem, v_smem = smem
-    row_full, row_empty, k_full, v_full, k_empty, v_empty = bars
-    count, kv_head, first_key, chunk_size = ints
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh = strides
-    D: gl.constexpr = q_smem.shape[2]
-    BLOCK_N: gl.constexpr = k_smem.shape[1]
-    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [LOADER_WARPS, 1], [1, 0])
-    gl.static_assert(BUFFERS > 1, "rows are gathered ahead, before the last keys of those that are in use")
-    lane = gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS))
-    end = first_key + chunk_size
-    choice0 = gl.load(indices + gl.minimum(lane, count - 1))  # the last choice fills up
-    choice1 = gl.load(indices + gl.minimum(64 + lane, count - 1))
-    _gather(q, q_smem, row_full, 0, choice0, choice1, kv_head, stride_qt, stride_qh, H, G, KS, ROWS)
-    step = 0
-    tile = 1
-    for first in range(0, count, 128):
-        choice0 = gl.load(indices + gl.minimum(first + 128 + lane, count - 1))
-        choice1 = gl.load(indices + gl.minimum(first + 192 + lane, count - 1))
-        step = _load_tile(keys, smem, bars, step, first_key, end, kv_head, strides, USE_TMA, ROWS)
-        if first + 128 < count:
-            buffer = tile % BUFFERS
-            mbarrier.wait(row_empty.index(buffer), ((tile // BUFFERS) & 1) ^ 1)
-            _gather(q, q_smem, row_full, buffer, choice0, choice1, kv_head, stride_qt, stride_qh, H, G, KS, ROWS)
-            tile += 1
-        for key in range(BLOCK_N, chunk_size, BLOCK_N):
-            step = _load_tile(keys, smem, bars, step, first_key + key, end, kv_head, strides, USE_TMA, ROWS)
 
 
 @gluon.jit
@@ -232,30 +172,22 @@ def _attention_fwd_sm90_kernel(
     q_smem = gl.allocate_shared_memory(dtype, [BUFFERS * 2, 64, D], ROWS_SMEM)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], KEYS_SMEM)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], KEYS_SMEM)
-    row_full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
-    row_empty = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=KEY_ARRIVALS)
-        mbarrier.init(v_full.index(i), count=KEY_ARRIVALS)
-        mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_empty.index(i), count=2)
-    for i in gl.static_range(BUFFERS):
-        mbarrier.init(row_full.index(i), count=32 * LOADER_WARPS)
-        mbarrier.init(row_empty.index(i), count=2)
+    row_full = _barriers(BUFFERS, 32 * LOADER_WARPS)
+    row_empty = _barriers(BUFFERS, 2)
+    k_full = _barriers(STAGES, KEY_ARRIVALS)
+    v_full = _barriers(STAGES, KEY_ARRIVALS)
+    k_empty = _barriers(STAGES, 2)
+    v_empty = _barriers(STAGES, 2)
     fence_async_shared()
     indices += begin
     smem = (q_smem, k_smem, v_smem)
     bars = (row_full, row_empty, k_full, v_full, k_empty, v_empty)
     ints = ((end - begin).to(gl.int32), kv_head, first_key, chunk_size)
     outs = (o_partial, lse_partial, kv_head_begin * G, (kv_head_end - kv_head_begin) * G)
-    strides = (stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh)
-    keys = (k, v)
+    strides = ((stride_qt, stride_qh), (stride_kt, stride_kh, stride_vt, stride_vh))
     gl.warp_specialize([
         (_consumer, (0, indices, outs, smem, bars, ints, qk_scale, H, G, KS, BUFFERS, USE_TMA, RAGGED)),
         (_consumer, (1, indices, outs, smem, bars, ints, qk_scale, H, G, KS, BUFFERS, USE_TMA, RAGGED)),
-        (_loader, (q, keys, indices, smem, bars, ints, strides, H, G, KS, BUFFERS, USE_TMA)),
+        (_load_list, ((q,), (k, v), indices, ((q_smem,), k_smem, v_smem), bars, ints, strides, H, G, KS, BUFFERS,
+                      USE_TMA, False)),
     ], [4, LOADER_WARPS], [CONSUMER_REGS, LOADER_REGS])

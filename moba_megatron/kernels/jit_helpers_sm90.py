@@ -59,3 +59,76 @@ def _copy_keys(source, smem, full, row, end, kv_head, stride_t, stride_h, USE_TM
         rows = row + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, ROWS))
         _copy_rows_where(smem, source, rows.to(gl.int64), kv_head.to(gl.int64), stride_t, stride_h, rows < end, ROWS)
         async_copy.mbarrier_arrive(full, increment_count=False)
+
+
+@gluon.jit
+def _barriers(number: gl.constexpr, arrivals: gl.constexpr):
+    """``number`` barriers in shared memory, each for so many arrivals."""
+    bars = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(number):
+        mbarrier.init(bars.index(i), count=arrivals)
+    return bars
+
+
+@gluon.jit
+def _gather(rows, row_smem, row_full, buffer, choices, kv_head, strides, H: gl.constexpr, G: gl.constexpr,
+            KS: gl.constexpr, ROWS: gl.constexpr):
+    """Starts copies of 128 rows of each of ``rows``, 64 for each group of warps."""
+    for part in gl.static_range(2):
+        _, token, head = _choice_row(choices[part], kv_head, H, G, KS)
+        for i in gl.static_range(len(rows)):
+            _copy_rows(row_smem[i].index(buffer * 2 + part), rows[i], token, head, strides[2 * i], strides[2 * i + 1],
+                       ROWS)
+    async_copy.mbarrier_arrive(row_full.index(buffer), increment_count=False)
+
+
+@gluon.jit
+def _load_tile(keys, smem, bars, step, row, end, kv_head, strides, USE_TMA: gl.constexpr, ONE_EMPTY: gl.constexpr,
+               ROWS: gl.constexpr):
+    """Starts the copies of one tile of keys and values as soon as its buffers are free; ONE_EMPTY: of both at once."""
+    k, v = keys
+    row_smem, k_smem, v_smem = smem
+    row_full, row_empty, k_full, v_full, k_empty, v_empty = bars
+    stride_kt, stride_kh, stride_vt, stride_vh = strides
+    STAGES: gl.constexpr = k_smem.shape[0]
+    stage = step % STAGES
+    phase = ((step // STAGES) & 1) ^ 1
+    mbarrier.wait(k_empty.index(stage), phase)
+    _copy_keys(k, k_smem.index(stage), k_full.index(stage), row, end, kv_head, stride_kt, stride_kh, USE_TMA, ROWS)
+    if not ONE_EMPTY:
+        mbarrier.wait(v_empty.index(stage), phase)
+    _copy_keys(v, v_smem.index(stage), v_full.index(stage), row, end, kv_head, stride_vt, stride_vh, USE_TMA, ROWS)
+    return step + 1
+
+
+@gluon.jit
+def _load_list(rows, keys, indices, smem, bars, ints, strides, H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr,
+               BUFFERS: gl.constexpr, USE_TMA: gl.constexpr, ONE_EMPTY: gl.constexpr):
+    """The loader of forward and dq: a list's rows of q (and do), 128 at a time, and for each 128 the chunk's keys."""
+    row_smem, k_smem, v_smem = smem
+    row_full, row_empty, k_full, v_full, k_empty, v_empty = bars
+    count, kv_head, first_key, chunk_size = ints
+    row_strides, key_strides = strides
+    D: gl.constexpr = k_smem.shape[2]
+    BLOCK_N: gl.constexpr = k_smem.shape[1]
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [LOADER_WARPS, 1], [1, 0])
+    gl.static_assert(BUFFERS > 1, "rows are gathered ahead, before the last keys of those that are in use")
+    lane = gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS))
+    end = first_key + chunk_size
+    choice0 = gl.load(indices + gl.minimum(lane, count - 1))  # the last choice fills up
+    choice1 = gl.load(indices + gl.minimum(64 + lane, count - 1))
+    _gather(rows, row_smem, row_full, 0, (choice0, choice1), kv_head, row_strides, H, G, KS, ROWS)
+    step = 0
+    tile = 1
+    for first in range(0, count, 128):
+        choice0 = gl.load(indices + gl.minimum(first + 128 + lane, count - 1))
+        choice1 = gl.load(indices + gl.minimum(first + 192 + lane, count - 1))
+        step = _load_tile(keys, smem, bars, step, first_key, end, kv_head, key_strides, USE_TMA, ONE_EMPTY, ROWS)
+        if first + 128 < count:
+            buffer = tile % BUFFERS
+            mbarrier.wait(row_empty.index(buffer), ((tile // BUFFERS) & 1) ^ 1)
+            _gather(rows, row_smem, row_full, buffer, (choice0, choice1), kv_head, row_strides, H, G, KS, ROWS)
+            tile += 1
+        for key in range(BLOCK_N, chunk_size, BLOCK_N):
+            step = _load_tile(keys, smem, bars, step, first_key + key, end, kv_head, key_strides, USE_TMA, ONE_EMPTY,
+                              ROWS)

@@ -206,7 +206,7 @@ class Modules(dict):
     def __init__(self, folder: Path):
         self.folder, self.launched = folder, Counter()
         rows = build("jit_helpers_sm90", folder)
-        self.copies = {name: getattr(rows, name) for name in ("_copy_rows", "_copy_rows_where", "_copy_keys")}
+        self.copies = {name: getattr(rows, name) for name in ("_copy_rows", "_copy_rows_where", "_load_list")}
         for name in sorted(test_sm90.ALL):
             self.build(name)
 
