@@ -18,6 +18,7 @@ from .jit_helpers import (
     _offset,
     _partial_row,
     _piece_items,
+    _piece_of_list,
 )
 
 
@@ -114,19 +115,10 @@ def _attention_bwd_dkdv_kernel(
 
     partial_index = piece.to(tl.int64) * 0 - 1
     if KS > 0:
-        csr_begin = tl.load(indptr + csr_row)
-        csr_end = tl.load(indptr + csr_row + 1)
-        begin = csr_begin + piece.to(tl.int64) * split
-        end = tl.minimum(csr_end, begin + split)
-        if extra_csr_rows is not None:
-            if piece > 0:
-                partial_index = item.to(tl.int64)
-            elif end < csr_end:
-                first_extra = csr_begin // split - tl.load(indptr + first_csr_row) // split
-                partial_index = num_extra + first_extra.to(tl.int64)
+        begin, count, partial_index = _piece_of_list(indptr, csr_row, first_csr_row, piece, item, num_extra, split,
+                                                     extra_csr_rows is not None)
         group_heads = (kv_head_end - kv_head_begin) * G
         listed = indices + begin
-        count = (end - begin).to(tl.int32)
         lane = tl.arange(0, BLOCK_M)
         choice = tl.load(listed + tl.minimum(lane, count - 1), mask=count > 0, other=0)  # the last choice fills up
         for first in range(0, count, BLOCK_M):

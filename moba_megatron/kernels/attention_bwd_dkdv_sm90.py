@@ -31,6 +31,7 @@ from .jit_helpers_sm90 import (
     _lower_bound,
     _partial_row,
     _piece_items,
+    _piece_of_list,
 )
 from .launcher import launch
 
@@ -302,18 +303,8 @@ def _attention_bwd_dkdv_sm90_kernel(
     partial_index = csr_row.to(gl.int64) * 0 - 1
     count = csr_row * 0
     if KS > 0:
-        csr_begin = gl.load(indptr + csr_row)
-        csr_end = gl.load(indptr + csr_row + 1)
-        begin = csr_begin + piece.to(gl.int64) * split
-        end = gl.minimum(csr_end, begin + split)
-        if extra_csr_rows is not None:
-            if piece > 0:
-                partial_index = item.to(gl.int64)
-            elif end < csr_end:
-                first_extra = csr_begin // split - gl.load(indptr + first_csr_row) // split
-                partial_index = num_extra + first_extra.to(gl.int64)
+        begin, count, partial_index = _piece_of_list(indptr, csr_row, first_csr_row, piece, item, num_extra, split, CUT)
         indices += begin
-        count = (end - begin).to(gl.int32)
     sequence_row = gl.load(cu_seqlens_k + sequence)
     first_segment = sequence
     end_segment = sequence + 1

@@ -22,68 +22,39 @@ PROGRAMS = 2048
 
 
 def chunk_means(k: Tensor, segments: Segments) -> Tensor:
-    """Mean key of every full chunk (arXiv 2502.13189, equation 6): fp32 sums, divided and rounded once.
-
-    Args:
-        k: ``[S, HK, D]``, packed keys, any strides.
-        segments: gives the sequences and the chunk size.
-
-    Returns:
-        ``[num_chunks, HK, D]`` in k's dtype; rows of unused or incomplete chunks are 0.
-    """
-    _, num_kv_heads, head_dim = k.shape
-    num_chunks = segments.num_chunks(k.shape[0])
+    """As :func:`moba_megatron.reference.chunk_means`: fp32 sums, divided and rounded once; any strides."""
+    num_kv_heads, head_dim = k.shape[1:]
+    num_chunks, columns = segments.num_chunks(k.shape[0]), num_kv_heads * head_dim
     means = torch.empty(num_chunks, num_kv_heads, head_dim, dtype=k.dtype, device=k.device)
-    columns = num_kv_heads * head_dim
     num_blocks = cdiv(segments.chunk_size, SUM_BLOCK)
     options = _config(k, columns, num_chunks, num_blocks)
     launch(_chunk_means_kernel, (num_chunks * cdiv(columns, options["BLOCK_C"]),),
-        k, segments.cu_seqlens_k, means, segments.num_sequences, segments.chunk_size, num_blocks, *k.stride(),
-        HK=num_kv_heads, D=head_dim, SUM_BLOCK=SUM_BLOCK, **options)
+           k, segments.cu_seqlens_k, means, segments.num_sequences, segments.chunk_size, num_blocks, *k.stride(),
+           HK=num_kv_heads, D=head_dim, SUM_BLOCK=SUM_BLOCK, **options)
     return means
 
 
 def block_sums(k: Tensor, starts: Tensor, counts: Tensor) -> Tensor:
-    """Sums of runs of keys.
-
-    Args:
-        k: ``[S, HK, D]``, any strides.
-        starts: int32 ``[n]``, first row of each run.
-        counts: int32 ``[n]``, rows of each run, 0 to SUM_BLOCK.
-
-    Returns:
-        fp32 ``[n, HK, D]``.
-    """
-    _, num_kv_heads, head_dim = k.shape
+    """As :func:`moba_megatron.reference.block_sums`: fp32 ``[n, HK, D]``; any strides."""
+    num_kv_heads, head_dim = k.shape[1:]
     num_runs, columns = starts.numel(), num_kv_heads * head_dim
     sums = torch.empty(num_runs, num_kv_heads, head_dim, dtype=torch.float32, device=k.device)
     if num_runs == 0:
         return sums
     options = _config(k, columns, num_runs, 1)
-    grid = (cdiv(num_runs, options["BLOCK_B"]) * cdiv(columns, options["BLOCK_C"]),)
-    launch(_block_sums_kernel, grid,
-        k, starts, counts, sums, num_runs, *k.stride(), HK=num_kv_heads, D=head_dim, SUM_BLOCK=SUM_BLOCK, **options)
+    launch(_block_sums_kernel, (cdiv(num_runs, options["BLOCK_B"]) * cdiv(columns, options["BLOCK_C"]),),
+           k, starts, counts, sums, num_runs, *k.stride(), HK=num_kv_heads, D=head_dim, SUM_BLOCK=SUM_BLOCK, **options)
     return sums
 
 
 def means_from_block_sums(sums: Tensor, chunk_size: int, dtype: torch.dtype) -> Tensor:
-    """Adds the block sums of each chunk in order, divides, and rounds once.
-
-    Args:
-        sums: fp32 ``[num_chunks, ceil(chunk_size / SUM_BLOCK), HK, D]``.
-        chunk_size: keys in a chunk.
-        dtype: of the result.
-
-    Returns:
-        ``[num_chunks, HK, D]``, the same bits as :func:`chunk_means`.
-    """
+    """As :func:`moba_megatron.reference.means_from_block_sums`: the same bits as :func:`chunk_means`."""
     sums = sums.contiguous()
     num_chunks, num_blocks, num_kv_heads, head_dim = sums.shape
     means = torch.empty(num_chunks, num_kv_heads, head_dim, dtype=dtype, device=sums.device)
-    columns = num_kv_heads * head_dim
     if means.numel():
-        launch(_means_from_block_sums_kernel, (cdiv(means.numel(), 1024),),
-            sums, means, means.numel(), columns, num_blocks, chunk_size, BLOCK=1024, num_warps=4)
+        launch(_means_from_block_sums_kernel, (cdiv(means.numel(), 1024),), sums, means, means.numel(),
+               num_kv_heads * head_dim, num_blocks, chunk_size, BLOCK=1024, num_warps=4)
     return means
 
 

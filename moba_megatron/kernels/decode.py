@@ -32,43 +32,27 @@ INTERPRETER_PROCESSORS = 4
 
 def cache_means(k_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor, chunk_size: int, *,
                 block_table: Tensor | None = None, cache_starts: Tensor | None = None) -> None:
-    """Writes the mean of every full chunk, the same bits as ``chunk_means``; rows of other chunks stay as they are.
-
-    Args:
-        k_cache: ``[B, S, HK, D]``, or pages ``[pages, page_size, HK, D]`` with a block table; any strides.
-        means_cache: ``[B, chunks, HK, D]`` in k's dtype.
-        cache_seqlens: int32 ``[B]``, keys of each sequence.
-        chunk_size: keys in a chunk.
-        block_table: int32 ``[B, pages a sequence]``, the pages of each sequence.
-        cache_starts: int32 ``[B]``, the row of each sequence's first key; None for 0.
-    """
-    num_chunks = min(means_cache.shape[1], _rows_a_sequence(k_cache, block_table) // chunk_size)
+    """As :func:`moba_megatron.reference.decode.cache_means`: the same bits as ``chunk_means``; any strides."""
+    rows_a_sequence = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    num_chunks = min(means_cache.shape[1], rows_a_sequence // chunk_size)
     if 0 in (num_chunks, means_cache.shape[0]):
         return
     num_kv_heads, head_dim = k_cache.shape[2:]
-    launch(_decode_means_kernel, (means_cache.shape[0] * num_chunks * num_kv_heads,),
-        k_cache, means_cache, cache_seqlens, *_places(cache_seqlens, block_table, cache_starts), num_chunks, chunk_size,
-        *k_cache.stride(), *means_cache.stride()[:3], _table_stride(block_table),
-        HK=num_kv_heads, D=head_dim, BLOCK_D=next_power_of_2(head_dim), SUM_BLOCK=SUM_BLOCK,
-        MEAN_LANES=MEAN_LANES, HAS_STARTS=cache_starts is not None, PAGE_SIZE=_page_size(k_cache, block_table),
-        num_warps=4)
+    launch(
+        _decode_means_kernel,
+        (means_cache.shape[0] * num_chunks * num_kv_heads,),
+        **_tensors(k=k_cache, means=means_cache),
+        **_places(k_cache, cache_seqlens, block_table, cache_starts),
+        num_chunks=num_chunks,
+        chunk_size=chunk_size,
+        HK=num_kv_heads, D=head_dim, BLOCK_D=next_power_of_2(head_dim), SUM_BLOCK=SUM_BLOCK, MEAN_LANES=MEAN_LANES,
+        num_warps=4,
+    )
 
 
 def decode_gate(q: Tensor, k_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor, chunk_size: int, topk: int, *,
                 block_table: Tensor | None = None, cache_starts: Tensor | None = None) -> Tensor:
-    """The ``topk - 1`` best earlier chunks of each sequence's last position; completes ``means_cache`` on the way.
-
-    The query stands at the last key. Where it opens a chunk, the mean of the chunk before is computed and stored.
-    Ties go to the later chunk. A chunk whose score is NaN or -inf is never selected.
-
-    Args:
-        q: ``[B, H, D]``.
-        k_cache, means_cache, cache_seqlens, chunk_size, block_table, cache_starts: as :func:`cache_means`.
-        topk: chunks a query attends to, its own included, at least 2.
-
-    Returns:
-        int32 ``[B, H, topk - 1]``: chunk numbers within the sequence in no particular order, -1 where fewer exist.
-    """
+    """As :func:`moba_megatron.reference.decode.decode_gate`, the chosen chunks in no particular order."""
     batch, num_heads, head_dim = q.shape
     selected = torch.empty(batch, num_heads, topk - 1, dtype=torch.int32, device=q.device)
     if selected.numel() == 0:
@@ -76,31 +60,25 @@ def decode_gate(q: Tensor, k_cache: Tensor, means_cache: Tensor, cache_seqlens: 
     num_kv_heads = k_cache.shape[2]
     group = num_heads // num_kv_heads
     options = tuning.config("decode_gate", q.device, head_dim=head_dim, itemsize=q.element_size())
-    launch(_decode_gate_kernel, (batch * num_kv_heads * cdiv(group, HEADS_A_GATE),),
-        q, k_cache, means_cache, selected, cache_seqlens, *_places(cache_seqlens, block_table, cache_starts),
-        chunk_size, *q.stride(), *k_cache.stride(), *means_cache.stride()[:3], _table_stride(block_table),
-        HK=num_kv_heads, G=group, D=head_dim, KS=topk - 1, BLOCK_KS=next_power_of_2(topk - 1), BLOCK_G=HEADS_A_GATE,
-        BLOCK_D=head_block(head_dim), SUM_BLOCK=SUM_BLOCK, MEAN_LANES=MEAN_LANES,
-        PRECISION=precision(q.dtype), HAS_STARTS=cache_starts is not None,
-        PAGE_SIZE=_page_size(k_cache, block_table), **options)
+    launch(
+        _decode_gate_kernel,
+        (batch * num_kv_heads * cdiv(group, HEADS_A_GATE),),
+        **_tensors(q=q, k=k_cache, means=means_cache),
+        **_places(k_cache, cache_seqlens, block_table, cache_starts),
+        selected=selected,
+        chunk_size=chunk_size,
+        HK=num_kv_heads, G=group, BLOCK_G=HEADS_A_GATE, KS=topk - 1, BLOCK_KS=next_power_of_2(topk - 1),
+        D=head_dim, BLOCK_D=head_block(head_dim), SUM_BLOCK=SUM_BLOCK, MEAN_LANES=MEAN_LANES,
+        PRECISION=precision(q.dtype),
+        **options,
+    )
     return selected
 
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, selected: Tensor, cache_seqlens: Tensor,
                      chunk_size: int, softmax_scale: float, *, block_table: Tensor | None = None,
                      cache_starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Attention of each sequence's last position to its own chunk and the selected ones.
-
-    Args:
-        q: ``[B, H, D]``, bf16, fp16 or fp32 (products in tf32x3).
-        k_cache, cache_seqlens, chunk_size, block_table, cache_starts: as :func:`cache_means`.
-        v_cache: as k_cache, head dim DV.
-        selected: int32 ``[B, H, topk - 1]`` from :func:`decode_gate`.
-        softmax_scale: multiplies the scores.
-
-    Returns:
-        o ``[B, H, DV]`` in q's dtype; lse ``[B, H]``, fp32, natural log (o is 0 and lse -inf where there is no key).
-    """
+    """As :func:`moba_megatron.reference.decode.decode_attention`; products of fp32 are in tf32x3."""
     batch, num_heads, head_dim = q.shape
     num_kv_heads, dim_v, choices = k_cache.shape[2], v_cache.shape[3], selected.shape[2]
     o = torch.empty(batch, num_heads, dim_v, dtype=q.dtype, device=q.device)
@@ -109,24 +87,31 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, selected: Tens
         return o, lse
     group = num_heads // num_kv_heads
     options = tuning.config("decode", q.device, head_dim=max(head_dim, dim_v), itemsize=q.element_size())
-    lists = batch * num_kv_heads
-    pieces, piece_keys = _pieces(lists * (group * choices + 1), chunk_size, options.pop("PROGRAMS"), options["BLOCK_N"],
-                                 q.device)
-    slots = (choices + 1) * pieces
-    o_partial = torch.empty(batch * num_heads * slots, dim_v, dtype=torch.float32, device=q.device)
-    lse_partial = torch.empty(batch * num_heads * slots, dtype=torch.float32, device=q.device)
-    launch(_decode_attention_kernel, (lists * (group * choices + 1) * pieces,),
-        q, k_cache, v_cache, selected, o_partial, lse_partial, cache_seqlens,
-        *_places(cache_seqlens, block_table, cache_starts), softmax_scale * math.log2(math.e), chunk_size, pieces,
-        piece_keys, *q.stride(), *k_cache.stride(), *v_cache.stride(), _table_stride(block_table),
-        HK=num_kv_heads, G=group, KS=choices, BLOCK_G=max(16, next_power_of_2(group)),
-        BLOCK_KS=next_power_of_2(max(1, choices)), D=head_dim, DV=dim_v,
-        BLOCK_D=head_block(head_dim), BLOCK_DV=head_block(dim_v),
+    candidates = batch * num_kv_heads * (group * choices + 1)
+    pieces, piece_keys = _pieces(candidates, chunk_size, options.pop("PROGRAMS"), options["BLOCK_N"], q.device)
+    partial_rows = (choices + 1) * pieces
+    o_partial = torch.empty(batch * num_heads * partial_rows, dim_v, dtype=torch.float32, device=q.device)
+    lse_partial = torch.empty(batch * num_heads * partial_rows, dtype=torch.float32, device=q.device)
+    launch(
+        _decode_attention_kernel,
+        (candidates * pieces,),
+        **_tensors(q=q, k=k_cache, v=v_cache),
+        **_places(k_cache, cache_seqlens, block_table, cache_starts),
+        selected=selected,
+        o_partial=o_partial,
+        lse_partial=lse_partial,
+        qk_scale=softmax_scale * math.log2(math.e),
+        chunk_size=chunk_size,
+        pieces=pieces,
+        piece_keys=piece_keys,
+        HK=num_kv_heads, G=group, BLOCK_G=head_block(group), KS=choices, BLOCK_KS=next_power_of_2(max(1, choices)),
+        D=head_dim, BLOCK_D=head_block(head_dim), DV=dim_v, BLOCK_DV=head_block(dim_v),
         PRECISION=precision(q.dtype),
-        HAS_STARTS=cache_starts is not None, PAGE_SIZE=_page_size(k_cache, block_table), **options)
-    launch(_decode_merge_kernel, (batch * num_heads,),
-        selected, o_partial, lse_partial, o, lse, pieces, KS=choices, DV=dim_v, BLOCK_DV=next_power_of_2(dim_v),
-        BLOCK_S=min(32, max(2, next_power_of_2(slots))), num_warps=4)
+        **options,
+    )
+    launch(_decode_merge_kernel, (batch * num_heads,), selected, o_partial, lse_partial, o, lse, pieces, KS=choices,
+           DV=dim_v, BLOCK_DV=next_power_of_2(dim_v), BLOCK_S=min(32, max(2, next_power_of_2(partial_rows))),
+           num_warps=4)
     return o, lse
 
 
@@ -139,23 +124,23 @@ def _pieces(programs: int, chunk_size: int, wanted: int, block_n: int, device: t
     return cdiv(chunk_size, keys), keys
 
 
-def _rows_a_sequence(cache: Tensor, block_table: Tensor | None) -> int:
-    return cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+def _places(cache: Tensor, cache_seqlens: Tensor, block_table: Tensor | None, cache_starts: Tensor | None) -> dict:
+    """Where a sequence's rows are, for the kernels; a pointer that a kernel does not read is any."""
+    return {
+        "cache_seqlens": cache_seqlens,
+        "block_table": cache_seqlens if block_table is None else block_table,
+        "cache_starts": cache_seqlens if cache_starts is None else cache_starts,
+        "stride_table": 0 if block_table is None else block_table.stride(0),
+        "HAS_STARTS": cache_starts is not None,
+        "PAGE_SIZE": 0 if block_table is None else cache.shape[1],  # 0: contiguous
+    }
 
 
-def _page_size(cache: Tensor, block_table: Tensor | None) -> int:
-    """Rows of a page; 0 for a contiguous cache."""
-    return 0 if block_table is None else cache.shape[1]
-
-
-def _table_stride(block_table: Tensor | None) -> int:
-    return 0 if block_table is None else block_table.stride(0)
-
-
-def _places(cache_seqlens: Tensor, block_table: Tensor | None, cache_starts: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Pointers for the kernels; those that a kernel does not read are any."""
-    return (cache_seqlens if block_table is None else block_table,
-            cache_seqlens if cache_starts is None else cache_starts)
+def _tensors(**tensors: Tensor) -> dict:
+    """Queries ``[B, H, D]`` and caches ``[B, S, HK, D]`` with their strides."""
+    strides = {f"stride_{name[0]}{dim}": x.stride(i) for name, x in tensors.items()
+               for i, dim in enumerate("bhd" if x.dim() == 3 else "bth" if name == "means" else "bthd")}
+    return tensors | strides
 
 
 @triton.jit
@@ -293,13 +278,13 @@ def _decode_gate_kernel(
 @triton.jit
 def _choice(selected, list_id, candidate, own, G: tl.constexpr, KS: tl.constexpr, BLOCK_G: tl.constexpr,
             BLOCK_KS: tl.constexpr):
-    """A candidate of a kv head's list: its chunk, -1 if another program has it; and each head's slot, -1 for none.
+    """A candidate of a kv head's list: its chunk, -1 if another program has it; where heads have it, -1 for nowhere.
 
     Candidates ``0 .. G * KS`` are the heads' choices, of which the first of equals counts; the last is the own chunk.
     """
     head = tl.arange(0, BLOCK_G)
     chunk = own
-    slot = tl.where(head < G, KS, -1)
+    place = tl.where(head < G, KS, -1)
     if KS > 0:
         if candidate < G * KS:
             j = tl.arange(0, BLOCK_KS)
@@ -307,10 +292,10 @@ def _choice(selected, list_id, candidate, own, G: tl.constexpr, KS: tl.constexpr
             table = tl.load(selected + head[:, None] * KS + j[None, :], mask=(head < G)[:, None] & (j < KS)[None, :],
                             other=-1)
             chunk = tl.load(selected + candidate)
-            slot = tl.max(tl.where(table == chunk, j[None, :], -1), 1)
-            leader = tl.min(tl.where(slot >= 0, head, BLOCK_G), 0)
+            place = tl.max(tl.where(table == chunk, j[None, :], -1), 1)
+            leader = tl.min(tl.where(place >= 0, head, BLOCK_G), 0)
             chunk = tl.where(leader == candidate // KS, chunk, -1)
-    return chunk, slot
+    return chunk, place
 
 
 @triton.jit(do_not_specialize=["chunk_size", "pieces", "piece_keys", "stride_table"])
@@ -330,8 +315,8 @@ def _decode_attention_kernel(
     sequence = list_id // HK
     kv_head = list_id % HK
     length = tl.load(cache_seqlens + sequence)
-    chunk, slot = _choice(selected, list_id, candidate, tl.maximum(length - 1, 0) // chunk_size, G, KS, BLOCK_G,
-                          BLOCK_KS)
+    chunk, place = _choice(selected, list_id, candidate, tl.maximum(length - 1, 0) // chunk_size, G, KS, BLOCK_G,
+                           BLOCK_KS)
     if chunk < 0:
         return
     begin = chunk * chunk_size + piece * piece_keys
@@ -367,10 +352,10 @@ def _decode_attention_kernel(
                          mask=inside[:, None] & (col_v < DV)[None, :], other=0.0)
         acc = tl.dot(p.to(v_rows.dtype), v_rows, acc * alpha[:, None], input_precision=PRECISION)
         m = m_new
-    to = ((list_id * G + head).to(tl.int64) * (KS + 1) + slot) * pieces + piece
-    tl.store(lse_partial + to, tl.where(l > 0, m + tl.log2(l), l - float("inf")), mask=slot >= 0)
+    to = ((list_id * G + head).to(tl.int64) * (KS + 1) + place) * pieces + piece
+    tl.store(lse_partial + to, tl.where(l > 0, m + tl.log2(l), l - float("inf")), mask=place >= 0)
     tl.store(o_partial + to[:, None] * DV + col_v[None, :], acc / tl.where(l == 0, 1.0, l)[:, None],
-             mask=(slot >= 0)[:, None] & (col_v < DV)[None, :])
+             mask=(place >= 0)[:, None] & (col_v < DV)[None, :])
 
 
 @triton.jit(do_not_specialize=["pieces"])
@@ -379,17 +364,17 @@ def _decode_merge_kernel(selected, o_partial, lse_partial, o, lse, pieces, KS: t
     """Adds the pieces of one (sequence, query head), BLOCK_S at a time, in order."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK_DV)
-    slots = (KS + 1) * pieces
+    partial_rows = (KS + 1) * pieces
     m = -float("inf")
     l = 0.0
     acc = tl.zeros([BLOCK_DV], tl.float32)
-    for first in range(0, slots, BLOCK_S):
-        slot = first + tl.arange(0, BLOCK_S)
-        j = slot // pieces
+    for first in range(0, partial_rows, BLOCK_S):
+        i = first + tl.arange(0, BLOCK_S)
+        j = i // pieces
         chosen = tl.load(selected + row * KS + j, mask=j < KS, other=0)
-        valid = (slot < slots) & (chosen >= 0)
-        partial_lse = tl.load(lse_partial + row * slots + slot, mask=valid, other=-float("inf"))
-        o_rows = tl.load(o_partial + (row * slots + slot)[:, None] * DV + col[None, :],
+        valid = (i < partial_rows) & (chosen >= 0)
+        partial_lse = tl.load(lse_partial + row * partial_rows + i, mask=valid, other=-float("inf"))
+        o_rows = tl.load(o_partial + (row * partial_rows + i)[:, None] * DV + col[None, :],
                          mask=valid[:, None] & (col < DV)[None, :], other=0.0)
         m_new = tl.maximum(m, tl.max(partial_lse, 0))
         shift = tl.where(m_new == -float("inf"), 0.0, m_new)

@@ -26,22 +26,10 @@ from .launcher import launch
 
 
 def gate(q: Tensor, means: Tensor, segments: Segments, topk: int) -> Tensor:
-    """The ``topk - 1`` best earlier chunks of each query and head (arXiv 2502.13189, equations 5 and 6).
+    """As :func:`moba_megatron.reference.gate`, the chosen chunks in no particular order; products of fp32 are in fp32.
 
-    Ties go to the later chunk. A chunk whose score is NaN or -inf is never selected. A score depends on its query and
-    its chunk alone, not on the other rows of the tile, so that parts of a sequence choose what the whole would.
-
-    Args:
-        q: ``[T, H, D]``, bf16, fp16 or fp32 (products in full fp32); any strides.
-        means: ``[num_chunks, HK, D]``.
-        segments: places the queries.
-        topk: chunks a query attends to, its own included.
-
-    Returns:
-        int32 ``[T, H, topk - 1]``: chunk ids in no particular order, -1 where fewer exist.
-
-    Raises:
-        ValueError: means of 2^31 elements or more.
+    A score depends on its query and its chunk alone, not on the other rows of the tile, so that parts of a sequence
+    choose what the whole would. Raises ValueError for means of 2^31 elements or more.
     """
     if means.numel() >= 2 ** 31:  # offsets within them are 32 bits wide
         raise ValueError(f"chunk means must have fewer than 2^31 elements for the Triton kernels, got "
@@ -57,19 +45,21 @@ def gate(q: Tensor, means: Tensor, segments: Segments, topk: int) -> Tensor:
     means = means.contiguous()
     options = tuning.config("gate", q.device, head_dim=head_dim, itemsize=q.element_size(), choices=choices)
     num_tiles = total // options["BLOCK_M"] + segments.num_segments
-    launch(_gate_kernel, (num_tiles * num_heads,),
-        q,
-        means,
-        selected,
-        segments.cu_seqlens_q,
-        segments.cu_seqlens_k,
-        segments.seq_ids,
-        segments.offsets,
-        segments.num_segments,
-        num_tiles,
-        segments.chunk_size,
-        q.stride(0),
-        q.stride(1),
+    launch(
+        _gate_kernel,
+        (num_tiles * num_heads,),
+        q=q,
+        means=means,
+        selected=selected,
+        cu_seqlens_q=segments.cu_seqlens_q,
+        cu_seqlens_k=segments.cu_seqlens_k,
+        seq_ids=segments.seq_ids,
+        offsets=segments.offsets,
+        num_segments=segments.num_segments,
+        num_tiles=num_tiles,
+        chunk_size=segments.chunk_size,
+        stride_qt=q.stride(0),
+        stride_qh=q.stride(1),
         H=num_heads,
         HK=means.shape[1],
         D=head_dim,

@@ -119,3 +119,20 @@ def _lower_bound(values, count, wanted):
         low = tl.where(below, middle + 1, low)
         high = tl.where(below, high, middle)
     return low
+
+
+@triton.jit
+def _piece_of_list(indptr, csr_row, first_csr_row, piece, item, num_extra, split, HAS_EXTRA: tl.constexpr):
+    """Where a piece of a CSR row begins, how many indices it has, and the number of its partial sums, -1 for none."""
+    csr_begin = tl.load(indptr + csr_row)
+    csr_end = tl.load(indptr + csr_row + 1)
+    begin = csr_begin + piece.to(tl.int64) * split
+    end = tl.minimum(csr_end, begin + split)
+    partial_index = piece.to(tl.int64) * 0 - 1
+    if HAS_EXTRA:
+        if piece > 0:
+            partial_index = item.to(tl.int64)
+        elif end < csr_end:
+            first_extra = csr_begin // split - tl.load(indptr + first_csr_row) // split
+            partial_index = num_extra + first_extra.to(tl.int64)
+    return begin, (end - begin).to(tl.int32), partial_index

@@ -29,6 +29,7 @@ _chunk_keys = gluon.jit(jit_helpers._chunk_keys.fn)
 _choice_row = gluon.jit(jit_helpers._choice_row.fn)
 _partial_row = gluon.jit(jit_helpers._partial_row.fn)
 _extra_piece = gluon.jit(jit_helpers._extra_piece.fn)
+_piece_of_list = gluon.jit(jit_helpers._piece_of_list.fn)
 _lower_bound = gluon.jit(jit_helpers._lower_bound.fn)
 
 

@@ -22,17 +22,7 @@ ROWS = 512
 
 
 def key_convolution_fwd(k: Tensor, weight: Tensor, cu_seqlens: Tensor, halo: Tensor | None) -> Tensor:
-    """``k[t] + silu(sum_l weight[l] * k[t - l])``, in fp32 and rounded once.
-
-    Args:
-        k: ``[S, HK, D]``, bf16, fp16 or fp32; any strides.
-        weight: ``[HK, W, D]``, contiguous; tap l meets the key l rows before.
-        cu_seqlens: int32 ``[N + 1]``, the rows at which runs begin, and the last one's end; rows behind it give 0.
-        halo: ``[N, W - 1, HK, D]``, contiguous, the keys before each run; None for zeros.
-
-    Returns:
-        ``[S, HK, D]`` in k's dtype.
-    """
+    """As :func:`moba_megatron.reference.key_convolution`, in fp32; k with any strides, weight and halo contiguous."""
     k = k if k.stride(2) == 1 else k.contiguous()
     out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     total, kv_heads, head_dim = k.shape

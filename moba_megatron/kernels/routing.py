@@ -48,26 +48,11 @@ class Tiles:
     indptr: Tensor
     block: int
 
-    @property
-    def num_tiles(self) -> int:
-        """Bound of the tile numbers, known on the host: the grid of all CSR rows."""
-        return self.csr_row.numel()
-
 
 def route(selected: Tensor, num_kv_heads: int, num_chunks: int) -> Routing:
-    """Sorts the choices of all queries by (kv head, chunk).
-
-    Nothing here waits for the device, and every size follows from the shapes.
-
-    Args:
-        selected: int32 ``[T, H, topk - 1]``, chunk ids, -1 for none.
-        num_kv_heads: kv heads HK; query head h belongs to kv head ``h // (H / HK)``.
-        num_chunks: bound of the chunk ids.
-    """
+    """As :func:`moba_megatron.reference.route`; nothing waits for the device, every size follows from the shapes."""
     total, num_heads, choices = selected.shape
-    selected = selected.contiguous()
-    device = selected.device
-    dtype = index_dtype(selected.numel())
+    selected, device, dtype = selected.contiguous(), selected.device, index_dtype(selected.numel())
     indices = torch.empty(selected.numel(), dtype=dtype, device=device)
     indptr = torch.empty(num_kv_heads * num_chunks + 1, dtype=dtype, device=device)
     if selected.numel() == 0:
@@ -99,10 +84,8 @@ def make_tiles(routing: Routing, block: int) -> Tiles:
         end=torch.empty(num_tiles, dtype=indptr.dtype, device=indptr.device),
         indptr=torch.empty(num_csr_rows + 1, dtype=torch.int32, device=indptr.device),
         block=block)
-    items = max(num_tiles, num_csr_rows + 1)
-    launch(_make_tiles_kernel, (cdiv(items, 256),),
-        indptr, tiles.csr_row, tiles.begin, tiles.end, tiles.indptr, num_tiles, num_csr_rows, block, BLOCK=256,
-        num_warps=4)
+    launch(_make_tiles_kernel, (cdiv(max(num_tiles, num_csr_rows + 1), 256),), indptr, tiles.csr_row, tiles.begin,
+           tiles.end, tiles.indptr, num_tiles, num_csr_rows, block, BLOCK=256, num_warps=4)
     return tiles
 
 

@@ -49,7 +49,7 @@ def test_tiles_cover_each_row_once(case, block):
             assert tiles.indptr[row] <= tile < tiles.indptr[row + 1]
             covered[begin:end] += 1
     assert (covered == 1).all()
-    assert tiles.num_tiles == result.indices.numel() // block + result.num_csr_rows >= tiles.indptr[-1]
+    assert tiles.csr_row.numel() == result.indices.numel() // block + result.num_csr_rows >= tiles.indptr[-1]
 
 
 def test_no_choices_at_all():
