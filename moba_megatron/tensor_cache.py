@@ -82,7 +82,11 @@ class TensorCache:
                     entry = _on_device(build(*numbers, torch.device("cpu")), device)
                 self._keep(key, entry)
             if device.type == "cuda" and not capturing:
-                _note_stream(entry, device)
+                stream = torch._C._cuda_getCurrentRawStream(device.index)
+                if stream not in entry.streams:
+                    for x in entry.tensors:
+                        x.record_stream(torch.cuda.current_stream(device))
+                    entry.streams.add(stream)
             return entry.value
 
         return cached
@@ -137,11 +141,3 @@ def _on_device(value, device: torch.device) -> _Entry:
 @functools.lru_cache(maxsize=None)
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
-
-
-def _note_stream(entry: _Entry, device: torch.device) -> None:
-    stream = torch._C._cuda_getCurrentRawStream(device.index)
-    if stream not in entry.streams:
-        for x in entry.tensors:
-            x.record_stream(torch.cuda.current_stream(device))
-        entry.streams.add(stream)

@@ -64,7 +64,7 @@ class Done:
         pass
 
 
-class Milestone:
+class Event:
     """An event that knows whether it has been recorded."""
 
     recorded = False
@@ -86,7 +86,7 @@ class HostEngines(CopyEngines):
 
     @staticmethod
     def event():
-        return Milestone()
+        return Event()
 
     def begin(self, after=None):
         if after is not None:

@@ -266,7 +266,7 @@ def check_scratch(launches, tensors, moved):
                 assert its_address + its_size <= address or address + size <= its_address
 
 
-class Milestone:
+class Event:
     """An event that notes how many launches there were before it."""
 
     def __init__(self, driver):
@@ -279,7 +279,7 @@ class Milestone:
 @pytest.mark.parametrize("name, topk", [(name, 3) for name in (
     "1 head", "gqa", "chunk 128: fused", "cut lists", "groups of heads", "groups of heads, fused", "packed", "fp32"
 )] + [("gqa", 1)])
-def test_a_milestone_is_where_dk_and_dv_are_complete(name, topk, driver):
+def test_the_event_is_where_dk_and_dv_are_complete(name, topk, driver):
     """Recorded right behind the last kernel that writes them, whichever way the call goes."""
     case = CASES[name]
     (q, k, v, do, _), _ = make(**case)
@@ -290,28 +290,28 @@ def test_a_milestone_is_where_dk_and_dv_are_complete(name, topk, driver):
     o, saved = pipeline.attend(q, k, v, selected, routing, segments)
     for way in ("ordinary", "traced", "replayed", "replayed without", "replayed"):
         driver.launches.clear()
-        milestone = Milestone(driver)
+        event = Event(driver)
         _, *grads = pipeline.attend_bwd(do, q, k, v, o, saved, segments, torch.float32,
-                                      None if way == "replayed without" else milestone)
+                                      None if way == "replayed without" else event)
         addresses = {("pointer", x.data_ptr()) for x in grads}
         writing = [i for i, (*_, values) in enumerate(driver.launches)
                    if addresses & {x for x in values if isinstance(x, tuple)}]
-        assert milestone.at == ([] if way == "replayed without" else [writing[-1] + 1]), way
+        assert event.at == ([] if way == "replayed without" else [writing[-1] + 1]), way
         assert writing[-1] < len(driver.launches) - 1, "dq comes after it"
         assert len(writing) > 1 or name not in ("cut lists", "groups of heads, fused")
         assert replays()[-1] is not None or way == "ordinary"
 
 
-def test_a_milestone_that_is_not_mentioned_is_at_the_end(driver):
+def test_an_event_that_is_not_mentioned_is_at_the_end(driver):
     """A forward call says nothing of it."""
     (q, k, v, _, _), _ = make(**CASES["1 head"])
     segments = Segments.from_cu_seqlens(torch.tensor([0, 2048], dtype=torch.int32), 2048, 512)
     for _ in range(3):
         driver.launches.clear()
-        milestone = Milestone(driver)
+        event = Event(driver)
         kernels.repeat(("gate",), lambda q, k, cu: (kernels.gate(q, kernels.chunk_means(k, segments), segments, 3),),
-                       q, k, segments.cu_seqlens_k, milestone=milestone)
-        assert driver.launches and milestone.at == [len(driver.launches)]
+                       q, k, segments.cu_seqlens_k, event=event)
+        assert driver.launches and event.at == [len(driver.launches)]
 
 
 def test_memory_that_is_free_again_is_used_again():

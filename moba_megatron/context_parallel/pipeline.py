@@ -85,7 +85,7 @@ class Pipeline:
 
         key, tensors = self._key(segments)
         return repeat(self.stages, ("attend_bwd", kv_grad_dtype, key), compute, do, q, k, v, o, lse, selected, indices,
-                      indptr, *tensors, workspace_mib=self.workspace_mib, milestone=event)
+                      indptr, *tensors, workspace_mib=self.workspace_mib, event=event)
 
     def _key(self, segments: Segments) -> tuple[tuple, tuple[Tensor, ...]]:
         """What decides the launches besides tensors, and the tensors of segments."""

@@ -16,7 +16,7 @@ from .attention_call import AttentionCall, check
 from .bounds import clear_rows
 from .host import cdiv, next_power_of_2
 from .jit_helpers import _offset
-from .launcher import launch, milestone_reached
+from .launcher import launch, record_event
 from .routing import Tiles, make_tiles, route
 from .tuning_table import is_gluon
 from .workspace import head_groups, workspace_limit
@@ -33,7 +33,7 @@ def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tens
                   routing: Routing | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`attention_fwd`; products of fp32 are IEEE: tf32x3 would cost a weight its last three bits.
 
-    A milestone of ``launcher.repeat``: dk and dv are complete.
+    The event of ``launcher.repeat`` is where dk and dv are complete.
 
     Args, Returns: as :func:`moba_megatron.reference.attention_bwd`; every sum has a fixed order, deterministic or not;
         routing: of ``selected``, as forward used it, None to make it again.
@@ -59,7 +59,7 @@ def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tens
     everything = (0, call.kv_heads)
     if call.choices == 0:
         _attention_bwd_dkdv(call, None, dk, dv, None, _cuts(call, None, call.kv_heads), None, everything)
-        milestone_reached()
+        record_event()
         _attention_bwd_dq_diagonal(call, None, dq, everything)
         return dq, dk, dv
     if routing is None:
@@ -74,15 +74,17 @@ def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tens
     dkdv_partial = torch.empty(cuts.partial_floats, dtype=torch.float32, device=q.device)
     if not fused:
         _attention_bwd_dkdv(call, routing, dk, dv, None, cuts, dkdv_partial, everything)
-        milestone_reached()
+        record_event()
         del dkdv_partial
-        tiles = _dq_tiles(call, routing)
+        options = call.config("attention_bwd_dq", gluon=call.gluon)
+        tiles = make_tiles(routing, sm90.rows_per_program(options, selected.numel()) if is_gluon(options)
+                           else options["BLOCK_M"])
     dq_partial = torch.empty(together * partial_size, dtype=q.dtype, device=q.device)
     for group in groups:
         if fused:
             _attention_bwd_dkdv(call, routing, dk, dv, dq_partial, cuts, dkdv_partial, group)
             if group == groups[-1]:
-                milestone_reached()
+                record_event()
         else:
             _attention_bwd_dq(call, routing, tiles, dq_partial, group)
         _attention_bwd_dq_diagonal(call, dq_partial, dq, group)
@@ -268,14 +270,6 @@ def _attention_bwd_dkdv(call: AttentionCall, routing: Routing | None, dk: Tensor
     if num_extra:
         launch(_attention_bwd_dkdv_sum_kernel, (num_extra, cdiv(size, 16)), **call.arguments(
             _attention_bwd_dkdv_sum_kernel, dkdv_partial=dkdv_partial, BLOCK_N=16, **lists))
-
-
-def _dq_tiles(call: AttentionCall, routing: Routing) -> Tiles:
-    """The lists in tiles for dq."""
-    options = call.config("attention_bwd_dq", gluon=call.gluon)
-    if is_gluon(options):
-        return make_tiles(routing, sm90.rows_per_program(options, call.selected.numel()))
-    return make_tiles(routing, options["BLOCK_M"])
 
 
 def _attention_bwd_dq(call: AttentionCall, routing: Routing, tiles: Tiles, dq_partial: Tensor,

@@ -22,7 +22,7 @@ PROGRAMS = 256
 
 
 def bounded_lengths(cu_seqlens: Tensor, total: int) -> Tensor:
-    """cu_seqlens, int32 ``[B + 1]``, with values clamped to 0 .. ``total``, from 0 on, none below the one before."""
+    """As :func:`moba_megatron.reference.bounded_lengths`."""
     cu_seqlens = cu_seqlens.contiguous()
     result = torch.empty(cu_seqlens.shape, dtype=torch.int32, device=cu_seqlens.device)
     launch(_bounded_lengths_kernel, (1,), cu_seqlens, result, cu_seqlens.numel(), total, BLOCK=1024, num_warps=4)
@@ -30,11 +30,7 @@ def bounded_lengths(cu_seqlens: Tensor, total: int) -> Tensor:
 
 
 def bounded(segments: Segments, total_q: int, total_k: int) -> Segments:
-    """Segments that address nothing beyond ``total_q`` queries and ``total_k`` keys; the same where they do not anyway.
-
-    Lengths are bounded as in :func:`bounded_lengths`. Where a segment then has more queries than its sequence has keys,
-    no query belongs to any. Of ``packed`` segments only the lengths are looked at.
-    """
+    """As :func:`moba_megatron.reference.bounded`."""
     if segments.exact:
         return segments
     cu_k = bounded_lengths(segments.cu_seqlens_k, total_k)
@@ -44,18 +40,12 @@ def bounded(segments: Segments, total_q: int, total_k: int) -> Segments:
     ids, offsets = (torch.empty(x.shape, dtype=torch.int32, device=x.device)
                     for x in (segments.seq_ids, segments.offsets))
     launch(_bounded_places_kernel, (1,), segments.seq_ids.contiguous(), segments.offsets.contiguous(), cu_q, cu_k, ids,
-           offsets,
-           segments.num_segments, segments.num_sequences, BLOCK=1024, num_warps=4)
+           offsets, segments.num_segments, segments.num_sequences, BLOCK=1024, num_warps=4)
     return replace(segments, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, seq_ids=ids, offsets=offsets)
 
 
 def clear_rows(cu_seqlens: Tensor, *filled: tuple[Tensor, float]) -> None:
-    """Fills the rows behind the last sequence: those from ``cu_seqlens[-1]`` on.
-
-    Args:
-        cu_seqlens: int32 ``[B + 1]``, within the tensors.
-        filled: up to three contiguous tensors with rows as their first dimension, and what is written there.
-    """
+    """As :func:`moba_megatron.reference.clear_rows`, for up to three contiguous tensors of so many rows."""
     filled = [(x, value) for x, value in filled if x.numel()]
     if not filled:
         return

@@ -33,7 +33,7 @@ MAX_SIGNATURES = 512
 _RECORDING = not INTERPRETED and triton.__version__.startswith(("3.6.", "3.7."))  # whose compiled kernels are known
 _records: dict[tuple, "_Record"] = {}
 _current = threading.local()
-_STATE = ("record", "position", "trace", "milestone")
+_STATE = ("record", "position", "trace", "event")
 """What a thread keeps in ``_current`` during a call, besides the limit of its workspace."""
 
 
@@ -84,18 +84,18 @@ def _runtime_names(kernel) -> tuple[str, ...]:
     return tuple(parameter.name for parameter in kernel.params if not parameter.is_constexpr)
 
 
-def milestone_reached() -> None:
-    """Within ``compute`` of :func:`repeat`: whoever asked for a milestone need not wait for what comes after this."""
-    trace, milestone = getattr(_current, "trace", None), getattr(_current, "milestone", None)
+def record_event() -> None:
+    """Within ``compute`` of :func:`repeat`: whoever gave an event need not wait for what comes after this."""
+    trace, event = getattr(_current, "trace", None), getattr(_current, "event", None)
     if trace is not None:
-        trace.milestone_reached()
-    if milestone is not None:
-        milestone.record()
-        _current.milestone = None
+        trace.record_event()
+    if event is not None:
+        event.record()
+        _current.event = None
 
 
 def repeat(options: tuple, compute: Callable[..., tuple[Tensor, ...]], *tensors: Tensor | None,
-           workspace_mib: float | None = None, milestone: torch.cuda.Event | None = None) -> tuple[Tensor, ...]:
+           workspace_mib: float | None = None, event: torch.cuda.Event | None = None) -> tuple[Tensor, ...]:
     """``compute(*tensors)``, whose launches, allocations and results a later call with the same signature repeats.
 
     A fault in what is repeated (not in ``compute`` itself) is said in a warning, and calls of this signature go through
@@ -106,26 +106,26 @@ def repeat(options: tuple, compute: Callable[..., tuple[Tensor, ...]], *tensors:
         compute: its results are tensors that it allocates, each contiguous; it waits for nothing, and may run again.
         tensors: all tensors that ``compute`` reads, on one device; None is allowed.
         workspace_mib: the limit of ``compute``'s scratch memory; None for the environment's.
-        milestone: recorded on the current stream where ``compute`` first says :func:`milestone_reached`, or at its end.
+        event: recorded on the current stream where ``compute`` first says :func:`record_event`, or at its end.
     """
     with on_device(tensors[0].device) if tensors else contextlib.nullcontext():
         addresses = [0 if x is None else x.data_ptr() for x in tensors]
         key = _signature(options, tensors, addresses, workspace_mib)
         record = _record_of(key)
         if record is None:
-            return _call(None, None, compute, tensors, workspace_mib, milestone)
+            return _call(None, None, compute, tensors, workspace_mib, event)
         results, fault = None, None
         try:
             if record.replay is None:
                 if record.launches and not record.refused:
-                    results = _traced(record, compute, tensors, workspace_mib, milestone)
+                    results = _traced(record, compute, tensors, workspace_mib, event)
             elif key[0] in getattr(_current, "devices", ()):
                 stream = driver.active.get_current_stream(key[0])
-                results = record.replay.run(addresses, tensors[0].device, stream, milestone)
+                results = record.replay.run(addresses, tensors[0].device, stream, event)
         except Exception as error:
             fault = error
         if results is None:
-            results = _call(record, None, compute, tensors, workspace_mib, milestone)
+            results = _call(record, None, compute, tensors, workspace_mib, event)
         if fault is not None:  # an error of compute's own has been met again
             record.give_up(fault)
         # Triton has seen to it that this thread has the device's context: from now on its calls may be replayed
@@ -134,11 +134,11 @@ def repeat(options: tuple, compute: Callable[..., tuple[Tensor, ...]], *tensors:
 
 
 def _traced(record: "_Record", compute: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor | None, ...],
-            workspace_mib: float | None, milestone: torch.cuda.Event | None) -> tuple[Tensor, ...]:
+            workspace_mib: float | None, event: torch.cuda.Event | None) -> tuple[Tensor, ...]:
     """Runs a call, and keeps its replay if it can be replayed."""
     trace = Trace(tensors)
     with trace:
-        results = _call(record, trace, compute, trace.inputs, workspace_mib, milestone)
+        results = _call(record, trace, compute, trace.inputs, workspace_mib, event)
     try:
         record.replay = trace.replay(results)
     except NotReplayable as error:
@@ -148,7 +148,7 @@ def _traced(record: "_Record", compute: Callable[..., tuple[Tensor, ...]], tenso
 
 
 def _call(record: "_Record | None", trace: Trace | None, compute: Callable[..., tuple[Tensor, ...]],
-          tensors: tuple[Tensor | None, ...], workspace_mib: float | None, milestone: torch.cuda.Event | None
+          tensors: tuple[Tensor | None, ...], workspace_mib: float | None, event: torch.cuda.Event | None
           ) -> tuple[Tensor, ...]:
     """``compute(*tensors)``, during which this thread's launches belong to a record, and are traced."""
     before, limit = {name: getattr(_current, name, None) for name in _STATE}, given_limit()
@@ -161,10 +161,10 @@ def _call(record: "_Record | None", trace: Trace | None, compute: Callable[..., 
         before["trace"].refuse("a call within the call")
     try:
         try:
-            vars(_current).update(record=record, position=0, trace=trace, milestone=milestone)
+            vars(_current).update(record=record, position=0, trace=trace, event=event)
             give_limit(workspace_mib)
             results = compute(*tensors)
-            milestone_reached()  # if compute has not said so
+            record_event()  # if compute has not said so
             return results
         finally:
             restore()

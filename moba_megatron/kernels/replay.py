@@ -47,7 +47,7 @@ class Trace(TorchDispatchMode):
         self._allocations: dict[int, int] = {}  # by address, the latest
         self._sizes: list[int] = []
         self._launches: list[tuple[object, tuple[int, ...], list]] = []
-        self._milestone: int | None = None  # launches before it
+        self._event: int | None = None  # launches before it
         self._reason = ""
         try:
             getattr(cuda_driver(), "cuTensorMapReplaceAddress")  # the latest of what is called here
@@ -80,10 +80,10 @@ class Trace(TorchDispatchMode):
         except NotReplayable as error:
             self.refuse(str(error))
 
-    def milestone_reached(self) -> None:
-        """Notes the first milestone's place among the launches."""
-        if self._milestone is None:
-            self._milestone = len(self._launches)
+    def record_event(self) -> None:
+        """Notes the first place of the event among the launches."""
+        if self._event is None:
+            self._event = len(self._launches)
 
     def replay(self, results: tuple[Tensor, ...]) -> "Replay":
         """The traced call, to be repeated.
@@ -99,7 +99,7 @@ class Trace(TorchDispatchMode):
                 raise NotReplayable("a result that is not an allocation of its own")
         if len(set(places) - {None}) != sum(x.numel() > 0 for x in results):
             raise NotReplayable("a result that is returned twice")
-        return Replay(len(self.inputs), self._launches, self._sizes, places, results, self._milestone)
+        return Replay(len(self.inputs), self._launches, self._sizes, places, results, self._event)
 
     def _arguments(self, compiled, args: tuple) -> list[tuple]:
         """(type, value) of each argument as the kernel takes them; a pointer's value says where it comes from."""
@@ -187,7 +187,7 @@ class Replay:
     """Prepared launches of a call. One thread at a time uses their memory; others take the ordinary path meanwhile."""
 
     def __init__(self, num_inputs: int, launches: list, sizes: list[int], places: list[int | None],
-                 results: tuple[Tensor, ...], milestone: int | None):
+                 results: tuple[Tensor, ...], event: int | None):
         self._lock = threading.Lock()
         self._stream: int | None = 0
         self._results = [(tuple(x.shape), x.stride(), x.dtype) for x in results]
@@ -200,7 +200,7 @@ class Replay:
         self._kept: list = []
         prepared = [self._prepare(compiled, grid, arguments, sources) for compiled, grid, arguments in launches
                     if all(grid)]
-        self._before_milestone = sum(all(grid) for _, grid, _ in launches[:milestone])
+        self._before_event = sum(all(grid) for _, grid, _ in launches[:event])
         self._pointers = (ctypes.c_uint64 * max(1, len(self._slots)))()
         self._pack = struct.Struct(f"{len(self._slots)}Q").pack_into
         self._from = list(self._slots)
@@ -213,14 +213,14 @@ class Replay:
         self._last: list[int] = []
 
     def run(self, addresses: list[int], device: torch.device, stream: int,
-            milestone: torch.cuda.Event | None = None) -> tuple[Tensor, ...] | None:
+            event: torch.cuda.Event | None = None) -> tuple[Tensor, ...] | None:
         """Starts the launches on a stream.
 
         Args:
             addresses: of the inputs; 0 for one that is None.
             device: where results and workspace are allocated.
             stream: the current stream's handle.
-            milestone: recorded where the call's milestone was among its launches; results are older than it.
+            event: recorded where the call's event was among its launches; results are older than it.
 
         Returns:
             The results; None where another thread is at it: nothing has been started then.
@@ -249,12 +249,12 @@ class Replay:
                 for config in self._configs:
                     config.stream = stream
                 self._stream = stream
-            if milestone is None:
+            if event is None:
                 _start(driver, self._launches)
             else:
-                _start(driver, self._launches[:self._before_milestone])
-                milestone.record()
-                _start(driver, self._launches[self._before_milestone:])
+                _start(driver, self._launches[:self._before_event])
+                event.record()
+                _start(driver, self._launches[self._before_event:])
         finally:
             self._lock.release()
         return tuple(results)

@@ -137,7 +137,11 @@ def _choose(setting: str, variant: Variant, q: Tensor, k: Tensor, v: Tensor, bat
         return None
     if any(dim % 8 or dim > 256 for dim in (variant.dim, variant.dim_v)) or not all(map(_aligned, (q, k, v))):
         return None
-    for kernel in _by_card(capability) if setting == "auto" else CHOICES[setting]:
+    kernels = CHOICES.get(setting, (CUDNN, FLASH, FLASH_2))
+    if setting == "auto" and capability[0] in (9, 10, 11):
+        # not flash-attn 2's package: its deterministic gradients are not known to beat the project's own on these cards
+        kernels = (CUDNN, FLASH_3, FLASH_4, FLASH)
+    for kernel in kernels:
         if kernel == CUDNN:
             takes = exact and _is_plain(variant) and _cudnn_takes(q, k, v, batch, max_seqlen)
         elif kernel == FLASH:
@@ -151,14 +155,6 @@ def _choose(setting: str, variant: Variant, q: Tensor, k: Tensor, v: Tensor, bat
         if takes:
             return kernel
     return None
-
-
-def _by_card(capability: tuple[int, int]) -> tuple[str, ...]:
-    """The order of ``auto``; flash-attn 2 is torch's again, but for deterministic gradients."""
-    if capability[0] in (9, 10, 11):
-        # its deterministic gradients are not known to beat the project's own, which always are, on these cards
-        return (CUDNN, FLASH_3, FLASH_4, FLASH)
-    return (CUDNN, FLASH, FLASH_2)
 
 
 def _is_plain(variant: Variant) -> bool:
