@@ -2,6 +2,7 @@
 import ast
 import datetime
 import re
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,15 @@ def test_nothing_imports_it_but_the_comm_type_that_asks_for_it():
              if path.relative_to(ROOT).parts[0] != "experimental"
              for names, lazy in imports(path) if any(re.match(r"moba_megatron\.experimental\b", x) for x in names)]
     assert found and set(found) == {(DOOR, True)}, found
+
+
+def test_files_of_context_parallelism_import_each_other_one_way():
+    """No circle among them, and the transport nothing above itself."""
+    names = {"moba_megatron." + path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path
+             for path in (ROOT / "context_parallel").rglob("[a-z]*.py")}
+    graph = {name: {x for found, _ in imports(path) for x in found if x in names} for name, path in names.items()}
+    assert all(".transport." in x for name in graph if ".transport." in name for x in graph[name])
+    TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 def test_it_says_why_it_is_there_what_would_bring_it_in_and_until_when():
