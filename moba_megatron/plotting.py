@@ -36,12 +36,9 @@ DARK = Theme("#0d1117", "#e6edf3", "#9aa4af", "#58a6ff", "#30363d",
 @contextmanager
 def figure(path: str | Path, rows: int = 1, columns: int = 1, width: float = WIDTH, height: float = 3.0,
            theme: Theme = LIGHT, **options):
-    """A figure in a theme's colours, written to ``path`` when the block ends; yields (figure, axes).
+    """A figure (inches) in a theme's colours, written to ``path`` when the block ends; yields (figure, axes).
 
-    Args:
-        path: of the file; its folder is made. An .svg has neither date nor random ids.
-        rows, columns, options: of ``pyplot.subplots``.
-        width, height: inches.
+    The path's folder is made; an .svg has neither date nor random ids. ``options``: of ``pyplot.subplots``.
 
     Raises:
         ImportError: matplotlib is not installed; says how.
@@ -70,12 +67,8 @@ def figure(path: str | Path, rows: int = 1, columns: int = 1, width: float = WID
 
 
 def label_ends(axes, labels: Sequence[tuple[float, str, str]]) -> None:
-    """Writes labels to the right of the axes, each beside the y at which its line ends, moved apart where they touch.
-
-    Args:
-        axes: with their limits set.
-        labels: (y of the line's end, text, colour).
-    """
+    """Writes labels (y of the line's end, text, colour) to the right of axes whose limits are set, each beside its y,
+    moved apart where they touch."""
     height = axes.figure.get_figheight() * axes.get_position().height
     step = LINE / height
     places = [(axes.transAxes.inverted().transform(axes.transData.transform((axes.get_xlim()[1], y)))[1], text, colour)

@@ -5,8 +5,7 @@
 | ``choices`` | which chunks the queries of a layer choose, seen from inside a forward pass |
 | ``statistics`` | first-chunk share, load imbalance, entropy, recall: their definitions |
 | ``kernels`` | counts and recall as Triton kernels |
-| ``router_log`` | the statistics of every N-th training step, over all parallel ranks |
-| ``megatron_log`` | the same inside Megatron-LM's training loop |
+| ``router_log`` | the statistics of every N-th training step, over all parallel ranks; in Megatron-LM's loop too |
 | ``report`` | the statistics as JSON, scalars and text |
 | ``trace``, ``recorder`` | RoutingTrace and its file; recording one from a forward pass |
 | ``checkpoint`` | a model and its tokenizer from a checkpoint of examples/pretrain_gpt.py |

@@ -1,17 +1,23 @@
 """RouterLog: the router's statistics of every N-th training step, joined over all parallel ranks."""
 from __future__ import annotations
 
+import argparse
 import contextlib
+import functools
 import itertools
+import json
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from ..megatron.host import host_args, host_iteration
 from .choices import look, message_device, watching
-from .report import Report
+from .report import Report, as_record, as_scalars, summary
 from .statistics import NAMES, Places, Tally, layer_statistics, sums, tally
 
 
@@ -119,3 +125,37 @@ def _tensor_parallel() -> tuple[int, int]:
     if not parallel_state.model_parallel_is_initialized():
         return 1, 0
     return parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+
+
+def log_router(original):
+    """``train_step`` of Megatron-LM's training loop, watched every ``--moba-log-router-interval`` steps (but once)."""
+    if hasattr(original, "moba_router_log"):
+        return original
+    args = host_args()
+    log = RouterLog(args.moba_log_router_interval, args.num_layers + (getattr(args, "mtp_num_layers", None) or 0),
+                    args.num_attention_heads)
+
+    @functools.wraps(original)
+    def train_step(*positional, **named):
+        iteration = (host_iteration() or 0) + 1  # as Megatron-LM counts in its logs
+        with log.watch(iteration):
+            result = original(*positional, **named)
+        if log.report is not None and (not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1):
+            _write(log.report, iteration, args)  # the last rank is the one that has Megatron-LM's TensorBoard writer
+        return result
+
+    train_step.moba_router_log = log
+    return train_step
+
+
+def _write(report, iteration: int, args: argparse.Namespace) -> None:
+    print(f" iteration {iteration} | {summary(report)}", flush=True)
+    writer = getattr(sys.modules.get("megatron.training.global_vars"), "_GLOBAL_TENSORBOARD_WRITER", None)
+    if writer is not None:
+        for name, value in as_scalars(report).items():
+            writer.add_scalar(name, value, iteration)
+    if args.moba_log_router_file:
+        path = Path(args.moba_log_router_file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": "router", "iteration": iteration, "layers": as_record(report)}) + "\n")

@@ -247,7 +247,7 @@ def moba_model_check(original, *args, **kwargs):
     if is_active():
         check_model(result[0], host_config())
         if getattr(host_args(), "moba_log_router_interval", None) is not None:
-            from ..inspect.megatron_log import log_router
+            from ..inspect.router_log import log_router
 
             _hook("megatron.training.training", "train_step", log_router)
     return result
