@@ -84,7 +84,8 @@ class Side:
     """The processes of one checkout: one, or two ranks of a job."""
 
     def __init__(self, checkout: Path, device: str, ranks: int, folder: Path):
-        self.folder, self.processes = folder, []
+        self.checkout, self.folder, self.processes = checkout, folder, []
+        paths = os.pathsep.join(filter(None, (str(checkout), os.environ.get("PYTHONPATH", ""))))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
@@ -95,7 +96,7 @@ class Side:
             with open(folder / f"said{rank}.txt", "w") as log:
                 self.processes.append(subprocess.Popen(
                     [sys.executable, str(WORKER), name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-                    text=True, cwd=folder, env={**os.environ, **job, "PYTHONPATH": str(checkout)}))
+                    text=True, cwd=folder, env={**os.environ, **job, "PYTHONPATH": paths}))
 
     def send(self, **request) -> None:
         for rank, process in enumerate(self.processes):
@@ -159,7 +160,11 @@ def compare(row: Row, sides: dict[str, Side], arguments: argparse.Namespace) -> 
         for side in sides.values():  # at the same time: each compiles its kernels
             side.send(do="prepare", row=asdict(row), backend=arguments.backend)
         answers = {name: side.answers() for name, side in sides.items()}
-        result["difference"] = difference(sides, {name: checked(said) for name, said in answers.items()})
+        for name, said in answers.items():
+            ran = {Path(one["package"]).resolve() for one in checked(said)}
+            if ran != {(sides[name].checkout / "moba_megatron").resolve()}:
+                raise RuntimeError(f"{sides[name].checkout} was to be measured, and {', '.join(map(str, ran))} ran")
+        result["difference"] = difference(sides, {name: [one["sums"] for one in answers[name]] for name in answers})
         ms: dict[str, list[float]] = {NEW: [], OLD: []}
         for turns in (arguments.turns, 2 * arguments.turns):
             for turn in range(turns):

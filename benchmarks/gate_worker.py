@@ -122,7 +122,8 @@ def answer(request: dict, state: dict, device: torch.device) -> dict:
     make = {"operator": operator, "decode": decode, "cp": context_parallel}[request["row"]["kind"]]
     state["run"] = make(request["row"], device, request["backend"])
     state["run"]()
-    return {"sums": described(state["run"](), request["path"])}
+    sums = described(state["run"](), request["path"])
+    return {"sums": sums, "package": os.path.dirname(sys.modules["moba_megatron"].__file__)}
 
 
 def main() -> None:
