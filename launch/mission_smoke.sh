@@ -14,6 +14,7 @@ setup plot,deepspeed
 need_gpu
 prepare_plays
 export DATA_PATH
+case "$PY" in /*) ;; */*) PY="$ROOT/$PY" ;; esac # Megatron-LM runs in its own folder
 GPUS="${GPUS:-$(gpu_count)}"
 OUTPUT="$(realpath -m "${OUTPUT:-$RUNS/mission_smoke}")"
 FIRST="${CUDA_VISIBLE_DEVICES:-0}"
