@@ -24,7 +24,7 @@ from triton.runtime import driver
 from . import tuning
 from .host import INTERPRETED
 from .replay import NotReplayable, Replay, Trace
-from .workspace import give_limit, given_limit, workspace_limit
+from .workspace import given, workspace_limit
 
 logger = logging.getLogger("moba_megatron")
 
@@ -151,18 +151,18 @@ def _call(record: "_Record | None", trace: Trace | None, compute: Callable[..., 
           tensors: tuple[Tensor | None, ...], workspace_mib: float | None, event: torch.cuda.Event | None
           ) -> tuple[Tensor, ...]:
     """``compute(*tensors)``, during which this thread's launches belong to a record, and are traced."""
-    before, limit = {name: getattr(_current, name, None) for name in _STATE}, given_limit()
+    before, limit = {name: getattr(_current, name, None) for name in _STATE}, given.mib
 
     def restore() -> None:
         vars(_current).update(before)
-        give_limit(limit)
+        given.mib = limit
 
     if before["trace"] is not None:
         before["trace"].refuse("a call within the call")
     try:
         try:
             vars(_current).update(record=record, position=0, trace=trace, event=event)
-            give_limit(workspace_mib)
+            given.mib = workspace_mib
             results = compute(*tensors)
             record_event()  # if compute has not said so
             return results

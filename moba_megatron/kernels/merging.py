@@ -17,7 +17,7 @@ _BLOCK, _WARPS = 2048, 4
 
 def merge_parts(o: Tensor, lse: Tensor, o_parts: Tensor, lse_parts: Tensor, places: Tensor, out: Tensor,
                 merged: Tensor) -> None:
-    """Softmax-weighted sum of ``o`` and its parts, in fp32, parts in the order of j.
+    """Softmax-weighted sum of ``o`` and its parts, in fp32 and in the order of j.
 
     Args:
         o: ``[T, h, DV]``, contiguous.

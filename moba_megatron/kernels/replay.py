@@ -214,19 +214,8 @@ class Replay:
 
     def run(self, addresses: list[int], device: torch.device, stream: int,
             event: torch.cuda.Event | None = None) -> tuple[Tensor, ...] | None:
-        """Starts the launches on a stream.
-
-        Args:
-            addresses: of the inputs; 0 for one that is None.
-            device: where results and workspace are allocated.
-            stream: the current stream's handle.
-            event: recorded where the call's event was among its launches; results are older than it.
-
-        Returns:
-            The results; None where another thread is at it: nothing has been started then.
-
-        Raises:
-            RuntimeError: the driver refuses a launch.
+        """Starts the launches on a stream: the results, or None, and nothing has been started, where another thread is
+        at it. ``addresses`` are the inputs', 0 for one that is None; RuntimeError: the driver refuses a launch.
         """
         results = [torch.empty_strided(shape, strides, dtype=dtype, device=device)
                    for shape, strides, dtype in self._results]
@@ -313,14 +302,9 @@ def _lifetimes(launches: list, sizes: list[int], places: list[int | None]) -> tu
 
 
 def plan_workspace(sizes: dict[int, int], spans: dict[int, tuple[int, int]]) -> tuple[dict[int, int], int]:
-    """Places of tensors in one block of memory: those that are in use at the same time do not overlap.
+    """Offsets of tensors in one block of memory, and its size: those in use at the same time do not overlap.
 
-    Args:
-        sizes: bytes of each.
-        spans: first and last step that uses each.
-
-    Returns:
-        The offset of each, and the bytes of the block.
+    ``sizes``: bytes of each; ``spans``: first and last step that uses each.
     """
     offsets: dict[int, int] = {}
     for number in sorted(sizes, key=sizes.get, reverse=True):

@@ -7,28 +7,24 @@ import threading
 DEFAULT_MIB = 1024
 """At 128K tokens, 16 heads of 128, topk 8, bf16: four heads' partial results at a time in the forward."""
 
-_given = threading.local()
 
 
-def given_limit() -> float | None:
-    """This thread's limit in MiB, which comes before the environment's; None for none."""
-    return getattr(_given, "mib", None)
+class _Given(threading.local):
+    mib: float | None = None
 
 
-def give_limit(mib: float | None) -> None:
-    """Sets :func:`given_limit`."""
-    _given.mib = mib
+given = _Given()
+"""This thread's limit in MiB, which comes before the environment's; None for none."""
 
 
 def workspace_limit() -> int:
-    """The limit in bytes: what :func:`give_limit` set, else MOBA_WORKSPACE_MIB, else 1024 MiB.
+    """The limit in bytes: what is ``given``, else MOBA_WORKSPACE_MIB, else 1024 MiB.
 
     Raises:
         ValueError: MOBA_WORKSPACE_MIB is not a positive number.
     """
-    given = given_limit()
-    if given is not None:
-        return int(given * (1 << 20))
+    if given.mib is not None:
+        return int(given.mib * (1 << 20))
     text = os.environ.get("MOBA_WORKSPACE_MIB", "")
     if not text:
         return DEFAULT_MIB << 20
@@ -43,15 +39,9 @@ def workspace_limit() -> int:
 
 
 def head_groups(num_kv_heads: int, bytes_per_kv_head: int, limit: int | None = None) -> list[tuple[int, int]]:
-    """Ranges ``[begin, end)`` of kv heads to run one after the other, of nearly equal size.
+    """Ranges ``[begin, end)`` of kv heads to run one after the other, of nearly equal size, the first the largest.
 
-    Args:
-        num_kv_heads: heads to divide.
-        bytes_per_kv_head: scratch memory that one of them needs.
-        limit: bytes for a group; None for :func:`workspace_limit`. One head runs even where it needs more.
-
-    Returns:
-        Consecutive ranges that cover ``[0, num_kv_heads)``; the first is the largest.
+    ``limit``: bytes for a group; None for :func:`workspace_limit`. One head runs even where it needs more.
     """
     limit = workspace_limit() if limit is None else limit
     together = max(1, min(num_kv_heads, limit // max(1, bytes_per_kv_head)))

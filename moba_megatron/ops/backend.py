@@ -20,14 +20,7 @@ def check_backend(backend: str) -> None:
 
 
 def get_stages(backend: str, device: torch.device) -> ModuleType:
-    """The module whose functions compute the stages on a device.
-
-    Args:
-        backend: ``auto`` (Triton on CUDA, the reference elsewhere), ``triton`` or ``reference``.
-        device: where the tensors are.
-
-    Returns:
-        ``moba_megatron.kernels`` or ``moba_megatron.reference``.
+    """``moba_megatron.kernels`` or ``.reference``, whose functions compute the stages; for ``auto`` kernels on CUDA.
 
     Raises:
         ValueError: backend is unknown, or Triton cannot run on this device.

@@ -26,18 +26,9 @@ CHOICES = {"cudnn": (CUDNN,), "flash2": (FLASH, FLASH_2), "fa3": (FLASH_3,), "fa
 
 def dense_causal(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, *,
                  exact: bool = False) -> tuple[Tensor, Tensor] | None:
-    """Causal self-attention over packed sequences.
+    """Causal self-attention over packed sequences: o and lse, or None where no dense kernel fits.
 
-    Args:
-        q: ``[T, H, D]``, bf16 or fp16 on CUDA; k: ``[T, HK, D]``; v: ``[T, HK, DV]``; any strides.
-        cu_seqlens: int32 ``[B + 1]``, 0 to T, or less where not exact.
-        max_seqlen: upper bound of a sequence's length.
-        scale: multiplies the scores.
-        exact: as of ``Segments``: without it cuDNN, which takes equal lengths only, declines.
-
-    Returns:
-        o ``[T, H, DV]``, lse ``[T, H]`` (natural log, fp32), 0 and -inf for rows of no sequence; or None where no dense
-        kernel fits.
+    ``exact``, as of ``Segments``: without it cuDNN, which takes equal lengths only, declines.
     """
     kernel = dense_kernel(q, k, v, cu_seqlens, max_seqlen, exact=exact)
     if kernel is None:
@@ -60,17 +51,9 @@ def dense_causal(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen
 def dense_causal_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
                      cu_seqlens: Tensor, max_seqlen: int, scale: float, *, exact: bool = False,
                      deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Gradients of :func:`dense_causal`.
+    """Gradients of :func:`dense_causal`, whichever kernel o and lse are of; or None.
 
-    Args:
-        do: ``[T, H, DV]``, gradient of o.
-        dlse: gradient of lse, ``[T, H]``; only flash-attn 4 can take one, so without it anything but None declines.
-        q, k, v, cu_seqlens, max_seqlen, scale, exact: as forward.
-        o, lse: forward's results, of whichever kernel.
-        deterministic: bitwise reproducible, which only the packages can do: declines without them.
-
-    Returns:
-        dq ``[T, H, D]``, dk ``[T, HK, D]``, dv ``[T, HK, DV]``; or None.
+    Only flash-attn 4 can take a ``dlse``, and only the packages are ``deterministic``: declines without them.
     """
     kernel = dense_kernel(q, k, v, cu_seqlens, max_seqlen, exact=exact, deterministic=deterministic,
                           with_dlse=dlse is not None)

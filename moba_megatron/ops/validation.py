@@ -15,12 +15,7 @@ CHECK_CUDA_VALUES = os.environ.get("MOBA_CHECK_INPUTS", "0") == "1"
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """q ``[T, H, D]``, k ``[S, HK, D]``, v ``[S, HK, DV]``: shapes, dtypes and devices.
-
-    Raises:
-        TypeError: not a tensor, or a dtype that is not a float, or dtypes that differ.
-        ValueError: shapes or devices that do not fit.
-    """
+    """q ``[T, H, D]``, k ``[S, HK, D]``, v ``[S, HK, DV]``: shapes, dtypes and devices."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
@@ -134,11 +129,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, max_seqlen: int, total: int, device: to
 
 
 def check_segments(segments: Segments, total_q: int, total_k: int, device: torch.device) -> None:
-    """Segments that place ``total_q`` queries among ``total_k`` keys; values are checked as in check_cu_seqlens.
-
-    Raises:
-        TypeError, ValueError: a field has the wrong type, dtype, shape, device or value; the message names it.
-    """
+    """Segments that place ``total_q`` queries among ``total_k`` keys; values are checked as in check_cu_seqlens."""
     if not isinstance(segments, Segments):
         raise TypeError(f"segments must be a moba_megatron.segments.Segments, got {type(segments).__name__}")
     for name in ("cu_seqlens_q", "cu_seqlens_k", "seq_ids", "offsets"):
