@@ -44,9 +44,9 @@ def run_ranks(function, size, directory, *args, seconds=300, backend="gloo"):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    context = mp.get_context("spawn")
-    processes = [context.Process(target=_main, args=(function, rank, size, port, str(directory), backend, args))
-                 for rank in range(size)]
+    context = _start_method(backend)
+    shared = size, port, str(directory), backend, args, dict(os.environ)
+    processes = [context.Process(target=_main, args=(function, rank, *shared)) for rank in range(size)]
     for process in processes:
         process.start()
     deadline = time.monotonic() + seconds
@@ -67,8 +67,18 @@ def run_ranks(function, size, directory, *args, seconds=300, backend="gloo"):
     return [torch.load(directory / f"result{rank}.pt", weights_only=False) for rank in range(size)]
 
 
-def _main(function, rank, size, port, directory, backend, args):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size),
+def _start_method(backend):
+    """On the CPU the ranks are forks of a process that has imported what most of them need: it takes each ten seconds
+    otherwise. CUDA does not outlive a fork, and Transformer Engine may have used it when it was imported."""
+    if backend == "nccl" or torch.cuda.is_available():
+        return mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["moba_megatron", "megatron.core.models.gpt", "megatron.core.distributed"])
+    return context
+
+
+def _main(function, rank, size, port, directory, backend, args, environment):
+    os.environ.update(environment, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size),
                       LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
     if backend == "nccl":
