@@ -35,17 +35,20 @@ def report_error(message: str) -> None:
     """Says an error that every rank of a job makes, once; the caller then ends with a status other than 0.
 
     Under torchrun the message goes into torchrun's own report, which ends the screen; the ranks that are not the first
-    of their machine wait for it, since it quotes the rank that ended first.
+    of their machine wait for it, since it quotes the rank that ended first. Of a start that torchrun will repeat it
+    reports nothing.
     """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    starts_left = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) - int(
+        os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if (not file or starts_left > 0) and os.environ.get("RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr, flush=True)
     if file and os.environ.get("LOCAL_RANK", "0") == "0":
         about = {"message": f"error: {message}", "extraInfo": {"timestamp": str(int(time.time()))}}
         with open(file, "w", encoding="utf-8") as opened:
             json.dump({"message": about}, opened)
     elif file:
         time.sleep(10)  # torchrun ends this rank before
-    elif os.environ.get("RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr, flush=True)
 
 
 class ArgumentParser(argparse.ArgumentParser):
