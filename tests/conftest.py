@@ -31,3 +31,11 @@ def poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(autouse=True)
+def compiler():
+    """torch.compile compiles: Megatron-Core on the CPU (``megatron_on_cpu``) turns it off for the whole process."""
+    torch.compiler.set_stance("default")
+    yield
+    torch.compiler.set_stance("default")
