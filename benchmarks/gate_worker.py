@@ -9,7 +9,8 @@ import os
 import sys
 import time
 
-del sys.path[0]  # this folder, whose modules are none of the version's
+if __name__ == "__main__":
+    del sys.path[0]  # this folder, whose modules are none of the version's
 import torch
 import torch.distributed as dist
 
@@ -62,10 +63,11 @@ def decode(row: dict, device: torch.device, backend: str):
 
 
 def context_parallel(row: dict, device: torch.device, backend: str):
-    """Forward and backward of one sequence over all ranks."""
+    """Forward and backward of one sequence over all ranks, each with the pieces r and 2P - 1 - r of 2P."""
     from moba_megatron.context_parallel import Sequences, context_parallel_attention
-    sequences = Sequences.uniform(row["tokens"], 1, device)
-    mine = sequences.local_rows(dist.get_world_size(), dist.get_rank())
+    sequences, last = Sequences.uniform(row["tokens"], 1, device), 2 * dist.get_world_size() - 1
+    pieces = torch.arange(row["tokens"], device=device).chunk(last + 1)
+    mine = torch.cat((pieces[dist.get_rank()], pieces[last - dist.get_rank()]))
     *leaves, do = (x[mine] for x in inputs_of(row, device))
     leaves = [x.requires_grad_() for x in leaves]
 

@@ -1,12 +1,13 @@
 """The gate: this checkout beside a copy of it, and beside a copy that computes something else."""
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
 from ranks import ROOT
 
-from benchmarks import gate
+from benchmarks import gate, gate_worker
 from benchmarks.__main__ import main
 
 TRY = ["--device", "cpu", "--backend", "reference", "--turns", "2", "--repeats", "1"]
@@ -34,6 +35,18 @@ def test_both_sides_are_timed_and_compared(other, tmp_path, capsys):
     assert 1e-5 < packed["difference"] < 1e-1 and alone["difference"] == 0
     assert decode["status"] == "failed" and "ImportError: not in this version" in decode["reason"]
     assert "| tiny-packed |" in page.read_text() and "same bits" in capsys.readouterr().out
+
+
+def test_context_parallel_is_timed_on_what_the_operator_gives():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        row = asdict(next(row for row in gate.TINY if row.kind == "cp"))
+        run, alone = (make(row, torch.device("cpu"), "reference")() for make in (
+            gate_worker.context_parallel, gate_worker.operator))
+        for ours, want in zip(run, alone):
+            torch.testing.assert_close(ours, want)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_bad_input_and_missing_gpus(tmp_path, monkeypatch, capsys):
