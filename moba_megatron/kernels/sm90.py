@@ -21,7 +21,7 @@ logger = logging.getLogger("moba_megatron")
 ROWS = 128
 """Gathered rows of a step: 64 for each of the two groups of warps that multiply."""
 KEYS = 128
-"""Keys of a program for dk and dv, 64 for each group: where they are the chunk, it writes the slots of dq too."""
+"""Keys of a program for dk and dv, 64 for each group: where they are the chunk, it writes partial dq too."""
 PROGRAMS = 1056
 """Lists are cut into pieces until there are so many, eight for each processor of an H200."""
 

@@ -27,7 +27,7 @@ def _in_own_precision(stage):
 @_in_own_precision
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: Segments, softmax_scale: float,
                   routing: Routing | None = None) -> tuple[Tensor, Tensor]:
-    """Softmax attention over the own chunk and the selected ones, keys at or before the query.
+    """Softmax attention over the diagonal chunk and the selected ones, keys at or before the query.
 
     Args:
         q: ``[T, H, D]``.
