@@ -119,7 +119,7 @@ def test_the_interpreter_gets_small_tiles_unless_a_row_is_its_own(monkeypatch):
         assert tuning.config("made up", head_dim=65) == {"BLOCK_M": 64}
 
 
-def test_a_file_of_version_0_2_is_read(monkeypatch, tmp_path):
+def test_a_file_of_version_0_1_is_read(monkeypatch, tmp_path):
     """Its words for stages and keys; where Gluon can run needs no bound any more."""
     row = {"archs": "sm_86", "config": {"BLOCK_M": 16}, "why": "x"}
     path = tmp_path / "tuned.json"

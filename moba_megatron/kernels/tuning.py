@@ -22,7 +22,7 @@ ARCHS = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227}
 """Architecture classes and a block's shared memory in KiB. sm_86 stands for every card with 99 KiB: 86, 89, 120."""
 RENAMED = {"attention_fwd_own": "attention_fwd_diagonal", "attention_bwd_dkv": "attention_bwd_dkdv",
            "attention_bwd_dq_own": "attention_bwd_dq_diagonal"}
-"""Stages in files that version 0.2 wrote."""
+"""Stages in files that version 0.1 wrote."""
 INTERPRETER = "interpreter"
 INTERPRETER_BLOCK = 32
 """Under the interpreter tiles are cut to this: small shapes then still have several tiles in each direction."""
