@@ -47,15 +47,9 @@ def neighbours(config: dict[str, int]) -> list[dict[str, int]]:
 
 def climb(start: dict[str, int], measure: Callable[[dict[str, int]], float | None],
           more: Callable[[], bool]) -> tuple[dict[str, int], float, float]:
-    """From a configuration to the best one that single steps reach.
+    """From a configuration, which must work, to the best one that single steps reach: that one, its ms, the start's ms.
 
-    Args:
-        start: where to begin; it must work.
-        measure: ms of a configuration, None if it does not work.
-        more: whether there is time to go on.
-
-    Returns:
-        The best configuration, its ms, and the start's.
+    ``measure``: ms of a configuration, None if it does not work; ``more``: whether there is time to go on.
     """
     best, first = dict(start), measure(start)
     if first is None:

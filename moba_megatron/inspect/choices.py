@@ -51,15 +51,8 @@ class Choices:
         return self.segments.num_chunks(self.k.shape[0])
 
     def counts(self, rows: Tensor, num_rows: int) -> Tensor:
-        """How often each chunk was chosen, by groups of queries.
-
-        Args:
-            rows: int64 ``[T]``, the group of each query, from 0; below 0 for queries that are not counted.
-            num_rows: groups.
-
-        Returns:
-            int64 ``[H, num_rows, num_chunks]``.
-        """
+        """How often each chunk was chosen, by groups of queries: int64 ``[H, num_rows, num_chunks]``. ``rows``: int64
+        ``[T]``, the group of each query, from 0; below 0 for queries that are not counted."""
         if self.fused:
             from . import kernels
             return kernels.counts(self.selected, rows, num_rows, self.num_chunks)

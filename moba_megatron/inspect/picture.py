@@ -20,11 +20,7 @@ MARK = "{{data}}"
 
 
 def draw_trace(trace: RoutingTrace, path: str | Path) -> None:
-    """A heat map for each layer and head: which share of the queries of a chunk attends to a chunk.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
+    """A heat map for each layer and head: which share of the queries of a chunk attends to a chunk."""
     layers, heads = spread(trace.layers, MOST_PANELS), spread(range(trace.num_heads), MOST_PANELS)
     ticks = [int(x) for x in spread(range(trace.num_chunks), 3)]
     with plotting.figure(path, rows=len(layers), columns=len(heads), width=max(plotting.WIDTH, 1.05 * len(heads)),
@@ -50,11 +46,7 @@ def draw_trace(trace: RoutingTrace, path: str | Path) -> None:
 
 
 def draw_report(report: Report, path: str | Path) -> None:
-    """A heat map for each statistic, one below the other: layers down, heads across.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
+    """A heat map for each statistic, one below the other: layers down, heads across."""
     layers = sorted(report)
     names = list(report[layers[0]])
     heads = len(report[layers[0]][names[0]])
@@ -76,23 +68,16 @@ def draw_report(report: Report, path: str | Path) -> None:
 
 def write_page(trace: RoutingTrace, path: str | Path, report: Report | None = None,
                excerpts: Sequence[str] | None = None) -> None:
-    """A trace as one self-contained HTML page: page.html with the numbers put in as JSON; nothing else is loaded.
-
-    Args:
-        report: the statistics of the same pass, by layer and head.
-        excerpts: the beginning of each chunk's text.
-    """
+    """A trace, the same pass's statistics and the beginning of each chunk's text as one self-contained HTML page:
+    page.html with the numbers put in as JSON; nothing else is loaded."""
     text = json.dumps(page_data(trace, report, excerpts), separators=(",", ":"), ensure_ascii=False)
     text = text.replace("<", "\\u003c")  # so that no text can end the script element
     Path(path).write_text(TEMPLATE.read_text(encoding="utf-8").replace(MARK, text), encoding="utf-8")
 
 
 def page_data(trace: RoutingTrace, report: Report | None = None, excerpts: Sequence[str] | None = None) -> dict:
-    """The numbers behind the page.
-
-    Returns:
-        JSON values; ``shares[layer][head]`` lists, for each row of the map and each column up to the diagonal, how many
-        queries in a thousand attend to the chunk. A row or column is ``width`` chunks.
+    """The numbers behind the page, as JSON values; ``shares[layer][head]`` lists, for each row of the map and each
+    column up to the diagonal, how many queries in a thousand attend to the chunk. A row or column is ``width`` chunks.
     """
     width = -(-trace.num_chunks // PAGE_CELLS)
     shares = {}

@@ -31,14 +31,8 @@ class RouterLog:
     saw other sequences, are averaged. Recomputed layers are counted once. Steps that replay a CUDA graph run no Python
     and are not seen.
 
-    Args:
-        interval: steps from one watched step to the next, at least 1.
-        num_layers: of the whole model, multi-token-prediction layers included.
-        num_heads: query heads of the whole model.
-        samples: queries a layer and context parallel group whose recall is computed.
-
-    Raises:
-        ValueError: interval is below 1.
+    Layers (multi-token-prediction ones included) and query heads are the whole model's; ``samples``: queries a layer
+    and context parallel group whose recall is computed.
     """
 
     def __init__(self, interval: int, num_layers: int, num_heads: int, samples: int = 128):

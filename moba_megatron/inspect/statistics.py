@@ -90,12 +90,9 @@ def tally(choices: Choices, places: Places) -> Tally:
 
 @torch.no_grad()
 def sums(tallies: list[Tally]) -> Tensor:
-    """Tallies of layers with the same places as fp64 sums in one tensor, which context parallel ranks may add up.
-
-    Returns:
-        fp64: choosers, for each layer the choices (flattened), for each layer recall and best recall of each head,
-        times this rank's queries with a choice; on the device.
-    """
+    """Tallies of layers with the same places as fp64 sums in one tensor, which context parallel ranks may add up:
+    choosers, for each layer the choices (flattened), for each layer recall and best recall of each head times this
+    rank's queries with a choice."""
     places = tallies[0].places
     chosen = torch.stack([seen.chosen for seen in tallies]).double()
     recall = torch.stack([seen.recall for seen in tallies]).double()  # [L, n, H, 2]
@@ -104,15 +101,9 @@ def sums(tallies: list[Tally]) -> Tensor:
 
 
 def layer_statistics(total: Tensor, first: Tensor, topk: int, layers: int, num_chunks: int) -> Tensor:
-    """The statistics of so many layers from the sums over all their queries.
-
-    Args:
-        total: from :func:`sums`, all context parallel ranks added; on the CPU (as ``first``), where sums along small
-            tables are quicker, and which has cumulative ones where a program asks for deterministic algorithms.
-
-    Returns:
-        fp64 ``[L, H, len(NAMES)]``; NaN where no query has a choice.
-    """
+    """The statistics of so many layers from ``total``, :func:`sums` over all context parallel ranks: fp64
+    ``[L, H, len(NAMES)]``, NaN where no query has a choice. On the CPU, where sums along small tables are quicker, and
+    which has cumulative ones where a program asks for deterministic algorithms."""
     heads = (total.numel() - num_chunks) // (layers * (num_chunks + 2))
     choosers, chosen, recalled = total.split((num_chunks, layers * heads * num_chunks, layers * heads * 2))
     chosen, recalled = chosen.view(layers, heads, num_chunks), recalled.view(layers, heads, 2)
@@ -127,14 +118,8 @@ def layer_statistics(total: Tensor, first: Tensor, topk: int, layers: int, num_c
 
 
 def recalls(choices: Choices, rows: Tensor, own: Tensor, sequence: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention mass on the chosen chunks, and on the best possible ones, for some queries.
-
-    Args:
-        rows, own, sequence, position: int64 ``[n]``, the queries' rows, own chunks' ids, and where they lie.
-
-    Returns:
-        two ``[n, H]``, in fp32 (fp64 for fp64 queries).
-    """
+    """Attention mass on the chosen chunks, and on the best possible ones, for n queries, given their rows, own chunks'
+    ids and where they lie: two ``[n, H]``, in fp32 (fp64 for fp64 queries)."""
     mass = attention_mass(choices, rows, sequence, position)
     own = own[:, None, None].expand(-1, mass.shape[1], 1)
     selected = choices.selected[rows].long()
@@ -147,11 +132,8 @@ def recalls(choices: Choices, rows: Tensor, own: Tensor, sequence: Tensor, posit
 
 
 def attention_mass(choices: Choices, rows: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
-    """Softmax weights of full causal attention, summed over each chunk, of the queries of :func:`recalls`.
-
-    Returns:
-        ``[n, H, num_chunks]``, rows that sum to 1; fp32 (fp64 for fp64 queries).
-    """
+    """Softmax weights of full causal attention, summed over each chunk, of the queries of :func:`recalls`:
+    ``[n, H, num_chunks]``, rows that sum to 1; fp32 (fp64 for fp64 queries)."""
     q, k, segments = choices.q[rows], choices.k, choices.segments
     dtype = torch.promote_types(q.dtype, torch.float32)
     q = (q.to(dtype) * choices.softmax_scale).unflatten(1, (k.shape[1], -1))

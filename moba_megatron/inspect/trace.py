@@ -59,11 +59,8 @@ class RoutingTrace:
     def from_counts(cls, *, chunk_size: int, topk: int, seq_length: int, num_kv_heads: int,
                     counts: Mapping[int, np.ndarray], sequences: int = 1, about: Mapping | None = None,
                     ) -> RoutingTrace:
-        """A trace of dense tables.
-
-        Args:
-            counts: for each layer, integers ``[num_heads, N, N]``, N the number of chunks: ``[h, i, j]`` queries of
-                chunk i whose head h chose chunk j.
+        """A trace of dense tables: for each layer integers ``[num_heads, N, N]``, N the number of chunks, ``[h, i, j]``
+        the queries of chunk i whose head h chose chunk j.
 
         Raises:
             ValueError: there is no layer, or tables differ in shape or do not fit the numbers.

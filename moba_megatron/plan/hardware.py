@@ -108,11 +108,7 @@ CARDS = {
 
 
 def find_card(name: str) -> Card:
-    """The card of that name; case, blanks and hyphens do not count.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The card of that name (ValueError where there is none); case, blanks and hyphens do not count."""
     key = "".join(c for c in name.lower() if c.isalnum())
     key = {"rtxpro": "rtxpro6000", "rtxa6000": "a6000", "a10080": "a100"}.get(key, key)
     if key not in CARDS:

@@ -105,11 +105,7 @@ class Run:
 
 
 def parse_size(text: str) -> int:
-    """``4096``, ``128K`` (times 1024), ``1M`` (times 1024 squared).
-
-    Raises:
-        ValueError: anything else.
-    """
+    """``4096``, ``128K`` (times 1024), ``1M`` (times 1024 squared); ValueError for anything else."""
     units = {"K": 1 << 10, "M": 1 << 20}
     unit = units.get(text[-1:].upper(), 1)
     try:
