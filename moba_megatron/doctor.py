@@ -56,8 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     print(f"moba_megatron {__version__}, Python {platform.python_version()}, torch {torch.__version__} "
           f"(CUDA {torch.version.cuda or 'none'}), {platform.system()}")
-    report_hardware()
-    report_packages()
+    report_machine()
     report_megatron()
     healthy = report_stages()
     healthy = report_environment() and healthy
@@ -67,16 +66,13 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if healthy else 1
 
 
-def report_hardware() -> None:
+def report_machine() -> None:
     print("cards")
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         _line(card.name, f"sm_{card.major}{card.minor}, {card.total_memory / 2 ** 30:.0f} GiB")
     if not torch.cuda.device_count():
         _line("none", "torch sees no CUDA device: everything runs on the reference stages, on the CPU")
-
-
-def report_packages() -> None:
     print("packages")
     for distribution, module, purpose in PACKAGES:
         _line(distribution, f"{_version(distribution, module)} - {purpose}")

@@ -86,10 +86,9 @@ class AllToAllAttention:
             yield self.inner.forward(*arrived(arriving.take()))
 
     def _attend_by_means(self, q: Tensor, k: Tensor, v: Tensor, groups: HeadGroups) -> Iterator[tuple[Tensor, Saved]]:
-        """As :meth:`_attend`: means of keys travel, so that chunks are chosen without k and v, which arrive meanwhile.
+        """As :meth:`_attend`, but each rank sends its rows' means, so that chunks are chosen before k and v arrive.
 
-        Every rank computes the means of its own rows' chunks, all heads, while the first group's q travels. Copy
-        engines bring k and v of the inner groups while these choose: beside products, not beside sums of the group
+        Copy engines bring k and v of the inner groups while these choose: beside products, not beside sums of the group
         before, which leave no bandwidth of memory unused.
         """
         stage, ends = "fwd exchange in", (0, len(groups) - 1)
@@ -196,11 +195,8 @@ class AllToAllAttention:
 
     def _deliver(self, tensors: Sequence[Tensor], places: list[tuple[Tensor, int, slice]], stage: str,
                  after: torch.cuda.Event | None = None) -> Pending:
-        """Starts to send every rank its rows of each ``[S, h, D]``; the wait puts them where they belong.
-
-        ``places``: for each tensor another, the number of parts in which its heads were dealt out, and heads of each
-        of these. ``after``: when the tensors are complete, as :meth:`Peers.deliver` takes it.
-        """
+        """Starts to send every rank its rows of each ``[S, h, D]``; the wait puts them into ``places``: for each tensor
+        another, the number of parts in which its heads were dealt out, and heads of each of these."""
         outs = [whole.unflatten(1, (number, -1))[:, :, heads].transpose(0, 1) for whole, number, heads in places]
         peers = peers_for(self.rows, self.group, outs[0].device)
         same = all(x.dtype == out.dtype for x, out in zip(tensors, outs))

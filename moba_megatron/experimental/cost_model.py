@@ -128,11 +128,8 @@ def seconds_of(table: Tensor, computed_by: Tensor, owner: Tensor, sizes: RowSize
 
 
 def _mixes(table: Tensor, owner: Tensor, sizes: RowSizes, link: float) -> tuple[Tensor, Tensor]:
-    """Two ways to mix, of which the faster is taken.
-
-    In the first a rank fetches a chunk where its choices of it, dispatched, would cost more than the copy. Where that
-    leaves an owner with too much work the second is :func:`_relieved`.
-    """
+    """Two ways to mix, of which the faster is taken: a rank fetches a chunk where its choices of it, dispatched, would
+    cost more than the copy; and the same :func:`_relieved`, where that leaves an owner with too much work."""
     alone = table.double() * (sum(sizes.query) + HANDLING * link) > sum(sizes.copy)
     by_bytes = torch.where(alone, _ranks(table), owner)
     return by_bytes, _relieved(_wide(table), by_bytes, owner, sum(sizes.copy) / link / sizes.work)

@@ -152,11 +152,8 @@ OVER_A_CACHE = ("position_ids must not go back within a row (packed sequences) o
 
 
 def _padded_segments(layout: Tensor, queries: int, slots: int, chunk_size: int) -> Segments:
-    """Segments of padded rows: what lies before a row's sequence, the sequence, and what lies behind it.
-
-    Padding attends to itself alone, so that no length has to be known on the host; nobody reads the result. Chunks are
-    counted from the sequence's own start.
-    """
+    """Segments of padded rows: what lies before a row's sequence, the sequence, and what lies behind it. Padding
+    attends to itself alone, so that no length has to be known on the host; nobody reads the result."""
     start, end, offset = layout[:, 0, 0].unbind(1)
     row = torch.arange(layout.shape[0], device=layout.device, dtype=torch.int32)
     bounds = torch.stack((torch.zeros_like(start), start, end), 1)  # first slot of each part
@@ -171,11 +168,9 @@ def _padded_segments(layout: Tensor, queries: int, slots: int, chunk_size: int) 
 
 
 def _packed_segments(begins: Tensor, chunk_size: int) -> Segments:
-    """Segments of the sequences that begin where ``begins`` ``[B, T]`` is True, as its first column is.
-
-    Where the host cannot read, how many there are is a bound: sequences beyond those that are there have no tokens.
-    The kernels' grids grow with it, so it is not the number of tokens, and more sequences than that are refused.
-    """
+    """Segments of the sequences that begin where ``begins`` ``[B, T]`` is True, as its first column is. Where the host
+    cannot read, how many there are is a bound, not the number of tokens, since the kernels' grids grow with it; more
+    sequences than that are refused."""
     (batch, length), total = begins.shape, begins.numel()
     begins = begins.flatten()
     if _readable(begins):
@@ -196,11 +191,9 @@ def _packed_segments(begins: Tensor, chunk_size: int) -> Segments:
 
 
 def _packed_layout(mask_function: Callable, batch: int, length: int, device: torch.device) -> Tensor | None:
-    """The layout of rows that a mask function cuts into sequences, within which it must be causal.
-
-    Transformers' versions compose such functions differently, and compilers hide what they are made of; so it is
-    called: for the neighbours and the first key of every query, and for all keys of a few queries.
-    """
+    """The layout of rows that a mask function cuts into sequences, within which it must be causal. Since Transformers'
+    versions compose such functions differently, it is called: for the neighbours and the first key of every query, and
+    for all keys of a few queries."""
     row, slot = torch.arange(batch, device=device)[:, None], torch.arange(length, device=device)[None]
 
     def sees(query: Tensor, key: Tensor) -> Tensor:

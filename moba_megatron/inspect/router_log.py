@@ -55,7 +55,10 @@ class RouterLog:
         self.report = self._join(observer)
 
     def _join(self, observer: _Observer) -> Report:
-        size, rank = _tensor_parallel()
+        size, rank = 1, 0
+        if parallel_state.model_parallel_is_initialized():
+            size, rank = (parallel_state.get_tensor_model_parallel_world_size(),
+                          parallel_state.get_tensor_model_parallel_rank())
         heads = slice(rank * self.num_heads // size, (rank + 1) * self.num_heads // size)
         # for each layer and head: the sums of the statistics over the ranks, and how many ranks there are
         joined = torch.zeros(self.num_layers, self.num_heads, len(NAMES) + 1, dtype=torch.float64)
@@ -112,13 +115,6 @@ def _local_statistics(tallies: list[tuple[int, Tally]], group: dist.ProcessGroup
     for run, where, total, first in zip(runs, places, values, values[len(runs):]):
         yield [layer for layer, _ in run], layer_statistics(total, first.long(), where.topk, len(run),
                                                             where.choosers.numel())
-
-
-def _tensor_parallel() -> tuple[int, int]:
-    """Size and rank of the tensor parallel group; one rank where Megatron has made none."""
-    if not parallel_state.model_parallel_is_initialized():
-        return 1, 0
-    return parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
 
 
 def log_router(original):

@@ -158,7 +158,8 @@ def encode_map(descriptor, metadata: dict) -> bytes:
         fields = {name: getattr(descriptor, name, None) for name in ("shape", "strides", "padding",
                                                                      "round_f32_to_tf32")}
         made = make_tensordesc_arg(SimpleNamespace(base=SimpleNamespace(data_ptr=lambda: address), **fields), metadata)
-        return _map_bytes(made[0])
+        end = id(made[0]) + type(made[0]).__basicsize__  # of Triton's PyCUtensorMap, whose last bytes are the map
+        return ctypes.string_at(end - TENSOR_MAP_BYTES, TENSOR_MAP_BYTES)
 
     address = descriptor.base.data_ptr()
     encoded, other = encode(address), address ^ (1 << 20)
@@ -167,11 +168,6 @@ def encode_map(descriptor, metadata: dict) -> bytes:
             or ctypes.string_at(exchanged.address, TENSOR_MAP_BYTES) != encode(other)):
         raise NotReplayable("a tensor map whose address cannot be exchanged")
     return encoded
-
-
-def _map_bytes(made) -> bytes:
-    """The map inside Triton's PyCUtensorMap: the end of the object."""
-    return ctypes.string_at(id(made) + type(made).__basicsize__ - TENSOR_MAP_BYTES, TENSOR_MAP_BYTES)
 
 
 class _aligned_copy:

@@ -246,11 +246,8 @@ def _pipeline(run: Run, layout: Layout, card: Card, micro_batches: int) -> Part:
 
 
 def _update(run: Run, layout: Layout, card: Card, micro_batch_seconds: float) -> dict[str, Part]:
-    """The optimizer, and gradients and weights over data and context parallel ranks.
-
-    Megatron's --overlap-grad-reduce and --overlap-param-gather hide them behind the last backward (two thirds of a
-    micro batch) and the first forward.
-    """
+    """The optimizer, and gradients and weights over data and context parallel ranks, which Megatron's --overlap-* hide
+    behind the last backward (two thirds of a micro batch) and the first forward."""
     ranks = Group(layout.dp * layout.cp, layout.tp)
     parameters = rank_parameters(run, layout)
     gradients = collectives.all_gather(ranks, FP32 * parameters / ranks.size, card)

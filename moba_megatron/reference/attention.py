@@ -105,7 +105,9 @@ def _blocks(q: Tensor, k: Tensor, selected: Tensor, segments: Segments):
         first_chunk = first_key // size + sequence
         while begin < end:
             position = offset + begin - cu_q[segment]
-            rows = slice(begin, min(begin + _block_rows(position, q.shape[1]), end))
+            # at most SCORE_ELEMENTS scores: rows * (position + rows) * heads
+            number = (math.isqrt(position * position + 4 * (SCORE_ELEMENTS // q.shape[1])) - position) // 2
+            rows = slice(begin, min(begin + max(1, number), end))
             keys = slice(first_key, first_key + position + rows.stop - rows.start)
             query_position = position + torch.arange(rows.stop - rows.start, device=q.device)
             key_position = torch.arange(keys.stop - keys.start, device=q.device)
@@ -115,12 +117,6 @@ def _blocks(q: Tensor, k: Tensor, selected: Tensor, segments: Segments):
             causal = key_position[None] <= query_position[:, None]
             yield rows, keys, ((chosen | own[:, None]) & causal[:, None]).unflatten(1, (k.shape[1], -1))
             begin = rows.stop
-
-
-def _block_rows(position: int, num_heads: int) -> int:
-    """Queries from ``position`` on with at most SCORE_ELEMENTS scores: ``rows * (position + rows) * num_heads``."""
-    scores = SCORE_ELEMENTS // num_heads
-    return max(1, (math.isqrt(position * position + 4 * scores) - position) // 2)
 
 
 def _membership(selected: Tensor, first_chunk: int, last_own: int) -> Tensor:
