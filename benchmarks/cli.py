@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -111,7 +112,8 @@ def add_compile(subcommands) -> None:
 def run_compile(arguments: argparse.Namespace) -> int:
     """Prints what each compiled kernel needs; 1 if one does not fit."""
     from . import compile_report
-    rows, failures, _ = compile_report.report_all(arguments.capability, arguments.head_dims, arguments.workers)
+    rows, failures, _ = compile_report.report_all(
+        arguments.capability, partial(compile_report.problems_for, head_dims=arguments.head_dims), arguments.workers)
     print(compile_report.as_text(rows))
     for failure in failures:
         print(failure, file=sys.stderr)

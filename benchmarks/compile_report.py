@@ -11,6 +11,7 @@ import multiprocessing
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
@@ -310,16 +311,26 @@ def _problems_for_other_rows(capability: int, problems: list[Problem]) -> list[P
     return added
 
 
-def report_all(capabilities: list[int] | None = None, head_dims: list[int] | None = None,
+def covering(capability: int) -> list[Problem]:
+    """Of :func:`problems_for`, the largest head dims first, those that use a row which none before uses."""
+    used, kept = set(), []
+    for problem in sorted(problems_for(capability), key=lambda problem: -problem.head_dim):
+        if (now := used_rows(problem, capability)) - used:
+            kept.append(problem)
+            used |= now
+    return kept
+
+
+def report_all(capabilities: list[int] | None = None, problems: Callable[[int], list[Problem]] = problems_for,
                workers: int = 2) -> tuple[list[Compiled], list[str], dict[int, set]]:
-    """Compiles everything that :func:`problems_for` lists, in worker processes.
+    """Compiles everything that ``problems`` lists for the capabilities, in worker processes.
 
     Returns:
         The kernels; a line for each problem that did not compile; and for each capability the rows of the tuning
         table that were used, as (stage, repr of Row).
     """
     tasks = [(capability, problem) for capability in capabilities or SHARED_LIMIT_KIB
-             for problem in problems_for(capability, head_dims)]
+             for problem in problems(capability)]
     rows: dict[tuple, Compiled] = {}
     failures, used = [], {}
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
