@@ -149,6 +149,7 @@ setup() {
     need_room "$GIGABYTES"
     install_torch
     if [ "$source" != . ]; then
+        run mkdir -p "$source"
         run cp -r pyproject.toml README.md LICENSE moba_megatron "$source"
     fi
     versions=(--constraint "$CONSTRAINTS")
