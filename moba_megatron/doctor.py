@@ -98,11 +98,11 @@ def report_megatron() -> None:
         return
     version = megatron_version()
     checked = f"{CHECKED_VERSIONS[0]} to {CHECKED_VERSIONS[-1]}"
-    known = "known" if is_known_version(version) else f"not checked (checked: {checked})"
+    known = "checked" if is_known_version(version) else f"not checked (checked: {checked})"
     _line("megatron.core", f"{version}, {known}, from {os.path.dirname(sys.modules['megatron.core'].__file__)}")
-    training = importlib.util.find_spec("megatron.training")
-    _line("megatron.training", "found: python -m moba_megatron.launch works from anywhere" if training else
-          "not here: run python -m moba_megatron.launch with the path of a script in a Megatron-LM checkout")
+    problem = ("not here: run python -m moba_megatron.launch with the path of a script in a Megatron-LM checkout"
+               if importlib.util.find_spec("megatron.training") is None else _import_problem("megatron.training"))
+    _line("megatron.training", problem or "found: python -m moba_megatron.launch works from anywhere")
     problem = _import_problem("transformer_engine.pytorch")
     _line("layer specs", f"local (Transformer Engine unusable: {problem})" if problem else "local, Transformer Engine")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 
 from .megatron.layer_specs import (
     get_moba_layer_local_spec,
@@ -19,10 +20,10 @@ __all__ = ["get_moba_layer_local_spec", "get_moba_layer_with_transformer_engine_
            "moba_layer_te_spec", "with_moba_core_attention"]
 
 
-class _NeedsTransformerEngine:
+class _NeedsTransformerEngine(BaseTransformerLayer):
     """Stands for the Transformer Engine layer where that is not installed: building it says what to do.
 
-    ``--spec`` looks names up in the module's dictionary, so the name has to exist either way.
+    ``--spec`` takes it from the module's dictionary, and Megatron builds nothing there but transformer layers.
     """
 
     def __init__(self, *args, **kwargs):

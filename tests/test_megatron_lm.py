@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("megatron.core")
 
-from moba_megatron import MoBAConfig, MoBACoreAttention, launch
+from moba_megatron import MoBAConfig, MoBACoreAttention, doctor, launch
 from moba_megatron.megatron import checkpoint_flags, core_attention, patching
 from moba_megatron.megatron import host as megatron_host
 from moba_megatron.megatron.arguments import add_moba_arguments, config_from_args
@@ -238,6 +238,22 @@ def test_launch_says_that_megatron_training_is_missing(monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", list(sys.path))
     assert launch.main([__file__, "--attention", "moba"]) == 2
     assert "give the path of a script in a Megatron-LM checkout" in capsys.readouterr().err
+
+
+def test_launch_says_what_megatron_training_lacks(monkeypatch, capsys, tmp_path):
+    """A checkout is there, and a package that it imports is not: the path is no help."""
+    (tmp_path / "megatron" / "training").mkdir(parents=True)
+    (tmp_path / "megatron" / "training" / "__init__.py").write_text("import absent_package\n")
+    megatron = pytest.importorskip("megatron")
+    monkeypatch.setattr(megatron, "__path__", [str(tmp_path / "megatron")])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in [name for name in sys.modules if name.startswith("megatron.training")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert launch.main([__file__, "--attention", "moba"]) == 2
+    said, problem = capsys.readouterr().err, "No module named 'absent_package'"
+    assert problem in said and "the extra megatron-lm" in said and "give the path" not in said
+    doctor.report_megatron()
+    assert f"megatron.training              ModuleNotFoundError: {problem}" in capsys.readouterr().out
 
 
 @pytest.fixture

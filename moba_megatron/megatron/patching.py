@@ -51,9 +51,10 @@ def apply(attention: str = "moba") -> list[str]:
     try:
         importlib.import_module("megatron.training")
     except ImportError as error:
-        raise ImportError(
-            f"megatron.training cannot be imported ({error}): give the path of a script in a Megatron-LM checkout, or "
-            "set PYTHONPATH to one. (megatron-core's wheels have it from 0.17.1 on.)") from error
+        advice = ("give the path of a script in a Megatron-LM checkout, or set PYTHONPATH to one. (megatron-core's "
+                  "wheels have it from 0.17.1 on.)" if (error.name or "").startswith("megatron") else "install what it "
+                  "imports (the extra megatron-lm of moba_megatron); Megatron-LM 0.18 and later need Python 3.12")
+        raise ImportError(f"megatron.training cannot be imported ({error}): {advice}") from error
     global only_flags
     only_flags = attention != "moba"
     required, optional = ([ARGUMENTS_HOOK], []) if only_flags else ([ARGUMENTS_HOOK, *HOOKS], OPTIONAL_HOOKS)
