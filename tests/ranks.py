@@ -1,11 +1,21 @@
-"""Runs a function, or an example under torchrun, in several processes joined over loopback, with a time limit."""
+"""Runs a function, or an example under torchrun, in several processes joined over loopback, with a time limit.
+
+On the CPU what is not about torchrun itself runs in forks of a process that has imported PyTorch and Megatron-Core:
+importing them takes longer than most of what is tested.
+"""
+import contextlib
+import io
 import os
+import runpy
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
+import warnings
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -33,6 +43,58 @@ def torchrun(processes, program, *flags, timeout=150, environment=None, options=
             process.terminate()  # torchrun ends its workers
             raise
     return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def run_program(arguments, environment=None, seconds=150):
+    """``python arguments`` (``-m module`` or a script, and its flags) in a fork where there is no GPU.
+
+    Returns the CompletedProcess with stdout and stderr as text. ``environment`` is added to this process's.
+    """
+    arguments = [str(argument) for argument in arguments]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **(environment or {})}
+    with tempfile.TemporaryDirectory() as directory:
+        files = out, err = Path(directory, "out"), Path(directory, "err")
+        if torch.cuda.is_available():
+            with out.open("w") as stdout, err.open("w") as stderr:
+                status = subprocess.run([sys.executable, *arguments], env=environment, stdout=stdout, stderr=stderr,
+                                        timeout=seconds).returncode
+        else:
+            process = _start_method("gloo").Process(target=_program, args=(arguments, environment, *files))
+            process.start()
+            process.join(seconds)
+            if process.is_alive():
+                process.kill()
+                raise subprocess.TimeoutExpired(arguments, seconds)
+            status = process.exitcode
+        return subprocess.CompletedProcess(arguments, status, out.read_text(), err.read_text())
+
+
+def _program(arguments, environment, out, err):
+    for number, file in ((1, out), (2, err)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    if environment.get("PYTHONWARNINGS") == "ignore":
+        warnings.simplefilter("ignore")
+    if arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        sys.path.insert(0, str(Path(arguments[0]).parent))
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+def pretrain_gpt(rank, size, flags):
+    """For :func:`run_ranks`, what examples/pretrain_gpt.py does under torchrun; returns what it says on stderr."""
+    import pretrain_gpt as job
+
+    with contextlib.redirect_stderr(io.StringIO()) as err, mock.patch.object(job, "init_process_group"):
+        args = job.parse_args(flags)
+        job.initialize(args)
+        job.pretrain(args)
+    return err.getvalue()
 
 
 def run_ranks(function, size, directory, *args, seconds=300, backend="gloo"):

@@ -1,10 +1,7 @@
 """The pretraining example end to end on CPU: data, training on two ranks, stop and resume, other layouts, bad input."""
 import argparse
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +16,7 @@ from pretraining.agreement import SharedError
 from pretraining.arguments import parse_args
 from pretraining.data import build_datasets, read_tokenizer
 from pretraining.monitor import Monitor, read_log
-from ranks import torchrun
+from ranks import pretrain_gpt, run_program, run_ranks, torchrun
 
 from moba_megatron.inspect.__main__ import main as inspect
 from moba_megatron.inspect.checkpoint import find_checkpoint, read_common, single_process
@@ -34,11 +31,14 @@ TRAINING = ["--train-iters", "6", "--lr", "1e-2", "--lr-warmup-iters", "1", "--g
             "--split", "50,50,0"]
 
 
-def train(processes: int, log: Path, data_path: Path, *flags: str) -> dict:
-    """Trains and returns the log's records."""
-    result = torchrun(processes, "pretrain_gpt", *MODEL, *TRAINING, "--data-path", str(data_path),
-                      "--log-jsonl", str(log), *flags)
-    assert result.returncode == 0, result.stderr[-4000:]
+def train(processes: int, log: Path, data_path: Path, *flags: str, launched: bool = False) -> dict:
+    """Trains, under torchrun if ``launched``, and returns the log's records."""
+    flags = [*MODEL, *TRAINING, "--data-path", str(data_path), "--log-jsonl", str(log), *flags]
+    if launched:
+        result = torchrun(processes, "pretrain_gpt", *flags)
+        assert result.returncode == 0, result.stderr[-4000:]
+    else:
+        run_ranks(pretrain_gpt, processes, log.parent, flags)
     return read_log(log)
 
 
@@ -169,7 +169,7 @@ class TestTraining:
     def test_resumed_run_is_bitwise_the_uninterrupted_one(self, tmp_path, data_path, uninterrupted, stopped):
         run = shutil.copytree(stopped, tmp_path / "run")
         records = train(2, run / "log.jsonl", data_path, "--context-parallel-size", "2", "--use-distributed-optimizer",
-                        "--load", str(run / "checkpoints"))
+                        "--load", str(run / "checkpoints"), launched=True)
         assert [r["iteration"] for r in records["start"]] == [0, 3]
         assert losses(records) == losses(uninterrupted[0])
 
@@ -226,11 +226,8 @@ class TestInspect:
         train(2, tmp_path / "log.jsonl", tmp_path / "data", "--tensor-model-parallel-size", "2", "--qk-layernorm",
               "--train-iters", "3", "--global-batch-size", "1", "--eval-iters", "1", "--save", str(tmp_path / "c"),
               "--save-selection", str(tmp_path / "run.npz"))
-        command = [sys.executable, "-m", "moba_megatron.inspect", "--load", str(tmp_path / "c"),
-                   "--text", str(tmp_path / "text.txt"), "--trace", str(tmp_path / "trace.npz"),
-                   "--output", str(tmp_path / "look"), "--device", "cpu"]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=150, cwd=Path(__file__).parent.parent,
-                                env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
+        result = run_program(["-m", "moba_megatron.inspect", "--load", tmp_path / "c", "--text", tmp_path / "text.txt",
+                              "--trace", tmp_path / "trace.npz", "--output", tmp_path / "look", "--device", "cpu"])
         assert result.returncode == 0, result.stderr[-4000:]
         of_run, of_checkpoint = load_trace(tmp_path / "run.npz"), load_trace(tmp_path / "trace.npz")
         assert of_run.layers == of_checkpoint.layers == (1, 2)
@@ -281,12 +278,10 @@ class TestBadInput:
         with pytest.raises(SharedError, match=rf"--split {split} leaves none of the {documents} document.* for {name}"):
             build_datasets(args, *read_tokenizer([prefix]))
 
-    def test_another_architecture_is_refused(self, data_path, stopped):
-        result = torchrun(1, "pretrain_gpt", *MODEL, *TRAINING, "--data-path", str(data_path),
-                          "--use-distributed-optimizer",
-                          "--load", str(stopped / "checkpoints"), "--ffn-hidden-size", "128", timeout=100)
-        assert result.returncode != 0
-        assert "--ffn-hidden-size 192, this run has 128" in result.stderr
+    def test_another_architecture_is_refused(self, tmp_path, data_path, stopped):
+        with pytest.raises(AssertionError, match="SharedError: .*--ffn-hidden-size 192, this run has 128"):
+            train(1, tmp_path / "log.jsonl", data_path, "--use-distributed-optimizer",
+                  "--load", str(stopped / "checkpoints"), "--ffn-hidden-size", "128")
 
     @pytest.mark.parametrize("world, flags, message", [
         pytest.param(3, ["--context-parallel-size", "2"], "multiple of tensor x pipeline x context", id="world size"),

@@ -7,13 +7,12 @@ import argparse
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import textwrap
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from ranks import ROOT, run_program
 
 pytest.importorskip("megatron.core")
 
@@ -22,8 +21,6 @@ from moba_megatron.megatron import checkpoint_flags, core_attention, patching
 from moba_megatron.megatron import host as megatron_host
 from moba_megatron.megatron.arguments import add_moba_arguments, config_from_args
 from moba_megatron.megatron.core_attention import MoBAOrTEDotProductAttention
-
-ROOT = Path(__file__).parents[1]
 
 ARGUMENTS = """
     import argparse
@@ -151,10 +148,9 @@ def make_host(directory, family):
 
 
 def run(*arguments, module="moba_megatron.launch", **environment):
-    command = [sys.executable, *(["-m", module] if module else []), *map(str, arguments)]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    return run_program([*(["-m", module] if module else []), *arguments],
+                       {"PYTHONPATH": path, "PYTHONWARNINGS": "ignore", **environment})
 
 
 def report_of(done):
@@ -429,7 +425,7 @@ def test_unknown_version_is_said(monkeypatch):
 
 
 @pytest.mark.skipif("MEGATRON_LM_PATH" not in os.environ, reason="set MEGATRON_LM_PATH to a Megatron-LM checkout")
-def test_hooks_exist_in_a_real_checkout():
+def test_hooks_exist_in_a_real_checkout(tmp_path):
     program = """
         import sys, typing
         if not hasattr(typing, "override"):
@@ -445,5 +441,7 @@ def test_hooks_exist_in_a_real_checkout():
         print("REPORT", len(hooked))
     """
     path = os.pathsep.join([str(ROOT), os.environ["MEGATRON_LM_PATH"], os.environ.get("PYTHONPATH", "")])
-    done = run("-c", textwrap.dedent(program), module=None, PYTHONPATH=path)
+    script = tmp_path / "hooks.py"
+    script.write_text(textwrap.dedent(program))
+    done = run(script, module=None, PYTHONPATH=path)
     assert report_of(done) >= 5

@@ -1,5 +1,6 @@
 """The wheel: code, type marker, templates, coefficients; small; and it works where there is no checkout."""
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -64,21 +65,47 @@ def test_it_holds_code_and_little_else(wheel):
     assert wheel.stat().st_size < LARGEST
 
 
-@pytest.mark.parametrize("arguments, status, says", [
-    (["-m", "moba_megatron.plan", "--seq", "128K", "--gpus", "8", "--card", "h200"], 0, "torchrun"),
-    (["-m", "moba_megatron.plan", "--check"], 2, "python -m benchmarks plan-check"),
-    (["-m", "moba_megatron.inspect", "--help"], 0, "--from-trace"),
-    (["-m", "moba_megatron.bench", "kernels"], 2, "python -m benchmarks"),
-    (["-m", "moba_megatron.tune", "--help"], 0, "MOBA_TUNING_FILE"),
-    (["-m", "moba_megatron.launch", "--help"], 0, "SCRIPT"),
-    (["-c", "import moba_megatron; print(moba_megatron.__file__)"], 0, "installed"),
-])
-def test_entry_points_start_outside_the_checkout(installed, tmp_path, arguments, status, says):
+COMMANDS = [
+    (["plan", "--seq", "128K", "--gpus", "8", "--card", "h200"], 0, "torchrun"),
+    (["plan", "--check"], 2, "python -m benchmarks plan-check"),
+    (["inspect", "--help"], 0, "--from-trace"),
+    (["bench", "kernels"], 2, "python -m benchmarks"),
+    (["tune", "--help"], 0, "MOBA_TUNING_FILE"),
+    (["launch", "--help"], 0, "SCRIPT"),
+]
+RUN_ALL = """
+import contextlib, io, json, runpy, sys
+found = []
+for module, *flags in json.loads(sys.argv[1]):
+    sys.argv, status = [module, *flags], 0
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
+        try:
+            runpy.run_module(f"moba_megatron.{module}", run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            status = end.code or 0
+    found.append([status, said.getvalue()])
+import moba_megatron
+print(json.dumps([moba_megatron.__file__, found]))
+"""
+
+
+@pytest.fixture(scope="module")
+def started(installed, tmp_path_factory) -> list:
+    """What each command ends with and says, one after the other in a process: importing PyTorch takes most of it."""
     environment = {**os.environ, "PYTHONPATH": str(installed), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-c", RUN_ALL, json.dumps([command for command, *_ in COMMANDS])],
+                          cwd=tmp_path_factory.mktemp("elsewhere"), env=environment, capture_output=True, text=True,
                           timeout=120)
-    assert done.returncode == status, done.stderr[-2000:]
-    assert says in done.stdout + done.stderr
+    assert done.returncode == 0, done.stderr[-2000:]
+    file, found = json.loads(done.stdout)
+    assert Path(file).is_relative_to(installed)
+    return found
+
+
+@pytest.mark.parametrize("number", range(len(COMMANDS)), ids=[" ".join(command[:2]) for command, *_ in COMMANDS])
+def test_entry_points_start_outside_the_checkout(started, number):
+    _, status, says = COMMANDS[number]
+    assert started[number][0] == status and says in started[number][1], started[number]
 
 
 def test_every_documented_module_is_an_entry_point_of_the_wheel(installed):
