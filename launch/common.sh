@@ -150,7 +150,7 @@ setup() {
     install_torch
     if [ "$source" != . ]; then
         run mkdir -p "$source"
-        run cp -r pyproject.toml README.md LICENSE moba_megatron "$source"
+        run cp -r --no-preserve=mode pyproject.toml README.md LICENSE moba_megatron "$source"
     fi
     versions=(--constraint "$CONSTRAINTS")
     [ -n "$CONSTRAINTS" ] || versions=(--upgrade --upgrade-strategy eager)

@@ -14,9 +14,10 @@ pytest() {
     run "$@" || code=$?
     [ "$code" = 0 ] || [ "$code" = 5 ] || status=$code # 5: the arguments select no test of this part
 }
-workers=(--numprocesses "$workers" --dist loadfile --timeout 1200)
+workers=(--numprocesses "$workers" --timeout 1200)
 [ -w "$ROOT" ] || workers+=(-p no:cacheprovider)
-pytest "$PY" -m pytest "${workers[@]}" tests --ignore tests/interpreted "$@"
+# Whole files, in the order of tests/conftest.py: their tests share what takes long to make.
+pytest "$PY" -m pytest "${workers[@]}" --dist loadfile --no-loadscope-reorder tests --ignore tests/interpreted "$@"
 # Triton decides once a process whether it compiles or interprets.
-pytest env TRITON_INTERPRET=1 "$PY" -m pytest "${workers[@]}" tests/interpreted "$@"
+pytest env TRITON_INTERPRET=1 "$PY" -m pytest "${workers[@]}" --dist worksteal tests/interpreted "$@"
 exit "$status"

@@ -1,4 +1,5 @@
-"""What every test runs under: one thread, fixed seeds, poisoned memory, and no GPU tests without a GPU."""
+"""What every test runs under: one thread, fixed seeds, poisoned memory, the longest files first, no GPU tests without a
+GPU."""
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -9,7 +10,15 @@ settings.load_profile("moba")
 torch.set_num_threads(1)  # two threads on the small shapes here only wait for each other
 
 
+LONGEST = ("test_compile", "test_faults", "test_examples", "test_deepspeed", "test_dispatch", "test_megatron_parallel",
+           "test_sm90_barriers", "test_train_50m", "test_megatron_lm", "test_megatron_fsdp", "test_context_parallel",
+           "test_checkpoints", "test_bench_distributed", "test_api", "test_wheel")
+"""By CPU time, measured. Workers take whole files: one that starts a long one last leaves the others idle."""
+
+
 def pytest_collection_modifyitems(items):
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device, and this machine has none")

@@ -5,8 +5,10 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
 from fault import on_gpus
@@ -19,13 +21,15 @@ SCRIPTS = ["quickstart.sh", "test.sh", "test_newest.sh", "pretrain_single_gpu.sh
            "pretrain_multi_node.sh", "pretrain_deepspeed.sh"]
 TOOLS = ["bash", "awk", "cat", "cksum", "cut", "df", "dirname", "grep", "head", "mkdir", "realpath", "rm", "sed",
          "sleep", "timeout"]
+NOBODY = 65534
 
 
-def launch(script: str, *flags: str, path: str | None = None, **variables: str) -> subprocess.CompletedProcess:
+def launch(script: str, *flags: str, path: str | None = None, root: Path = ROOT, user: int | None = None,
+           **variables: str) -> subprocess.CompletedProcess:
     """A script in an environment with nothing but PATH, HOME and these variables."""
     environment = {"PATH": path or os.environ["PATH"], "HOME": os.environ["HOME"], "PYENV_ROOT": "", **variables}
-    return subprocess.run(["bash", str(ROOT / "launch" / script), *flags], env=environment, cwd="/", text=True,
-                          capture_output=True, timeout=60)
+    return subprocess.run(["bash", str(root / "launch" / script), *flags], env=environment, cwd="/", text=True,
+                          capture_output=True, timeout=60, user=user)
 
 
 def command(name: str, directory: Path, script: str) -> None:
@@ -215,6 +219,58 @@ class TestWhichTorch:
         assert "--upgrade --upgrade-strategy eager --editable" in ran[-2] and "--constraint" not in "".join(ran)
 
 
+@pytest.fixture
+def read_only():
+    """A copy of the checkout that the user who runs the scripts cannot write to, and a folder that this user can.
+
+    Root can write everywhere: then nobody runs them, who would not get through pytest's own folders.
+    """
+    user = NOBODY if os.geteuid() == 0 else None
+    with tempfile.TemporaryDirectory() as folder:
+        checkout, outside = Path(folder, "checkout"), Path(folder, "outside")
+        for part in ("launch", "examples", "moba_megatron"):
+            shutil.copytree(ROOT / part, checkout / part, ignore=shutil.ignore_patterns("__pycache__"))
+        for part in ("pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(ROOT / part, checkout / part)
+        outside.mkdir()
+        places = [checkout, *checkout.rglob("*")]
+        for place in places:
+            place.chmod(0o555)
+        if user:
+            Path(folder).chmod(0o755)
+            os.chown(outside, user, -1)
+        yield checkout, outside, user
+        for place in places:
+            place.chmod(0o755)
+
+
+def test_a_checkout_that_cannot_be_written_to(read_only):
+    """All goes into VENV, also where one script follows another; a script that writes elsewhere ends with an error."""
+    checkout, outside, user = read_only
+    venv, calls, commands = outside / "venv", outside / "calls", outside / "bin"
+    commands.mkdir()
+    for tool in (*TOOLS, "chmod", "cp", "env"):
+        (commands / tool).symlink_to(shutil.which(tool))
+    command("python3", commands, 'case "$*" in *device_count*) echo 0 ;; esac\n' + PYTHON)
+    (commands / "python3").chmod(0o755)
+    variables = {"VENV": str(venv), "CALLS": str(calls), "PIP_HAS": "2.13.0+cpu", "HOME": str(outside)}
+    for script, flags in (("quickstart.sh", ()), ("test.sh", ("-k", "gate")), ("smoke_a6000.sh", ())):
+        done = launch(script, *flags, path=str(commands), root=checkout, user=user, **variables)
+        assert done.returncode == 0, done.stderr
+        assert "denied" not in done.stderr and "ead-only" not in done.stderr
+    ran = calls.read_text()
+    copy = venv / "checkout"
+    for extras in ("plot", "test"):
+        assert (venv / f"installed.{extras}").is_file() and f"--editable {copy}[{extras}]" in ran
+    assert {path.relative_to(copy) for path in copy.rglob("*.py")} == {
+        path.relative_to(checkout) for path in (checkout / "moba_megatron").rglob("*.py")}
+    assert f"examples/prepare_data.py --plays --output-prefix {venv}/runs/data/plays" in ran
+    assert f"--save {venv}/runs/quickstart/checkpoints" in ran and f"--output {venv}/runs/smoke_a6000" in ran
+    assert ran.count("-p no:cacheprovider") == 2
+    assert not [path for path in checkout.rglob("*") if not (ROOT / path.relative_to(checkout)).exists()]
+    assert subprocess.run(["touch", str(checkout / "new")], user=user, capture_output=True).returncode != 0
+
+
 @pytest.mark.parametrize("command", ["kernels", "decode", "readme --json out.json", "gpt", "cp", "tune",
                                      "plan-measure"])
 def test_a_measurement_without_a_gpu_ends_at_once(monkeypatch, capsys, command):
@@ -262,6 +318,12 @@ def test_fault_drills_without_a_gpu_end_at_once(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("sys.argv", ["on_gpus.py", str(tmp_path / "fault.json")])
     assert on_gpus.main() == 2
     assert capsys.readouterr().err.startswith("error: two GPUs are needed and 0 are visible")
+
+
+def test_the_longest_files_come_first():
+    """A name of a file that is gone would order nothing."""
+    assert set(conftest.LONGEST) <= {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    assert "--no-loadscope-reorder" in (ROOT / "launch/test.sh").read_text()
 
 
 def test_ci_runs_the_tests():

@@ -130,5 +130,5 @@ def test_one_version():
 
 def test_a_read_only_checkout_is_installed_from_all_that_the_build_reads():
     """launch/common.sh copies what an editable installation needs."""
-    copied = " ".join(re.findall(r"run cp (?:-r )?(.*) \"\$source", (ROOT / "launch/common.sh").read_text())).split()
+    copied = " ".join(re.findall(r"run cp -r (.*) \"\$source", (ROOT / "launch/common.sh").read_text())).split()
     assert {*ARCHIVED, "moba_megatron"} <= set(copied)
