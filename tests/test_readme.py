@@ -1,16 +1,13 @@
 """README.md and docs/: short, in the field's words, naming only what exists; their Python runs as it stands."""
 import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from ranks import ROOT, run_program
 
 from moba_megatron import MoBAConfig
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = sorted(str(path.relative_to(ROOT)) for path in (
     *ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md"), *ROOT.glob("patches/*.md"),
@@ -184,16 +181,17 @@ def test_transformers_blocks(page, block, tmp_path):
     ("deepspeed", DEEPSPEED, "SequenceParallel",
      {"size=4": "size=1", "engine.backward(mean_over_ranks(losses, mask))": ""}),
 ], ids=["megatron", "deepspeed"])
-def test_blocks_of_hosts(package, program, word, here):
+def test_blocks_of_hosts(tmp_path, package, program, word, here):
     """A block in a process of its own, with what it says is yours put around it; ``here``: on one rank."""
     pytest.importorskip(package)
     [block] = [block for _, block in BLOCKS if word in block]
     for given, changed in here.items():
         assert given in block
         block = block.replace(given, changed)
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
-                   "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'examples'}"}
-    subprocess.run([sys.executable, "-c", program.replace("{block}", block)], env=environment, check=True, timeout=120)
+    script = tmp_path / "block.py"
+    script.write_text(program.replace("{block}", block))
+    done = run_program([script], {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'examples'}"})
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_python_block_is_run_by_a_test():

@@ -49,9 +49,9 @@ def test_heads_that_share_a_chunk():
 
 def test_steps_complete_the_means():
     """From an empty cache on, every step leaves the means that the next one needs."""
-    q, k, v, _, _ = decoding.make([18, 18], 4, 3, kv_heads=2)
-    means = decoding.empty_means(k, torch.tensor([18, 18]), 4, {})
-    for step in range(1, 19):
+    q, k, v, _, _ = decoding.make([13, 13], 4, 3, kv_heads=2)
+    means = decoding.empty_means(k, torch.tensor([13, 13]), 4, {})
+    for step in range(1, 14):
         lengths = torch.tensor([step, max(0, step - 3)], dtype=torch.int32)
         o = moba_decode(q, k, v, means, lengths, 4, 3, backend="triton")
         expected = moba_decode(q, k, v, decoding.filled_means(k, lengths, 4, {}, "reference"), lengths, 4, 3)

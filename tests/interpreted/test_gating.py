@@ -17,7 +17,7 @@ CASES = {
     "one other chunk": dict(lengths=[60], chunk=4, topk=2),
     "more choices than chunks": dict(lengths=[40], chunk=8, topk=9),
     "long lists": dict(lengths=[70], chunk=2, topk=13),
-    "topk 64": dict(lengths=[140], chunk=2, topk=64),
+    "topk 64": dict(lengths=[132], chunk=2, topk=64, heads=1, kv_heads=1),
     "shorter than a chunk": dict(lengths=[20, 9], chunk=32, topk=3),
 }
 
@@ -60,7 +60,7 @@ def test_all_scores_equal_choose_the_latest():
 
 @pytest.mark.parametrize("topk", [4, 16])
 def test_nan_and_infinite_scores(topk):
-    q, means, segments = make([80], chunk=2, topk=topk)
+    q, means, segments = make([54], chunk=2, topk=topk)
     q[50] = torch.nan
     q[51, :, 1:] = 0
     means[3, :, 0], means[7, :, 1], means[9, :, 2] = torch.inf, -torch.inf, torch.nan

@@ -12,9 +12,9 @@ from moba_megatron.inspect.statistics import Places, tally  # noqa: E402
 from moba_megatron.segments import Segments  # noqa: E402
 
 CASES = {
-    "one sequence": dict(lengths=[200]),
-    "packed, short and empty ones": dict(lengths=[131, 7, 0, 90], chunk=16, topk=4),
-    "fp16, D 80, chunk over a tile": dict(lengths=[420], chunk=100, topk=3, dim=80, dtype=torch.float16),
+    "one sequence": dict(lengths=[120]),
+    "packed, short and empty ones": dict(lengths=[67, 7, 0, 50], chunk=16, topk=4),
+    "fp16, D 80, chunk over a tile": dict(lengths=[320], chunk=100, topk=3, dim=80, dtype=torch.float16),
     "three heads a group, strided": dict(lengths=[64, 100], heads=6, dim=24, strided=True),
 }
 
