@@ -248,10 +248,10 @@ def running(arguments: argparse.Namespace, ranks: int):
 
 
 def commit_of(checkout: Path) -> str:
-    """The other checkout's commit, or its folder's name where git does not know."""
-    command = "git", "-C", str(checkout), "rev-parse", "--short=12", "HEAD"
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() or checkout.resolve().name
+    """The other checkout's commit, or its folder's name where it is no repository of its own."""
+    command = "git", "-C", str(checkout), "rev-parse", "--show-toplevel", "--short=12", "HEAD"
+    top, *commit = subprocess.run(command, capture_output=True, text=True).stdout.splitlines() or [""]
+    return commit[-1] if commit and Path(top).resolve() == checkout.resolve() else checkout.resolve().name
 
 
 def _difference(row: dict) -> str:

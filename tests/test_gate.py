@@ -1,6 +1,7 @@
 """The gate: this checkout beside a copy of it, and beside a copy that computes something else."""
 import json
 import shutil
+import subprocess
 from dataclasses import asdict
 
 import pytest
@@ -65,3 +66,15 @@ def test_rows_are_those_that_the_gate_promises():
     kinds = [row.kind for row in gate.ROWS]
     assert kinds.count("operator") == 8 and kinds.count("decode") == kinds.count("cp") == 1
     assert len({row.name for row in (*gate.ROWS, *gate.TINY)}) == len(gate.ROWS) + len(gate.TINY)
+
+
+def test_a_folder_within_another_repository_has_not_its_commit(tmp_path):
+    def git(*command):
+        subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *command], check=True)
+
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "first")
+    inner = tmp_path / "copy"
+    inner.mkdir()
+    assert len(gate.commit_of(tmp_path)) == 12
+    assert gate.commit_of(inner) == "copy"
