@@ -40,6 +40,8 @@ BEYOND = {"chunk_size": 4096, "choices": 63, "ragged": 1}
 MORE_SHAPES = (86, 90)
 """The card with the least shared memory, and the one the kernels are tuned on."""
 LEAST_SHARED_MEMORY = 86
+GLUON_BLOCK = 128
+"""Keys that a Gluon kernel keeps at a time."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Problem:
     deterministic: bool = False
     lse_gradient: bool = False
     decode: bool = False
+    kernels: frozenset[str] | None = None
+    """Those that are compiled, None for all."""
 
     def __str__(self) -> str:
         dims = ("decode " if self.decode else "") + f"D{self.head_dim}" + (
@@ -121,19 +125,23 @@ class _CompileOnlyDriver(DriverBase):
 
 
 @contextlib.contextmanager
-def compiling(capability: int, dry: bool = False):
-    """Within the block, ``kernel[grid](...)`` compiles for the architecture and launches nothing; dry: does nothing.
+def compiling(capability: int, dry: bool = False, only: Callable[[str], bool] = lambda kernel: True):
+    """Within the block, ``kernel[grid](...)`` compiles for the architecture and launches nothing.
+
+    Args:
+        dry: do not even compile.
+        only: whether a kernel, by name, is compiled; launches of others do nothing.
 
     Yields:
-        A list that fills with (kernel name, CompiledKernel), one for each launch.
+        A list that fills with (kernel name, CompiledKernel, None if dry), one for each launch.
     """
     compiled = []
     run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
-        if dry:
+        if not only(self.fn.__name__):
             return None
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        kernel = None if dry else run(self, *args, grid=grid, warmup=True, **kwargs)
         compiled.append((self.fn.__name__, kernel))
         return kernel
 
@@ -200,12 +208,13 @@ def _run_decode(problem: Problem) -> None:
     decode.decode_attention(q, k, v, selected, lengths, size, problem.head_dim ** -0.5, **places)
 
 
-def report(capability: int, problems: list[Problem], record: list | None = None) -> list[Compiled]:
+def report(capability: int, problems: list[Problem]) -> list[Compiled]:
     """Compiles every stage of every problem for an architecture; a kernel that several problems share counts once."""
     rows, seen = [], set()
-    with tuning.forced(tuning.arch_of_capability(*divmod(capability, 10)), record=record):
+    with tuning.forced(tuning.arch_of_capability(*divmod(capability, 10))):
         for problem in problems:
-            with compiling(capability) as compiled:
+            kernels = problem.kernels
+            with compiling(capability, only=lambda name: kernels is None or name in kernels) as compiled:
                 run_stages(problem)
             for name, kernel in compiled:
                 if kernel.hash not in seen:
@@ -285,13 +294,37 @@ def reachable_rows(arch: str) -> dict[tuple[str, str], dict[str, int]]:
     return found
 
 
-def used_rows(problem: Problem, capability: int) -> set[tuple[str, str]]:
-    """The rows that a problem's launches look up; compiles nothing."""
+def stage_of(kernel: str) -> str:
+    """The stage of the tuning table whose row a kernel gets, "" where it gets none."""
+    return max((stage for stage in TABLE if kernel.startswith(f"_{stage}_")), key=len, default="")
+
+
+def launches(problem: Problem, capability: int) -> set[tuple[str, str, str]]:
+    """What a problem launches: (kernel, repr of its row of the tuning table, what else changes it); compiles nothing.
+
+    A Gluon kernel is another program for chunks of one block of keys, of several, and where the last is ragged; that of
+    delta, with the gradient of lse.
+    """
     record: list = []
     with (tuning.forced(tuning.arch_of_capability(*divmod(capability, 10)), record=record),
-          compiling(capability, dry=True)):
+          compiling(capability, dry=True) as launched):
         run_stages(problem)
-    return {(stage, repr(row)) for stage, _, row in record}
+    rows, found = {stage: row for stage, _, row in record}, set()
+    blocks, rest = divmod(problem.chunk_size, GLUON_BLOCK)
+    for kernel in {name for name, _ in launched}:
+        row, change = rows.get(stage_of(kernel)), ""
+        if row and is_gluon(row.config):
+            change = f"{min(blocks, 2)} blocks" + ", ragged" * bool(rest)
+        elif stage_of(kernel) == "attention_bwd_delta" and problem.lse_gradient:
+            change = "dlse"
+        found.add((kernel, repr(row), change))
+    return found
+
+
+def used_rows(problem: Problem, capability: int) -> set[tuple[str, str]]:
+    """The rows that a problem's launches get, as (stage, repr of the row); compiles nothing."""
+    return {(stage_of(kernel), row) for kernel, row, _ in launches(problem, capability) if stage_of(kernel)
+            and (problem.kernels is None or kernel in problem.kernels)}
 
 
 def _problems_for_other_rows(capability: int, problems: list[Problem]) -> list[Problem]:
@@ -312,12 +345,20 @@ def _problems_for_other_rows(capability: int, problems: list[Problem]) -> list[P
 
 
 def covering(capability: int) -> list[Problem]:
-    """Of :func:`problems_for`, the largest head dims first, those that use a row which none before uses."""
-    used, kept = set(), []
+    """Each launch of :func:`problems_for` once, in the problem of the largest head dim.
+
+    Where another card has less shared memory, without those in fp32 and those of one row or none: no architecture has
+    instructions of its own for them.
+    """
+    seen, kept = set(), []
     for problem in sorted(problems_for(capability), key=lambda problem: -problem.head_dim):
-        if (now := used_rows(problem, capability)) - used:
-            kept.append(problem)
-            used |= now
+        if problem.dtype == torch.float32 and capability != LEAST_SHARED_MEMORY:
+            continue
+        new = {launch for launch in launches(problem, capability) - seen
+               if capability == LEAST_SHARED_MEMORY or len(TABLE.get(stage_of(launch[0]), ())) > 1}
+        if new:
+            kept.append(replace(problem, kernels=frozenset(kernel for kernel, *_ in new)))
+            seen |= new
     return kept
 
 
@@ -334,22 +375,17 @@ def report_all(capabilities: list[int] | None = None, problems: Callable[[int], 
     rows: dict[tuple, Compiled] = {}
     failures, used = [], {}
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        futures = [(task, pool.submit(_report_one, *task)) for task in tasks]
+        futures = [((capability, problem), pool.submit(report, capability, [problem])) for capability, problem in tasks]
         for (capability, problem), future in futures:
             try:
-                compiled, record = future.result()
+                compiled = future.result()
             except Exception as error:  # a kernel that does not compile is a finding: the others are still reported
                 failures.append(f"sm_{capability}, {problem}: {type(error).__name__}: {str(error).strip()[:600]}")
                 continue
-            used.setdefault(capability, set()).update((stage, repr(row)) for stage, _, row in record)
+            used.setdefault(capability, set()).update(used_rows(problem, capability))
             for row in compiled:
                 rows.setdefault((row.capability, row.digest), row)
     return sorted(rows.values(), key=lambda row: (row.capability, row.kernel, row.problem)), failures, used
-
-
-def _report_one(capability: int, problem: Problem) -> tuple[list[Compiled], list]:
-    record: list = []
-    return report(capability, [problem], record), record
 
 
 def as_dicts(rows: list[Compiled]) -> list[dict]:

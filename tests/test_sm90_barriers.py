@@ -19,9 +19,10 @@ ONE_ARRIVES = re.compile(r"mbarrier\.arrive\.(?!expect_tx)")
 
 def compiled(problem):
     """PTX of a problem's Gluon kernels, by name."""
-    with tuning.forced("sm_90"), compile_report.compiling(90) as all_kernels:
+    with (tuning.forced("sm_90"),
+          compile_report.compiling(90, only=lambda name: name.endswith("_sm90_kernel")) as kernels_of_sm90):
         compile_report.run_stages(problem)
-    return {name: kernel.asm["ptx"] for name, kernel in all_kernels if name.endswith("_sm90_kernel")}
+    return {name: kernel.asm["ptx"] for name, kernel in kernels_of_sm90}
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
