@@ -16,6 +16,7 @@ from moba_megatron.context_parallel import (
     check_groups,
     check_zigzag,
     context_parallel_attention,
+    pipeline,
     record_waits,
     selective,
 )
@@ -410,3 +411,19 @@ def test_comm_types(given, expected):
 def test_comm_type_refused(given):
     with pytest.raises(ValueError, match=r"must be one of all_gather, a2a, a2a\+all_gather, selective .* got"):
         canonical_comm_type(given)
+
+
+@pytest.mark.parametrize("chunk_size, dense", [(64, True), (16, False)])
+def test_dense_kernels_take_whole_sequences_alone(chunk_size, dense, monkeypatch):
+    """With topk 1 and shorter chunks nothing is chosen either, and attention is not causal over the sequence."""
+    taken = []
+    monkeypatch.setattr(pipeline, "dense_causal", lambda *_, **__: taken.append("forward"))
+    monkeypatch.setattr(pipeline, "dense_causal_bwd", lambda *_, **__: taken.append("backward"))
+    segments = Segments.from_cu_seqlens(cu_seqlens_of([64, 40]), 64, chunk_size, exact=True)
+    local = pipeline.LocalAttention(pipeline.Pipeline(reference, 1, 0.3, False, True), segments)
+    q, k, v, do = (torch.randn(104, 2, 8, dtype=torch.float64) for _ in range(4))
+    o, saved = local.forward(q, k, v)
+    local.backward(do, saved, torch.float64)
+    assert taken == (["forward", "backward"] if dense else [])
+    expected = moba_attention(q, k, v, segments, 1, softmax_scale=0.3, backend="reference")
+    torch.testing.assert_close(o, expected)

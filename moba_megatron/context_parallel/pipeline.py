@@ -140,8 +140,8 @@ class LocalAttention:
         return self.pipeline.attend_bwd(do, q, k, v, o, rest, self.segments, kv_grad_dtype, event)
 
     def _dense(self, function, *tensors: Tensor, **options):
-        """The result of a dense kernel, or None where they may not or cannot."""
+        """The result of a dense kernel, or None where they may not or cannot: topk 1 is a chunk, not the sequence."""
         s = self.segments
-        if not self.pipeline.may_be_dense:
+        if not self.pipeline.may_be_dense or s.max_seqlen_k > s.chunk_size:
             return None
         return function(*tensors, s.cu_seqlens_k, s.max_seqlen_k, self.pipeline.softmax_scale, exact=s.exact, **options)
