@@ -1,10 +1,13 @@
 """Megatron changes when it is asked to, in one call, and changes back: the installed core and an imitated trainer."""
+import os
+import subprocess
 import sys
 import textwrap
 from types import SimpleNamespace
 
 import pytest
-from test_megatron_lm import make_host, report_of, run
+from ranks import ROOT
+from test_megatron_lm import make_host, report_of
 
 pytest.importorskip("megatron.core")
 
@@ -80,7 +83,9 @@ PROGRAM = """
 def test_megatron_changes_when_it_is_asked_to(tmp_path):
     """Not on import, the documented spec module's included; not by a builder; by a layer only as far as it must."""
     make_host(tmp_path, "0.18")
-    done = run("-c", textwrap.dedent(PROGRAM), tmp_path, module=None)
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(PROGRAM), tmp_path], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}, timeout=300)
     report = report_of(done)
     assert report["package"] == report["builder"] == report["spec"] == []
     guards = [f"megatron.core.transformer.attention.Attention.{name}"
