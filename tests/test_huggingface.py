@@ -389,6 +389,15 @@ def test_models_with_an_indexer_are_refused_by_name():
         model(hf.tokens(1, 9))
 
 
+@pytest.mark.parametrize("family", ["Bloom", "XGLM"])
+def test_models_that_look_no_attention_up_are_refused(family):
+    """Their own layers would attend to what comes after, for MoBA's layout of whole rows is no mask."""
+    config = getattr(transformers, f"{family}Config")(vocab_size=61, n_layer=1, n_head=4, num_layers=1, ffn_dim=48,
+                                                      hidden_size=32, attention_heads=4, attn_implementation="moba")
+    with pytest.raises(ValueError, match=f"attn_implementation='moba' is not supported by {family}ForCausalLM"):
+        getattr(transformers, f"{family}ForCausalLM")(config)
+
+
 def test_refused_layers():
     model = hf.model()
     model.model.layers[1].self_attn.is_causal = False

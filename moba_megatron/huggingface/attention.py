@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import sys
 import warnings
 from dataclasses import replace
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import AttentionMaskInterface
@@ -100,14 +101,9 @@ def moba_attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, 
                            name: str, **kwargs) -> tuple[Tensor, None]:
     """What an attention layer of Transformers calls, after RoPE and after its cache has taken the new keys.
 
-    Args:
-        query: ``[B, H, Q, D]``; key: ``[B, HK, S, D]``; value: ``[B, HK, S, DV]``, all of the cache with a cache.
-        attention_mask: what :func:`moba_mask` made.
-        name: whose settings :func:`register_moba` was given.
-        kwargs: ``cu_seq_lens_q``, ``max_length_q`` and ``position_ids`` place packed sequences.
-
-    Returns:
-        o ``[B, Q, H, DV]``, and None for the weights.
+    Query ``[B, H, Q, D]``, key ``[B, HK, S, D]`` and value ``[B, HK, S, DV]``, all of the cache with a cache, give o
+    ``[B, Q, H, DV]``, and None for the weights. The mask is :func:`moba_mask`'s; ``cu_seq_lens_q``, ``max_length_q``
+    and ``position_ids`` place packed sequences; ``name`` is whose settings :func:`register_moba` was given.
     """
     if name not in _settings:
         raise RuntimeError(f"attn_implementation={name!r} has no settings in this process: call "
@@ -137,6 +133,22 @@ def moba_attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, 
     return o.unflatten(0, (query.shape[0], query.shape[2])), None
 
 
+_correct = PreTrainedModel.get_correct_attn_implementation
+
+
+@functools.wraps(_correct)
+def _refuse_models(self: PreTrainedModel, requested_attention: str | None, *args, **kwargs) -> str:
+    """Layers that never look a name up attend on their own: densely, and where MoBA's layout is None not causally."""
+    modules = [vars(sys.modules[x.__module__]) for x in type(self).__mro__
+               if issubclass(x, PreTrainedModel) and x is not PreTrainedModel]
+    looks_up = self._supports_attention_backend or any("ALL_ATTENTION_FUNCTIONS" in module for module in modules)
+    if requested_attention in {*BACKENDS, *_settings} and not (looks_up or self.config.sub_configs):
+        raise ValueError(f"attn_implementation={requested_attention!r} is not supported by {type(self).__name__}, its "
+                         "layers have an attention of their own: leave such a model to another attention")
+    return _correct(self, requested_attention, *args, **kwargs)
+
+
+PreTrainedModel.get_correct_attn_implementation = _refuse_models
 for _name in BACKENDS:  # so that a model that runs without settings is told what is missing
     _make_known(_name)
 
