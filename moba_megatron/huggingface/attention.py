@@ -139,9 +139,9 @@ _correct = PreTrainedModel.get_correct_attn_implementation
 @functools.wraps(_correct)
 def _refuse_models(self: PreTrainedModel, requested_attention: str | None, *args, **kwargs) -> str:
     """Layers that never look a name up attend on their own: densely, and where MoBA's layout is None not causally."""
-    modules = [vars(sys.modules[x.__module__]) for x in type(self).__mro__
-               if issubclass(x, PreTrainedModel) and x is not PreTrainedModel]
-    looks_up = self._supports_attention_backend or any("ALL_ATTENTION_FUNCTIONS" in module for module in modules)
+    looks_up = self._supports_attention_backend or any(
+        hasattr(sys.modules.get(x.__module__), "ALL_ATTENTION_FUNCTIONS") for x in type(self).__mro__
+        if issubclass(x, PreTrainedModel) and x is not PreTrainedModel)
     if requested_attention in {*BACKENDS, *_settings} and not (looks_up or self.config.sub_configs):
         raise ValueError(f"attn_implementation={requested_attention!r} is not supported by {type(self).__name__}, its "
                          "layers have an attention of their own: leave such a model to another attention")
