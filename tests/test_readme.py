@@ -1,4 +1,5 @@
 """README.md and docs/: short, in the field's words, naming only what exists; their Python runs as it stands."""
+import argparse
 import os
 import re
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 from ranks import ROOT, run_program
 
+from benchmarks import __main__ as benchmarks
 from moba_megatron import MoBAConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -197,3 +199,24 @@ def test_blocks_of_hosts(tmp_path, package, program, word, here):
 def test_every_python_block_is_run_by_a_test():
     assert all(any(word in block for word in ("moba_attn_varlen", "from_pretrained", "GPTModel", "SequenceParallel"))
                for _, block in BLOCKS)
+
+
+BENCHMARKS = [(page, line.split("#")[0].split()[3:]) for page in PAGES
+              for line in (ROOT / page).read_text(encoding="utf-8").splitlines()
+              if line.startswith("    python -m benchmarks ")]
+
+
+@pytest.mark.parametrize("page, flags", BENCHMARKS, ids=lambda x: x if isinstance(x, str) else " ".join(x[:1]))
+def test_commands_to_copy_have_all_that_they_need(page, flags, monkeypatch):
+    """They are parsed to their end; nothing is measured."""
+    parsed = []
+    monkeypatch.setattr(benchmarks.ArgumentParser, "parse_args", lambda self, argv: parsed.append(
+        argparse.ArgumentParser.parse_args(self, argv)) or parsed[-1])
+    monkeypatch.setattr(benchmarks.environment, "need_device", lambda *_: (_ for _ in ()).throw(SystemExit(0)))
+    with pytest.raises(SystemExit) as end:
+        benchmarks.main(flags)
+    assert end.value.code == 0 and parsed
+
+
+def test_readme_has_such_a_command():
+    assert "README.md" in [page for page, _ in BENCHMARKS]
