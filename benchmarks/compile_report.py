@@ -345,17 +345,10 @@ def _problems_for_other_rows(capability: int, problems: list[Problem]) -> list[P
 
 
 def covering(capability: int) -> list[Problem]:
-    """Each launch of :func:`problems_for` once, in the problem of the largest head dim.
-
-    Where another card has less shared memory, without those in fp32 and those of one row or none: no architecture has
-    instructions of its own for them.
-    """
+    """Each launch of :func:`problems_for` once, in the problem of the largest head dim."""
     seen, kept = set(), []
     for problem in sorted(problems_for(capability), key=lambda problem: -problem.head_dim):
-        if problem.dtype == torch.float32 and capability != LEAST_SHARED_MEMORY:
-            continue
-        new = {launch for launch in launches(problem, capability) - seen
-               if capability == LEAST_SHARED_MEMORY or len(TABLE.get(stage_of(launch[0]), ())) > 1}
+        new = launches(problem, capability) - seen
         if new:
             kept.append(replace(problem, kernels=frozenset(kernel for kernel, *_ in new)))
             seen |= new
