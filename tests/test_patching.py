@@ -1,13 +1,9 @@
 """Megatron changes when it is asked to, in one call, and changes back: the installed core and an imitated trainer."""
-import os
-import subprocess
 import sys
-import textwrap
 from types import SimpleNamespace
 
 import pytest
-from ranks import ROOT
-from test_megatron_lm import make_host, report_of
+from test_megatron_lm import make_host, report_of, run_program_text
 
 pytest.importorskip("megatron.core")
 
@@ -83,10 +79,7 @@ PROGRAM = """
 def test_megatron_changes_when_it_is_asked_to(tmp_path):
     """Not on import, the documented spec module's included; not by a builder; by a layer only as far as it must."""
     make_host(tmp_path, "0.18")
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(PROGRAM), tmp_path], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}, timeout=300)
-    report = report_of(done)
+    report = report_of(run_program_text(PROGRAM, tmp_path))
     assert report["package"] == report["builder"] == report["spec"] == []
     guards = [f"megatron.core.transformer.attention.Attention.{name}"
               for name in ("flash_decode", "flash_decode_and_prefill")]
