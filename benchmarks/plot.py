@@ -93,7 +93,6 @@ def _against_length(result: dict, value, title: str, unit: str, digits: int, pat
         plotting.length_axis(axes, lengths, f"tokens; {about['heads']} heads of {about['head_dim']}, chunk "
                              f"{about['chunk_size']}, topk {about['topk']}")
         axes.set_title(f"{title}, {result['environment']['device'].removeprefix('NVIDIA ')}")
-        axes.figure.draw_without_rendering()
         plotting.label_ends(axes, labels)
     return path
 
@@ -146,7 +145,6 @@ def plot_learning(result: dict, path: Path) -> Path:
         axes.minorticks_off()
         axes.set_xlabel(f"million tokens; band: {len(rows)} seeds", loc="left")
         axes.set_title(f"Training loss, nats per byte, mean of {SMOOTHED} steps")
-        axes.figure.draw_without_rendering()
         plotting.label_ends(axes, labels)
     return path
 

@@ -38,7 +38,6 @@ def plot_loss(records: dict, path: Path) -> None:
                 axes.text(start["iteration"], axes.get_ylim()[1], " resumed", color=LIGHT.muted, va="top", fontsize=8)
         axes.set_xlabel(f"step; line: mean of {window} steps", loc="left")
         axes.set_title("Loss, nats per token")
-        axes.figure.draw_without_rendering()
         plotting.label_ends(axes, labels)
     print(path)
 
@@ -57,7 +56,6 @@ def plot_position(records: dict, path: Path) -> None:
             labels.append((losses[-1], f"step {record['iteration']}: {losses[-1]:.2f}", colour))
         axes.set_xlabel("position in the sequence; band: 2 standard errors", loc="left")
         axes.set_title("Validation loss, nats per token")
-        axes.figure.draw_without_rendering()
         plotting.label_ends(axes, labels)
     print(path)
 

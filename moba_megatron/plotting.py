@@ -1,6 +1,7 @@
 """Matplotlib figures that stay legible at 375 pixels: one width, labels at the ends of lines instead of a legend."""
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,16 +68,13 @@ def figure(path: str | Path, rows: int = 1, columns: int = 1, width: float = WID
 
 
 def label_ends(axes, labels: Sequence[tuple[float, str, str]]) -> None:
-    """Writes labels (y of the line's end, text, colour) to the right of axes whose limits are set, each beside its y,
-    moved apart where they touch."""
-    height = axes.figure.get_figheight() * axes.get_position().height
-    step = LINE / height
-    places = [(axes.transAxes.inverted().transform(axes.transData.transform((axes.get_xlim()[1], y)))[1], text, colour)
-              for y, text, colour in labels]
-    places.sort()
-    spread: list[float] = []
-    for y, _, _ in places:
-        spread.append(max(y, spread[-1] + step) if spread else y)
+    """Lays the figure out and writes labels (y of the line's end, text, colour) to the right of axes whose limits are
+    set, each beside its y, moved apart where they touch."""
+    axes.figure.draw_without_rendering()
+    step = LINE / (axes.figure.get_figheight() * axes.get_position().height)
+    to_axes = axes.transData - axes.transAxes
+    places = sorted((to_axes.transform((axes.get_xlim()[1], y))[1], text, colour) for y, text, colour in labels)
+    spread = list(itertools.accumulate((y for y, _, _ in places), lambda below, y: max(y, below + step)))
     excess = max(0.0, spread[-1] - HIGHEST) if spread else 0.0
     for y, (_, text, colour) in zip(spread, places):
         axes.text(1.02, y - excess, text, transform=axes.transAxes, color=colour, va="center", fontsize=9)

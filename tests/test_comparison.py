@@ -107,7 +107,6 @@ def test_labels_at_the_ends_do_not_touch(tmp_path):
     pytest.importorskip("matplotlib")
     with plotting.figure(tmp_path / "x.png") as (_, axes):
         axes.plot([0, 1], [0, 1])
-        axes.figure.draw_without_rendering()
         plotting.label_ends(axes, [(0.99, "a", "k"), (0.5, "b", "k"), (1.0, "c", "k"), (1.0, "d", "k")])
         places = sorted(text.get_position()[1] for text in axes.texts)
         step = plotting.LINE / (axes.figure.get_figheight() * axes.get_position().height)

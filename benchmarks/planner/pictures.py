@@ -53,7 +53,6 @@ def _efficiency(rows: list[dict], title: str, path: Path) -> None:
         axes.set_xlabel("ranks", loc="left")
         axes.set_ylim(0, 1.05)
         axes.set_title(title)
-        axes.figure.draw_without_rendering()
         plotting.label_ends(axes, labels)
 
 

@@ -13,16 +13,13 @@ from ..environment import as_text, describe, save
 from . import command, hardware
 from .attention_cost import Calibration, stored
 from .layout import RECOMPUTE
-from .models import MODELS, Model, Run, default_batch, parse_size
+from .models import MODELS, SIZES, Run, default_batch, parse_size
 from .step import Prediction, plan
 
-SIZES = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocabulary")
 MOVED = {"--check": "plan-check", "--results": "plan-check", "--fit": "plan-fit", "--simulate": "plan-simulate",
          "--trace": "plan-simulate"}
 """Flags of earlier versions -> the benchmarks' subcommand that does it."""
 GIB = 1 << 30
-SHORTEST = 1 << 15
-"""Tokens: the shortest sequence of the picture."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("--" + name.replace("_", "-"), type=int, metavar="N", help="instead of the preset's")
     for name in ("tp", "cp", "pp", "dp"):
         p.add_argument("--" + name, type=int, metavar="N", help="only layouts with this size")
-    p.add_argument("--cp-comm-type", help="only layouts with this")
+    p.add_argument("--cp-comm-type", dest="comm_type", help="only layouts with this")
     p.add_argument("--recompute", choices=RECOMPUTE, help="only layouts with this")
     p.add_argument("--network", type=float, metavar="GB/s", help="a GPU's share of the network, one direction")
     p.add_argument("--link", type=float, metavar="GB/s", help="between GPUs of a machine, one direction")
@@ -82,18 +79,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _card(arguments: argparse.Namespace) -> hardware.Card:
-    card = hardware.find_card(arguments.card)
-    given = {"network": (arguments.network, 1e9), "link": (arguments.link, 1e9), "node": (arguments.node, 1)}
-    changes = {name: hardware.Figure(value * unit, hardware.ASSUMED, f"--{name}")
-               for name, (value, unit) in given.items() if value is not None}
+    changes = {name: hardware.Figure(getattr(arguments, name) * hardware.UNITS[name][0], hardware.ASSUMED, f"--{name}")
+               for name in ("network", "link", "node") if getattr(arguments, name) is not None}
     if any(figure.value <= 0 for figure in changes.values()):
         raise ValueError("--network, --link and --node must be positive")
-    return replace(card, **changes)
+    return replace(hardware.find_card(arguments.card), **changes)
 
 
 def _run(arguments: argparse.Namespace) -> Run:
     sizes = {name: getattr(arguments, name) for name in SIZES if getattr(arguments, name) is not None}
-    model: Model = replace(MODELS[arguments.model], **sizes)
+    model = replace(MODELS[arguments.model], **sizes)
     moba = MoBAConfig(arguments.chunk_size, arguments.topk, arguments.full_attention_layers)
     moba.is_full_attention(model.layers, model.layers)  # a listed layer may be beyond the model
     batch = default_batch(arguments.seq) if arguments.batch is None else arguments.batch
@@ -103,8 +98,8 @@ def _run(arguments: argparse.Namespace) -> Run:
 
 def _plan(arguments: argparse.Namespace, run: Run, card: hardware.Card) -> int:
     fitted = stored()
-    names = {"tp": "tp", "cp": "cp", "pp": "pp", "dp": "dp", "cp_comm_type": "comm_type", "recompute": "recompute"}
-    fixed = {field: getattr(arguments, flag) for flag, field in names.items() if getattr(arguments, flag) is not None}
+    fixed = {name: getattr(arguments, name) for name in ("tp", "cp", "pp", "dp", "comm_type", "recompute")
+             if getattr(arguments, name) is not None}
     fit, out = plan(run, card, fitted, fixed)
     print(headline(run, card, fitted), end="\n\n")
     if fit:
@@ -136,20 +131,19 @@ def headline(run: Run, card: hardware.Card, fitted: Calibration) -> str:
 def row_of(p: Prediction) -> dict[str, str]:
     """A line of the table; times in seconds a step, traffic in GB a GPU and step."""
     comm = p.layout.comm_type + ("" if p.layout.comm_type != "a2a+all_gather" else f" {p.layout.inner}")
-    traffic = [part.traffic for part in p.parts.values()]
+
+    def seconds(*names: str) -> str:
+        return f"{sum(p.parts[name].seconds for name in names):.2g}"
+
     return {"TP": str(p.layout.tp), "CP": str(p.layout.cp), "PP": str(p.layout.pp), "DP": str(p.layout.dp),
             "comm": comm, "recompute": p.layout.recompute, "GPU s/Mtok": f"{p.cost:.1f}",
             "s/step": f"{p.seconds:.3g}", "tokens/s": f"{p.tokens_per_second:,.0f}",
             "MFU full": f"{p.mfu:.0%}", "MFU": f"{p.mfu_moba:.0%}", "GiB": f"{p.memory.total / GIB:.0f}",
-            "matrices": _s(p, "matrices", "output"), "attention": _s(p, "attention"),
-            "other": _s(p, "elementwise", "optimizer", "host"), "exposed CP": _s(p, "context"),
-            "TP ": _s(p, "tensor"), "PP ": _s(p, "pipeline"), "DP ": _s(p, "data"), "hidden": f"{p.hidden:.2g}",
-            "link GB": f"{sum(t.link for t in traffic) / 1e9:.0f}",
-            "net GB": f"{sum(t.network for t in traffic) / 1e9:.0f}"}
-
-
-def _s(p: Prediction, *names: str) -> str:
-    return f"{sum(p.parts[name].seconds for name in names):.2g}"
+            "matrices": seconds("matrices", "output"), "attention": seconds("attention"),
+            "other": seconds("elementwise", "optimizer", "host"), "exposed CP": seconds("context"),
+            "TP ": seconds("tensor"), "PP ": seconds("pipeline"), "DP ": seconds("data"), "hidden": f"{p.hidden:.2g}",
+            "link GB": f"{sum(part.traffic.link for part in p.parts.values()) / 1e9:.0f}",
+            "net GB": f"{sum(part.traffic.network for part in p.parts.values()) / 1e9:.0f}"}
 
 
 def as_dict(p: Prediction) -> dict:
@@ -166,10 +160,10 @@ def costs_by_length(run: Run, card: hardware.Card, calibration: Calibration) -> 
     Lengths are powers of two from 32K to four times the run's, and its own; batches about four million tokens.
     """
     found: dict[str, list[tuple[int, float]]] = {"moba": [], "full": []}
-    doubled = [SHORTEST << i for i in range(64) if SHORTEST << i <= 4 * run.seqlen]
+    doubled = [1 << i for i in range(15, (4 * run.seqlen).bit_length())]
     for seqlen in sorted({run.seqlen, *doubled}):
+        batch = run.batch if seqlen == run.seqlen else default_batch(seqlen)
         for attention, points in found.items():
-            batch = run.batch if seqlen == run.seqlen else default_batch(seqlen)
             fit, _ = plan(replace(run, seqlen=seqlen, batch=batch, attention=attention), card, calibration)
             if fit:
                 points.append((seqlen, fit[0].cost))
@@ -179,19 +173,19 @@ def costs_by_length(run: Run, card: hardware.Card, calibration: Calibration) -> 
 def time_against_length(run: Run, card: hardware.Card, calibration: Calibration, path: Path) -> None:
     """Draws :func:`costs_by_length` into ``path`` (.png or .svg)."""
     from .. import plotting
-    names = {"moba": f"MoBA ({run.moba.chunk_size}, {run.moba.topk})", "full": "full attention"}
+    looks = {"moba": (f"MoBA ({run.moba.chunk_size}, {run.moba.topk})", plotting.LIGHT.accent),
+             "full": ("full attention", plotting.LIGHT.others[0])}
     lines = {name: points for name, points in costs_by_length(run, card, calibration).items() if points}
     with plotting.figure(path) as (_, axes):
         labels = []
         for attention, points in lines.items():
-            colour = plotting.LIGHT.accent if attention == "moba" else plotting.LIGHT.others[0]
+            name, colour = looks[attention]
             axes.plot(*zip(*points), color=colour, linewidth=2, marker="o", markersize=4)
-            labels.append((points[-1][1], f"{names[attention]}: {points[-1][1]:.0f}", colour))
+            labels.append((points[-1][1], f"{name}: {points[-1][1]:.0f}", colour))
         plotting.log_axis(axes)
         plotting.length_axis(axes, sorted({tokens for points in lines.values() for tokens, _ in points})[::2])
         axes.set_title(f"Predicted GPU seconds per million tokens,\n{run.model.parameters / 1e9:.2g}B parameters, "
                        f"{run.gpus} x {card.name}")
-        axes.figure.draw_without_rendering()
         plotting.label_ends(axes, labels)
 
 

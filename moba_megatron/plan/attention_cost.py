@@ -43,11 +43,9 @@ class AttentionShape:
     """One call: ``batch`` sequences; under context parallelism the queries of one rank."""
 
     seqlen: int  # keys of the sequence, tokens
-    # chunk_size, topk: as in MoBAConfig
-    chunk_size: int
+    chunk_size: int  # as in MoBAConfig, like
     topk: int
-    # heads, kv_heads, head_dim: on this GPU
-    heads: float
+    heads: float  # on this GPU, like
     kv_heads: float
     head_dim: int
     share: float = 1.0  # of the queries that this GPU has, 1 over the ranks that split them. Zigzag makes the work even
@@ -65,8 +63,7 @@ class AttentionShape:
 
     @property
     def earlier_pairs(self) -> float:
-        every = attended_pairs(self.seqlen, self.chunk_size, self.topk) * self.share * self.heads
-        return every - self.own_pairs
+        return attended_pairs(self.seqlen, self.chunk_size, self.topk) * self.share * self.heads - self.own_pairs
 
     @property
     def scores(self) -> float:
@@ -99,10 +96,9 @@ def term_seconds(shape: AttentionShape, card: Card) -> dict[str, float]:
         # gathers of q and do, one partial dq written and read, for a choice; q, o, do, dq and k, v, dk, dv once
         "bwd bytes": 4 * (shape.choices + q_rows) * shape.row_bytes + 2 * kv_bytes,
     }
-    issued = {"gate choices": shape.choices, "route choices": shape.choices}
     return {**{name: x / card.flops for name, x in operations.items()},
             **{name: x / card.bytes_per_second for name, x in moved.items()},
-            **{name: x / card.issue.value for name, x in issued.items()},
+            **{f"{stage} choices": shape.choices / card.issue.value for stage in ("gate", "route")},
             "launch": LAUNCH_SECONDS, "bwd launches": 10 * LAUNCH_SECONDS}
 
 
@@ -129,11 +125,6 @@ class AttentionTime:
     def backward(self) -> float:
         return self.stages["bwd"]
 
-    @property
-    def alone(self) -> float:
-        """Forward and backward called by themselves: the device waits where the host is slower."""
-        return max(self.forward, self.host_forward) + max(self.backward, self.host_backward)
-
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
@@ -141,8 +132,7 @@ class Calibration:
 
     coefficients: dict[str, float]  # term of attention -> times
     dense: float  # the same for full attention, forward and backward together
-    # host_forward, host_backward: seconds of one call's launches
-    host_forward: float
+    host_forward: float  # seconds of one call's launches, like
     host_backward: float
     elementwise: float  # the same for everything beside products and attention, over the bytes that it must move
     source: str  # what it was fitted to

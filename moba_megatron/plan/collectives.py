@@ -8,6 +8,7 @@ mixed, selective moves less than is counted here.
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass, replace
 
 from ..context_parallel import COMM_TYPES
@@ -20,19 +21,23 @@ LATENCY = 20e-6
 """Seconds of a collective that carries nothing, inside a machine; the network's is twice that (assumed)."""
 
 
+class Amounts:
+    """A dataclass of numbers that are added and multiplied field by field."""
+
+    def __add__(self, other):
+        return type(self)(*map(operator.add, vars(self).values(), vars(other).values()))
+
+    def __mul__(self, times: float):
+        return type(self)(*(value * times for value in vars(self).values()))
+
+
 @dataclass(frozen=True)
-class Traffic:
+class Traffic(Amounts):
     """What one GPU spends on a collective."""
 
     seconds: float = 0.0  # until it is done
     link: float = 0.0  # bytes that it receives from GPUs of its own machine
     network: float = 0.0  # bytes that it receives from other machines through its own port
-
-    def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(self.seconds + other.seconds, self.link + other.link, self.network + other.network)
-
-    def __mul__(self, times: float) -> "Traffic":
-        return Traffic(self.seconds * times, self.link * times, self.network * times)
 
 
 NOTHING = Traffic()
@@ -96,12 +101,10 @@ class LocalShape:
 
     tokens: int  # queries of this rank
     seqlen: int  # tokens of the whole sequence
-    # heads, kv_heads: after tensor parallelism
-    heads: int
+    heads: int  # after tensor parallelism, like
     kv_heads: int
     head_dim: int  # of q, k and v
-    # chunk_size, topk: as in MoBAConfig
-    chunk_size: int
+    chunk_size: int  # as in MoBAConfig, like
     topk: int
 
     @property
@@ -119,17 +122,14 @@ class LocalShape:
 class Exchange:
     """Collectives of one layer, in the order of forward and backward."""
 
-    # first, rest: before attention: what must be there to begin, and what may come while it runs
-    first: Traffic = NOTHING
-    rest: Traffic = NOTHING
-    after: Traffic = NOTHING  # when attention is done
-    # backward_first, backward_rest, backward_after: the same for the backward pass
-    backward_first: Traffic = NOTHING
+    first: Traffic = NOTHING  # what must be there for attention to begin
+    rest: Traffic = NOTHING  # what may come while it runs
+    after: Traffic = NOTHING  # when it is done
+    backward_first: Traffic = NOTHING  # the same for the backward pass
     backward_rest: Traffic = NOTHING
     backward_after: Traffic = NOTHING
     nccl: bool = False  # all of it goes by NCCL, also inside a machine
-    # seconds of a layer for planning what is sent and for handling dispatched rows, which nothing hides
-    beside: float = 0.0
+    beside: float = 0.0  # seconds of a layer for planning what is sent and handling dispatched rows: nothing hides them
 
     @property
     def forward(self) -> Traffic:

@@ -5,10 +5,7 @@ from dataclasses import dataclass, fields
 
 TERA, GIGA = 1e12, 1e9
 
-VENDOR = "vendor"
-MEASURED = "measured"
-DERIVED = "derived"
-ASSUMED = "assumed"
+VENDOR, MEASURED, DERIVED, ASSUMED = "vendor", "measured", "derived", "assumed"
 
 
 @dataclass(frozen=True)
@@ -71,39 +68,36 @@ _PRO = "NVIDIA RTX PRO 6000 Blackwell Workstation data sheet and architecture pa
 _PCIE = "PCIe {} x16 and no NVLink switch: {} GB/s one way"
 
 
-def _vendor(value: float, source: str) -> Figure:
-    return Figure(value, VENDOR, source)
+def _card(name: str, sheet: str, peak: float, memory: float, bandwidth: float, issue: tuple, link: float | tuple,
+          network: tuple, node: tuple, **reached: Figure) -> Card:
+    """A row of the table, in UNITS: numbers are the data sheet's, others are (value, kind, source)."""
+    figures = [x if isinstance(x, tuple) else (x, VENDOR, sheet) for x in (peak, memory, bandwidth, issue, link,
+                                                                           network, node)]
+    return Card(name, *(Figure(value * unit, kind, source)
+                        for (value, kind, source), (unit, _) in zip(figures, UNITS.values())), **reached)
+
+
+def _dgx(name: str, gbits: int) -> tuple[tuple, tuple]:
+    return (gbits / 8, VENDOR, f"{name}: one {gbits} Gbit/s port a GPU"), (8, VENDOR, name)
 
 
 CARDS = {
-    "a6000": Card(
-        "RTX A6000", _vendor(154.8 * TERA, _A6000), _vendor(48 * GIGA, _A6000), _vendor(768 * GIGA, _A6000),
-        Figure(84 * 1.80 * GIGA, VENDOR, "84 SMs, 1.80 GHz boost"),
-        Figure(25 * GIGA, ASSUMED, _PCIE.format("4.0", 25) + " (a pair on an NVLink bridge has 56)"),
-        Figure(12.5 * GIGA, ASSUMED, "one 100 Gbit/s port a GPU"), Figure(4, ASSUMED, "workstations, small servers")),
-    "a100": Card(
-        "A100 80GB SXM", _vendor(312 * TERA, _A100), _vendor(80 * GIGA, _A100), _vendor(2039 * GIGA, _A100),
-        Figure(108 * 1.41 * GIGA, VENDOR, "108 SMs, 1.41 GHz boost"), _vendor(300 * GIGA, _A100),
-        Figure(25 * GIGA, VENDOR, "DGX A100: one 200 Gbit/s port a GPU"), Figure(8, VENDOR, "DGX A100")),
-    "h100": Card(
-        "H100 SXM", _vendor(989.5 * TERA, _H100), _vendor(80 * GIGA, _H100), _vendor(3350 * GIGA, _H100),
-        Figure(132 * 1.98 * GIGA, VENDOR, "132 SMs, 1.98 GHz boost"), _vendor(450 * GIGA, _H100),
-        Figure(50 * GIGA, VENDOR, "DGX H100: one 400 Gbit/s port a GPU"), Figure(8, VENDOR, "DGX H100")),
-    "h200": Card(
-        "H200 SXM", _vendor(989.5 * TERA, _H200), _vendor(141 * GIGA, _H200), _vendor(4800 * GIGA, _H200),
-        Figure(132 * 1.98 * GIGA, VENDOR, "132 SMs, 1.98 GHz boost"), _vendor(450 * GIGA, _H200),
-        Figure(50 * GIGA, VENDOR, "DGX H200: one 400 Gbit/s port a GPU"), Figure(8, VENDOR, "DGX H200"),
-        reached=Figure(790 * TERA, MEASURED, "bf16 matrix products of cuBLAS"),
-        reached_bandwidth=Figure(4300 * GIGA, MEASURED, "bytes read and written by a large copy")),
-    "b200": Card(
-        "B200 (HGX)", _vendor(2250 * TERA, _B200), _vendor(180 * GIGA, _B200), _vendor(8000 * GIGA, _B200),
-        Figure(148 * 1.965 * GIGA, DERIVED, "148 SMs, 1.965 GHz as devices report"), _vendor(900 * GIGA, _B200),
-        Figure(50 * GIGA, VENDOR, "DGX B200: one 400 Gbit/s port a GPU"), Figure(8, VENDOR, "DGX B200")),
-    "rtxpro6000": Card(
-        "RTX PRO 6000 Blackwell", _vendor(503.8 * TERA, _PRO), _vendor(96 * GIGA, _PRO), _vendor(1792 * GIGA, _PRO),
-        Figure(188 * 2.6 * GIGA, DERIVED, "188 SMs; 2.6 GHz from 125 TFLOP/s of fp32"),
-        Figure(50 * GIGA, ASSUMED, _PCIE.format("5.0", 50)),
-        Figure(25 * GIGA, ASSUMED, "one 200 Gbit/s port a GPU"), Figure(8, ASSUMED, "servers with eight cards")),
+    "a6000": _card("RTX A6000", _A6000, 154.8, 48, 768, (84 * 1.80, VENDOR, "84 SMs, 1.80 GHz boost"),
+                   (25, ASSUMED, _PCIE.format("4.0", 25) + " (a pair on an NVLink bridge has 56)"),
+                   (12.5, ASSUMED, "one 100 Gbit/s port a GPU"), (4, ASSUMED, "workstations, small servers")),
+    "a100": _card("A100 80GB SXM", _A100, 312, 80, 2039, (108 * 1.41, VENDOR, "108 SMs, 1.41 GHz boost"), 300,
+                  *_dgx("DGX A100", 200)),
+    "h100": _card("H100 SXM", _H100, 989.5, 80, 3350, (132 * 1.98, VENDOR, "132 SMs, 1.98 GHz boost"), 450,
+                  *_dgx("DGX H100", 400)),
+    "h200": _card("H200 SXM", _H200, 989.5, 141, 4800, (132 * 1.98, VENDOR, "132 SMs, 1.98 GHz boost"), 450,
+                  *_dgx("DGX H200", 400), reached=Figure(790 * TERA, MEASURED, "bf16 matrix products of cuBLAS"),
+                  reached_bandwidth=Figure(4300 * GIGA, MEASURED, "bytes read and written by a large copy")),
+    "b200": _card("B200 (HGX)", _B200, 2250, 180, 8000, (148 * 1.965, DERIVED, "148 SMs, 1.965 GHz as devices report"),
+                  900, *_dgx("DGX B200", 400)),
+    "rtxpro6000": _card("RTX PRO 6000 Blackwell", _PRO, 503.8, 96, 1792,
+                        (188 * 2.6, DERIVED, "188 SMs; 2.6 GHz from 125 TFLOP/s of fp32"),
+                        (50, ASSUMED, _PCIE.format("5.0", 50)), (25, ASSUMED, "one 200 Gbit/s port a GPU"),
+                        (8, ASSUMED, "servers with eight cards")),
 }
 
 
@@ -118,10 +112,5 @@ def find_card(name: str) -> Card:
 
 def as_rows() -> list[dict[str, str]]:
     """Every figure of every card, for a table."""
-    rows = []
-    for key, card in CARDS.items():
-        for name, figure in card.figures().items():
-            divisor, unit = UNITS[name]
-            rows.append({"card": key, "figure": name.replace("_", " "), "value": f"{figure.value / divisor:g} {unit}",
-                         "kind": figure.kind, "source": figure.source})
-    return rows
+    return [{"card": key, "figure": name.replace("_", " "), "value": f"{x.value / UNITS[name][0]:g} {UNITS[name][1]}",
+             "kind": x.kind, "source": x.source} for key, card in CARDS.items() for name, x in card.figures().items()]

@@ -1,11 +1,11 @@
 """Memory of the fullest GPU of a layout, part by part, in bytes."""
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, replace
 
 from .attention_cost import BF16, FP32
 from .layout import Layout
-from .models import Model, Run
+from .models import Run
 
 RESERVED = 5 << 30
 """CUDA context, NCCL buffers, fragmentation of the allocator (assumed)."""
@@ -33,7 +33,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, f.name) for f in fields(self))
+        return sum(astuple(self))
 
 
 def rank_parameters(run: Run, layout: Layout) -> float:
@@ -44,24 +44,21 @@ def rank_parameters(run: Run, layout: Layout) -> float:
     return m.layers / layout.pp * (m.matrix_parameters / layout.tp + 2 * m.hidden) + embeddings + m.hidden
 
 
-def layer_activations(model: Model, run: Run, layout: Layout) -> float:
+def layer_activations(run: Run, layout: Layout) -> float:
     """Bytes that one layer keeps for backward, for one micro batch (one sequence); the mean of sparse and dense layers.
 
     bf16: the two norms' inputs and outputs, q, k, v, o, both halves of SwiGLU and their product. Attention keeps lse in
     fp32. Where it is sparse it keeps the selection and its routing, 4 bytes a choice each; under selective recompute v
     is kept as a view of the fused projection, whose q and k (before rotation) stay alive with it. Dropout is off.
     """
-    tokens = run.seqlen / layout.cp / layout.tp  # with sequence parallelism everything is cut by tensor parallelism
+    m, tokens = run.model, run.seqlen / layout.cp / layout.tp  # sequence parallelism cuts everything
     if layout.recompute == "full":
-        return tokens * model.hidden * BF16
-    heads, kv_heads = model.heads, model.kv_heads
-    per_token = BF16 * (4 * model.hidden + (2 * heads + 2 * kv_heads) * model.head_dim + 3 * model.ffn)
-    sparse = 1 - run.dense_layers / model.layers
+        return tokens * m.hidden * BF16
+    per_token = BF16 * (4 * m.hidden + 2 * (m.heads + m.kv_heads) * m.head_dim + 3 * m.ffn)
+    sparse = 1 - run.dense_layers / m.layers
     if layout.recompute == "selective":
-        per_token += sparse * BF16 * (heads + kv_heads) * model.head_dim
-    else:
-        per_token += heads * (FP32 + sparse * 8 * (run.moba.topk - 1))
-    return tokens * per_token
+        return tokens * (per_token + sparse * BF16 * (m.heads + m.kv_heads) * m.head_dim)
+    return tokens * (per_token + m.heads * (FP32 + sparse * 8 * (run.moba.topk - 1)))
 
 
 def attention_working(run: Run, layout: Layout) -> float:
@@ -99,13 +96,10 @@ def estimate(run: Run, layout: Layout) -> Memory:
     parameters = rank_parameters(run, layout)
     shards = layout.dp * layout.cp if run.distributed_optimizer else 1
     in_flight = min(layout.pp, run.batch // layout.dp)
-    kept = layer_activations(m, run, layout) * (m.layers / layout.pp) * in_flight
-    tokens = run.seqlen / layout.cp
+    layer = layer_activations(run, layout)
     # what is recomputed of a layer exists while its backward runs
-    recomputed = 0.0
-    if layout.recompute != "none":
-        recomputed = layer_activations(m, run, layout.with_recompute("none")) - layer_activations(m, run, layout)
-    logits = tokens * m.padded_vocabulary(layout.tp) / layout.tp * LOGIT
-    working = max(attention_working(run, layout) + recomputed, logits)
-    return Memory(BF16 * parameters, FP32 * parameters, ADAM * parameters / shards, kept, working,
-                  gathered(run, layout))
+    recomputed = layer_activations(run, replace(layout, recompute="none")) - layer
+    logits = run.seqlen / layout.cp * m.padded_vocabulary(layout.tp) / layout.tp * LOGIT
+    return Memory(BF16 * parameters, FP32 * parameters, ADAM * parameters / shards,
+                  layer * (m.layers / layout.pp) * in_flight,
+                  max(attention_working(run, layout) + recomputed, logits), gathered(run, layout))

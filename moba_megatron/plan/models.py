@@ -10,34 +10,38 @@ VOCABULARY_MULTIPLE = 128
 """Megatron pads the vocabulary to a multiple of this times the tensor parallel size."""
 DEFAULT_BATCH_TOKENS = 4 << 20
 """Tokens of a step where the user names no batch size."""
+SIZES = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocabulary")
+"""Of a model, by the names of its fields."""
+
+
+def _at_least_one(settings, names: tuple[str, ...], of: str = "") -> None:
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{of}{name} must be at least 1, got {getattr(settings, name)}")
 
 
 @dataclass(frozen=True)
 class Model:
     """A Llama-like transformer: RMSNorm, RoPE, grouped queries, SwiGLU, no biases."""
 
-    # layers, hidden, heads, kv_heads, head_dim, ffn, vocabulary: sizes; `ffn` is one of SwiGLU's two halves
     layers: int
     hidden: int
     heads: int
     kv_heads: int
     head_dim: int
-    ffn: int
+    ffn: int  # one of SwiGLU's two halves
     vocabulary: int
     tied: bool = False  # the output layer shares the embedding
 
     def __post_init__(self):
-        for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocabulary"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model {name} must be at least 1, got {getattr(self, name)}")
+        _at_least_one(self, SIZES, "model ")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads must be a multiple of kv_heads = {self.kv_heads}, got {self.heads}")
 
     @property
     def matrix_parameters(self) -> int:
         """Of one layer: the weights that multiply tokens."""
-        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        return attention + 3 * self.hidden * self.ffn
+        return 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads) + 3 * self.hidden * self.ffn
 
     def padded_vocabulary(self, tensor_parallel: int = 1) -> int:
         multiple = VOCABULARY_MULTIPLE * tensor_parallel
@@ -72,9 +76,7 @@ class Run:
     attention: str = "moba"  # `moba` or `full`
 
     def __post_init__(self):
-        for name in ("seqlen", "gpus", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        _at_least_one(self, ("seqlen", "gpus", "batch"))
         if self.attention not in ("moba", "full"):
             raise ValueError(f"attention must be moba or full, got {self.attention!r}")
 

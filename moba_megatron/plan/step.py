@@ -2,12 +2,12 @@
 every sensible layout of a run, predicted, sorted by cost."""
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 from ..context_parallel import COMM_TYPES
 from . import collectives
 from .attention_cost import BF16, FP32, AttentionShape, Calibration
-from .collectives import NOTHING, Exchange, Group, LocalShape, Traffic, exchange
+from .collectives import NOTHING, Amounts, Exchange, Group, LocalShape, Traffic, exchange
 from .hardware import Card
 from .layout import RECOMPUTE, Layout, candidates, refusals
 from .memory import Memory, estimate, rank_parameters
@@ -30,21 +30,17 @@ RING_SECONDS = 1.6e-3
 time (benchmarks/planner/measured.py)."""
 GATHERED_DENSE = 1.16
 """Full attention on gathered keys over a fourth of one GPU's time, in Transformer Engine on four H200s (same)."""
+PARTS = ("matrices", "elementwise", "attention", "output", "context", "tensor", "pipeline", "data", "optimizer", "host")
+"""What the time of a step goes to."""
 
 
 @dataclass(frozen=True)
-class Part:
+class Part(Amounts):
     """Seconds and traffic of one thing in a step, on the busiest GPU."""
 
     seconds: float = 0.0  # that nothing else hides
     hidden: float = 0.0  # seconds of communication that computation hides
     traffic: Traffic = NOTHING  # of a step; its seconds are those of the links, hidden or not
-
-    def __add__(self, other: "Part") -> "Part":
-        return Part(self.seconds + other.seconds, self.hidden + other.hidden, self.traffic + other.traffic)
-
-    def __mul__(self, times: float) -> "Part":
-        return Part(self.seconds * times, self.hidden * times, self.traffic * times)
 
 
 @dataclass(frozen=True)
@@ -55,12 +51,9 @@ class Prediction:
     run: Run
     layout: Layout
     memory: Memory  # of the fullest GPU
-    # `matrices`, `elementwise`, `attention`, `output`, `context`, `tensor`, `pipeline`, `data`,
-    # `optimizer`, `host`: they add up to the step
-    parts: dict[str, Part]
+    parts: dict[str, Part]  # PARTS, which add up to the step
     mfu: float  # operations as if every layer attended fully, over the card's peak. Above 1 where MoBA saves that much
     mfu_moba: float  # the same with the operations that are done
-    refused: list[str] = field(default_factory=list)  # why it would not run; empty where it would
 
     @property
     def seconds(self) -> float:
@@ -92,23 +85,18 @@ def predict(run: Run, layout: Layout, card: Card, calibration: Calibration, opti
     dense, sparse = (_layer(run, layout, card, calibration, is_dense) for is_dense in (True, False))
     stages = []
     per_stage = run.model.layers // layout.pp
-    for stage in range(layout.pp):
-        numbers = range(stage * per_stage + 1, (stage + 1) * per_stage + 1)
-        full = sum(run.is_dense(number) for number in numbers)
-        parts = _merge(_scaled(dense, full), _scaled(sparse, per_stage - full))
-        if stage == layout.pp - 1:
-            parts["output"] = _output(run, layout, card)
-        stages.append(parts)
+    for first in range(1, run.model.layers + 1, per_stage):
+        full = sum(run.is_dense(number) for number in range(first, first + per_stage))
+        stages.append({name: dense[name] * full + sparse[name] * (per_stage - full) for name in dense})
+    stages[-1]["output"] = _output(run, layout, card)
     seconds = [sum(part.seconds for part in parts.values()) for parts in stages]
     slowest = max(range(layout.pp), key=seconds.__getitem__)
-    parts = _scaled(stages[slowest], micro_batches)
+    parts = {name: part * micro_batches for name, part in stages[slowest].items()}
     bubble = sum(seconds) - seconds[slowest]  # the first micro batch passes every other stage too
     parts["pipeline"] = _pipeline(run, layout, card, micro_batches) + Part(bubble)
     if optimizer:
         parts |= _update(run, layout, card, seconds[slowest])
-    names = ("matrices", "elementwise", "attention", "output", "context", "tensor", "pipeline", "data", "optimizer",
-             "host")
-    parts = {name: parts.get(name, Part()) for name in names}
+    parts = {name: parts.get(name, Part()) for name in PARTS}
     total = sum(part.seconds for part in parts.values())
     rate = layout.gpus * card.peak.value * total
     return Prediction(run, layout, estimate(run, layout), parts, run.step_flops(dense=True) / rate,
@@ -119,16 +107,16 @@ def plan(run: Run, card: Card, calibration: Calibration, fixed: dict[str, int | 
          ) -> tuple[list[Prediction], list[tuple[Layout, list[str]]]]:
     """All layouts that agree with ``fixed``, fields of Layout that the user has decided: those that fit, cheapest first
     (with the least recompute that fits), and the others with reasons."""
-    fit, out = [], []
+    fit, out, fixed = [], [], dict(fixed or {})
+    recompute = fixed.pop("recompute", None)
+    modes = RECOMPUTE if recompute is None else (recompute,)
     for layout in candidates(run, int(card.node.value)):
-        if any(getattr(layout, name) != value for name, value in (fixed or {}).items() if name != "recompute"):
+        if any(getattr(layout, name) != value for name, value in fixed.items()):
             continue
-        why = refusals(run, layout)
-        if why:
+        if why := refusals(run, layout):
             out.append((layout, why))
             continue
-        modes = [m for m in RECOMPUTE if (fixed or {}).get("recompute", m) == m]
-        predictions = [predict(run, layout.with_recompute(m), card, calibration) for m in modes]
+        predictions = [predict(run, replace(layout, recompute=m), card, calibration) for m in modes]
         enough = [p for p in predictions if p.memory.total <= card.memory.value]
         if enough:
             fit.append(min(enough, key=lambda p: p.cost))
@@ -138,12 +126,6 @@ def plan(run: Run, card: Card, calibration: Calibration, fixed: dict[str, int | 
     return sorted(fit, key=lambda p: p.cost), out
 
 
-def _merge(a: dict[str, Part], b: dict[str, Part]) -> dict[str, Part]:
-    return {name: a.get(name, Part()) + b.get(name, Part()) for name in {**a, **b}}
-
-
-def _scaled(parts: dict[str, Part], times: float) -> dict[str, Part]:
-    return {name: part * times for name, part in parts.items()}
 
 
 def _layer(run: Run, layout: Layout, card: Card, calibration: Calibration, dense: bool) -> dict[str, Part]:
@@ -151,8 +133,7 @@ def _layer(run: Run, layout: Layout, card: Card, calibration: Calibration, dense
     model, again, attention_again = run.model, layout.recompute == "full", layout.recompute != "none"
     tokens = run.seqlen / layout.cp
     matrices = 2 * tokens * model.matrix_parameters / layout.tp / (card.flops * matrix_share(run, layout))
-    elementwise = elementwise_bytes(run) * calibration.elementwise * tokens / layout.tp
-    elementwise /= card.bytes_per_second
+    elementwise = elementwise_bytes(run) * calibration.elementwise * tokens / layout.tp / card.bytes_per_second
     forward, backward, host = _attention(run, layout, card, calibration, dense)
     moved = Exchange()
     if layout.comm_type in COMM_TYPES:  # the ring of p2p is part of the time of attention
@@ -225,8 +206,7 @@ def elementwise_bytes(run: Run) -> float:
     write one), the layout changes of q, k, v and o.
     """
     m = run.model
-    rotated = (m.heads + m.kv_heads) * m.head_dim
-    return BF16 * (4 * m.hidden + 6 * m.hidden + 2 * rotated + 3 * m.ffn)
+    return BF16 * (4 * m.hidden + 6 * m.hidden + 2 * (m.heads + m.kv_heads) * m.head_dim + 3 * m.ffn)
 
 
 def _output(run: Run, layout: Layout, card: Card) -> Part:
@@ -240,8 +220,7 @@ def _pipeline(run: Run, layout: Layout, card: Card, micro_batches: int) -> Part:
     if layout.pp == 1:
         return Part()
     sent = run.seqlen / layout.cp * run.model.hidden * BF16 / layout.tp
-    one = collectives.point_to_point(layout.gpus // layout.pp, sent, card)
-    both = one * (2 * (micro_batches + layout.pp - 1))
+    both = collectives.point_to_point(layout.gpus // layout.pp, sent, card) * (2 * (micro_batches + layout.pp - 1))
     return Part(both.seconds, 0.0, both)
 
 
@@ -254,8 +233,8 @@ def _update(run: Run, layout: Layout, card: Card, micro_batch_seconds: float) ->
     weights = collectives.all_gather(ranks, BF16 * parameters / ranks.size, card)
     if not run.distributed_optimizer:  # an all-reduce: scatter and gather of gradients
         weights = gradients
-    late = max(0.0, gradients.seconds - micro_batch_seconds * 2 / 3)
-    late += max(0.0, weights.seconds - micro_batch_seconds / 3)
+    late = (max(0.0, gradients.seconds - micro_batch_seconds * 2 / 3)
+            + max(0.0, weights.seconds - micro_batch_seconds / 3))
     both = gradients + weights
     shards = ranks.size if run.distributed_optimizer else 1
     return {"data": Part(late, both.seconds - late, both),
