@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..config import MoBAConfig
 from ..flops import attention_flops, dense_attention_flops
@@ -91,7 +92,7 @@ class Run:
             return True
         return self.moba.is_full_attention(layer_number, self.model.layers)
 
-    @property
+    @cached_property
     def dense_layers(self) -> int:
         return sum(self.is_dense(number) for number in range(1, self.model.layers + 1))
 
