@@ -26,9 +26,6 @@ from .picture import draw_report, draw_trace, write_page
 from .report import as_record, as_table
 from .trace import RoutingTrace, load_trace, save_trace
 
-EXCERPT = 120
-"""Characters of a chunk's text that the page shows."""
-
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m moba_megatron.inspect", description=__doc__,
@@ -94,7 +91,7 @@ def look(args: argparse.Namespace) -> tuple[RoutingTrace, dict, list[str]]:
                  **describe(device), "command": "python -m moba_megatron.inspect " + " ".join(sys.argv[1:])}
         trace = recorder.trace(about)
     size = trace.chunk_size
-    excerpts = [words.decode(ids[i * size:(i + 1) * size])[:EXCERPT] for i in range(trace.num_chunks)]
+    excerpts = [words.decode(ids[i * size:(i + 1) * size])[:120] for i in range(trace.num_chunks)]
     return trace, log.report, excerpts
 
 
@@ -114,10 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.output:
             for path in write(Path(args.output), trace, report, excerpts):
                 print(path)
-    except ImportError as error:
-        print(f"error: {error}; pictures need matplotlib: pip install -e '.[plot]'", file=sys.stderr)
-        return 2
-    except (ValueError, OSError) as error:
+    except (ImportError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

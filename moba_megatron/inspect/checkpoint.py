@@ -3,15 +3,11 @@
 examples/pretrain_gpt.py saves with each checkpoint (in its common part, under DESCRIPTION) what it takes to build the
 model again, as plain values:
 
-=================  ==================================================================================================
-transformer        arguments of Megatron's TransformerConfig that shape the model; activation_func by its name in
-                   torch.nn.functional
-gpt                arguments of Megatron's GPTModel
-moba               fields of MoBAConfig
-tokenizer          name of the tokenizer: ByteLevel or HuggingFaceTokenizer
-=================  ==================================================================================================
+- ``transformer``: arguments of Megatron's TransformerConfig; activation_func by its name in torch.nn.functional
+- ``gpt``: arguments of Megatron's GPTModel; ``moba``: fields of MoBAConfig
+- ``tokenizer``: ByteLevel or HuggingFaceTokenizer
 
-So this module knows no training script, and another that saves the same can be inspected too.
+Another training script that saves the same can be inspected too.
 """
 from __future__ import annotations
 
@@ -127,25 +123,17 @@ def load_model(checkpoint: Path, description: dict, moba: MoBAConfig, device: to
     return model.to(device).eval()
 
 
-class Bytes:
-    """Every byte of the UTF-8 text is a token."""
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode("utf-8"))
-
-    def decode(self, ids: list[int]) -> str:
-        """A character that was cut in two, and ids that are no bytes, become a replacement character."""
-        return bytes(i if i < 256 else 255 for i in ids).decode("utf-8", errors="replace")
 
 
 def tokenizer(name: str, path: str | None):
-    """Something with ``encode`` and ``decode``: bytes, or the Hugging Face tokenizer in a directory.
+    """Something with ``encode`` and ``decode``: the text's UTF-8 bytes, or the Hugging Face tokenizer in a directory.
 
     Raises:
         ValueError: the name is unknown, or a Hugging Face tokenizer cannot be had.
     """
-    if name == "ByteLevel":
-        return Bytes()
+    if name == "ByteLevel":  # half a character, and ids that are no bytes, become a replacement character
+        return SimpleNamespace(encode=lambda text: list(text.encode("utf-8")), decode=lambda ids: bytes(
+            min(i, 255) for i in ids).decode("utf-8", errors="replace"))
     if name != "HuggingFaceTokenizer":
         raise ValueError(f"the tokenizer of the checkpoint must be ByteLevel or HuggingFaceTokenizer, got {name!r}")
     if path is None or not Path(path).is_dir():

@@ -60,18 +60,18 @@ class Choices:
         first = (heads[None, :] * num_rows + rows[:, None]) * self.num_chunks
         spare = self.q.shape[1] * num_rows * self.num_chunks  # where that lands which is not counted
         table = torch.zeros(spare + 1, dtype=torch.int64, device=self.q.device)
-        one = torch.ones((), dtype=torch.int64, device=self.q.device).expand(first.numel())
         for chosen in self.selected.unbind(2):  # one by one, to bound the memory
-            index = torch.where((chosen >= 0) & (rows >= 0)[:, None], first + chosen, spare)
-            table.index_add_(0, index.flatten(), one)
+            index = torch.where((chosen >= 0) & (rows >= 0)[:, None], first + chosen, spare).flatten()
+            table.index_add_(0, index, table.new_ones(()).expand(index.numel()))
         return table[:-1].view(self.q.shape[1], num_rows, self.num_chunks)
 
 
-def message_device() -> torch.device:
-    """Where tensors must be that all ranks of the world add up."""
-    if dist.is_initialized() and "nccl" in dist.get_backend():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """``x`` added up over all ranks of the world, on the CPU."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        x = x.to("cuda" if "nccl" in dist.get_backend() else "cpu")
+        dist.all_reduce(x)
+    return x.cpu()
 
 
 @torch.no_grad()

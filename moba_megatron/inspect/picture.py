@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from .. import plotting
-from .report import Report
-from .trace import RoutingTrace
+from .report import Report, as_record
+from .trace import NUMBERS, RoutingTrace
 
 MOST_CELLS, PAGE_CELLS = 256, 128
 """Rows and columns of a heat map, and of the page's; neighbouring chunks of longer sequences are averaged."""
@@ -22,7 +22,7 @@ MARK = "{{data}}"
 def draw_trace(trace: RoutingTrace, path: str | Path) -> None:
     """A heat map for each layer and head: which share of the queries of a chunk attends to a chunk."""
     layers, heads = spread(trace.layers, MOST_PANELS), spread(range(trace.num_heads), MOST_PANELS)
-    ticks = [int(x) for x in spread(range(trace.num_chunks), 3)]
+    ticks = spread(range(trace.num_chunks), 3)
     with plotting.figure(path, rows=len(layers), columns=len(heads), width=max(plotting.WIDTH, 1.05 * len(heads)),
                          height=1.05 * len(layers) + 1.1, squeeze=False, sharex=True, sharey=True) as (drawn, grid):
         for row, layer in zip(grid, layers):
@@ -54,8 +54,8 @@ def draw_report(report: Report, path: str | Path) -> None:
                          height=(max(0.5, 0.14 * len(layers)) + 0.75) * len(names), squeeze=False) as (drawn, grid):
         for axes, name in zip(grid[:, 0], names):
             values = np.array([report[layer][name] for layer in layers])
-            image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=None if name == "imbalance" else 0,
-                                vmax=None if name == "imbalance" else 1, interpolation="nearest")
+            image = axes.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest",
+                                **({} if name == "imbalance" else {"vmin": 0, "vmax": 1}))
             axes.set_title(f"{name.replace('_', ' ')}, mean {values.mean():.2f}", fontsize=9)
             shown = spread(range(len(layers)), MOST_PANELS)
             axes.set_yticks(shown, [layers[i] for i in shown])
@@ -85,13 +85,10 @@ def page_data(trace: RoutingTrace, report: Report | None = None, excerpts: Seque
         tables = [coarse(table, PAGE_CELLS) for table in trace.shares(layer)]
         below = np.tril_indices(len(tables[0]))
         shares[str(layer)] = [np.rint(1000 * table[below]).astype(int).tolist() for table in tables]
-    statistics = {str(layer): {name: [round(value, 4) for value in values] for name, values in heads.items()}
-                  for layer, heads in (report or {}).items()}
-    about = {name: value for name, value in trace.about.items() if value is not None}
-    return {"about": about, "chunk_size": trace.chunk_size, "topk": trace.topk,
-            "seq_length": trace.seq_length, "sequences": trace.sequences, "num_chunks": trace.num_chunks,
-            "num_heads": trace.num_heads, "num_kv_heads": trace.num_kv_heads, "width": width, "shares": shares,
-            "statistics": statistics, "excerpts": list(excerpts or [])}
+    return {"about": {name: value for name, value in trace.about.items() if value is not None},
+            **{name: getattr(trace, name) for name in (*NUMBERS, "num_chunks")}, "width": width, "shares": shares,
+            "statistics": {layer: record["heads"] for layer, record in as_record(report or {}).items()},
+            "excerpts": list(excerpts or [])}
 
 
 def coarse(table: np.ndarray, most: int) -> np.ndarray:
@@ -106,6 +103,4 @@ def coarse(table: np.ndarray, most: int) -> np.ndarray:
 def spread(items, most: int) -> list:
     """At most ``most`` of the items, evenly spaced, the first and the last among them."""
     items = list(items)
-    if len(items) <= most:
-        return items
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+    return [items[i] for i in np.linspace(0, len(items) - 1, min(len(items), most)).round().astype(int)]

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from .choices import Choices, look, message_device
+from .choices import Choices, look, sum_over_ranks
 from .trace import RoutingTrace
 
 
@@ -50,8 +50,8 @@ class TraceRecorder:
             tensor_rank = parallel_state.get_tensor_model_parallel_rank()
         found = [(self._numbers, sorted(self._tables))]
         if dist.is_initialized():
-            found = [None] * dist.get_world_size()
-            dist.all_gather_object(found, (self._numbers, sorted(self._tables)))
+            found *= dist.get_world_size()
+            dist.all_gather_object(found, found[0])
         numbers = dict(next((n for n, _ in found if n), {}))
         if not numbers:
             raise ValueError("no layer has a choice: topk * chunk_size covers the sequence, or all layers are dense")
@@ -59,13 +59,11 @@ class TraceRecorder:
         num_heads = numbers.pop("num_heads")
         counts = {}
         for layer in sorted({layer for _, layers in found for layer in layers}):
-            table = torch.zeros(num_heads, size, size, dtype=torch.int64, device=message_device())
+            table = torch.zeros(num_heads, size, size, dtype=torch.int64)
             if layer in self._tables:
                 mine = self._tables[layer]
                 table[tensor_rank * mine.shape[0]:][:mine.shape[0]] = mine
-            if dist.is_initialized():
-                dist.all_reduce(table)
-            counts[layer] = table.cpu().numpy()
+            counts[layer] = sum_over_ranks(table).numpy()
         numbers["sequences"] *= data_parallel
         return RoutingTrace.from_counts(counts=counts, about=about, **numbers)
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from statistics import fmean
 
 Report = Mapping[int, Mapping[str, list[float]]]
 """For each layer that has a choice, by its number: each statistic by its name, a value a head."""
@@ -9,8 +10,11 @@ Report = Mapping[int, Mapping[str, list[float]]]
 
 def as_record(report: Report) -> dict:
     """The report for a line of JSON: for each layer the mean over its heads, and under ``heads`` each head's value."""
-    return {str(layer): {**{name: _round(_mean(values)) for name, values in heads.items()},
-                         "heads": {name: [_round(value) for value in values] for name, values in heads.items()}}
+    def rounded(x: float) -> float:
+        return float(f"{x:.4g}")
+
+    return {str(layer): {**{name: rounded(fmean(values)) for name, values in heads.items()},
+                         "heads": {name: list(map(rounded, values)) for name, values in heads.items()}}
             for layer, heads in report.items()}
 
 
@@ -18,8 +22,8 @@ def as_scalars(report: Report) -> dict[str, float]:
     """The report for TensorBoard: each statistic's mean over heads, by layer and over all layers."""
     scalars = {}
     for name in _names(report):
-        layers = {layer: _mean(heads[name]) for layer, heads in report.items()}
-        scalars[f"router/{name}"] = _mean(layers.values())
+        layers = {layer: fmean(heads[name]) for layer, heads in report.items()}
+        scalars[f"router/{name}"] = fmean(layers.values())
         scalars.update({f"router-{name}/layer-{layer:03d}": value for layer, value in layers.items()})
     return scalars
 
@@ -36,18 +40,10 @@ def as_table(report: Report) -> str:
     """The report as text: a line a layer, means over heads."""
     names = _names(report)
     lines = ["layer" + "".join(name.replace("_", " ").rjust(13) for name in names)]
-    for layer, heads in sorted(report.items()):
-        lines.append(f"{layer:5d}" + "".join(f"{_mean(heads[name]):13.3f}" for name in names))
+    lines += [f"{layer:5d}" + "".join(f"{fmean(heads[name]):13.3f}" for name in names)
+              for layer, heads in sorted(report.items())]
     return "\n".join(lines)
 
 
 def _names(report: Report) -> list[str]:
     return list(next(iter(report.values()), {}))
-
-
-def _mean(values) -> float:
-    return sum(values) / len(values)
-
-
-def _round(x: float) -> float:
-    return float(f"{x:.4g}")

@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from ..megatron.host import host_args, host_iteration
-from .choices import look, message_device, watching
+from .choices import look, sum_over_ranks, watching
 from .report import Report, as_record, as_scalars, summary
 from .statistics import NAMES, Places, Tally, layer_statistics, sums, tally
 
@@ -57,21 +57,17 @@ class RouterLog:
     def _join(self, observer: _Observer) -> Report:
         size, rank = 1, 0
         if parallel_state.model_parallel_is_initialized():
-            size, rank = (parallel_state.get_tensor_model_parallel_world_size(),
-                          parallel_state.get_tensor_model_parallel_rank())
+            size = parallel_state.get_tensor_model_parallel_world_size()
+            rank = parallel_state.get_tensor_model_parallel_rank()
         heads = slice(rank * self.num_heads // size, (rank + 1) * self.num_heads // size)
         # for each layer and head: the sums of the statistics over the ranks, and how many ranks there are
         joined = torch.zeros(self.num_layers, self.num_heads, len(NAMES) + 1, dtype=torch.float64)
         for layers, values in _local_statistics(list(observer.tallies.items()), observer.group):
             valid = ~values.isnan().any(2, keepdim=True)
             joined[[layer - 1 for layer in layers], heads] = torch.cat((values.masked_fill(~valid, 0), valid), dim=2)
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            message = joined.to(message_device())
-            dist.all_reduce(message)
-            joined = message.cpu()
-        means, ranks = (joined[..., :-1] / joined[..., -1:]).transpose(1, 2).tolist(), joined[..., -1]
-        return {layer: dict(zip(NAMES, means[layer - 1]))
-                for layer, seen in enumerate(ranks.gt(0).all(1).tolist(), 1) if seen}
+        joined = sum_over_ranks(joined)
+        means, seen = (joined[..., :-1] / joined[..., -1:]).transpose(1, 2).tolist(), joined[..., -1].gt(0).all(1)
+        return {layer: dict(zip(NAMES, means[layer - 1])) for layer in (seen.nonzero()[:, 0] + 1).tolist()}
 
 
 class _Observer:
@@ -113,8 +109,8 @@ def _local_statistics(tallies: list[tuple[int, Tally]], group: dist.ProcessGroup
     firsts = [x.first for x in places]
     values = torch.cat((message, *firsts)).cpu().split([x.numel() for x in (*parts, *firsts)])  # fp64 holds the ids
     for run, where, total, first in zip(runs, places, values, values[len(runs):]):
-        yield [layer for layer, _ in run], layer_statistics(total, first.long(), where.topk, len(run),
-                                                            where.choosers.numel())
+        yield ([layer for layer, _ in run],
+               layer_statistics(total, first.long(), where.topk, len(run), where.choosers.numel()))
 
 
 def log_router(original):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 FORMAT = 1
-_NUMBERS = ("chunk_size", "topk", "seq_length", "sequences", "num_heads", "num_kv_heads")
+NUMBERS = ("chunk_size", "topk", "seq_length", "sequences", "num_heads", "num_kv_heads")
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,14 @@ class RoutingTrace:
     seq_length: int  # tokens of each sequence
     num_heads: int  # query heads of the whole model
     num_kv_heads: int  # key/value heads; query head `h` uses `h // (num_heads // num_kv_heads)`
-    # for each sparse layer, by its 1-based global number, the non-zero counts: `(index, count)`, int64 `[nnz]`
-    # each, with the flat index `(head * N + query chunk) * N + chosen chunk`, ascending
+    # of each sparse layer, by its 1-based global number, the non-zero counts: `(index, count)`, int64 `[nnz]` each, by
+    # the flat index `(head * N + query chunk) * N + chosen chunk`, ascending
     choices: Mapping[int, tuple[np.ndarray, np.ndarray]]
     sequences: int = 1  # sequences whose choices are added up
-    # where it came from, JSON values: checkpoint, iteration, text, versions
-    about: Mapping = field(default_factory=dict)
+    about: Mapping = field(default_factory=dict)  # JSON values: the checkpoint, iteration, text, versions behind it
 
     def __post_init__(self):
-        for name in _NUMBERS:
+        for name in NUMBERS:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} of a routing trace must be at least 1, got {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
@@ -70,11 +69,8 @@ class RoutingTrace:
         if len(shapes) != 1 or len(shape := shapes.pop()) != 3 or shape[1:] != (n, n):
             raise ValueError(f"counts must hold at least one layer, each of shape [heads, {n}, {n}], got "
                              f"{ {layer: np.shape(table) for layer, table in counts.items()} }")
-        choices = {}
-        for layer, table in counts.items():
-            flat = np.asarray(table, dtype=np.int64).ravel()
-            index = np.flatnonzero(flat)
-            choices[int(layer)] = (index, flat[index])
+        flat = {int(layer): np.asarray(table, dtype=np.int64).ravel() for layer, table in counts.items()}
+        choices = {layer: (index := np.flatnonzero(table), table[index]) for layer, table in flat.items()}
         return cls(chunk_size, topk, seq_length, shape[0], num_kv_heads, choices, sequences, about or {})
 
     @property
@@ -115,11 +111,13 @@ class RoutingTrace:
 
 def save_trace(trace: RoutingTrace, path: str | Path) -> None:
     """Writes a compressed .npz: indices as first differences, integers as narrow as they fit."""
-    arrays = {name: np.int64(getattr(trace, name)) for name in _NUMBERS}
+    def narrow(x: np.ndarray) -> np.ndarray:
+        return x.astype(np.min_scalar_type(int(x.max(initial=0))))
+
+    arrays = {name: np.int64(getattr(trace, name)) for name in NUMBERS}
     for layer in trace.layers:
         index, count = trace.choices[layer]
-        arrays[f"layer_{layer}_steps"] = _narrow(np.diff(index, prepend=0))
-        arrays[f"layer_{layer}_counts"] = _narrow(count)
+        arrays |= {f"layer_{layer}_steps": narrow(np.diff(index, prepend=0)), f"layer_{layer}_counts": narrow(count)}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:  # a path without .npz stays what it is
@@ -139,7 +137,7 @@ def load_trace(path: str | Path) -> RoutingTrace:
         with np.load(path, allow_pickle=False) as file:
             if int(file["format"]) != FORMAT:
                 raise ValueError(f"its format is {int(file['format'])}, this version reads {FORMAT}")
-            numbers = {name: int(file[name]) for name in _NUMBERS}
+            numbers = {name: int(file[name]) for name in NUMBERS}
             choices = {int(layer): (np.cumsum(file[f"layer_{layer}_steps"], dtype=np.int64),
                                     file[f"layer_{layer}_counts"].astype(np.int64)) for layer in file["layers"]}
             return RoutingTrace(choices=choices, about=json.loads(str(file["about"])), **numbers)
@@ -147,5 +145,3 @@ def load_trace(path: str | Path) -> RoutingTrace:
         raise ValueError(f"{path} is no routing trace of python -m moba_megatron.inspect --trace: {error}") from error
 
 
-def _narrow(x: np.ndarray) -> np.ndarray:
-    return x.astype(np.min_scalar_type(int(x.max(initial=0))))
