@@ -24,8 +24,8 @@ from moba_megatron.experimental.cost_model import (
     RELAYED_FROM,
     RowSizes,
     cheapest_mode,
-    mixed_ranks,
     owner_of_chunks,
+    reckon,
     replicas_of,
     seconds_of,
     seconds_of_modes,
@@ -101,7 +101,7 @@ def compute_ranks_for(who, table, rank_chunks, sizes, group):
     if who == "owners":
         return MIXED, owner.expand(table.shape)
     with mock.patch.object(cost_model, "HANDLING", 0):
-        return MIXED, mixed_ranks(table, owner, sizes, 1e18)
+        return MIXED, reckon(table, owner, sizes, 1e18)[1][MIXED]
 
 
 def compare(case, who, expected, group):
@@ -296,7 +296,7 @@ def test_a_rank_fetches_what_many_of_its_choices_want():
     table[1, :, 0], table[2, :, 0], table[3, 1, 3] = 6000, 5000, 6000
     owner = owner_of_chunks(rank_chunks, table.shape[2])
     assert owner.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 0]
-    computed_by = mixed_ranks(table, owner, SIZES_OF_ROWS, 1e9)
+    computed_by = reckon(table, owner, SIZES_OF_ROWS, 1e9)[1][MIXED]
     copies = replicas_of(table, computed_by, owner)
     assert copies.nonzero().tolist() == [[1, 0, 0], [1, 1, 0], [3, 1, 3]]
     assert torch.equal(torch.where(copies, owner, computed_by), owner.expand(table.shape)), "all others are dispatched"
@@ -309,7 +309,7 @@ def test_a_busy_owner_is_relieved():
     table, rank_chunks = table_for(8, 1, 1, 0)
     table[:, :, 0], table[:, :, 1] = 2000, 1200
     owner = owner_of_chunks(rank_chunks, table.shape[2])
-    computed_by = mixed_ranks(table, owner, SIZES_OF_ROWS, 280e9)
+    computed_by = reckon(table, owner, SIZES_OF_ROWS, 280e9)[1][MIXED]
     work = torch.zeros(8, dtype=torch.int64).scatter_add_(0, computed_by.flatten(), table.long().flatten())
     assert work.sum() == 8 * 3200 and work.max() <= 2 * work.sum() / 8 < 8 * 1200
     copies = replicas_of(table, computed_by, owner)
@@ -318,7 +318,7 @@ def test_a_busy_owner_is_relieved():
     before = seconds_of(table, owner.expand(table.shape), owner, SIZES_OF_ROWS, 280e9)
     assert seconds_of(table, computed_by, owner, SIZES_OF_ROWS, 280e9) < 0.5 * before
     even, rank_chunks = table_for(8, 1, 1, 1000)
-    assert torch.equal(mixed_ranks(even, owner, SIZES_OF_ROWS, 280e9), owner.expand(even.shape))
+    assert torch.equal(reckon(even, owner, SIZES_OF_ROWS, 280e9)[1][MIXED], owner.expand(even.shape))
 
 
 def test_measured_bytes_are_counted_bytes(results):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moba_megatron.context_parallel.selective import DISPATCH_FROM, HANDLING, PLANNING
-from moba_megatron.experimental.cost_model import RowSizes, is_relayed, mixed_ranks, replicas_of
+from moba_megatron.experimental.cost_model import MIXED, RowSizes, is_relayed, reckon, replicas_of
 from moba_megatron.plan.attention_cost import BF16, FP32, LINK_SHARE, AttentionShape, Calibration
 from moba_megatron.plan.collectives import LATENCY, Group, all_gather, query_bytes
 from moba_megatron.plan.hardware import Card
@@ -132,7 +132,7 @@ def mixed(layer: Layer, routing: Routing, ranks: int, link: float) -> RankTraffi
         link: bytes a second of a rank.
     """
     sizes = RowSizes(BF16, layer.head_dim, layer.head_dim, layer.chunk_size)
-    return _served(layer, routing, ranks, lambda table, home: mixed_ranks(table, home, sizes, link))
+    return _served(layer, routing, ranks, lambda table, home: reckon(table, home, sizes, link)[1][MIXED])
 
 
 def _served(layer: Layer, routing: Routing, ranks: int,

@@ -10,8 +10,7 @@ what, ``dispatch_plan`` and ``replicas`` list what goes where, ``chunk_attention
   ``all_gather`` and ``a2a+all_gather`` on the same machines.
 - Until when: it goes by REMOVE_BY (a test says so) unless that was measured.
 
-Imports go one way: this may import anything of the package; of the package only ``context_parallel.selective`` imports
-this, where the comm type asks for it.
+Of the package only ``context_parallel.selective`` imports this, where the comm type asks for it.
 """
 from __future__ import annotations
 

@@ -17,7 +17,6 @@ Arguments, where nothing else is said:
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,29 +83,29 @@ def seconds_of_modes(table: Tensor, rank_chunks: Tensor, sizes: RowSizes, link: 
 
     ``members_a_node`` ranks share what a gather brings into their node.
     """
-    owner = owner_of_chunks(rank_chunks, table.shape[2])
-    candidates = owner.expand(table.shape), _ranks(table).expand(table.shape), *_mixes(table, owner, sizes, link)
-    dispatch, fetch, by_bytes, relieved = (PLANNING + _seconds_of_each(table, candidates, owner, sizes, link)).unbind()
     whole = (rank_chunks.numel() - rank_chunks.shape[1]) * table.shape[1] * sum(sizes.copy) / members_a_node
     gather = table.sum((1, 2)).max().double() * sizes.work + whole / link
-    mixed = torch.where(relieved < by_bytes, candidates[3], candidates[2])
-    return (torch.stack((dispatch, gather, fetch, torch.minimum(by_bytes, relieved))),
-            {DISPATCH: candidates[0], FETCH: candidates[1], MIXED: mixed})
+    (dispatch, fetch, mixed), computed_by = reckon(table, owner_of_chunks(rank_chunks, table.shape[2]), sizes, link)
+    return torch.stack((PLANNING + dispatch, gather, PLANNING + fetch, PLANNING + mixed)), computed_by
 
 
-def mixed_ranks(table: Tensor, owner: Tensor, sizes: RowSizes, link: float) -> Tensor:
-    """Who computes what if the cheaper is taken for each rank, kv head and chunk: int64 ``[P, HK, chunk ids]``."""
-    mixes = _mixes(table, owner, sizes, link)
-    by_bytes, relieved = _seconds_of_each(table, mixes, owner, sizes, link).unbind()
-    return torch.where(relieved < by_bytes, mixes[1], mixes[0])
+def reckon(table: Tensor, owner: Tensor, sizes: RowSizes, link: float) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Seconds of DISPATCH, FETCH and MIXED without PLANNING, and who computes what: int64 ``[P, HK, chunk ids]``.
 
-
-def _seconds_of_each(table: Tensor, candidates: Sequence[Tensor], owner: Tensor, sizes: RowSizes,
-                     link: float) -> Tensor:
-    """:func:`seconds_of` each of several ``computed_by``: fp64 ``[n]``."""
+    MIXED is the faster of two: a rank fetches a chunk where its choices of it, dispatched, would cost more than the
+    copy; and the same :func:`_relieved`, where that leaves an owner with too much work.
+    """
+    ranks = _ranks(table)
+    alone = table.double() * (sum(sizes.query) + HANDLING * link) > sum(sizes.copy)
+    by_bytes = torch.where(alone, ranks, owner)
+    relieved = _relieved(_wide(table), by_bytes, owner, sum(sizes.copy) / link / sizes.work)
+    candidates = owner.expand(table.shape), ranks.expand(table.shape), by_bytes, relieved
     if table.numel() > AT_ONCE:
-        return torch.stack([seconds_of(table, computed_by, owner, sizes, link) for computed_by in candidates])
-    return seconds_of(table, torch.stack(candidates), owner, sizes, link)
+        seconds = [seconds_of(table, computed_by, owner, sizes, link) for computed_by in candidates]
+    else:
+        seconds = seconds_of(table, torch.stack(candidates), owner, sizes, link).unbind()
+    mixed = torch.where(seconds[3] < seconds[2], relieved, by_bytes)
+    return ([*seconds[:2], torch.minimum(*seconds[2:])], {DISPATCH: candidates[0], FETCH: candidates[1], MIXED: mixed})
 
 
 def seconds_of(table: Tensor, computed_by: Tensor, owner: Tensor, sizes: RowSizes, link: float) -> Tensor:
@@ -127,12 +126,6 @@ def seconds_of(table: Tensor, computed_by: Tensor, owner: Tensor, sizes: RowSize
             + work.amax(-1).double() * sizes.work)
 
 
-def _mixes(table: Tensor, owner: Tensor, sizes: RowSizes, link: float) -> tuple[Tensor, Tensor]:
-    """Two ways to mix, of which the faster is taken: a rank fetches a chunk where its choices of it, dispatched, would
-    cost more than the copy; and the same :func:`_relieved`, where that leaves an owner with too much work."""
-    alone = table.double() * (sum(sizes.query) + HANDLING * link) > sum(sizes.copy)
-    by_bytes = torch.where(alone, _ranks(table), owner)
-    return by_bytes, _relieved(_wide(table), by_bytes, owner, sum(sizes.copy) / link / sizes.work)
 
 
 def _relieved(table: Tensor, computed_by: Tensor, owner: Tensor, least: float) -> Tensor:

@@ -91,12 +91,8 @@ def dispatch_plans(layout: ZigzagLayout, routings: list[Routing], groups: HeadGr
     demands = [Demand(*(x[..., kv_heads, :] for x in demand)) for _, kv_heads in groups]
     numbers = torch.stack([x.numbers(rank_chunks, rank) for x in demands]).tolist()  # the host waits here
 
-    @functools.cache
-    def plan(group: int) -> DispatchPlan:
-        return _plan(routings[group], demands[group], numbers[group], rank_chunks, owner, rank,
-                     layout.segments.chunk_size, capacity)
-
-    return plan
+    return functools.cache(lambda group: _plan(routings[group], demands[group], numbers[group], rank_chunks, owner,
+                                               rank, layout.segments.chunk_size, capacity))
 
 
 def _plan(routing: Routing, demand: Demand, numbers: list[int], rank_chunks: Tensor, owner: Tensor, rank: int,
