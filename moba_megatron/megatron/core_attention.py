@@ -30,18 +30,11 @@ from ..context_parallel import (
 from ..ops import moba_attention
 from ..ops.validation import cast_under_autocast, check_cu_seqlens, check_qkv
 from ..segments import Segments, uniform_segments
+from . import refusals
 from .arguments import config_from_environment
 from .host import host_config, host_iteration, layer_being_built, print_once
 from .key_convolution import KeyConvolution
 from .patching import guard_layers
-from .refusals import (
-    check_attention_mask,
-    check_packed,
-    raise_what_arrived,
-    refuse_arguments,
-    refuse_switch_in_graphs,
-    refuse_unsupported,
-)
 
 HIERARCHICAL = "a2a+all_gather"
 _iteration: int | None = None
@@ -112,8 +105,8 @@ class MoBACoreAttention(MegatronModule):
                  moba_config: MoBAConfig | None = None, k_channels: int | None = None, v_channels: int | None = None,
                  **kwargs):
         super().__init__(config=config)
-        refuse_arguments(kwargs, "")
-        refuse_unsupported(config, attn_mask_type, attention_type, attention_dropout)
+        refusals.refuse_arguments(kwargs, "")
+        refusals.refuse_unsupported(config, attn_mask_type, attention_type, attention_dropout)
         self.moba_config = _resolve_config(moba_config)
         self.layer_number = _global_layer_number(config, layer_number)
         self.attn_mask_type = attn_mask_type
@@ -122,14 +115,12 @@ class MoBACoreAttention(MegatronModule):
         last = config.num_layers
         self.full_attention = self.moba_config.is_full_attention(min(self.layer_number, last), last)
         if not self.full_attention:
-            refuse_switch_in_graphs(config, self.moba_config)
+            refusals.refuse_switch_in_graphs(config, self.moba_config)
         groups = pg_collection or model_comm_pgs
         self.cp_group, self.cp_comm_type, self.cp_levels = None, None, None
         if config.context_parallel_size > 1:
             self.cp_comm_type = resolve_cp_comm_type(cp_comm_type, config, layer_number)
-            self.cp_group = getattr(groups, "cp", None)
-            if self.cp_group is None:
-                self.cp_group = parallel_state.get_context_parallel_group()
+            self.cp_group = getattr(groups, "cp", None) or parallel_state.get_context_parallel_group()
             if self.cp_comm_type == HIERARCHICAL:
                 self.cp_levels = _hierarchical_groups(pg_collection, layer_number)
         self.key_convolution = None
@@ -195,8 +186,8 @@ class MoBACoreAttention(MegatronModule):
 
     @staticmethod
     def _check_call(mask_type, attention_bias, packed, attention_mask, group, kwargs, query, key, value) -> None:
-        raise_what_arrived()
-        refuse_arguments(kwargs, ".forward")
+        refusals.raise_what_arrived()
+        refusals.refuse_arguments(kwargs, ".forward")
         dims = 4 if packed is None else 3
         for name, x in (("query", query), ("key", key), ("value", value)):
             if not isinstance(x, Tensor) or x.dim() != dims:
@@ -210,18 +201,14 @@ class MoBACoreAttention(MegatronModule):
             raise ValueError("attn_mask_type must be causal (or padding_causal with packed_seq_params), got "
                              f"{mask_type}: for padded batches use packed sequences")
         if packed is not None:
-            check_packed(packed, group)
+            refusals.check_packed(packed, group)
         else:
-            check_attention_mask(attention_mask, query, key, group)
+            refusals.check_attention_mask(attention_mask, query, key, group)
 
     def _group_for(self, packed_seq_params) -> dist.ProcessGroup | None:
         """The context parallel group of this call (dynamic context parallelism brings its own), None for one rank."""
-        group = self.cp_group
-        if packed_seq_params is not None:
-            if getattr(packed_seq_params, "cp_group", None) is not None:
-                group = packed_seq_params.cp_group
-            elif getattr(packed_seq_params, "local_cp_size", None) == 1:
-                group = None
+        alone = getattr(packed_seq_params, "local_cp_size", None) == 1
+        group = getattr(packed_seq_params, "cp_group", None) or (None if alone else self.cp_group)
         return group if group is not None and group.size() > 1 else None
 
     def _segments(self, query: Tensor, key: Tensor, packed: PackedSeqParams | None,
@@ -322,13 +309,10 @@ def resolve_cp_comm_type(cp_comm_type: str | list[str] | None, config: Transform
     """
     listed = config.cp_comm_type if isinstance(config.cp_comm_type, (list, tuple)) else cp_comm_type
     if isinstance(listed, (list, tuple)):
-        if len(listed) == 1:
-            cp_comm_type = listed[0]
-        elif not 1 <= layer_number <= len(listed):
+        if len(listed) != 1 and not 1 <= layer_number <= len(listed):
             raise ValueError(f"--cp-comm-type must name one type, or one for each layer, got {len(listed)} for layer "
                              f"{layer_number}")
-        else:
-            cp_comm_type = listed[layer_number - 1]
+        cp_comm_type = listed[0 if len(listed) == 1 else layer_number - 1]
     try:
         return canonical_comm_type("all_gather" if cp_comm_type is None else cp_comm_type)
     except ValueError as error:
@@ -340,10 +324,10 @@ def _hierarchical_groups(groups, layer_number: int) -> list[dist.ProcessGroup]:
     levels = getattr(groups, "hcp", None)
     if levels is None:
         levels = parallel_state.get_hierarchical_context_parallel_groups(check_initialized=False)
-    if levels is None or len(levels) != 2:
+    if len(levels or ()) != 2:
         raise ValueError(f"--hierarchical-context-parallel-sizes must have two sizes for --cp-comm-type {HIERARCHICAL} "
-                         f"(layer {layer_number}), got {0 if levels is None else len(levels)}: ranks that exchange "
-                         "heads, such as a node's, and how many of those gather keys")
+                         f"(layer {layer_number}), got {len(levels or ())}: ranks that exchange heads, such as a "
+                         "node's, and how many of those gather keys")
     return list(levels)
 
 

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 
 import torch
@@ -82,25 +81,24 @@ class KeyConvolution(MegatronModule):
 def as_saved(sharded_state_dict: dict, checkpoint_dir) -> dict:
     """What to load of a distributed checkpoint, which may be a dense model's: filters then stay as they are."""
     saved = {t.key: t for t in dist_checkpointing.load_tensors_metadata(str(checkpoint_dir)).values()}
-    return dict_list_map_outplace(functools.partial(_as_saved, saved), sharded_state_dict)
 
+    def place(tensor):
+        """A filter, or an optimizer's state of one, under the name that the checkpoint has; else for it to stay."""
+        if not isinstance(tensor, ShardedTensor) or "key_convolution." not in tensor.key or tensor.key in saved:
+            return tensor
+        layer, stacked = _KEY.search(tensor.key), _KEY.sub("key_convolution.", tensor.key)
+        if layer and stacked in saved:  # of a version that stacked the layers as Megatron does
+            layers = saved[stacked].global_shape[0]
+            return dataclasses.replace(
+                tensor, key=stacked, global_shape=(layers, *tensor.global_shape), prepend_axis_num=1, global_offset=(
+                    int(layer[1]), *tensor.global_offset), axis_fragmentations=(layers, *tensor.axis_fragmentations))
+        if any("key_convolution." in key for key in saved):
+            raise ValueError(f"the checkpoint has key convolutions, but no {tensor.key}: give it the "
+                             "--moba-full-attention-layers with which it was saved")
+        print_once("> the checkpoint has no key convolution: it begins as the identity")
+        return LocalNonpersistentObject(tensor.data)
 
-def _as_saved(saved: dict[str, ShardedTensor], tensor):
-    """A filter, or an optimizer's state of one, under the name that the checkpoint has; else for it to stay."""
-    if not isinstance(tensor, ShardedTensor) or "key_convolution." not in tensor.key or tensor.key in saved:
-        return tensor
-    layer, stacked = _KEY.search(tensor.key), _KEY.sub("key_convolution.", tensor.key)
-    if layer and stacked in saved:  # of a version that stacked the layers as Megatron does
-        layers = saved[stacked].global_shape[0]
-        return dataclasses.replace(
-            tensor, key=stacked, global_shape=(layers, *tensor.global_shape), prepend_axis_num=1,
-            global_offset=(int(layer[1]), *tensor.global_offset),
-            axis_fragmentations=(layers, *tensor.axis_fragmentations))
-    if any("key_convolution." in key for key in saved):
-        raise ValueError(f"the checkpoint has key convolutions, but no {tensor.key}: give it the "
-                         "--moba-full-attention-layers with which it was saved")
-    print_once("> the checkpoint has no key convolution: it begins as the identity")
-    return LocalNonpersistentObject(tensor.data)
+    return dict_list_map_outplace(place, sharded_state_dict)
 
 
 def _halo(k: Tensor, bounds: Tensor, width: int, group: dist.ProcessGroup) -> Tensor:

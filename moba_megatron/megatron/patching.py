@@ -113,14 +113,12 @@ def _hook(module: str, name: str, wrap) -> bool:
 
 def _owner(module: str, name: str):
     """The module or class that has ``name``; None where there is none."""
+    *classes, attribute = name.split(".")
     try:
-        owner = importlib.import_module(module)
-        *classes, attribute = name.split(".")
-        owner = functools.reduce(getattr, classes, owner)
-        getattr(owner, attribute)
+        owner = functools.reduce(getattr, classes, importlib.import_module(module))
+        return owner if hasattr(owner, attribute) else None
     except (ImportError, AttributeError):
         return None
-    return owner
 
 
 def _warn_of_unknown_version(missing: list[str]) -> str:
@@ -185,11 +183,9 @@ def moba_checkpoint(original, load_dir, args, *positional, **named):
     """On ``_load_base_checkpoint``: MoBA's flags are restored while Megatron-LM restores its own, else compared."""
     result = original(load_dir, args, *positional, **named)
     saved = result[0].get("args") if isinstance(result[0], dict) else None
-    if saved is None:
-        return result
-    if host_args() is args:
+    if saved is not None and host_args() is args:
         compare_flags(args, saved)
-    else:
+    elif saved is not None:
         restore_flags(args, saved)
         if args.attention == "moba" and only_flags:
             raise ValueError("--attention must be moba, as the checkpoint's, got full: give it as a flag")

@@ -32,9 +32,9 @@ def refuse_unsupported(config: TransformerConfig, attn_mask_type: AttnMaskType, 
                          "is 0.1; --hidden-dropout is not affected)")
     for field, allowed, reason in _UNSUPPORTED_FIELDS:
         value = getattr(config, field, allowed)
-        if value != allowed and value is not None:
-            flag = "--" + field.replace("_", "-")
-            raise ValueError(f"{flag} (TransformerConfig.{field}) must be {allowed!r}, got {value!r}: {reason}")
+        if value not in (allowed, None):
+            raise ValueError(f"--{field.replace('_', '-')} (TransformerConfig.{field}) must be {allowed!r}, got "
+                             f"{value!r}: {reason}")
     if config.context_parallel_size > 1:
         refuse_layouts(config, "TransformerConfig")
     args = host_args()
@@ -64,14 +64,13 @@ _UNSUPPORTED_FIELDS = (
 
 def refuse_switch_in_graphs(config: TransformerConfig, moba_config: MoBAConfig) -> None:
     """Raises ValueError where a CUDA graph would go on replaying sparse attention beyond the step that ends it."""
-    flags = {"--cuda-graph-impl": getattr(config, "cuda_graph_impl", "none"),
-             "--enable-cuda-graph": getattr(config, "enable_cuda_graph", False),
-             "--external-cuda-graph": getattr(config, "external_cuda_graph", False)}
-    for flag, value in flags.items():
+    for field in ("cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph"):
+        value = getattr(config, field, None)
         if moba_config.full_attention_from_step is not None and value not in (False, None, "none"):
-            raise ValueError(f"--moba-full-attention-from-step (or -last-fraction) cannot be used with {flag}, got "
-                             f"{moba_config.full_attention_from_step} and {value!r}: a captured graph never becomes "
-                             "dense. Capture nothing, or stop at that step and resume with --attention full")
+            raise ValueError("--moba-full-attention-from-step (or -last-fraction) cannot be used with "
+                             f"--{field.replace('_', '-')}, got {moba_config.full_attention_from_step} and {value!r}: "
+                             "a captured graph never becomes dense. Capture nothing, or stop at that step and resume "
+                             "with --attention full")
 
 
 LAYOUT_FIELDS = ("cp_partition_mode", "attention_cp_layout", "linear_cp_layout")
@@ -90,11 +89,8 @@ def refuse_layouts(owner: TransformerConfig | PackedSeqParams, name: str) -> Non
 def refuse_arguments(arguments: dict, place: str) -> None:
     """Raises TypeError for a keyword argument that MoBA does not know, unless it is None, False or empty."""
     for name, value in arguments.items():
-        if isinstance(value, Tensor):
-            empty = value.numel() == 0
-        else:
-            empty = value is None or value is False or (isinstance(value, Sized) and len(value) == 0)
-        if not empty:
+        size = value.numel() if isinstance(value, Tensor) else len(value) if isinstance(value, Sized) else 1
+        if not (value is None or value is False or size == 0):
             raise TypeError(f"MoBACoreAttention{place} got an argument {name} of type {type(value).__name__}, which it "
                             "does not know and must not ignore: leave it out, or None")
 
