@@ -16,14 +16,13 @@ def _flag(default, help: str):
     return field(default=default, metadata={"help": help})
 
 
-def _whole(name: str, value, minimum: int) -> int:
+def _check_whole(name: str, value, minimum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"MoBAConfig.{name} must be an int, got {value!r} of type {type(value).__name__}")
     if value < minimum:
         raise ValueError(f"MoBAConfig.{name} must be at least {minimum}, got {value}")
     if value >= 2 ** 31:
         raise ValueError(f"MoBAConfig.{name} must be below 2^31, got {value}")
-    return value
 
 
 def _parse_layers(value: str | Iterable[int]) -> tuple[str, Any]:
@@ -32,15 +31,11 @@ def _parse_layers(value: str | Iterable[int]) -> tuple[str, Any]:
                 f"such as '1,2,24' or (1, 2, 24); got {value!r}")
     if isinstance(value, str):
         text = value.strip().lower()
-        if text in ("none", ""):
-            return "none", None
-        if text == "all":
-            return "all", None
-        rule, colon, number = text.partition(":")
+        if text in ("none", "", "all"):
+            return text or "none", None
+        rule, _, number = text.partition(":")
         try:
-            if colon:
-                if rule not in ("last", "every") or int(number) < 1:
-                    raise ValueError(expected)
+            if rule in ("last", "every") and int(number) >= 1:
                 return rule, int(number)
             value = [int(part) for part in text.split(",")]
         except ValueError:
@@ -95,14 +90,11 @@ class MoBAConfig:
                                      "static inference")
 
     def __post_init__(self):
-        _whole("chunk_size", self.chunk_size, 1)
-        _whole("topk", self.topk, 1)
-        if self.full_attention_from_step is not None:
-            _whole("full_attention_from_step", self.full_attention_from_step, 0)
-        for name in ("cp_head_groups", "workspace_mib"):
-            if getattr(self, name) is not None:
-                _whole(name, getattr(self, name), 1)
-        if _whole("key_conv", self.key_conv, 0) not in KEY_CONV_WIDTHS:
+        for name, minimum in (("chunk_size", 1), ("topk", 1), ("full_attention_from_step", 0), ("cp_head_groups", 1),
+                              ("workspace_mib", 1), ("key_conv", 0)):
+            if getattr(self, name) is not None or getattr(type(self), name) is not None:
+                _check_whole(name, getattr(self, name), minimum)
+        if self.key_conv not in KEY_CONV_WIDTHS:
             raise ValueError(f"MoBAConfig.key_conv must be one of {', '.join(map(str, KEY_CONV_WIDTHS))}; got "
                              f"{self.key_conv}")
         if not isinstance(self.deterministic, bool):

@@ -36,9 +36,8 @@ PACKAGES = (  # distribution, module, what it is for
     ("deepspeed", "deepspeed", "the DeepSpeed integration"),
     ("transformers", "transformers", "the Hugging Face integration"),
 )
-OTHER_VARIABLES = {"MOBA_WORKSPACE_MIB", "MOBA_CHECK_INPUTS", "MOBA_TUNING_FILE", "MOBA_TUNING_ARCH", "MOBA_COMMIT",
-                   "MOBA_DENSE", "MOBA_CP_COPY_ENGINES", "MOBA_PREPARED_LAUNCHES"}
-SWITCHES = {"MOBA_CP_COPY_ENGINES": ("0", "1"), "MOBA_PREPARED_LAUNCHES": ("0", "1"), "MOBA_CHECK_INPUTS": ("0", "1")}
+SWITCHES = ("MOBA_CP_COPY_ENGINES", "MOBA_PREPARED_LAUNCHES", "MOBA_CHECK_INPUTS")  # 0 or 1
+OTHER_VARIABLES = {*SWITCHES, "MOBA_WORKSPACE_MIB", "MOBA_TUNING_FILE", "MOBA_TUNING_ARCH", "MOBA_COMMIT", "MOBA_DENSE"}
 STAGES = {  # of the tuning table
     "chunk_means": "chunk means", "gate": "gate and top-k", "route": "route", "attention_fwd": "sparse forward",
     "attention_fwd_diagonal": "diagonal and merge, forward", "attention_bwd_delta": "delta, backward",
@@ -80,25 +79,21 @@ def report_machine() -> None:
 
 def _version(distribution: str, module: str) -> str:
     try:
-        if importlib.util.find_spec(module) is None:
-            return "not installed"
-    except (ImportError, ValueError):
-        return "not installed"
-    try:
-        return importlib.metadata.version(distribution)
+        found = importlib.util.find_spec(module)
+        return importlib.metadata.version(distribution) if found else "not installed"
     except importlib.metadata.PackageNotFoundError:
         return "found, version unknown"
+    except (ImportError, ValueError):
+        return "not installed"
 
 
 def report_megatron() -> None:
     print("Megatron")
-    problem = _import_problem("megatron.core")
-    if problem:
-        _line("megatron.core", f"unusable: {problem}")
-        return
+    if problem := _import_problem("megatron.core"):
+        return _line("megatron.core", f"unusable: {problem}")
     version = megatron_version()
-    checked = f"{CHECKED_VERSIONS[0]} to {CHECKED_VERSIONS[-1]}"
-    known = "checked" if is_known_version(version) else f"not checked (checked: {checked})"
+    known = ("checked" if is_known_version(version) else
+             f"not checked (checked: {CHECKED_VERSIONS[0]} to {CHECKED_VERSIONS[-1]})")
     _line("megatron.core", f"{version}, {known}, from {os.path.dirname(sys.modules['megatron.core'].__file__)}")
     problem = ("not here: run python -m moba_megatron.launch with the path of a script in a Megatron-LM checkout"
                if importlib.util.find_spec("megatron.training") is None else _import_problem("megatron.training"))
@@ -152,17 +147,16 @@ def report_environment() -> bool:
     print("settings (MOBA_* environment variables)")
     fields = {"MOBA_" + name.upper() for name in MoBAConfig.__dataclass_fields__}
     for name in sorted(name for name in os.environ if name.startswith("MOBA_")):
-        known = name in fields | OTHER_VARIABLES
-        _line(name, os.environ[name] + ("" if known else "  (unknown: nothing reads it)"))
+        _line(name, os.environ[name] + ("" if name in fields | OTHER_VARIABLES else "  (unknown: nothing reads it)"))
     try:
         _line("used by --spec", config_from_environment().describe())
         _line("dense kernels", f"MOBA_DENSE={dense_setting()}")
     except (TypeError, ValueError) as error:
         _line("used by --spec", f"FAIL: {error}")
         return False
-    wrong = [name for name, values in SWITCHES.items() if os.environ.get(name, "") not in ("", *values)]
+    wrong = [name for name in SWITCHES if os.environ.get(name, "") not in ("", "0", "1")]
     for name in wrong:
-        _line(name, f"FAIL: must be {' or '.join(SWITCHES[name])}, got {os.environ[name]!r}")
+        _line(name, f"FAIL: must be 0 or 1, got {os.environ[name]!r}")
     return not wrong
 
 
@@ -223,8 +217,8 @@ def check_dense() -> str:
 
 def check_kernels() -> str:
     """Triton against the reference on the card."""
-    ours, reference = (_operator(64, 4, backend) for backend in ("triton", "reference"))
-    return _compare(ours, reference, LIMIT_BF16, 1000, torch.bfloat16, "cuda", head_dim=64)
+    return _compare(_operator(64, 4, "triton"), _operator(64, 4, "reference"), LIMIT_BF16, 1000, torch.bfloat16, "cuda",
+                    head_dim=64)
 
 
 def check_package(package: str, variant: flash_packages.Variant) -> str:
@@ -265,8 +259,7 @@ def _compare(ours, expected, limit: float, tokens: int = 100, dtype: torch.dtype
                    .requires_grad_() for heads in (4, 2, 2))
         o = attend(q, k, v, torch.tensor([0, tokens], dtype=torch.int32, device=device)).double()
         results.append((o, *torch.autograd.grad(o.square().sum(), (q, k, v))))
-    errors = torch.stack([(a.double() - b.double()).norm() / b.double().norm() for a, b in zip(*results)])
-    error = errors.max().item()
+    error = torch.stack([(a.double() - b.double()).norm() / b.double().norm() for a, b in zip(*results)]).max().item()
     if not error <= limit:  # NaN too
         raise AssertionError(f"relative error {error:.2e}, at most {limit:.0e} expected")
     return f"relative error {error:.1e}"

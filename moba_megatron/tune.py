@@ -9,9 +9,11 @@ does not fit the card or changes the result is passed over.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import statistics
 import time
+import timeit
 from pathlib import Path
 from typing import Callable
 
@@ -22,8 +24,7 @@ from . import environment, kernels
 from .kernels import tuning
 from .segments import Segments
 
-LEAST_GAIN = 0.02
-RUNS = 5
+LEAST_GAIN, RUNS = 0.02, 5
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 256
 CHOICES = {"num_warps": (1, 2, 4, 8), "num_stages": (1, 2, 3, 4)}
 
@@ -34,14 +35,10 @@ def neighbours(config: dict[str, int]) -> list[dict[str, int]]:
     for name, value in config.items():
         if name in CHOICES:
             at = CHOICES[name].index(value) if value in CHOICES[name] else 0
-            values = [CHOICES[name][i] for i in (at + 1, at - 1) if 0 <= i < len(CHOICES[name])]
-        elif name.startswith("BLOCK_"):
-            values = [v for v in (2 * value, value // 2) if SMALLEST_BLOCK <= v <= LARGEST_BLOCK]
-        elif name == "SPLIT":
-            values = [2 * value, value // 2]
-        else:
-            values = []
-        found += [{**config, name: v} for v in values]
+            found += [{**config, name: CHOICES[name][i]} for i in (at + 1, at - 1) if 0 <= i < len(CHOICES[name])]
+        elif name.startswith("BLOCK_") or name == "SPLIT":
+            found += [{**config, name: v} for v in (2 * value, value // 2)
+                      if name == "SPLIT" or SMALLEST_BLOCK <= v <= LARGEST_BLOCK]
     return found
 
 
@@ -54,18 +51,15 @@ def climb(start: dict[str, int], measure: Callable[[dict[str, int]], float | Non
     best, first = dict(start), measure(start)
     if first is None:
         raise RuntimeError(f"the packaged configuration {start} does not run on this card")
-    best_ms, tried = first, {tuple(start.items())}
-    moved = True
-    while moved and more():
-        moved = False
-        for candidate in neighbours(best):
-            if tuple(candidate.items()) in tried or not more():
-                continue
-            tried.add(tuple(candidate.items()))
-            ms = measure(candidate)
-            if ms is not None and ms < best_ms * (1 - LEAST_GAIN):
-                best, best_ms, moved = candidate, ms, True
-                break
+    best_ms, left, tried = first, neighbours(best), [best]
+    while left and more():
+        candidate = left.pop(0)
+        if candidate in tried:
+            continue
+        tried.append(candidate)
+        ms = measure(candidate)
+        if ms is not None and ms < best_ms * (1 - LEAST_GAIN):
+            best, best_ms, left = candidate, ms, neighbours(candidate)
     return best, best_ms, first
 
 
@@ -73,22 +67,18 @@ def _functions(arguments: argparse.Namespace, head_dim: int, chunk_size: int) ->
     """Prefix of stage names -> the function that runs such stages, on inputs of its own."""
     device, dtype = environment.use_device(arguments.device), getattr(torch, arguments.dtype)
 
-    def normal(heads: int) -> Tensor:
-        return torch.randn(arguments.tokens, heads, head_dim, device=device, dtype=dtype)
-
-    q, do = normal(arguments.heads), normal(arguments.heads)
-    k, v = normal(arguments.kv_heads), normal(arguments.kv_heads)
+    q, do, k, v = (torch.randn(arguments.tokens, heads, head_dim, device=device, dtype=dtype) for heads in
+                   (arguments.heads, arguments.heads, arguments.kv_heads, arguments.kv_heads))
     cu_seqlens = torch.tensor([0, arguments.tokens], dtype=torch.int32, device=device)
     segments = Segments.from_cu_seqlens(cu_seqlens, arguments.tokens, chunk_size)
     means = kernels.chunk_means(k, segments)
     selected = kernels.gate(q, means, segments, arguments.topk)
     scale = head_dim ** -0.5
-    o, lse = kernels.attention_fwd(q, k, v, selected, segments, scale)
+    forward = functools.partial(kernels.attention_fwd, q, k, v, selected, segments, scale)
+    o, lse = forward()
     return {
         "chunk_means": lambda: kernels.chunk_means(k, segments),
-        "gate": lambda: kernels.gate(q, means, segments, arguments.topk),
-        "route": lambda: kernels.attention_fwd(q, k, v, selected, segments, scale),
-        "attention_fwd": lambda: kernels.attention_fwd(q, k, v, selected, segments, scale),
+        "gate": lambda: kernels.gate(q, means, segments, arguments.topk), "route": forward, "attention_fwd": forward,
         "attention_bwd": lambda: kernels.attention_bwd(do, None, q, k, v, o, lse, selected, segments, scale),
     }
 
@@ -121,12 +111,7 @@ def milliseconds(run: Callable[[int], object], device: torch.device, repeats: in
     for i in range(warmup):
         run(i)
     if device.type != "cuda":
-        times = []
-        for i in range(repeats):
-            begin = time.perf_counter()
-            run(i)
-            times.append(1e3 * (time.perf_counter() - begin))
-        return times
+        return [1e3 * timeit.timeit(lambda: run(i), number=1) for i in range(repeats)]
     torch.cuda.synchronize(device)
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for i, (begin, end) in enumerate(events):
