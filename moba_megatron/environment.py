@@ -61,16 +61,12 @@ def _cudnn_version() -> int | None:
 
 def command(program: str | None = None) -> str:
     """How this process was started: the program as a reader calls it (``python -m MODULE``), then its arguments."""
+    # an absolute path means nothing on another machine: its name alone
+    words = [Path(word).name if word.startswith("/") else word for word in sys.argv]
     if program is None:
         spec = getattr(sys.modules["__main__"], "__spec__", None)
-        name = f"-m {spec.name.removesuffix('.__main__')}" if spec else _without_folder(sys.argv[0])
-        program = f"python {name}"
-    return " ".join((program, *map(_without_folder, sys.argv[1:])))
-
-
-def _without_folder(argument: str) -> str:
-    """An absolute path means nothing on another machine: its name alone."""
-    return Path(argument).name if argument.startswith("/") else argument
+        program = "python " + (f"-m {spec.name.removesuffix('.__main__')}" if spec else words[0])
+    return " ".join((program, *words[1:]))
 
 
 def commit() -> str | None:
@@ -78,19 +74,16 @@ def commit() -> str | None:
     commit of this checkout, with "+" if files differ from it."""
     if os.environ.get("MOBA_COMMIT"):
         return os.environ["MOBA_COMMIT"]
-    here = Path(__file__).parent
-    head = _output("git", "-C", str(here), "rev-parse", "--short=12", "HEAD")
-    if head is None:
-        return None
-    return head + ("+" if _output("git", "-C", str(here), "status", "--porcelain", "-uno") else "")
+    git = "git", "-C", str(Path(__file__).parent)
+    head = _output(*git, "rev-parse", "--short=12", "HEAD")
+    return head and head + ("+" if _output(*git, "status", "--porcelain", "-uno") else "")
 
 
 def line(about: dict) -> str:
     """One line for the head of a table."""
-    parts = [about["device"], f"driver {about['driver']}" if about["driver"] else None, f"torch {about['torch']}",
-             f"triton {about['triton']}", f"cuDNN {about['cudnn']}" if about["cudnn"] else None,
-             f"commit {about['commit']}" if about["commit"] else None, about["when"]]
-    return ", ".join(part for part in parts if part)
+    named = [f"{label} {about[label.lower()]}" for label in ("driver", "torch", "triton", "cuDNN", "commit")
+             if about[label.lower()]]
+    return ", ".join((about["device"], *named, about["when"]))
 
 
 def _output(*command: str) -> str | None:
@@ -106,10 +99,9 @@ def as_text(lines: list[dict[str, str]]) -> str:
     """Aligned columns."""
     if not lines:
         return "(no rows)"
-    widths = {name: max(len(name), *(len(line[name]) for line in lines)) for name in lines[0]}
-    out = ["  ".join(name.ljust(width) for name, width in widths.items()).rstrip()]
-    out += ["  ".join(line[name].ljust(width) for name, width in widths.items()).rstrip() for line in lines]
-    return "\n".join(out)
+    rows = [dict(zip(lines[0], lines[0])), *lines]  # the first of names
+    widths = {name: max(len(row[name]) for row in rows) for name in lines[0]}
+    return "\n".join("  ".join(row[name].ljust(width) for name, width in widths.items()).rstrip() for row in rows)
 
 
 def save(path: Path, result: dict) -> None:

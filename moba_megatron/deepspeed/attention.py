@@ -68,14 +68,13 @@ class SequenceParallel:
             x: the sequences, on every rank of the group.
             dim: the dimension of positions, divisible by ``size`` (``2 * size`` for zigzag).
         """
-        length = x.shape[dim]
         if self.method == "zigzag":
-            check_zigzag(length, self.size, "the sequence length")
+            check_zigzag(x.shape[dim], self.size, "the sequence length")
             pieces = x.chunk(2 * self.size, dim)
-            return torch.cat((pieces[self.rank], pieces[2 * self.size - 1 - self.rank]), dim)
-        if length % self.size:
+            return torch.cat((pieces[self.rank], pieces[-1 - self.rank]), dim)
+        if x.shape[dim] % self.size:
             raise ValueError(f"the sequence length must be a multiple of the {self.size} ranks that share it, "
-                             f"got {length}")
+                             f"got {x.shape[dim]}")
         return x.chunk(self.size, dim)[self.rank]
 
 
@@ -115,8 +114,7 @@ class MoBAAttention(nn.Module):
         if self.parallel.method == "ulysses":
             from deepspeed.sequence.layer import DistributedAttention
 
-            self.ulysses = DistributedAttention(self._whole_sequences, self.parallel.group, scatter_idx=2,
-                                                gather_idx=1)
+            self.ulysses = DistributedAttention(self._whole_sequences, self.parallel.group, scatter_idx=2, gather_idx=1)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention after rotary embedding: o ``[b, s, h, dv]`` of q ``[b, s, h, d]``, s positions of this rank, k
@@ -144,9 +142,8 @@ class MoBAAttention(nn.Module):
         chunk_size, topk = self.config.chunks(self._is_dense(), length)
         segments = uniform_segments(length, length, batch, chunk_size, q.device)  # of one length: cuDNN may take them
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        o = moba_attention(q, k, v, segments, topk, softmax_scale=self.softmax_scale,
-                           deterministic=self.config.deterministic, backend=self.config.backend,
-                           workspace_mib=self.config.workspace_mib)
+        o = moba_attention(q, k, v, segments, topk, softmax_scale=self.softmax_scale, backend=self.config.backend,
+                           deterministic=self.config.deterministic, workspace_mib=self.config.workspace_mib)
         return o.unflatten(0, (batch, length))
 
     def _zigzag(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -161,10 +158,10 @@ class MoBAAttention(nn.Module):
                                    f"chunk_size {chunk_size}, topk {topk}, cp_head_groups {config.cp_head_groups}"
                                    + ", deterministic" * config.deterministic)
         sequences = Sequences.uniform(length, batch, q.device)
-        o = context_parallel_attention(*packed, sequences, chunk_size, topk, parallel.group,
-                                       head_groups=config.cp_head_groups, softmax_scale=self.softmax_scale,
-                                       deterministic=config.deterministic, backend=config.backend,
-                                       workspace_mib=config.workspace_mib)
+        o = context_parallel_attention(
+            *packed, sequences, chunk_size, topk, parallel.group, head_groups=config.cp_head_groups,
+            softmax_scale=self.softmax_scale, deterministic=config.deterministic, backend=config.backend,
+            workspace_mib=config.workspace_mib)
         return o.unflatten(0, q.shape[:2])
 
     def extra_repr(self) -> str:
