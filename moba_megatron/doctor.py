@@ -191,28 +191,26 @@ def check_definition() -> str:
     chunk, topk = 16, 3
 
     def definition(q, k, v, cu_seqlens):
-        k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
-        means = torch.stack([part.mean(0) for part in k.split(chunk)])
-        position = torch.arange(len(q))
+        means = torch.stack([part.mean(0) for part in k.split(chunk)]).repeat_interleave(2, 1)
+        own = torch.arange(len(q)) // chunk
         scores = torch.einsum("thd,chd->htc", q, means).detach()
-        scores.masked_fill_(torch.arange(len(means)) >= position[:, None] // chunk, -torch.inf)
+        scores.masked_fill_(torch.arange(len(means)) >= own[:, None], -torch.inf)
         best = scores.topk(topk - 1).indices
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(2, best, True) & (scores > -torch.inf)
-        diagonal = position[:, None] // chunk == position // chunk
-        mask = (chosen[:, :, position // chunk] | diagonal) & (position <= position[:, None])
-        logits = torch.einsum("thd,shd->hts", q, k) / q.shape[-1] ** 0.5
-        return torch.einsum("hts,shd->thd", logits.masked_fill(~mask, -torch.inf).softmax(-1), v)
+        return _torchs(q, k, v, (chosen[:, :, own] | (own[:, None] == own)).tril())
 
     return _compare(_operator(chunk, topk, "reference"), definition, 1e-10)
 
 
 def check_dense() -> str:
     """With topk covering every chunk MoBA is causal attention: torch's."""
-    def torchs(q, k, v, cu_seqlens):
-        heads = (x.transpose(0, 1)[None] for x in (q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)))
-        return torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True)[0].transpose(0, 1)
+    return _compare(_operator(16, 7, "reference"), lambda q, k, v, cu_seqlens: _torchs(q, k, v), 1e-10)
 
-    return _compare(_operator(16, 7, "reference"), torchs, 1e-10)
+
+def _torchs(q, k, v, mask=None):
+    """torch's attention, causal or masked by bool ``[h, t, t]``."""
+    heads = (x.transpose(0, 1)[None] for x in (q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)))
+    return torch.nn.functional.scaled_dot_product_attention(*heads, mask, is_causal=mask is None)[0].transpose(0, 1)
 
 
 def check_kernels() -> str:

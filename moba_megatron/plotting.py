@@ -7,13 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-WIDTH = 4.2
-"""Inches: shown 375 pixels wide, text of 9 points is 11 pixels high."""
+WIDTH = 4.2  # inches: shown 375 pixels wide, text of 9 points is 11 pixels high
 DPI = 200
-LINE = 0.16
-"""Inches between two labels, at least."""
-HIGHEST = 0.95
-"""Of the axes' height: where the highest label may stand, below the title."""
+LINE = 0.16  # inches between two labels, at least
+HIGHEST = 0.95  # of the axes' height: where the highest label may stand, below the title
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ from torch import Tensor
 from ..context_parallel.all_gather import sum_dtype
 
 FLASH_MAX_DIM = 256
-LONGEST = 16384
-"""Queries of a chunk in a sequence of flash attention: its backward walks through each in one line."""
+LONGEST = 16384  # queries of a chunk in a sequence of flash attention: its backward walks through each in one line
 
 
 def chunk_attention_fwd(q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, most: int,

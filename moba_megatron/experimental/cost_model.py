@@ -32,10 +32,8 @@ RATE = 300e12  # operations a second of sparse attention
 PASSES = 3.5  # forward and backward over forward
 AT_ONCE = 1 << 21
 """Entries of a table up to which several modes are reckoned in one go: fewer kernels for the host to launch."""
-OVERLOAD = 1.1
-"""Work of a rank over the mean, above which queries for its chunks are sent to copies elsewhere."""
-RELAYED_FROM = 4
-"""Copies of a chunk from which on slices of it are passed on by all ranks: its owner sends it once."""
+OVERLOAD = 1.1  # work of a rank over the mean, above which queries for its chunks are sent to copies elsewhere
+RELAYED_FROM = 4  # copies of a chunk from which on slices of it are passed on by all ranks: its owner sends it once
 DISPATCH, GATHER, FETCH, MIXED = MODES = "visit", "gather", "fetch", "mixed"  # as stored measurements call them
 
 

@@ -13,8 +13,7 @@ from ..ops import get_stages
 from ..ops.backend import repeat
 from ..segments import Segments
 
-MOST_CHUNKS_FUSED = 1 << 14
-"""Bound of the chunk ids for the kernels: a program holds a query's masses of all chunks."""
+MOST_CHUNKS_FUSED = 1 << 14  # bound of the chunk ids for the kernels: a program holds a query's masses of all chunks
 
 
 @contextlib.contextmanager

@@ -13,8 +13,7 @@ from .trace import NUMBERS, RoutingTrace
 
 MOST_CELLS, PAGE_CELLS = 256, 128
 """Rows and columns of a heat map, and of the page's; neighbouring chunks of longer sequences are averaged."""
-MOST_PANELS = 8
-"""Rows (layers) and columns (heads) of heat maps; of more, evenly spaced ones are drawn."""
+MOST_PANELS = 8  # rows (layers) and columns (heads) of heat maps; of more, evenly spaced ones are drawn
 TEMPLATE = Path(__file__).with_name("page.html")
 MARK = "{{data}}"
 

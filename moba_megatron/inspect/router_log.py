@@ -49,12 +49,22 @@ class RouterLog:
         if iteration % self.interval:
             yield
             return
-        observer = _Observer(self.samples)
-        with watching(observer):
+        self._tallies, self._group, self._places = {}, None, None
+        with watching(self._observe):
             yield
-        self.report = self._join(observer)
+        self.report = self._join()
 
-    def _join(self, observer: _Observer) -> Report:
+    def _observe(self, module, q, k, segments, group=None, global_rows=None) -> None:
+        """Tallies a layer the first time it runs: the first micro batch, and not again when it is recomputed."""
+        choices = None if module.layer_number in self._tallies else look(module, q, k, segments, group, global_rows)
+        if choices is not None:
+            samples = self.samples if group is None else -(-self.samples // group.size())
+            if self._places is None or not self._places.serve(choices, samples):
+                self._places = Places.of(choices, samples)
+            self._tallies[module.layer_number] = tally(choices, self._places)
+            self._group = group
+
+    def _join(self) -> Report:
         size, rank = 1, 0
         if parallel_state.model_parallel_is_initialized():
             size = parallel_state.get_tensor_model_parallel_world_size()
@@ -62,33 +72,12 @@ class RouterLog:
         heads = slice(rank * self.num_heads // size, (rank + 1) * self.num_heads // size)
         # for each layer and head: the sums of the statistics over the ranks, and how many ranks there are
         joined = torch.zeros(self.num_layers, self.num_heads, len(NAMES) + 1, dtype=torch.float64)
-        for layers, values in _local_statistics(list(observer.tallies.items()), observer.group):
+        for layers, values in _local_statistics(list(self._tallies.items()), self._group):
             valid = ~values.isnan().any(2, keepdim=True)
             joined[[layer - 1 for layer in layers], heads] = torch.cat((values.masked_fill(~valid, 0), valid), dim=2)
         joined = sum_over_ranks(joined)
         means, seen = (joined[..., :-1] / joined[..., -1:]).transpose(1, 2).tolist(), joined[..., -1].gt(0).all(1)
         return {layer: dict(zip(NAMES, means[layer - 1])) for layer in (seen.nonzero()[:, 0] + 1).tolist()}
-
-
-class _Observer:
-    """Tallies each layer the first time it runs: the first micro batch, and not again when it is recomputed."""
-
-    def __init__(self, samples: int):
-        self.samples = samples
-        self.tallies: dict[int, Tally] = {}
-        self.group: dist.ProcessGroup | None = None
-        self._places: Places | None = None
-
-    def __call__(self, module, q, k, segments, group=None, global_rows=None) -> None:
-        if module.layer_number in self.tallies:
-            return
-        choices = look(module, q, k, segments, group, global_rows)
-        if choices is not None:
-            samples = self.samples if group is None else -(-self.samples // group.size())
-            if self._places is None or not self._places.serve(choices, samples):
-                self._places = Places.of(choices, samples)
-            self.tallies[module.layer_number] = tally(choices, self._places)
-            self.group = group
 
 
 def _local_statistics(tallies: list[tuple[int, Tally]], group: dist.ProcessGroup | None

@@ -25,8 +25,7 @@ from ..segments import Segments
 from .choices import Choices
 
 NAMES = ("first_chunk", "imbalance", "entropy", "recall", "best_recall")
-SCORE_ELEMENTS = 1 << 23
-"""Attention scores held at once: bounds the memory of the recall."""
+SCORE_ELEMENTS = 1 << 23  # attention scores held at once: bounds the memory of the recall
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,6 @@ from typing import Any, get_args, get_type_hints
 
 from ..config import CHOICES, MoBAConfig
 
-ATTENTION_CHOICES = ("moba", "full")
-
 
 def add_moba_arguments(parser: argparse.ArgumentParser, default: str = "moba",
                        full_meaning: str = "full: dense causal attention in every layer through the same operator",
@@ -26,7 +24,7 @@ def add_moba_arguments(parser: argparse.ArgumentParser, default: str = "moba",
         The parser, so that the function serves as Megatron-LM's ``extra_args_provider``.
     """
     group = parser.add_argument_group("moba", "Mixture of Block Attention")
-    group.add_argument("--attention", choices=ATTENTION_CHOICES, default=default,
+    group.add_argument("--attention", choices=("moba", "full"), default=default,
                        help=f"moba, or {full_meaning} (default: {default})")
     group.add_argument("--moba-full-attention-last-fraction", type=float, metavar="F",
                        help="attend densely in the last fraction F of --train-iters, for example 0.1")
@@ -47,24 +45,20 @@ def config_from_args(args: argparse.Namespace) -> MoBAConfig:
         TypeError, ValueError: a value is out of range; the message names the field.
     """
     values = {field.name: getattr(args, "moba_" + field.name) for field, _ in _fields()}
-    fraction = getattr(args, "moba_full_attention_last_fraction", None)
+    flag, fraction = "--moba-full-attention-last-fraction", getattr(args, "moba_full_attention_last_fraction", None)
     if fraction is not None:
-        values["full_attention_from_step"] = _step_of_last_fraction(fraction, args, values["full_attention_from_step"])
+        from_step, train_iters = values["full_attention_from_step"], getattr(args, "train_iters", None)
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"{flag} must be from 0 to 1, got {fraction}")
+        if from_step is not None:
+            raise ValueError(f"{flag} and --moba-full-attention-from-step exclude each other, got {fraction}, "
+                             f"{from_step}")
+        if train_iters is None:
+            raise ValueError(f"{flag} needs --train-iters; with --train-samples give --moba-full-attention-from-step")
+        values["full_attention_from_step"] = train_iters - round(train_iters * fraction)
     if args.attention == "full":
         values["full_attention_layers"] = "all"
     return MoBAConfig(**values)
-
-
-def _step_of_last_fraction(fraction: float, args: argparse.Namespace, from_step: int | None) -> int:
-    flag = "--moba-full-attention-last-fraction"
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"{flag} must be from 0 to 1, got {fraction}")
-    if from_step is not None:
-        raise ValueError(f"{flag} and --moba-full-attention-from-step exclude each other, got {fraction}, {from_step}")
-    train_iters = getattr(args, "train_iters", None)
-    if train_iters is None:
-        raise ValueError(f"{flag} needs --train-iters; with --train-samples give --moba-full-attention-from-step")
-    return train_iters - round(train_iters * fraction)
 
 
 def config_from_environment(environment: Mapping[str, str] | None = None) -> MoBAConfig:

@@ -32,8 +32,7 @@ from .host import (
 FULL_MEANING = "full: Megatron-LM's own attention, untouched"
 only_flags = False
 """Whether nothing but the flags was added to Megatron-LM, so that ``--attention moba`` would change nothing."""
-_hooked: list[tuple] = []
-"""Module or class, attribute, what was there, what was put there."""
+_hooked: list[tuple] = []  # module or class, attribute, what was there, what was put there
 
 
 def apply(attention: str = "moba") -> list[str]:

@@ -16,10 +16,8 @@ from .hardware import Card
 COEFFICIENTS = Path(__file__).with_name("coefficients.json")
 """What the predictions rest on, fitted to stored rows by ``python -m benchmarks plan-fit``."""
 _STORED = json.loads(COEFFICIENTS.read_text())
-LINK_SHARE = _STORED.pop("link_share")
-"""Part of the link's data-sheet rate that NCCL reached on 2 and 4 H200s."""
-BACKWARD_PRODUCTS = 2.5
-"""Backward over forward: five matrix products against two."""
+LINK_SHARE = _STORED.pop("link_share")  # part of the link's data-sheet rate that NCCL reached on 2 and 4 H200s
+BACKWARD_PRODUCTS = 2.5  # backward over forward: five matrix products against two
 BF16 = 2
 FP32 = 4
 
@@ -34,8 +32,7 @@ STAGES = {
 """Stage -> its terms. ``own`` includes merging partial o and lse."""
 FORWARD = ("means", "gate", "route", "sparse", "own")
 TERMS = tuple(dict.fromkeys(term for terms in STAGES.values() for term in terms))
-LAUNCH_SECONDS = 10e-6
-"""What one kernel takes before and after its work, at best; the backward pass has about ten."""
+LAUNCH_SECONDS = 10e-6  # what one kernel takes before and after its work, at best; the backward pass has about ten
 
 
 @dataclass(frozen=True)

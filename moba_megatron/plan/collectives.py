@@ -17,8 +17,7 @@ from ..context_parallel.selective import DISPATCH_FROM, HANDLING, PLANNING
 from .attention_cost import BF16, FP32, LINK_SHARE
 from .hardware import Card
 
-LATENCY = 20e-6
-"""Seconds of a collective that carries nothing, inside a machine; the network's is twice that (assumed)."""
+LATENCY = 20e-6  # seconds of a collective that carries nothing, inside a machine; the network's is twice that (assumed)
 
 
 class Amounts:

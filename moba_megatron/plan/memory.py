@@ -7,16 +7,11 @@ from .attention_cost import BF16, FP32
 from .layout import Layout
 from .models import Run
 
-RESERVED = 5 << 30
-"""CUDA context, NCCL buffers, fragmentation of the allocator (assumed)."""
-WORKSPACE = 1 << 30
-"""Default of MOBA_WORKSPACE_MIB: what one group of kv heads may take for partial results."""
-ADAM = 12
-"""Bytes of optimizer state a parameter: master weight and two moments in fp32."""
-LOGIT = 10
-"""Bytes an entry of the logits: bf16, fp32 for the loss, gradient."""
-HEADS_IN_FLIGHT = 2
-"""kv heads whose gathered K and V exist at a time: one is attended to, the next arrives."""
+RESERVED = 5 << 30  # CUDA context, NCCL buffers, fragmentation of the allocator (assumed)
+WORKSPACE = 1 << 30  # default of MOBA_WORKSPACE_MIB: what one group of kv heads may take for partial results
+ADAM = 12  # bytes of optimizer state a parameter: master weight and two moments in fp32
+LOGIT = 10  # bytes an entry of the logits: bf16, fp32 for the loss, gradient
+HEADS_IN_FLIGHT = 2  # kv heads whose gathered K and V exist at a time: one is attended to, the next arrives
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,8 @@ from functools import cached_property
 from ..config import MoBAConfig
 from ..flops import attention_flops, dense_attention_flops
 
-VOCABULARY_MULTIPLE = 128
-"""Megatron pads the vocabulary to a multiple of this times the tensor parallel size."""
-DEFAULT_BATCH_TOKENS = 4 << 20
-"""Tokens of a step where the user names no batch size."""
+VOCABULARY_MULTIPLE = 128  # Megatron pads the vocabulary to a multiple of this times the tensor parallel size
+DEFAULT_BATCH_TOKENS = 4 << 20  # tokens of a step where the user names no batch size
 SIZES = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocabulary")
 """Of a model, by the names of its fields."""
 

@@ -15,12 +15,9 @@ from .models import Run
 
 HALF_SPEED_DIM = 256
 """A product whose narrowest matrix has this side reaches half of what large ones do (assumed: 0.8 at 1024)."""
-HOST_LAYER = 1e-3
-"""Seconds of launching one layer without its attention, one pass (assumed)."""
-OPTIMIZER_BYTES = 30
-"""Read and written by Adam for a parameter."""
-LOSS_BYTES = 16
-"""Read and written for an entry of the logits, forward and backward."""
+HOST_LAYER = 1e-3  # seconds of launching one layer without its attention, one pass (assumed)
+OPTIMIZER_BYTES = 30  # read and written by Adam for a parameter
+LOSS_BYTES = 16  # read and written for an entry of the logits, forward and backward
 HIDDEN_COST, HIDDEN_COST_NCCL = 0.4, 0.9
 """What communication beside attention costs it, over its own time on the machine's links: they share memory, and with
 NCCL, which is what goes between machines, multiprocessors. Of all_gather rows of `benchmarks cp` on two H200s: eight by
