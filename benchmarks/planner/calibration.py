@@ -63,7 +63,7 @@ class Observation:
 
 def predicted(fitted: Calibration, observation: Observation, card: Card) -> float:
     """What a calibration says of an observation, seconds."""
-    stages = fitted.moba(observation.shape, card).stages
+    stages = fitted.stages(observation.shape, card)
     return sum(stages[name] for name in PARTS[observation.part])
 
 

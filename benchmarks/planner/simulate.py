@@ -206,9 +206,8 @@ def gathered_seconds(layer: Layer, chunks: int, ranks: int, card: Card) -> float
 
 def attention_seconds(layer: Layer, chunks: int, ranks: int, card: Card, calibration: Calibration) -> float:
     """What the attention of one rank takes, forward and backward, if the work is even."""
-    time = calibration.moba(AttentionShape(chunks * layer.chunk_size, layer.chunk_size, layer.topk, layer.heads,
-                                           layer.kv_heads, layer.head_dim, 1 / ranks, 1 / ranks), card)
-    return time.forward + time.backward
+    return sum(calibration.moba(AttentionShape(chunks * layer.chunk_size, layer.chunk_size, layer.topk, layer.heads,
+                                               layer.kv_heads, layer.head_dim, 1 / ranks, 1 / ranks), card))
 
 
 def sweep(layer: Layer, routings: list[Routing], ranks: list[int], card: Card, calibration: Calibration) -> list[dict]:

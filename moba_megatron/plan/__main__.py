@@ -154,36 +154,28 @@ def as_dict(p: Prediction) -> dict:
             "parts": {name: asdict(part) for name, part in p.parts.items()}}
 
 
-def costs_by_length(run: Run, card: hardware.Card, calibration: Calibration) -> dict[str, list[tuple[int, float]]]:
-    """For MoBA and for full attention: (sequence length, GPU seconds a million tokens) of the cheapest layout.
-
-    Lengths are powers of two from 32K to four times the run's, and its own; batches about four million tokens.
-    """
-    found: dict[str, list[tuple[int, float]]] = {"moba": [], "full": []}
-    doubled = [1 << i for i in range(15, (4 * run.seqlen).bit_length())]
-    for seqlen in sorted({run.seqlen, *doubled}):
-        batch = run.batch if seqlen == run.seqlen else default_batch(seqlen)
-        for attention, points in found.items():
-            fit, _ = plan(replace(run, seqlen=seqlen, batch=batch, attention=attention), card, calibration)
-            if fit:
-                points.append((seqlen, fit[0].cost))
-    return found
 
 
 def time_against_length(run: Run, card: hardware.Card, calibration: Calibration, path: Path) -> None:
-    """Draws :func:`costs_by_length` into ``path`` (.png or .svg)."""
+    """Draws GPU seconds a million tokens of the cheapest layout, of MoBA and of full attention, into a .png or .svg.
+
+    Lengths are powers of two from 32K to four times the run's, and its own; batches about four million tokens.
+    """
     from .. import plotting
-    looks = {"moba": (f"MoBA ({run.moba.chunk_size}, {run.moba.topk})", plotting.LIGHT.accent),
-             "full": ("full attention", plotting.LIGHT.others[0])}
-    lines = {name: points for name, points in costs_by_length(run, card, calibration).items() if points}
+    lengths = sorted({run.seqlen, *(1 << i for i in range(15, (4 * run.seqlen).bit_length()))})
+    runs = [run if n == run.seqlen else replace(run, seqlen=n, batch=default_batch(n)) for n in lengths]
     with plotting.figure(path) as (_, axes):
-        labels = []
-        for attention, points in lines.items():
-            name, colour = looks[attention]
-            axes.plot(*zip(*points), color=colour, linewidth=2, marker="o", markersize=4)
-            labels.append((points[-1][1], f"{name}: {points[-1][1]:.0f}", colour))
+        labels, shown = [], set()
+        for attention, name, colour in (
+                ("moba", f"MoBA ({run.moba.chunk_size}, {run.moba.topk})", plotting.LIGHT.accent),
+                ("full", "full attention", plotting.LIGHT.others[0])):
+            fits = [(r.seqlen, plan(replace(r, attention=attention), card, calibration)[0]) for r in runs]
+            if points := [(tokens, fit[0].cost) for tokens, fit in fits if fit]:
+                axes.plot(*zip(*points), color=colour, linewidth=2, marker="o", markersize=4)
+                labels.append((points[-1][1], f"{name}: {points[-1][1]:.0f}", colour))
+                shown.update(tokens for tokens, _ in points)
         plotting.log_axis(axes)
-        plotting.length_axis(axes, sorted({tokens for points in lines.values() for tokens, _ in points})[::2])
+        plotting.length_axis(axes, sorted(shown)[::2])
         axes.set_title(f"Predicted GPU seconds per million tokens,\n{run.model.parameters / 1e9:.2g}B parameters, "
                        f"{run.gpus} x {card.name}")
         plotting.label_ends(axes, labels)

@@ -105,22 +105,6 @@ def dense_seconds(shape: AttentionShape, card: Card) -> tuple[float, float]:
     return forward, BACKWARD_PRODUCTS * forward
 
 
-@dataclass(frozen=True)
-class AttentionTime:
-    """Seconds of one call, by stage; ``host`` is what launching alone would take, forward and backward."""
-
-    stages: dict[str, float]
-    host_forward: float = 0.0
-    host_backward: float = 0.0
-
-    @property
-    def forward(self) -> float:
-        """On the device."""
-        return sum(self.stages[name] for name in FORWARD)
-
-    @property
-    def backward(self) -> float:
-        return self.stages["bwd"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,14 +118,18 @@ class Calibration:
     elementwise: float  # the same for everything beside products and attention, over the bytes that it must move
     source: str  # what it was fitted to
 
-    def moba(self, shape: AttentionShape, card: Card) -> AttentionTime:
-        """Predicted time of MoBA attention."""
+    def stages(self, shape: AttentionShape, card: Card) -> dict[str, float]:
+        """Predicted seconds of MoBA attention on the device, by stage."""
         terms = term_seconds(shape, card)
-        stages = {stage: sum(self.coefficients[t] * terms[t] for t in names) for stage, names in STAGES.items()}
-        return AttentionTime(stages, self.host_forward, self.host_backward)
+        return {stage: sum(self.coefficients[t] * terms[t] for t in names) for stage, names in STAGES.items()}
+
+    def moba(self, shape: AttentionShape, card: Card) -> tuple[float, float]:
+        """Predicted seconds of MoBA attention on the device: forward, backward."""
+        stages = self.stages(shape, card)
+        return sum(stages[name] for name in FORWARD), stages["bwd"]
 
     def full(self, shape: AttentionShape, card: Card) -> tuple[float, float]:
-        """Predicted seconds of full attention: forward, backward."""
+        """The same of full attention."""
         forward, backward = dense_seconds(shape, card)
         return self.dense * forward, self.dense * backward
 

@@ -131,7 +131,7 @@ def _layer(run: Run, layout: Layout, card: Card, calibration: Calibration, dense
     tokens = run.seqlen / layout.cp
     matrices = 2 * tokens * model.matrix_parameters / layout.tp / (card.flops * matrix_share(run, layout))
     elementwise = elementwise_bytes(run) * calibration.elementwise * tokens / layout.tp / card.bytes_per_second
-    forward, backward, host = _attention(run, layout, card, calibration, dense)
+    forward, backward = _attention(run, layout, card, calibration, dense)
     moved = Exchange()
     if layout.comm_type in COMM_TYPES:  # the ring of p2p is part of the time of attention
         moved = exchange(layout.comm_type, local_shape(run, layout), layout.cp, layout.tp, layout.inner, card,
@@ -139,15 +139,16 @@ def _layer(run: Run, layout: Layout, card: Card, calibration: Calibration, dense
     context = _hide(moved, forward, backward, attention_again, card)
     passes = 4 if again else 3
     attention = forward * (2 if attention_again else 1) + backward
-    device = passes * (matrices + elementwise) + attention
-    waiting = host[0] * (2 if attention_again else 1) + host[1] + HOST_LAYER * (3 if again else 2)
+    waiting = HOST_LAYER * (3 if again else 2)
+    if not dense:
+        waiting += calibration.host_forward * (2 if attention_again else 1) + calibration.host_backward
     tensor = collectives.all_gather(Group(layout.tp), tokens * model.hidden * BF16 / layout.tp, card)
     return {
         "matrices": Part(matrices * passes), "elementwise": Part(elementwise * passes),
         "attention": Part(attention), "context": context,
         # two gathers and two scatters a pass; backward's further two gathers run beside products
         "tensor": Part(tensor.seconds * (12 if again else 8), tensor.seconds * 2, tensor * (14 if again else 10)),
-        "host": Part(max(0.0, waiting - device)),
+        "host": Part(max(0.0, waiting - passes * (matrices + elementwise) - attention)),
     }
 
 
@@ -158,20 +159,18 @@ def local_shape(run: Run, layout: Layout) -> LocalShape:
                       run.moba.chunk_size, run.moba.topk)
 
 
-def _attention(run: Run, layout: Layout, card: Card, calibration: Calibration,
-               dense: bool) -> tuple[float, float, tuple[float, float]]:
-    """Seconds forward, backward, and of launching both."""
+def _attention(run: Run, layout: Layout, card: Card, calibration: Calibration, dense: bool) -> tuple[float, float]:
+    """Seconds forward and backward, on the device."""
     m, split = run.model, layout.tp * layout.heads_split
     shape = AttentionShape(run.seqlen, run.moba.chunk_size, run.moba.topk, m.heads / split, max(1, m.kv_heads / split),
                            m.head_dim, 1 / layout.sequence_split, 1 / layout.sequence_split)
     if not dense:
-        time = calibration.moba(shape, card)
-        return time.forward, time.backward, (time.host_forward, time.host_backward)
+        return calibration.moba(shape, card)
     forward, backward = calibration.full(shape, card)
     if layout.comm_type == "p2p":
-        return forward + RING_SECONDS, backward + RING_SECONDS, (0.0, 0.0)
+        return forward + RING_SECONDS, backward + RING_SECONDS
     slower = GATHERED_DENSE if layout.sequence_split > 1 else 1.0
-    return forward * slower, backward * slower, (0.0, 0.0)
+    return forward * slower, backward * slower
 
 
 def _hide(moved: Exchange, forward: float, backward: float, again: bool, card: Card) -> Part:
