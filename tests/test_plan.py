@@ -157,15 +157,15 @@ LOCAL = LocalShape(tokens=1024, seqlen=4096, heads=8, kv_heads=4, head_dim=16, c
 def test_bytes_of_the_comm_types_by_hand():
     kv, q = 1024 * 4 * 2 * 16 * 2, 1024 * 8 * 16 * 2
     gathered = exchange("all_gather", LOCAL, 4, 1, 1, CARD)
-    assert gathered.forward.link == pytest.approx(3 * kv)
-    assert gathered.backward.link == pytest.approx(3 * kv + 3 * 2 * kv)  # again, and fp32 sums
+    assert gathered.forward.total.link == pytest.approx(3 * kv)
+    assert gathered.backward.total.link == pytest.approx(3 * kv + 3 * 2 * kv)  # again, and fp32 sums
     a2a = exchange("a2a", LOCAL, 4, 1, 1, CARD)
-    assert a2a.forward.link == pytest.approx(3 / 4 * (q + kv + q)) == a2a.backward.link
+    assert a2a.forward.total.link == pytest.approx(3 / 4 * (q + kv + q)) == a2a.backward.total.link
     both = exchange("a2a+all_gather", LOCAL, 4, 1, 2, CARD)
-    assert both.forward.link == pytest.approx((q + kv + q) / 2 + kv)
+    assert both.forward.total.link == pytest.approx((q + kv + q) / 2 + kv)
     repeated = exchange("a2a", replace(LOCAL, kv_heads=2), 4, 1, 1, CARD)
-    assert repeated.forward.link == pytest.approx(3 / 4 * (2 * q + kv / 2 * 2))
-    assert exchange("all_gather", LOCAL, 1, 1, 1, CARD).forward.link == 0
+    assert repeated.forward.total.link == pytest.approx(3 / 4 * (2 * q + kv / 2 * 2))
+    assert exchange("all_gather", LOCAL, 1, 1, 1, CARD).forward.total.link == 0
     with pytest.raises(ValueError, match="comm_type must be one of all_gather, a2a"):
         exchange("ring", LOCAL, 4, 1, 1, CARD)
 
@@ -178,7 +178,7 @@ def test_selective_moves_what_the_cheaper_way_moves():
     for ranks, ratio in ((2, 1.0), (64, 8 * 3 * 516 / (64 * 4 * 512))):
         local = replace(LOCAL, tokens=1 << 18, seqlen=ranks << 18, head_dim=128)
         selective, gather = (exchange(name, local, ranks, 1, 1, CARD) for name in ("selective", "all_gather"))
-        received = [e.forward.link + e.forward.network for e in (selective, gather)]
+        received = [e.forward.total.link + e.forward.total.network for e in (selective, gather)]
         assert received[0] / received[1] == pytest.approx(ratio, rel=0.01)
 
 

@@ -35,7 +35,6 @@ def watching(observer):
 class Choices:
     """A layer's choices in one micro batch, for this rank's queries and heads."""
 
-    layer_number: int  # 1-based, global
     q: Tensor  # `[T, H, D]`, the local queries
     k: Tensor  # `[S, HK, D]`, the keys of all context parallel ranks, sequence after sequence
     selected: Tensor  # int32 `[T, H, topk - 1]`, ids of the chosen earlier chunks, -1 for none
@@ -103,4 +102,4 @@ def look(module: MoBACoreAttention, q: Tensor, k: Tensor, segments: Segments, gr
                        segments.cu_seqlens_k, segments.seq_ids, segments.offsets, workspace_mib=moba.workspace_mib)
     scale = q.shape[2] ** -0.5 if module.softmax_scale is None else module.softmax_scale
     fused = hasattr(stages, "INTERPRETED") and segments.num_chunks(k.shape[0]) <= MOST_CHUNKS_FUSED
-    return Choices(module.layer_number, q, k, selected, segments, moba.topk, scale, fused)
+    return Choices(q, k, selected, segments, moba.topk, scale, fused)

@@ -72,7 +72,7 @@ class RouterLog:
         heads = slice(rank * self.num_heads // size, (rank + 1) * self.num_heads // size)
         # for each layer and head: the sums of the statistics over the ranks, and how many ranks there are
         joined = torch.zeros(self.num_layers, self.num_heads, len(NAMES) + 1, dtype=torch.float64)
-        for layers, values in _local_statistics(list(self._tallies.items()), self._group):
+        for layers, values in _local_statistics(self._tallies, self._group):
             valid = ~values.isnan().any(2, keepdim=True)
             joined[[layer - 1 for layer in layers], heads] = torch.cat((values.masked_fill(~valid, 0), valid), dim=2)
         joined = sum_over_ranks(joined)
@@ -80,14 +80,13 @@ class RouterLog:
         return {layer: dict(zip(NAMES, means[layer - 1])) for layer in (seen.nonzero()[:, 0] + 1).tolist()}
 
 
-def _local_statistics(tallies: list[tuple[int, Tally]], group: dist.ProcessGroup | None
-                      ) -> Iterator[tuple[list[int], Tensor]]:
+def _local_statistics(tallies: dict[int, Tally], group: dist.ProcessGroup | None) -> Iterator[tuple[list[int], Tensor]]:
     """Numbers of layers and their statistics over a context parallel group, whose ranks have the same layers.
 
     One message to the group and one transfer to the host, whatever the number of layers.
     """
-    runs = [list(run) for _, run in itertools.groupby(sorted(tallies, key=lambda item: item[0]),
-                                                      key=lambda item: (id(item[1].places), item[1].chosen.shape))]
+    runs = [list(run) for _, run in itertools.groupby(
+        sorted(tallies.items()), key=lambda item: (id(item[1].places), item[1].chosen.shape))]
     if not runs:
         return
     parts = [sums([seen for _, seen in run]) for run in runs]

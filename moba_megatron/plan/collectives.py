@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..context_parallel import COMM_TYPES
 from ..context_parallel.head_groups import number_of_groups, split_heads
@@ -117,26 +118,26 @@ class LocalShape:
         return self.tokens * self.heads * self.head_dim * BF16
 
 
-@dataclass(frozen=True)
-class Exchange:
-    """Collectives of one layer, in the order of forward and backward."""
+class Pass(NamedTuple):
+    """Collectives of a pass through one layer's attention."""
 
-    first: Traffic = NOTHING  # what must be there for attention to begin
+    first: Traffic = NOTHING  # what must be there for it to begin
     rest: Traffic = NOTHING  # what may come while it runs
     after: Traffic = NOTHING  # when it is done
-    backward_first: Traffic = NOTHING  # the same for the backward pass
-    backward_rest: Traffic = NOTHING
-    backward_after: Traffic = NOTHING
+
+    @property
+    def total(self) -> Traffic:
+        return self.first + self.rest + self.after
+
+
+class Exchange(NamedTuple):
+    """Collectives of one layer."""
+
+    forward: Pass = Pass()
+    backward: Pass = Pass()
     nccl: bool = False  # all of it goes by NCCL, also inside a machine
     beside: float = 0.0  # seconds of a layer for planning what is sent and handling dispatched rows: nothing hides them
 
-    @property
-    def forward(self) -> Traffic:
-        return self.first + self.rest + self.after
-
-    @property
-    def backward(self) -> Traffic:
-        return self.backward_first + self.backward_rest + self.backward_after
 
 
 def exchange(comm_type: str, x: LocalShape, size: int, stride: int, inner: int, card: Card,
@@ -157,19 +158,17 @@ def exchange(comm_type: str, x: LocalShape, size: int, stride: int, inner: int, 
         kv_heads = max(1, x.kv_heads // inner)
         kv_bytes = x.kv_bytes * kv_heads * inner // x.kv_heads
         keys = _by_head_groups(Group(size // inner, stride * inner), kv_bytes, kv_heads, card)
-        return Exchange(heads.first + keys.first, keys.rest, heads.after, heads.backward_first + keys.backward_first,
-                        keys.backward_rest, keys.backward_after + heads.backward_after)
+        return Exchange(*(Pass(h.first + k.first, k.rest, k.after + h.after) for h, k in zip(heads[:2], keys[:2])))
     if comm_type == "selective":
         group = Group(size, stride)
         planning = PLANNING if size >= DISPATCH_FROM else 0.0
         gather, send = (_by_head_groups(group, x.kv_bytes * share, x.kv_heads, card) for share in (1, union_share(x)))
-        methods = [gather, replace(send, nccl=True, beside=planning)]
+        methods = [gather, send._replace(nccl=True, beside=planning)]
         if size >= DISPATCH_FROM:
             rows = x.tokens * x.heads * (x.topk - 1)
             forward, backward = (all_to_all(group, rows * row, card) for row in query_bytes(x.head_dim))
-            methods.append(Exchange(rest=forward, backward_rest=backward, nccl=True,
-                                    beside=planning + 2 * rows * HANDLING))
-        return min(methods, key=lambda e: e.forward.seconds + e.backward.seconds + e.beside)
+            methods.append(Exchange(Pass(rest=forward), Pass(rest=backward), True, planning + 2 * rows * HANDLING))
+        return min(methods, key=lambda e: e.forward.total.seconds + e.backward.total.seconds + e.beside)
     raise ValueError(f"comm_type must be one of {', '.join(COMM_TYPES)}, got {comm_type!r}")
 
 
@@ -177,8 +176,7 @@ def _by_head_groups(group: Group, kv_bytes: float, kv_heads: int, card: Card) ->
     """K and V gathered one kv head after the other; backward gathers again and scatters fp32 sums of dk and dv."""
     one = all_gather(group, kv_bytes / kv_heads, card)
     back = all_gather(group, kv_bytes / kv_heads * FP32 / BF16, card)
-    return Exchange(first=one, rest=one * (kv_heads - 1), backward_first=one,
-                    backward_rest=one * (kv_heads - 1) + back * (kv_heads - 1), backward_after=back)
+    return Exchange(Pass(one, one * (kv_heads - 1)), Pass(one, (one + back) * (kv_heads - 1), back))
 
 
 def _heads_for_sequence(group: Group, x: LocalShape, card: Card, asked: int | None) -> Exchange:
@@ -191,8 +189,8 @@ def _heads_for_sequence(group: Group, x: LocalShape, card: Card, asked: int | No
     kv_heads = max(1, x.kv_heads // group.size)
     groups = split_heads(kv_heads, kv_heads, number_of_groups(asked, kv_heads, x.q_bytes, x.q_bytes + x.kv_bytes))
     first, last = ((heads.stop - heads.start) / kv_heads for heads, _ in (groups[0], groups[-1]))
-    return Exchange(inputs * first, inputs * (1 - first) + output * (1 - last), output * last,
-                    output * first, output * (1 - first) + inputs * (1 - last), inputs * last)
+    return Exchange(*(Pass(there * first, there * (1 - first) + back * (1 - last), back * last)
+                      for there, back in ((inputs, output), (output, inputs))))
 
 
 def union_share(x: LocalShape) -> float:

@@ -178,10 +178,8 @@ def _hide(moved: Exchange, forward: float, backward: float, again: bool, card: C
 
     What comes while attention runs is exposed where it takes longer, and slows attention down (HIDDEN_COST).
     """
-    passes = [(moved.first, moved.rest, moved.after, forward)] * (2 if again else 1)
-    passes.append((moved.backward_first, moved.backward_rest, moved.backward_after, backward))
-    part = Part(moved.beside * (2 if again else 1))
-    for first, rest, after, compute in passes:
+    times, part = 2 if again else 1, Part(moved.beside * (2 if again else 1))
+    for (first, rest, after), compute in [(moved.forward, forward)] * times + [(moved.backward, backward)]:
         late = max(0.0, rest.seconds - compute)
         cost = HIDDEN_COST_NCCL if moved.nccl or rest.network else HIDDEN_COST
         slower = min(rest.seconds - late, cost * collectives.link_seconds(rest.link + rest.network, card))
