@@ -7,8 +7,8 @@ from typing import Any
 
 BACKENDS = ("auto", "triton", "reference")
 KEY_CONV_WIDTHS = (0, 3, 5)
-CHOICES = {"backend": BACKENDS, "decode": ("moba", "dense")}
-"""Fields that are one of a few words (or None, where that is the default)."""
+CHOICES = {"backend": BACKENDS, "decode": ("moba", "dense"), "key_conv": KEY_CONV_WIDTHS}
+"""Fields that are one of a few values (or None, where that is the default)."""
 
 
 def _flag(default, help: str):
@@ -94,14 +94,12 @@ class MoBAConfig:
                               ("workspace_mib", 1), ("key_conv", 0)):
             if getattr(self, name) is not None or getattr(type(self), name) is not None:
                 _check_whole(name, getattr(self, name), minimum)
-        if self.key_conv not in KEY_CONV_WIDTHS:
-            raise ValueError(f"MoBAConfig.key_conv must be one of {', '.join(map(str, KEY_CONV_WIDTHS))}; got "
-                             f"{self.key_conv}")
         if not isinstance(self.deterministic, bool):
             raise TypeError(f"MoBAConfig.deterministic must be a bool, got {self.deterministic!r}")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in (*choices, getattr(type(self), name)):
-                raise ValueError(f"MoBAConfig.{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+                raise ValueError(f"MoBAConfig.{name} must be one of {', '.join(map(str, choices))}; got "
+                                 f"{getattr(self, name)!r}")
         rule, numbers = _parse_layers(self.full_attention_layers)
         if rule == "set" and not isinstance(self.full_attention_layers, str):
             object.__setattr__(self, "full_attention_layers", tuple(sorted(numbers)))
@@ -115,16 +113,10 @@ class MoBAConfig:
         if not 1 <= layer_number <= num_layers:
             raise ValueError(f"layer_number must be in 1..{num_layers} (num_layers), got {layer_number}")
         rule, n = _parse_layers(self.full_attention_layers)
-        if rule == "last":
-            return layer_number > num_layers - n
-        if rule == "every":
-            return layer_number % n == 0
-        if rule == "set":
-            if n and max(n) > num_layers:
-                raise ValueError(f"MoBAConfig.full_attention_layers names layer {max(n)}, but the model has "
-                                 f"{num_layers}")
-            return layer_number in n
-        return rule == "all"
+        if rule == "set" and n and max(n) > num_layers:
+            raise ValueError(f"MoBAConfig.full_attention_layers names layer {max(n)}, but the model has {num_layers}")
+        return (rule == "all" or rule == "last" and layer_number > num_layers - n
+                or rule == "every" and layer_number % n == 0 or rule == "set" and layer_number in n)
 
     def is_full_step(self, iteration: int) -> bool:
         """Whether every layer attends densely at this training iteration (0-based)."""

@@ -30,10 +30,8 @@ def scored_pairs(seqlen: float, chunk_size: int, topk: int) -> float:
 def attention_flops(seqlen: float, num_heads: int, qk_head_dim: int, v_head_dim: int, chunk_size: int,
                     topk: int) -> float:
     """Forward and backward operations of one MoBA layer's core attention over one sequence, the gate included."""
-    products = FORWARD_AND_BACKWARD * MULTIPLY_AND_ADD * (qk_head_dim + v_head_dim)
-    products *= attended_pairs(seqlen, chunk_size, topk)
-    gate = MULTIPLY_AND_ADD * qk_head_dim * scored_pairs(seqlen, chunk_size, topk)
-    return num_heads * (products + gate)
+    products = FORWARD_AND_BACKWARD * (qk_head_dim + v_head_dim) * attended_pairs(seqlen, chunk_size, topk)
+    return MULTIPLY_AND_ADD * num_heads * (products + qk_head_dim * scored_pairs(seqlen, chunk_size, topk))
 
 
 def dense_attention_flops(seqlen: float, num_heads: int, qk_head_dim: int, v_head_dim: int) -> float:

@@ -50,8 +50,7 @@ def _flag(name: str) -> str:
 
 def _differences(args: argparse.Namespace, saved: argparse.Namespace) -> list[tuple]:
     """(name, the checkpoint's value, this run's) of the flags that differ; a dense checkpoint's have no meaning."""
-    attention = getattr(saved, "attention", "full")
-    names = MODEL_FLAGS if attention == "moba" else ()
+    names = MODEL_FLAGS if getattr(saved, "attention", "full") == "moba" else ()
     return [(name, getattr(saved, name), getattr(args, name)) for name in names
             if hasattr(saved, name) and getattr(saved, name) != getattr(args, name)]
 

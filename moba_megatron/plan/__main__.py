@@ -101,7 +101,12 @@ def _plan(arguments: argparse.Namespace, run: Run, card: hardware.Card) -> int:
     fixed = {name: getattr(arguments, name) for name in ("tp", "cp", "pp", "dp", "comm_type", "recompute")
              if getattr(arguments, name) is not None}
     fit, out = plan(run, card, fitted, fixed)
-    print(headline(run, card, fitted), end="\n\n")
+    m = run.model
+    moba = "full attention" if run.attention == "full" else (
+        f"MoBA chunk {run.moba.chunk_size} topk {run.moba.topk}, {run.dense_layers} of {m.layers} layers full")
+    print(f"{m.parameters / 1e9:.2f}B parameters, {run.seqlen:,} tokens a sequence, {run.batch} sequences "
+          f"({run.tokens:,} tokens) a step, {run.gpus} x {card.name}, {moba}\n"
+          f"Predicted, not measured: attention by {fitted.source}, the rest by the card's figures (--cards)\n")
     if fit:
         print(as_text([row_of(p) for p in fit[:arguments.top]]), end="\n\n")
     print(f"{len(fit)} layouts fit, {len(out)} do not" + ("" if arguments.why else " (--why says why)"))
@@ -118,14 +123,6 @@ def _plan(arguments: argparse.Namespace, run: Run, card: hardware.Card) -> int:
     return 0
 
 
-def headline(run: Run, card: hardware.Card, fitted: Calibration) -> str:
-    """What was asked, and what the predictions rest on."""
-    m = run.model
-    moba = "full attention" if run.attention == "full" else (
-        f"MoBA chunk {run.moba.chunk_size} topk {run.moba.topk}, {run.dense_layers} of {m.layers} layers full")
-    return (f"{m.parameters / 1e9:.2f}B parameters, {run.seqlen:,} tokens a sequence, {run.batch} sequences "
-            f"({run.tokens:,} tokens) a step, {run.gpus} x {card.name}, {moba}\n"
-            f"Predicted, not measured: attention by {fitted.source}, the rest by the card's figures (--cards)")
 
 
 def row_of(p: Prediction) -> dict[str, str]:
