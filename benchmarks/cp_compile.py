@@ -14,8 +14,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from moba_megatron import kernels
 from moba_megatron.context_parallel import Sequences
 from moba_megatron.context_parallel.attention import make_schedule
-from moba_megatron.context_parallel.pipeline import Pipeline
 from moba_megatron.kernels import tuning
+from moba_megatron.ops.pipeline import Pipeline
 
 from . import compile_report
 from .cases import Case

@@ -33,7 +33,8 @@ NEW, OLD = "this", "other"
 
 @dataclass(frozen=True)
 class Row:
-    """What is timed: ``sequences`` of ``tokens`` each, forward and backward (``decode``: 32 steps, ``cp``: 2 ranks)."""
+    """What is timed: ``sequences`` of ``tokens`` each, forward and backward (``decode``: 32 steps, ``cp``: 2 ranks,
+    ``host``: the host alone, the device being idle)."""
 
     name: str
     tokens: int
@@ -59,6 +60,9 @@ ROWS = (
     Row("decode-128K-512-8", 128 * K, 512, 8, 32, 8, kind="decode"),
     Row("cp2-128K-512-8", 128 * K, 512, 8, 32, 8, kind="cp", comm="all_gather"),
 )
+HOST = (Row("host-1head-32K-512-3", 32 * K, 512, 3, 1, 1, kind="host"),
+        Row("host-4K-128-3", 4 * K, 128, 3, kind="host"))
+"""Not among the rows of a run that names none: a virtual machine's host varies by tens of percent."""
 TINY = (Row("tiny", 96, 16, 3, 4, 2, 16), Row("tiny-packed", 48, 16, 2, 2, 2, 16, sequences=2),
         Row("tiny-decode", 64, 16, 3, 4, 2, 16, kind="decode"),
         Row("tiny-cp2", 96, 16, 3, 4, 2, 16, kind="cp", comm="all_gather"))
@@ -73,9 +77,11 @@ def find_rows(names: list[str] | None) -> list[Row]:
     """
     found = []
     for name in names or []:
-        rows = [row for row in (*ROWS, *TINY) if row.name == name] or [row for row in ROWS if name in row.name]
+        rows = ([row for row in (*ROWS, *HOST, *TINY) if row.name == name]
+                or [row for row in (*ROWS, *HOST) if name in row.name])
         if not rows:
-            raise ValueError(f"--rows must name rows, got {name!r}; rows: {', '.join(row.name for row in ROWS)}")
+            known = ", ".join(row.name for row in (*ROWS, *HOST))
+            raise ValueError(f"--rows must name rows, got {name!r}; rows: {known}")
         found += [row for row in rows if row not in found]
     return found if names else list(ROWS)
 

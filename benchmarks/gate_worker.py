@@ -92,11 +92,13 @@ def described(results: list[torch.Tensor], path: str) -> list[int]:
     return sums
 
 
-def milliseconds(run, device: torch.device, repeats: int) -> list[float]:
-    """Of each of so many calls, enqueued without waiting in between."""
-    if device.type != "cuda":
+def milliseconds(run, device: torch.device, repeats: int, host: bool = False) -> list[float]:
+    """Of each of so many calls, enqueued without waiting in between; of the host's part, while the device is idle."""
+    if host or device.type != "cuda":
         times = []
-        for _ in range(repeats):
+        for _ in range(repeats * (20 if host else 1)):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
             begin = time.perf_counter()
             run()
             times.append(1e3 * (time.perf_counter() - begin))
@@ -114,15 +116,16 @@ def milliseconds(run, device: torch.device, repeats: int) -> list[float]:
 
 def answer(request: dict, state: dict, device: torch.device) -> dict:
     if request["do"] == "time":
-        return {"ms": milliseconds(state["run"], device, request["repeats"])}
+        return {"ms": milliseconds(state["run"], device, request["repeats"], state["host"])}
     state.clear()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     if request["do"] == "drop":
         return {}
-    make = {"operator": operator, "decode": decode, "cp": context_parallel}[request["row"]["kind"]]
-    state["run"] = make(request["row"], device, request["backend"])
+    kind = request["row"]["kind"]
+    make = {"operator": operator, "host": operator, "decode": decode, "cp": context_parallel}[kind]
+    state["run"], state["host"] = make(request["row"], device, request["backend"]), kind == "host"
     state["run"]()
     sums = described(state["run"](), request["path"])
     return {"sums": sums, "package": os.path.dirname(sys.modules["moba_megatron"].__file__)}

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import statistics
 from collections import defaultdict
 from typing import Callable
@@ -10,7 +11,6 @@ from unittest import mock
 import torch
 from triton.runtime.jit import JITFunction
 
-from moba_megatron.kernels import launcher
 from moba_megatron.tune import milliseconds as measure
 
 L2_MULTIPLE = 4
@@ -86,8 +86,8 @@ def kernel_times(run: Callable[[], object], device: torch.device, repeats: int =
         launches.append((self.fn.__name__, begin, end))
         return result
 
-    # launches from a record do not go through JITFunction.run
-    with mock.patch.object(JITFunction, "run", timed), mock.patch.object(launcher, "_RECORDING", False):
+    # prepared launches do not go through JITFunction.run
+    with mock.patch.object(JITFunction, "run", timed), mock.patch.dict(os.environ, MOBA_PREPARED_LAUNCHES="0"):
         for _ in range(repeats):
             launches.clear()
             whole = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -1,5 +1,4 @@
-"""libcuda, for what torch has no call for: prepared launches (``kernels/replay.py``), copies by copy engines
-(``context_parallel/transport``)."""
+"""libcuda, for what torch has no call for: copies by copy engines (``context_parallel/transport``)."""
 from __future__ import annotations
 
 import ctypes
@@ -7,8 +6,6 @@ import functools
 
 _POINTER = ctypes.c_void_p
 _ARGUMENTS = {
-    "cuLaunchKernelEx": [_POINTER] * 4,
-    "cuTensorMapReplaceAddress": [_POINTER] * 2,
     "cuMemcpy3DBatchAsync_v2": [ctypes.c_size_t, _POINTER, ctypes.c_ulonglong, _POINTER],
     "cuStreamBatchMemOp_v2": [_POINTER, ctypes.c_uint, _POINTER, ctypes.c_uint],
     "cuThreadExchangeStreamCaptureMode": [_POINTER],

@@ -329,7 +329,7 @@ def test_opcheck_backward(with_dlse):
     o, lse, *integers = torch.ops.moba_megatron.attention_fwd(q, k, v, *segments, 2, 0.3, False, "reference",
                                                               64.0)
     arguments = (torch.randn_like(o), torch.randn_like(lse) if with_dlse else None, q, k, v, o, lse, *integers,
-                 *segments, 0.3, False, "reference", 64.0)
+                 *segments, 2, 0.3, False, "reference", 64.0)
     torch.library.opcheck(torch.ops.moba_megatron.attention_bwd.default, arguments)
 
 

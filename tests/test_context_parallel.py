@@ -16,15 +16,14 @@ from moba_megatron.context_parallel import (
     check_groups,
     check_zigzag,
     context_parallel_attention,
-    pipeline,
     record_waits,
     selective,
 )
+from moba_megatron.context_parallel.all_to_all import LocalAttention
 from moba_megatron.context_parallel.attention import check_sequences
 from moba_megatron.context_parallel.head_groups import MOST_BYTES, MUCH_BYTES, number_of_groups, split_heads
 from moba_megatron.context_parallel.transport.rows import copy_rows
-from moba_megatron.kernels import launcher
-from moba_megatron.ops import moba_attention
+from moba_megatron.ops import moba_attention, pipeline
 from moba_megatron.segments import Segments
 
 # (name, lengths, uniform, chunk size, topk, heads, kv heads, D, DV, head groups, dtype)
@@ -179,6 +178,14 @@ def single_rank(case):
     return o.detach(), selected, means, grads
 
 
+def stage_by_stage(function, *args, workspace_mib=None, event=None, **named):
+    """As the ``call`` of stages, each of which is then a call of its own."""
+    result = function(*args, **named)
+    if event is not None:
+        event.record()
+    return result
+
+
 class RecordedGate:
     """Collects what the gate was given and chose, group of heads by group of heads."""
 
@@ -187,7 +194,7 @@ class RecordedGate:
 
     def __enter__(self):
         self.means, self.selected, self._gate = [], [], self._stages.gate
-        self._recording, launcher._RECORDING = launcher._RECORDING, False  # replayed calls run no stage
+        self._call, self._stages.call = self._stages.call, stage_by_stage  # whose stages see tensors
 
         def gate(q, means, *args):
             self.means.append(means)
@@ -198,7 +205,7 @@ class RecordedGate:
         return self
 
     def __exit__(self, *_):
-        self._stages.gate, launcher._RECORDING = self._gate, self._recording
+        self._stages.gate, self._stages.call = self._gate, self._call
 
 
 def selecting_rows_and_heads(lengths, comm_type, group, heads):
@@ -420,7 +427,7 @@ def test_dense_kernels_take_whole_sequences_alone(chunk_size, dense, monkeypatch
     monkeypatch.setattr(pipeline, "dense_causal", lambda *_, **__: taken.append("forward"))
     monkeypatch.setattr(pipeline, "dense_causal_bwd", lambda *_, **__: taken.append("backward"))
     segments = Segments.from_cu_seqlens(cu_seqlens_of([64, 40]), 64, chunk_size, exact=True)
-    local = pipeline.LocalAttention(pipeline.Pipeline(reference, 1, 0.3, False, True), segments)
+    local = LocalAttention(pipeline.Pipeline(reference, 1, 0.3, False, True), segments)
     q, k, v, do = (torch.randn(104, 2, 8, dtype=torch.float64) for _ in range(4))
     o, saved = local.forward(q, k, v)
     local.backward(do, saved, torch.float64)

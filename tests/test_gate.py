@@ -65,7 +65,17 @@ def test_bad_input_and_missing_gpus(tmp_path, monkeypatch, capsys):
 def test_rows_are_those_that_the_gate_promises():
     kinds = [row.kind for row in gate.ROWS]
     assert kinds.count("operator") == 8 and kinds.count("decode") == kinds.count("cp") == 1
-    assert len({row.name for row in (*gate.ROWS, *gate.TINY)}) == len(gate.ROWS) + len(gate.TINY)
+    every = *gate.ROWS, *gate.HOST, *gate.TINY
+    assert len({row.name for row in every}) == len(every)
+
+
+def test_rows_of_the_host_wait_for_nothing():
+    """Each call is timed alone, and there are many: the least of them is the host's own time."""
+    row = asdict(gate.HOST[0]) | {"tokens": 64, "chunk_size": 16, "head_dim": 16}
+    state = {}
+    gate_worker.answer({"do": "prepare", "row": row, "backend": "reference", "path": "/dev/null"}, state,
+                       torch.device("cpu"))
+    assert len(gate_worker.answer({"do": "time", "repeats": 2}, state, torch.device("cpu"))["ms"]) == 40
 
 
 def test_a_folder_within_another_repository_has_not_its_commit(tmp_path):

@@ -389,13 +389,56 @@ def test_models_with_an_indexer_are_refused_by_name():
         model(hf.tokens(1, 9))
 
 
-@pytest.mark.parametrize("family", ["Bloom", "XGLM"])
+def own_attention(family, attention):
+    """A tiny model of a family whose layers look no attention up, in any version that the tests run with."""
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=61, n_layer=1, n_layers=1, n_head=4, n_heads=4, num_layers=1, num_hidden_layers=1, d_model=32,
+        ffn_dim=48, hidden_size=32, attention_heads=4, num_attention_heads=4, attn_implementation=attention)
+    return getattr(transformers, OWN_ATTENTION[family])(config)
+
+
+OWN_ATTENTION = {"Bloom": "BloomForCausalLM", "XGLM": "XGLMForCausalLM", "Mpt": "MptForCausalLM"}
+if not is_5:
+    OWN_ATTENTION |= {"DiffLlama": "DiffLlamaForCausalLM", "Mimi": "MimiModel", "Dbrx": "DbrxForCausalLM"}
+
+
+@pytest.mark.parametrize("family", OWN_ATTENTION)
 def test_models_that_look_no_attention_up_are_refused(family):
-    """Their own layers would attend to what comes after, for MoBA's layout of whole rows is no mask."""
-    config = getattr(transformers, f"{family}Config")(vocab_size=61, n_layer=1, n_head=4, num_layers=1, ffn_dim=48,
-                                                      hidden_size=32, attention_heads=4, attn_implementation="moba")
-    with pytest.raises(ValueError, match=f"attn_implementation='moba' is not supported by {family}ForCausalLM"):
-        getattr(transformers, f"{family}ForCausalLM")(config)
+    """Their own layers would attend to what comes after, for MoBA's layout of whole rows is no mask. MPT has a config
+    within its config, and no model to go with it."""
+    with pytest.raises(ValueError, match=f"attn_implementation='moba' is not supported by {OWN_ATTENTION[family]}"):
+        own_attention(family, "moba")
+
+
+@pytest.mark.parametrize("family", ["Bloom", "XGLM", "Mpt"])
+@pytest.mark.parametrize("asked", ["moba", {"": "moba"}], ids=str)
+def test_models_that_cannot_be_switched_are_refused(family, asked):
+    """Transformers warns, and leaves them as they are."""
+    model = own_attention(family, "eager")
+    message = f"'moba' is not supported by {OWN_ATTENTION[family]}: it does not switch, and still attends by 'eager'"
+    with pytest.raises(ValueError, match=message):
+        model.set_attn_implementation(asked)
+    assert model.config._attn_implementation == "eager"
+    model.set_attn_implementation("sdpa")  # a warning, as before
+
+
+def test_models_within_models_are_switched_by_name():
+    text = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=61)
+    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, image_size=8,
+                  patch_size=4)
+
+    def llava(language):
+        return transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(
+            vision_config=transformers.CLIPVisionConfig(**vision), text_config=language))
+
+    model = llava(transformers.LlamaConfig(**text))
+    model.set_attn_implementation({"text_config": "moba"})
+    assert model.config.text_config._attn_implementation == "moba" != model.config.vision_config._attn_implementation
+    model = llava(transformers.XGLMConfig(
+        vocab_size=61, d_model=32, ffn_dim=48, num_layers=1, attention_heads=4))
+    for asked in ("moba", {"text_config": "moba"}):
+        with pytest.raises(ValueError, match="by LlavaForConditionalGeneration: text_config does not switch"):
+            model.set_attn_implementation(asked)
 
 
 def test_refused_layers():
@@ -413,10 +456,45 @@ def test_refused_layers():
     (dict(softcap=3.0), "softcap is not supported by MoBA attention, got 3.0"),
     (dict(s_aux=torch.zeros(4)), "sinks.* is not supported"),
     (dict(cu_seq_lens_q=torch.tensor([0, 5]), attention_mask=torch.tensor([[1, 1, 1, 0, 0]])), "cu_seq_lens_q must"),
+    (dict(cu_seq_lens_k=torch.tensor([0, 5])), "cu_seq_lens_q must have shape .* cu_seq_lens_k, .* shapes None"),
+    (dict(max_length_q=5), "cu_seq_lens_q must have shape .* max_length_q or max_length_k is given, .* shapes None"),
+    (dict(max_length_k=5), "cu_seq_lens_q must have shape .* max_length_q or max_length_k is given, .* shapes None"),
+    (dict(cu_seq_lens_q=torch.tensor([[0, 5]])), r"must have shape \[sequences \+ 1\] .* shapes \(1, 2\)"),
+    (dict(cu_seq_lens_q=torch.tensor([0, 2, 5]), cu_seq_lens_k=torch.tensor([0, 5])), "cu_seq_lens_k must equal it"),
 ], ids=lambda x: next(iter(x)) if isinstance(x, dict) else "")
 def test_refused_calls(given, message):
     with pytest.raises(ValueError, match=message):
         hf.model()(hf.tokens(1, 5), **given)
+
+
+@pytest.mark.parametrize("decode", ["dense", "moba"])
+def test_bounds_over_a_cache_are_refused(decode):
+    """A single new token's too, which attends by other ways."""
+    register_moba(CONFIG, decode=decode)
+    model, ids = hf.model().eval(), hf.tokens(1, 9)
+    with torch.no_grad():
+        for tokens in (1, 2):
+            cache = model(ids).past_key_values
+            with pytest.raises(ValueError, match=f"cu_seq_lens_q must come without a cache, got {9 + tokens} keys"):
+                model(ids[:, :tokens], past_key_values=cache, cu_seq_lens_q=torch.tensor([0, tokens]))
+
+
+def test_bounds_that_change_between_calls_are_read_again():
+    """In place, as a data loader's buffers do, each by itself."""
+    model, ids = hf.model().eval(), hf.tokens(1, 30)
+    q, k = torch.tensor([0, 13, 30]), torch.tensor([0, 13, 30])
+
+    def logits(q, k):
+        with torch.no_grad():
+            return model(ids, use_cache=False, cu_seq_lens_q=q, cu_seq_lens_k=k).logits
+
+    first = logits(q, k)
+    k[1] = 20
+    with pytest.raises(ValueError, match=r"cu_seq_lens_k must equal it, got \[\[0, 13, 30\], \[0, 20, 30\]\]"):
+        logits(q, k)
+    q[1] = 20
+    assert not torch.equal(logits(q, k), first)
+    assert torch.equal(logits(q, k), logits(q.clone(), None))
 
 
 @pytest.mark.parametrize("call, error, message", [

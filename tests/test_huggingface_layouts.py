@@ -197,6 +197,46 @@ def test_calls_are_refused_in_every_mode():
             assert said is None if message is None else said.startswith(message) and "row 1" in said
 
 
+def test_bounds_are_refused_in_every_mode():
+    """Tokens in no sequence, or in two, would attend wrongly and nobody would know."""
+    register_moba(CONFIG)
+    model, ids = hf.model(layers=1).eval(), hf.tokens(2, T)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    good, most = [0, FIRST, T, T + FIRST, 2 * T], 17
+    refused = "cu_seq_lens_q must begin with 0, not decrease, and end with the number of tokens"
+    for q, k, max_q, max_k, message in (
+            (good, good, most, most, None), (good, None, None, None, None), (good, good, 2 * T, most, None),
+            ([0, FIRST, FIRST, T, 2 * T], None, T, T, None),
+            ([0, FIRST, T, T + FIRST, 2 * T - 1], None, most, most, refused),
+            ([0, FIRST, T, T + FIRST, 2 * T + 1], None, most, most, refused),
+            ([1, FIRST, T, T + FIRST, 2 * T], None, most, most, refused),
+            ([0, T, FIRST, T + FIRST, 2 * T], None, 2 * T, 2 * T, refused),
+            (good, good, most - 1, most, refused), (good, good, most, most - 1, refused),
+            (good, [0, FIRST, T, T + FIRST + 1, 2 * T], most + 1, most + 1, refused)):
+        given = {"cu_seq_lens_q": torch.tensor(q), "cu_seq_lens_k": None if k is None else torch.tensor(k)}
+        for run in (model, compiled):
+            said = refusal(run, ids, use_cache=False, max_length_q=max_q, max_length_k=max_k, **given)
+            assert said is None if message is None else said.startswith(message), (q, k, max_q, max_k, said)
+
+
+@pytest.mark.parametrize("given", ["q alone", "all", "tensors"])
+def test_bounds_are_the_oracle(given):
+    """Compiled too, whatever else comes with them."""
+    register_moba(CONFIG)
+    cu, ids = torch.tensor([0, FIRST, T, 2 * T]), hf.tokens(2, T)
+    more = {} if given == "q alone" else dict(cu_seq_lens_k=cu.int(), max_length_q=T, max_length_k=T + 1)
+    if given == "tensors":
+        more |= dict(max_length_q=torch.tensor(T), max_length_k=torch.tensor(T))
+    with hf.oracle_attention([(0, 0, FIRST), (0, FIRST, T), (1, 0, T)]), torch.no_grad():
+        expected = hf.model(layers=1, attention="moba_oracle").eval()(ids, use_cache=False).logits
+    model = hf.model(layers=1).eval()
+    torch._dynamo.reset()
+    for run in (model, torch.compile(model, backend="eager", fullgraph=True)):
+        with torch.no_grad():
+            torch.testing.assert_close(run(ids, use_cache=False, cu_seq_lens_q=cu, **more).logits, expected)
+
+
 def functions():
     """Mask functions as Transformers composes them, and whether they are causal within packed rows."""
     packed = masking_utils.packed_sequence_mask_function((torch.arange(T) >= FIRST).long().expand(2, T))

@@ -167,7 +167,7 @@ def test_kernels_compile_and_fit(capability):
         with (tuning.forced(tuning.arch_of_capability(*divmod(capability, 10))),
               compile_report.compiling(capability) as compiled):
             fused.counts(selected, empty(8192), 1, segments.num_chunks(8192))
-            fused.recalls(q, k, selected, segments, (row,) * 4, 0.1)
+            fused.recalls(q, k, selected, segments, 0.1, row, row, row, row)
         assert len(compiled) == 3
         limit = compile_report.SHARED_LIMIT_KIB[capability] * 1024
         assert all(kernel.metadata.shared <= limit for _, kernel in compiled)

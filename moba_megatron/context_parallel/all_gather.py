@@ -8,18 +8,22 @@ rather than keeping K and V, and adds dK and dV over the ranks in fp32 while the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..ops.pipeline import Choice, Pipeline, Saved
 from .head_groups import HeadGroups, Prefetch, number_of_groups, split_heads
 from .layout import ZigzagLayout
-from .pipeline import Grads, Pipeline, Saved
 from .transport.comm import Pending, all_gather, wait_for
 from .transport.exchange import reduce_to_local, to_global
 from .transport.rows import copy_rows
+
+State = list
+"""What a schedule keeps for backward: tensors, what the host knows, and such lists."""
+Grads = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -31,37 +35,37 @@ class AllGatherAttention:
     group: dist.ProcessGroup
     head_groups: int | None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
         """q ``[T, H, D]``, k ``[T, HK, D]``, v ``[T, HK, DV]``, the rank's rows: o and what backward needs."""
         groups = self.groups(q, k, v)
         sums = None
         if self.pipeline.earlier(self.layout.segments) and self.layout.blocks is not None:
             sums = self.send_sums(k)
         gathered = self._gather(k, v, groups, "fwd gather")
-        choices = [(None, None)] * len(groups) if sums is None else self.choose_by_sums(q, k.dtype, sums, groups)
+        choices = [None] * len(groups) if sums is None else self.choose_by_sums(q, k.dtype, sums, groups)
         o, saved = self.attend(q, v.shape[2], groups, gathered, choices)
         return o, [q, k, v, o, groups, saved]
 
     def attend(self, q: Tensor, v_dim: int, groups: HeadGroups, gathered: Prefetch,
-               choices: list) -> tuple[Tensor, Saved]:
-        """o, and what is saved of each group, from keys and values that are on their way."""
+               choices: Sequence[Choice | None]) -> tuple[Tensor, list[Saved]]:
+        """o, and what is saved of each group but its o, from keys and values that are on their way."""
         segments = self.layout.segments
         o, saved = q.new_empty(*q.shape[:2], v_dim) if len(groups) > 1 else None, []
-        for (heads, _), (selected, routing) in zip(groups, choices):
+        for (heads, _), choice in zip(groups, choices):
             k_all, v_all = arrived(gathered.take())
-            if selected is None and self.pipeline.earlier(segments):
+            if choice is None and self.pipeline.earlier(segments):
                 # the boundaries of pieces are on the device only: the same means from all keys
-                selected, routing = self.pipeline.choose(q[:, heads], k_all, segments)
-            part, rest = self.pipeline.attend(q[:, heads], k_all, v_all, selected, routing, segments)
+                choice = self.pipeline.choose(q[:, heads], k_all, segments)
+            part, rest = self.pipeline.attend(q[:, heads], k_all, v_all, choice, segments)
             del k_all, v_all  # their memory is the next group's
             if o is None:
                 o = part
             else:
                 copy_rows(o[:, heads], part)
-            saved.append(rest)
+            saved.append(replace(rest, o=None))
         return o, saved
 
-    def backward(self, do: Tensor, saved: Saved, kv_grad_dtype: torch.dtype) -> Grads:
+    def backward(self, do: Tensor, saved: State, kv_grad_dtype: torch.dtype) -> Grads:
         """dq, dk, dv of the rank's rows; dk and dv in ``kv_grad_dtype``, rounded once."""
         q, k, v, o, groups, saved = saved
         gathered = self._gather(k, v, groups, "bwd gather")
@@ -71,7 +75,7 @@ class AllGatherAttention:
 
         return self.attend_bwd(do, (q, k, v, o), groups, saved, gathered, reduce, kv_grad_dtype)
 
-    def attend_bwd(self, do: Tensor, tensors: tuple[Tensor, ...], groups: HeadGroups, saved: Saved,
+    def attend_bwd(self, do: Tensor, tensors: tuple[Tensor, ...], groups: HeadGroups, saved: list[Saved],
                    gathered: Prefetch, reduce: Callable[[int, list[Tensor], list[Tensor]], list[Pending]],
                    kv_grad_dtype: torch.dtype) -> Grads:
         """dq, dk, dv; ``reduce(i, grads, outs)`` starts to add group i's ``[S, h, D]`` over the ranks into ``outs``."""
@@ -80,9 +84,9 @@ class AllGatherAttention:
         dk, dv = (torch.empty(x.shape, dtype=kv_grad_dtype, device=x.device) for x in (k, v))
         reducing = []
         for i, ((heads, kv_heads), rest) in enumerate(zip(groups, saved)):
-            part, *grads = self.pipeline.attend_bwd(
-                do[:, heads], q[:, heads], *arrived(gathered.take()), o[:, heads], rest, self.layout.segments,
-                sum_dtype(k.dtype))
+            part, *grads = self.pipeline.backward(
+                do[:, heads], None, q[:, heads], *arrived(gathered.take()), replace(rest, o=o[:, heads]),
+                self.layout.segments, sum_dtype(k.dtype))
             started = reduce(i, grads, [out[:, kv_heads] for out in (dk, dv)])
             del grads
             if dq is None:
@@ -106,8 +110,8 @@ class AllGatherAttention:
 
         return Prefetch(start, groups)
 
-    def choose_by_sums(self, q: Tensor, dtype: torch.dtype, sums: Pending, groups: HeadGroups) -> list:
-        """(selected, routing) of each group, from the sums of all ranks' keys: what every rank sent."""
+    def choose_by_sums(self, q: Tensor, dtype: torch.dtype, sums: Pending, groups: HeadGroups) -> list[Choice]:
+        """The choice of each group, from the sums of all ranks' keys: what every rank sent."""
         segments, blocks, stages, messages = self.layout.segments, self.layout.blocks, self.pipeline.stages, sums.wait()
         num_chunks, per_chunk = blocks.table_shape
         table = torch.zeros(num_chunks * per_chunk, *messages.shape[1:], dtype=messages.dtype, device=messages.device)

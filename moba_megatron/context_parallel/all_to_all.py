@@ -10,18 +10,18 @@ and k and v are kept as they came and exchanged again in backward: that saves th
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..ops.pipeline import Pipeline
 from ..segments import Segments
-from .all_gather import AllGatherAttention, arrived, of_one_dim, sum_dtype
+from .all_gather import AllGatherAttention, Grads, State, arrived, of_one_dim, sum_dtype
 from .head_groups import HeadGroups, Prefetch, number_of_groups, split_heads
 from .layout import Sequences
-from .pipeline import Grads, LocalAttention, Saved
 from .transport.comm import Pending, wait_for
 from .transport.exchange import Arrived, to_global, to_local
 from .transport.peers import peers_for
@@ -48,6 +48,33 @@ def local_chunks(sequences: Sequences, size: int, rank: int, chunk_size: int) ->
 
 
 @dataclass(frozen=True)
+class LocalAttention:
+    """Attention over whole sequences, whose rows are all here: the inner schedule of ``a2a``."""
+
+    pipeline: Pipeline
+    segments: Segments
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
+        """q ``[S, H, D]``, k ``[S, HK, D]``, v ``[S, HK, DV]`` in global order: o and what backward needs."""
+        o, saved = self.pipeline.forward(q, k, v, self.segments)
+        return o, [q, k, v, saved]
+
+    def forward_by_means(self, q: Tensor, means: Tensor, arrive: Callable[[], Sequence[Tensor]]
+                         ) -> tuple[Tensor, State]:
+        """As :meth:`forward`, with chunk means ``[num_chunks, HK, D]``; k and v are what ``arrive`` then waits for."""
+        choice = self.pipeline.choose(q, means, self.segments, q.shape[0])
+        k, v = arrive()
+        o, saved = self.pipeline.attend(q, k, v, choice, self.segments)
+        return o, [q, k, v, saved]
+
+    def backward(self, do: Tensor, saved: State, kv_grad_dtype: torch.dtype,
+                 event: torch.cuda.Event | None = None) -> Grads:
+        """dq, dk, dv; dk and dv in ``kv_grad_dtype``. As soon as these two are complete, ``event`` is recorded."""
+        q, k, v, saved = saved
+        return self.pipeline.backward(do, None, q, k, v, saved, self.segments, kv_grad_dtype, event)
+
+
+@dataclass(frozen=True)
 class AllToAllAttention:
     """Attention with a part of the heads over the rows of all ranks of ``group``, by an inner schedule."""
 
@@ -57,7 +84,7 @@ class AllToAllAttention:
     head_groups: int | None
     chunks: tuple[Segments, Rows] | None = None  # None where ranks' rows cut chunks, or nothing is chosen here
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
         """q ``[T, H, D]``, k ``[T, HK, D]``, v ``[T, HK, DV]``, the rank's rows: o and what backward needs."""
         size = self.rows.size
         kv_heads, copied = max(1, k.shape[1] // size), k.shape[1] < size  # heads that one rank gets
@@ -77,7 +104,7 @@ class AllToAllAttention:
         wait_for(leaving)
         return o, [q.shape, (k.shape, v.shape), [k, v] if copied else None, groups, saved]
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, groups: HeadGroups) -> Iterator[tuple[Tensor, Saved]]:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, groups: HeadGroups) -> Iterator[tuple[Tensor, State]]:
         """o and what is saved of each group of heads."""
         # k and v, where they are not kept, share no memory with q, which is
         apart = [[(q, 0)], [(k, 1), (v, 1)]] if k.shape[1] < self.rows.size else [[(q, 0), (k, 1), (v, 1)]]
@@ -85,7 +112,7 @@ class AllToAllAttention:
         for _ in groups:
             yield self.inner.forward(*arrived(arriving.take()))
 
-    def _attend_by_means(self, q: Tensor, k: Tensor, v: Tensor, groups: HeadGroups) -> Iterator[tuple[Tensor, Saved]]:
+    def _attend_by_means(self, q: Tensor, k: Tensor, v: Tensor, groups: HeadGroups) -> Iterator[tuple[Tensor, State]]:
         """As :meth:`_attend`, but each rank sends its rows' means, so that chunks are chosen before k and v arrive.
 
         Copy engines bring k and v of the inner groups while these choose: beside products, not beside sums of the group
@@ -117,7 +144,7 @@ class AllToAllAttention:
             yield self.inner.forward_by_means(*here, of_groups[i], functools.partial(arrived, late))
             del here
 
-    def backward(self, do: Tensor, saved: Saved, kv_grad_dtype: torch.dtype) -> Grads:
+    def backward(self, do: Tensor, saved: State, kv_grad_dtype: torch.dtype) -> Grads:
         """dq, dk, dv of the rank's rows; dk and dv in ``kv_grad_dtype``, rounded once."""
         q_shape, kv_shapes, copied, groups, saved = saved
         size, kv_parts = self.rows.size, min(self.rows.size, kv_shapes[0][1])
@@ -142,7 +169,7 @@ class AllToAllAttention:
             places = [(dq, size, heads), (dk, kv_parts, kv_heads), (dv, kv_parts, kv_heads)]
             if ahead:
                 # dk and dv at the event already. No memory that then travels is what dq's kernels let go of: they were
-                # allocated before it, also where launches are replayed, and where they go to before the first group
+                # allocated before it, as are all results of a call, and where they go to before the first group
                 started = [self._deliver(grads[1:], places[1:], stage, ahead["event"]),
                            self._deliver(grads[:1], places[:1], stage)]
             else:

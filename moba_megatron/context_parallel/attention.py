@@ -8,11 +8,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..ops import get_stages
+from ..ops.pipeline import Choice, Pipeline, Saved
 from ..ops.validation import cast_under_autocast, check_flag, check_scale, check_whole, check_workspace
+from ..segments import Routing
 from .all_gather import AllGatherAttention
-from .all_to_all import AllToAllAttention, check_heads, local_chunks
+from .all_to_all import AllToAllAttention, LocalAttention, check_heads, local_chunks
 from .layout import Sequences
-from .pipeline import LocalAttention, Pipeline
 from .selective import SelectiveAttention
 
 COMM_TYPES = ("all_gather", "a2a", "a2a+all_gather", "selective")
@@ -150,9 +151,11 @@ class _Place(int):
 
 
 def _replaced(saved, kind: type, function: Callable):
-    """Nested lists and named tuples, ``function(x)`` in place of each x of a kind."""
+    """Nested lists, named tuples and what the pipeline saves, ``function(x)`` in place of each x of a kind."""
     if isinstance(saved, kind):
         return function(saved)
     if isinstance(saved, list):
         return [_replaced(x, kind, function) for x in saved]
+    if isinstance(saved, (Saved, Choice, Routing)):
+        return type(saved)(*(_replaced(x, kind, function) for x in vars(saved).values()))
     return saved._make(_replaced(x, kind, function) for x in saved) if hasattr(saved, "_make") else saved

@@ -19,10 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..segments import Routing
-from .all_gather import AllGatherAttention
+from .all_gather import AllGatherAttention, Grads, State
 from .head_groups import HeadGroups, Prefetch
 from .layout import ZigzagLayout
-from .pipeline import Grads, Saved
 from .transport.comm import Pending, all_gather, exchange
 from .transport.rows import place_own, take_own
 
@@ -44,7 +43,7 @@ within 8 %, a later run within 16 %."""
 class SelectiveAttention(AllGatherAttention):
     """Attention of a rank's queries over chosen chunks of all ranks of ``group``; sequences of one length."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
         """As :meth:`AllGatherAttention.forward`."""
         if not self.pipeline.earlier(self.layout.segments):  # every row is attended to
             o, saved = super().forward(q, k, v)
@@ -55,12 +54,12 @@ class SelectiveAttention(AllGatherAttention):
             result = self._dispatch().attend_chosen(q, k, v, groups, choices)
             if result is not None:
                 return result[0], [DISPATCHED, *result[1]]
-        exchanges = self._exchanges([routing for _, routing in choices], groups)
+        exchanges = self._exchanges([choice.routing for choice in choices], groups)
         fetched = self._fetch(k, v, groups, exchanges, "fwd gather")
         o, saved = self.attend(q, v.shape[2], groups, fetched, choices)
         return o, [exchanges, q, k, v, o, groups, saved]
 
-    def backward(self, do: Tensor, saved: Saved, kv_grad_dtype: torch.dtype) -> Grads:
+    def backward(self, do: Tensor, saved: State, kv_grad_dtype: torch.dtype) -> Grads:
         """As :meth:`AllGatherAttention.backward`."""
         exchanges, *saved = saved
         if exchanges is None:

@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..context_parallel.all_gather import AllGatherAttention, sum_dtype
+from ..context_parallel.all_gather import AllGatherAttention, Grads, State, sum_dtype
 from ..context_parallel.head_groups import HeadGroups, Prefetch
-from ..context_parallel.pipeline import Grads, Saved
 from ..context_parallel.selective import parts
 from ..context_parallel.transport.comm import Pending, exchange
+from ..ops.pipeline import Choice
 from ..segments import Routing, Segments
 from .chunk_attention import add_partials, chunk_attention_bwd, chunk_attention_fwd, merge_partials
 from .cost_model import GATHER, RowSizes, cheapest_mode
@@ -37,9 +37,9 @@ class DispatchAttention(AllGatherAttention):
     """Attention of a rank's queries over chosen chunks of all ranks of ``group``, to which they are dispatched."""
 
     def attend_chosen(self, q: Tensor, k: Tensor, v: Tensor, groups: HeadGroups,
-                      choices: list) -> tuple[Tensor, Saved] | None:
-        """o and what backward needs, from each group's (selected, routing); None where gathering all is cheapest."""
-        routings = [routing for _, routing in choices]
+                      choices: list[Choice]) -> tuple[Tensor, State] | None:
+        """o and what backward needs, from each group's choice; None where gathering all is cheapest."""
+        routings = [choice.routing for choice in choices]
         table = table_of_choices(self.layout, routings, self.group)
         sizes = RowSizes(q.element_size(), q.shape[2], v.shape[2], self.layout.segments.chunk_size)
         mode, computed_by = cheapest_mode(table, chunks_of_ranks(self.layout), sizes, self.group)
@@ -50,14 +50,14 @@ class DispatchAttention(AllGatherAttention):
         fetched = self._fetch_copies(k, v, groups, lambda group: plan(group).replicas, "fwd gather")
         o = q.new_empty(*q.shape[:2], v.shape[2])
         saved, finish_last = [], lambda: None
-        for group, ((heads, _), (selected, _)) in enumerate(zip(groups, choices)):
-            rest, finish = self._attend_here(q[:, heads], fetched, selected, plan(group), o[:, heads])
+        for group, ((heads, _), choice) in enumerate(zip(groups, choices)):
+            rest, finish = self._attend_here(q[:, heads], fetched, choice.selected, plan(group), o[:, heads])
             finish_last()
             saved, finish_last = [*saved, rest], finish
         finish_last()
         return o, [q, k, v, o, groups, saved]
 
-    def backward(self, do: Tensor, saved: Saved, kv_grad_dtype: torch.dtype) -> Grads:
+    def backward(self, do: Tensor, saved: State, kv_grad_dtype: torch.dtype) -> Grads:
         """As :meth:`AllGatherAttention.backward`."""
         q, k, v, o, groups, saved = saved
         dq, finish_last = torch.empty(q.shape, dtype=q.dtype, device=q.device), lambda: None
@@ -111,7 +111,7 @@ class DispatchAttention(AllGatherAttention):
             o_parts, lse_parts = returned.wait()
             if returned.number:
                 saved[3] = merge_partials(o, lse, o_parts, lse_parts, returned.places(here.shape), out,
-                                          hasattr(stages, "repeat"))
+                                          hasattr(stages, "INTERPRETED"))
             else:
                 out.copy_(o)
 
@@ -147,7 +147,8 @@ class DispatchAttention(AllGatherAttention):
         def finish() -> None:
             dq_parts, = returned.wait()
             if returned.number:
-                add_partials(dq, dq_parts, returned.places(here.shape), outs[0], hasattr(pipeline.stages, "repeat"))
+                add_partials(dq, dq_parts, returned.places(here.shape), outs[0],
+                             hasattr(pipeline.stages, "INTERPRETED"))
             else:
                 outs[0].copy_(dq)
             for x in reducing:

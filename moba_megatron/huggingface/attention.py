@@ -103,7 +103,7 @@ def moba_attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, 
 
     Query ``[B, H, Q, D]``, key ``[B, HK, S, D]`` and value ``[B, HK, S, DV]``, all of the cache with a cache, give o
     ``[B, Q, H, DV]``, and None for the weights. The mask is :func:`moba_mask`'s; ``cu_seq_lens_q``, ``max_length_q``
-    and ``position_ids`` place packed sequences; ``name`` is whose settings :func:`register_moba` was given.
+    (and ``_k``) or ``position_ids`` place packed sequences; ``name`` is whose settings :func:`register_moba` was given.
     """
     if name not in _settings:
         raise RuntimeError(f"attn_implementation={name!r} has no settings in this process: call "
@@ -111,17 +111,14 @@ def moba_attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, 
     config = _settings[name]
     refuse(module, attention_mask, dropout, kwargs)
     query, key, value = same_dtype(query, key, value)
+    packed = packed_bounds(kwargs, query, key, attention_mask, config.chunk_size)
     dense = config.is_full_attention(module.layer_idx + 1, module.config.num_hidden_layers)
     if query.shape[2] == 1 and key.shape[2] > 1 and config.decode == "moba" and not dense:
         return sparse_decode(query, key, value, attention_mask, scaling, config), None
     if query.shape[2] == 1 and key.shape[2] > 1 and (dense or not is_in_prompt(key, attention_mask)):
         slots = attended_slots(attention_mask, key.shape[2])
         return sdpa_attention_forward(module, query, key, value, slots, scaling=scaling, is_causal=False)
-    if kwargs.get("cu_seq_lens_q") is not None:
-        segments = packed_bounds(kwargs["cu_seq_lens_q"], kwargs.get("max_length_q"), query, key, attention_mask,
-                                 config.chunk_size)
-    else:
-        segments = row_segments(query, key, attention_mask, kwargs.get("position_ids"), config.chunk_size)
+    segments = packed or row_segments(query, key, attention_mask, kwargs.get("position_ids"), config.chunk_size)
     chunk_size, topk = config.chunks(dense, segments.max_seqlen_k)
     if dense:
         segments = replace(segments, chunk_size=chunk_size)
@@ -133,7 +130,7 @@ def moba_attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, 
     return o.unflatten(0, (query.shape[0], query.shape[2])), None
 
 
-_correct = PreTrainedModel.get_correct_attn_implementation
+_correct, _set = PreTrainedModel.get_correct_attn_implementation, PreTrainedModel.set_attn_implementation
 
 
 @functools.wraps(_correct)
@@ -142,13 +139,27 @@ def _refuse_models(self: PreTrainedModel, requested_attention: str | None, *args
     looks_up = self._supports_attention_backend or any(
         hasattr(sys.modules.get(x.__module__), "ALL_ATTENTION_FUNCTIONS") for x in type(self).__mro__
         if issubclass(x, PreTrainedModel) and x is not PreTrainedModel)
-    if requested_attention in {*BACKENDS, *_settings} and not (looks_up or self.config.sub_configs):
+    has_models = any(getattr(getattr(self.config, x, None), "model_type", "") for x in self.config.sub_configs)
+    if requested_attention in {*BACKENDS, *_settings} and not (looks_up or has_models):
         raise ValueError(f"attn_implementation={requested_attention!r} is not supported by {type(self).__name__}, its "
                          "layers have an attention of their own: leave such a model to another attention")
     return _correct(self, requested_attention, *args, **kwargs)
 
 
+@functools.wraps(_set)
+def _refuse_switches(self: PreTrainedModel, attn_implementation: str | dict, *args, **kwargs) -> None:
+    """Where Transformers warns alone: the model, or one within it, keeps the attention that it has."""
+    _set(self, attn_implementation, *args, **kwargs)
+    every = dict.fromkeys(("", *self.config.sub_configs), attn_implementation)
+    for key, name in (attn_implementation if isinstance(attn_implementation, dict) else every).items():
+        config = getattr(self.config, key, None) if key else self.config
+        if config is not None and name in (*BACKENDS, *_settings) and config._attn_implementation != name:
+            raise ValueError(f"attn_implementation={name!r} is not supported by {type(self).__name__}: "
+                             f"{key or 'it'} does not switch, and still attends by {config._attn_implementation!r}")
+
+
 PreTrainedModel.get_correct_attn_implementation = _refuse_models
+PreTrainedModel.set_attn_implementation = _refuse_switches
 for _name in BACKENDS:  # so that a model that runs without settings is told what is missing
     _make_known(_name)
 

@@ -123,28 +123,41 @@ def row_segments(query: Tensor, key: Tensor, layout: Tensor | None, position_ids
             begins |= (slot == placed[:, 0, 0, :1]) | (slot == placed[:, 0, 0, 1:2])
         return _packed_segments(begins, chunk_size)
 
-    if _readable(query):
-        key_of = ("restarts", id(position_ids), batch, slots, chunk_size, query.device)
-        found = _remembered(position_ids if layout is None else layout, key_of, build)
-    else:
-        found = build()
+    found = build() if not _readable(query) else _remembered(
+        position_ids, ("restarts", batch, slots, chunk_size, query.device), build, (layout,))
     return segments if found is None else found
 
 
-def packed_bounds(cu_seqlens: Tensor, max_seqlen: int | Tensor | None, query: Tensor, key: Tensor,
-                  layout: Tensor | None, chunk_size: int) -> Segments:
-    """Segments of the sequences that ``cu_seq_lens_q`` names, over all rows one after the other."""
+def packed_bounds(given: dict, query: Tensor, key: Tensor, layout: Tensor | None, chunk_size: int) -> Segments | None:
+    """Segments of the sequences that ``cu_seq_lens_q`` names, over all rows one after the other; None without it.
+    Wrong bounds on a GPU fail a device-side assertion, eagerly too, so that the host does not wait for them."""
+    cu_q, cu_k, max_q, max_k = places = [given.get(f"{x}_{y}") for x in ("cu_seq_lens", "max_length") for y in "qk"]
     (batch, _, queries, _), slots = query.shape, key.shape[2]
+    if all(x is None for x in places):
+        return None
     if slots != queries:
         raise ValueError(f"cu_seq_lens_q must come without a cache, got {slots} keys for {queries} queries a row")
-    cu_seqlens = cu_seqlens.to(query.device).int()
-    if layout is not None and layout.shape[3] == 3:
-        whole = (layout[:, 0, 0, 0] == 0) & (layout[:, 0, 0, 1] == slots)
-        cu_seqlens = _demand(cu_seqlens, whole, "cu_seq_lens_q must come without attention_mask, or with ones alone, "
-                                                "got 0 in row {row}")
-    if max_seqlen is None or isinstance(max_seqlen, Tensor) and not _readable(max_seqlen):
-        max_seqlen = batch * queries
-    return Segments.from_cu_seqlens(cu_seqlens, int(max_seqlen), chunk_size)
+    q, k = (None if x is None else tuple(x.shape) for x in (cu_q, cu_k))
+    if q is None or len(q) != 1 or k not in (None, q):
+        raise ValueError("cu_seq_lens_q must have shape [sequences + 1] where it, cu_seq_lens_k, max_length_q or "
+                         f"max_length_k is given, and cu_seq_lens_k must equal it, got shapes {q} and {k}")
+
+    def build() -> Segments:
+        known = [int(x) for x in (max_q, max_k) if x is not None and (not isinstance(x, Tensor) or _readable(x))]
+        longest, lengths = min(known) if known else batch * queries, cu_q.diff()
+        both = torch.stack((cu_q, cu_q if cu_k is None else cu_k.to(cu_q.device)))
+        ok = torch.cat((cu_q[:1] == 0, lengths >= 0, lengths <= longest, cu_q[-1:] == batch * queries, cu_q == both[1]))
+        bounds = (_demand_op if cu_q.is_cuda else _demand)(both, ok, (
+            "cu_seq_lens_q must begin with 0, not decrease, and end with the number of tokens in all rows, none longer "
+            "than max_length_q and max_length_k, and cu_seq_lens_k must equal it, got {got}"))[0].to(query.device).int()
+        if layout is not None and layout.shape[3] == 3:
+            whole = (layout[:, 0, 0, 0] == 0) & (layout[:, 0, 0, 1] == slots)
+            bounds = _demand(bounds, whole, "cu_seq_lens_q must come without attention_mask, or with ones alone, got 0 "
+                                            "in row {row}")
+        return Segments.from_cu_seqlens(bounds, longest, chunk_size)
+
+    others = tuple(x for x in (cu_k, max_q, max_k, layout) if x is not cu_q)  # it would hold itself
+    return _remembered(cu_q, ("bounds", batch, queries, chunk_size, query.device), build, others)
 
 
 OVER_A_CACHE = ("position_ids must not go back within a row (packed sequences) over a cache that holds other keys, got "
@@ -237,17 +250,18 @@ def _runs(mask: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
                           "tuning put tokens before left padding, so pad on the right, or pass prompts of one length")
 
 
-def _remembered(of: Tensor, key: tuple, build: Callable):
-    """``build()``, or what an earlier layer of the same forward built from the same tensor."""
-    if not _readable(of) or of.is_inference():
+def _remembered(of: Tensor, key: tuple, build: Callable, others: tuple = ()):
+    """``build()``, or what an earlier layer of the same forward built from the same tensors."""
+    if not all(_readable(x) and not x.is_inference() for x in (of, *others) if isinstance(x, Tensor)):
         return build()
+    state = [(id(x), x._version) if isinstance(x, Tensor) else x for x in others]
     version, known = getattr(of, "moba_remembered", (None, {}))
     if version != of._version:
         known = {}
         of.moba_remembered = of._version, known
-    if key not in known:
-        known[key] = build()
-    return known[key]
+    if key not in known or known[key][1] != state:
+        known[key] = build(), state, others  # these too, so that no other tensor gets their ids
+    return known[key][0]
 
 
 def _readable(x: Tensor) -> bool:
@@ -263,14 +277,14 @@ def _demand(x: Tensor, ok: Tensor, message: str) -> Tensor:
     if not _readable(ok):
         return _demand_op(x, ok, message)
     if not ok.all():
-        raise ValueError(message.replace("{row}", str(int(ok.int().argmin()))))
+        raise ValueError(message.replace("{row}", str(int(ok.int().argmin()))).replace("{got}", str(x.tolist())))
     return x
 
 
 @torch.library.custom_op("moba_megatron::demand", mutates_args=())
 def _demand_op(x: Tensor, ok: Tensor, message: str) -> Tensor:
     if ok.is_cuda:
-        torch._assert_async(ok.all(), message.replace("{row}", "some"))
+        torch._assert_async(ok.all(), message.replace("{row}", "some").replace("{got}", "others"))
     else:
         _demand(x, ok, message)
     return x.clone()

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..megatron.core_attention import MoBACoreAttention, set_observer
 from ..ops import get_stages
-from ..ops.backend import repeat
 from ..segments import Segments
 
 MOST_CHUNKS_FUSED = 1 << 14  # bound of the chunk ids for the kernels: a program holds a query's masses of all chunks
@@ -92,14 +91,7 @@ def look(module: MoBACoreAttention, q: Tensor, k: Tensor, segments: Segments, gr
         dist.all_gather_into_tensor(ranks, k.contiguous(), group=group)
         k = ranks[global_rows]
     stages = get_stages(moba.backend, q.device)
-    numbers = segments.max_seqlen_q, segments.max_seqlen_k, segments.chunk_size, segments.packed, segments.exact
-
-    def compute(q, k, *places):
-        same = Segments(*places, *numbers)
-        return (stages.gate(q, stages.chunk_means(k, same), same, moba.topk),)
-
-    selected, = repeat(stages, ("look", moba.topk, *numbers), compute, q, k, segments.cu_seqlens_q,
-                       segments.cu_seqlens_k, segments.seq_ids, segments.offsets, workspace_mib=moba.workspace_mib)
+    selected = stages.gate(q, stages.chunk_means(k, segments), segments, moba.topk)
     scale = q.shape[2] ** -0.5 if module.softmax_scale is None else module.softmax_scale
     fused = hasattr(stages, "INTERPRETED") and segments.num_chunks(k.shape[0]) <= MOST_CHUNKS_FUSED
     return Choices(q, k, selected, segments, moba.topk, scale, fused)

@@ -11,44 +11,41 @@ from torch import Tensor
 
 from ..kernels.host import cdiv, next_power_of_2
 from ..kernels.jit_helpers import _chunk_keys, _offset
-from ..kernels.launcher import launch, repeat
+from ..kernels.launcher import Buffer, empty, launch, stage
 from ..segments import Segments
 
 
 def counts(selected: Tensor, rows: Tensor, num_rows: int, num_chunks: int) -> Tensor:
     """:meth:`.choices.Choices.counts` of int32 ``selected [T, H, topk - 1]``, contiguous."""
-    def compute(selected, rows):
-        _, num_heads, choices = selected.shape
-        table = torch.zeros(num_heads, num_rows, num_chunks, dtype=torch.int64, device=selected.device)
-        launch(_count_kernel, (cdiv(selected.numel(), 1024),), selected, rows, table, selected.numel(), num_rows,
-               num_chunks, H=num_heads, KS=choices, BLOCK=1024, num_warps=4)
-        return (table,)
-
-    return repeat(("router counts", num_rows, num_chunks), compute, selected, rows)[0]
+    table = torch.zeros(selected.shape[1], num_rows, num_chunks, dtype=torch.int64, device=selected.device)
+    _counts(selected, rows, table)
+    return table
 
 
-def recalls(q: Tensor, k: Tensor, selected: Tensor, segments: Segments, places: tuple[Tensor, ...],
-            softmax_scale: float) -> Tensor:
+@stage
+def _counts(selected: Buffer, rows: Buffer, table: Buffer) -> None:
+    num_heads, num_rows, num_chunks = table.shape
+    launch(_count_kernel, (cdiv(selected.numel(), 1024),), selected, rows, table, selected.numel(), num_rows,
+           num_chunks, H=num_heads, KS=selected.shape[2], BLOCK=1024, num_warps=4)
+
+
+@stage
+def recalls(q: Buffer, k: Buffer, selected: Buffer, segments: Segments, softmax_scale: float, rows: Buffer, own: Buffer,
+            sequence: Buffer, position: Buffer) -> Buffer:
     """:func:`.statistics.recalls` of q, k in fp16, bf16 or fp32 and a contiguous selection, as fp32 ``[n, H, 2]``."""
-    chunk_size, num_sequences = segments.chunk_size, segments.num_sequences
-
-    def compute(q, k, selected, cu_seqlens_k, rows, own, sequence, position):
-        n, (_, num_heads, head_dim), num_kv_heads = rows.numel(), q.shape, k.shape[1]
-        num_chunks, group = segments.num_chunks(k.shape[0]), num_heads // num_kv_heads
-        # of each query, head and chunk: the largest score, and the sum of exp(score - largest)
-        parts = torch.empty(2, n, num_heads, num_chunks, dtype=torch.float32, device=q.device)
-        recall = torch.empty(n, num_heads, 2, dtype=torch.float32, device=q.device)
-        block = 32 if q.dtype == torch.float32 else 64
-        launch(_mass_kernel, (num_chunks, num_kv_heads, cdiv(n * group, block)),
-               q, k, cu_seqlens_k, rows, sequence, position, parts, n, num_sequences, chunk_size, num_chunks,
-               softmax_scale, *q.stride(), *k.stride(), H=num_heads, G=group, D=head_dim,
-               BLOCK_D=max(16, next_power_of_2(head_dim)), BLOCK_M=block, BLOCK_N=block, num_warps=4, num_stages=2)
-        launch(_recall_kernel, (n * num_heads,), parts, selected, rows, own, recall, n, num_chunks, H=num_heads,
-               KS=selected.shape[2], BLOCK=next_power_of_2(num_chunks), num_warps=4)
-        return (recall,)
-
-    return repeat(("router recalls", chunk_size, softmax_scale), compute, q, k, selected, segments.cu_seqlens_k,
-                  *places)[0]
+    n, (_, num_heads, head_dim), num_kv_heads = rows.numel(), q.shape, k.shape[1]
+    num_chunks, group = segments.num_chunks(k.shape[0]), num_heads // num_kv_heads
+    # of each query, head and chunk: the largest score, and the sum of exp(score - largest)
+    parts = empty((2, n, num_heads, num_chunks), torch.float32, q.device)
+    recall = empty((n, num_heads, 2), torch.float32, q.device)
+    block = 32 if q.dtype == torch.float32 else 64
+    launch(_mass_kernel, (num_chunks, num_kv_heads, cdiv(n * group, block)),
+           q, k, segments.cu_seqlens_k, rows, sequence, position, parts, n, segments.num_sequences,
+           segments.chunk_size, num_chunks, softmax_scale, *q.stride(), *k.stride(), H=num_heads, G=group, D=head_dim,
+           BLOCK_D=max(16, next_power_of_2(head_dim)), BLOCK_M=block, BLOCK_N=block, num_warps=4, num_stages=2)
+    launch(_recall_kernel, (n * num_heads,), parts, selected, rows, own, recall, n, num_chunks, H=num_heads,
+           KS=selected.shape[2], BLOCK=next_power_of_2(num_chunks), num_warps=4)
+    return recall
 
 
 @triton.jit(do_not_specialize=["num_items", "num_rows", "num_chunks"])

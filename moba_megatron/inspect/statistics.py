@@ -80,8 +80,8 @@ def tally(choices: Choices, places: Places) -> Tally:
     chosen = choices.counts(places.counted, 1)[:, 0]
     if choices.fused:
         from . import kernels
-        recall = kernels.recalls(choices.q, choices.k, choices.selected, choices.segments, places.sampled,
-                                 choices.softmax_scale)
+        recall = kernels.recalls(choices.q, choices.k, choices.selected, choices.segments, choices.softmax_scale,
+                                 *places.sampled)
     else:
         recall = torch.stack(recalls(choices, *places.sampled), dim=-1)
     return Tally(chosen, recall, places)

@@ -16,10 +16,10 @@ from .attention_call import AttentionCall, check
 from .bounds import clear_rows
 from .host import cdiv, next_power_of_2
 from .jit_helpers import _offset
-from .launcher import launch, record_event
-from .routing import Tiles, make_tiles, route
+from .launcher import Buffer, empty, launch, record_event, rows, scratch_limit, stage
+from .routing import TILES, Tiles, _make_tiles_kernel, route, tile_arguments
 from .tuning_table import is_gluon
-from .workspace import head_groups, workspace_limit
+from .workspace import head_groups
 
 PARTIALS_SHARE = 16
 """The partial sums of cut lists may take this fraction of the workspace: lists are cut later for that."""
@@ -33,7 +33,7 @@ def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tens
                   routing: Routing | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`attention_fwd`; products of fp32 are IEEE: tf32x3 would cost a weight its last three bits.
 
-    The event of ``launcher.repeat`` is where dk and dv are complete.
+    The event of ``launcher.call`` is where dk and dv are complete.
 
     Args, Returns: as :func:`moba_megatron.reference.attention_bwd`; every sum has a fixed order, deterministic or not;
         routing: of ``selected``, as forward used it, None to make it again.
@@ -42,44 +42,55 @@ def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tens
         TypeError: fp64. ValueError: a head dim above 256, or chunks below 16.
     """
     check(q, v, selected, segments)
-    q, k, v, do, o = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v, do, o))
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dk = torch.empty(k.shape, dtype=kv_grad_dtype or k.dtype, device=k.device)
-    dv = torch.empty(v.shape, dtype=kv_grad_dtype or v.dtype, device=v.device)
+    dlse, lse = (x if x is None else x.contiguous() for x in (dlse, lse))
+    return _attention_bwd(*map(rows, (do, q, k, v, o)), dlse, lse, selected.contiguous(), segments, softmax_scale,
+                          kv_grad_dtype, routing)
+
+
+@stage
+def _attention_bwd(do: Buffer, q: Buffer, k: Buffer, v: Buffer, o: Buffer, dlse: Buffer | None, lse: Buffer,
+                   selected: Buffer, segments: Segments, softmax_scale: float, kv_grad_dtype: torch.dtype | None,
+                   routing: Routing | None) -> tuple[Buffer, Buffer, Buffer]:
+    dq = empty(q.shape, q.dtype, q.device)
+    dk, dv = (empty(x.shape, kv_grad_dtype or x.dtype, x.device) for x in (k, v))
     if q.shape[0] == 0:
-        return dq, dk.zero_(), dv.zero_()
+        selected = empty((*q.shape[:2], 0), torch.int32, q.device)  # no lists: dk and dv are written all the same
     if not segments.exact:
         if segments.packed:
             clear_rows(segments.cu_seqlens_k, (dq, 0), (dk, 0), (dv, 0))
         else:
             clear_rows(segments.cu_seqlens_q, (dq, 0))
             clear_rows(segments.cu_seqlens_k, (dk, 0), (dv, 0))
-    call = AttentionCall(q, k, v, selected.contiguous(), segments, softmax_scale, "ieee", do,
-                         _row_terms(do, o, dlse, lse))
+    terms = empty((q.shape[0] * q.shape[1] + 1, 4), torch.float32, q.device)
+    call = AttentionCall(q, k, v, selected, segments, softmax_scale, "ieee", do, terms)
     everything = (0, call.kv_heads)
     if call.choices == 0:
-        _attention_bwd_dkdv(call, None, dk, dv, None, _cuts(call, None, call.kv_heads), None, everything)
+        cuts = _cuts(call, None, call.kv_heads)
+        _preprocess(call, o, dlse, lse, None, cuts, None)
+        _attention_bwd_dkdv(call, None, dk, dv, None, cuts, None, everything)
         record_event()
         _attention_bwd_dq_diagonal(call, None, dq, everything)
         return dq, dk, dv
     if routing is None:
         routing = route(call.selected, call.kv_heads, call.num_chunks)
     partial_size = call.rows_per_kv_head * call.choices * q.shape[2]
-    groups = head_groups(call.kv_heads, partial_size * q.element_size())
+    groups = head_groups(call.kv_heads, partial_size * q.element_size(), scratch_limit())
     together = groups[0][1] - groups[0][0]
     # one tile holds the chunk: its program writes the partial dq too, and traffic is what it saves
     options = call.config("attention_bwd_dkdv", gluon=call.gluon)
     fused = segments.chunk_size <= (sm90.KEYS if is_gluon(options) else options["BLOCK_N"])
     cuts = _cuts(call, routing, together if fused else call.kv_heads)
-    dkdv_partial = torch.empty(cuts.partial_floats, dtype=torch.float32, device=q.device)
+    tiles = None
+    if not fused:
+        options = call.config("attention_bwd_dq", gluon=call.gluon)
+        tiles = Tiles.empty(routing, sm90.rows_per_program(options, selected.numel()) if is_gluon(options)
+                            else options["BLOCK_M"])
+    _preprocess(call, o, dlse, lse, routing, cuts, tiles)
+    dkdv_partial = empty((cuts.partial_floats,), torch.float32, q.device)
     if not fused:
         _attention_bwd_dkdv(call, routing, dk, dv, None, cuts, dkdv_partial, everything)
         record_event()
-        del dkdv_partial
-        options = call.config("attention_bwd_dq", gluon=call.gluon)
-        tiles = make_tiles(routing, sm90.rows_per_program(options, selected.numel()) if is_gluon(options)
-                           else options["BLOCK_M"])
-    dq_partial = torch.empty(together * partial_size, dtype=q.dtype, device=q.device)
+    dq_partial = empty((together * partial_size,), q.dtype, q.device)
     for group in groups:
         if fused:
             _attention_bwd_dkdv(call, routing, dk, dv, dq_partial, cuts, dkdv_partial, group)
@@ -91,42 +102,51 @@ def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tens
     return dq, dk, dv
 
 
-def _row_terms(do: Tensor, o: Tensor, dlse: Tensor | None, lse: Tensor) -> Tensor:
-    """lse in powers of two and ``delta = <do, o> - dlse``, twice in turn: fp32 ``[T * H + 1, 4]``.
+def _preprocess(call: AttentionCall, o: Buffer, dlse: Buffer | None, lse: Buffer, routing: Routing | None,
+                cuts: "_Cuts", tiles: Tiles | None) -> None:
+    """Fills the call's terms, and where they are wanted, ``cuts.extra_csr_rows`` and ``tiles``, for all kv heads.
 
-    The last row stands for no row: every weight is 0 there.
+    A (query, head) has the row ``lse`` in powers of two and ``delta = <do, o> - dlse``, twice in turn. The last row
+    stands for no row: every weight is 0 there.
     """
-    total, heads, dim = o.shape
-    terms = torch.empty(total * heads + 1, 4, dtype=torch.float32, device=o.device)
+    do, extra, (total, heads, dim) = call.do, cuts.extra_csr_rows, o.shape
+    num_pieces = 0 if extra is None else extra.numel()
+    tile_programs, *tile_tensors = tile_arguments(tiles)
+    list_programs = max(cdiv(num_pieces, TILES), tile_programs)
     options = tuning.config("attention_bwd_delta", o.device, head_dim=dim, itemsize=o.element_size())
     launch(
-        _attention_bwd_delta_kernel,
-        (cdiv(total * heads + 1, options["BLOCK_M"]),),
-        do=do,
-        o=o,
-        dlse=dlse if dlse is None else dlse.contiguous(),
-        lse=lse.contiguous(),
-        terms=terms,
-        num_rows=total * heads,
-        stride_dot=do.stride(0),
-        stride_doh=do.stride(1),
-        stride_ot=o.stride(0),
-        stride_oh=o.stride(1),
+        _attention_bwd_preprocess_kernel,
+        (list_programs + cdiv(total * heads + 1, options["BLOCK_M"]),),
+        do, o, dlse, lse, call.terms, total * heads,
+        do.stride(0), do.stride(1), o.stride(0), o.stride(1),
+        routing and routing.indptr, routing.num_csr_rows if routing else 0, extra, num_pieces, cuts.split,
+        list_programs, *tile_tensors,
         H=heads,
         DV=dim,
         BLOCK_DV=next_power_of_2(dim),
+        TILES=TILES,
         **options,
     )
-    return terms
 
 
-@triton.jit
-def _attention_bwd_delta_kernel(
+@triton.jit(do_not_specialize=["num_csr_rows", "list_programs", "num_pieces", "split", "num_tiles", "block"])
+def _attention_bwd_preprocess_kernel(
     do, o, dlse, lse, terms, num_rows, stride_dot, stride_doh, stride_ot, stride_oh,
-    H: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    indptr, num_csr_rows, extra_csr_rows, num_pieces, split, list_programs,
+    tile_csr_row, tile_begin, tile_end, tile_indptr, num_tiles, block,
+    H: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr,
 ):
-    """BLOCK_M (query, head) rows."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """BLOCK_M (query, head) rows; the first ``list_programs`` programs cut lists, TILES pieces and tiles each."""
+    if indptr is not None:
+        if tl.program_id(0) < list_programs:
+            if extra_csr_rows is not None:
+                if tl.program_id(0) * TILES < num_pieces:
+                    _extra_csr_rows(indptr, extra_csr_rows, num_csr_rows, num_pieces, split, TILES)
+            if tile_csr_row is not None:
+                _make_tiles_kernel(indptr, num_csr_rows, tile_csr_row, tile_begin, tile_end, tile_indptr, num_tiles,
+                                   block, TILES)
+            return
+    row = (tl.program_id(0) - list_programs).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_DV)
     valid = row < num_rows
     keep = valid[:, None] & (cols[None, :] < DV)
@@ -153,7 +173,7 @@ class _Cuts:
 
     split: int
     indices_per_kv_head: int
-    extra_csr_rows: Tensor | None
+    extra_csr_rows: Buffer | None
     partial_floats: int
 
     def num_extra(self, kv_heads: int) -> int:
@@ -167,22 +187,15 @@ def _cuts(call: AttentionCall, routing: Routing | None, kv_heads_together: int) 
         return _Cuts(split, 0, None, 0)
     floats = 2 * call.segments.chunk_size * (call.q.shape[2] + call.v.shape[2])  # of a cut list's first piece too
     indices = call.rows_per_kv_head * call.choices
-    allowed = max(MIN_PIECES, workspace_limit() // PARTIALS_SHARE // (4 * floats))
+    allowed = max(MIN_PIECES, scratch_limit() // PARTIALS_SHARE // (4 * floats))
     split = max(split, cdiv(indices * kv_heads_together, allowed))
-    return _Cuts(split, indices, _extra_csr_rows(routing, split), cdiv(indices * kv_heads_together, split) * floats)
+    extra_csr_rows = empty((routing.indices.numel() // split + 2,), torch.int32, call.q.device)
+    return _Cuts(split, indices, extra_csr_rows, cdiv(indices * kv_heads_together, split) * floats)
 
 
-def _extra_csr_rows(routing: Routing, split: int) -> Tensor:
-    """int32: for each ``split`` indices the number of CSR rows that start before their end."""
-    number = routing.indices.numel() // split + 2
-    extra_csr_rows = torch.empty(number, dtype=torch.int32, device=routing.indices.device)
-    launch(_extra_csr_rows_kernel, (cdiv(number, 256),),
-        routing.indptr, extra_csr_rows, routing.num_csr_rows, number, split, BLOCK=256, num_warps=4)
-    return extra_csr_rows
-
-
-@triton.jit(do_not_specialize=["num_csr_rows", "num_pieces", "split"])
-def _extra_csr_rows_kernel(indptr, extra_csr_rows, num_csr_rows, num_pieces, split, BLOCK: tl.constexpr):
+@triton.jit
+def _extra_csr_rows(indptr, extra_csr_rows, num_csr_rows, num_pieces, split, BLOCK: tl.constexpr):
+    """For each ``split`` indices the number of CSR rows that start before their end."""
     piece = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     end = (piece + 1).to(tl.int64) * split
     count = piece * 0
@@ -194,12 +207,12 @@ def _extra_csr_rows_kernel(indptr, extra_csr_rows, num_csr_rows, num_pieces, spl
     tl.store(extra_csr_rows + piece, count, mask=piece < num_pieces)
 
 
-def _segments_by_sequence(segments: Segments) -> tuple[Tensor, ...]:
+def _segments_by_sequence(segments: Segments) -> tuple[Buffer, ...]:
     """Sequence, first and last (exclusive) row, and offset of the segments, those of a sequence side by side."""
     cu_seqlens, seq_ids, number = segments.cu_seqlens_q, segments.seq_ids, segments.num_segments
     if segments.packed or number == 1:
         return seq_ids, cu_seqlens[:-1], cu_seqlens[1:], segments.offsets
-    ordered = [torch.empty(number, dtype=torch.int32, device=seq_ids.device) for _ in range(4)]
+    ordered = [empty((number,), torch.int32, seq_ids.device) for _ in range(4)]
     launch(_order_segments_kernel, (cdiv(number, 64),),
         cu_seqlens, seq_ids, segments.offsets, *ordered, number, BLOCK=64, num_warps=4)
     return tuple(ordered)
@@ -224,8 +237,8 @@ def _order_segments_kernel(cu_seqlens, seq_ids, offsets, to_seq_ids, to_begin, t
     tl.store(to_offsets + place, tl.load(offsets + segment, mask=keep), mask=keep)
 
 
-def _attention_bwd_dkdv(call: AttentionCall, routing: Routing | None, dk: Tensor, dv: Tensor, dq_partial: Tensor | None,
-                        cuts: _Cuts, dkdv_partial: Tensor | None, group: tuple[int, int]) -> None:
+def _attention_bwd_dkdv(call: AttentionCall, routing: Routing | None, dk: Buffer, dv: Buffer, dq_partial: Buffer | None,
+                        cuts: _Cuts, dkdv_partial: Buffer | None, group: tuple[int, int]) -> None:
     """Writes dk and dv of one group of kv heads, and ``dq_partial`` where there is one."""
     options = call.config("attention_bwd_dkdv", gluon=call.gluon)
     del options["SPLIT"]
@@ -272,7 +285,7 @@ def _attention_bwd_dkdv(call: AttentionCall, routing: Routing | None, dk: Tensor
             _attention_bwd_dkdv_sum_kernel, dkdv_partial=dkdv_partial, BLOCK_N=16, **lists))
 
 
-def _attention_bwd_dq(call: AttentionCall, routing: Routing, tiles: Tiles, dq_partial: Tensor,
+def _attention_bwd_dq(call: AttentionCall, routing: Routing, tiles: Tiles, dq_partial: Buffer,
                       group: tuple[int, int]) -> None:
     """Fills the partial dq of one group of kv heads."""
     options = call.config("attention_bwd_dq", gluon=call.gluon)
@@ -292,7 +305,7 @@ def _attention_bwd_dq(call: AttentionCall, routing: Routing, tiles: Tiles, dq_pa
     ))
 
 
-def _attention_bwd_dq_diagonal(call: AttentionCall, dq_partial: Tensor | None, dq: Tensor,
+def _attention_bwd_dq_diagonal(call: AttentionCall, dq_partial: Buffer | None, dq: Buffer,
                                group: tuple[int, int]) -> None:
     """Writes dq of one group of kv heads: the diagonal chunks' part and the sum of the partial dq."""
     options = call.config("attention_bwd_dq_diagonal", gluon=call.gluon)

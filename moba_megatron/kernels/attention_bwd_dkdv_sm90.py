@@ -7,7 +7,6 @@ of ds through shared memory and write the partial dq of every other block of row
 """
 from __future__ import annotations
 
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -33,12 +32,12 @@ from .jit_helpers_sm90 import (
     _piece_items,
     _piece_of_list,
 )
-from .launcher import launch
+from .launcher import Buffer, launch
 
 KEYS = gl.constexpr(sm90.KEYS)
 
 
-def attention_bwd_dkdv(call: AttentionCall, grid: tuple[int], dkdv_partial: Tensor | None, dq_partial: Tensor | None,
+def attention_bwd_dkdv(call: AttentionCall, grid: tuple[int], dkdv_partial: Buffer | None, dq_partial: Buffer | None,
                        arguments: dict[str, object]) -> None:
     """Writes dk and dv of one group of kv heads, or partial sums of cut lists, and ``dq_partial`` where there is one.
 

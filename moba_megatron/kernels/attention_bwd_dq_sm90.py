@@ -6,7 +6,6 @@ weights, the other's products run.
 """
 from __future__ import annotations
 
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -20,11 +19,11 @@ from ..segments import Routing
 from . import sm90
 from .attention_call import AttentionCall
 from .jit_helpers_sm90 import LOADER_WARPS, _barriers, _choice_row, _chunk_keys, _load_list, _partial_row
-from .launcher import launch
+from .launcher import Buffer, launch
 from .routing import Tiles
 
 
-def attention_bwd_dq(call: AttentionCall, routing: Routing, tiles: Tiles, dq_partial: Tensor, group: tuple[int, int],
+def attention_bwd_dq(call: AttentionCall, routing: Routing, tiles: Tiles, dq_partial: Buffer, group: tuple[int, int],
                      options: dict[str, int]) -> None:
     """Fills the partial dq of one group of kv heads."""
     grid, lists = call.over_lists(routing, tiles, group)

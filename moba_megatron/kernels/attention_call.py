@@ -12,6 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..segments import Routing, Segments
 from . import sm90, tuning
 from .host import INTERPRETED, head_block, next_power_of_2
+from .launcher import Buffer, Descriptor, misalignment
 from .routing import Tiles
 
 MAX_HEAD_DIM = 256
@@ -30,15 +31,15 @@ class AttentionCall:
         do, terms: in backward the gradient of o, and fp32 ``[T * H + 1, 4]``.
     """
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    selected: Tensor
+    q: Buffer
+    k: Buffer
+    v: Buffer
+    selected: Buffer
     segments: Segments
     softmax_scale: float
     precision: str
-    do: Tensor | None = None
-    terms: Tensor | None = None
+    do: Buffer | None = None
+    terms: Buffer | None = None
 
     @property
     def kv_heads(self) -> int:
@@ -111,14 +112,14 @@ class AttentionCall:
         k, v = (_described(x, block_n) if use_tma else x for x in (self.k, self.v))
         return {"k": k, "v": v, "USE_TMA": use_tma}
 
-    def partial_tiles(self, partial: Tensor | None, dim: int, block_m: int, group: tuple[int, int]
-                      ) -> tuple[Tensor | TensorDescriptor | None, bool]:
+    def partial_tiles(self, partial: Buffer | None, dim: int, block_m: int, group: tuple[int, int]
+                      ) -> tuple[Buffer | Descriptor | None, bool]:
         """The partial results of a group for a kernel that reads them in order, and whether through a descriptor."""
         if partial is None or dim % 8 or partial.element_size() != 2 or not tma_available(partial.device):
             return partial, False
         heads, width = (group[1] - group[0]) * self.heads_per_kv, self.choices * dim
-        return TensorDescriptor(partial, [self.q.shape[0], heads, width], [heads * width, width, 1],
-                                [block_m, 1, head_block(dim)]), True
+        return Descriptor(TensorDescriptor, partial, ([self.q.shape[0], heads, width], [heads * width, width, 1],
+                                                      [block_m, 1, head_block(dim)])), True
 
 
 def check(q: Tensor, v: Tensor, selected: Tensor, segments: Segments) -> None:
@@ -142,15 +143,16 @@ def tma_available(device: torch.device) -> bool:
     return not INTERPRETED and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def _describable(x: Tensor) -> bool:
+def _describable(x: Buffer) -> bool:
     """Whether the hardware takes a descriptor of it; the stride of a single head does not matter."""
     strides = x.stride()[:2] if x.shape[1] > 1 else x.stride()[:1]
-    return (x.element_size() == 2 and x.data_ptr() % 16 == 0 and x.stride(0) > 0
+    return (x.element_size() == 2 and misalignment(x) == 0 and x.stride(0) > 0
             and all(s * x.element_size() % 16 == 0 for s in strides))
 
 
-def _described(x: Tensor, block_n: int) -> TensorDescriptor:
+def _described(x: Buffer, block_n: int) -> Descriptor:
     """A descriptor of ``[HK, S, D]`` whose tiles are padded with zeros beyond D."""
     total, heads, dim = x.shape
     stride_head = x.stride(1) if heads > 1 else total * x.stride(0)
-    return TensorDescriptor(x, [heads, total, dim], [stride_head, x.stride(0), 1], [1, block_n, head_block(dim)])
+    return Descriptor(TensorDescriptor, x, ([heads, total, dim], [stride_head, x.stride(0), 1],
+                                            [1, block_n, head_block(dim)]))

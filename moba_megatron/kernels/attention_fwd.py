@@ -18,8 +18,8 @@ from .attention_call import AttentionCall, check
 from .bounds import clear_rows
 from .host import precision
 from .jit_helpers import _chunk_keys, _offset, _query_tile
-from .launcher import launch
-from .routing import Tiles, make_tiles, route
+from .launcher import Buffer, empty, launch, rows, scratch_limit, stage
+from .routing import Tiles, make_tiles, route, route_in_tiles
 from .tuning_table import is_gluon
 from .workspace import head_groups
 
@@ -39,32 +39,48 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: S
     check(q, v, selected, segments)
     if softmax_scale < 0:  # the running maximum is taken before the scale
         q, softmax_scale = -q, -softmax_scale
-    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
-    o = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    return _attention_fwd(rows(q), rows(k), rows(v), selected.contiguous(), segments, max(softmax_scale, 1e-30),
+                          routing)[:2]
+
+
+def route_and_attend(q: Buffer, k: Buffer, v: Buffer, selected: Buffer, segments: Segments, softmax_scale: float
+                     ) -> tuple[Buffer, Buffer, Routing]:
+    """:func:`attention_fwd` for a scale of at least 0, and the routing that it makes, within another call."""
+    check(q, v, selected, segments)
+    return _attention_fwd(q, k, v, selected, segments, max(softmax_scale, 1e-30), None)
+
+
+@stage
+def _attention_fwd(q: Buffer, k: Buffer, v: Buffer, selected: Buffer, segments: Segments, softmax_scale: float,
+                   routing: Routing | None) -> tuple[Buffer, Buffer, Routing | None]:
+    o = empty((*q.shape[:2], v.shape[2]), q.dtype, q.device)
+    lse = empty(q.shape[:2], torch.float32, q.device)
     if q.shape[0] == 0:
-        return o, lse
+        return o, lse, routing or (route(selected, k.shape[1], segments.num_chunks(k.shape[0]))
+                                   if selected.shape[2] else None)
     if not segments.exact:
         clear_rows(segments.cu_seqlens_q, (o, 0), (lse, -math.inf))
     # a scale of 0 would turn a masked -inf into NaN
-    call = AttentionCall(q, k, v, selected.contiguous(), segments, max(softmax_scale, 1e-30), precision(q.dtype))
-    if call.choices == 0:
-        _attention_fwd_diagonal(call, None, None, o, lse, (0, call.kv_heads))
-        return o, lse
-    options = _sparse_config(call)
+    stage = AttentionCall(q, k, v, selected, segments, softmax_scale, precision(q.dtype))
+    if stage.choices == 0:
+        _attention_fwd_diagonal(stage, None, None, o, lse, (0, stage.kv_heads))
+        return o, lse, None
+    options = _sparse_config(stage)
+    split = options.pop("SPLIT")
     if routing is None:
-        routing = route(call.selected, call.kv_heads, call.num_chunks)
-    tiles = make_tiles(routing, options.pop("SPLIT"))
-    rows_per_head = call.rows_per_kv_head * call.choices
-    groups = head_groups(call.kv_heads, rows_per_head * (v.shape[2] * q.element_size() + 4))
-    rows = rows_per_head * (groups[0][1] - groups[0][0])
-    o_partial = torch.empty(rows, v.shape[2], dtype=q.dtype, device=q.device)
-    lse_partial = torch.empty(rows, dtype=torch.float32, device=q.device)
+        routing, tiles = route_in_tiles(selected, stage.kv_heads, stage.num_chunks, split)
+    else:
+        tiles = make_tiles(routing, split)
+    rows_per_head = stage.rows_per_kv_head * stage.choices
+    groups = head_groups(stage.kv_heads, rows_per_head * (v.shape[2] * q.element_size() + 4), scratch_limit())
+    partial_rows = rows_per_head * (groups[0][1] - groups[0][0])
+    o_partial = empty((partial_rows, v.shape[2]), q.dtype, q.device)
+    lse_partial = empty((partial_rows,), torch.float32, q.device)
     sparse = sm90.kernel_module("attention_fwd").attention_fwd_sparse if is_gluon(options) else _attention_fwd_sparse
     for group in groups:
-        sparse(call, routing, tiles, o_partial, lse_partial, group, options)
-        _attention_fwd_diagonal(call, o_partial, lse_partial, o, lse, group)
-    return o, lse
+        sparse(stage, routing, tiles, o_partial, lse_partial, group, options)
+        _attention_fwd_diagonal(stage, o_partial, lse_partial, o, lse, group)
+    return o, lse, routing
 
 
 def _sparse_config(call: AttentionCall) -> dict[str, int]:
@@ -78,7 +94,7 @@ def _sparse_config(call: AttentionCall) -> dict[str, int]:
     return {**options, "SPLIT": options["BLOCK_M"]}
 
 
-def _attention_fwd_sparse(call: AttentionCall, routing: Routing, tiles: Tiles, o_partial: Tensor, lse_partial: Tensor,
+def _attention_fwd_sparse(call: AttentionCall, routing: Routing, tiles: Tiles, o_partial: Buffer, lse_partial: Buffer,
                           group: tuple[int, int], options: dict[str, int]) -> None:
     """Fills the partial o and lse of one group of kv heads."""
     kernel = _attention_fwd_resident_kernel if "ROW_STAGES" in options else _attention_fwd_sparse_kernel
@@ -95,13 +111,13 @@ def _attention_fwd_sparse(call: AttentionCall, routing: Routing, tiles: Tiles, o
     ))
 
 
-def _wide(*tensors: Tensor) -> bool:
+def _wide(*tensors: Buffer) -> bool:
     """Whether an offset in elements can leave int32."""
     return any(sum((n - 1) * s for n, s in zip(x.shape, x.stride())) >= 2 ** 31 for x in tensors)
 
 
-def _attention_fwd_diagonal(call: AttentionCall, o_partial: Tensor | None, lse_partial: Tensor | None, o: Tensor,
-                            lse: Tensor, group: tuple[int, int]) -> None:
+def _attention_fwd_diagonal(call: AttentionCall, o_partial: Buffer | None, lse_partial: Buffer | None, o: Buffer,
+                            lse: Buffer, group: tuple[int, int]) -> None:
     """Writes o and lse of one group of kv heads."""
     options = call.config("attention_fwd_diagonal", choices=call.choices)
     grid, queries = call.over_queries(options["BLOCK_M"], group)

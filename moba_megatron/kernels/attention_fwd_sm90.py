@@ -6,7 +6,6 @@ other's products run; within a group the next scores are computed beside the las
 """
 from __future__ import annotations
 
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -20,11 +19,11 @@ from ..segments import Routing
 from . import sm90
 from .attention_call import AttentionCall
 from .jit_helpers_sm90 import LOADER_WARPS, _barriers, _chunk_keys, _load_list, _partial_row
-from .launcher import launch
+from .launcher import Buffer, launch
 from .routing import Tiles
 
 
-def attention_fwd_sparse(call: AttentionCall, routing: Routing, tiles: Tiles, o_partial: Tensor, lse_partial: Tensor,
+def attention_fwd_sparse(call: AttentionCall, routing: Routing, tiles: Tiles, o_partial: Buffer, lse_partial: Buffer,
                          group: tuple[int, int], options: dict[str, int]) -> None:
     """Fills the partial o and lse of one group of kv heads."""
     grid, lists = call.over_lists(routing, tiles, group)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..segments import Segments
 from .host import cdiv
-from .launcher import launch
+from .launcher import Buffer, empty, launch, planned, stage
 
 PROGRAMS = 256
 """Programs that clear a tensor's last rows, of which there are mostly none."""
@@ -23,37 +23,62 @@ PROGRAMS = 256
 
 def bounded_lengths(cu_seqlens: Tensor, total: int) -> Tensor:
     """As :func:`moba_megatron.reference.bounded_lengths`."""
-    cu_seqlens = cu_seqlens.contiguous()
-    result = torch.empty(cu_seqlens.shape, dtype=torch.int32, device=cu_seqlens.device)
-    launch(_bounded_lengths_kernel, (1,), cu_seqlens, result, cu_seqlens.numel(), total, BLOCK=1024, num_warps=4)
+    return _bounded_lengths(cu_seqlens.contiguous(), total)
+
+
+@stage
+def _bounded_lengths(cu_seqlens: Buffer, total: int) -> Buffer:
+    result = empty(cu_seqlens.shape, torch.int32, cu_seqlens.device)
+    _launch(cu_seqlens, total, result)
     return result
 
 
 def bounded(segments: Segments, total_q: int, total_k: int) -> Segments:
-    """As :func:`moba_megatron.reference.bounded`."""
-    if segments.exact:
-        return segments
-    cu_k = bounded_lengths(segments.cu_seqlens_k, total_k)
+    """As :func:`moba_megatron.reference.bounded`; of contiguous tensors."""
+    return segments if segments.exact else _bounded(segments, total_q, total_k)
+
+
+@stage
+def _bounded(segments: Segments, total_q: int, total_k: int) -> Segments:
+    cu_k = _bounded_lengths(segments.cu_seqlens_k, total_k)
     if segments.packed:
         return replace(segments, cu_seqlens_q=cu_k, cu_seqlens_k=cu_k)
-    cu_q = bounded_lengths(segments.cu_seqlens_q, total_q)
-    ids, offsets = (torch.empty(x.shape, dtype=torch.int32, device=x.device)
-                    for x in (segments.seq_ids, segments.offsets))
-    launch(_bounded_places_kernel, (1,), segments.seq_ids.contiguous(), segments.offsets.contiguous(), cu_q, cu_k, ids,
-           offsets, segments.num_segments, segments.num_sequences, BLOCK=1024, num_warps=4)
-    return replace(segments, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, seq_ids=ids, offsets=offsets)
+    cu_q = _bounded_lengths(segments.cu_seqlens_q, total_q)
+    cu, ids, offsets = (empty(x.shape, torch.int32, x.device) for x in (cu_q, segments.seq_ids, segments.offsets))
+    launch(_bounded_places_kernel, (1,), segments.seq_ids, segments.offsets, cu_q, cu_k, ids, offsets, cu,
+           segments.num_segments, segments.num_sequences, BLOCK=1024, num_warps=4)
+    return replace(segments, cu_seqlens_q=cu, cu_seqlens_k=cu_k, seq_ids=ids, offsets=offsets)
 
 
 def clear_rows(cu_seqlens: Tensor, *filled: tuple[Tensor, float]) -> None:
-    """As :func:`moba_megatron.reference.clear_rows`, for up to three contiguous tensors of so many rows."""
+    """As :func:`moba_megatron.reference.clear_rows`, for up to three contiguous tensors of so many rows.
+
+    Within a call the tensors are fresh from :func:`launcher.empty`: what bounds the lengths, or clears others, may do
+    it in the same launch, before anything is written to them.
+    """
     filled = [(x, value) for x, value in filled if x.numel()]
-    if not filled:
-        return
-    programs, rows = min(PROGRAMS, max(cdiv(x.numel(), 1024) for x, _ in filled)), filled[0][0].shape[0]
-    (x, a), (y, b), (z, c) = *filled, *((None, 0),) * (3 - len(filled))
-    wx, wy, wz = (0 if t is None else t.numel() // rows for t in (x, y, z))
-    launch(_clear_rows_kernel, (programs,), cu_seqlens, x, y, z, cu_seqlens.numel() - 1, rows, programs, A=float(a),
-           B=float(b), C=float(c), WX=wx, WY=wy, WZ=wz, BLOCK=1024, num_warps=4)
+    if filled:
+        _clear_rows(cu_seqlens, tuple(float(value) for _, value in filled), *(x for x, _ in filled))
+
+
+@stage
+def _clear_rows(cu_seqlens: Buffer, values: tuple[float, ...], *tensors: Buffer) -> None:
+    rows = tensors[0].shape[0]
+    at = next((x for x in planned(_bounds_kernel) if x.named["rows"] == rows and x.named["z"] is None
+               and cu_seqlens.source in (x.named["cu_seqlens"].source, x.named["result"] and x.named["result"].source)
+               and len(tensors) <= sum(x.named[name] is None for name in "xyz")), None)
+    at = at or _launch(cu_seqlens, rows, None)
+    free = [name for name in "xyz" if at.named[name] is None]
+    for name, x, value in zip(free, tensors, values):
+        at.named.update({name: x, "V" + name: value, "W" + name: x.numel() // rows})
+    at.named["programs"] = min(PROGRAMS, max(cdiv(at.named[name].numel(), 1024) for name in "xyz" if at.named[name]))
+    at.grid = (at.named["programs"], 1, 1)
+
+
+def _launch(cu_seqlens: Buffer, rows: int, result: Buffer | None):
+    return launch(_bounds_kernel, (1,), cu_seqlens=cu_seqlens, result=result, x=None, y=None, z=None,
+                  number=cu_seqlens.numel(), rows=rows, programs=1, Vx=0.0, Vy=0.0, Vz=0.0, Wx=0, Wy=0, Wz=0,
+                  BLOCK=1024, num_warps=4)
 
 
 @triton.jit
@@ -61,22 +86,9 @@ def _larger(a, b):
     return tl.maximum(a, b)
 
 
-@triton.jit(do_not_specialize=["number", "total"])
-def _bounded_lengths_kernel(cu_seqlens, result, number, total, BLOCK: tl.constexpr):
-    """One program: BLOCK values at a time, each at least all before it."""
-    largest = total * 0
-    for first in range(0, number, BLOCK):
-        i = first + tl.arange(0, BLOCK)
-        inside = (i > 0) & (i < number)
-        value = tl.load(cu_seqlens + i, mask=inside, other=0)
-        value = tl.maximum(tl.minimum(tl.maximum(value, 0), total), largest)
-        value = tl.associative_scan(value, 0, _larger)
-        tl.store(result + i, tl.where(i > 0, value, 0), mask=i < number)
-        largest = tl.max(value, 0)
-
-
 @triton.jit(do_not_specialize=["number", "sequences"])
-def _bounded_places_kernel(seq_ids, offsets, cu_q, cu_k, to_ids, to_offsets, number, sequences, BLOCK: tl.constexpr):
+def _bounded_places_kernel(seq_ids, offsets, cu_q, cu_k, to_ids, to_offsets, to_cu_q, number, sequences,
+                           BLOCK: tl.constexpr):
     """One program: sequences that exist, offsets that leave segments within them, or no segment at all."""
     too_long = number * 0
     for first in range(0, number, BLOCK):
@@ -89,11 +101,10 @@ def _bounded_places_kernel(seq_ids, offsets, cu_q, cu_k, to_ids, to_offsets, num
         too_long = tl.maximum(too_long, tl.max((queries - keys).to(tl.int32), 0))
         tl.store(to_ids + i, sequence, mask=inside)
         tl.store(to_offsets + i, tl.maximum(tl.minimum(offset, keys - queries), 0), mask=inside)
-    if too_long > 0:
-        tl.debug_barrier()
-        for first in range(0, number + 1, BLOCK):
-            i = first + tl.arange(0, BLOCK)
-            tl.store(cu_q + i, 0, mask=i <= number)
+    for first in range(0, number + 1, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        row = tl.load(cu_q + i, mask=i <= number, other=0)
+        tl.store(to_cu_q + i, tl.where(too_long > 0, 0, row), mask=i <= number)
 
 
 @triton.jit
@@ -105,12 +116,21 @@ def _fill(x, first_row, rows, programs, VALUE: tl.constexpr, WIDTH: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["number", "rows", "programs"])
-def _clear_rows_kernel(cu_seqlens, x, y, z, number, rows, programs, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
-                       WX: tl.constexpr, WY: tl.constexpr, WZ: tl.constexpr, BLOCK: tl.constexpr):
-    """Each program its share of the rows from the last sequence's end on; mostly none."""
-    first_row = tl.load(cu_seqlens + number)
-    _fill(x, first_row, rows, programs, A, WX, BLOCK)
+def _bounds_kernel(cu_seqlens, result, x, y, z, number, rows, programs, Vx: tl.constexpr, Vy: tl.constexpr,
+                   Vz: tl.constexpr, Wx: tl.constexpr, Wy: tl.constexpr, Wz: tl.constexpr, BLOCK: tl.constexpr):
+    """Bounded lengths, by program 0, and each program's share of the rows behind the last; mostly there are none."""
+    largest = rows * 0
+    for first in range(0, number, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        value = tl.load(cu_seqlens + i, mask=(i > 0) & (i < number), other=0)
+        value = tl.maximum(tl.minimum(tl.maximum(value, 0), rows), largest)  # at least all before it
+        if result is not None:
+            if tl.program_id(0) == 0:
+                tl.store(result + i, tl.where(i > 0, tl.associative_scan(value, 0, _larger), 0), mask=i < number)
+        largest = tl.max(value, 0)
+    if x is not None:
+        _fill(x, largest, rows, programs, Vx, Wx, BLOCK)
     if y is not None:
-        _fill(y, first_row, rows, programs, B, WY, BLOCK)
+        _fill(y, largest, rows, programs, Vy, Wy, BLOCK)
     if z is not None:
-        _fill(z, first_row, rows, programs, C, WZ, BLOCK)
+        _fill(z, largest, rows, programs, Vz, Wz, BLOCK)

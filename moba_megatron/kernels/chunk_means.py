@@ -15,17 +15,18 @@ from ..segments import SUM_BLOCK, Segments
 from . import tuning
 from .host import cdiv, next_power_of_2
 from .jit_helpers import _chunk_keys, _offset
-from .launcher import launch
+from .launcher import Buffer, empty, launch, stage
 
 PROGRAMS = 2048
 """Programs that fill a card."""
 
 
-def chunk_means(k: Tensor, segments: Segments) -> Tensor:
+@stage
+def chunk_means(k: Buffer, segments: Segments) -> Buffer:
     """As :func:`moba_megatron.reference.chunk_means`: fp32 sums, divided and rounded once; any strides."""
     num_kv_heads, head_dim = k.shape[1:]
     num_chunks, columns = segments.num_chunks(k.shape[0]), num_kv_heads * head_dim
-    means = torch.empty(num_chunks, num_kv_heads, head_dim, dtype=k.dtype, device=k.device)
+    means = empty((num_chunks, num_kv_heads, head_dim), k.dtype, k.device)
     num_blocks = cdiv(segments.chunk_size, SUM_BLOCK)
     options = _config(k, columns, num_chunks, num_blocks)
     launch(_chunk_means_kernel, (num_chunks * cdiv(columns, options["BLOCK_C"]),),
@@ -34,11 +35,12 @@ def chunk_means(k: Tensor, segments: Segments) -> Tensor:
     return means
 
 
-def block_sums(k: Tensor, starts: Tensor, counts: Tensor) -> Tensor:
+@stage
+def block_sums(k: Buffer, starts: Buffer, counts: Buffer) -> Buffer:
     """As :func:`moba_megatron.reference.block_sums`: fp32 ``[n, HK, D]``; any strides."""
     num_kv_heads, head_dim = k.shape[1:]
     num_runs, columns = starts.numel(), num_kv_heads * head_dim
-    sums = torch.empty(num_runs, num_kv_heads, head_dim, dtype=torch.float32, device=k.device)
+    sums = empty((num_runs, num_kv_heads, head_dim), torch.float32, k.device)
     if num_runs == 0:
         return sums
     options = _config(k, columns, num_runs, 1)
@@ -49,16 +51,20 @@ def block_sums(k: Tensor, starts: Tensor, counts: Tensor) -> Tensor:
 
 def means_from_block_sums(sums: Tensor, chunk_size: int, dtype: torch.dtype) -> Tensor:
     """As :func:`moba_megatron.reference.means_from_block_sums`: the same bits as :func:`chunk_means`."""
-    sums = sums.contiguous()
+    return _means_from_block_sums(sums.contiguous(), chunk_size, dtype)
+
+
+@stage
+def _means_from_block_sums(sums: Buffer, chunk_size: int, dtype: torch.dtype) -> Buffer:
     num_chunks, num_blocks, num_kv_heads, head_dim = sums.shape
-    means = torch.empty(num_chunks, num_kv_heads, head_dim, dtype=dtype, device=sums.device)
+    means = empty((num_chunks, num_kv_heads, head_dim), dtype, sums.device)
     if means.numel():
         launch(_means_from_block_sums_kernel, (cdiv(means.numel(), 1024),), sums, means, means.numel(),
                num_kv_heads * head_dim, num_blocks, chunk_size, BLOCK=1024, num_warps=4)
     return means
 
 
-def _config(k: Tensor, columns: int, num_items: int, num_blocks: int) -> dict[str, int]:
+def _config(k: Buffer, columns: int, num_items: int, num_blocks: int) -> dict[str, int]:
     """BLOCK_C columns (heads x dims) and BLOCK_B blocks of rows of a tile of running sums; the table gives its size.
 
     Wide tiles read long runs; where they leave the card idle, blocks of rows go side by side instead.

@@ -6,18 +6,17 @@ those 88 us by the driver, 35 us by 32 blocks (H200; alone 1.5 and 1.0 TB/s).
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 
-from . import launcher
-
 BLOCKS = 32
 _BLOCK, _WARPS = 4096, 8
 _UNIT = 8  # bytes of an element here
 _MOST = 1 << 31
-_compiled: dict[tuple, object] = {}
+_compiled: dict[tuple, Callable] = {}
 
 
 def copyable(rows: int, width: int, *places: int) -> bool:
@@ -33,16 +32,15 @@ def copy_rows(source: int, target: int, rows: int, width: int, source_pitch: int
         rows, width, source_pitch, target_pitch = width // part, part, part, part
     constants = (width // _UNIT, source_pitch // _UNIT, target_pitch // _UNIT, _BLOCK, BLOCKS)
     key = (stream.device, *constants)
-    known = _compiled.get(key)
-    if known is not None and os.environ.get("MOBA_PREPARED_LAUNCHES") != "0":
-        with launcher.on_device(stream.device):
-            known.run(BLOCKS, 1, 1, stream.cuda_stream, known.function, known.packed_metadata, None, None, None, source,
-                      target, rows, *constants)
+    start = _compiled.get(key)
+    if start is not None and os.environ.get("MOBA_PREPARED_LAUNCHES") != "0":
+        with torch.cuda.device(stream.device):
+            start(source, target, rows, *constants, stream=stream.cuda_stream)
         return
     with torch.cuda.stream(stream):
         compiled = _copy_rows_kernel[(BLOCKS,)](source, target, rows, *constants, num_warps=_WARPS)
-    if launcher._RECORDING:
-        _compiled[key] = compiled
+    if hasattr(compiled, "__getitem__"):  # not interpreted
+        _compiled[key] = compiled[BLOCKS, 1, 1]
 
 
 @triton.jit(do_not_specialize=["source", "target", "rows"])

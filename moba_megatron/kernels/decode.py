@@ -14,14 +14,13 @@ import math
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..segments import SUM_BLOCK
 from . import tuning
 from .chunk_means import _mean
 from .host import INTERPRETED, cdiv, head_block, next_power_of_2, precision
 from .jit_helpers import _offset
-from .launcher import launch
+from .launcher import Buffer, empty, launch, stage
 
 MEAN_LANES = 8
 """Blocks of SUM_BLOCK rows that a program sums side by side for a mean."""
@@ -30,8 +29,9 @@ HEADS_A_GATE = 16
 INTERPRETER_PROCESSORS = 4
 
 
-def cache_means(k_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor, chunk_size: int, *,
-                block_table: Tensor | None = None, cache_starts: Tensor | None = None) -> None:
+@stage
+def cache_means(k_cache: Buffer, means_cache: Buffer, cache_seqlens: Buffer, chunk_size: int, *,
+                block_table: Buffer | None = None, cache_starts: Buffer | None = None) -> None:
     """As :func:`moba_megatron.reference.decode.cache_means`: the same bits as ``chunk_means``; any strides."""
     rows_a_sequence = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     num_chunks = min(means_cache.shape[1], rows_a_sequence // chunk_size)
@@ -50,11 +50,12 @@ def cache_means(k_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor, chu
     )
 
 
-def decode_gate(q: Tensor, k_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor, chunk_size: int, topk: int, *,
-                block_table: Tensor | None = None, cache_starts: Tensor | None = None) -> Tensor:
+@stage
+def decode_gate(q: Buffer, k_cache: Buffer, means_cache: Buffer, cache_seqlens: Buffer, chunk_size: int, topk: int, *,
+                block_table: Buffer | None = None, cache_starts: Buffer | None = None) -> Buffer:
     """As :func:`moba_megatron.reference.decode.decode_gate`, the chosen chunks in no particular order."""
     batch, num_heads, head_dim = q.shape
-    selected = torch.empty(batch, num_heads, topk - 1, dtype=torch.int32, device=q.device)
+    selected = empty((batch, num_heads, topk - 1), torch.int32, q.device)
     if selected.numel() == 0:
         return selected
     num_kv_heads = k_cache.shape[2]
@@ -75,14 +76,15 @@ def decode_gate(q: Tensor, k_cache: Tensor, means_cache: Tensor, cache_seqlens: 
     return selected
 
 
-def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, selected: Tensor, cache_seqlens: Tensor,
-                     chunk_size: int, softmax_scale: float, *, block_table: Tensor | None = None,
-                     cache_starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+@stage
+def decode_attention(q: Buffer, k_cache: Buffer, v_cache: Buffer, selected: Buffer, cache_seqlens: Buffer,
+                     chunk_size: int, softmax_scale: float, *, block_table: Buffer | None = None,
+                     cache_starts: Buffer | None = None) -> tuple[Buffer, Buffer]:
     """As :func:`moba_megatron.reference.decode.decode_attention`; products of fp32 are in tf32x3."""
     batch, num_heads, head_dim = q.shape
     num_kv_heads, dim_v, choices = k_cache.shape[2], v_cache.shape[3], selected.shape[2]
-    o = torch.empty(batch, num_heads, dim_v, dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, num_heads, dtype=torch.float32, device=q.device)
+    o = empty((batch, num_heads, dim_v), q.dtype, q.device)
+    lse = empty((batch, num_heads), torch.float32, q.device)
     if batch == 0:
         return o, lse
     group = num_heads // num_kv_heads
@@ -90,8 +92,8 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, selected: Tens
     candidates = batch * num_kv_heads * (group * choices + 1)
     pieces, piece_keys = _pieces(candidates, chunk_size, options.pop("PROGRAMS"), options["BLOCK_N"], q.device)
     partial_rows = (choices + 1) * pieces
-    o_partial = torch.empty(batch * num_heads * partial_rows, dim_v, dtype=torch.float32, device=q.device)
-    lse_partial = torch.empty(batch * num_heads * partial_rows, dtype=torch.float32, device=q.device)
+    o_partial = empty((batch * num_heads * partial_rows, dim_v), torch.float32, q.device)
+    lse_partial = empty((batch * num_heads * partial_rows,), torch.float32, q.device)
     launch(
         _decode_attention_kernel,
         (candidates * pieces,),
@@ -124,7 +126,7 @@ def _pieces(programs: int, chunk_size: int, wanted: int, block_n: int, device: t
     return cdiv(chunk_size, keys), keys
 
 
-def _places(cache: Tensor, cache_seqlens: Tensor, block_table: Tensor | None, cache_starts: Tensor | None) -> dict:
+def _places(cache: Buffer, cache_seqlens: Buffer, block_table: Buffer | None, cache_starts: Buffer | None) -> dict:
     """Where a sequence's rows are, for the kernels; a pointer that a kernel does not read is any."""
     return {
         "cache_seqlens": cache_seqlens,
@@ -136,7 +138,7 @@ def _places(cache: Tensor, cache_seqlens: Tensor, block_table: Tensor | None, ca
     }
 
 
-def _tensors(**tensors: Tensor) -> dict:
+def _tensors(**tensors: Buffer) -> dict:
     """Queries ``[B, H, D]`` and caches ``[B, S, HK, D]`` with their strides."""
     strides = {f"stride_{name[0]}{dim}": x.stride(i) for name, x in tensors.items()
                for i, dim in enumerate("bhd" if x.dim() == 3 else "bth" if name == "means" else "bthd")}

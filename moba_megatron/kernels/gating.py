@@ -22,7 +22,7 @@ from . import tuning
 from .bounds import clear_rows
 from .host import head_block, next_power_of_2
 from .jit_helpers import _offset, _query_tile
-from .launcher import launch
+from .launcher import Buffer, empty, launch, rows, stage
 
 
 def gate(q: Tensor, means: Tensor, segments: Segments, topk: int) -> Tensor:
@@ -34,15 +34,17 @@ def gate(q: Tensor, means: Tensor, segments: Segments, topk: int) -> Tensor:
     if means.numel() >= 2 ** 31:  # offsets within them are 32 bits wide
         raise ValueError(f"chunk means must have fewer than 2^31 elements for the Triton kernels, got "
                          f"{tuple(means.shape)}: use larger chunks")
+    return _gate(rows(q), means.contiguous(), segments, topk - 1)
+
+
+@stage
+def _gate(q: Buffer, means: Buffer, segments: Segments, choices: int) -> Buffer:
     total, num_heads, head_dim = q.shape
-    choices = topk - 1
-    selected = torch.empty(total, num_heads, choices, dtype=torch.int32, device=q.device)
+    selected = empty((total, num_heads, choices), torch.int32, q.device)
     if selected.numel() == 0:
         return selected
     if not segments.exact:
         clear_rows(segments.cu_seqlens_q, (selected, -1))
-    q = q if q.stride(2) == 1 else q.contiguous()
-    means = means.contiguous()
     options = tuning.config("gate", q.device, head_dim=head_dim, itemsize=q.element_size(), choices=choices)
     num_tiles = total // options["BLOCK_M"] + segments.num_segments
     launch(

@@ -13,7 +13,7 @@ from torch import Tensor
 from .bounds import clear_rows
 from .host import cdiv, next_power_of_2
 from .jit_helpers import _find_piece, _offset, _piece_items
-from .launcher import launch
+from .launcher import Buffer, empty, launch, rows, stage
 
 TILE = {"BLOCK_T": 32, "BLOCK_C": 128, "num_warps": 4}
 """Rows and columns of a tile. Not tuned: the kernels read the keys once or twice."""
@@ -23,8 +23,12 @@ ROWS = 512
 
 def key_convolution_fwd(k: Tensor, weight: Tensor, cu_seqlens: Tensor, halo: Tensor | None) -> Tensor:
     """As :func:`moba_megatron.reference.key_convolution`, in fp32; k with any strides, weight and halo contiguous."""
-    k = k if k.stride(2) == 1 else k.contiguous()
-    out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    return _key_convolution_fwd(rows(k), weight, cu_seqlens, halo)
+
+
+@stage
+def _key_convolution_fwd(k: Buffer, weight: Buffer, cu_seqlens: Buffer, halo: Buffer | None) -> Buffer:
+    out = empty(k.shape, k.dtype, k.device)
     total, kv_heads, head_dim = k.shape
     runs, columns = cu_seqlens.numel() - 1, kv_heads * head_dim
     pieces = total // TILE["BLOCK_T"] + runs
@@ -42,14 +46,21 @@ def key_convolution_bwd(dout: Tensor, k: Tensor, weight: Tensor, cu_seqlens: Ten
     Returns:
         dk ``[S, HK, D]`` in k's dtype; dweight ``[HK, W, D]``, fp32; dhalo ``[N, W - 1, HK, D]`` in halo's dtype.
     """
-    k = k if k.stride(2) == 1 else k.contiguous()
-    dout = dout.contiguous()
+    dk, partials, dhalo = _key_convolution_bwd(dout.contiguous(), rows(k), weight, cu_seqlens, halo)
+    total_of_taps = partials.sum(0) if dk.numel() else partials.new_zeros(partials.shape[1:])
+    return dk, total_of_taps.view(-1, *k.shape[1:]).transpose(0, 1).contiguous(), dhalo
+
+
+@stage
+def _key_convolution_bwd(dout: Buffer, k: Buffer, weight: Buffer, cu_seqlens: Buffer,
+                         halo: Buffer | None) -> tuple[Buffer, Buffer, Buffer | None]:
+    """dk, dhalo, and between them the sums for dweight of each piece of a run ``[pieces, W, HK * D]``."""
     total, kv_heads, head_dim = k.shape
     runs, columns, taps = cu_seqlens.numel() - 1, kv_heads * head_dim, weight.shape[1]
-    dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    dhalo = None if halo is None else torch.empty_like(halo)
+    dk = empty(k.shape, k.dtype, k.device)
+    dhalo = None if halo is None else empty(halo.shape, halo.dtype, halo.device)
     pieces = total // ROWS + runs
-    partials = torch.empty(pieces, taps, columns, dtype=torch.float32, device=k.device)
+    partials = empty((pieces, taps, columns), torch.float32, k.device)
     shape = dict(HK=kv_heads, D=head_dim, W=taps)
     grid = cdiv(columns, TILE["BLOCK_C"])
     if dk.numel():
@@ -59,8 +70,7 @@ def key_convolution_bwd(dout: Tensor, k: Tensor, weight: Tensor, cu_seqlens: Ten
     if dhalo is not None and dhalo.numel():
         launch(_key_convolution_bwd_halo_kernel, (runs, grid), dout, k, weight, cu_seqlens, halo, dhalo,
                k.stride(0), k.stride(1), **shape, **{**TILE, "BLOCK_T": next_power_of_2(taps - 1)})
-    total_of_taps = partials.sum(0) if dk.numel() else partials.new_zeros(taps, columns)
-    return dk, total_of_taps.view(taps, kv_heads, head_dim).transpose(0, 1).contiguous(), dhalo
+    return dk, partials, dhalo
 
 
 @triton.jit

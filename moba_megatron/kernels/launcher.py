@@ -1,223 +1,421 @@
-"""Launches a kernel: through Triton's own call, or from a record where an operator's call repeats an earlier one.
+"""Prepared launches: what a call starts on the device is worked out once for each signature, then a loop over launches.
 
-To find the compiled kernel Triton looks at every argument of every launch. That costs the host more than the GPU needs
-for a short sequence. Calls of an operator with the same signature (shapes, strides, dtypes, alignments, options) make
-the same launches: the compiled kernels of the first call are kept in order, and the second starts them directly. Of
-that one the whole course is prepared, if it can be (``replay.py``), so that from then on no stage runs.
+The host code of the stages runs on :class:`Buffer`, which know a tensor's layout and have no values: that yields a
+:class:`Plan`, the launches in order, where each pointer comes from, and the layout of one block of scratch memory. The
+first run of a plan goes through Triton's ``kernel[grid](...)``, which returns the compiled kernels; from then on each
+is started by ``compiled[grid](...)``, with addresses in place of tensors, which spares Triton's look at every argument.
+A plan holds no memory of the device and nothing of a run: threads, streams and graphs under capture may share it.
 """
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
+import math
 import os
 import threading
-from dataclasses import dataclass, field
-from typing import Callable
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
 import torch
-import triton
 from torch import Tensor
-from triton import knobs
 from triton.runtime import driver
 
-from . import tuning
-from .host import INTERPRETED
-from .replay import NotReplayable, Replay, Trace
-from .workspace import given, workspace_limit
+from .tuning import forced_settings
+from .workspace import plan_workspace, workspace_limit
 
 logger = logging.getLogger("moba_megatron")
 
-MAX_SIGNATURES = 512
-"""Beyond this all records are dropped: data whose lengths never repeat must not fill the memory."""
-_RECORDING = not INTERPRETED and triton.__version__.startswith(("3.6.", "3.7."))  # whose compiled kernels are known
-_records: dict[tuple, "_Record"] = {}
-_current = threading.local()
-_STATE = ("record", "position", "trace", "event")
-"""What a thread keeps in ``_current`` during a call, besides the limit of its workspace."""
+MAX_PLANS = 512
+"""Beyond this all plans are dropped: data whose lengths never repeat must not fill the memory."""
+MAX_ADDRESSES = 32
+"""Descriptors of one argument that are kept: a caching allocator soon gives the same addresses again."""
+_plans: dict[tuple, "Plan"] = {}
+_building = threading.local()  # .plan: the plan that this thread is making; .limit: its scratch memory, bytes
 
 
-def on_device(device: torch.device):
-    """A context in which a CUDA device is the current one, with its own current stream; nothing where it is already.
-
-    Triton launches on the current device's stream, whatever the tensors' device is.
-    """
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
-
-
-def launch(kernel, grid: tuple[int, ...], *args, **named) -> None:
-    """``kernel[grid](*args, **named)`` on the first argument's device; constexprs are a kernel's last parameters."""
-    first = args[0] if args else next(iter(named.values()))
-    with on_device(first.device):
-        record = getattr(_current, "record", None)
-        if record is None or record.faulty or _hooked():
-            kernel[grid](*args, **named)
-            return
-        position = _current.position
-        _current.position = position + 1
-        runtime = _runtime_names(kernel)
-        values = (*args, *(named[name] for name in runtime[len(args):]))
-        constants = {name: value for name, value in named.items() if name not in runtime}
-        known = record.launches.get(position)
-        if known is None or known.kernel is not kernel or known.constants != constants:
-            compiled = kernel[grid](*args, **named)
-            defaults = tuple(constants.get(parameter.name, parameter.default)
-                             for parameter in kernel.params[len(runtime):])
-            known = record.launches[position] = _Launch(kernel, constants, compiled, defaults)
-        else:
-            try:
-                device = driver.active.get_current_device()
-                known.compiled.run(*grid, *(1,) * (3 - len(grid)), driver.active.get_current_stream(device),
-                                   known.compiled.function, known.compiled.packed_metadata, None, None, None, *values,
-                                   *known.values)
-            except Exception as error:
-                record.give_up(error)
-                kernel[grid](*args, **named)
-        if _current.trace is not None:
-            _current.trace.add(known.compiled, grid, (*values, *known.values))
-
-
-@functools.lru_cache(maxsize=None)
-def _runtime_names(kernel) -> tuple[str, ...]:
-    return tuple(parameter.name for parameter in kernel.params if not parameter.is_constexpr)
-
-
-def record_event() -> None:
-    """Within ``compute`` of :func:`repeat`: whoever gave an event need not wait for what comes after this."""
-    trace, event = getattr(_current, "trace", None), getattr(_current, "event", None)
-    if trace is not None:
-        trace.record_event()
-    if event is not None:
-        event.record()
-        _current.event = None
-
-
-def repeat(options: tuple, compute: Callable[..., tuple[Tensor, ...]], *tensors: Tensor | None,
-           workspace_mib: float | None = None, event: torch.cuda.Event | None = None) -> tuple[Tensor, ...]:
-    """``compute(*tensors)``, whose launches, allocations and results a later call with the same signature repeats.
-
-    A fault in what is repeated (not in ``compute`` itself) is said in a warning, and calls of this signature go through
-    Triton from then on. MOBA_PREPARED_LAUNCHES=0 lets every call do so.
+class Buffer:
+    """A tensor to be: an input, or what a stage allocates by :func:`empty`; no operation of torch takes it.
 
     Args:
-        options: whatever besides the tensors decides what ``compute`` does; hashable.
-        compute: its results are tensors that it allocates, each contiguous; it waits for nothing, and may run again.
-        tensors: all tensors that ``compute`` reads, on one device; None is allowed.
-        workspace_mib: the limit of ``compute``'s scratch memory; None for the environment's.
-        event: recorded on the current stream where ``compute`` first says :func:`record_event`, or at its end.
+        place: its number among the inputs and allocations of its plan.
+        shape, strides: as of a tensor, in elements.
+        dtype, device: of the tensor.
+        offset: elements from the start of its input or allocation.
+        misaligned: the address modulo 16, bytes.
     """
-    with on_device(tensors[0].device) if tensors else contextlib.nullcontext():
-        addresses = [0 if x is None else x.data_ptr() for x in tensors]
-        key = _signature(options, tensors, addresses, workspace_mib)
-        record = _record_of(key)
-        if record is None:
-            return _call(None, None, compute, tensors, workspace_mib, event)
-        results, fault = None, None
-        try:
-            if record.replay is None:
-                if record.launches and not record.refused:
-                    results = _traced(record, compute, tensors, workspace_mib, event)
-            elif key[0] in getattr(_current, "devices", ()):
-                stream = driver.active.get_current_stream(key[0])
-                results = record.replay.run(addresses, tensors[0].device, stream, event)
-        except Exception as error:
-            fault = error
-        if results is None:
-            results = _call(record, None, compute, tensors, workspace_mib, event)
-        if fault is not None:  # an error of compute's own has been met again
-            record.give_up(fault)
-        # Triton has seen to it that this thread has the device's context: from now on its calls may be replayed
-        _current.devices = getattr(_current, "devices", frozenset()) | {key[0]}
-        return results
 
+    __slots__ = ("device", "dtype", "misaligned", "nbytes", "offset", "place", "shape", "strides")
 
-def _traced(record: "_Record", compute: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor | None, ...],
-            workspace_mib: float | None, event: torch.cuda.Event | None) -> tuple[Tensor, ...]:
-    """Runs a call, and keeps its replay if it can be replayed."""
-    trace = Trace(tensors)
-    with trace:
-        results = _call(record, trace, compute, trace.inputs, workspace_mib, event)
-    try:
-        record.replay = trace.replay(results)
-    except NotReplayable as error:
-        record.refused = True
-        logger.debug("moba_megatron: a call is not replayed: %s", error)
-    return results
+    def __init__(self, place: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype,
+                 device: torch.device, offset: int = 0, misaligned: int = 0):
+        self.place, self.shape, self.strides, self.dtype, self.device = place, shape, strides, dtype, device
+        self.offset, self.misaligned, self.nbytes = offset, misaligned, math.prod(shape) * dtype.itemsize
 
+    def stride(self, dim: int | None = None):
+        return self.strides if dim is None else self.strides[dim]
 
-def _call(record: "_Record | None", trace: Trace | None, compute: Callable[..., tuple[Tensor, ...]],
-          tensors: tuple[Tensor | None, ...], workspace_mib: float | None, event: torch.cuda.Event | None
-          ) -> tuple[Tensor, ...]:
-    """``compute(*tensors)``, during which this thread's launches belong to a record, and are traced."""
-    before, limit = {name: getattr(_current, name, None) for name in _STATE}, given.mib
+    def dim(self) -> int:
+        return len(self.shape)
 
-    def restore() -> None:
-        vars(_current).update(before)
-        given.mib = limit
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
-    if before["trace"] is not None:
-        before["trace"].refuse("a call within the call")
-    try:
-        try:
-            vars(_current).update(record=record, position=0, trace=trace, event=event)
-            given.mib = workspace_mib
-            results = compute(*tensors)
-            record_event()  # if compute has not said so
-            return results
-        finally:
-            restore()
-    finally:  # an interrupt may have come in the first: whatever launches next must not be taken for this call's
-        restore()
+    def element_size(self) -> int:
+        return self.dtype.itemsize
 
+    @property
+    def source(self) -> tuple[int, int]:
+        """Its place, and the bytes from the start of that."""
+        return self.place, self.offset * self.dtype.itemsize
 
-def _record_of(key: tuple | None) -> "_Record | None":
-    """The record of a signature, a new one at first; None where nothing is recorded."""
-    if key is None or _hooked():
-        return None
-    if key not in _records and len(_records) >= MAX_SIGNATURES:
-        _records.clear()
-    record = _records.setdefault(key, _Record())
-    return None if record.faulty else record
+    def contiguous(self) -> "Buffer":
+        """Itself; what is not contiguous must be made so before the call."""
+        dense = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.strides)):
+            if size > 1 and stride != dense and self.numel():
+                raise TypeError(f"a tensor of strides {self.strides} is to be contiguous within a prepared call")
+            dense *= size
+        return self
 
-
-def _hooked() -> bool:
-    """Whether somebody, as a profiler, wants to hear of each launch through Triton."""
-    return bool(knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls)
-
-
-def _signature(options: tuple, tensors: tuple[Tensor | None, ...], addresses: list[int],
-               workspace_mib: float | None) -> tuple | None:
-    """What decides the launches of a call, or None where they are not recorded."""
-    if not _RECORDING or tuning.is_forced() or os.environ.get("MOBA_PREPARED_LAUNCHES") == "0":
-        return None
-    limit = workspace_limit() if workspace_mib is None else int(workspace_mib * (1 << 20))
-    key = [driver.active.get_current_device(), limit, options]
-    for x, address in zip(tensors, addresses):
-        key += (None,) if x is None else (x.shape, x.stride(), x.dtype, address & 15)
-    return tuple(key)
+    def __getitem__(self, rows: slice) -> "Buffer":
+        """``[begin:end]`` of the first dimension."""
+        begin, end, _ = rows.indices(self.shape[0])
+        offset = begin * self.strides[0]
+        return Buffer(self.place, (max(0, end - begin), *self.shape[1:]), self.strides, self.dtype, self.device,
+                      self.offset + offset, (self.misaligned + offset * self.dtype.itemsize) % 16)
 
 
 @dataclass(frozen=True)
+class Descriptor:
+    """A tensor descriptor to be: ``make(base, *layout)`` with a tensor or an address in place of the buffer."""
+
+    make: Callable
+    base: Buffer
+    layout: tuple
+
+
+@dataclass(frozen=True)
+class _Address:
+    """Stands where a compiled kernel's descriptor has its tensor."""
+
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Buffer:
+    """Uninitialised, contiguous memory: a result where the call returns it, else scratch."""
+    strides = tuple(math.prod(max(1, n) for n in shape[i + 1:]) for i in range(len(shape)))
+    return _building.plan.allocate(tuple(shape), strides, dtype, device)
+
+
+def misalignment(x: Buffer | Tensor) -> int:
+    """The address modulo 16, bytes."""
+    return x.misaligned if isinstance(x, Buffer) else x.data_ptr() % 16
+
+
+def rows(x: Tensor) -> Tensor:
+    """A tensor, copied if it must be for the stride of its last dimension to be 1: what the kernels read."""
+    return x if x.stride(x.dim() - 1) == 1 else x.contiguous()
+
+
+def launch(kernel, grid: tuple[int, ...], *args, **named) -> "_Launch":
+    """``kernel[grid](*args, **named)`` as the next launch of the call; constexprs are a kernel's last parameters."""
+    if any(isinstance(x, Tensor) for x in (*args, *named.values())):
+        raise TypeError("a tensor within a prepared call would be that of the first call for ever: make it an argument")
+    _building.plan.launches.append(_Launch(kernel, (*grid, *(1,) * (3 - len(grid))), args, named))
+    return _building.plan.launches[-1]
+
+
+def planned(kernel) -> list["_Launch"]:
+    """The launches of a kernel in this call so far, which may be changed yet."""
+    return [x for x in _building.plan.launches if x.kernel is kernel]
+
+
+def record_event() -> None:
+    """Whoever gave the call an event need not wait for launches after this; the first time in a call counts."""
+    plan = _building.plan
+    if plan.event_at is None:
+        plan.event_at = len(plan.launches)
+
+
+def scratch_limit() -> int:
+    """The limit of the call's scratch memory, bytes."""
+    return _building.limit
+
+
+def stage(function: Callable) -> Callable:
+    """Decorator of a function that :func:`call` can take: calling it is that call."""
+    return functools.wraps(function)(functools.partial(call, function))
+
+
+def call(function: Callable, *args, workspace_mib: float | None = None, event: torch.cuda.Event | None = None, **named):
+    """``function(*args, **named)`` with buffers in place of tensors, whose launches then run on the tensors.
+
+    Within another call it is part of that one. MOBA_PREPARED_LAUNCHES=0 starts every launch through Triton.
+
+    Args:
+        function: calls :func:`empty` and :func:`launch`, and other stages; nothing but the layouts of tensors and the
+            other arguments decides what it does.
+        args, named: tensors of one device, ``None``, dataclasses of tensors and numbers
+            (:class:`..segments.Segments`), and whatever is hashable.
+        workspace_mib: limit of scratch memory, MiB; None for the environment's.
+        event: recorded on the current stream at :func:`record_event`, or at the end.
+
+    Returns:
+        What the function returns, tensors in place of buffers.
+    """
+    if getattr(_building, "plan", None) is not None:
+        return function(*args, **named)
+    limit = workspace_limit() if workspace_mib is None else int(workspace_mib * (1 << 20))
+    tensors: list[Tensor] = []
+    key = [None, function, limit, *named]
+    _note((*args, *named.values()), key, tensors)
+    addresses = []
+    for x in tensors:
+        address = x.data_ptr()
+        addresses.append(address)
+        key += (x.shape, x.stride(), address & 15)
+    device = key[0] = tensors[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):  # launches go to the current device's stream, wherever the tensors are
+            return _run(tuple(key), function, args, named, tensors, addresses, limit, event)
+    return _run(tuple(key), function, args, named, tensors, addresses, limit, event)
+
+
+def _note(args, key: list, tensors: list[Tensor]) -> None:
+    """Collects the tensors among arguments, and what else they say of a call's signature."""
+    for x in args:
+        if isinstance(x, Tensor):
+            tensors.append(x)
+            key.append(x.dtype)
+        elif _has_tensors(type(x)):
+            key.append(type(x))
+            _note(vars(x).values(), key, tensors)
+        else:
+            key.append(x)
+
+
+@functools.lru_cache(maxsize=None)
+def _has_tensors(kind: type) -> bool:
+    """Whether it is a dataclass with fields for tensors; whatever else is hashable, and taken whole."""
+    return is_dataclass(kind) and any("Tensor" in str(field.type) for field in fields(kind))
+
+
+def _run(key: tuple, function: Callable, args: tuple, named: dict[str, Any], tensors: list[Tensor],
+         addresses: list[int], limit: int, event: torch.cuda.Event | None):
+    plan = _plans.get(key)
+    if plan is None or forced_settings:
+        plan = _make_plan(function, args, named, tensors, limit)
+        if not forced_settings:
+            if len(_plans) >= MAX_PLANS:
+                _plans.clear()
+            _plans[key] = plan
+    return plan.run(tensors, addresses, event)
+
+
+def _make_plan(function: Callable, args: tuple, named: dict[str, Any], tensors: list[Tensor], limit: int) -> "Plan":
+    plan = Plan(tensors)
+    places = iter(range(len(tensors)))
+
+    def buffer(x):
+        if isinstance(x, Tensor):
+            return Buffer(next(places), tuple(x.shape), x.stride(), x.dtype, x.device, 0, x.data_ptr() % 16)
+        return type(x)(*map(buffer, vars(x).values())) if _has_tensors(type(x)) else x
+
+    args, named = [buffer(x) for x in args], {name: buffer(x) for name, x in named.items()}
+    try:
+        _building.plan, _building.limit = plan, limit
+        plan.finish(function(*args, **named))
+    finally:
+        _building.plan = None
+    return plan
+
+
 class _Launch:
-    kernel: object
-    constants: dict
-    compiled: object
-    values: tuple
+    """One launch of a plan; after the first run with the compiled kernel, and its arguments but for the addresses."""
+
+    def __init__(self, kernel, grid: tuple[int, int, int], args: tuple, named: dict[str, Any]):
+        self.kernel, self.grid, self.args, self.named = kernel, grid, args, named
+        self.compiled: Any = None
+        self.start: Callable | None = None
+        self.values: list = []
+        self.pointers: list[tuple[int, int, int]] = []  # position, place, bytes
+        self.descriptors: list[tuple[int, int, int, dict[int, Any]]] = []  # and descriptors by address
+
+    def buffers(self) -> list[Buffer]:
+        found = (x.base if isinstance(x, Descriptor) else x for x in (*self.args, *self.named.values()))
+        return [x for x in found if isinstance(x, Buffer)]
+
+    def through_triton(self, tensor: Callable[[Buffer], Tensor]) -> None:
+        """Compiles where it is the first time; what is not interpreted can be started by :meth:`prepared` then."""
+        made: dict[int, Any] = {}
+
+        def real(x):
+            if isinstance(x, Descriptor):
+                return made.setdefault(id(x), x.make(tensor(x.base), *x.layout))
+            return tensor(x) if isinstance(x, Buffer) else x
+
+        compiled = self.kernel[self.grid](*map(real, self.args), **{name: real(x) for name, x in self.named.items()})
+        if self.compiled is None and hasattr(compiled, "__getitem__"):
+            runtime, constants = _parameters(self.kernel)
+            values = [*self.args, *(self.named[name] for name in runtime[len(self.args):]),
+                      *(self.named.get(name, default) for name, default in constants)]
+            pointers, descriptors = [], []
+            for position, x in enumerate(values):
+                if isinstance(x, Descriptor):
+                    made[id(x)].base = None  # a plan keeps no tensor
+                    descriptors.append((position, *x.base.source, {0: made[id(x)]}))
+                elif isinstance(x, Buffer):
+                    pointers.append((position, *x.source))
+            self.values, self.pointers, self.descriptors = values, pointers, descriptors
+            self.compiled = compiled  # the last: another thread takes the rest to be there
+
+    def prepared(self, addresses: list[int], stream: int) -> None:
+        """Starts the compiled kernel."""
+        if 0 in self.grid:
+            return
+        values = self.values.copy()
+        for position, place, offset in self.pointers:
+            values[position] = addresses[place] + offset
+        for position, place, offset, at_address in self.descriptors:
+            address = addresses[place] + offset
+            values[position] = at_address.get(address) or _moved(at_address, address)
+        start = self.start
+        if start is None:
+            self.start = start = self.compiled[self.grid]
+        start(*values, stream=stream)
 
 
-@dataclass
-class _Record:
-    """The calls with one signature: the compiled kernels in order, and how to do without the stages."""
+def _moved(at_address: dict[int, Any], address: int) -> Any:
+    """The descriptor of the first run (its key is 0) at another address, kept with the latest others."""
+    made = object.__new__(type(at_address[0]))
+    made.__dict__.update(at_address[0].__dict__, base=_Address(address))
+    if len(at_address) > MAX_ADDRESSES:
+        for other in list(at_address)[1:]:
+            at_address.pop(other, None)
+    at_address[address] = made
+    return made
 
-    launches: dict[int, _Launch] = field(default_factory=dict)
-    replay: Replay | None = None
-    refused: bool = False
-    faulty: bool = False
 
-    def give_up(self, error: Exception) -> None:
-        """From now on the calls go through Triton."""
-        self.faulty, self.replay = True, None
-        logger.warning("moba_megatron: prepared launches of a call are not used any more: %s: %s",
-                       type(error).__name__, error)
+@functools.lru_cache(maxsize=None)
+def _parameters(kernel) -> tuple[tuple[str, ...], tuple[tuple[str, Any], ...]]:
+    """Names of a kernel's arguments at run time, and of its constexprs with their defaults."""
+    return (tuple(p.name for p in kernel.params if not p.is_constexpr),
+            tuple((p.name, p.default) for p in kernel.params if p.is_constexpr))
+
+
+class Plan:
+    """The launches of a call with one signature."""
+
+    def __init__(self, tensors: list[Tensor]):
+        self.inputs = len(tensors)
+        self.launches: list[_Launch] = []
+        self.event_at: int | None = None
+        self.is_prepared, self._faulty = False, False  # every launch has its compiled kernel; one has failed
+        self._allocated: list[Buffer] = []
+
+    def allocate(self, *layout) -> Buffer:
+        self._allocated.append(Buffer(self.inputs + len(self._allocated), *layout))
+        return self._allocated[-1]
+
+    def finish(self, returned) -> None:
+        """Lays out the scratch memory: of allocations that are not returned, for as long as launches use them."""
+        self._returned = returned
+        if self.event_at is None:
+            self.event_at = len(self.launches)
+        places = sorted({x.place for x in _buffers_in(returned) if x.place >= self.inputs})
+        self._results = {place: self._allocated[place - self.inputs] for place in places}
+        wholes = returned if isinstance(returned, tuple) else (returned,)
+        self._flat = all(isinstance(x, Buffer) and x is self._results.get(x.place) for x in wholes)
+        self._order = [places.index(x.place) for x in wholes] if self._flat else []
+        spans: dict[int, tuple[int, int]] = {}
+        for at, launch in enumerate(self.launches):
+            for x in launch.buffers():
+                if x.place >= self.inputs and x.place not in self._results and x.nbytes:
+                    spans[x.place] = spans.get(x.place, (at, at))[0], at
+        sizes = {place: self._allocated[place - self.inputs].nbytes for place in spans}
+        self._offsets, self.workspace_bytes = plan_workspace(sizes, spans)
+
+    def run(self, tensors: list[Tensor], addresses: list[int], event: torch.cuda.Event | None):
+        """Starts the launches on the current stream of the tensors' device, which is the current one."""
+        device = tensors[0].device
+        results = [torch.empty_strided(x.shape, x.strides, dtype=x.dtype, device=device)
+                   for x in self._results.values()]
+        workspace = None
+        if self.workspace_bytes:
+            workspace = torch.empty_strided((self.workspace_bytes,), (1,), dtype=torch.uint8, device=device)
+        if not self.is_prepared or os.environ.get("MOBA_PREPARED_LAUNCHES") == "0":
+            self._through_triton(tensors, results, workspace, event)
+        else:
+            try:
+                self._prepared(addresses, results, workspace, event, device)
+            except Exception as error:
+                self.is_prepared, self._faulty = False, True
+                logger.warning("moba_megatron: prepared launches of a call are not used any more: %s: %s",
+                               type(error).__name__, error)
+                self._through_triton(tensors, results, workspace, event)
+        if self._flat:
+            ordered = tuple(map(results.__getitem__, self._order))
+            return ordered if isinstance(self._returned, tuple) else ordered[0]
+        return self._assembled(self._returned, tensors, dict(zip(self._results, results)))
+
+    def _prepared(self, addresses: list[int], results: list[Tensor], workspace: Tensor | None,
+                  event: torch.cuda.Event | None, device: torch.device) -> None:
+        """Starts the compiled kernels, without Triton's look at the arguments."""
+        addresses = addresses + [0] * len(self._allocated)
+        base = 0 if workspace is None else workspace.data_ptr()
+        for place, offset in self._offsets.items():
+            addresses[place] = base + offset
+        for place, x in zip(self._results, results):
+            addresses[place] = x.data_ptr()
+        self._start(event, _Launch.prepared, addresses, driver.active.get_current_stream(device.index))
+
+    def _through_triton(self, tensors: list[Tensor], results: list[Tensor], workspace: Tensor | None,
+                        event: torch.cuda.Event | None) -> None:
+        made = dict(zip(self._results, results))
+
+        def tensor(x: Buffer) -> Tensor:
+            if x.place < self.inputs or x.place in made:
+                return _view(tensors[x.place] if x.place < self.inputs else made[x.place], x)
+            whole, begin = self._allocated[x.place - self.inputs], self._offsets.get(x.place)
+            if begin is None:  # of size 0
+                return torch.empty(x.shape, dtype=x.dtype, device=tensors[0].device)
+            return _view(workspace[begin:begin + whole.nbytes].view(whole.dtype).view(whole.shape), x)
+
+        self._start(event, _Launch.through_triton, tensor)
+        self.is_prepared = not self._faulty and bool(self.launches) and None not in [x.compiled for x in self.launches]
+
+    def _start(self, event: torch.cuda.Event | None, start: Callable, *args) -> None:
+        for launch in self.launches[:self.event_at]:
+            start(launch, *args)
+        if event is not None:
+            event.record()
+        for launch in self.launches[self.event_at:]:
+            start(launch, *args)
+
+    def _assembled(self, x, tensors: list[Tensor], results: dict[int, Tensor]):
+        kind = type(x)
+        if kind is Buffer:
+            return _view(tensors[x.place] if x.place < self.inputs else results[x.place], x)
+        if kind is tuple:
+            return tuple([self._assembled(y, tensors, results) for y in x])
+        if _has_tensors(kind):
+            return kind(*[self._assembled(y, tensors, results) for y in vars(x).values()])
+        return x
+
+
+def _view(base: Tensor, x: Buffer) -> Tensor:
+    """The part of an input or allocation that a buffer is."""
+    if x.offset == 0 and base.shape == x.shape:
+        return base
+    return base.as_strided(x.shape, x.strides, base.storage_offset() + x.offset)
+
+
+def _buffers_in(x) -> list[Buffer]:
+    if isinstance(x, Buffer):
+        return [x]
+    inner = x if isinstance(x, tuple) else vars(x).values() if _has_tensors(type(x)) else ()
+    return [buffer for y in inner for buffer in _buffers_in(y)]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .host import cdiv, next_power_of_2
 from .jit_helpers import _offset
-from .launcher import launch
+from .launcher import Buffer, launch, stage
 
 _BLOCK, _WARPS = 2048, 4
 
@@ -28,19 +28,20 @@ def merge_parts(o: Tensor, lse: Tensor, o_parts: Tensor, lse_parts: Tensor, plac
         out: ``[T, h, DV]``, written; any strides but 1 for the last.
         merged: fp32 ``[T, h]``, written: the log-sum-exp of all.
     """
-    _launch(o, o_parts, places, out, (lse, lse_parts, merged))
+    _merge(o, o_parts, places, out, lse, lse_parts, merged)
 
 
 def add_parts(x: Tensor, parts: Tensor, places: Tensor, out: Tensor) -> None:
     """``x`` and its parts added up in fp32, in the order of j: as :func:`merge_parts` without weights."""
-    _launch(x, parts, places, out, None)
+    _merge(x, parts, places, out, None, None, None)
 
 
-def _launch(x: Tensor, parts: Tensor, places: Tensor, out: Tensor, lse: tuple[Tensor, Tensor, Tensor] | None) -> None:
+@stage
+def _merge(x: Buffer, parts: Buffer, places: Buffer, out: Buffer, lse: Buffer | None, lse_parts: Buffer | None,
+           merged: Buffer | None) -> None:
     tokens, heads, dim = x.shape
     block_d = next_power_of_2(dim)
     block_m = max(1, _BLOCK // block_d)
-    lse, lse_parts, merged = lse or (None, None, None)
     launch(_merge_parts_kernel, (cdiv(tokens * heads, block_m),),
            x, parts, places, out, lse, lse_parts, merged, tokens * heads, out.stride(0), out.stride(1), H=heads,
            KS=places.shape[2], D=dim, BLOCK_M=block_m, BLOCK_D=block_d, num_warps=_WARPS)

@@ -1,7 +1,7 @@
 """Routing: from each query's chunks to each chunk's queries, by a stable counting sort on the device.
 
-Three launches: count, for each group of consecutive tokens; add up, over groups and over CSR rows; place. A program
-places the choices of its group alone, in order, with counters of its own: the result is always the same.
+Three launches: count, for each group of consecutive tokens; add up, over groups and over CSR rows; place (and cut rows
+into tiles). A program places the choices of its group alone, in order, with its own counters: always the same result.
 """
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..segments import Routing, index_dtype
 from . import tuning
 from .host import cdiv
 from .jit_helpers import _find_piece, _piece_items
-from .launcher import launch
+from .launcher import Buffer, empty, launch, stage
 
 PROGRAMS = 8192
 """Programs that count and place. More than a card holds at once: they then write to a few kv heads' CSR rows at a time,
@@ -26,6 +26,8 @@ MOST_GROUPS = 1024
 are few."""
 COUNTER_BYTES = 32 << 20
 """Bound of the counters' memory, or half of the indices' where that is more; fewer groups of tokens keep to it."""
+TILES = 256
+"""Tiles that a program writes."""
 
 
 @dataclass(frozen=True)
@@ -48,44 +50,69 @@ class Tiles:
     indptr: Tensor
     block: int
 
+    @classmethod
+    def empty(cls, routing: Routing, block: int) -> "Tiles":
+        """For a kernel to write; as many as there are at most, which the host knows."""
+        rows, device, dtype = routing.num_csr_rows, routing.indptr.device, routing.indptr.dtype
+        number = routing.indices.numel() // block + rows
+        return cls(*(empty((size,), dtype, device) for size, dtype in (
+            (number, torch.int32), (number, dtype), (number, dtype), (rows + 1, torch.int32))), block)
+
+
+def tile_arguments(tiles: Tiles | None) -> tuple[Tensor | int | None, ...]:
+    """What a kernel takes from ``tile_programs`` to ``block``; no program writes tiles where there are none.
+
+    A number more than there are tiles: ``indptr`` may have as many.
+    """
+    if tiles is None:
+        return 0, None, None, None, None, 0, 1
+    number = tiles.csr_row.numel()
+    return number // TILES + 1, tiles.csr_row, tiles.begin, tiles.end, tiles.indptr, number, tiles.block
+
 
 def route(selected: Tensor, num_kv_heads: int, num_chunks: int) -> Routing:
     """As :func:`moba_megatron.reference.route`; nothing waits for the device, every size follows from the shapes."""
+    return route_in_tiles(selected.contiguous(), num_kv_heads, num_chunks, None)[0]
+
+
+@stage
+def route_in_tiles(selected: Buffer, num_kv_heads: int, num_chunks: int, block: int | None
+                   ) -> tuple[Routing, Tiles | None]:
+    """:func:`route` and :func:`make_tiles` in the launches of the former; no tiles where ``block`` is None."""
     total, num_heads, choices = selected.shape
-    selected, device, dtype = selected.contiguous(), selected.device, index_dtype(selected.numel())
-    indices = torch.empty(selected.numel(), dtype=dtype, device=device)
-    indptr = torch.empty(num_kv_heads * num_chunks + 1, dtype=dtype, device=device)
-    if selected.numel() == 0:
-        return Routing(indices, indptr.zero_())
-    group = num_heads // num_kv_heads
+    device, dtype = selected.device, index_dtype(selected.numel())
+    indices = empty((selected.numel(),), dtype, device)
+    indptr = empty((num_kv_heads * num_chunks + 1,), dtype, device)
+    routing, group = Routing(indices, indptr), num_heads // num_kv_heads
+    if selected.numel() == 0:  # what is counted where nothing is, in one group, are the starts of empty CSR rows
+        launch(_route_count_kernel, (num_kv_heads,), selected, indptr, 0, 0, num_chunks, 1, H=num_heads, G=group, KS=1,
+               BLOCK=1024, num_warps=4)
+        return routing, make_tiles(routing, block) if block else None
+    tiles = Tiles.empty(routing, block) if block else None
+    tile_programs, *tile_tensors = tile_arguments(tiles)
     options = tuning.config("route", device)
-    limit = max(COUNTER_BYTES, indices.nbytes // 2) // (indices.element_size() * num_kv_heads * num_chunks)
+    limit = max(COUNTER_BYTES // indices.element_size(), indices.numel() // 2) // (num_kv_heads * num_chunks)
     num_groups, tokens = token_groups(total, cdiv(options["BLOCK"], group * choices),
                                       max(1, selected.numel() >> 29,  # a group numbers its own in 32 bits
                                           min(PROGRAMS // num_kv_heads, MOST_GROUPS, limit)))
-    counts = torch.empty(num_kv_heads * num_groups * num_chunks + 1, dtype=dtype, device=device)  # and a ticket
+    counts = empty((num_kv_heads * num_groups * num_chunks + 1,), dtype, device)  # and a ticket
     sizes = (total, tokens, num_chunks, num_groups)
     shape = dict(H=num_heads, G=group, KS=choices)
-    grid = (num_groups * num_kv_heads,)
-    launch(_route_count_kernel, grid, selected, counts, *sizes, **shape, BLOCK=1024, num_warps=4)
+    programs = num_groups * num_kv_heads
+    launch(_route_count_kernel, (programs,), selected, counts, *sizes, **shape, BLOCK=1024, num_warps=4)
     launch(_route_sum_kernel, (cdiv(num_chunks, 32) * num_kv_heads,),
         counts, indptr, num_chunks, num_groups, num_kv_heads, BLOCK_G=256, BLOCK_C=32, BLOCK=2048, num_warps=8)
-    launch(_route_place_kernel, grid, selected, counts, indptr, indices, *sizes, **shape, **options)
-    return Routing(indices, indptr)
+    launch(_route_place_kernel, (tile_programs + programs,), selected, counts, indptr, indices, *sizes, tile_programs,
+           *tile_tensors, **shape, TILES=TILES, **options)
+    return routing, tiles
 
 
+@stage
 def make_tiles(routing: Routing, block: int) -> Tiles:
-    """Cuts the CSR rows into tiles of ``block`` indices: one launch, sizes known on the host."""
-    num_csr_rows, indptr = routing.num_csr_rows, routing.indptr
-    num_tiles = routing.indices.numel() // block + num_csr_rows
-    tiles = Tiles(
-        csr_row=torch.empty(num_tiles, dtype=torch.int32, device=indptr.device),
-        begin=torch.empty(num_tiles, dtype=indptr.dtype, device=indptr.device),
-        end=torch.empty(num_tiles, dtype=indptr.dtype, device=indptr.device),
-        indptr=torch.empty(num_csr_rows + 1, dtype=torch.int32, device=indptr.device),
-        block=block)
-    launch(_make_tiles_kernel, (cdiv(max(num_tiles, num_csr_rows + 1), 256),), indptr, tiles.csr_row, tiles.begin,
-           tiles.end, tiles.indptr, num_tiles, num_csr_rows, block, BLOCK=256, num_warps=4)
+    """Cuts the CSR rows into tiles of ``block`` indices: one launch."""
+    tiles = Tiles.empty(routing, block)
+    programs, *tensors = tile_arguments(tiles)
+    launch(_make_tiles_kernel, (programs,), routing.indptr, routing.num_csr_rows, *tensors, TILES=TILES, num_warps=4)
     return tiles
 
 
@@ -150,13 +177,23 @@ def _route_sum_kernel(counts, indptr, num_chunks, num_groups, num_kv_heads, BLOC
         tl.store(indptr + num_csr_rows, start)
 
 
-@triton.jit(do_not_specialize=["total", "tokens", "num_chunks", "num_groups"])
-def _route_place_kernel(selected, counts, indptr, indices, total, tokens, num_chunks, num_groups,
-                        H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, BLOCK: tl.constexpr):
-    """Writes the choices of one group of tokens and one kv head to their places, BLOCK at a time, in order."""
-    kv_head = tl.program_id(0) // num_groups
-    first_token = tl.program_id(0) % num_groups * tokens
-    row = counts + tl.program_id(0).to(tl.int64) * num_chunks
+@triton.jit(do_not_specialize=["total", "tokens", "num_chunks", "num_groups", "tile_programs", "num_tiles", "block"])
+def _route_place_kernel(selected, counts, indptr, indices, total, tokens, num_chunks, num_groups, tile_programs,
+                        tile_csr_row, tile_begin, tile_end, tile_indptr, num_tiles, block,
+                        H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr):
+    """Writes the choices of one group of tokens and one kv head to their places, BLOCK at a time, in order.
+
+    The first ``tile_programs`` write tiles instead: of ``indptr`` alone, which nothing writes here.
+    """
+    if tile_csr_row is not None:
+        if tl.program_id(0) < tile_programs:
+            _make_tiles_kernel(indptr, H // G * num_chunks, tile_csr_row, tile_begin, tile_end, tile_indptr, num_tiles,
+                               block, TILES)
+            return
+    program = tl.program_id(0) - tile_programs
+    kv_head = program // num_groups
+    first_token = program % num_groups * tokens
+    row = counts + program.to(tl.int64) * num_chunks
     wide = tl.arange(0, 512)
     for first in range(0, num_chunks, 512):  # the program's counters become the places of its next indices
         keep = first + wide < num_chunks
@@ -185,10 +222,11 @@ def _route_place_kernel(selected, counts, indptr, indices, total, tokens, num_ch
         at = next_at
 
 
-@triton.jit(do_not_specialize=["num_tiles", "num_csr_rows"])
-def _make_tiles_kernel(indptr, tile_csr_row, tile_begin, tile_end, tile_indptr, num_tiles, num_csr_rows, block,
-                       BLOCK: tl.constexpr):
-    item = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+@triton.jit(do_not_specialize=["num_csr_rows", "num_tiles", "block"])
+def _make_tiles_kernel(indptr, num_csr_rows, tile_csr_row, tile_begin, tile_end, tile_indptr, num_tiles, block,
+                       TILES: tl.constexpr):
+    """TILES tiles, and where the tiles of as many CSR rows begin; also the first programs of other kernels."""
+    item = tl.program_id(0) * TILES + tl.arange(0, TILES)
     csr_row = _find_piece(indptr, num_csr_rows, block, item)
     begin, end = _piece_items(indptr, csr_row, block, item)
     keep = item < num_tiles

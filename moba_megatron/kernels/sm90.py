@@ -12,9 +12,9 @@ from types import ModuleType
 
 import torch
 import triton
-from torch import Tensor
 
 from .host import INTERPRETED, next_power_of_2
+from .launcher import Buffer, Descriptor, misalignment
 
 logger = logging.getLogger("moba_megatron")
 
@@ -26,21 +26,21 @@ PROGRAMS = 1056
 """Lists are cut into pieces until there are so many, eight for each processor of an H200."""
 
 
-def takes(*tensors: Tensor) -> bool:
+def takes(*tensors: Buffer | torch.Tensor) -> bool:
     """Whether the kernels can take q, k, v (and do): same 16-bit dtype, D = DV = 64 or 128, rows aligned."""
     q = tensors[0]
     return (q.element_size() == 2 and q.shape[2] in (64, 128)
-            and all(x.dtype == q.dtype and x.shape[2] == q.shape[2] and x.data_ptr() % 16 == 0
+            and all(x.dtype == q.dtype and x.shape[2] == q.shape[2] and misalignment(x) == 0
                     and all(s % 8 == 0 for s in _strides(x)) for x in tensors)
             and not INTERPRETED and torch.cuda.get_device_capability(q.device) == (9, 0) and _importable())
 
 
-def _strides(x: Tensor) -> tuple[int, int]:
+def _strides(x: Buffer) -> tuple[int, int]:
     """Elements between the tokens and between the heads of ``[tokens, heads, dim]``; 0 where there is only one head."""
     return x.stride(0), x.stride(1) if x.shape[1] > 1 else 0
 
 
-def strides_of_eight(**tensors: Tensor) -> dict[str, int]:
+def strides_of_eight(**tensors: Buffer) -> dict[str, int]:
     """Strides as the kernels take them: in units of 16 bytes, which tells the compiler that rows are aligned."""
     return {f"stride_{name}{dim}": s // 8 for name, x in tensors.items() for dim, s in zip("th", _strides(x))}
 
@@ -50,7 +50,7 @@ def rows_per_program(options: dict[str, int], rows: int) -> int:
     return max(ROWS, min(options["SPLIT"], rows // PROGRAMS // ROWS * ROWS))
 
 
-def key_tiles(k: Tensor, v: Tensor, chunk_size: int, options: dict[str, int]) -> dict[str, object]:
+def key_tiles(k: Buffer, v: Buffer, chunk_size: int, options: dict[str, int]) -> dict[str, object]:
     """The options, and k and v for a kernel that streams the keys of whole chunks: through descriptors if possible.
 
     A tile has BLOCK_N keys, or the whole of a smaller chunk, or 64 where that alone divides the chunk.
@@ -64,19 +64,19 @@ def key_tiles(k: Tensor, v: Tensor, chunk_size: int, options: dict[str, int]) ->
     return {**options, "k": k, "v": v, "BLOCK_N": block_n, "USE_TMA": use_tma, "RAGGED": ragged}
 
 
-def _describable(x: Tensor) -> bool:
+def _describable(x: Buffer) -> bool:
     """Whether :func:`_described` can: the heads of a token side by side, at coordinates of 32 bits."""
     row, head = _strides(x)
     width = (x.shape[1] - 1) * head + x.shape[2]
     return 0 < width < 2 ** 31 and (width <= row or x.shape[0] == 1)
 
 
-def _described(x: Tensor, block: int):
+def _described(x: Buffer, block: int) -> Descriptor:
     """A descriptor of ``[tokens, heads * dim]`` with tiles of ``block`` rows of one head."""
     total, heads, dim = x.shape
     row, head = _strides(x)
     make, layout = _descriptor_and_layout(block, dim, x.dtype)
-    return make(x, [total, (heads - 1) * head + dim], [row, 1], [block, dim], layout)
+    return Descriptor(make, x, ([total, (heads - 1) * head + dim], [row, 1], [block, dim], layout))
 
 
 @functools.lru_cache(maxsize=None)

@@ -49,10 +49,10 @@ def config(stage: str, device: torch.device | None = None, **key: int) -> dict[s
 @functools.lru_cache(maxsize=1024)  # chunk_size is any length where attention is dense
 def _lookup(stage: str, arch: str, key: tuple[tuple[str, int], ...]) -> dict[str, int]:
     found = next((row for row in rows(stage) if row.fits(arch, dict(key))), None)
-    if "record" in _forced:
-        _forced["record"].append((stage, key, found))
-    if stage in _forced.get("configs", {}):
-        return _forced["configs"][stage]
+    if "record" in forced_settings:
+        forced_settings["record"].append((stage, key, found))
+    if stage in forced_settings.get("configs", {}):
+        return forced_settings["configs"][stage]
     if found is None:
         raise LookupError(f"no row of the tuning table for stage {stage!r} fits {arch} and {dict(key)}: add one to "
                           "kernels/tuning_table.py, or write one with `python -m moba_megatron.tune`")
@@ -71,8 +71,8 @@ def rows(stage: str) -> tuple[Row, ...]:
 
 def arch_of(device: torch.device | None = None) -> str:
     """The architecture class of a device: a name in ``ARCHS``, or ``interpreter``."""
-    if "arch" in _forced:
-        return _forced["arch"]
+    if "arch" in forced_settings:
+        return forced_settings["arch"]
     if INTERPRETED:
         return INTERPRETER
     return _arch_of_device(device)
@@ -99,12 +99,8 @@ def arch_of_capability(major: int, minor: int) -> str:
         (major, minor), "sm_86")
 
 
-_forced: dict[str, object] = {}
-
-
-def is_forced() -> bool:
-    """Whether the caller is within a block of :func:`forced`."""
-    return bool(_forced)
+forced_settings: dict[str, object] = {}
+"""What :func:`forced` sets; empty elsewhere."""
 
 
 @contextlib.contextmanager
@@ -115,15 +111,15 @@ def forced(arch: str | None = None, configs: dict[str, dict[str, int]] | None = 
     Every look-up is added to ``record`` as (stage, key, row). For the compile report and ``tune``; not for
     several threads at once.
     """
-    before = dict(_forced)
+    before = dict(forced_settings)
     given = {"arch": arch, "configs": configs, "record": record}
-    _forced.update({name: value for name, value in given.items() if value is not None})
+    forced_settings.update({name: value for name, value in given.items() if value is not None})
     _lookup.cache_clear()
     try:
         yield
     finally:
-        _forced.clear()
-        _forced.update(before)
+        forced_settings.clear()
+        forced_settings.update(before)
         _lookup.cache_clear()
 
 

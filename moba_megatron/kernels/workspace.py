@@ -1,30 +1,20 @@
-"""How much scratch memory a stage may take: the byte limit, and the groups of kv heads that keep within it."""
+"""Scratch memory: how much a call may take, the groups of kv heads that keep within it, and where each tensor lies."""
 from __future__ import annotations
 
 import os
-import threading
 
 DEFAULT_MIB = 1024
 """At 128K tokens, 16 heads of 128, topk 8, bf16: four heads' partial results at a time in the forward."""
-
-
-
-class _Given(threading.local):
-    mib: float | None = None
-
-
-given = _Given()
-"""This thread's limit in MiB, which comes before the environment's; None for none."""
+ALIGNMENT = 512
+"""Of scratch tensors within the workspace, bytes: that of torch's own allocations."""
 
 
 def workspace_limit() -> int:
-    """The limit in bytes: what is ``given``, else MOBA_WORKSPACE_MIB, else 1024 MiB.
+    """The environment's limit in bytes: MOBA_WORKSPACE_MIB, else 1024 MiB.
 
     Raises:
         ValueError: MOBA_WORKSPACE_MIB is not a positive number.
     """
-    if given.mib is not None:
-        return int(given.mib * (1 << 20))
     text = os.environ.get("MOBA_WORKSPACE_MIB", "")
     if not text:
         return DEFAULT_MIB << 20
@@ -41,7 +31,7 @@ def workspace_limit() -> int:
 def head_groups(num_kv_heads: int, bytes_per_kv_head: int, limit: int | None = None) -> list[tuple[int, int]]:
     """Ranges ``[begin, end)`` of kv heads to run one after the other, of nearly equal size, the first the largest.
 
-    ``limit``: bytes for a group; None for :func:`workspace_limit`. One head runs even where it needs more.
+    ``limit``: bytes for a group; None for the environment's. One head runs even where it needs more.
     """
     limit = workspace_limit() if limit is None else limit
     together = max(1, min(num_kv_heads, limit // max(1, bytes_per_kv_head)))
@@ -49,3 +39,22 @@ def head_groups(num_kv_heads: int, bytes_per_kv_head: int, limit: int | None = N
     size, larger = divmod(num_kv_heads, groups)
     bounds = [i * size + min(i, larger) for i in range(groups + 1)]
     return list(zip(bounds, bounds[1:]))
+
+
+def plan_workspace(sizes: dict[int, int], spans: dict[int, tuple[int, int]]) -> tuple[dict[int, int], int]:
+    """Offsets of tensors in one block of memory, and its size: those in use at the same time do not overlap.
+
+    ``sizes``: bytes of each; ``spans``: first and last step that uses each.
+    """
+    offsets: dict[int, int] = {}
+    for number in sorted(sizes, key=sizes.get, reverse=True):
+        first, last = spans[number]
+        taken = sorted((offsets[n], offsets[n] + sizes[n]) for n in offsets
+                       if spans[n][0] <= last and first <= spans[n][1])
+        offset = 0
+        for begin, end in taken:
+            if offset + sizes[number] <= begin:
+                break
+            offset = max(offset, -(-end // ALIGNMENT) * ALIGNMENT)
+        offsets[number] = offset
+    return offsets, max((offsets[n] + sizes[n] for n in sizes), default=0)

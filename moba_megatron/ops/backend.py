@@ -4,7 +4,6 @@ from __future__ import annotations
 import functools
 import logging
 from types import ModuleType
-from typing import Callable
 
 import torch
 
@@ -28,23 +27,6 @@ def get_stages(backend: str, device: torch.device) -> ModuleType:
     """
     check_backend(backend)
     return _stages(backend, torch.device(device).type)
-
-
-def repeat(stages: ModuleType, options: tuple, compute: Callable[..., tuple[torch.Tensor, ...]],
-           *tensors: torch.Tensor | None, workspace_mib: float | None = None,
-           event: torch.cuda.Event | None = None) -> tuple[torch.Tensor, ...]:
-    """``compute(*tensors)``; the kernels may take it that what it launches is decided by the options and the layouts.
-
-    compute: calls the stages, and returns tensors that they have allocated.
-    workspace_mib: bounds the kernels' scratch memory; None for MOBA_WORKSPACE_MIB. The reference launches nothing.
-    event: recorded when dk and dv of an attention backward are complete, which may be before dq; or at the end.
-    """
-    if hasattr(stages, "repeat"):
-        return stages.repeat(options, compute, *tensors, workspace_mib=workspace_mib, event=event)
-    results = compute(*tensors)
-    if event is not None:
-        event.record()
-    return results
 
 
 @functools.lru_cache(maxsize=None)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..tensor_cache import is_unobserved
-from .backend import check_backend, get_stages, repeat
+from .backend import check_backend, get_stages
 from .validation import FLOAT_DTYPES, autocast_dtype, check_flag, check_scale, check_whole
 
 
@@ -108,17 +108,16 @@ def _refuse_tangents(*tensors: Tensor) -> None:
 def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor, chunk_size: int,
             topk: int, block_table: Tensor | None, cache_starts: Tensor | None, softmax_scale: float,
             backend: str) -> tuple[Tensor, Tensor]:
-    stages = _stages(backend, q.device)
     topk = min(topk, 1 + means_cache.shape[1])
+    return get_stages(backend, q.device).call(_one_step, _stages(backend, q.device), q, k_cache, v_cache, means_cache,
+                                              cache_seqlens, chunk_size, topk, block_table, cache_starts, softmax_scale)
 
-    def compute(q, k_cache, v_cache, means_cache, cache_seqlens, block_table, cache_starts):
-        places = {"block_table": block_table, "cache_starts": cache_starts}
-        selected = stages.decode_gate(q, k_cache, means_cache, cache_seqlens, chunk_size, topk, **places)
-        return stages.decode_attention(q, k_cache, v_cache, selected, cache_seqlens, chunk_size, softmax_scale,
-                                       **places)
 
-    return repeat(get_stages(backend, q.device), ("decode", chunk_size, topk, softmax_scale), compute, q, k_cache,
-                  v_cache, means_cache, cache_seqlens, block_table, cache_starts)
+def _one_step(stages, q, k_cache, v_cache, means_cache, cache_seqlens, chunk_size, topk, block_table, cache_starts,
+              softmax_scale):
+    places = {"block_table": block_table, "cache_starts": cache_starts}
+    selected = stages.decode_gate(q, k_cache, means_cache, cache_seqlens, chunk_size, topk, **places)
+    return stages.decode_attention(q, k_cache, v_cache, selected, cache_seqlens, chunk_size, softmax_scale, **places)
 
 
 def _means(k_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor, chunk_size: int, block_table: Tensor | None,

@@ -1,6 +1,8 @@
 """The public operator: MoBA over packed sequences or query segments, as torch custom operators with a gradient."""
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
 from typing import Literal, overload
 
 import torch
@@ -8,8 +10,8 @@ from torch import Tensor
 
 from ..segments import Routing, Segments, index_dtype
 from ..tensor_cache import is_unobserved
-from .backend import check_backend, get_stages, repeat
-from .dense import dense_causal, dense_causal_bwd
+from .backend import check_backend, get_stages
+from .pipeline import Choice, Pipeline, Saved
 from .validation import (
     cast_under_autocast,
     check_cu_seqlens,
@@ -124,7 +126,7 @@ def moba_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, topk: in
     q, k, v = cast_under_autocast(q, k, v)
     check_qkv(q, k, v)
     check_whole("topk", topk, 1)
-    check_segments(segments, q.shape[0], k.shape[0], q.device)
+    segments = check_segments(segments, q.shape[0], k.shape[0], q.device)
     return _attend(q, k, v, segments, topk, softmax_scale, deterministic, backend, return_lse, workspace_mib)
 
 
@@ -137,23 +139,20 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, topk: int, soft
     check_flag("return_lse", return_lse)
     check_workspace(workspace_mib)
     check_backend(backend)
-    chunk_size = segments.chunk_size
-    if segments.max_seqlen_k <= topk * chunk_size:  # every earlier chunk is chosen: causal attention, one chunk
-        chunk_size, topk = max(1, segments.max_seqlen_k), 1
-    arguments = (segments.cu_seqlens_q, segments.cu_seqlens_k, segments.seq_ids, segments.offsets,
-                 segments.max_seqlen_q, segments.max_seqlen_k, chunk_size, segments.packed, segments.exact, topk, scale,
-                 deterministic, backend, workspace_mib)
+    if segments.max_seqlen_k <= topk * segments.chunk_size:  # every earlier chunk is chosen: causal, one chunk
+        segments, topk = replace(segments, chunk_size=max(1, segments.max_seqlen_k)), 1
+    options = (topk, scale, deterministic, backend, workspace_mib)
     compiling, forward_mode = torch.compiler.is_compiling(), torch.autograd.forward_ad._current_level >= 0
     if is_unobserved(q, k, v):
-        o, lse = _Attention.apply(q, k, v, arguments)
+        o, lse = _Attention.apply(q, k, v, segments, options)
     elif compiling or not (forward_mode or torch._C._are_functorch_transforms_active()):
         if compiling and (forward_mode or _differentiates()):
             raise NotImplementedError("torch.compile of a torch.func transform with derivatives, or under "
                                       "forward_ad.dual_level, over MoBA attention is not implemented: compile what is "
                                       "inside of it, or use torch.autograd")
-        o, lse, *_ = _forward(q, k, v, *arguments)
+        o, lse, *_ = _forward(q, k, v, *_flat(segments), *options)
     else:  # a custom operator drops tangents without a word, these Functions refuse them
-        o, lse, *_ = _TransformedAttention.apply(q, k, v, *arguments)
+        o, lse, *_ = _TransformedAttention.apply(q, k, v, *_flat(segments), *options)
     return (o, lse) if return_lse else o
 
 
@@ -189,37 +188,31 @@ def _attention_fwd(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seq
                    topk: int, softmax_scale: float, deterministic: bool, backend: str, workspace_mib: float | None
                    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, lse, and the integers that backward wants: the selection, and its routing's indices and indptr."""
-    stages = get_stages(backend, q.device)
-    earlier = min(topk - 1, max(0, (max_seqlen_k - 1) // chunk_size))  # no query has more earlier chunks than this
-
-    def bounded(*places):
-        segments = Segments(*places, max_seqlen_q, max_seqlen_k, chunk_size, packed, exact)
-        return stages.bounded(segments, q.shape[0], k.shape[0])
-
-    def compute(q, k, v, *places):
-        segments = bounded(*places)
-        selected = stages.gate(q, stages.chunk_means(k, segments), segments, earlier + 1)
-        routing = stages.route(selected, k.shape[1], segments.num_chunks(k.shape[0]))
-        o, lse = stages.attention_fwd(q, k, v, selected, segments, softmax_scale, routing)
-        return o, lse, selected, routing.indices, routing.indptr
-
-    if earlier:
-        options = ("forward", max_seqlen_q, max_seqlen_k, chunk_size, packed, exact, earlier, softmax_scale,
-                   deterministic)
-        return repeat(stages, options, compute, q, k, v, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets,
-                      workspace_mib=workspace_mib)
-    nothing = [torch.empty(shape, dtype=torch.int32, device=q.device) for shape in ((*q.shape[:2], 0), (0,), (0,))]
-    result, segments = None, bounded(cu_seqlens_q, cu_seqlens_k, seq_ids, offsets)
-    if _may_be_dense(backend, packed, max_seqlen_k, chunk_size):
-        result = dense_causal(q, k, v, segments.cu_seqlens_k, max_seqlen_k, softmax_scale, exact=exact)
-    if result is None:
-        result = stages.attention_fwd(q, k, v, nothing[0], segments, softmax_scale)
-    return *result, *nothing
+    segments = Segments(cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_seqlen_k, chunk_size, packed,
+                        exact)
+    return _run_forward(q, k, v, segments, topk, softmax_scale, deterministic, backend, workspace_mib)
 
 
-def _may_be_dense(backend: str, packed: bool, max_seqlen_k: int, chunk_size: int) -> bool:
-    """Whether this is causal self-attention for which the backend may be a dense kernel."""
-    return backend == "auto" and packed and max_seqlen_k <= chunk_size
+def _flat(segments: Segments) -> tuple:
+    """Segments as the custom operators take them; four tensors come first."""
+    s = segments
+    return (s.cu_seqlens_q, s.cu_seqlens_k, s.seq_ids, s.offsets, s.max_seqlen_q, s.max_seqlen_k, s.chunk_size,
+            s.packed, s.exact)
+
+
+def _run_forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *options) -> tuple[Tensor, ...]:
+    o, saved = _pipeline(q.device, *options).forward(q, k, v, segments)
+    lists = saved.choice.routing
+    indices, indptr = (lists.indices, lists.indptr) if lists else (torch.empty(0, dtype=torch.int32, device=q.device)
+                                                                   for _ in range(2))
+    return o, saved.lse, saved.choice.selected, indices, indptr
+
+
+@functools.lru_cache(maxsize=64)
+def _pipeline(device: torch.device, topk: int, softmax_scale: float, deterministic: bool, backend: str,
+              workspace_mib: float | None) -> Pipeline:
+    return Pipeline(get_stages(backend, device), topk, softmax_scale, deterministic, backend == "auto", workspace_mib,
+                    untrusted=True)
 
 
 _forward = torch.library.custom_op("moba_megatron::attention_fwd", _attention_fwd, mutates_args=())
@@ -241,30 +234,19 @@ def _(q, k, v, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_s
 def _attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
                    selected: Tensor, indices: Tensor, indptr: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
                    seq_ids: Tensor, offsets: Tensor, max_seqlen_q: int, max_seqlen_k: int, chunk_size: int,
-                   packed: bool, exact: bool, softmax_scale: float, deterministic: bool, backend: str,
+                   packed: bool, exact: bool, topk: int, softmax_scale: float, deterministic: bool, backend: str,
                    workspace_mib: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    stages = get_stages(backend, q.device)
+    segments = Segments(cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_seqlen_k, chunk_size, packed,
+                        exact)
+    return _run_backward(do, dlse, q, k, v, o, lse, selected, indices, indptr, segments, topk, softmax_scale,
+                         deterministic, backend, workspace_mib)
 
-    def bounded(*places):
-        segments = Segments(*places, max_seqlen_q, max_seqlen_k, chunk_size, packed, exact)
-        return stages.bounded(segments, q.shape[0], k.shape[0])
 
-    if selected.shape[2] == 0 and _may_be_dense(backend, packed, max_seqlen_k, chunk_size):
-        lengths = bounded(cu_seqlens_q, cu_seqlens_k, seq_ids, offsets).cu_seqlens_k
-        dense = dense_causal_bwd(do, dlse, q, k, v, o, lse, lengths, max_seqlen_k, softmax_scale, exact=exact,
-                                 deterministic=deterministic)
-        if dense is not None:
-            return dense
-
-    def compute(do, dlse, q, k, v, o, lse, selected, indices, indptr, *places):
-        segments = bounded(*places)
-        routing = Routing(indices, indptr) if selected.shape[2] else None
-        return stages.attention_bwd(do, dlse, q, k, v, o, lse, selected, segments, softmax_scale,
-                                    deterministic=deterministic, routing=routing)
-
-    options = ("backward", max_seqlen_q, max_seqlen_k, chunk_size, packed, exact, softmax_scale, deterministic)
-    return repeat(stages, options, compute, do, dlse, q, k, v, o, lse, selected, indices, indptr, cu_seqlens_q,
-                  cu_seqlens_k, seq_ids, offsets, workspace_mib=workspace_mib)
+def _run_backward(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
+                  selected: Tensor, indices: Tensor, indptr: Tensor, segments: Segments, *options
+                  ) -> tuple[Tensor, Tensor, Tensor]:
+    saved = Saved(o, lse, Choice(selected, Routing(indices, indptr) if selected.shape[2] else None))
+    return _pipeline(q.device, *options).backward(do, dlse, q, k, v, saved, segments)
 
 
 _backward = torch.library.custom_op("moba_megatron::attention_bwd", _attention_bwd, mutates_args=())
@@ -279,7 +261,7 @@ def _setup_context(ctx, inputs, output):
     """Saves what :func:`_gradients` wants."""
     q, k, v, *arguments = inputs
     ctx.save_for_backward(q, k, v, *output, *arguments[:4])
-    ctx.constants = (*arguments[4:9], *arguments[10:])
+    ctx.constants = arguments[4:]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:])
 
@@ -302,18 +284,23 @@ _forward.register_autograd(lambda ctx, do, dlse, *_: _gradients(_backward, ctx, 
 
 
 class _Attention(torch.autograd.Function):
-    """The custom operators without their dispatch; what is no float goes through one argument, ``arguments``."""
+    """The custom operators without their dispatch, nor their flat arguments."""
 
     @staticmethod
-    def forward(ctx, q, k, v, arguments):
-        output = _attention_fwd(q, k, v, *arguments)
-        _setup_context(ctx, (q, k, v, *arguments), output)
+    def forward(ctx, q, k, v, segments, options):
+        output = _run_forward(q, k, v, segments, *options)
+        _setup_context(ctx, (q, k, v, *_flat(segments), *options), output)
+        ctx.segments = segments
         return output[:2]
 
     @staticmethod
     def backward(ctx, do, dlse):
-        backward = _AttentionBackward.apply if torch.is_grad_enabled() else _unobserved_bwd
-        return _gradients(backward, ctx, do, dlse)[:4]
+        tensors = ctx.saved_tensors  # which finds out whether the segments' are as they were
+        incoming = [x for x in (do, dlse) if x is not None]
+        if do is None or torch.is_grad_enabled() or not is_unobserved(*incoming, tensors[0]):
+            backward = _AttentionBackward.apply if torch.is_grad_enabled() else _unobserved_bwd
+            return _gradients(backward, ctx, do, dlse)[:5]
+        return *_run_backward(do, dlse, *tensors[:8], ctx.segments, *ctx.constants[5:]), None, None
 
     @staticmethod
     def jvp(ctx, *tangents):

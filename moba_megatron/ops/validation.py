@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -48,7 +49,12 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 def cast_under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors; where they have several dtypes and autocast is on, cast as it casts the inputs of
     ``scaled_dot_product_attention``: all to its dtype but those in fp64."""
-    if not all(isinstance(x, Tensor) for x in tensors) or len({x.dtype for x in tensors}) == 1:
+    dtypes = set()
+    for x in tensors:
+        if not isinstance(x, Tensor):
+            return tensors
+        dtypes.add(x.dtype)
+    if len(dtypes) == 1:
         return tensors
     device = tensors[0].device
     dtype = autocast_dtype(device.type)
@@ -128,8 +134,11 @@ def check_cu_seqlens(cu_seqlens: Tensor, max_seqlen: int, total: int, device: to
     return cu_seqlens.int().contiguous()
 
 
-def check_segments(segments: Segments, total_q: int, total_k: int, device: torch.device) -> None:
-    """Segments that place ``total_q`` queries among ``total_k`` keys; values are checked as in check_cu_seqlens."""
+def check_segments(segments: Segments, total_q: int, total_k: int, device: torch.device) -> Segments:
+    """Segments that place ``total_q`` queries among ``total_k`` keys; values are checked as in check_cu_seqlens.
+
+    Returns them with contiguous tensors.
+    """
     if not isinstance(segments, Segments):
         raise TypeError(f"segments must be a moba_megatron.segments.Segments, got {type(segments).__name__}")
     for name in ("cu_seqlens_q", "cu_seqlens_k", "seq_ids", "offsets"):
@@ -149,6 +158,8 @@ def check_segments(segments: Segments, total_q: int, total_k: int, device: torch
                          f"{number} segments of {segments.num_sequences} sequences")
     if all(map(_values_readable, (segments.cu_seqlens_q, segments.cu_seqlens_k, segments.seq_ids, segments.offsets))):
         _check_segments_values(segments, total_q, total_k)
+    strided = {name: x.contiguous() for name, x in vars(segments).items() if isinstance(x, Tensor) and x.stride(0) != 1}
+    return replace(segments, **strided) if strided else segments
 
 
 def _values_readable(x: Tensor) -> bool:

@@ -1,7 +1,8 @@
 """The stages in plain torch: any device, fp64-capable, readable. The oracle's twin and the kernels' yardstick.
 
 Stages, as in ``moba_megatron.kernels``: ``chunk_means`` (and its halves ``block_sums``, ``means_from_block_sums``),
-``gate``, ``route``, ``attention_fwd``, ``attention_bwd``. ``key_convolution`` may come before them.
+``gate``, ``route``, ``attention_fwd``, ``attention_bwd``. ``key_convolution`` may come before them; ``call`` runs
+several.
 """
 from .attention import attention_bwd, attention_fwd
 from .bounds import bounded, bounded_lengths, clear_rows
@@ -10,5 +11,20 @@ from .gating import gate
 from .key_convolution import key_convolution
 from .routing import route
 
-__all__ = ["attention_bwd", "attention_fwd", "block_sums", "bounded", "bounded_lengths", "chunk_means", "clear_rows",
-           "gate", "key_convolution", "means_from_block_sums", "route"]
+__all__ = ["attention_bwd", "attention_fwd", "block_sums", "bounded", "bounded_lengths", "call", "chunk_means",
+           "clear_rows", "gate", "key_convolution", "means_from_block_sums", "route",
+           "route_and_attend"]
+
+
+def route_and_attend(q, k, v, selected, segments, softmax_scale):
+    """:func:`attention_fwd`, and the routing of the selection."""
+    routing = route(selected, k.shape[1], segments.num_chunks(k.shape[0]))
+    return *attention_fwd(q, k, v, selected, segments, softmax_scale, routing), routing
+
+
+def call(function, *args, workspace_mib=None, event=None, **named):
+    """``function(*args, **named)``, with nothing to prepare and no scratch memory to limit; then ``event``."""
+    result = function(*args, **named)
+    if event is not None:
+        event.record()
+    return result

@@ -26,7 +26,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def no_records(monkeypatch):
-    monkeypatch.setattr(launcher, "_records", {})
+    monkeypatch.setattr(launcher, "_plans", {})
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty holds NaN; the dense kernels only warn
 
 

@@ -101,10 +101,10 @@ def call(way, device, current, late):
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_the_tensors_device_is_not_the_current_one(way, monkeypatch):
     torch.use_deterministic_algorithms(False)  # cuDNN and flash attention 2 refuse; memory is not filled then
-    monkeypatch.setattr(launcher, "_records", {})
+    monkeypatch.setattr(launcher, "_plans", {})
     torch.ones(4, device="cuda:0").to("cuda:1")  # peers from here on: a kernel on the wrong GPU would find the memory
     expected = call(way, torch.device("cuda:1"), 1, late=False)
-    launcher._records.clear()
+    launcher._plans.clear()
     for _ in range(4):
         got = call(way, torch.device("cuda:1"), 0, late=True)
         # torch's own flash attention adds dq up in any order
@@ -112,15 +112,15 @@ def test_the_tensors_device_is_not_the_current_one(way, monkeypatch):
             torch.testing.assert_close(x, wanted, rtol=2e-2, atol=2e-2)
             if "dense" not in way.__name__:
                 assert torch.equal(x, wanted)
-    assert {key[0] for key in launcher._records} <= {1}
+    assert {key[0].index for key in launcher._plans} <= {1}
 
 
 def test_both_devices_in_turn(monkeypatch):
-    """Records of one device are not those of the other."""
-    monkeypatch.setattr(launcher, "_records", {})
+    """Plans of one device are not those of the other."""
+    monkeypatch.setattr(launcher, "_plans", {})
     expected = call(sparse, torch.device("cuda:0"), 0, late=False)
     for turn in range(3):
         for device in (0, 1):
             for x, wanted in zip(call(sparse, torch.device("cuda", device), turn % 2, late=False), expected):
                 assert torch.equal(x, wanted)
-    assert {key[0] for key in launcher._records} == {0, 1}
+    assert {key[0].index for key in launcher._plans} == {0, 1}

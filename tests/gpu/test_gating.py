@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from moba_megatron import kernels, reference
-from moba_megatron.kernels.routing import make_tiles, route
+from moba_megatron.kernels.routing import make_tiles, route, route_in_tiles
 from moba_megatron.reference.chunk_means import block_rows
 from moba_megatron.segments import SUM_BLOCK, Segments
 
@@ -118,7 +118,10 @@ def test_routing(skewed):
     assert torch.equal(row[indices], torch.repeat_interleave(counts))
     assert indices.unique().numel() == used
     assert all(torch.equal(route(selected, kv_heads, num_chunks).indices[:used], indices.int()) for _ in range(3))
-    tiles = make_tiles(routing, 64)
+    again, tiles = route_in_tiles(selected, kv_heads, num_chunks, 64)
+    assert torch.equal(again.indptr, routing.indptr) and torch.equal(again.indices[:used], routing.indices[:used])
+    alone = make_tiles(routing, 64)
+    assert all(torch.equal(getattr(alone, x), getattr(tiles, x)) for x in ("csr_row", "begin", "end", "indptr"))
     covered = torch.zeros(used + 1, dtype=torch.int32, device="cuda")
     keep = tiles.begin < tiles.end
     covered.scatter_add_(0, tiles.begin[keep].long(), torch.ones_like(tiles.begin[keep]))

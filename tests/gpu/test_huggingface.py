@@ -150,3 +150,21 @@ def test_trainer_packed_bf16_compiled(tmp_path):
 
     expected = losses()
     torch.testing.assert_close(losses(bf16=True, torch_compile=True), expected, rtol=0.05, atol=0)
+
+
+def test_bounds_are_checked_without_waiting():
+    """Bounds that a batch brings on the GPU: new in every step, read by no host."""
+    from moba_megatron.huggingface.mask import packed_bounds
+
+    x = torch.empty(2, 4, 200, 8, device="cuda")
+    given = [{"cu_seq_lens_q": cu, "cu_seq_lens_k": cu.clone(), "max_length_q": 200, "max_length_k": 200}
+             for cu in torch.tensor([[0, 90, 200, 400], [0, 33, 200, 400]], device="cuda")]
+    packed_bounds(given[0], x, x, None, 16)  # makes what is made once
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        segments = packed_bounds(given[1], x, x, None, 16)
+        assert packed_bounds(given[1], x, x, None, 16) is segments
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert segments.cu_seqlens_q.tolist() == [0, 33, 200, 400] and segments.max_seqlen_q == 200

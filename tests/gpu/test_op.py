@@ -97,7 +97,7 @@ def test_twenty_deterministic_runs_are_bitwise_equal(chunk, topk):
 
 
 def test_calls_in_turn_give_what_each_gives_alone():
-    """Launches are taken from a record where a call repeats an earlier one (kernels/launcher.py)."""
+    """Launches are prepared where a call repeats an earlier one (kernels/launcher.py)."""
     q, k, v, do, _, arguments = make([300, 724], 64, 3, heads=4, kv_heads=2, dim=128)
 
     def shifted(x):  # no longer aligned to 16 bytes
@@ -113,7 +113,7 @@ def test_calls_in_turn_give_what_each_gives_alone():
     }
     alone = {}
     for name, call in calls.items():
-        launcher._records.clear()
+        launcher._plans.clear()
         alone[name] = gradients(*call, deterministic=True)
     for _ in range(3):
         for name, call in calls.items():

@@ -4,8 +4,15 @@ from pathlib import Path
 import pytest
 
 from moba_megatron import kernels
+from moba_megatron.kernels import launcher
 
 HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def no_plans(monkeypatch):
+    """What a test changes in the stages must not stay in plans, nor may it find plans made without the change."""
+    monkeypatch.setattr(launcher, "_plans", {})
 
 
 def pytest_collection_modifyitems(items):

@@ -68,8 +68,9 @@ def test_cut_lists(case, limit, monkeypatch):
     selected[:, :, 0] = torch.where(position >= segments.chunk_size, first, -1)[:, None]
     row = {"BLOCK_M": 16, "BLOCK_N": 32, "SPLIT": 48, "num_warps": 4, "num_stages": 1}
     with tuning.forced(configs={"attention_bwd_dkdv": row}):
-        cuts = stage._cuts(inputs(q, k, v, selected, segments), kernels_routing(selected, k, segments), 2)
-        assert cuts.num_extra(2) > 0
+        assert kernels.call(lambda q, k, v, selected, segments, routing: stage._cuts(
+            inputs(q, k, v, selected, segments), routing, 2).num_extra(2),
+            q, k, v, selected, segments, kernels_routing(selected, k, segments)) > 0
         check(q, k, v, selected, segments)
 
 
@@ -78,18 +79,23 @@ def test_cut_lists(case, limit, monkeypatch):
 def test_pieces_of_every_group_are_numbered(tokens, split, kv_heads, together, monkeypatch):
     """The last group of kv heads may be smaller: its extra pieces end before the table of them does."""
     q, k, v, selected, segments = problem([tokens], 16, 4, heads=2 * kv_heads, kv_heads=kv_heads, dim=8)
-    x, routing = inputs(q, k, v, selected, segments), kernels_routing(selected, k, segments)
     monkeypatch.setenv("MOBA_WORKSPACE_MIB", "1000000")
-    with tuning.forced(configs={"attention_bwd_dkdv": {"BLOCK_M": 16, "BLOCK_N": 16, "SPLIT": split}}):
+
+    def compare(q, k, v, selected, segments, routing):
+        x = inputs(q, k, v, selected, segments)
         cuts = stage._cuts(x, routing, together)
-    for begin, end in stage.head_groups(kv_heads, 1, limit=together):
-        most_before = x.rows_per_kv_head * x.choices * begin  # choices that are not there are in no list
-        last = cuts.num_extra(end - begin) - 1 + most_before // split
-        assert last < cuts.extra_csr_rows.numel()
+        for begin, end in stage.head_groups(kv_heads, 1, limit=together):
+            most_before = x.rows_per_kv_head * x.choices * begin  # choices that are not there are in no list
+            last = cuts.num_extra(end - begin) - 1 + most_before // split
+            assert last < cuts.extra_csr_rows.numel()
+        return True
+
+    with tuning.forced(configs={"attention_bwd_dkdv": {"BLOCK_M": 16, "BLOCK_N": 16, "SPLIT": split}}):
+        assert kernels.call(compare, q, k, v, selected, segments, kernels_routing(selected, k, segments))
 
 
-def inputs(q, k, v, selected, segments):
-    return AttentionCall(q, k, v, selected, segments, 1.0, "ieee", q, q)
+def inputs(q, k, v, selected, segments, terms=None):
+    return AttentionCall(q, k, v, selected, segments, 1.0, "ieee", q, terms)
 
 
 def kernels_routing(selected, k, segments):
@@ -138,7 +144,7 @@ def test_no_queries():
 def test_segments_in_the_order_of_their_sequences(number):
     cu_seqlens = torch.randint(0, 9, (number + 1,), dtype=torch.int32).cumsum(0).int()
     seq_ids, offsets = (torch.randint(0, 20, (number,), dtype=torch.int32) for _ in range(2))
-    got = stage._segments_by_sequence(Segments(cu_seqlens, cu_seqlens, seq_ids, offsets, 9, 9, 16))
+    got = kernels.call(stage._segments_by_sequence, Segments(cu_seqlens, cu_seqlens, seq_ids, offsets, 9, 9, 16))
     order = torch.sort(seq_ids, stable=True).indices
     for a, b in zip(got, (seq_ids, cu_seqlens[:-1], cu_seqlens[1:], offsets), strict=True):
         assert torch.equal(a, b[order])
@@ -149,7 +155,11 @@ def test_rows_of_extra_pieces(rows, split):
     """``extra_csr_rows[n]``: one more than the last row that begins before index ``(n + 1) * split``."""
     indptr = torch.cat((torch.zeros(1, dtype=torch.int32), torch.randint(0, 40, (rows,)).cumsum(0).int()))
     routing = Routing(torch.empty(int(indptr[-1]), dtype=torch.int32), indptr)
-    got = stage._extra_csr_rows(routing, split)
+    x = torch.ones(1, 1, 16)
+    got = torch.empty(routing.indices.numel() // split + 2, dtype=torch.int32)
+    kernels.call(lambda x, lse, terms, routing, got: stage._preprocess(
+        inputs(x, x, x, None, None, terms), x, None, lse, routing, stage._Cuts(split, 0, got, 0), None),
+        x, torch.zeros(1, 1), torch.empty(2, 4), routing, got)
     numbers = torch.arange(got.numel())
     assert got.numel() == routing.indices.numel() // split + 2
     assert torch.equal(got.long(), torch.searchsorted(indptr[:-1] // split, numbers, right=True))

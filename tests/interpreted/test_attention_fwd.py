@@ -6,7 +6,7 @@ import torch
 
 import comparison
 from moba_megatron import kernels
-from moba_megatron.kernels import attention_call, tuning
+from moba_megatron.kernels import attention_call, launcher, tuning
 from moba_megatron.kernels.workspace import head_groups, workspace_limit
 from moba_megatron.segments import Segments
 
@@ -110,6 +110,7 @@ def test_wide_offsets(monkeypatch):
     q, k, v, selected, segments = problem([100], 32, 3)
     narrow = kernels.attention_fwd(q, k, v, selected, segments, 0.2)
     monkeypatch.setattr(stage, "_wide", lambda *tensors: True)
+    monkeypatch.setattr(launcher, "_plans", {})
     assert all(map(torch.equal, narrow, kernels.attention_fwd(q, k, v, selected, segments, 0.2)))
     monkeypatch.undo()
     meta = torch.empty(1 << 20, 32, 128, device="meta")

@@ -4,7 +4,7 @@ import torch
 
 from moba_megatron import reference
 from moba_megatron.kernels import routing
-from moba_megatron.kernels.routing import make_tiles, route, token_groups
+from moba_megatron.kernels.routing import make_tiles, route, route_in_tiles, token_groups
 
 CASES = {
     "uniform": dict(tokens=100, heads=2, kv_heads=2, choices=3, num_chunks=7),
@@ -39,8 +39,11 @@ def test_a_stable_sort(case, groups, monkeypatch):
 @pytest.mark.parametrize("block", [16, 48, 4096])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_tiles_cover_each_row_once(case, block):
-    result = route(choose(**case), case["kv_heads"], case["num_chunks"])
-    tiles = make_tiles(result, block)
+    """And are the same, made with the routing or by themselves."""
+    result, tiles = route_in_tiles(choose(**case), case["kv_heads"], case["num_chunks"], block)
+    alone = make_tiles(result, block)
+    for name in ("csr_row", "begin", "end", "indptr"):
+        assert torch.equal(getattr(alone, name), getattr(tiles, name))
     starts = result.indptr.tolist()
     covered = torch.zeros(starts[-1], dtype=torch.int32)
     for tile, (row, begin, end) in enumerate(zip(tiles.csr_row.tolist(), tiles.begin.tolist(), tiles.end.tolist())):
@@ -53,9 +56,8 @@ def test_tiles_cover_each_row_once(case, block):
 
 
 def test_no_choices_at_all():
-    result = route(torch.empty(10, 2, 0, dtype=torch.int32), 2, 3)
+    result, tiles = route_in_tiles(torch.empty(10, 2, 0, dtype=torch.int32), 2, 3, 64)
     assert result.indices.numel() == 0 and result.indptr.tolist() == [0] * 7
-    tiles = make_tiles(result, 64)
     assert (tiles.begin >= tiles.end).all()
 
 

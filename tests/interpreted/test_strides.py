@@ -139,7 +139,7 @@ def test_router_statistics(strides):
     selected = kernels.gate(q, kernels.chunk_means(k, segments), segments, 2)
     rows = torch.arange(20, 40)
     places = rows, rows // 16, torch.zeros_like(rows), rows
-    assert_same(lambda q, k: (statistics.recalls(q, k, selected, segments, places, 0.25),), (q, k),
+    assert_same(lambda q, k: (statistics.recalls(q, k, selected, segments, 0.25, *places),), (q, k),
                 (far_apart(q, *strides), far_apart(k, *strides)))
 
 

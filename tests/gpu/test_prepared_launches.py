@@ -1,13 +1,15 @@
-"""Replayed calls on a GPU: bit for bit what Triton's own launches give, on any stream, in any thread, in a graph."""
+"""Prepared launches on a GPU: bit for bit what Triton's own give, on any stream, in any thread, in a graph."""
+import os
 import threading
 from unittest import mock
 
 import pytest
 import torch
+from triton import knobs
 
 from gpu.test_op import gradients, make
 from moba_megatron import moba_attn_varlen
-from moba_megatron.kernels import launcher, replay
+from moba_megatron.kernels import launcher
 
 pytestmark = pytest.mark.gpu
 
@@ -21,7 +23,7 @@ CASES = {
 
 def ordinary(*call, **options):
     """The call with every launch through Triton."""
-    with mock.patch.object(launcher, "_RECORDING", False):
+    with mock.patch.dict(os.environ, MOBA_PREPARED_LAUNCHES="0"):
         return gradients(*call, **options)
 
 
@@ -30,8 +32,8 @@ def assert_equal(got, want):
 
 
 @pytest.fixture(autouse=True)
-def no_records(monkeypatch):
-    monkeypatch.setattr(launcher, "_records", {})
+def no_plans(monkeypatch):
+    monkeypatch.setattr(launcher, "_plans", {})
 
 
 @pytest.mark.parametrize("mib", [None, 2], ids=["", "groups of heads"])
@@ -43,7 +45,7 @@ def test_fresh_values_and_fresh_memory(case, mib):
         got = gradients(*tensors, arguments, workspace_mib=mib)
         assert_equal(got, ordinary(*tensors, arguments, workspace_mib=mib))
         kept += [*tensors, *got] if turn % 2 else []
-    assert all(record.replay for record in launcher._records.values())
+    assert all(plan.is_prepared for plan in launcher._plans.values())
 
 
 def test_other_strides_and_alignments_in_turn():
@@ -116,7 +118,7 @@ def test_threads_at_once_and_a_thread_that_has_done_nothing_before():
         assert torch.equal(o, want[0])
 
 
-def test_captured_after_a_replay():
+def test_captured_when_prepared():
     *static, _, arguments = make(**CASES["chunk 512"])
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -124,7 +126,7 @@ def test_captured_after_a_replay():
         for _ in range(2):
             gradients(*static, arguments)
     torch.cuda.current_stream().wait_stream(side)
-    assert all(record.replay for record in launcher._records.values())
+    assert all(plan.is_prepared for plan in launcher._plans.values())
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = gradients(*static, arguments)
@@ -136,8 +138,66 @@ def test_captured_after_a_replay():
         assert_equal(captured, ordinary(*static, arguments))
 
 
-def test_an_interrupt_while_addresses_are_written():
-    """A's were the last, B's are half written, and A comes again with its old addresses."""
+def test_interleaved_microbatches():
+    """As a pipeline's warm-up: three forwards first, then backward and forward in turn."""
+    case, pending, got = CASES["chunk 512"], [], {}
+    batches = [make(**case) for _ in range(6)]
+    want = [ordinary(*tensors, arguments) for *tensors, _, arguments in batches]
+
+    def forward(i):
+        *tensors, _, _, arguments = batches[i]
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        return i, leaves, moba_attn_varlen(*leaves, *arguments, backend="triton")
+
+    def backward(i, leaves, o):
+        got[i] = [o.detach(), *torch.autograd.grad(o, leaves, batches[i][3])]
+
+    for i in range(6):
+        if i >= 3:
+            backward(*pending.pop(0))
+        pending.append(forward(i))
+    while pending:
+        backward(*pending.pop())
+    for i, expected in enumerate(want):
+        assert_equal(got[i], expected)
+
+
+def test_scratch_and_results_are_written_before_they_are_read():
+    *tensors, _, arguments = make(**CASES["chunk 512"])
+    want = ordinary(*tensors, arguments)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills memory that torch.empty gives with NaN
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        for _ in range(3):
+            assert_equal(gradients(*tensors, arguments), want)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_four_threads_forward_and_backward():
+    batches = [make(**CASES["chunk 512"]) for _ in range(4)]
+    want = [ordinary(*tensors, arguments) for *tensors, _, arguments in batches]
+    got = {}
+
+    def work(i):
+        *tensors, _, arguments = batches[i]
+        with torch.cuda.stream(torch.cuda.Stream()):
+            got[i] = [gradients(*tensors, arguments) for _ in range(6)]
+            torch.cuda.current_stream().synchronize()
+
+    torch.cuda.synchronize()
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, expected in enumerate(want):
+        for results in got[i]:
+            assert_equal(results, expected)
+
+
+def test_an_interrupt_between_launches():
+    """A's were the last, B's are half started, and A comes again with its old addresses."""
     (*a, _, arguments), (*b, _, _) = (make(**CASES["chunk 512"]) for _ in range(2))
     want = ordinary(*a, arguments)
     with torch.no_grad():
@@ -147,17 +207,35 @@ def test_an_interrupt_while_addresses_are_written():
         for _ in range(3):
             call(b)
         call(a)
-        driver, state = replay.cuda_driver(), {"armed": True}
+        real, started = launcher._Launch.prepared, []
 
-        class Interrupted:
-            def __getattr__(self, name):
-                if name == "cuTensorMapReplaceAddress" and state.pop("armed", False):
-                    raise KeyboardInterrupt
-                return getattr(driver, name)
+        def interrupted(self, *args):
+            started.append(self)
+            if len(started) == 4:
+                raise KeyboardInterrupt
+            real(self, *args)
 
-        with pytest.raises(KeyboardInterrupt), mock.patch.object(replay, "cuda_driver", Interrupted):
+        with pytest.raises(KeyboardInterrupt), mock.patch.object(launcher._Launch, "prepared", interrupted):
             call(b)
         assert torch.equal(call(a), want[0])
+
+
+def test_launch_hooks_hear_of_every_launch():
+    *tensors, _, arguments = make(**CASES["chunk 512"])
+    want = ordinary(*tensors, arguments)
+    for _ in range(2):
+        gradients(*tensors, arguments)
+    heard = []
+
+    def hear(metadata):
+        heard.append(metadata.get()["name"])
+
+    knobs.runtime.launch_enter_hook.add(hear)
+    try:
+        assert_equal(gradients(*tensors, arguments), want)
+    finally:
+        knobs.runtime.launch_enter_hook.remove(hear)
+    assert len(heard) == sum(len(plan.launches) for plan in launcher._plans.values())
 
 
 def test_a_fault_and_the_environment_variable(monkeypatch, caplog):
@@ -165,12 +243,13 @@ def test_a_fault_and_the_environment_variable(monkeypatch, caplog):
     want = ordinary(*tensors, arguments)
     for _ in range(2):
         gradients(*tensors, arguments)
-    with mock.patch.object(replay, "cuda_driver", lambda: 1 / 0):
+    with mock.patch.object(launcher._Launch, "prepared", lambda *_: 1 / 0):
         assert_equal(gradients(*tensors, arguments), want)
     assert caplog.text.count("ZeroDivisionError") == 2
-    assert all(record.faulty for record in launcher._records.values())
+    assert not any(plan.is_prepared for plan in launcher._plans.values())
     assert_equal(gradients(*tensors, arguments), want)
-    launcher._records.clear()
+    launcher._plans.clear()
     monkeypatch.setenv("MOBA_PREPARED_LAUNCHES", "0")
-    assert_equal(gradients(*tensors, arguments), want)
-    assert not launcher._records
+    with mock.patch.object(launcher._Launch, "prepared", lambda *_: pytest.fail("prepared")):
+        for _ in range(2):
+            assert_equal(gradients(*tensors, arguments), want)

@@ -1,0 +1,161 @@
+"""The pipeline of an attention: means, gate, route, attend and merge; dense where everything is chosen; and backward.
+
+All that attends goes through it: the operator, its custom-op form, context parallelism, prefill. What it is given has
+been checked.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..segments import Routing, Segments
+from .dense import dense_causal, dense_causal_bwd
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The chunks that queries chose, and for each chunk its queries.
+
+    Args:
+        selected: int32 ``[T, H, choices]``; of size 0 where every key is attended to.
+        routing: of ``selected``; None where its size is 0.
+    """
+
+    selected: Tensor
+    routing: Routing | None = None
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What backward needs besides q, k and v: o ``[T, H, DV]``, lse ``[T, H]`` and the choice."""
+
+    o: Tensor
+    lse: Tensor
+    choice: Choice
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """How to attend, apart from where the rows are.
+
+    Args:
+        stages: ``moba_megatron.kernels`` or ``moba_megatron.reference``.
+        topk: chunks that a query attends to, its own included.
+        softmax_scale: multiplies the scores.
+        deterministic: bitwise reproducible gradients.
+        may_be_dense: dense kernels (``ops/dense.py``) may take over where MoBA is causal attention.
+        workspace_mib: limit of the kernels' scratch memory, MiB; None for the environment's.
+        untrusted: lengths come from outside, and are made safe on the device where segments are not ``exact``.
+    """
+
+    stages: ModuleType
+    topk: int
+    softmax_scale: float
+    deterministic: bool = False
+    may_be_dense: bool = False
+    workspace_mib: float | None = None
+    untrusted: bool = False
+
+    def earlier(self, segments: Segments) -> int:
+        """Earlier chunks that a query can select: no sequence has more than its bound says."""
+        return min(self.topk - 1, max(0, (segments.max_seqlen_k - 1) // segments.chunk_size))
+
+    def means(self, k: Tensor, segments: Segments) -> Tensor:
+        """Chunk means ``[num_chunks, HK, D]`` of keys ``[S, HK, D]``."""
+        return self.stages.chunk_means(k, segments)
+
+    def choose(self, q: Tensor, keys: Tensor, segments: Segments, kv_rows: int | None = None) -> Choice:
+        """By all keys ``[S, HK, D]``; or, with ``kv_rows`` (S), by the chunk means."""
+        return self._call(_choose, _rows(q), keys, segments, kv_rows)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, choice: Choice | None, segments: Segments
+               ) -> tuple[Tensor, Saved]:
+        """o ``[T, H, DV]``, and what backward wants; causal attention without a choice."""
+        choice = choice or _no_choice(q)
+        q = -q if self.softmax_scale < 0 else q
+        o, lse = self._call(_attend, *map(_rows, (q, k, v)), choice, segments)
+        return o, Saved(o, lse, choice)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Saved]:
+        """q ``[T, H, D]``, k ``[S, HK, D]``, v ``[S, HK, DV]``: o ``[T, H, DV]``, and what backward wants."""
+        if self.earlier(segments):
+            scaled = _rows(-q) if self.softmax_scale < 0 else None  # the running maximum is taken before the scale
+            o, lse, *choice = self._call(_forward, *map(_rows, (q, k, v)), scaled, segments)
+            return o, Saved(o, lse, Choice(choice[0], Routing(*choice[1:])))
+        dense = self._dense(dense_causal, segments, q, k, v)
+        return self.attend(q, k, v, None, segments) if dense is None else (dense[0], Saved(*dense, _no_choice(q)))
+
+    def backward(self, do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, saved: Saved,
+                 segments: Segments, kv_grad_dtype: torch.dtype | None = None,
+                 event: torch.cuda.Event | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv; dk and dv in ``kv_grad_dtype``, None for theirs.
+
+        ``event`` is recorded when dk and dv are complete, which may be before dq.
+        """
+        if not saved.choice.selected.shape[2] and kv_grad_dtype in (None, k.dtype):
+            dense = self._dense(dense_causal_bwd, segments, do, dlse, q, k, v, saved.o, saved.lse,
+                                deterministic=self.deterministic)
+            if dense is not None:
+                if event is not None:
+                    event.record()
+                return dense
+        dlse = dlse if dlse is None else dlse.contiguous()
+        return self._call(_backward, *map(_rows, (do, q, k, v, saved.o)), dlse, saved.lse.contiguous(), saved.choice,
+                          segments, kv_grad_dtype, event=event)
+
+    def bounded(self, segments: Segments, total_q: int, total_k: int) -> Segments:
+        return self.stages.bounded(segments, total_q, total_k) if self.untrusted else segments
+
+    def _call(self, function, *args, event: torch.cuda.Event | None = None):
+        return self.stages.call(function, self, *args, workspace_mib=self.workspace_mib, event=event)
+
+    def _dense(self, function, segments: Segments, *tensors: Tensor | None, **options):
+        """What a dense kernel yields, or None where none may or can."""
+        if not (self.may_be_dense and segments.packed and segments.max_seqlen_k <= segments.chunk_size):
+            return None
+        total = tensors[0].shape[0]
+        lengths = self.bounded(segments, total, total).cu_seqlens_k
+        return function(*tensors, lengths, segments.max_seqlen_k, self.softmax_scale, exact=segments.exact, **options)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """With contiguous rows: what the kernels read."""
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+def _no_choice(q: Tensor) -> Choice:
+    return Choice(torch.empty(*q.shape[:2], 0, dtype=torch.int32, device=q.device))
+
+
+def _choose(pipeline: Pipeline, q, keys, segments: Segments, kv_rows: int | None) -> Choice:
+    stages = pipeline.stages
+    means = stages.chunk_means(keys, segments) if kv_rows is None else keys
+    selected = stages.gate(q, means, segments, pipeline.earlier(segments) + 1)
+    num_chunks = segments.num_chunks(keys.shape[0] if kv_rows is None else kv_rows)
+    return Choice(selected, stages.route(selected, keys.shape[1], num_chunks))
+
+
+def _attend(pipeline: Pipeline, q, k, v, choice: Choice, segments: Segments):
+    segments = pipeline.bounded(segments, q.shape[0], k.shape[0])
+    return pipeline.stages.attention_fwd(q, k, v, choice.selected, segments, abs(pipeline.softmax_scale),
+                                         choice.routing)
+
+
+def _forward(pipeline: Pipeline, q, k, v, scaled, segments: Segments):
+    segments = pipeline.bounded(segments, q.shape[0], k.shape[0])
+    stages = pipeline.stages
+    selected = stages.gate(q, stages.chunk_means(k, segments), segments, pipeline.earlier(segments) + 1)
+    o, lse, routing = stages.route_and_attend(q if scaled is None else scaled, k, v, selected, segments,
+                                              abs(pipeline.softmax_scale))
+    return o, lse, selected, routing.indices, routing.indptr
+
+
+def _backward(pipeline: Pipeline, do, q, k, v, o, dlse, lse, choice: Choice, segments: Segments,
+              kv_grad_dtype: torch.dtype | None):
+    segments = pipeline.bounded(segments, q.shape[0], k.shape[0])
+    return pipeline.stages.attention_bwd(do, dlse, q, k, v, o, lse, choice.selected, segments, pipeline.softmax_scale,
+                                         deterministic=pipeline.deterministic, kv_grad_dtype=kv_grad_dtype,
+                                         routing=choice.routing)
