@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import comparison, cp, decode, gpt, options, report, router, training, zero
+from . import comparison, cp, decode, gate, gpt, options, report, router, training, zero
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Stored:
 TABLES = {
     "speedup": Stored("h200/gpt-p1.json", gpt.SPEEDUP.markdown, "README.md"),
     "kernels": Stored("h200/kernels.json", report.KERNELS.markdown),
+    "host": Stored("h200/host.json", gate.TABLE.markdown),
     "comparison": Stored("h200/comparison.json", comparison.PAGE.markdown),
     "training-speed": Stored("h200/training_speed.json", training.SPEED.markdown),
     "smoke": Stored("h200/smoke.json", training.smoke_text),

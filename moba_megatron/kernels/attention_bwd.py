@@ -17,7 +17,7 @@ from .bounds import clear_rows
 from .host import cdiv, next_power_of_2
 from .jit_helpers import _offset
 from .launcher import Buffer, empty, launch, record_event, rows, scratch_limit, stage
-from .routing import TILES, Tiles, _make_tiles_kernel, route, tile_arguments
+from .routing import TILES, Tiles, _make_tiles, route, tile_arguments
 from .tuning_table import is_gluon
 from .workspace import head_groups
 
@@ -115,7 +115,7 @@ def _preprocess(call: AttentionCall, o: Buffer, dlse: Buffer | None, lse: Buffer
     list_programs = max(cdiv(num_pieces, TILES), tile_programs)
     options = tuning.config("attention_bwd_delta", o.device, head_dim=dim, itemsize=o.element_size())
     launch(
-        _attention_bwd_preprocess_kernel,
+        _attention_bwd_delta_kernel,
         (list_programs + cdiv(total * heads + 1, options["BLOCK_M"]),),
         do, o, dlse, lse, call.terms, total * heads,
         do.stride(0), do.stride(1), o.stride(0), o.stride(1),
@@ -130,7 +130,7 @@ def _preprocess(call: AttentionCall, o: Buffer, dlse: Buffer | None, lse: Buffer
 
 
 @triton.jit(do_not_specialize=["num_csr_rows", "list_programs", "num_pieces", "split", "num_tiles", "block"])
-def _attention_bwd_preprocess_kernel(
+def _attention_bwd_delta_kernel(
     do, o, dlse, lse, terms, num_rows, stride_dot, stride_doh, stride_ot, stride_oh,
     indptr, num_csr_rows, extra_csr_rows, num_pieces, split, list_programs,
     tile_csr_row, tile_begin, tile_end, tile_indptr, num_tiles, block,
@@ -143,8 +143,8 @@ def _attention_bwd_preprocess_kernel(
                 if tl.program_id(0) * TILES < num_pieces:
                     _extra_csr_rows(indptr, extra_csr_rows, num_csr_rows, num_pieces, split, TILES)
             if tile_csr_row is not None:
-                _make_tiles_kernel(indptr, num_csr_rows, tile_csr_row, tile_begin, tile_end, tile_indptr, num_tiles,
-                                   block, TILES)
+                _make_tiles(indptr, num_csr_rows, tile_csr_row, tile_begin, tile_end, tile_indptr, num_tiles,
+                            block, TILES)
             return
     row = (tl.program_id(0) - list_programs).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_DV)

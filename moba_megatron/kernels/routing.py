@@ -187,8 +187,8 @@ def _route_place_kernel(selected, counts, indptr, indices, total, tokens, num_ch
     """
     if tile_csr_row is not None:
         if tl.program_id(0) < tile_programs:
-            _make_tiles_kernel(indptr, H // G * num_chunks, tile_csr_row, tile_begin, tile_end, tile_indptr, num_tiles,
-                               block, TILES)
+            _make_tiles(indptr, H // G * num_chunks, tile_csr_row, tile_begin, tile_end, tile_indptr, num_tiles,
+                        block, TILES)
             return
     program = tl.program_id(0) - tile_programs
     kv_head = program // num_groups
@@ -225,7 +225,13 @@ def _route_place_kernel(selected, counts, indptr, indices, total, tokens, num_ch
 @triton.jit(do_not_specialize=["num_csr_rows", "num_tiles", "block"])
 def _make_tiles_kernel(indptr, num_csr_rows, tile_csr_row, tile_begin, tile_end, tile_indptr, num_tiles, block,
                        TILES: tl.constexpr):
-    """TILES tiles, and where the tiles of as many CSR rows begin; also the first programs of other kernels."""
+    _make_tiles(indptr, num_csr_rows, tile_csr_row, tile_begin, tile_end, tile_indptr, num_tiles, block, TILES)
+
+
+@triton.jit
+def _make_tiles(indptr, num_csr_rows, tile_csr_row, tile_begin, tile_end, tile_indptr, num_tiles, block,
+                TILES: tl.constexpr):
+    """TILES tiles, and where the tiles of as many CSR rows begin, by one program."""
     item = tl.program_id(0) * TILES + tl.arange(0, TILES)
     csr_row = _find_piece(indptr, num_csr_rows, block, item)
     begin, end = _piece_items(indptr, csr_row, block, item)

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 from typing import Literal, overload
 
 import torch
@@ -140,7 +139,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, topk: int, soft
     check_workspace(workspace_mib)
     check_backend(backend)
     if segments.max_seqlen_k <= topk * segments.chunk_size:  # every earlier chunk is chosen: causal, one chunk
-        segments, topk = replace(segments, chunk_size=max(1, segments.max_seqlen_k)), 1
+        *start, _, packed, exact = _flat(segments)
+        segments, topk = Segments(*start, max(1, segments.max_seqlen_k), packed, exact), 1
     options = (topk, scale, deterministic, backend, workspace_mib)
     compiling, forward_mode = torch.compiler.is_compiling(), torch.autograd.forward_ad._current_level >= 0
     if is_unobserved(q, k, v):

@@ -141,8 +141,12 @@ def check_segments(segments: Segments, total_q: int, total_k: int, device: torch
     """
     if not isinstance(segments, Segments):
         raise TypeError(f"segments must be a moba_megatron.segments.Segments, got {type(segments).__name__}")
+    strided = {}
     for name in ("cu_seqlens_q", "cu_seqlens_k", "seq_ids", "offsets"):
-        _check_indices(f"segments.{name}", getattr(segments, name), device, (torch.int32,))
+        x = getattr(segments, name)
+        _check_indices(f"segments.{name}", x, device, (torch.int32,))
+        if x.stride(0) != 1:
+            strided[name] = x.contiguous()
     check_whole("segments.chunk_size", segments.chunk_size, 1)
     for side, total in (("q", total_q), ("k", total_k)):
         name, max_name = f"cu_seqlens_{side}", f"max_seqlen_{side}"
@@ -158,7 +162,6 @@ def check_segments(segments: Segments, total_q: int, total_k: int, device: torch
                          f"{number} segments of {segments.num_sequences} sequences")
     if all(map(_values_readable, (segments.cu_seqlens_q, segments.cu_seqlens_k, segments.seq_ids, segments.offsets))):
         _check_segments_values(segments, total_q, total_k)
-    strided = {name: x.contiguous() for name, x in vars(segments).items() if isinstance(x, Tensor) and x.stride(0) != 1}
     return replace(segments, **strided) if strided else segments
 
 

@@ -57,7 +57,8 @@ def test_one_device():
     core, qkv = core_and_inputs(64)
     core(*qkv, None)
     files, functions = entered(lambda: core(*qkv, None))
-    assert len(files) <= 12 and len(functions) <= 60, "\n".join(f"{a[len(PACKAGE):]} {b}" for a, b, _ in sorted(functions))
+    listed = "\n".join(f"{file[len(PACKAGE):]} {name}" for file, name, _ in sorted(functions))
+    assert len(files) <= 12 and len(functions) <= 60, listed
 
 
 def _rank(rank, size):
