@@ -220,6 +220,14 @@ def test_wrong_segments_are_named(changed, error, parts):
     refusal(error, lambda: moba_attention(GOOD["q"][:7], GOOD["k"], GOOD["v"], segments, 2), *parts)
 
 
+def test_packed_segments_over_other_keys_are_named():
+    """Segments that are the sequences themselves, which end before both tensors do: any row number fits both."""
+    cu = ints(0, 5)
+    segments = Segments(cu, cu, ints(0), ints(0), 5, 5, 4, packed=True)
+    refusal(ValueError, lambda: moba_attention(GOOD["q"][:7], GOOD["k"], GOOD["v"], segments, 2),
+            "segments.packed must be False", f"got True with 7, {T}")
+
+
 @pytest.mark.parametrize("entry", EVERY_ENTRY)
 def test_good_arguments_pass(entry):
     o = entry(**GOOD)

@@ -420,17 +420,19 @@ def test_comm_type_refused(given):
         canonical_comm_type(given)
 
 
-@pytest.mark.parametrize("chunk_size, dense", [(64, True), (16, False)])
-def test_dense_kernels_take_whole_sequences_alone(chunk_size, dense, monkeypatch):
-    """With topk 1 and shorter chunks nothing is chosen either, and attention is not causal over the sequence."""
+@pytest.mark.parametrize("chunk_size, scale, dense", [(64, 0.3, True), (16, 0.3, False), (64, 0.0, False),
+                                                      (64, -0.3, False)])
+def test_dense_kernels_take_whole_sequences_alone(chunk_size, scale, dense, monkeypatch):
+    """With topk 1 and shorter chunks nothing is chosen either, and attention is not causal over the sequence. Other
+    implementations scale scores that they have masked with -inf."""
     taken = []
     monkeypatch.setattr(pipeline, "dense_causal", lambda *_, **__: taken.append("forward"))
     monkeypatch.setattr(pipeline, "dense_causal_bwd", lambda *_, **__: taken.append("backward"))
     segments = Segments.from_cu_seqlens(cu_seqlens_of([64, 40]), 64, chunk_size, exact=True)
-    local = LocalAttention(pipeline.Pipeline(reference, 1, 0.3, False, True), segments)
+    local = LocalAttention(pipeline.Pipeline(reference, 1, scale, False, True), segments)
     q, k, v, do = (torch.randn(104, 2, 8, dtype=torch.float64) for _ in range(4))
     o, saved = local.forward(q, k, v)
     local.backward(do, saved, torch.float64)
     assert taken == (["forward", "backward"] if dense else [])
-    expected = moba_attention(q, k, v, segments, 1, softmax_scale=0.3, backend="reference")
+    expected = moba_attention(q, k, v, segments, 1, softmax_scale=scale, backend="reference")
     torch.testing.assert_close(o, expected)

@@ -146,7 +146,7 @@ def tma_available(device: torch.device) -> bool:
 def _describable(x: Buffer) -> bool:
     """Whether the hardware takes a descriptor of it; the stride of a single head does not matter."""
     strides = x.stride()[:2] if x.shape[1] > 1 else x.stride()[:1]
-    return (x.element_size() == 2 and misalignment(x) == 0 and x.stride(0) > 0
+    return (x.element_size() == 2 and misalignment(x) == 0 and x.stride(0) > 0 and x.shape[0] > 0
             and all(s * x.element_size() % 16 == 0 for s in strides))
 
 

@@ -63,8 +63,10 @@ def clear_rows(cu_seqlens: Tensor, *filled: tuple[Tensor, float]) -> None:
 
 @stage
 def _clear_rows(cu_seqlens: Buffer, values: tuple[float, ...], *tensors: Buffer) -> None:
-    rows = tensors[0].shape[0]
-    at = next((x for x in planned(_bounds_kernel) if x.named["rows"] == rows and x.named["z"] is None
+    rows, number = tensors[0].shape[0], cu_seqlens.numel()
+    if len(tensors) > 3 or any(x.shape[0] != rows for x in tensors):
+        raise ValueError(f"up to three tensors of one length are cleared, got {[x.shape for x in tensors]}")
+    at = next((x for x in planned(_bounds_kernel) if (x.named["rows"], x.named["number"]) == (rows, number)
                and cu_seqlens.source in (x.named["cu_seqlens"].source, x.named["result"] and x.named["result"].source)
                and len(tensors) <= sum(x.named[name] is None for name in "xyz")), None)
     at = at or _launch(cu_seqlens, rows, None)

@@ -80,7 +80,8 @@ class Buffer:
 
     def __getitem__(self, rows: slice) -> "Buffer":
         """``[begin:end]`` of the first dimension."""
-        begin, end, _ = rows.indices(self.shape[0])
+        begin, end, step = rows.indices(self.shape[0])
+        assert step == 1
         offset = begin * self.strides[0]
         return Buffer(self.place, (max(0, end - begin), *self.shape[1:]), self.strides, self.dtype, self.device,
                       self.offset + offset, (self.misaligned + offset * self.dtype.itemsize) % 16)
@@ -154,7 +155,8 @@ def stage(function: Callable) -> Callable:
 def call(function: Callable, *args, workspace_mib: float | None = None, event: torch.cuda.Event | None = None, **named):
     """``function(*args, **named)`` with buffers in place of tensors, whose launches then run on the tensors.
 
-    Within another call it is part of that one. MOBA_PREPARED_LAUNCHES=0 starts every launch through Triton.
+    Within another call it is part of that one. MOBA_PREPARED_LAUNCHES=0 starts every launch through Triton, which then
+    looks at its settings (``triton.knobs``) each time, not with a signature's first call alone.
 
     Args:
         function: calls :func:`empty` and :func:`launch`, and other stages; nothing but the layouts of tensors and the

@@ -68,7 +68,7 @@ def _describable(x: Buffer) -> bool:
     """Whether :func:`_described` can: the heads of a token side by side, at coordinates of 32 bits."""
     row, head = _strides(x)
     width = (x.shape[1] - 1) * head + x.shape[2]
-    return 0 < width < 2 ** 31 and (width <= row or x.shape[0] == 1)
+    return 0 < width < 2 ** 31 and (width <= row or x.shape[0] == 1) and x.shape[0] > 0
 
 
 def _described(x: Buffer, block: int) -> Descriptor:

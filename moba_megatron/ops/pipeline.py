@@ -114,7 +114,8 @@ class Pipeline:
 
     def _dense(self, function, segments: Segments, *tensors: Tensor | None, **options):
         """What a dense kernel yields, or None where none may or can."""
-        if not (self.may_be_dense and segments.packed and segments.max_seqlen_k <= segments.chunk_size):
+        if not (self.may_be_dense and segments.packed and segments.max_seqlen_k <= segments.chunk_size
+                and self.softmax_scale > 0):  # others scale what they have masked with -inf
             return None
         total = tensors[0].shape[0]
         lengths = self.bounded(segments, total, total).cu_seqlens_k

@@ -162,6 +162,9 @@ def check_segments(segments: Segments, total_q: int, total_k: int, device: torch
                          f"{number} segments of {segments.num_sequences} sequences")
     if all(map(_values_readable, (segments.cu_seqlens_q, segments.cu_seqlens_k, segments.seq_ids, segments.offsets))):
         _check_segments_values(segments, total_q, total_k)
+    if segments.packed and total_q != total_k:
+        raise ValueError(f"segments.packed must be False unless q and k have as many rows, got True with {total_q}, "
+                         f"{total_k}")
     return replace(segments, **strided) if strided else segments
 
 

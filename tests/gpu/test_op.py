@@ -245,6 +245,15 @@ def test_peak_memory_respects_the_workspace_limit(monkeypatch, chunk, topk, dete
             assert comparison.relative_error(a, b.double()) < 1e-2
 
 
+@pytest.mark.parametrize("scale", [-1.0, 0.0])
+def test_dense_attention_takes_any_scale(scale):
+    """Other implementations scale what they have masked with -inf."""
+    q, k, v, *_, arguments = make([512], 512, 1)
+    o = moba_attn_varlen(q, k, v, *arguments, softmax_scale=scale)
+    want = moba_attn_varlen(*(x.double() for x in (q, k, v)), *arguments, softmax_scale=scale, backend="reference")
+    assert comparison.relative_error(o, want) < 1e-2
+
+
 def test_one_million_tokens():
     """1M tokens, 32:8 heads of 128, chunk 4096, topk 12: row, choice and element numbers exceed 2^31."""
     tokens, chunk, topk = 1 << 20, 4096, 12
