@@ -4,7 +4,7 @@ source "$(dirname "$0")/common.sh"
 
 setup test
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-workers="$("$PY" -c 'import os; print(min(8, 1 + len(os.sched_getaffinity(0))))' 2>/dev/null || echo 1)" # tests wait, too
+workers="$("$PY" -c 'import os; print(min(8, len(os.sched_getaffinity(0))))' 2>/dev/null || echo 1)"
 if [ "$(gpu_count)" -gt 0 ]; then
     workers=1 # one process, so that tests do not share the device's memory
 fi
