@@ -130,7 +130,7 @@ class AllToAllAttention:
             queries = self._send([self._parts(q, groups[i][0])], stage)
             if not i:
                 segments, rows = self.chunks
-                local = self.inner.pipeline.means(k, segments)[:rows.local]
+                local = self.inner.pipeline.stages.chunk_means(k, segments)[:rows.local]
                 means.append(self._send([self._parts(local, kv_heads) for _, kv_heads in groups], stage, rows))
             return queries, *(keys(i) if i in ahead else ())
 

@@ -117,9 +117,18 @@ class MoBAAttention(nn.Module):
             self.ulysses = DistributedAttention(self._whole_sequences, self.parallel.group, scatter_idx=2, gather_idx=1)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention after rotary embedding: o ``[b, s, h, dv]`` of q ``[b, s, h, d]``, s positions of this rank, k
-        ``[b, s, hk, d]``, h a multiple of hk, and v ``[b, s, hk, dv]``. Heads or lengths that the method cannot split
-        raise ValueError.
+        """Attention after rotary embedding.
+
+        Args:
+            q: ``[b, s, h, d]``, s positions of this rank.
+            k: ``[b, s, hk, d]``, h a multiple of hk.
+            v: ``[b, s, hk, dv]``.
+
+        Returns:
+            ``[b, s, h, dv]``.
+
+        Raises:
+            ValueError: heads or lengths that the method cannot split.
         """
         q, k, v = same_dtype(q, k, v)
         if self.parallel.method == "zigzag":

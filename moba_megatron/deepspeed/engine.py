@@ -56,10 +56,15 @@ def load_checkpoint(engine, directory: str, tag: str | None = None) -> dict | No
     """``engine.load_checkpoint``, and what it leaves wrong with a universal checkpoint under ZeRO-3 (DeepSpeed 0.19.8).
 
     There all parts of the model get one tensor for Adam's count of steps, which each of them then advances, and the
-    first parameter group's settings, its weight decay among them. ``tag`` None is the last checkpoint's.
+    first parameter group's settings, its weight decay among them.
 
-    Returns the client state, or None where the directory, which ``engine.save_checkpoint`` or DeepSpeed's converter
-    wrote to, holds no checkpoint.
+    Args:
+        engine: of ``deepspeed.initialize``.
+        directory: that ``engine.save_checkpoint`` or DeepSpeed's converter wrote to.
+        tag: of the checkpoint; None for the last.
+
+    Returns:
+        the client state, or None where the directory holds no checkpoint.
     """
     universal = engine.load_universal_checkpoint() and engine.zero_optimization_stage() == 3
     settings = [dict(group) for group in engine.optimizer.param_groups] if universal else []

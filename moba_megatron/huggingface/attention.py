@@ -101,9 +101,17 @@ def moba_attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, 
                            name: str, **kwargs) -> tuple[Tensor, None]:
     """What an attention layer of Transformers calls, after RoPE and after its cache has taken the new keys.
 
-    Query ``[B, H, Q, D]``, key ``[B, HK, S, D]`` and value ``[B, HK, S, DV]``, all of the cache with a cache, give o
-    ``[B, Q, H, DV]``, and None for the weights. The mask is :func:`moba_mask`'s; ``cu_seq_lens_q``, ``max_length_q``
-    (and ``_k``) or ``position_ids`` place packed sequences; ``name`` is whose settings :func:`register_moba` was given.
+    Args:
+        query: ``[B, H, Q, D]``; key: ``[B, HK, S, D]``; value: ``[B, HK, S, DV]``, all of the cache with a cache.
+        attention_mask: what :func:`moba_mask` made.
+        name: whose settings :func:`register_moba` was given.
+        kwargs: ``cu_seq_lens_q``, ``max_length_q`` (and ``_k``) or ``position_ids`` place packed sequences.
+
+    Returns:
+        o ``[B, Q, H, DV]``, and None for the weights.
+
+    Raises:
+        RuntimeError: the name has no settings here. ValueError: an argument that is not supported; its name is said.
     """
     if name not in _settings:
         raise RuntimeError(f"attn_implementation={name!r} has no settings in this process: call "

@@ -39,7 +39,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: S
     check(q, v, selected, segments)
     if softmax_scale < 0:  # the running maximum is taken before the scale
         q, softmax_scale = -q, -softmax_scale
-    return _attention_fwd(rows(q), rows(k), rows(v), selected.contiguous(), segments, max(softmax_scale, 1e-30),
+    return _attention_fwd(*map(rows, (q, k, v)), selected.contiguous(), segments, max(softmax_scale, 1e-30),
                           routing)[:2]
 
 

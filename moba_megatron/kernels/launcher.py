@@ -15,6 +15,7 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -96,16 +97,6 @@ class Descriptor:
     layout: tuple
 
 
-@dataclass(frozen=True)
-class _Address:
-    """Stands where a compiled kernel's descriptor has its tensor."""
-
-    address: int
-
-    def data_ptr(self) -> int:
-        return self.address
-
-
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Buffer:
     """Uninitialised, contiguous memory: a result where the call returns it, else scratch."""
     strides = tuple(math.prod(max(1, n) for n in shape[i + 1:]) for i in range(len(shape)))
@@ -175,10 +166,8 @@ def call(function: Callable, *args, workspace_mib: float | None = None, event: t
     tensors: list[Tensor] = []
     key = [None, function, limit, *named]
     _note((*args, *named.values()), key, tensors)
-    addresses = []
-    for x in tensors:
-        address = x.data_ptr()
-        addresses.append(address)
+    addresses = list(map(Tensor.data_ptr, tensors))
+    for x, address in zip(tensors, addresses):
         key += (x.shape, x.stride(), address & 15)
     device = key[0] = tensors[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
@@ -294,7 +283,7 @@ class _Launch:
 def _moved(at_address: dict[int, Any], address: int) -> Any:
     """The descriptor of the first run (its key is 0) at another address, kept with the latest others."""
     made = object.__new__(type(at_address[0]))
-    made.__dict__.update(at_address[0].__dict__, base=_Address(address))
+    made.__dict__.update(at_address[0].__dict__, base=SimpleNamespace(data_ptr=lambda: address))
     if len(at_address) > MAX_ADDRESSES:
         for other in list(at_address)[1:]:
             at_address.pop(other, None)
@@ -326,8 +315,7 @@ class Plan:
     def finish(self, returned) -> None:
         """Lays out the scratch memory: of allocations that are not returned, for as long as launches use them."""
         self._returned = returned
-        if self.event_at is None:
-            self.event_at = len(self.launches)
+        self.event_at = len(self.launches) if self.event_at is None else self.event_at
         places = sorted({x.place for x in _buffers_in(returned) if x.place >= self.inputs})
         self._results = {place: self._allocated[place - self.inputs] for place in places}
         wholes = returned if isinstance(returned, tuple) else (returned,)
@@ -346,9 +334,8 @@ class Plan:
         device = tensors[0].device
         results = [torch.empty_strided(x.shape, x.strides, dtype=x.dtype, device=device)
                    for x in self._results.values()]
-        workspace = None
-        if self.workspace_bytes:
-            workspace = torch.empty_strided((self.workspace_bytes,), (1,), dtype=torch.uint8, device=device)
+        size = (self.workspace_bytes,)
+        workspace = torch.empty_strided(size, (1,), dtype=torch.uint8, device=device) if self.workspace_bytes else None
         if not self.is_prepared or os.environ.get("MOBA_PREPARED_LAUNCHES") == "0":
             self._through_triton(tensors, results, workspace, event)
         else:

@@ -63,10 +63,6 @@ class Pipeline:
         """Earlier chunks that a query can select: no sequence has more than its bound says."""
         return min(self.topk - 1, max(0, (segments.max_seqlen_k - 1) // segments.chunk_size))
 
-    def means(self, k: Tensor, segments: Segments) -> Tensor:
-        """Chunk means ``[num_chunks, HK, D]`` of keys ``[S, HK, D]``."""
-        return self.stages.chunk_means(k, segments)
-
     def choose(self, q: Tensor, keys: Tensor, segments: Segments, kv_rows: int | None = None) -> Choice:
         """By all keys ``[S, HK, D]``; or, with ``kv_rows`` (S), by the chunk means."""
         return self._call(_choose, _rows(q), keys, segments, kv_rows)
@@ -103,10 +99,11 @@ class Pipeline:
                     event.record()
                 return dense
         dlse = dlse if dlse is None else dlse.contiguous()
-        return self._call(_backward, *map(_rows, (do, q, k, v, saved.o)), dlse, saved.lse.contiguous(), saved.choice,
-                          segments, kv_grad_dtype, event=event)
+        return self._call(_backward, *map(_rows, (do, q, k, v, saved.o)), dlse, saved.lse.contiguous(),
+                          saved.choice, segments, kv_grad_dtype, event=event)
 
     def bounded(self, segments: Segments, total_q: int, total_k: int) -> Segments:
+        """Segments within so many rows of q and k, made so on the device."""
         return self.stages.bounded(segments, total_q, total_k) if self.untrusted else segments
 
     def _call(self, function, *args, event: torch.cuda.Event | None = None):
@@ -146,8 +143,7 @@ def _attend(pipeline: Pipeline, q, k, v, choice: Choice, segments: Segments):
 
 
 def _forward(pipeline: Pipeline, q, k, v, scaled, segments: Segments):
-    segments = pipeline.bounded(segments, q.shape[0], k.shape[0])
-    stages = pipeline.stages
+    stages, segments = pipeline.stages, pipeline.bounded(segments, q.shape[0], k.shape[0])
     selected = stages.gate(q, stages.chunk_means(k, segments), segments, pipeline.earlier(segments) + 1)
     o, lse, routing = stages.route_and_attend(q if scaled is None else scaled, k, v, selected, segments,
                                               abs(pipeline.softmax_scale))
