@@ -82,7 +82,7 @@ def watch_router(lengths, chunk, topk, samples, **case) -> None:
     places = rows, own[rows], sequence[rows], position[rows]
     groups = torch.arange(total, device="cuda") % 4 - 1
     counts = router_kernels.counts(selected, groups, 3, segments.num_chunks(total))
-    recalls = router_kernels.recalls(q, k, selected, segments, places, 0.1)
+    recalls = router_kernels.recalls(q, k, selected, segments, 0.1, *places)
     torch.cuda.synchronize()
     assert counts.sum() == (selected[groups >= 0] >= 0).sum() and recalls.isfinite().all()
 
