@@ -65,7 +65,9 @@ def decode(chunk, topk, **case) -> None:
 def run_parts(**case) -> None:
     """The kernels for pieces of sequences, as under context parallelism: they are put in order for dk and dv."""
     q, k, v, selected, segments = test_attention_fwd.problem(**case)
-    o, lse = kernels.attention_fwd(q, k, v, selected, segments, 0.1)
+    segments = kernels.bounded(segments, len(q), len(k))
+    routing = kernels.route(selected, k.shape[1], segments.num_chunks(len(k)))
+    o, lse = kernels.attention_fwd(q, k, v, selected, segments, 0.1, routing)
     grads = kernels.attention_bwd(torch.randn_like(o), None, q, k, v, o, lse, selected, segments, 0.1)
     torch.cuda.synchronize()
     assert all(x.isfinite().all() for x in (o, lse, *grads))
