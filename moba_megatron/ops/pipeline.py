@@ -65,6 +65,7 @@ class Pipeline:
 
     def choose(self, q: Tensor, keys: Tensor, segments: Segments, kv_rows: int | None = None) -> Choice:
         """By all keys ``[S, HK, D]``; or, with ``kv_rows`` (S), by the chunk means."""
+        keys = keys.contiguous() if kv_rows else _rows(keys)
         return self._call(_choose, _rows(q), keys, segments, kv_rows)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, choice: Choice | None, segments: Segments

@@ -1,0 +1,39 @@
+"""Context parallelism with the Triton stages: two ranks on gloo, every way of exchange, heads in two groups."""
+import itertools
+
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+
+from moba_megatron.context_parallel import COMM_TYPES, Sequences, context_parallel_attention
+
+LENGTHS = {"one sequence": (80,), "packed": (20, 56, 4)}
+CASES = [case for case in itertools.product(COMM_TYPES, LENGTHS) if case != ("selective", "packed")]
+
+
+def both_backends(rank, size):
+    """o, dq, dk and dv of this rank by case, of the kernels and of the reference."""
+    alone = [dist.new_group([r]) for r in range(size)][rank]
+    groups = {"a2a+all_gather": (dist.group.WORLD, alone)}
+    return {case: [step(rank, size, groups.get(case[0], dist.group.WORLD), *case, backend)
+                   for backend in ("triton", "reference")] for case in CASES}
+
+
+def step(rank, size, group, comm_type, lengths, backend):
+    generator, lengths = torch.Generator().manual_seed(rank), LENGTHS[lengths]
+    leaves = [torch.randn(sum(lengths) // size, heads, 16, generator=generator).requires_grad_() for heads in (4, 4, 4)]
+    if len(lengths) == 1:
+        sequences = Sequences.uniform(*lengths, 1, torch.device("cpu"))
+    else:
+        cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)])
+        sequences = Sequences.packed(cu_seqlens, max(lengths), sum(lengths))
+    o = context_parallel_attention(*leaves, sequences, 16, 2, group, comm_type=comm_type, backend=backend,
+                                   head_groups=2)
+    return o.detach(), *torch.autograd.grad(o, leaves, torch.randn(o.shape, generator=generator))
+
+
+def test_against_the_reference(tmp_path):
+    for results in run_ranks(both_backends, 2, tmp_path):
+        for case, (got, expected) in results.items():
+            for x, wanted in zip(got, expected, strict=True):
+                torch.testing.assert_close(x, wanted, rtol=1e-4, atol=1e-5, msg=lambda text: f"{case}: {text}")
