@@ -49,7 +49,7 @@ def gradients(tensors, cu, longest, chunk, topk, dim, backend="triton", **option
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_rows_behind_the_last_sequence(case):
-    """Three times: compiled, traced, replayed; 1100 rows behind, so that chunks and tiles of their own lie there."""
+    """Three times: compiled, and twice prepared; 1100 rows behind, so that chunks and tiles of their own lie there."""
     total = 3000
     tensors, cu = make(total, case["dim"], behind=1096), ints(0, 1700, 1700, total)
     expected = gradients([x[:total].contiguous() for x in tensors], cu, 1700, **case)

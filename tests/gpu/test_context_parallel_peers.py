@@ -100,7 +100,7 @@ def against_the_library(rank, size):
 def repeated(rank, size):
     """Rounds of fresh inputs in two groups, one rank late at random, some recomputed: wrong results by kind.
 
-    Also the chunk sizes for which a2a's backward was replayed in the end, and so let dk and dv leave before dq.
+    Also the chunk sizes for which a2a's backward was prepared in the end, with dk and dv leaving before dq.
     """
     groups, wrong, chance = [dist.group.WORLD, dist.new_group()], {}, torch.Generator().manual_seed(rank)
     library = group_without_copy_engines(rank, size)
@@ -118,9 +118,10 @@ def repeated(rank, size):
         for got in results:
             for what, a, b in zip(("o", "dq", "dk", "dv"), got, expected):
                 wrong[what] = wrong.get(what, 0) + (not torch.equal(a, b))
-    prepared = [key for key, plan in launcher._plans.items() if plan.is_prepared and key[1] is pipeline._backward]
-    # all_gather adds up fp32; a tensor has four entries in a key, and before the chunk size there are 4 and 2 numbers
-    return wrong, {key[key.index(Segments) + 19] for key in prepared if key[-1] == torch.bfloat16}
+    prepared = [key[key.index(Segments):] for key, plan in launcher._plans.items()
+                if plan.is_prepared and key[1] is pipeline._backward and plan.event_at < len(plan.launches)]
+    # of Segments and what follows: the third number is the chunk size; all_gather adds up in fp32
+    return wrong, {[x for x in key if type(x) is int][2] for key in prepared if torch.bfloat16 in key}
 
 
 def copy_engine_tests(rank, size):
@@ -159,9 +160,9 @@ def test_same_bits_as_the_library(results, name, comm_type):
 
 
 def test_fresh_inputs_again_and_again(results):
-    for _, (wrong, replayed) in results:
+    for _, (wrong, prepared) in results:
         assert wrong == {"o": 0, "dq": 0, "dk": 0, "dv": 0}
-        assert replayed == {128, 512}
+        assert prepared == {128, 512}
 
 
 def test_a_rank_that_hangs_is_reported(compiled, tmp_path):

@@ -1,6 +1,6 @@
 """Tensors on a GPU that is not the current one: launched there, on that GPU's own current stream. Needs two GPUs.
 
-Each way runs three times (compiled, traced, replayed). Inputs are written behind a long wait on their GPU's stream: a
+Each way runs three times (compiled, and twice prepared). Inputs are written behind a long wait on their GPU's stream: a
 kernel on another stream would read what was there before.
 """
 import functools
