@@ -7,7 +7,6 @@ Exit status 0: what is installed works. 1: kernels cannot be imported, a self-te
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -23,16 +22,14 @@ from . import __version__, moba_attn_varlen
 from .config import MoBAConfig
 from .megatron.arguments import config_from_environment
 from .megatron.host import CHECKED_VERSIONS, is_known_version, megatron_version
-from .ops import flash_packages
+from .ops import flash_attn_4
 from .ops.dense import dense_setting
 
 PACKAGES = (  # distribution, module, what it is for
     ("triton", "triton", "the kernels, on CUDA"),
     ("megatron-core", "megatron.core", "the Megatron adapter"),
     ("transformer-engine", "transformer_engine", "Transformer Engine layer specs, fp8 linears"),
-    ("flash-attn", "flash_attn.flash_attn_interface", "dense layers, deterministic; comparisons"),
-    ("flash-attn-3", "flash_attn_interface", "dense layers with packed sequences, on Hopper"),
-    ("flash-attn-4", "flash_attn.cute", "the same on Hopper and Blackwell; comparisons"),
+    ("flash-attn-4", "flash_attn.cute", "dense layers with packed sequences, on Hopper and Blackwell"),
     ("deepspeed", "deepspeed", "the DeepSpeed integration"),
     ("transformers", "transformers", "the Hugging Face integration"),
 )
@@ -45,6 +42,7 @@ STAGES = {  # of the tuning table
     "attention_bwd_dq_diagonal": "diagonal dq, backward", "decode_gate": "gate and top-k, decoding",
     "decode": "attention, decoding"}
 HEAD_DIM = 128
+FLASH_4 = flash_attn_4.Variant(torch.device("cuda"), torch.bfloat16, HEAD_DIM, HEAD_DIM, 2)
 LIMIT_BF16 = 0.02  # relative RMS error of kernels against the reference: 5 bf16 roundings (2^-8) at worst
 
 
@@ -165,11 +163,8 @@ def self_test() -> bool:
     checks = [("reference = definition", check_definition), ("reference = torch, where dense", check_dense)]
     if torch.cuda.is_available():
         checks.append(("kernels = reference, bf16", check_kernels))
-        variant = flash_packages.Variant(torch.device("cuda"), torch.bfloat16, 128, 128, 2)
-        for package in (flash_packages.FLASH_2, flash_packages.FLASH_3, flash_packages.FLASH_4):
-            fits = flash_packages.fits(package, torch.cuda.get_device_capability(), variant)
-            if fits and flash_packages.module_of(package):
-                checks.append((f"{package} = definition", functools.partial(check_package, package, variant)))
+        if flash_attn_4.fits(torch.cuda.get_device_capability(), FLASH_4) and flash_attn_4.module():
+            checks.append(("flash-attn 4 = definition", check_flash_attn_4))
     if not _import_problem("megatron.core"):
         checks.append(("Megatron core attention", check_core_attention))
     return all([_run(name, check) for name, check in checks])
@@ -219,12 +214,12 @@ def check_kernels() -> str:
                     head_dim=64)
 
 
-def check_package(package: str, variant: flash_packages.Variant) -> str:
-    """An installed flash-attn package, forward and backward, as before its first use."""
-    problem = flash_packages.disagreement(package, variant)
+def check_flash_attn_4() -> str:
+    """Forward and backward, as before its first use."""
+    problem = flash_attn_4.disagreement(FLASH_4)
     if problem:
         raise AssertionError(f"{problem}: dense layers go on without it")
-    return "bf16, head dim 128"
+    return f"bf16, head dim {HEAD_DIM}"
 
 
 def check_core_attention() -> str:

@@ -1,8 +1,8 @@
 """Where MoBA is plain causal attention: the fastest dense kernel that is there, as a pair of stage functions.
 
-cuDNN for sequences that are known to be of one length; for packed ones flash-attn 3 or 4 on Hopper and 4 on Blackwell
-where installed, else flash attention 2 (torch's own build). A function that returns None declines, and the caller goes
-on with the project's kernels; forward and backward may be mixed, since both take o and lse. MOBA_DENSE chooses another
+cuDNN for sequences that are known to be of one length; for packed ones flash-attn 4 on Hopper and Blackwell where
+installed, else flash attention 2 (torch's own build). A function that returns None declines, and the caller goes on
+with the project's kernels; forward and backward may be mixed, since both take o and lse. MOBA_DENSE chooses another
 kernel, or none.
 """
 from __future__ import annotations
@@ -14,14 +14,14 @@ import os
 import torch
 from torch import Tensor
 
-from . import flash_packages
+from . import flash_attn_4
 from .backend import get_stages
-from .flash_packages import FLASH_2, FLASH_3, FLASH_4, Variant
+from .flash_attn_4 import Variant
 
 logger = logging.getLogger("moba_megatron")
-CUDNN, FLASH = "cuDNN", "flash attention 2"
-CHOICES = {"cudnn": (CUDNN,), "flash2": (FLASH, FLASH_2), "fa3": (FLASH_3,), "fa4": (FLASH_4,), "own": ()}
-"""MOBA_DENSE: the kernels it leaves, each where it can; ``auto``, the default, orders them by card."""
+CUDNN, FLASH, FLASH_4 = "cuDNN", "flash attention 2", "flash-attn 4"
+CHOICES = {"auto": (CUDNN, FLASH_4, FLASH), "cudnn": (CUDNN,), "flash2": (FLASH,), "fa4": (FLASH_4,), "own": ()}
+"""MOBA_DENSE: the kernels it leaves, the first of them that can."""
 
 
 def dense_causal(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, *,
@@ -43,7 +43,7 @@ def dense_causal(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen
         o, lse, *_ = torch.ops.aten._flash_attention_forward(
             q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, True, False, scale=scale)
     else:
-        o, lse = flash_packages.forward(kernel, q, k, v, cu_seqlens, max_seqlen, scale)
+        o, lse = flash_attn_4.forward(q, k, v, cu_seqlens, max_seqlen, scale)
     # theirs has q's order of dimensions
     return _cleared(exact, cu_seqlens, (o.contiguous(), 0), (lse.t().contiguous(), -torch.inf))
 
@@ -53,7 +53,7 @@ def dense_causal_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: T
                      deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor] | None:
     """Gradients of :func:`dense_causal`, whichever kernel o and lse are of; or None.
 
-    Only flash-attn 4 can take a ``dlse``, and only the packages are ``deterministic``: declines without them.
+    Only flash-attn 4 can take a ``dlse`` or be ``deterministic``: declines without it.
     """
     kernel = dense_kernel(q, k, v, cu_seqlens, max_seqlen, exact=exact, deterministic=deterministic,
                           with_dlse=dlse is not None)
@@ -76,12 +76,12 @@ def dense_causal_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: T
             scale=scale)
     else:
         dlse = None if dlse is None else dlse.t().contiguous()
-        grads = flash_packages.backward(kernel, do, dlse, q, k, v, o, lse, cu_seqlens, max_seqlen, scale, deterministic)
+        grads = flash_attn_4.backward(do, dlse, q, k, v, o, lse, cu_seqlens, max_seqlen, scale, deterministic)
     return _cleared(exact, cu_seqlens, *((x.contiguous(), 0) for x in grads))
 
 
 def _cleared(exact: bool, cu_seqlens: Tensor, *filled: tuple[Tensor, float]) -> tuple[Tensor, ...]:
-    """The tensors, with rows behind the last sequence filled: the packages do not write them."""
+    """The tensors, with rows behind the last sequence filled: FlashAttention does not write them."""
     if not exact:
         get_stages("auto", cu_seqlens.device).clear_rows(cu_seqlens, *filled)
     return tuple(x for x, _ in filled)
@@ -93,7 +93,7 @@ def dense_kernel(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen
 
     Raises:
         ValueError: MOBA_DENSE is none of its values.
-        ImportError: MOBA_DENSE asks for a package that is not there.
+        ImportError: MOBA_DENSE asks for flash-attn 4, which is not there.
     """
     variant = Variant(q.device, q.dtype, q.shape[2], v.shape[2], q.shape[1] // k.shape[1], deterministic, with_dlse)
     choice = _choose(dense_setting(), variant, q, k, v, cu_seqlens.numel() - 1, max_seqlen, exact)
@@ -108,8 +108,8 @@ def dense_setting() -> str:
         ValueError: it is none of its values.
     """
     setting = os.environ.get("MOBA_DENSE") or "auto"
-    if setting != "auto" and setting not in CHOICES:
-        raise ValueError(f"environment variable MOBA_DENSE must be one of auto, {', '.join(CHOICES)}; got {setting!r}")
+    if setting not in CHOICES:
+        raise ValueError(f"environment variable MOBA_DENSE must be one of {', '.join(CHOICES)}; got {setting!r}")
     return setting
 
 
@@ -120,20 +120,16 @@ def _choose(setting: str, variant: Variant, q: Tensor, k: Tensor, v: Tensor, bat
         return None
     if any(dim % 8 or dim > 256 for dim in (variant.dim, variant.dim_v)) or not all(map(_aligned, (q, k, v))):
         return None
-    kernels = CHOICES.get(setting, (CUDNN, FLASH, FLASH_2))
-    if setting == "auto" and capability[0] in (9, 10, 11):
-        # not flash-attn 2's package: its deterministic gradients are not known to beat the project's own on these cards
-        kernels = (CUDNN, FLASH_3, FLASH_4, FLASH)
-    for kernel in kernels:
+    for kernel in CHOICES[setting]:
         if kernel == CUDNN:
             takes = exact and _is_plain(variant) and _cudnn_takes(q, k, v, batch, max_seqlen)
         elif kernel == FLASH:
             # the backward of larger head dims needs the shared memory of sm_80 or sm_90
             takes = _is_plain(variant) and (variant.dim <= 128 or capability in ((8, 0), (9, 0)))
         else:
-            takes = flash_packages.fits(kernel, capability, variant) and flash_packages.usable(kernel, variant)
-            if setting in ("fa3", "fa4") and flash_packages.module_of(kernel) is None:
-                raise ImportError(f"MOBA_DENSE={setting} asks for {kernel}, which cannot be imported: install it, or "
+            takes = flash_attn_4.fits(capability, variant) and flash_attn_4.usable(variant)
+            if setting == "fa4" and flash_attn_4.module() is None:
+                raise ImportError("MOBA_DENSE=fa4 asks for flash-attn 4, which cannot be imported: install it, or "
                                   "unset MOBA_DENSE")
         if takes:
             return kernel

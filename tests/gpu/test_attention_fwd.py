@@ -4,7 +4,7 @@ import torch
 
 import comparison
 from moba_megatron import kernels
-from moba_megatron.ops import flash_packages
+from moba_megatron.ops import flash_attn_4
 from moba_megatron.ops.dense import CUDNN, FLASH, dense_causal, dense_causal_bwd, dense_kernel
 from moba_megatron.segments import Segments
 
@@ -98,14 +98,14 @@ DENSE = {
 
 
 @pytest.fixture
-def no_packages(monkeypatch):
-    """torch's own kernels alone, also where flash-attn packages are installed."""
-    monkeypatch.setattr(flash_packages, "fits", lambda *_: False)
+def no_flash_attn_4(monkeypatch):
+    """torch's own kernels alone, also where flash-attn 4 is installed."""
+    monkeypatch.setattr(flash_attn_4, "fits", lambda *_: False)
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", ""])
 @pytest.mark.parametrize("case", DENSE.values(), ids=DENSE.keys())
-def test_dense_kernels(case, exact, no_packages):
+def test_dense_kernels(case, exact, no_flash_attn_4):
     """o, lse and gradients of the dense kernels inside torch, each as good as eager attention."""
     q, k, v, selected, segments = problem(**case, chunk=1024, topk=1)
     cu_seqlens, max_seqlen, scale = segments.cu_seqlens_q, segments.max_seqlen_q, 0.11
@@ -124,7 +124,7 @@ def test_dense_kernels(case, exact, no_packages):
     comparison.assert_as_good_as_eager(got, exact, eager, q.dtype)
 
 
-def test_dense_kernels_decline(no_packages):
+def test_dense_kernels_decline(no_flash_attn_4):
     q, k, v, _, segments = problem([512], 512, 1)
     arguments = segments.cu_seqlens_q, 512
     o, lse = dense_causal(q, k, v, *arguments, 0.1)

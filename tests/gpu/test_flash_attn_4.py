@@ -1,11 +1,11 @@
-"""flash-attn 4, 3 and 2, those that are installed and fit the card, as dense kernels: values, determinism, graphs."""
+"""flash-attn 4, where installed, as a dense kernel: values, determinism, graphs."""
 import pytest
 import torch
 
 import comparison
-from moba_megatron.ops import dense, flash_packages
-from moba_megatron.ops.dense import FLASH_2, FLASH_3, FLASH_4, dense_causal, dense_causal_bwd
-from moba_megatron.ops.flash_packages import Variant
+from moba_megatron.ops import flash_attn_4
+from moba_megatron.ops.dense import dense_causal, dense_causal_bwd
+from moba_megatron.ops.flash_attn_4 import Variant
 from moba_megatron.segments import Segments
 
 pytestmark = pytest.mark.gpu
@@ -29,28 +29,26 @@ def make(lengths, heads=4, kv_heads=4, dim=128, dim_v=None, dtype=torch.bfloat16
     return q, kv[..., :dim], kv[..., dim:], do, (cu_seqlens, max(lengths), 0.11)
 
 
-@pytest.fixture(params=[FLASH_2, FLASH_3, FLASH_4])
-def package(request, monkeypatch):
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
     """The only dense kernel; skipped where it is not installed."""
-    if flash_packages.module_of(request.param) is None:
-        pytest.skip(f"{request.param} is not installed")
+    if flash_attn_4.module() is None:
+        pytest.skip("flash-attn 4 is not installed")
     torch.use_deterministic_algorithms(False)
-    monkeypatch.setitem(dense.CHOICES, "own", (request.param,))
-    monkeypatch.setenv("MOBA_DENSE", "own")
-    return request.param
+    monkeypatch.setenv("MOBA_DENSE", "fa4")
 
 
-def skip_unless_it_fits(package, q, k, v, **options):
+def skip_unless_it_fits(q, k, v, **options):
     variant = Variant(q.device, q.dtype, q.shape[2], v.shape[2], q.shape[1] // k.shape[1], **options)
-    if not flash_packages.fits(package, torch.cuda.get_device_capability(), variant):
-        pytest.skip(f"{package} does not take these sizes on this card")
+    if not flash_attn_4.fits(torch.cuda.get_device_capability(), variant):
+        pytest.skip("flash-attn 4 does not take these sizes on this card")
 
 
 @pytest.mark.parametrize("with_dlse", [False, True], ids=["o", "o and lse"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_as_good_as_eager(case, with_dlse, package):
+def test_as_good_as_eager(case, with_dlse):
     q, k, v, do, place = make(**case)
-    skip_unless_it_fits(package, q, k, v, with_dlse=with_dlse)
+    skip_unless_it_fits(q, k, v, with_dlse=with_dlse)
     dlse = torch.randn(q.shape[:2], device="cuda") if with_dlse else None
     o, lse = dense_causal(q, k, v, *place)
     grads = dense_causal_bwd(do, dlse, q, k, v, o, lse, *place)
@@ -62,18 +60,18 @@ def test_as_good_as_eager(case, with_dlse, package):
     comparison.assert_as_good_as_eager(got, exact, eager, q.dtype)
 
 
-def test_deterministic_gradients(package):
+def test_deterministic_gradients():
     q, k, v, do, place = make(lengths=[4000, 1, 2000], heads=8, kv_heads=2)
-    skip_unless_it_fits(package, q, k, v, deterministic=True)
+    skip_unless_it_fits(q, k, v, deterministic=True)
     o, lse = dense_causal(q, k, v, *place)
     first, *others = (dense_causal_bwd(do, None, q, k, v, o, lse, *place, deterministic=True) for _ in range(20))
     assert all(torch.equal(x, y) for other in others for x, y in zip(first, other))
 
 
-def test_in_a_graph(package):
+def test_in_a_graph():
     """What has been checked and compiled is captured, and replayed on other inputs."""
     q, k, v, do, place = make(lengths=[1000, 500])
-    skip_unless_it_fits(package, q, k, v)
+    skip_unless_it_fits(q, k, v)
 
     def compute():
         o, lse = dense_causal(q, k, v, *place)
