@@ -5,7 +5,6 @@ The arguments and the running of each subcommand; what they print and write is m
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -106,18 +105,21 @@ def add_compile(subcommands) -> None:
     p.add_argument("--head-dims", nargs="+", type=int, metavar="D", help="64 128 (and more for a few architectures)")
     p.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     p.add_argument("--json", type=Path, metavar="PATH", help="write the report")
+    p.add_argument("--store", action="store_true",
+                   help="refresh what tests/test_compile.py knows of this Triton; only what has changed is compiled")
     p.set_defaults(run=run_compile)
 
 
 def run_compile(arguments: argparse.Namespace) -> int:
     """Prints what each compiled kernel needs; 1 if one does not fit."""
     from . import compile_report
+    problems = partial(compile_report.problems_for, head_dims=arguments.head_dims)
     rows, failures, _ = compile_report.report_all(
-        arguments.capability, partial(compile_report.problems_for, head_dims=arguments.head_dims), arguments.workers)
+        arguments.capability, compile_report.covering if arguments.store else problems, arguments.workers,
+        compile_report.load_stored() if arguments.store else {})
     print(compile_report.as_text(rows))
     for failure in failures:
         print(failure, file=sys.stderr)
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(compile_report.as_dicts(rows), indent=1) + "\n")
+    for path in [arguments.json] * bool(arguments.json) + [compile_report.stored_path()] * arguments.store:
+        compile_report.store(rows, path)
     return int(bool(failures) or not all(row.fits for row in rows))

@@ -6,7 +6,10 @@ stops after compilation. So signatures, constexprs and launch options are exactl
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import inspect
 import itertools
+import json
 import multiprocessing
 import re
 import subprocess
@@ -14,6 +17,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -21,12 +25,15 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.jit import JITFunction
 
 from moba_megatron import kernels
 from moba_megatron.kernels import decode, tuning
 from moba_megatron.kernels.tuning_table import TABLE, is_gluon
 from moba_megatron.segments import Segments
+
+from .report import RESULTS, load
 
 SHARED_LIMIT_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """Compute capabilities that the kernels are written for, and the shared memory that a block may have there."""
@@ -125,24 +132,37 @@ class _CompileOnlyDriver(DriverBase):
 
 
 @contextlib.contextmanager
-def compiling(capability: int, dry: bool = False, only: Callable[[str], bool] = lambda kernel: True):
+def compiling(capability: int, dry: bool = False, only: Callable[[str], bool] = lambda kernel: True,
+              known: dict[str, Compiled] = {}):
     """Within the block, ``kernel[grid](...)`` compiles for the architecture and launches nothing.
 
     Args:
         dry: do not even compile.
         only: whether a kernel, by name, is compiled; launches of others do nothing.
+        known: what was compiled before, by digest, and is not compiled again.
 
     Yields:
-        A list that fills with (kernel name, CompiledKernel, None if dry), one for each launch.
+        A list that fills with (kernel name, CompiledKernel, or Compiled if known, or None if dry), one for each launch.
     """
-    compiled = []
-    run = JITFunction.run
+    compiled, found = [], []
+    run, do_compile = JITFunction.run, JITFunction._do_compile
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         if not only(self.fn.__name__):
             return None
+        found.clear()
         kernel = None if dry else run(self, *args, grid=grid, warmup=True, **kwargs)
-        compiled.append((self.fn.__name__, kernel))
+        compiled.append((self.fn.__name__, found[0] if found else kernel))
+        return kernel
+
+    def compile_what_is_new(self, key, signature, device, constexprs, options, attrs, warmup):
+        source = self.ASTSource(self, signature, constexprs, attrs).hash()  # of the kernel and all that it calls
+        digest = hashlib.sha256(f"{source} {capability} {sorted(vars(options).items())}".encode()).hexdigest()[:20]
+        if digest in known:
+            found.append(known[digest])
+            return None
+        kernel = do_compile(self, key, signature, device, constexprs, options, attrs, warmup)
+        kernel.digest = digest
         return kernel
 
     major, minor = divmod(capability, 10)
@@ -152,6 +172,7 @@ def compiling(capability: int, dry: bool = False, only: Callable[[str], bool] = 
     driver.set_active(_CompileOnlyDriver(capability))
     try:
         with (mock.patch.object(JITFunction, "run", compile_only),
+              mock.patch.object(JITFunction, "_do_compile", compile_what_is_new),
               mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (major, minor)),
               mock.patch.object(torch.cuda, "get_device_properties", lambda device=None: card)):
             yield compiled
@@ -208,19 +229,19 @@ def _run_decode(problem: Problem) -> None:
     decode.decode_attention(q, k, v, selected, lengths, size, problem.head_dim ** -0.5, **places)
 
 
-def report(capability: int, problems: list[Problem]) -> list[Compiled]:
+def report(capability: int, problems: list[Problem], known: dict[str, Compiled] = {}) -> list[Compiled]:
     """Compiles every stage of every problem for an architecture; a kernel that several problems share counts once."""
-    rows, seen = [], set()
+    rows: dict[str, Compiled] = {}
     with tuning.forced(tuning.arch_of_capability(*divmod(capability, 10))):
         for problem in problems:
             kernels = problem.kernels
-            with compiling(capability, only=lambda name: kernels is None or name in kernels) as compiled:
+            with compiling(capability, only=lambda name: kernels is None or name in kernels, known=known) as compiled:
                 run_stages(problem)
             for name, kernel in compiled:
-                if kernel.hash not in seen:
-                    seen.add(kernel.hash)
-                    rows.append(_describe(name, kernel, capability, problem))
-    return rows
+                if kernel.digest not in rows:
+                    rows[kernel.digest] = (kernel if isinstance(kernel, Compiled) else
+                                           _describe(name, kernel, capability, problem))
+    return [*rows.values()]
 
 
 def _describe(name: str, kernel, capability: int, problem: Problem) -> Compiled:
@@ -232,7 +253,7 @@ def _describe(name: str, kernel, capability: int, problem: Problem) -> Compiled:
     return Compiled(kernel=name, capability=capability, shared=kernel.metadata.shared, registers=usage["REG"],
                     stack=usage["STACK"], spills=_spills(kernel.asm["ptx"], capability) if usage["STACK"] else 0,
                     tensor_memory=getattr(kernel.metadata, "tmem_size", None) or 0, config=config,
-                    problem=str(problem), digest=kernel.hash)
+                    problem=str(problem), digest=kernel.digest)
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
@@ -246,7 +267,7 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
 
 def _spills(ptx: str, capability: int) -> int:
     """Bytes of spill stores, from ptxas; asked only of kernels that have a stack frame."""
-    ptxas = triton.knobs.nvidia.ptxas_blackwell if capability >= 100 else triton.knobs.nvidia.ptxas
+    ptxas = get_ptxas(capability) if inspect.signature(get_ptxas).parameters else get_ptxas()  # the one Triton runs
     arch = re.search(r"\.target (sm_\w+)", ptx).group(1)
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
@@ -356,8 +377,8 @@ def covering(capability: int) -> list[Problem]:
 
 
 def report_all(capabilities: list[int] | None = None, problems: Callable[[int], list[Problem]] = problems_for,
-               workers: int = 2) -> tuple[list[Compiled], list[str], dict[int, set]]:
-    """Compiles everything that ``problems`` lists for the capabilities, in worker processes.
+               workers: int = 2, known: dict[str, Compiled] = {}) -> tuple[list[Compiled], list[str], dict[int, set]]:
+    """Compiles everything that ``problems`` lists for the capabilities, in worker processes; not what is known.
 
     Returns:
         The kernels; a line for each problem that did not compile; and for each capability the rows of the tuning
@@ -368,7 +389,7 @@ def report_all(capabilities: list[int] | None = None, problems: Callable[[int], 
     rows: dict[tuple, Compiled] = {}
     failures, used = [], {}
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        futures = [((capability, problem), pool.submit(report, capability, [problem])) for capability, problem in tasks]
+        futures = [(task, pool.submit(report, task[0], [task[1]], known)) for task in tasks]
         for (capability, problem), future in futures:
             try:
                 compiled = future.result()
@@ -381,8 +402,20 @@ def report_all(capabilities: list[int] | None = None, problems: Callable[[int], 
     return sorted(rows.values(), key=lambda row: (row.capability, row.kernel, row.problem)), failures, used
 
 
-def as_dicts(rows: list[Compiled]) -> list[dict]:
-    return [asdict(row) for row in rows]
+def stored_path() -> Path:
+    """The report for this Triton: kernels by what they are made of, so that only what has changed is compiled again."""
+    return RESULTS / "compiled" / f"{triton.__version__}.json"
+
+
+def load_stored() -> dict[str, Compiled]:
+    path = stored_path()
+    return {row["digest"]: Compiled(**row) for row in load(path)["rows"]} if path.exists() else {}
+
+
+def store(rows: list[Compiled], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
+    path.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}]}}\n')
 
 
 def as_text(rows: list[Compiled]) -> str:

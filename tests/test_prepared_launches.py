@@ -13,10 +13,11 @@ import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler.errors import CompilationError
 from triton.runtime.jit import JITFunction
 
 from moba_megatron import kernels, moba_attn_varlen
-from moba_megatron.kernels import launcher, tuning
+from moba_megatron.kernels import launcher, sm90, tuning
 from moba_megatron.kernels.workspace import ALIGNMENT, plan_workspace, workspace_limit
 from moba_megatron.ops import backend, moba_attention
 from moba_megatron.ops.decode import moba_decode
@@ -427,7 +428,7 @@ class Kernel:
         self.log = log
 
     def __getitem__(self, grid):
-        def run(x):
+        def run(x, **options):
             self.log.append("Triton")
             return {grid: lambda *args, stream: self.log.append(stream)}
 
@@ -501,3 +502,26 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch):
         assert current == [0]
     assert log == ["Triton", "Triton", "stream of 1 on 1", "stream of 0 on 0"]
     assert [key[0].index for key in launcher._plans] == [1, 0]
+
+
+@pytest.mark.parametrize("stage", ["attention_fwd", "attention_bwd_dq", "attention_bwd_dkdv"])
+def test_a_triton_with_another_gluon_gets_the_portable_kernels(driver, monkeypatch, caplog, stage):
+    """One kernel for Hopper does not compile: the call begins anew without any of them, and later ones do not try."""
+    monkeypatch.setattr(sm90, "_problems", [])
+    compile_one, asked = driver.compile, []
+
+    def compile_none(src, **options):
+        asked.append(src.fn.fn.__name__)
+        if asked[-1] == f"_{stage}_sm90_kernel":
+            raise CompilationError("", None, "mbarrier has no attribute 'arrive'")
+        return compile_one(src, **options)
+
+    monkeypatch.setattr(triton.compiler, "compile", compile_none)
+    inputs, call = make(**CASES["gqa"])
+    for _ in range(3):
+        driver.launches.clear()
+        call(*inputs)
+    assert driver.prepared and asked.count(f"_{stage}_sm90_kernel") == 1
+    assert driver.launches and not any("sm90" in name for name, *_ in driver.launches)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and sm90.WORK_WITH in caplog.text
+    assert "has no attribute 'arrive'" in sm90.unusable()

@@ -32,7 +32,8 @@ from .jit_helpers_sm90 import (
     _piece_items,
     _piece_of_list,
 )
-from .launcher import Buffer, launch
+from .launcher import Buffer
+from .sm90 import launch
 
 KEYS = gl.constexpr(sm90.KEYS)
 
