@@ -157,7 +157,7 @@ def compiling(capability: int, dry: bool = False, only: Callable[[str], bool] = 
 
     def compile_what_is_new(self, key, signature, device, constexprs, options, attrs, warmup):
         source = self.ASTSource(self, signature, constexprs, attrs).hash()  # of the kernel and all that it calls
-        digest = hashlib.sha256(f"{source} {capability} {sorted(vars(options).items())}".encode()).hexdigest()[:20]
+        digest = hashlib.sha256(f"{source} {capability} {options.hash()}".encode()).hexdigest()[:20]
         if digest in known:
             found.append(known[digest])
             return None

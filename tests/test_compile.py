@@ -5,11 +5,15 @@ this Triton; what that does not have, as after a change of a kernel, is compiled
 
 Not under TRITON_INTERPRET: the interpreter's tests run in processes of their own (tests/interpreted).
 """
+import inspect
 import os
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 from benchmarks import compile_report
 from moba_megatron import kernels
@@ -74,6 +78,29 @@ def test_every_row_of_the_tuning_table_is_compiled(report, capability):
     rows = compile_report.reachable_rows(tuning.arch_of_capability(*divmod(capability, 10)))
     unused = set(rows) - report[2][capability]
     assert not unused, f"no launch for sm_{capability} looks these rows up:\n" + "\n".join(map(str, sorted(unused)))
+
+
+class Everything(dict):
+    """Takes every kernel for known, and notes its digest."""
+
+    def __contains__(self, digest):
+        self[digest] = compile_report.Compiled("", 86, 0, 0, 0, 0, 0, "", "", digest)
+        return True
+
+
+def test_what_is_stored_is_found_wherever_triton_is_installed(tmp_path, monkeypatch):
+    def digests():
+        compile_report.report(86, [compile_report.Problem(64, 128)], known := Everything())
+        return set(known)
+
+    here = digests()
+    library = Path(triton.backends.nvidia.compiler.__file__).parent / "lib" / "libdevice.10.bc"
+    monkeypatch.setenv("TRITON_LIBDEVICE_PATH", str(shutil.copy(library, tmp_path / "elsewhere.bc")))
+    for module in list(vars(kernels).values()):
+        for kernel in vars(module).values() if inspect.ismodule(module) else ():
+            if isinstance(kernel, triton.runtime.jit.JITFunction):
+                kernel.device_caches.clear()
+    assert len(here) > 10 and digests() == here
 
 
 def test_no_row_of_the_tuning_table_is_hidden_by_those_before_it():
