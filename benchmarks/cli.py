@@ -113,6 +113,8 @@ def add_compile(subcommands) -> None:
 def run_compile(arguments: argparse.Namespace) -> int:
     """Prints what each compiled kernel needs; 1 if one does not fit."""
     from . import compile_report
+    if arguments.store and (arguments.capability or arguments.head_dims):
+        raise ValueError("--store is of all cards and head dims: give neither --capability nor --head-dims")
     problems = partial(compile_report.problems_for, head_dims=arguments.head_dims)
     rows, failures, _ = compile_report.report_all(
         arguments.capability, compile_report.covering if arguments.store else problems, arguments.workers,
@@ -120,6 +122,8 @@ def run_compile(arguments: argparse.Namespace) -> int:
     print(compile_report.as_text(rows))
     for failure in failures:
         print(failure, file=sys.stderr)
-    for path in [arguments.json] * bool(arguments.json) + [compile_report.stored_path()] * arguments.store:
-        compile_report.store(rows, path)
+    if arguments.json:
+        compile_report.store(rows, arguments.json)
+    if arguments.store and not failures:
+        compile_report.store(rows, compile_report.stored_path())
     return int(bool(failures) or not all(row.fits for row in rows))

@@ -23,6 +23,7 @@ from unittest import mock
 
 import torch
 import triton
+from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.backends.nvidia.compiler import get_ptxas
@@ -157,7 +158,9 @@ def compiling(capability: int, dry: bool = False, only: Callable[[str], bool] = 
 
     def compile_what_is_new(self, key, signature, device, constexprs, options, attrs, warmup):
         source = self.ASTSource(self, signature, constexprs, attrs).hash()  # of the kernel and all that it calls
-        digest = hashlib.sha256(f"{source} {capability} {options.hash()}".encode()).hexdigest()[:20]
+        compiler = self.device_caches[device][3].hash()  # with the version of ptxas
+        made_of = source, capability, options.hash(), compiler, sorted(get_cache_invalidating_env_vars().items())
+        digest = hashlib.sha256(repr(made_of).encode()).hexdigest()[:20]
         if digest in known:
             found.append(known[digest])
             return None

@@ -525,3 +525,40 @@ def test_a_triton_with_another_gluon_gets_the_portable_kernels(driver, monkeypat
     assert driver.launches and not any("sm90" in name for name, *_ in driver.launches)
     assert [record.levelname for record in caplog.records] == ["WARNING"] and sm90.WORK_WITH in caplog.text
     assert "has no attribute 'arrive'" in sm90.unusable()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("CUDA out of memory."),
+                                   RuntimeError("Triton Error [CUDA]: an illegal memory access")], ids=str)
+def test_an_error_that_is_not_the_compiler_s_is_raised(driver, monkeypatch, caplog, error):
+    """And says nothing of the kernel: the next call has it."""
+    monkeypatch.setattr(sm90, "_problems", [])
+    compile_one, failing = driver.compile, [True]
+
+    def compile_later(src, **options):
+        if "sm90" in src.fn.fn.__name__ and failing:
+            failing.clear()
+            raise error
+        return compile_one(src, **options)
+
+    monkeypatch.setattr(triton.compiler, "compile", compile_later)
+    inputs, call = make(**CASES["gqa"])
+    with pytest.raises(type(error), match="No space|out of memory|illegal"):
+        call(*inputs)
+    call(*inputs)
+    assert any("sm90" in name for name, *_ in driver.launches) and not caplog.records and sm90.unusable() is None
+
+
+def test_a_candidate_of_tuning_that_does_not_compile_raises(driver, monkeypatch):
+    monkeypatch.setattr(sm90, "_problems", [])
+    compile_one = driver.compile
+
+    def compile_none(src, **options):
+        if "sm90" in src.fn.fn.__name__:
+            raise CompilationError("", None, "layout has 4 warps")
+        return compile_one(src, **options)
+
+    monkeypatch.setattr(triton.compiler, "compile", compile_none)
+    inputs, call = make(**CASES["gqa"])
+    with tuning.forced("sm_90"), pytest.raises(CompilationError, match="4 warps"):
+        call(*inputs)
+    assert sm90.unusable() is None

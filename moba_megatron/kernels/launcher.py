@@ -235,6 +235,10 @@ def _make_plan(function: Callable, args: tuple, named: dict[str, Any], tensors: 
     return plan
 
 
+PASSING = OSError, MemoryError
+"""Errors that say nothing of a kernel, as those of the device do not."""
+
+
 class _GivenUp(Exception):
     """A kernel that does not compile was given up."""
 
@@ -263,14 +267,15 @@ class _Launch:
                 return made.setdefault(id(x), x.make(tensor(x.base), *x.layout))
             return tensor(x) if isinstance(x, Buffer) else x
 
-        args, named = [*map(real, self.args)], {name: real(x) for name, x in self.named.items()}
-        if self.give_up is not None and self.compiled is None:
-            try:
-                self.kernel.warmup(*args, grid=self.grid, **named)
-            except Exception as error:  # whatever a compiler that knows another language raises
-                self.give_up(error)
-                raise _GivenUp from error
-        compiled = self.kernel[self.grid](*args, **named)
+        try:
+            named = {name: real(x) for name, x in self.named.items()}
+            compiled = self.kernel[self.grid](*map(real, self.args), **named)
+        except Exception as error:  # whatever a compiler that knows another language raises
+            if (self.give_up is None or self.compiled is not None or forced_settings or isinstance(error, PASSING)
+                    or str(error).startswith(("CUDA", "Triton Error"))):
+                raise
+            self.give_up(error)
+            raise _GivenUp from error
         if self.compiled is None and hasattr(compiled, "__getitem__"):
             runtime, constants = _parameters(self.kernel)
             values = [*self.args, *(self.named[name] for name in runtime[len(self.args):]),

@@ -113,7 +113,8 @@ def _import_all() -> None:
     try:
         for name in ("attention_fwd", "attention_bwd_dq", "attention_bwd_dkdv"):
             kernel_module(name)
-    except (ImportError, AttributeError, TypeError) as error:  # Gluon is experimental: names come and go
+        _descriptor_and_layout(KEYS, 64, torch.bfloat16)
+    except Exception as error:  # Gluon is experimental: names and arguments come and go
         _give_up(error)
 
 
