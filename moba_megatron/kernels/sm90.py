@@ -23,7 +23,7 @@ ROWS = 128
 """Gathered rows of a step: 64 for each of the two groups of warps that multiply."""
 KEYS = 128
 """Keys of a program for dk and dv, 64 for each group: where they are the chunk, it writes partial dq too."""
-WORK_WITH = "Triton 3.6 to 3.9"
+WORK_WITH = "Triton 3.6 to 3.8"
 """What compiles them; docs/support.md says what ran on a card."""
 _problems: list[str] = []
 PROGRAMS = 1056
