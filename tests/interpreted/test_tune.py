@@ -7,7 +7,7 @@ def test_a_written_file_is_read_back(tmp_path, monkeypatch):
     path = tmp_path / "card.json"
     assert main([str(path), "--stages", "attention_fwd_diagonal", "--head-dims", "16", "--chunk-sizes", "32",
                  "--tokens", "64", "--heads", "2", "--kv-heads", "1", "--topk", "2", "--dtype", "float32",
-                 "--device", "cpu", "--budget", "10"]) == 0
+                 "--device", "cpu", "--budget", "20"]) == 0
     monkeypatch.setenv("MOBA_TUNING_FILE", str(path))
     row = tuning.rows("attention_fwd_diagonal")[0]
     assert row.archs == tuning.INTERPRETER
