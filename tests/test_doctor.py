@@ -69,10 +69,10 @@ def test_every_stage_has_a_line(capsys):
 HOPPER = {"sparse forward", "sparse dk and dv, backward", "sparse dq, backward"}
 
 
-@pytest.mark.parametrize("capability, problem, sm90, healthy", [
-    ((9, 0), None, HOPPER, True), ((9, 0), "ImportError: no gluon", set(), False), ((8, 6), None, set(), True)],
-    ids=("sm_90", "sm_90, another Gluon", "sm_86"))
-def test_stages_on_a_card(capsys, monkeypatch, capability, problem, sm90, healthy):
+@pytest.mark.parametrize("capability, triton, sm90, healthy", [
+    ((9, 0), "3.6.0", HOPPER, True), ((9, 0), "3.9.0", set(), True), ((9, 0), "broken", set(), False),
+    ((8, 6), "3.6.0", set(), True)], ids=("sm_90", "sm_90, unknown Triton", "sm_90, broken", "sm_86"))
+def test_stages_on_a_card(capsys, monkeypatch, capability, triton, sm90, healthy):
     """The look-ups of a card, on a machine without one."""
     from moba_megatron.kernels import sm90 as kernels
     from moba_megatron.kernels import tuning
@@ -80,9 +80,15 @@ def test_stages_on_a_card(capsys, monkeypatch, capability, problem, sm90, health
     monkeypatch.setattr(torch, "empty", lambda *sizes, device, **options: empty(*sizes, **options))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    problem = {"3.6.0": None, "broken": "ImportError: no gluon"}.get(
+        triton, "they are written for Triton 3.6 and 3.7, this is 3.9.0")
     monkeypatch.setattr(kernels, "unusable", lambda: problem)
-    with tuning.forced(arch=tuning.arch_of_capability(*capability)):
-        assert doctor.report_stages() == healthy
+    kernels._importable.cache_clear()
+    try:
+        with tuning.forced(arch=tuning.arch_of_capability(*capability)):
+            assert doctor.report_stages() == healthy
+    finally:
+        kernels._importable.cache_clear()
     said = capsys.readouterr().out
     found = kernels_of("\n" + said)
     assert {stage for stage, kernel in found.items() if kernel.startswith("Hopper (Gluon)")} == sm90

@@ -13,11 +13,10 @@ import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler.errors import CompilationError
 from triton.runtime.jit import JITFunction
 
 from moba_megatron import kernels, moba_attn_varlen
-from moba_megatron.kernels import launcher, sm90, tuning
+from moba_megatron.kernels import launcher, tuning
 from moba_megatron.kernels.workspace import ALIGNMENT, plan_workspace, workspace_limit
 from moba_megatron.ops import backend, moba_attention
 from moba_megatron.ops.decode import moba_decode
@@ -502,63 +501,3 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch):
         assert current == [0]
     assert log == ["Triton", "Triton", "stream of 1 on 1", "stream of 0 on 0"]
     assert [key[0].index for key in launcher._plans] == [1, 0]
-
-
-@pytest.mark.parametrize("stage", ["attention_fwd", "attention_bwd_dq", "attention_bwd_dkdv"])
-def test_a_triton_with_another_gluon_gets_the_portable_kernels(driver, monkeypatch, caplog, stage):
-    """One kernel for Hopper does not compile: the call begins anew without any of them, and later ones do not try."""
-    monkeypatch.setattr(sm90, "_problems", [])
-    compile_one, asked = driver.compile, []
-
-    def compile_none(src, **options):
-        asked.append(src.fn.fn.__name__)
-        if asked[-1] == f"_{stage}_sm90_kernel":
-            raise CompilationError("", None, "mbarrier has no attribute 'arrive'")
-        return compile_one(src, **options)
-
-    monkeypatch.setattr(triton.compiler, "compile", compile_none)
-    inputs, call = make(**CASES["gqa"])
-    for _ in range(3):
-        driver.launches.clear()
-        call(*inputs)
-    assert driver.prepared and asked.count(f"_{stage}_sm90_kernel") == 1
-    assert driver.launches and not any("sm90" in name for name, *_ in driver.launches)
-    assert [record.levelname for record in caplog.records] == ["WARNING"] and sm90.WORK_WITH in caplog.text
-    assert "has no attribute 'arrive'" in sm90.unusable()
-
-
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("CUDA out of memory."),
-                                   RuntimeError("Triton Error [CUDA]: an illegal memory access")], ids=str)
-def test_an_error_that_is_not_the_compiler_s_is_raised(driver, monkeypatch, caplog, error):
-    """And says nothing of the kernel: the next call has it."""
-    monkeypatch.setattr(sm90, "_problems", [])
-    compile_one, failing = driver.compile, [True]
-
-    def compile_later(src, **options):
-        if "sm90" in src.fn.fn.__name__ and failing:
-            failing.clear()
-            raise error
-        return compile_one(src, **options)
-
-    monkeypatch.setattr(triton.compiler, "compile", compile_later)
-    inputs, call = make(**CASES["gqa"])
-    with pytest.raises(type(error), match="No space|out of memory|illegal"):
-        call(*inputs)
-    call(*inputs)
-    assert any("sm90" in name for name, *_ in driver.launches) and not caplog.records and sm90.unusable() is None
-
-
-def test_a_candidate_of_tuning_that_does_not_compile_raises(driver, monkeypatch):
-    monkeypatch.setattr(sm90, "_problems", [])
-    compile_one = driver.compile
-
-    def compile_none(src, **options):
-        if "sm90" in src.fn.fn.__name__:
-            raise CompilationError("", None, "layout has 4 warps")
-        return compile_one(src, **options)
-
-    monkeypatch.setattr(triton.compiler, "compile", compile_none)
-    inputs, call = make(**CASES["gqa"])
-    with tuning.forced("sm_90"), pytest.raises(CompilationError, match="4 warps"):
-        call(*inputs)
-    assert sm90.unusable() is None

@@ -32,8 +32,7 @@ from .jit_helpers_sm90 import (
     _piece_items,
     _piece_of_list,
 )
-from .launcher import Buffer
-from .sm90 import launch
+from .launcher import Buffer, launch
 
 KEYS = gl.constexpr(sm90.KEYS)
 

@@ -19,9 +19,8 @@ from ..segments import Routing
 from . import sm90
 from .attention_call import AttentionCall
 from .jit_helpers_sm90 import LOADER_WARPS, _barriers, _chunk_keys, _load_list, _partial_row
-from .launcher import Buffer
+from .launcher import Buffer, launch
 from .routing import Tiles
-from .sm90 import launch
 
 
 def attention_fwd_sparse(call: AttentionCall, routing: Routing, tiles: Tiles, o_partial: Buffer, lse_partial: Buffer,

@@ -113,17 +113,15 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(x.dim() - 1) == 1 else x.contiguous()
 
 
-def launch(kernel, grid: tuple[int, ...], *args, give_up: Callable[[Exception], None] | None = None, **named
-           ) -> "_Launch":
+def launch(kernel, grid: tuple[int, ...], *args, **named) -> "_Launch":
     """``kernel[grid](*args, **named)`` as the next launch of the call; constexprs are a kernel's last parameters.
 
-    ``give_up`` gets the error where the kernel does not compile, and the call begins anew: without the kernel, then.
     Products and sums fuse, whatever Triton's default is.
     """
     if any(isinstance(x, Tensor) for x in (*args, *named.values())):
         raise TypeError("a tensor within a prepared call would be that of the first call for ever: make it an argument")
     named.setdefault("enable_fp_fusion", True)
-    _building.plan.launches.append(_Launch(kernel, (*grid, *(1,) * (3 - len(grid))), args, named, give_up))
+    _building.plan.launches.append(_Launch(kernel, (*grid, *(1,) * (3 - len(grid))), args, named))
     return _building.plan.launches[-1]
 
 
@@ -210,11 +208,7 @@ def _run(key: tuple, function: Callable, args: tuple, named: dict[str, Any], ten
             if len(_plans) >= MAX_PLANS:
                 _plans.clear()
             _plans[key] = plan
-    try:
-        return plan.run(tensors, addresses, event)
-    except _GivenUp:
-        _plans.clear()
-    return _run(key, function, args, named, tensors, addresses, limit, event)
+    return plan.run(tensors, addresses, event)
 
 
 def _make_plan(function: Callable, args: tuple, named: dict[str, Any], tensors: list[Tensor], limit: int) -> "Plan":
@@ -235,19 +229,11 @@ def _make_plan(function: Callable, args: tuple, named: dict[str, Any], tensors: 
     return plan
 
 
-PASSING = OSError, MemoryError
-"""Errors that say nothing of a kernel, as those of the device do not."""
-
-
-class _GivenUp(Exception):
-    """A kernel that does not compile was given up."""
-
-
 class _Launch:
     """One launch of a plan; after the first run with the compiled kernel, and its arguments but for the addresses."""
 
-    def __init__(self, kernel, grid: tuple[int, int, int], args: tuple, named: dict[str, Any], give_up=None):
-        self.kernel, self.grid, self.args, self.named, self.give_up = kernel, grid, args, named, give_up
+    def __init__(self, kernel, grid: tuple[int, int, int], args: tuple, named: dict[str, Any]):
+        self.kernel, self.grid, self.args, self.named = kernel, grid, args, named
         self.compiled: Any = None
         self.start: Callable | None = None
         self.values: list = []
@@ -267,15 +253,7 @@ class _Launch:
                 return made.setdefault(id(x), x.make(tensor(x.base), *x.layout))
             return tensor(x) if isinstance(x, Buffer) else x
 
-        try:
-            named = {name: real(x) for name, x in self.named.items()}
-            compiled = self.kernel[self.grid](*map(real, self.args), **named)
-        except Exception as error:  # whatever a compiler that knows another language raises
-            if (self.give_up is None or self.compiled is not None or forced_settings or isinstance(error, PASSING)
-                    or str(error).startswith(("CUDA", "Triton Error"))):
-                raise
-            self.give_up(error)
-            raise _GivenUp from error
+        compiled = self.kernel[self.grid](*map(real, self.args), **{name: real(x) for name, x in self.named.items()})
         if self.compiled is None and hasattr(compiled, "__getitem__"):
             runtime, constants = _parameters(self.kernel)
             values = [*self.args, *(self.named[name] for name in runtime[len(self.args):]),

@@ -13,7 +13,6 @@ from types import ModuleType
 import torch
 import triton
 
-from . import launcher
 from .host import INTERPRETED, next_power_of_2
 from .launcher import Buffer, Descriptor, misalignment
 
@@ -23,9 +22,6 @@ ROWS = 128
 """Gathered rows of a step: 64 for each of the two groups of warps that multiply."""
 KEYS = 128
 """Keys of a program for dk and dv, 64 for each group: where they are the chunk, it writes partial dq too."""
-WORK_WITH = "Triton 3.6 to 3.8"
-"""What compiles them; docs/support.md says what ran on a card."""
-_problems: list[str] = []
 PROGRAMS = 1056
 """Lists are cut into pieces until there are so many, eight for each processor of an H200."""
 
@@ -36,7 +32,7 @@ def takes(*tensors: Buffer | torch.Tensor) -> bool:
     return (q.element_size() == 2 and q.shape[2] in (64, 128)
             and all(x.dtype == q.dtype and x.shape[2] == q.shape[2] and misalignment(x) == 0
                     and all(s % 8 == 0 for s in _strides(x)) for x in tensors)
-            and not INTERPRETED and torch.cuda.get_device_capability(q.device) == (9, 0) and not unusable())
+            and not INTERPRETED and torch.cuda.get_device_capability(q.device) == (9, 0) and _importable())
 
 
 def _strides(x: Buffer) -> tuple[int, int]:
@@ -97,30 +93,22 @@ def kernel_module(name: str) -> ModuleType:
     return importlib.import_module(f".{name}_sm90", __package__)
 
 
-def launch(kernel, grid: tuple[int, ...], **named) -> None:
-    """As :func:`.launcher.launch`; a Triton that does not compile the kernel gets none of them from here on."""
-    launcher.launch(kernel, grid, give_up=_give_up, **named)
+@functools.lru_cache(maxsize=None)
+def _importable() -> bool:
+    """Whether this Triton is one that the kernels are written for; says so once where it is not."""
+    problem = unusable()
+    if problem:
+        logger.warning("moba_megatron: portable Triton kernels in place of those for Hopper: %s", problem)
+    return not problem
 
 
 def unusable() -> str | None:
-    """Why this Triton cannot have the kernels, None where nothing has shown it so far."""
-    _import_all()
-    return _problems[0] if _problems else None
-
-
-@functools.lru_cache(maxsize=None)
-def _import_all() -> None:
+    """Why this Triton cannot have the kernels, None where it can."""
+    if not triton.__version__.startswith(("3.6.", "3.7.")):
+        return f"they are written for Triton 3.6 and 3.7, this is {triton.__version__}"
     try:
         for name in ("attention_fwd", "attention_bwd_dq", "attention_bwd_dkdv"):
             kernel_module(name)
-        _descriptor_and_layout(KEYS, 64, torch.bfloat16)
-    except Exception as error:  # Gluon is experimental: names and arguments come and go
-        _give_up(error)
-
-
-def _give_up(error: Exception) -> None:
-    """Says once that portable kernels run in place of these."""
-    if not _problems:
-        _problems.append(f"Triton {triton.__version__} has another Gluon than {WORK_WITH}, with which they work: "
-                         f"{type(error).__name__}: {error}")
-        logger.warning("moba_megatron: portable Triton kernels in place of those for Hopper: %s", _problems[0])
+    except (ImportError, AttributeError) as error:  # Gluon is experimental: names come and go
+        return f"{type(error).__name__}: {error}"
+    return None

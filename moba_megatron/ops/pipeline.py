@@ -65,7 +65,7 @@ class Pipeline:
 
     def choose(self, q: Tensor, keys: Tensor, segments: Segments, kv_rows: int | None = None) -> Choice:
         """By all keys ``[S, HK, D]``; or, with ``kv_rows`` (S), by the chunk means."""
-        keys = keys.contiguous() if kv_rows else _rows(keys)
+        keys = _rows(keys) if kv_rows is None else keys.contiguous()
         return self._call(_choose, _rows(q), keys, segments, kv_rows)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, choice: Choice | None, segments: Segments

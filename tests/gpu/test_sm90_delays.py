@@ -241,9 +241,8 @@ def settings():
 @pytest.fixture
 def modules(settings, tmp_path, monkeypatch):
     """The modules with sleeps, in use, with long pieces of lists."""
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs a Hopper card")
-    assert sm90.takes(torch.empty(1, 1, 128, dtype=torch.bfloat16, device="cuda")), sm90.unusable()
+    if not sm90.takes(torch.empty(1, 1, 128, dtype=torch.bfloat16, device="cuda")):
+        pytest.skip("needs a Hopper card and Triton 3.6 or 3.7")
     modules = Modules(tmp_path)
     monkeypatch.setattr(sm90, "kernel_module", modules.__getitem__)
     monkeypatch.setattr(sm90, "PROGRAMS", 1)  # as long as SPLIT, however few rows there are
