@@ -4,7 +4,8 @@
 
 Each checkout runs in processes of its own, which keep a row's inputs while the two take turns. A ratio is the median
 over the turns of this checkout's time over the other's; a row beyond the limit gets twice as many turns again, and all
-count. 0 where every ratio is within the limit, 1 where one is not or a row failed.
+count. 0 where every ratio is within the limit, 1 where one is not or a row failed. With ``--triton FOLDER`` this side
+runs with the Triton of that folder, the other with the environment's: with ``--against .`` two Tritons are compared.
 """
 from __future__ import annotations
 
@@ -60,9 +61,10 @@ ROWS = (
     Row("decode-128K-512-8", 128 * K, 512, 8, 32, 8, kind="decode"),
     Row("cp2-128K-512-8", 128 * K, 512, 8, 32, 8, kind="cp", comm="all_gather"),
 )
-HOST = (Row("host-1head-32K-512-3", 32 * K, 512, 3, 1, 1, kind="host"),
-        Row("host-4K-128-3", 4 * K, 128, 3, kind="host"))
-"""Not among the rows of a run that names none: a virtual machine's host varies by tens of percent."""
+BY_NAME = (Row("128K-128-16", 128 * K, 128, 16),
+           Row("host-1head-32K-512-3", 32 * K, 512, 3, 1, 1, kind="host"),
+           Row("host-4K-128-3", 4 * K, 128, 3, kind="host"))
+"""Not among the rows of a run that names none. The host's rows: a virtual machine's varies by tens of percent."""
 TINY = (Row("tiny", 96, 16, 3, 4, 2, 16), Row("tiny-packed", 48, 16, 2, 2, 2, 16, sequences=2),
         Row("tiny-decode", 64, 16, 3, 4, 2, 16, kind="decode"),
         Row("tiny-cp2", 96, 16, 3, 4, 2, 16, kind="cp", comm="all_gather"))
@@ -77,10 +79,10 @@ def find_rows(names: list[str] | None) -> list[Row]:
     """
     found = []
     for name in names or []:
-        rows = ([row for row in (*ROWS, *HOST, *TINY) if row.name == name]
-                or [row for row in (*ROWS, *HOST) if name in row.name])
+        rows = ([row for row in (*ROWS, *BY_NAME, *TINY) if row.name == name]
+                or [row for row in (*ROWS, *BY_NAME) if name in row.name])
         if not rows:
-            known = ", ".join(row.name for row in (*ROWS, *HOST))
+            known = ", ".join(row.name for row in (*ROWS, *BY_NAME))
             raise ValueError(f"--rows must name rows, got {name!r}; rows: {known}")
         found += [row for row in rows if row not in found]
     return found if names else list(ROWS)
@@ -89,9 +91,9 @@ def find_rows(names: list[str] | None) -> list[Row]:
 class Side:
     """The processes of one checkout: one, or two ranks of a job."""
 
-    def __init__(self, checkout: Path, device: str, ranks: int, folder: Path):
+    def __init__(self, checkout: Path, device: str, ranks: int, folder: Path, triton: Path | None = None):
         self.checkout, self.folder, self.processes = checkout, folder, []
-        paths = os.pathsep.join(filter(None, (str(checkout), os.environ.get("PYTHONPATH", ""))))
+        paths = os.pathsep.join(map(str, filter(None, (triton, checkout, os.environ.get("PYTHONPATH")))))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
@@ -170,6 +172,7 @@ def compare(row: Row, sides: dict[str, Side], arguments: argparse.Namespace) -> 
             ran = {Path(one["package"]).resolve() for one in checked(said)}
             if ran != {(sides[name].checkout / "moba_megatron").resolve()}:
                 raise RuntimeError(f"{sides[name].checkout} was to be measured, and {', '.join(map(str, ran))} ran")
+        result["triton"] = {name: said[0]["triton"] for name, said in answers.items()}
         result["difference"] = difference(sides, {name: [one["sums"] for one in answers[name]] for name in answers})
         ms: dict[str, list[float]] = {NEW: [], OLD: []}
         for turns in (arguments.turns, 2 * arguments.turns):
@@ -193,6 +196,7 @@ def compare(row: Row, sides: dict[str, Side], arguments: argparse.Namespace) -> 
 def add_gate(subcommands) -> None:
     p = subcommands.add_parser("gate", help="speed and results against another checkout, alternating on one card")
     p.add_argument("--against", type=Path, required=True, metavar="DIR", help="the other checkout")
+    p.add_argument("--triton", type=Path, metavar="DIR", help="a folder with another Triton, for this side alone")
     p.add_argument("--limit", type=float, default=1.02, metavar="R", help="largest ratio of times, this/other (1.02)")
     p.add_argument("--rows", nargs="+", metavar="NAME", help="only rows whose name contains one of these")
     p.add_argument("--turns", type=int, default=9, help="how often each side is timed, in turns (9)")
@@ -208,6 +212,9 @@ def run_gate(arguments: argparse.Namespace) -> int:
     """Prints each row and the table; 1 where a row is too slow or failed, 2 on bad input."""
     if not (arguments.against / "moba_megatron" / "__init__.py").is_file():
         print(f"error: --against must be a checkout of this repository, got {arguments.against}", file=sys.stderr)
+        return 2
+    if arguments.triton and not (arguments.triton / "triton" / "__init__.py").is_file():
+        print(f"error: --triton must be a folder that holds a folder triton, got {arguments.triton}", file=sys.stderr)
         return 2
     try:
         rows = find_rows(arguments.rows)
@@ -243,9 +250,10 @@ def running(arguments: argparse.Namespace, ranks: int):
     """Both checkouts' processes."""
     with tempfile.TemporaryDirectory() as folder:
         sides = {}
-        for name, checkout in ((NEW, ROOT), (OLD, arguments.against.resolve())):
+        triton = arguments.triton and arguments.triton.resolve()
+        for name, checkout, other in ((NEW, ROOT, triton), (OLD, arguments.against.resolve(), None)):
             Path(folder, name).mkdir()
-            sides[name] = Side(checkout, arguments.device, ranks, Path(folder, name))
+            sides[name] = Side(checkout, arguments.device, ranks, Path(folder, name), other)
         try:
             yield sides
         finally:
@@ -268,10 +276,20 @@ def _ms(name: str) -> report.Cell:
     return lambda row: f"{row['ms'][name]:.3f}" if "ms" in row else ""
 
 
+def _tritons(row: dict) -> str:
+    """The Tritons of both sides, where they differ."""
+    versions = row.get("triton", {})
+    return f"Triton {versions[NEW]} for {versions[OLD]}" if len(set(versions.values())) > 1 else ""
+
+
+def _note(row: dict) -> str:
+    return "; ".join(filter(None, (_tritons(row), row.get("reason", row["status"].removeprefix("ok")))))
+
+
 TABLE = report.Table({
     "row": report.same("name"), "this, ms": _ms(NEW), "other, ms": _ms(OLD),
     "ratio": lambda row: f"{row['ratio']:.3f}" if "ms" in row else "", "difference": _difference,
-    "note": lambda row: "" if row["status"] == "ok" else row.get("reason", row["status"])},
+    "note": _note},
     below=lambda result: f"Against {result['against']}. {report.measured_at(result)}", keep_empty=True)
 
 

@@ -4,6 +4,7 @@ A program of its own, started by gate.py: a line of JSON on its input asks, a li
 ``prepare`` makes a row's inputs, runs it twice and says what came out; ``time`` gives milliseconds of so many calls.
 """
 import gc
+import importlib.metadata
 import json
 import os
 import sys
@@ -128,7 +129,8 @@ def answer(request: dict, state: dict, device: torch.device) -> dict:
     state["run"], state["host"] = make(request["row"], device, request["backend"]), kind == "host"
     state["run"]()
     sums = described(state["run"](), request["path"])
-    return {"sums": sums, "package": os.path.dirname(sys.modules["moba_megatron"].__file__)}
+    return {"sums": sums, "package": os.path.dirname(sys.modules["moba_megatron"].__file__),
+            "triton": importlib.metadata.version("triton")}
 
 
 def main() -> None:

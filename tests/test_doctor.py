@@ -70,7 +70,7 @@ HOPPER = {"sparse forward", "sparse dk and dv, backward", "sparse dq, backward"}
 
 
 @pytest.mark.parametrize("capability, triton, sm90, healthy", [
-    ((9, 0), "3.6.0", HOPPER, True), ((9, 0), "3.9.0", set(), True), ((9, 0), "broken", set(), False),
+    ((9, 0), "3.6.0", HOPPER, True), ((9, 0), "3.10.0", set(), True), ((9, 0), "broken", set(), False),
     ((8, 6), "3.6.0", set(), True)], ids=("sm_90", "sm_90, unknown Triton", "sm_90, broken", "sm_86"))
 def test_stages_on_a_card(capsys, monkeypatch, capability, triton, sm90, healthy):
     """The look-ups of a card, on a machine without one."""
@@ -81,7 +81,7 @@ def test_stages_on_a_card(capsys, monkeypatch, capability, triton, sm90, healthy
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     problem = {"3.6.0": None, "broken": "ImportError: no gluon"}.get(
-        triton, "they are written for Triton 3.6 and 3.7, this is 3.9.0")
+        triton, "they are written for Triton 3.6 to 3.9, this is 3.10.0")
     monkeypatch.setattr(kernels, "unusable", lambda: problem)
     kernels._importable.cache_clear()
     try:

@@ -3,9 +3,11 @@ import json
 import shutil
 import subprocess
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
+import triton
 from ranks import ROOT
 
 from benchmarks import gate, gate_worker
@@ -38,6 +40,20 @@ def test_both_sides_are_timed_and_compared(other, tmp_path, capsys):
     assert "| tiny-packed |" in page.read_text() and "same bits" in capsys.readouterr().out
 
 
+def test_one_checkout_with_two_tritons(tmp_path, capsys):
+    """This side runs with the Triton of the folder that is named; the table says which made it."""
+    (tmp_path / "triton-99.0.dist-info").mkdir()
+    (tmp_path / "triton-99.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: triton\nVersion: 99.0\n")
+    assert main(["gate", "--against", str(ROOT), "--triton", str(tmp_path), *TRY]) == 2
+    assert "--triton must be a folder that holds a folder triton" in capsys.readouterr().err
+    (tmp_path / "triton").symlink_to(Path(triton.__file__).parent)
+    main(["gate", "--against", str(ROOT), "--triton", str(tmp_path), "--rows", "tiny", *TRY,
+          "--json", str(tmp_path / "x.json")])
+    (row,) = json.loads((tmp_path / "x.json").read_text())["rows"]
+    assert row["triton"] == {"this": "99.0", "other": triton.__version__} and row["difference"] == 0
+    assert f"Triton 99.0 for {triton.__version__}" in capsys.readouterr().out
+
+
 def test_context_parallel_is_timed_on_what_the_operator_gives():
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
@@ -65,13 +81,14 @@ def test_bad_input_and_missing_gpus(tmp_path, monkeypatch, capsys):
 def test_rows_are_those_that_the_gate_promises():
     kinds = [row.kind for row in gate.ROWS]
     assert kinds.count("operator") == 8 and kinds.count("decode") == kinds.count("cp") == 1
-    every = *gate.ROWS, *gate.HOST, *gate.TINY
+    every = *gate.ROWS, *gate.BY_NAME, *gate.TINY
     assert len({row.name for row in every}) == len(every)
 
 
 def test_rows_of_the_host_wait_for_nothing():
     """Each call is timed alone, and there are many: the least of them is the host's own time."""
-    row = asdict(gate.HOST[0]) | {"tokens": 64, "chunk_size": 16, "head_dim": 16}
+    host = next(row for row in gate.BY_NAME if row.kind == "host")
+    row = asdict(host) | {"tokens": 64, "chunk_size": 16, "head_dim": 16}
     state = {}
     gate_worker.answer({"do": "prepare", "row": row, "backend": "reference", "path": "/dev/null"}, state,
                        torch.device("cpu"))

@@ -120,7 +120,7 @@ def _attention_bwd_dkdv_kernel(
         group_heads = (kv_head_end - kv_head_begin) * G
         listed = indices + begin
         lane = tl.arange(0, BLOCK_M)
-        choice = tl.load(listed + tl.minimum(lane, count - 1), mask=count > 0, other=0)  # the last choice fills up
+        choice = tl.load(listed + tl.minimum(lane, count - 1), mask=lane * 0 < count, other=0)  # the last one fills up
         for first in range(0, count, BLOCK_M):
             row, token, head = _choice_row(choice, kv_head, H, G, KS)
             valid = first + lane < count
@@ -182,8 +182,9 @@ def _attention_bwd_dkdv_kernel(
             tl.store(to + cols[None, :], dk_acc, mask=keep)
             tl.store(to + D + cols_v[None, :], dv_acc, mask=keep_v)
     row = (key_row * HK + kv_head)[:, None]
-    tl.store(dk + row * D + cols[None, :], dk_acc.to(dk.dtype.element_ty), mask=keep & (partial_index < 0))
-    tl.store(dv + row * DV + cols_v[None, :], dv_acc.to(dv.dtype.element_ty), mask=keep_v & (partial_index < 0))
+    whole = (key_row * 0 > partial_index)[:, None]
+    tl.store(dk + row * D + cols[None, :], dk_acc.to(dk.dtype.element_ty), mask=keep & whole)
+    tl.store(dv + row * DV + cols_v[None, :], dv_acc.to(dv.dtype.element_ty), mask=keep_v & whole)
 
 
 @triton.jit(do_not_specialize=["num_chunks", "num_sequences", "num_extra", "split", "kv_head_begin", "kv_head_end"])

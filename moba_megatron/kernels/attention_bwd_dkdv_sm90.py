@@ -24,13 +24,13 @@ from .jit_helpers_sm90 import (
     _barriers,
     _choice_row,
     _copy_rows,
-    _copy_rows_where,
     _extra_piece,
     _find_piece,
     _lower_bound,
     _partial_row,
     _piece_items,
     _piece_of_list,
+    async_load,
 )
 from .launcher import Buffer, launch
 
@@ -71,8 +71,8 @@ def _copy_terms(smem, full, stage, terms, row):
     """Starts copies of lse and delta of rows, and lets ``full`` hear of the end of all copies so far."""
     q_smem, do_smem, lse_smem, delta_smem = smem
     at = terms + row.to(gl.int64) * 4
-    async_copy.async_copy_global_to_shared(lse_smem.index(stage), at)
-    async_copy.async_copy_global_to_shared(delta_smem.index(stage), at + 1)
+    async_load(lse_smem.index(stage), at)
+    async_load(delta_smem.index(stage), at + 1)
     async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
 
 
@@ -95,8 +95,8 @@ def _loader(pointers, spans, smem, kv_smem, bars, ints, strides, H: gl.constexpr
     for part in gl.static_range(2):
         key = first_row + part * 64 + half
         keep = key < chunk_end
-        _copy_rows_where(k_smem.index(part), k, key.to(gl.int64), wide_head, stride_kt, stride_kh, keep, ROWS)
-        _copy_rows_where(v_smem.index(part), v, key.to(gl.int64), wide_head, stride_vt, stride_vh, keep, ROWS)
+        _copy_rows(k_smem.index(part), k, key.to(gl.int64), wide_head, stride_kt, stride_kh, ROWS, keep)
+        _copy_rows(v_smem.index(part), v, key.to(gl.int64), wide_head, stride_vt, stride_vh, ROWS, keep)
     async_copy.mbarrier_arrive(kv_full, increment_count=False)
 
     lane = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, ROWS))
@@ -129,8 +129,8 @@ def _loader(pointers, spans, smem, kv_smem, bars, ints, strides, H: gl.constexpr
             keep = position < high
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-            _copy_rows_where(q_smem.index(stage), q, token, head, stride_qt, stride_qh, keep, ROWS)
-            _copy_rows_where(do_smem.index(stage), do, token, head, stride_dot, stride_doh, keep, ROWS)
+            _copy_rows(q_smem.index(stage), q, token, head, stride_qt, stride_qh, ROWS, keep)
+            _copy_rows(do_smem.index(stage), do, token, head, stride_dot, stride_doh, ROWS, keep)
             _copy_terms(smem, full, stage, terms, row)
             step += 1
 

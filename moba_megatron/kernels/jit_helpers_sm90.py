@@ -21,6 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 
 from . import jit_helpers
 
+async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # until Triton 3.8
+tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 LOADER_WARPS = gl.constexpr(4)
 _offset = gluon.jit(jit_helpers._offset.fn)
 _find_piece = gluon.jit(jit_helpers._find_piece.fn)
@@ -34,19 +36,11 @@ _lower_bound = gluon.jit(jit_helpers._lower_bound.fn)
 
 
 @gluon.jit
-def _copy_rows(smem, pointer, token, head, stride_t, stride_h, ROWS: gl.constexpr):
-    """Starts copies of whole rows of tokens and heads; strides in units of eight elements."""
+def _copy_rows(smem, pointer, token, head, stride_t, stride_h, ROWS: gl.constexpr, keep=None):
+    """Starts copies of whole rows of tokens and heads, zeros where not ``keep``; strides in units of eight elements."""
     cols = gl.arange(0, smem.shape[1], layout=gl.SliceLayout(0, ROWS))
     rows = pointer + (_offset(token, stride_t) + _offset(head, stride_h)) * 8
-    async_copy.async_copy_global_to_shared(smem, rows[:, None] + cols[None, :])
-
-
-@gluon.jit
-def _copy_rows_where(smem, pointer, token, head, stride_t, stride_h, keep, ROWS: gl.constexpr):
-    """As :func:`_copy_rows`, with zeros where not ``keep``."""
-    cols = gl.arange(0, smem.shape[1], layout=gl.SliceLayout(0, ROWS))
-    rows = pointer + (_offset(token, stride_t) + _offset(head, stride_h)) * 8
-    async_copy.async_copy_global_to_shared(smem, rows[:, None] + cols[None, :], mask=keep[:, None])
+    async_load(smem, rows[:, None] + cols[None, :], mask=None if keep is None else keep[:, None])
 
 
 @gluon.jit
@@ -55,10 +49,10 @@ def _copy_keys(source, smem, full, row, end, kv_head, stride_t, stride_h, USE_TM
     BLOCK_N: gl.constexpr = smem.shape[0]
     if USE_TMA:
         mbarrier.expect(full, 2 * BLOCK_N * smem.shape[1])
-        tma.async_copy_global_to_shared(source, [row, (_offset(kv_head, stride_h) * 8).to(gl.int32)], full, smem)
+        tma_load(source, [row, (_offset(kv_head, stride_h) * 8).to(gl.int32)], full, smem)
     else:
         rows = row + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, ROWS))
-        _copy_rows_where(smem, source, rows.to(gl.int64), kv_head.to(gl.int64), stride_t, stride_h, rows < end, ROWS)
+        _copy_rows(smem, source, rows.to(gl.int64), kv_head.to(gl.int64), stride_t, stride_h, ROWS, rows < end)
         async_copy.mbarrier_arrive(full, increment_count=False)
 
 

@@ -104,8 +104,8 @@ def _importable() -> bool:
 
 def unusable() -> str | None:
     """Why this Triton cannot have the kernels, None where it can."""
-    if not triton.__version__.startswith(("3.6.", "3.7.")):
-        return f"they are written for Triton 3.6 and 3.7, this is {triton.__version__}"
+    if not triton.__version__.startswith(("3.6.", "3.7.", "3.8.", "3.9.")):
+        return f"they are written for Triton 3.6 to 3.9, this is {triton.__version__}"
     try:
         for name in ("attention_fwd", "attention_bwd_dq", "attention_bwd_dkdv"):
             kernel_module(name)

@@ -8,6 +8,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
 
+from moba_megatron.kernels.jit_helpers_sm90 import async_load
+
 LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 SIZE = gl.constexpr(128)
 
@@ -17,7 +19,7 @@ def _load(source, lines, full, empty, steps):
     at = gl.arange(0, SIZE, layout=LINE)
     for step in range(steps):
         mbarrier.wait(empty.index(step % 2), ((step // 2) & 1) ^ 1)
-        async_copy.async_copy_global_to_shared(lines.index(step % 2), source + step * SIZE + at)
+        async_load(lines.index(step % 2), source + step * SIZE + at)
         async_copy.mbarrier_arrive(full.index(step % 2), increment_count=False)
 
 

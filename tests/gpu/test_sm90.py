@@ -41,7 +41,7 @@ def launched(monkeypatch):
     """How often each of the kernels' modules launched; skips where they cannot be used."""
     q = torch.empty(1, 1, 128, dtype=torch.bfloat16, device="cuda")
     if not sm90.takes(q):
-        pytest.skip("needs a Hopper card and Triton 3.6 or 3.7")
+        pytest.skip(f"needs a Hopper card and a Triton that has the kernels: {sm90.unusable()}")
     count = collections.Counter()
 
     def counting(name, launch):

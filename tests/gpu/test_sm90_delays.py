@@ -21,6 +21,7 @@ from moba_megatron.kernels import launcher, sm90, tuning
 gluon = pytest.importorskip("triton.experimental.gluon")
 gl = pytest.importorskip("triton.experimental.gluon.language")
 sm90_language = pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
+jit_helpers_sm90 = pytest.importorskip("moba_megatron.kernels.jit_helpers_sm90")
 pytestmark = pytest.mark.gpu
 
 CASES = {
@@ -76,7 +77,8 @@ SLEEP = gl.constexpr("""{
 }""")
 SETTINGS = gl.constexpr(0)
 """Where the settings are on the device; a part of what is compiled, so that no kernel takes a further argument."""
-real_mbarrier, real_copy, real_tma = sm90_language.mbarrier, sm90_language.async_copy, sm90_language.tma
+real_mbarrier, real_copy = sm90_language.mbarrier, sm90_language.async_copy
+real_load, real_tma_load = jit_helpers_sm90.async_load, jit_helpers_sm90.tma_load
 real_mma_wait = sm90_language.warpgroup_mma_wait
 real_fence = sm90_language.fence_async_shared
 
@@ -110,7 +112,7 @@ def _expect(bar, size: gl.constexpr):
 @gluon.jit
 def _copy(smem, pointer, mask=None):
     _sleep()
-    real_copy.async_copy_global_to_shared(smem, pointer, mask=mask)
+    real_load(smem, pointer, mask=mask)
 
 
 @gluon.jit
@@ -123,7 +125,7 @@ def _copy_arrive(bar, increment_count: gl.constexpr):
 @gluon.jit
 def _tma_copy(source, at, bar, smem):
     _sleep()
-    real_tma.async_copy_global_to_shared(source, at, bar, smem)
+    real_tma_load(source, at, bar, smem)
     _sleep()
 
 
@@ -150,8 +152,9 @@ def stand_in(real, **changed):
 
 STAND_INS = {
     "mbarrier": stand_in(real_mbarrier, wait=_wait, arrive=_arrive, expect=_expect),
-    "async_copy": stand_in(real_copy, async_copy_global_to_shared=_copy, mbarrier_arrive=_copy_arrive),
-    "tma": stand_in(real_tma, async_copy_global_to_shared=_tma_copy),
+    "async_copy": stand_in(real_copy, mbarrier_arrive=_copy_arrive),
+    "async_load": _copy,
+    "tma_load": _tma_copy,
     "warpgroup_mma_wait": _mma_wait,
     "fence_async_shared": _fence,
 }
@@ -206,7 +209,7 @@ class Modules(dict):
     def __init__(self, folder: Path):
         self.folder, self.launched = folder, Counter()
         rows = build("jit_helpers_sm90", folder)
-        self.copies = {name: getattr(rows, name) for name in ("_copy_rows", "_copy_rows_where", "_load_list")}
+        self.copies = {name: getattr(rows, name) for name in ("_copy_rows", "_load_list")}
         for name in sorted(test_sm90.ALL):
             self.build(name)
 
@@ -242,7 +245,7 @@ def settings():
 def modules(settings, tmp_path, monkeypatch):
     """The modules with sleeps, in use, with long pieces of lists."""
     if not sm90.takes(torch.empty(1, 1, 128, dtype=torch.bfloat16, device="cuda")):
-        pytest.skip("needs a Hopper card and Triton 3.6 or 3.7")
+        pytest.skip(f"needs a Hopper card and a Triton that has the kernels: {sm90.unusable()}")
     modules = Modules(tmp_path)
     monkeypatch.setattr(sm90, "kernel_module", modules.__getitem__)
     monkeypatch.setattr(sm90, "PROGRAMS", 1)  # as long as SPLIT, however few rows there are
