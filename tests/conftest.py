@@ -1,5 +1,7 @@
 """What every test runs under: one thread, fixed seeds, poisoned memory, the longest files first, no GPU tests without a
 GPU."""
+import sys
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -45,6 +47,11 @@ def poisoned_memory():
 @pytest.fixture(autouse=True)
 def compiler():
     """torch.compile compiles: Megatron-Core on the CPU (``megatron_on_cpu``) turns it off for the whole process."""
-    torch.compiler.set_stance("default")
+    _compile_again()
     yield
-    torch.compiler.set_stance("default")
+    _compile_again()
+
+
+def _compile_again():
+    if "torch._dynamo" in sys.modules:  # importing it takes seconds, and where it is not, nothing was turned off
+        torch.compiler.set_stance("default")

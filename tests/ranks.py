@@ -1,12 +1,14 @@
 """Runs a function, or an example under torchrun, in several processes joined over loopback, with a time limit.
 
-On the CPU what is not about torchrun itself runs in forks of a process that has imported PyTorch and Megatron-Core:
-importing them takes longer than most of what is tested.
+On the CPU it all runs in forks of a process that has imported PyTorch and Megatron-Core, torchrun's agent and its ranks
+too: importing them takes longer than most of what is tested.
 """
 import contextlib
+import functools
 import io
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -22,27 +24,20 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 ROOT = Path(__file__).parent.parent
+TORCHRUN = ["-m", "torch.distributed.run"]
 
 
 def torchrun(processes, program, *flags, timeout=150, environment=None, options=()):
     """Runs examples/<program>.py, or a module of benchmarks, under torchrun on CPU.
 
     Returns the CompletedProcess with stdout and stderr as text. ``environment`` is added to this process's,
-    ``options`` are torchrun's. Nothing is compiled on the CPU, and importing what compiles takes a quarter of a start.
+    ``options`` are torchrun's. Nothing is compiled on the CPU.
     """
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
-                   "TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": str(ROOT), **(environment or {})}
-    named = ["-m", program] if program.startswith("benchmarks.") else [str(ROOT / f"examples/{program}.py")]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
-               "--nproc-per-node", str(processes), *options, *named, *flags]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
-        try:
-            out, err = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            process.terminate()  # torchrun ends its workers
-            raise
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
+    environment = {"GLOO_SOCKET_IFNAME": "lo", "TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": str(ROOT),
+                   **(environment or {})}
+    named = ["-m", program] if program.startswith("benchmarks") else [str(ROOT / f"examples/{program}.py")]
+    return run_program([*TORCHRUN, "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", processes, *options,
+                        *named, *flags], environment, timeout)
 
 
 def run_program(arguments, environment=None, seconds=150):
@@ -63,6 +58,8 @@ def run_program(arguments, environment=None, seconds=150):
             process.start()
             process.join(seconds)
             if process.is_alive():
+                process.terminate()  # torchrun ends its workers
+                process.join(30)
                 process.kill()
                 raise subprocess.TimeoutExpired(arguments, seconds)
             status = process.exitcode
@@ -77,13 +74,37 @@ def _program(arguments, environment, out, err):
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     if environment.get("PYTHONWARNINGS") == "ignore":
         warnings.simplefilter("ignore")
+    if arguments[:2] == TORCHRUN:
+        from torch.distributed import run
+        run.config_from_args = functools.partial(_with_forks, run.config_from_args)
+        run.main(arguments[2:])
+    else:
+        _as_main(*arguments)
+
+
+def _as_main(*arguments):
     if arguments[0] == "-m":
-        sys.argv = arguments[1:]
+        sys.argv = list(arguments[1:])
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     else:
-        sys.argv = arguments
+        sys.argv = list(arguments)
         sys.path.insert(0, str(Path(arguments[0]).parent))
         runpy.run_path(arguments[0], run_name="__main__")
+
+
+def _with_forks(config_from_args, args):
+    """What torchrun makes of its arguments, but that the ranks are forks of its agent."""
+    config, _, (unbuffered, *arguments) = config_from_args(args)
+    assert unbuffered == "-u"
+    config.start_method = "fork"
+    return config, _rank_of_torchrun, arguments
+
+
+def _rank_of_torchrun(*arguments):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):  # the agent's own, until now
+        signal.signal(number, signal.SIG_DFL)
+    sys.stdout.reconfigure(line_buffering=True)
+    _as_main(*arguments)
 
 
 def pretrain_gpt(rank, size, flags):

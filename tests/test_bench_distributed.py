@@ -1,35 +1,28 @@
 """The benchmarks that run under torchrun, tried on gloo with tiny shapes; their tables and refusals."""
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from ranks import ROOT, torchrun
 
 from benchmarks import cp, cp_cases, cp_speed, distributed, gpt, gpt_cases
 from benchmarks.__main__ import main
 from benchmarks.cases import K
 
-ROOT = Path(__file__).parent.parent
-
-
 TINY = ("--rows", "tiny", "--backend", "reference", "--device", "cpu")
 
 
-def torchrun(size, *arguments):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}"}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size),
-                           "-m", "benchmarks", *map(str, arguments)], env=environment, capture_output=True,
-                          text=True, timeout=300)
+def run_benchmark(size, *arguments):
+    done = torchrun(size, "benchmarks", *arguments, timeout=300,
+                    environment={"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'examples'}"})
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def test_cp_on_gloo(tmp_path):
     path = tmp_path / "cp.json"
-    out = torchrun(2, "cp", *TINY, "--repeats", 2, "--json", path)
+    out = run_benchmark(2, "cp", *TINY, "--repeats", 2, "--json", path)
     stored = json.loads(path.read_text())
     assert [row["name"] for row in stored["rows"]] == [f"tiny/{comm}" for comm in cp_cases.COMMS]
     *measured, hierarchical = stored["rows"]
@@ -44,7 +37,7 @@ def test_cp_on_gloo(tmp_path):
 
 def test_gpt_on_gloo(tmp_path):
     path = tmp_path / "gpt.json"
-    torchrun(2, "gpt", "--device", "cpu", "--repeats", 2, "--json", path)
+    run_benchmark(2, "gpt", "--device", "cpu", "--repeats", 2, "--json", path)
     stored = json.loads(path.read_text())
     rows = {row["name"]: row for row in stored["rows"]}
     moba, full, hybrid = (rows[row.name] for row in gpt_cases.TINY)
