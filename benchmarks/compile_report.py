@@ -6,6 +6,7 @@ stops after compilation. So signatures, constexprs and launch options are exactl
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import inspect
 import itertools
@@ -30,9 +31,11 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.jit import JITFunction
 
 from moba_megatron import kernels
-from moba_megatron.kernels import decode, tuning
+from moba_megatron.inspect import kernels as statistics
+from moba_megatron.kernels import copying, decode, merging, tuning
+from moba_megatron.kernels.host import cdiv
 from moba_megatron.kernels.tuning_table import TABLE, is_gluon
-from moba_megatron.segments import Segments
+from moba_megatron.segments import SUM_BLOCK, Segments
 
 from .report import RESULTS, load
 
@@ -68,11 +71,13 @@ class Problem:
     deterministic: bool = False
     lse_gradient: bool = False
     decode: bool = False
+    beside: bool = False
+    """What runs beside the stages: :func:`_run_beside`."""
     kernels: frozenset[str] | None = None
     """Those that are compiled, None for all."""
 
     def __str__(self) -> str:
-        dims = ("decode " if self.decode else "") + f"D{self.head_dim}" + (
+        dims = "decode " * self.decode + "beside " * self.beside + f"D{self.head_dim}" + (
             f"/{self.head_dim_v}" if self.head_dim_v else "")
         return (f"{dims} chunk{self.chunk_size} topk{self.topk} {str(self.dtype)[6:]}"
                 + (" deterministic" if self.deterministic else "") + (" dlse" if self.lse_gradient else ""))
@@ -186,8 +191,9 @@ def compiling(capability: int, dry: bool = False, only: Callable[[str], bool] = 
 def run_stages(problem: Problem) -> None:
     """Every stage of forward and backward, or of decoding, on meta tensors."""
     if problem.decode:
-        _run_decode(problem)
-        return
+        return _run_decode(problem)
+    if problem.beside:
+        return _run_beside(problem)
 
     def empty(heads, dim, dtype=problem.dtype):
         return torch.empty(problem.tokens, heads, dim, dtype=dtype, device="meta")
@@ -230,6 +236,35 @@ def _run_decode(problem: Problem) -> None:
     decode.cache_means(k, means, lengths, size, **places)
     selected = decode.decode_gate(q, k, means, lengths, size, problem.topk, **places)
     decode.decode_attention(q, k, v, selected, lengths, size, problem.head_dim ** -0.5, **places)
+
+
+def _run_beside(problem: Problem) -> None:
+    """What context parallelism, key convolution and the inspection of the router launch beyond the stages."""
+    tokens, heads, kv_heads, dim, size = (problem.tokens, problem.heads, problem.kv_heads, problem.head_dim,
+                                          problem.chunk_size)
+    empty = functools.partial(torch.empty, dtype=problem.dtype, device="meta")
+    whole, fp32, long = (functools.partial(empty, dtype=x) for x in (torch.int32, torch.float32, torch.int64))
+    q, k = empty(tokens, heads, dim), empty(tokens, kv_heads, dim)
+    lse, choices = fp32(tokens, heads), problem.topk - 1
+    zigzag = Segments(whole(3), whole(2), whole(2), whole(2), tokens, tokens, size)  # two pieces of a sequence
+    selected = whole(tokens, heads, choices)
+    routing = kernels.route(selected, kv_heads, zigzag.num_chunks(tokens))
+    kernels.attention_fwd(q, k, k, selected, zigzag, 1.0, routing=routing)
+    kernels.attention_bwd(q, None, q, k, k, q, lse, selected, zigzag, 1.0, routing=routing)
+    kernels.means_from_block_sums(fp32(tokens // size, cdiv(size, SUM_BLOCK), kv_heads, dim), size, problem.dtype)
+    parts, places = empty(tokens, dim), whole(tokens, heads, choices)
+    merging.merge_parts(q, lse, parts, fp32(tokens), places, empty(tokens, heads, dim), fp32(tokens, heads))
+    merging.add_parts(q, parts, places, empty(tokens, heads, dim))
+    width = dim * q.element_size() // copying._UNIT
+    copying._copy_rows_kernel[(copying.BLOCKS,)](0, 0, tokens, width, 4 * width, 2 * width, copying._BLOCK,
+                                                 copying.BLOCKS, num_warps=copying._WARPS)
+    weight, cu_seqlens = empty(kv_heads, 4, dim), whole(problem.sequences + 1)
+    for halo in (None, empty(problem.sequences, 3, kv_heads, dim)):
+        kernels.key_convolution_fwd(k, weight, cu_seqlens, halo)
+        kernels.key_convolution_bwd(k, k, weight, cu_seqlens, halo)
+    row = long(128)
+    statistics.counts(selected, long(tokens), 1, zigzag.num_chunks(tokens))
+    statistics.recalls(q, k, selected, zigzag, 1.0, row, row, row, row)
 
 
 def report(capability: int, problems: list[Problem], known: dict[str, Compiled] = {}) -> list[Compiled]:
@@ -285,10 +320,11 @@ def problems_for(capability: int, head_dims: list[int] | None = None) -> list[Pr
     every row of its tuning tables; for two of them further shapes; every head dim where shared memory is least."""
     if head_dims is not None:
         return [Problem(dim, size) for dim in head_dims for size in (128, 512, 2048)]
-    problems = [Problem(128, 128), Problem(128, 512), Problem(64, 512), Problem(256, 512),
-                Problem(128, 512, decode=True)]
+    problems = [Problem(128, 128), Problem(128, 512), Problem(64, 512), Problem(256, 512), Problem(128, 64),
+                Problem(128, 512, decode=True), Problem(128, 512, beside=True),
+                Problem(256, 100, heads=4, kv_heads=2, dtype=torch.float32, beside=True)]
     if capability in MORE_SHAPES:
-        problems += [Problem(80, 512), Problem(192, 512, head_dim_v=128), Problem(64, 128, topk=16), Problem(128, 64),
+        problems += [Problem(80, 512), Problem(192, 512, head_dim_v=128), Problem(64, 128, topk=16),
                      Problem(128, 500, topk=3, heads=16, kv_heads=16, dtype=torch.float16),
                      Problem(128, 512, topk=64, deterministic=True, lse_gradient=True)]
     if capability == LEAST_SHARED_MEMORY:
@@ -327,7 +363,7 @@ def launches(problem: Problem, capability: int) -> set[tuple[str, str, str]]:
     """What a problem launches: (kernel, repr of its row of the tuning table, what else changes it); compiles nothing.
 
     A Gluon kernel is another program for chunks of one block of keys, of several, and where the last is ragged; that of
-    delta, with the gradient of lse.
+    delta, with the gradient of lse; what runs beside the stages, for each dtype.
     """
     record: list = []
     with (tuning.forced(tuning.arch_of_capability(*divmod(capability, 10)), record=record),
@@ -341,6 +377,8 @@ def launches(problem: Problem, capability: int) -> set[tuple[str, str, str]]:
             change = f"{min(blocks, 2)} blocks" + ", ragged" * bool(rest)
         elif stage_of(kernel) == "attention_bwd_delta" and problem.lse_gradient:
             change = "dlse"
+        elif problem.beside and not row:
+            change = str(problem.dtype)
         found.add((kernel, repr(row), change))
     return found
 
@@ -369,9 +407,9 @@ def _problems_for_other_rows(capability: int, problems: list[Problem]) -> list[P
 
 
 def covering(capability: int) -> list[Problem]:
-    """Each launch of :func:`problems_for` once, in the problem of the largest head dim."""
+    """Each launch of :func:`problems_for` once, in the problem of the largest head dim that it is a stage of."""
     seen, kept = set(), []
-    for problem in sorted(problems_for(capability), key=lambda problem: -problem.head_dim):
+    for problem in sorted(problems_for(capability), key=lambda problem: (problem.beside, -problem.head_dim)):
         new = launches(problem, capability) - seen
         if new:
             kept.append(replace(problem, kernels=frozenset(kernel for kernel, *_ in new)))

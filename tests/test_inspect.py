@@ -14,7 +14,7 @@ import torch
 from cases import Case
 from test_core_attention import fused_qkv, make_config, make_core
 
-from moba_megatron import MoBAConfig, kernels
+from moba_megatron import MoBAConfig
 from moba_megatron.inspect import __main__ as command
 from moba_megatron.inspect import picture, statistics
 from moba_megatron.inspect.choices import look, watching
@@ -22,10 +22,8 @@ from moba_megatron.inspect.recorder import TraceRecorder
 from moba_megatron.inspect.report import as_record, as_scalars, as_table, summary
 from moba_megatron.inspect.router_log import RouterLog
 from moba_megatron.inspect.trace import RoutingTrace, load_trace, save_trace
-from moba_megatron.kernels import tuning
 from moba_megatron.megatron import core_attention, patching
 from moba_megatron.ops import get_stages
-from moba_megatron.segments import Segments
 
 CASES = [
     pytest.param(Case((80,), 8, 3, heads=4, kv_heads=2), id="one sequence"),
@@ -149,28 +147,6 @@ class TestStatistics:
         module = SimpleNamespace(layer_number=1, softmax_scale=None, moba_config=MoBAConfig(chunk_size=8, topk=3))
         values = values_of(look(module, q, k, segments), 8)
         assert values.isnan().all()
-
-
-@pytest.mark.skipif(kernels.INTERPRETED or torch.version.hip is not None, reason="compiles for CUDA")
-@pytest.mark.parametrize("capability", [86, 90, 100])
-def test_kernels_compile_and_fit(capability):
-    from benchmarks import compile_report
-    from moba_megatron.inspect import kernels as fused
-
-    def empty(*shape, dtype=torch.int64):
-        return torch.empty(*shape, dtype=dtype, device="meta")
-
-    for heads, head_dim, chunk_size, dtype in ((8, 128, 512, torch.bfloat16), (4, 256, 100, torch.float32)):
-        q, k = empty(8192, heads, head_dim, dtype=dtype), empty(8192, 2, head_dim, dtype=dtype)
-        selected, row = empty(8192, heads, 7, dtype=torch.int32), empty(128)
-        segments = Segments.from_cu_seqlens(empty(3, dtype=torch.int32), 4096, chunk_size)
-        with (tuning.forced(tuning.arch_of_capability(*divmod(capability, 10))),
-              compile_report.compiling(capability) as compiled):
-            fused.counts(selected, empty(8192), 1, segments.num_chunks(8192))
-            fused.recalls(q, k, selected, segments, 0.1, row, row, row, row)
-        assert len(compiled) == 3
-        limit = compile_report.SHARED_LIMIT_KIB[capability] * 1024
-        assert all(kernel.metadata.shared <= limit for _, kernel in compiled)
 
 
 class Layers(torch.nn.Module):
