@@ -103,6 +103,24 @@ class TestDryRun:
         result = launch("pretrain_multi_node.sh", **dry)
         assert result.returncode == 1 and f"{name} is not set" in result.stderr
 
+    def test_other_tritons_are_put_beside_and_both_kinds_of_tests_run(self, dry, tmp_path):
+        lines = launch("test_tritons.sh", "3.9.0", "--", "-k", "gate", **dry).stderr.splitlines()
+        fetch, _, compiled, interpreted = lines[-4:]
+        place = f"{tmp_path}/venv/tritons/3.9.0"
+        assert f"--no-deps --target {place}.part triton==3.9.0" in fetch
+        assert all(f"PYTHONPATH={place}:{ROOT} " in line for line in (compiled, interpreted))
+        assert compiled.endswith("tests/test_compile.py") and interpreted.endswith("tests/interpreted -k gate")
+        assert "TRITON_INTERPRET" not in compiled and "TRITON_INTERPRET=1" in interpreted
+
+    def test_the_oldest_and_the_newest_triton_are_the_default(self, dry):
+        fetched = re.findall(r"triton==([0-9.]+)", launch("test_tritons.sh", **dry).stderr)
+        oldest = re.search(r'"triton>=([0-9.]+)', (ROOT / "pyproject.toml").read_text()).group(1)
+        assert fetched[0].startswith(oldest + ".") and len(fetched) == 2
+
+    def test_a_triton_that_is_no_release_is_refused(self, dry):
+        result = launch("test_tritons.sh", "newest", **dry)
+        assert result.returncode == 1 and "such as 3.9.0, got newest" in result.stderr
+
 
 class TestMissingThings:
     def test_no_python(self, bare_path):

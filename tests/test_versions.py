@@ -78,3 +78,52 @@ def test_the_table_of_tested_combinations_agrees():
             for line in found[package]:
                 version = re.search(r"==([0-9.]+)", line).group(1)
                 assert re.search(rf"\b{re.escape(version)}\b", table), (package, version)
+
+
+def runs(where: str) -> set[tuple[str, str]]:
+    """The rows of docs/support.md's table of what runs there: the command, and the versions that it names."""
+    page = (ROOT / "docs" / "support.md").read_text()
+    table = page[page.index("### What runs where"):page.index("## The operator")]
+    return {(command, version) for command, with_ in re.findall(rf"^\| `(.*?)` \| (.*?) \| {where} \|$", table, re.M)
+            for version in re.findall(r"\b\d+\.\d+(?:\.\d+)?\b", with_)}
+
+
+def test_the_page_says_what_ci_runs():
+    said = {command for command, _ in runs("CI")}
+    assert said == set(re.findall(r"^bash launch/test.*?(?= \|\|)", (ROOT / ".ci" / "run").read_text(), re.M)) and said
+    workflow = (ROOT / ".github" / "workflows" / "test.yml").read_text()
+    matrices = dict(re.findall(r'^ +(python|triton): \[(.*)\]$', workflow, re.M))
+    commands = {"python": "bash launch/test.sh", "triton": "bash launch/test_tritons.sh"}
+    assert set(re.findall(r"bash launch/test\w*\.sh", workflow)) == set(commands.values())
+    assert runs("workflow") == {(commands[name], version) for name, versions in matrices.items()
+                                for version in re.findall(r"[0-9.]+", versions)}
+    assert set(matrices) == set(commands)
+
+
+def test_the_page_names_the_floors():
+    page, project = (ROOT / "docs" / "support.md").read_text(), (ROOT / "pyproject.toml").read_text()
+    for package in ("torch", "triton"):
+        oldest = re.search(rf'"{package}>=([0-9.]+)', project).group(1)
+        assert re.search(rf"^\| {package} \| {oldest} (to|and) ", page, re.M | re.I)
+
+
+@pytest.mark.parametrize("package, oldest", [("torch", "2.9"), ("triton", "3.5")])
+def test_older_ones_are_refused_at_import(tmp_path, package, oldest):
+    """In one sentence, before anything of them is imported; the oldest that pyproject.toml asks for is taken."""
+    project = (ROOT / "pyproject.toml").read_text()
+    assert re.search(rf'"{package}>=([0-9.]+)', project).group(1) == oldest
+    major, minor = map(int, oldest.split("."))
+    for version in (f"{major}.{minor - 1}.1", f"{major - 1}.99.0", f"{major}.{minor}.0a0+git1", f"{major}.{minor}.1"):
+        place = tmp_path / version
+        found = place / f"{package}-{version}.dist-info"
+        found.mkdir(parents=True)
+        (found / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+        for name in ("torch", "triton"):  # what stops the import is the check, or else these
+            (place / f"{name}.py").write_text("raise SystemExit(__name__ + ' was imported')\n")
+        done = subprocess.run([sys.executable, "-c", "import moba_megatron"], capture_output=True, text=True,
+                              env={**os.environ, "PYTHONPATH": f"{place}{os.pathsep}{ROOT}"})
+        said = done.stderr.splitlines()[-1]
+        if tuple(map(int, version.split(".")[:2])) < (major, minor):
+            assert said == f"ImportError: moba_megatron needs {package} {oldest} or later, found {version}"
+        else:
+            assert said == "torch was imported"

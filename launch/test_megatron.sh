@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# The tests of what is shared with Megatron, with a newer Megatron-Core than the suite's: the one that is installed for
+# Python 3.12 (launch/constraints.txt), or a checkout of Megatron-LM: MEGATRON_LM_PATH=/path bash launch/test_megatron.sh
+# Arguments go to pytest.
+export PYTHON="${PYTHON:-python3.12}" VENV="${VENV:-.venv-megatron}"
+source "$(dirname "$0")/common.sh"
+
+TESTS=()
+for name in core_attention settings patching patches megatron_lm megatron_parallel megatron_inference megatron_fsdp \
+    checkpoints multi_token_prediction mla hybrid_model key_convolution offload examples; do
+    TESTS+=("tests/test_$name.py")
+done
+setup test
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+if [ -n "${MEGATRON_LM_PATH:-}" ]; then
+    [ -d "$MEGATRON_LM_PATH/megatron/core" ] || die "MEGATRON_LM_PATH must be a checkout of Megatron-LM, got $MEGATRON_LM_PATH"
+    export PYTHONPATH="$MEGATRON_LM_PATH${PYTHONPATH:+:$PYTHONPATH}"
+fi
+status=0
+run "$PY" -m pytest --numprocesses 2 --dist loadfile --timeout 1200 "${TESTS[@]}" "$@" || status=$?
+run "$PY" -c 'from megatron.core import package_info as x; print("Megatron-Core", f"{x.MAJOR}.{x.MINOR}.{x.PATCH}{x.PRE_RELEASE}")'
+exit "$status"
