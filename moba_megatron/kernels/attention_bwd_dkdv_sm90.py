@@ -23,6 +23,7 @@ from .jit_helpers_sm90 import (
     LOADER_WARPS,
     _barriers,
     _choice_row,
+    _copy_listed,
     _copy_rows,
     _extra_piece,
     _find_piece,
@@ -78,7 +79,7 @@ def _copy_terms(smem, full, stage, terms, row):
 
 @gluon.jit
 def _loader(pointers, spans, smem, kv_smem, bars, ints, strides, H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr,
-            STAGES: gl.constexpr):
+            EVEN: gl.constexpr, STAGES: gl.constexpr):
     q, k, v, do, terms, indices = pointers
     segment_begin, segment_end, offsets, first_segment, end_segment = spans
     q_smem, do_smem, lse_smem, delta_smem = smem
@@ -106,15 +107,15 @@ def _loader(pointers, spans, smem, kv_smem, bars, ints, strides, H: gl.constexpr
         choice = gl.load(indices + gl.minimum(lane, count - 1), mask=count > 0, other=0)  # the last choice fills up
         line_choice = gl.load(indices + gl.minimum(line, count - 1), mask=count > 0, other=0)
         for first in range(0, count, BLOCK_M):
-            _, token, head = _choice_row(choice, kv_head, H, G, KS)
             row, _, _ = _choice_row(line_choice, kv_head, H, G, KS)
             row = gl.where(first + line < count, row, num_rows)
+            this_choice = choice
             choice = gl.load(indices + gl.minimum(first + BLOCK_M + lane, count - 1))
             line_choice = gl.load(indices + gl.minimum(first + BLOCK_M + line, count - 1))
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-            _copy_rows(q_smem.index(stage), q, token, head, stride_qt, stride_qh, ROWS)
-            _copy_rows(do_smem.index(stage), do, token, head, stride_dot, stride_doh, ROWS)
+            _copy_listed(q_smem.index(stage), q, this_choice, kv_head, stride_qt, stride_qh, H, G, KS, EVEN, ROWS)
+            _copy_listed(do_smem.index(stage), do, this_choice, kv_head, stride_dot, stride_doh, H, G, KS, EVEN, ROWS)
             _copy_terms(smem, full, stage, terms, row)
             step += 1
     for segment in range(first_segment, end_segment):
@@ -278,7 +279,7 @@ def _attention_bwd_dkdv_sm90_kernel(
     num_extra, split, kv_head_begin, kv_head_end,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,
     H: gl.constexpr, HK: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, D: gl.constexpr, PACKED: gl.constexpr,
-    HAS_DQ: gl.constexpr, RAGGED: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    EVEN: gl.constexpr, HAS_DQ: gl.constexpr, RAGGED: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
     LOADER_REGS: gl.constexpr, CONSUMER_REGS: gl.constexpr, num_warps: gl.constexpr,
 ):
     """The first ``num_extra * num_key_tiles`` programs take the extra pieces of long lists."""
@@ -351,5 +352,5 @@ def _attention_bwd_dkdv_sm90_kernel(
                      HAS_DQ, RAGGED, STAGES)),
         (_consumer, (1, spans, smem, kv_smem, dq_smem, bars, ints, outs, dq_outs, scales, H, HK, G, KS, CUT,
                      HAS_DQ, RAGGED, STAGES)),
-        (_loader, (pointers, spans, smem, kv_smem, bars, ints, strides, H, G, KS, STAGES)),
+        (_loader, (pointers, spans, smem, kv_smem, bars, ints, strides, H, G, KS, EVEN, STAGES)),
     ], [4, LOADER_WARPS], [CONSUMER_REGS, LOADER_REGS])

@@ -134,9 +134,9 @@ def _attention_bwd_dq_sm90_kernel(
     q, k, v, do, terms, indices, tile_csr_row, tile_begin, tile_end, tile_indptr, cu_seqlens_k, dq_partial,
     qk_scale, softmax_scale, chunk_size, num_chunks, num_sequences, kv_head_begin, kv_head_end,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,
-    H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, D: gl.constexpr, USE_TMA: gl.constexpr, RAGGED: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, LOADER_REGS: gl.constexpr,
-    CONSUMER_REGS: gl.constexpr, num_warps: gl.constexpr,
+    H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, D: gl.constexpr, EVEN: gl.constexpr, USE_TMA: gl.constexpr,
+    RAGGED: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
+    LOADER_REGS: gl.constexpr, CONSUMER_REGS: gl.constexpr, num_warps: gl.constexpr,
 ):
     """A piece of the list of one (chunk, kv head)."""
     tile = gl.program_id(0) + gl.load(tile_indptr + kv_head_begin * num_chunks)
@@ -174,6 +174,6 @@ def _attention_bwd_dq_sm90_kernel(
         (_consumer, (0, terms, indices, outs, smem, bars, ints, scales, H, G, KS, BUFFERS, USE_TMA, RAGGED)),
         (_consumer, (1, terms, indices, outs, smem, bars, ints, scales, H, G, KS, BUFFERS, USE_TMA, RAGGED)),
         (_load_list, ((q, do), (k, v), indices, ((q_smem, do_smem), k_smem, v_smem),
-                      (row_full, row_empty, k_full, v_full, kv_empty, kv_empty), ints, strides, H, G, KS, BUFFERS,
-                      USE_TMA, True)),
+                      (row_full, row_empty, k_full, v_full, kv_empty, kv_empty), ints, strides, H, G, KS, EVEN,
+                      BUFFERS, USE_TMA, True)),
     ], [4, LOADER_WARPS], [CONSUMER_REGS, LOADER_REGS])

@@ -149,9 +149,9 @@ def _attention_fwd_sm90_kernel(
     q, k, v, indices, tile_csr_row, tile_begin, tile_end, tile_indptr, cu_seqlens_k, o_partial, lse_partial,
     qk_scale, chunk_size, num_chunks, num_sequences, kv_head_begin, kv_head_end,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-    H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, D: gl.constexpr, USE_TMA: gl.constexpr, RAGGED: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, LOADER_REGS: gl.constexpr,
-    CONSUMER_REGS: gl.constexpr, num_warps: gl.constexpr,
+    H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, D: gl.constexpr, EVEN: gl.constexpr, USE_TMA: gl.constexpr,
+    RAGGED: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
+    LOADER_REGS: gl.constexpr, CONSUMER_REGS: gl.constexpr, num_warps: gl.constexpr,
 ):
     """A piece of the list of one (chunk, kv head)."""
     tile = gl.program_id(0) + gl.load(tile_indptr + kv_head_begin * num_chunks)
@@ -187,6 +187,6 @@ def _attention_fwd_sm90_kernel(
     gl.warp_specialize([
         (_consumer, (0, indices, outs, smem, bars, ints, qk_scale, H, G, KS, BUFFERS, USE_TMA, RAGGED)),
         (_consumer, (1, indices, outs, smem, bars, ints, qk_scale, H, G, KS, BUFFERS, USE_TMA, RAGGED)),
-        (_load_list, ((q,), (k, v), indices, ((q_smem,), k_smem, v_smem), bars, ints, strides, H, G, KS, BUFFERS,
-                      USE_TMA, False)),
+        (_load_list, ((q,), (k, v), indices, ((q_smem,), k_smem, v_smem), bars, ints, strides, H, G, KS, EVEN,
+                      BUFFERS, USE_TMA, False)),
     ], [4, LOADER_WARPS], [CONSUMER_REGS, LOADER_REGS])

@@ -44,6 +44,18 @@ def _copy_rows(smem, pointer, token, head, stride_t, stride_h, ROWS: gl.constexp
 
 
 @gluon.jit
+def _copy_listed(smem, pointer, choice, kv_head, stride_t, stride_h, H: gl.constexpr, G: gl.constexpr,
+                 KS: gl.constexpr, EVEN: gl.constexpr, ROWS: gl.constexpr):
+    """Starts copies of indices' rows. EVEN, one row behind the other, takes half of the instructions: at several heads
+    a kv head the registers of a loader of dk and dv do not hold addresses by token and head."""
+    row, token, head = _choice_row(choice, kv_head, H, G, KS)
+    if EVEN:
+        _copy_rows(smem, pointer, row.to(gl.int64), kv_head.to(gl.int64) * 0, smem.shape[1] // 8, stride_h, ROWS)
+    else:
+        _copy_rows(smem, pointer, token, head, stride_t, stride_h, ROWS)
+
+
+@gluon.jit
 def _copy_keys(source, smem, full, row, end, kv_head, stride_t, stride_h, USE_TMA: gl.constexpr, ROWS: gl.constexpr):
     """Starts the copy of keys ``row .. row + BLOCK_N`` of one head, zeros from ``end`` on; ``full`` hears of it."""
     BLOCK_N: gl.constexpr = smem.shape[0]
@@ -67,13 +79,12 @@ def _barriers(number: gl.constexpr, arrivals: gl.constexpr):
 
 @gluon.jit
 def _gather(rows, row_smem, row_full, buffer, choices, kv_head, strides, H: gl.constexpr, G: gl.constexpr,
-            KS: gl.constexpr, ROWS: gl.constexpr):
+            KS: gl.constexpr, EVEN: gl.constexpr, ROWS: gl.constexpr):
     """Starts copies of 128 rows of each of ``rows``, 64 for each group of warps."""
     for part in gl.static_range(2):
-        _, token, head = _choice_row(choices[part], kv_head, H, G, KS)
         for i in gl.static_range(len(rows)):
-            _copy_rows(row_smem[i].index(buffer * 2 + part), rows[i], token, head, strides[2 * i], strides[2 * i + 1],
-                       ROWS)
+            _copy_listed(row_smem[i].index(buffer * 2 + part), rows[i], choices[part], kv_head, strides[2 * i],
+                         strides[2 * i + 1], H, G, KS, EVEN, ROWS)
     async_copy.mbarrier_arrive(row_full.index(buffer), increment_count=False)
 
 
@@ -98,7 +109,7 @@ def _load_tile(keys, smem, bars, step, row, end, kv_head, strides, USE_TMA: gl.c
 
 @gluon.jit
 def _load_list(rows, keys, indices, smem, bars, ints, strides, H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr,
-               BUFFERS: gl.constexpr, USE_TMA: gl.constexpr, ONE_EMPTY: gl.constexpr):
+               EVEN: gl.constexpr, BUFFERS: gl.constexpr, USE_TMA: gl.constexpr, ONE_EMPTY: gl.constexpr):
     """The loader of forward and dq: a list's rows of q (and do), 128 at a time, and for each 128 the chunk's keys."""
     row_smem, k_smem, v_smem = smem
     row_full, row_empty, k_full, v_full, k_empty, v_empty = bars
@@ -112,7 +123,8 @@ def _load_list(rows, keys, indices, smem, bars, ints, strides, H: gl.constexpr, 
     end = first_key + chunk_size
     choice0 = gl.load(indices + gl.minimum(lane, count - 1))  # the last choice fills up
     choice1 = gl.load(indices + gl.minimum(64 + lane, count - 1))
-    _gather(rows, row_smem, row_full, 0, (choice0, choice1), kv_head, row_strides, H, G, KS, ROWS)
+    _gather(rows, row_smem, row_full, 0, (choice0, choice1), kv_head, row_strides, H, G, KS, EVEN,
+            ROWS)
     step = 0
     tile = 1
     for first in range(0, count, 128):
@@ -122,7 +134,8 @@ def _load_list(rows, keys, indices, smem, bars, ints, strides, H: gl.constexpr, 
         if first + 128 < count:
             buffer = tile % BUFFERS
             mbarrier.wait(row_empty.index(buffer), ((tile // BUFFERS) & 1) ^ 1)
-            _gather(rows, row_smem, row_full, buffer, (choice0, choice1), kv_head, row_strides, H, G, KS, ROWS)
+            _gather(rows, row_smem, row_full, buffer, (choice0, choice1), kv_head, row_strides, H, G, KS, EVEN,
+                    ROWS)
             tile += 1
         for key in range(BLOCK_N, chunk_size, BLOCK_N):
             step = _load_tile(keys, smem, bars, step, first_key + key, end, kv_head, key_strides, USE_TMA, ONE_EMPTY,

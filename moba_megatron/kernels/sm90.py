@@ -41,8 +41,13 @@ def _strides(x: Buffer) -> tuple[int, int]:
 
 
 def strides_of_eight(**tensors: Buffer) -> dict[str, int]:
-    """Strides as the kernels take them: in units of 16 bytes, which tells the compiler that rows are aligned."""
-    return {f"stride_{name}{dim}": s // 8 for name, x in tensors.items() for dim, s in zip("th", _strides(x))}
+    """Strides as the kernels take them: in units of 16 bytes, which tells the compiler that rows are aligned.
+
+    And EVEN: whether the rows of q and do, all heads of a token and the next token's, lie one behind the other.
+    """
+    rows = [x for name, x in tensors.items() if name in ("q", "do")]
+    return {"EVEN": all(tuple(x.stride()) == (x.shape[1] * x.shape[2], x.shape[2], 1) for x in rows),
+            **{f"stride_{name}{dim}": s // 8 for name, x in tensors.items() for dim, s in zip("th", _strides(x))}}
 
 
 def rows_per_program(options: dict[str, int], rows: int) -> int:
