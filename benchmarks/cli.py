@@ -33,7 +33,7 @@ def add_kernels(subcommands) -> None:
     p.add_argument("--budget", type=float, default=float("inf"), metavar="S", help="start no row after so many seconds")
     p.add_argument("--isolate", action="store_true", help="each row in a process of its own: a crash costs one row")
     p.add_argument("--precompile", type=int, default=0, metavar="N", help="first compile all rows in N processes")
-    p.add_argument("--backend", default="triton", choices=("triton", "reference", "auto"))
+    p.add_argument("--backend", default="triton", choices=("triton", "torch", "reference", "auto"))
     p.add_argument("--device", default="cuda", help="cpu: to try it, slowly (cuda)")
     p.add_argument("--json", type=Path, metavar="PATH", help="write everything measured")
     p.set_defaults(run=run_kernels)

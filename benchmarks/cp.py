@@ -27,7 +27,7 @@ def add_cp(subcommands) -> None:
     add_options(p)
     p.add_argument("--repeats", type=int, default=10, help="timed runs of each row (10)")
     p.add_argument("--no-dense", action="store_true", help="do not time cuDNN's full attention")
-    p.add_argument("--backend", default="auto", choices=("auto", "triton", "reference"))
+    p.add_argument("--backend", default="auto", choices=("auto", "triton", "torch", "reference"))
     p.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     p.set_defaults(run=run_cp)
 

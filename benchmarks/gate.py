@@ -201,7 +201,7 @@ def add_gate(subcommands) -> None:
     p.add_argument("--rows", nargs="+", metavar="NAME", help="only rows whose name contains one of these")
     p.add_argument("--turns", type=int, default=9, help="how often each side is timed, in turns (9)")
     p.add_argument("--repeats", type=int, default=5, help="calls of a turn (5)")
-    p.add_argument("--backend", default="auto", choices=("auto", "triton", "reference"))
+    p.add_argument("--backend", default="auto", choices=("auto", "triton", "torch", "reference"))
     p.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     p.add_argument("--json", type=Path, metavar="PATH", help="write everything measured, after every row")
     p.add_argument("--write", type=Path, metavar="PAGE.md", help="write the table")

@@ -42,7 +42,7 @@ def measure_case(case: Case, device: torch.device, backend: str = "triton", repe
     begin = time.perf_counter()
     row = {"case": case.as_dict(), "floor_ms": floor_ms(case), "backend": backend}
     try:
-        row |= _errors(case, device, backend)
+        row |= errors(case, device, backend)
         if row["status"] == "ok":
             row |= _times(case, device, backend, repeats, stages, graph)
             row |= _dense(case, device, dense_limit_ms)
@@ -66,7 +66,7 @@ def _call(case: Case, q, k, v, backend: str, **options):
     return run
 
 
-def _errors(case: Case, device: torch.device, backend: str) -> dict:
+def errors(case: Case, device: torch.device, backend: str) -> dict:
     """Selection, o, lse, dq, dk, dv of this very case against the oracle; inputs are fresh in every process."""
     q, k, v, do = make_inputs(case, device, seed=torch.seed() % 2 ** 31)
     for x in (q, k, v):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import comparison, cp, decode, gate, gpt, options, report, router, training, zero
+from . import comparison, cp, cpu, decode, gate, gpt, options, report, router, training, zero
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ TABLES = {
     "deepspeed": Stored("h200/deepspeed.json", zero.TABLE.markdown),
     "continued": Stored("h200/continued.json", training.SWITCH.markdown),
     "decode": Stored("h200/decode.json", decode.TABLE.markdown),
+    "cpu": Stored("cpu/attention.json", cpu.TABLE.markdown),
     "learning": Stored("h200/learning.json", training.LEARNING.markdown),
     "cp-p2": Stored("h200/cp-p2.json", cp.TABLE.markdown),
     "gpt-p1": Stored("h200/gpt-p1.json", gpt.TABLE.markdown),

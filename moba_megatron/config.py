@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-BACKENDS = ("auto", "triton", "reference")
+BACKENDS = ("auto", "triton", "torch", "reference")
 KEY_CONV_WIDTHS = (0, 3, 5)
 CHOICES = {"backend": BACKENDS, "decode": ("moba", "dense"), "key_conv": KEY_CONV_WIDTHS}
 """Fields that are one of a few values (or None, where that is the default)."""
@@ -60,7 +60,7 @@ class MoBAConfig:
             (each N-th layer) or 1-based global layer numbers, as a string ``"1,2,24"`` or a sequence.
         full_attention_from_step: first training iteration (0-based) with dense attention everywhere; None for never.
         deterministic: bitwise reproducible gradients.
-        backend: ``auto`` (Triton on CUDA, the reference elsewhere), ``triton`` or ``reference``.
+        backend: ``auto`` (Triton on CUDA, plain torch elsewhere), ``triton``, ``torch`` or ``reference``.
         cp_head_groups: under context parallelism, groups of kv heads that travel and are computed one after the other;
             more need less memory. None: by size.
         workspace_mib: limit of the Triton kernels' scratch memory, MiB; None for ``MOBA_WORKSPACE_MIB``, else 1024.
@@ -80,7 +80,7 @@ class MoBAConfig:
         "none", "layers with dense attention: none, all, last:N, every:N or layer numbers such as 1,2,24")
     full_attention_from_step: int | None = _flag(None, "iteration from which every layer attends densely; unset: never")
     deterministic: bool = _flag(False, "bitwise reproducible gradients")
-    backend: str = _flag("auto", "auto, triton or reference")
+    backend: str = _flag("auto", "auto, triton, torch or reference")
     cp_head_groups: int | None = _flag(None, "groups of kv heads that context parallelism sends one after the other, "
                                              "to overlap and to save memory; unset: by size")
     workspace_mib: int | None = _flag(None, "limit of the kernels' scratch memory in MiB; unset: MOBA_WORKSPACE_MIB, "

@@ -69,7 +69,7 @@ def report_machine() -> None:
         card = torch.cuda.get_device_properties(index)
         _line(card.name, f"sm_{card.major}{card.minor}, {card.total_memory / 2 ** 30:.0f} GiB")
     if not torch.cuda.device_count():
-        _line("none", "torch sees no CUDA device: everything runs on the reference stages, on the CPU")
+        _line("none", "torch sees no CUDA device: everything runs in plain torch (backend torch), on the CPU")
     print("packages")
     for distribution, module, purpose in PACKAGES:
         _line(distribution, f"{_version(distribution, module)} - {purpose}")
@@ -110,11 +110,12 @@ def report_stages() -> bool:
     problem = _import_problem("moba_megatron.kernels")
     if problem:
         _line("Triton kernels", f"FAIL: cannot be imported: {problem}")
-    reason = (f"backend={config.backend}" if config.backend == "reference" else "Triton cannot be used" if problem else
+    instead = config.backend if config.backend in ("torch", "reference") else None
+    reason = (f"backend={instead}" if instead else "Triton cannot be used" if problem else
               "no CUDA device" if not torch.cuda.is_available() else
               "the kernels need sm_80 (Ampere) or later" if torch.cuda.get_device_capability() < (8, 0) else None)
     for stage, name in STAGES.items():
-        _line(name, f"reference: {reason}" if reason else _kernel_of(stage, config))
+        _line(name, f"{instead or 'torch'}: {reason}" if reason else _kernel_of(stage, config))
     if not problem and (reason or torch.cuda.get_device_capability() != (9, 0)):
         return True
     sm90_problem = None if problem else importlib.import_module(".kernels.sm90", __package__).unusable()
@@ -160,7 +161,8 @@ def report_environment() -> bool:
 
 def self_test() -> bool:
     print("self-test")
-    checks = [("reference = definition", check_definition), ("reference = torch, where dense", check_dense)]
+    checks = [("reference = definition", check_definition), ("reference = torch, where dense", check_dense),
+              ("backend torch = definition", lambda: check_definition("torch"))]
     if torch.cuda.is_available():
         checks.append(("kernels = reference, bf16", check_kernels))
         if flash_attn_4.fits(torch.cuda.get_device_capability(), FLASH_4) and flash_attn_4.module():
@@ -181,7 +183,7 @@ def _run(name: str, check) -> bool:
     return True
 
 
-def check_definition() -> str:
+def check_definition(backend: str = "reference") -> str:
     """MoBA against a masked softmax that is written straight from the definition."""
     chunk, topk = 16, 3
 
@@ -194,7 +196,7 @@ def check_definition() -> str:
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(2, best, True) & (scores > -torch.inf)
         return _torchs(q, k, v, (chosen[:, :, own] | (own[:, None] == own)).tril())
 
-    return _compare(_operator(chunk, topk, "reference"), definition, 1e-10)
+    return _compare(_operator(chunk, topk, backend), definition, 1e-10)
 
 
 def check_dense() -> str:

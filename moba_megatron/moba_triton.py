@@ -8,7 +8,7 @@ from .ops import moba_attn_varlen
 
 def moba_attn_varlen_triton(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, moba_chunk_size: int,
                             moba_topk: int) -> Tensor:
-    """:func:`moba_megatron.moba_attn_varlen` by Triton-MoBA's signature; without a GPU it runs the reference.
+    """:func:`moba_megatron.moba_attn_varlen` by Triton-MoBA's signature; without a GPU it runs in plain torch.
 
     Args:
         q, k, v: ``[T, H, D]``; k and v may have fewer heads.

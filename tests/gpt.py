@@ -16,7 +16,7 @@ from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules  # noqa: E402
 
-from moba_megatron import MoBAConfig, get_moba_layer_local_spec, reference  # noqa: E402
+from moba_megatron import MoBAConfig, get_moba_layer_local_spec, torch_stages  # noqa: E402
 
 NUM_LAYERS, VOCAB, BATCH = 4, 64, 2
 SEQLEN = 8 * 19
@@ -135,15 +135,15 @@ class RecordedSelections:
     """Collects what the gate chose, call by call."""
 
     def __enter__(self):
-        self.selections, self._gate = [], reference.gate
+        self.selections, self._gate = [], torch_stages.gate
 
         def gate(*args):
             selected = self._gate(*args)
             self.selections.append(selected.sort(2)[0])
             return selected
 
-        reference.gate = gate
+        torch_stages.gate = gate
         return self
 
     def __exit__(self, *_):
-        reference.gate = self._gate
+        torch_stages.gate = self._gate

@@ -138,7 +138,8 @@ WRONG_OPTIONS = {
     "scale beyond all floats": (dict(softmax_scale=10 ** 400), ValueError, "softmax_scale must be finite"),
     "scale text": (dict(softmax_scale="0.1"), TypeError, "softmax_scale must be a float or None", "'0.1'"),
     "scale bool": (dict(softmax_scale=True), TypeError, "softmax_scale must be a float or None", "True"),
-    "backend unknown": (dict(backend="cuda"), ValueError, "backend must be one of auto, triton, reference", "'cuda'"),
+    "backend unknown": (dict(backend="cuda"), ValueError, "backend must be one of auto, triton, torch, ",
+                        "'cuda'"),
     "backend None": (dict(backend=None), ValueError, "backend must be one of", "None"),
     "workspace text": (dict(workspace_mib="64"), TypeError, "workspace_mib must be a number of MiB or None", "'64'"),
     "workspace beyond all floats": (dict(workspace_mib=10 ** 400), ValueError, "workspace_mib must be a positive"),
@@ -170,7 +171,7 @@ def test_triton_needs_a_gpu():
     if get_stages("triton", "cuda").INTERPRETED:
         pytest.skip("the interpreter runs on the CPU")
     refusal(ValueError, lambda: call_moba(**GOOD, backend="triton"), "backend='triton' needs CUDA tensors", "cpu",
-            "backend='reference'")
+            "backend='torch'")
 
 
 TAIL = Segments(ints(0, 3, 7), ints(0, 10, 24), ints(1, 0), ints(5, 6), 4, 14, 4)  # 7 queries among 24 keys

@@ -1,4 +1,4 @@
-"""torch.autocast: the reference computes in its inputs' precision, and mixed dtypes are cast as autocast casts them."""
+"""torch.autocast: plain torch computes in its inputs' precision, and mixed dtypes are cast as autocast casts them."""
 import pytest
 import torch
 

@@ -6,7 +6,7 @@ import torch
 
 from benchmarks import baselines, comparison, plot
 from benchmarks.__main__ import main
-from moba_megatron import plotting, reference
+from moba_megatron import plotting, torch_stages
 
 ARGUMENTS = ["readme", "--chunk-size", "16", "--heads", "2", "--head-dim", "8", "--dtype", "float32", "--repeats", "1",
              "--device", "cpu"]
@@ -46,8 +46,8 @@ def test_table_takes_the_error_where_there_are_many_chunks(result):
 
 
 def test_a_wrong_result_is_said_to_be_wrong(monkeypatch, tmp_path):
-    right = reference.attention_fwd
-    monkeypatch.setattr(reference, "attention_fwd", lambda *a: (right(*a)[0] * 1.2, right(*a)[1]))
+    right = torch_stages.attention_fwd
+    monkeypatch.setattr(torch_stages, "attention_fwd", lambda *a: (right(*a)[0] * 1.2, right(*a)[1]))
     path = tmp_path / "result.json"
     assert main([*ARGUMENTS, "--here", "--tokens", "128", "--only", comparison.OWN, "--json", str(path)]) == 1
     row, = json.loads(path.read_text())["rows"]

@@ -55,8 +55,8 @@ def test_layer_number_is_one_based(number):
     ("full_attention_from_step", 1e3, TypeError, ("int", "got 1000.0")),
     ("deterministic", 1, TypeError, ("bool", "got 1")),
     ("deterministic", "false", TypeError, ("bool", "got 'false'")),
-    ("backend", "cuda", ValueError, ("auto, triton, reference", "got 'cuda'")),
-    ("backend", None, ValueError, ("auto, triton, reference", "got None")),
+    ("backend", "cuda", ValueError, ("auto, triton, torch, reference", "got 'cuda'")),
+    ("backend", None, ValueError, ("auto, triton, torch, reference", "got None")),
     ("decode", "sparse", ValueError, ("moba, dense", "got 'sparse'")),
     *(("full_attention_layers", value, ValueError, ("'none', 'all', 'last:N', 'every:N'", "1,2,24", f"got {value!r}"))
       for value in ("last", "last:", "last:0", "last:-1", "last:x", "first:2", "every:0", "every:1.5", "1,,2", "0",

@@ -63,7 +63,7 @@ def test_every_stage_has_a_line(capsys):
     found = kernels_of(run(capsys, "--no-self-test")[1])
     assert list(found) == list(doctor.STAGES.values())
     if not torch.cuda.is_available():
-        assert set(found.values()) == {"reference: no CUDA device"}
+        assert set(found.values()) == {"torch: no CUDA device"}
 
 
 HOPPER = {"sparse forward", "sparse dk and dv, backward", "sparse dq, backward"}
@@ -103,4 +103,4 @@ def test_kernels_that_cannot_be_imported_are_not_healthy(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "moba_megatron.kernels", None)
     status, said = run(capsys, "--no-self-test")
     assert status == 1 and "FAIL: cannot be imported" in said and said.endswith("FAIL\n")
-    assert kernels_of(said)["gate and top-k"] == "reference: Triton cannot be used"
+    assert kernels_of(said)["gate and top-k"] == "torch: Triton cannot be used"

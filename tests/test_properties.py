@@ -6,10 +6,11 @@ from properties import Problem, calls, examples
 from torch.utils.checkpoint import checkpoint
 
 
-@examples(150)
+@pytest.mark.parametrize("backend", ("torch", "reference"))
+@examples(100)
 @given(calls())
-def test_eager(call):
-    problem = Problem(call)
+def test_eager(backend, call):
+    problem = Problem(call, backend=backend)
     problem.check(problem.run())
 
 

@@ -1,4 +1,4 @@
-"""The reference stages against the independent oracle: results, gradients and selection, in every awkward shape."""
+"""The stages in torch, both, against the independent oracle: results, gradients, selection, in every awkward shape."""
 import math
 
 import oracle
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moba_megatron import reference
-from moba_megatron.ops import causal_attn_varlen, moba_attention, moba_attn_varlen
+from moba_megatron.ops import causal_attn_varlen, get_stages, moba_attention, moba_attn_varlen
 from moba_megatron.reference import attention, gating
 from moba_megatron.reference.chunk_means import block_rows, halving_sum
 from moba_megatron.segments import SUM_BLOCK, Segments
@@ -53,37 +53,42 @@ def cases(draw):
                 draw(st.booleans()), draw(st.integers(0, 2 ** 20)))
 
 
-def run(case, q, k, v, do, dlse):
+@pytest.fixture(scope="module", params=("reference", "torch"))
+def backend(request):
+    return request.param
+
+
+def run(case, q, k, v, do, dlse, backend="reference"):
     """o, lse, dq, dk, dv by the public operator."""
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
     o, lse = moba_attn_varlen(q, k, v, case.cu_seqlens(), case.max_seqlen, case.chunk_size, case.topk,
-                              softmax_scale=case.scale, backend="reference", return_lse=True)
+                              softmax_scale=case.scale, backend=backend, return_lse=True)
     return (o.detach(), lse.detach(), *torch.autograd.grad((o, lse), (q, k, v), (do, dlse)))
 
 
-def select(case, q, k):
-    segments = case.segments()
-    return reference.gate(q, reference.chunk_means(k, segments), segments, case.topk)
+def select(case, q, k, backend="reference"):
+    segments, stages = case.segments(), get_stages(backend, "cpu")
+    return stages.gate(q, stages.chunk_means(k, segments), segments, case.topk)
 
 
-def assert_matches_oracle(case):
+def assert_matches_oracle(case, backend):
     inputs = case.tensors()
     chosen = oracle.select(*inputs[:2], case.lengths, case.chunk_size, case.topk)
-    assert case.chunk_numbers(select(case, *inputs[:2])) == chosen
+    assert case.chunk_numbers(select(case, *inputs[:2], backend)) == chosen
     mask = oracle.mask_of(chosen, case.lengths, case.heads, case.chunk_size)
-    for name, got, want in zip(NAMES, run(case, *inputs), oracle_results(case, *inputs, mask)):
+    for name, got, want in zip(NAMES, run(case, *inputs, backend), oracle_results(case, *inputs, mask)):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10, msg=lambda m: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_named_case_matches_oracle(name):
-    assert_matches_oracle(NAMED[name])
+def test_named_case_matches_oracle(name, backend):
+    assert_matches_oracle(NAMED[name], backend)
 
 
 @settings(max_examples=200)
 @given(cases())
-def test_random_case_matches_oracle(case):
-    assert_matches_oracle(case)
+def test_random_case_matches_oracle(backend, case):
+    assert_matches_oracle(case, backend)
 
 
 def zigzag(case, size, rank):
@@ -105,17 +110,18 @@ def part_of(case, cu, seq_ids, offsets):
     return Segments(cu, case.cu_seqlens(), seq_ids, offsets, int(cu.diff().max()), case.max_seqlen, case.chunk_size)
 
 
-def assert_parts_match_whole(case, parts):
+def assert_parts_match_whole(case, parts, backend):
     """Queries attended part by part give the rows of the whole; their dk and dv add up to the whole's."""
     q, k, v, do, dlse = case.tensors()
-    want = dict(zip(NAMES, run(case, q, k, v, do, dlse)))
+    want = dict(zip(NAMES, run(case, q, k, v, do, dlse, backend)))
     selected = select(case, q, k)
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
     for rows, segments in parts:
-        means = reference.chunk_means(k, segments)
-        assert torch.equal(reference.gate(q[rows], means, segments, case.topk), selected[rows])
+        means, stages = reference.chunk_means(k, segments), get_stages(backend, "cpu")
+        assert torch.equal(stages.gate(q[rows], means, segments, case.topk).sort(2)[0], selected[rows].sort(2)[0])
         leaves = q[rows].requires_grad_(), k.detach().requires_grad_(), v.detach().requires_grad_()
-        o, lse = moba_attention(*leaves, segments, case.topk, softmax_scale=case.scale, return_lse=True)
+        o, lse = moba_attention(*leaves, segments, case.topk, softmax_scale=case.scale, backend=backend,
+                                return_lse=True)
         dq, dk_part, dv_part = torch.autograd.grad((o, lse), leaves, (do[rows], dlse[rows]))
         dk, dv = dk + dk_part, dv + dv_part
         for name, got in (("o", o), ("lse", lse), ("dq", dq)):
@@ -127,23 +133,23 @@ def assert_parts_match_whole(case, parts):
 @pytest.mark.parametrize("size", (1, 2, 4))
 @pytest.mark.parametrize("case", (Case((64,), 8, 3, heads=4, kv_heads=2), Case((61, 0, 3, 40), 7, 3, data="twins"),
                                   Case((45, 50), 4, 2, data="ties", fused=True)), ids=("even", "ragged", "ties"))
-def test_zigzag_pieces_match_whole(case, size):
-    assert_parts_match_whole(case, [zigzag(case, size, rank) for rank in range(size)])
+def test_zigzag_pieces_match_whole(case, size, backend):
+    assert_parts_match_whole(case, [zigzag(case, size, rank) for rank in range(size)], backend)
 
 
 @settings(max_examples=60)
 @given(cases(), st.integers(1, 5))
-def test_random_zigzag_pieces_match_whole(case, size):
-    assert_parts_match_whole(case, [zigzag(case, size, rank) for rank in range(size)])
+def test_random_zigzag_pieces_match_whole(backend, case, size):
+    assert_parts_match_whole(case, [zigzag(case, size, rank) for rank in range(size)], backend)
 
 
-def test_prefill_over_a_cache_matches_whole():
+def test_prefill_over_a_cache_matches_whole(backend):
     """The head of a prompt, then its tail over all keys; segments in any order, one sequence without queries."""
     case = Case((50, 13, 31), 6, 3, heads=4, kv_heads=2)
     head = torch.cat((torch.arange(63, 63 + 20), torch.arange(33)))
     tail = torch.cat((torch.arange(33, 50), torch.arange(50, 63), torch.arange(83, 94)))
     assert_parts_match_whole(case, [(head, part_of(case, (0, 20, 53), (2, 0), (0, 0))),
-                                    (tail, part_of(case, (0, 17, 30, 41), (0, 1, 2), (33, 0, 20)))])
+                                    (tail, part_of(case, (0, 17, 30, 41), (0, 1, 2), (33, 0, 20)))], backend)
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16, torch.float16), ids=str)
@@ -198,16 +204,17 @@ def test_memory_is_bounded_by_blocks(case, limit, monkeypatch):
     assert sum(rows for rows, _ in sizes) == 2 * case.total  # forward and backward
 
 
-def test_nan_query_selects_no_earlier_chunk():
+def test_nan_query_selects_no_earlier_chunk(backend):
     case = Case((40, 25), 4, 3, heads=2)
     q, k, v, do, dlse = case.tensors()
-    want, selected = run(case, q, k, v, do, dlse), select(case, q, k)
+    want, selected = run(case, q, k, v, do, dlse), select(case, q, k)  # the reference takes what is not finite
     t, h = 30, 1
     q[t, h, 2] = math.nan
     others = torch.ones(case.total, case.heads, dtype=torch.bool)
     others[t, h] = False
-    got = run(case, q, k, v, do, dlse)
-    assert (select(case, q, k)[t, h] == -1).all() and torch.equal(select(case, q, k)[others], selected[others])
+    got = run(case, q, k, v, do, dlse, backend)
+    found = select(case, q, k, backend)
+    assert (found[t, h] == -1).all() and torch.equal(found[others], selected[others])
     for i in (0, 1, 2):
         assert got[i][t, h].isnan().all() and torch.equal(got[i][others], want[i][others]), NAMES[i]
     attended = torch.zeros(case.total, dtype=torch.bool)
@@ -217,31 +224,31 @@ def test_nan_query_selects_no_earlier_chunk():
 
 
 @pytest.mark.parametrize("bad", (math.nan, math.inf, -math.inf), ids=str)
-def test_bad_key_is_met_only_by_who_attends_to_its_chunk(bad):
+def test_bad_key_is_met_only_by_who_attends_to_its_chunk(bad, backend):
     case = Case((40, 25), 4, 3, heads=4, kv_heads=2, fused=True)
     q, k, v, do, dlse = case.tensors()
     k[9, 0, 1], k[10, 1] = bad, bad  # in chunk 2 of the first sequence, both kv heads
     chosen = oracle.select(q, k, case.lengths, case.chunk_size, case.topk)
-    assert case.chunk_numbers(select(case, q, k)) == chosen
+    assert case.chunk_numbers(select(case, q, k, backend)) == chosen
     mask = oracle.mask_of(chosen, case.lengths, case.heads, case.chunk_size)
     meets = mask[:, :, 8:12].any(2).T  # [T, H]: in the chunk or chose it (a score of +inf does)
     if math.isnan(bad):
         assert not meets[12:].any()
     assert (~meets[12:40]).any()
     want = oracle_results(case, q, torch.where(k.isfinite(), k, 0), v, do, dlse, mask)
-    got = run(case, q, k, v, do, dlse)
+    got = run(case, q, k, v, do, dlse, backend)
     for i in (0, 1, 2):
         torch.testing.assert_close(got[i][~meets], want[i][~meets], rtol=1e-10, atol=1e-10)
     assert torch.isfinite(got[3][40:]).all() and torch.isfinite(got[4][40:]).all()  # the other sequence
 
 
-def test_bad_value_reaches_only_who_attends_to_it():
+def test_bad_value_reaches_only_who_attends_to_it(backend):
     case = Case((40,), 4, 2, heads=2)
     q, k, v, do, dlse = case.tensors()
     want = run(case, q, k, v, do, dlse)
     mask = oracle.mask_of(oracle.select(q, k, case.lengths, 4, 2), case.lengths, 2, 4)
     v[10, 0, 3] = math.nan
-    got = run(case, q, k, v, do, dlse)
+    got = run(case, q, k, v, do, dlse, backend)
     meets = mask[:, :, 10].T
     assert torch.equal(got[0][..., :3], want[0][..., :3]) and torch.equal(got[0][..., 3].isnan(), meets)
     assert torch.equal(got[1], want[1]) and torch.equal(got[2][~meets], want[2][~meets])
@@ -249,14 +256,14 @@ def test_bad_value_reaches_only_who_attends_to_it():
 
 @pytest.mark.parametrize("lengths", ((24,), (23, 5, 24, 1)), ids=str)
 @pytest.mark.parametrize("operator", ("moba", "dense"))
-def test_all_chunks_fit_is_causal_attention(lengths, operator):
+def test_all_chunks_fit_is_causal_attention(lengths, operator, backend):
     case = Case(lengths, 6, 4, heads=4, kv_heads=2, head_dim=8, v_dim=8)
     q, k, v, do, _ = case.tensors()
     leaves = [x.requires_grad_() for x in (q, k, v)]
     if operator == "moba":
-        o = moba_attn_varlen(*leaves, case.cu_seqlens(), 24, case.chunk_size, case.topk)
+        o = moba_attn_varlen(*leaves, case.cu_seqlens(), 24, case.chunk_size, case.topk, backend=backend)
     else:
-        o = causal_attn_varlen(*leaves, case.cu_seqlens(), 24)
+        o = causal_attn_varlen(*leaves, case.cu_seqlens(), 24, backend=backend)
     want = torch.cat([torch.nn.functional.scaled_dot_product_attention(
         *(x.transpose(0, 1)[None] for x in parts), is_causal=True, enable_gqa=True)[0].transpose(0, 1)
         for parts in zip(*(x.split(lengths) for x in leaves))])
@@ -309,13 +316,13 @@ def error_bounds(case, q, k, v, do, dlse, mask, unit_io, unit_acc):
 @pytest.mark.parametrize("case", (Case((97, 30), 8, 3, heads=4, kv_heads=2, head_dim=16, v_dim=8, seed=3),
                                   Case((150,), 2, 20, heads=2, kv_heads=1, head_dim=32, v_dim=32, fused=True)),
                          ids=("GQA", "many chunks"))
-def test_low_precision_error_is_bounded(case, dtype):
+def test_low_precision_error_is_bounded(case, dtype, backend):
     inputs = case.tensors(dtype)
-    chosen = case.chunk_numbers(select(case, *inputs[:2]))
+    chosen = case.chunk_numbers(select(case, *inputs[:2], backend))
     mask = oracle.mask_of(chosen, case.lengths, case.heads, case.chunk_size)
     want = oracle_results(case, *inputs, mask)
     bounds = error_bounds(case, *inputs, mask, unit(dtype), unit(torch.float32))
-    for name, got, exact, bound in zip(NAMES, run(case, *inputs), want, bounds):
+    for name, got, exact, bound in zip(NAMES, run(case, *inputs, backend), want, bounds):
         assert got.dtype == (torch.float32 if name == "lse" else dtype)
         if name in ("dq", "dk", "dv"):
             bound = bound + unit(dtype) * exact.abs()
@@ -326,14 +333,14 @@ def test_low_precision_error_is_bounded(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=str)
-def test_low_precision_selection_loses_at_most_the_rounding(dtype):
+def test_low_precision_selection_loses_at_most_the_rounding(dtype, backend):
     """No unchosen chunk beats a chosen one by more than twice the error of a score."""
     case = Case((150,), 5, 6, heads=2, kv_heads=1, head_dim=32, seed=5)
     q, k = case.tensors(dtype)[:2]
     means = k.double().unflatten(0, (-1, 5)).mean(1)[:, 0]  # [chunks, D]
     score = q.double() @ means.T
     error = (q.double().abs() @ means.abs().T) * (unit(dtype) + (case.head_dim + 5 + 1) * unit(torch.float32)) * 1.01
-    for t, row in enumerate(case.chunk_numbers(select(case, q, k), own=False)[0]):
+    for t, row in enumerate(case.chunk_numbers(select(case, q, k, backend), own=False)[0]):
         for h, numbers in enumerate(row):
             others = set(range(t // 5)) - numbers
             assert len(numbers) == min(5, t // 5)
@@ -342,25 +349,26 @@ def test_low_precision_selection_loses_at_most_the_rounding(dtype):
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=str)
-def test_low_precision_ties_are_exact(dtype):
+def test_low_precision_ties_are_exact(dtype, backend):
     case = Case((100, 41), 4, 5, heads=4, kv_heads=2, data="ties")
     q, k = case.tensors()[:2]
     chosen = oracle.select(q, k, case.lengths, case.chunk_size, case.topk)
-    assert case.chunk_numbers(select(case, q.to(dtype), k.to(dtype))) == chosen
+    assert case.chunk_numbers(select(case, q.to(dtype), k.to(dtype), backend)) == chosen
 
 
-def test_ties_go_to_the_later_chunk():
+def test_ties_go_to_the_later_chunk(backend):
     case = Case((40,), 4, 3, heads=1)
     q, k = torch.ones(40, 1, 4), torch.ones(40, 1, 4)
-    assert select(case, q, k)[39, 0].sort()[0].tolist() == [7, 8]
+    assert select(case, q, k, backend)[39, 0].sort()[0].tolist() == [7, 8]
 
 
-def test_kv_gradients_in_a_chosen_dtype():
+def test_kv_gradients_in_a_chosen_dtype(backend):
     case = Case((40,), 4, 3, heads=4, kv_heads=2)
     q, k, v, do, dlse = case.tensors(torch.bfloat16)
-    segments, selected = case.segments(), select(case, q, k)
-    o, lse = reference.attention_fwd(q, k, v, selected, segments, case.scale)
-    results = [reference.attention_bwd(do, dlse, q, k, v, o, lse, selected, segments, case.scale, kv_grad_dtype=dtype)
+    segments, selected = case.segments(), select(case, q, k, backend)
+    stages = get_stages(backend, "cpu")
+    o, lse = stages.attention_fwd(q, k, v, selected, segments, case.scale)
+    results = [stages.attention_bwd(do, dlse, q, k, v, o, lse, selected, segments, case.scale, kv_grad_dtype=dtype)
                for dtype in (None, torch.float32)]
     assert [x.dtype for x in results[0]] == [torch.bfloat16] * 3
     assert [x.dtype for x in results[1]] == [torch.bfloat16, torch.float32, torch.float32]
@@ -369,13 +377,14 @@ def test_kv_gradients_in_a_chosen_dtype():
 
 
 @pytest.mark.parametrize("use", ("o", "lse"))
-def test_gradient_of_one_output_alone(use):
+def test_gradient_of_one_output_alone(use, backend):
     case = Case((50,), 6, 3, heads=2)
     q, k, v, do, dlse = case.tensors()
     do, dlse = (do, 0 * dlse) if use == "o" else (0 * do, dlse)
-    want = run(case, q, k, v, do, dlse)[2:]
+    want = run(case, q, k, v, do, dlse, backend)[2:]
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    o, lse = moba_attn_varlen(*leaves, case.cu_seqlens(), 50, 6, 3, softmax_scale=case.scale, return_lse=True)
+    o, lse = moba_attn_varlen(*leaves, case.cu_seqlens(), 50, 6, 3, softmax_scale=case.scale, backend=backend,
+                              return_lse=True)
     got = torch.autograd.grad(*((o, leaves, do) if use == "o" else (lse, leaves, dlse)))
     for a, b in zip(got, want):
         assert torch.equal(a, b)

@@ -1,6 +1,6 @@
 """Correctness of `moba_attn_varlen_triton` on packed sequences, as a program or under pytest.
 
-With a GPU the Triton kernels in bf16, as good as an eager computation; without one the reference, against an oracle
+With a GPU the Triton kernels in bf16, as good as an eager computation; without one plain torch, against an oracle
 that shares no code with it.
 """
 import random

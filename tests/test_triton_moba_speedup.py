@@ -64,7 +64,7 @@ def test_attn_varlen_moba_speed(case):
 
 def main():
     """The table."""
-    print(torch.cuda.get_device_name() if GPU else "no GPU: a tiny case by the reference, whose time means nothing")
+    print(torch.cuda.get_device_name() if GPU else "no GPU: a tiny case in plain torch, whose time means nothing")
     for case in CASES:
         found = measure(case)
         line = f"{case.name:28}" + "".join(f"{name} {ms:8.3f} ms   " for name, ms in found.items())

@@ -206,7 +206,7 @@ def add_measure(subcommands) -> None:
     p.add_argument("--ways", nargs="+", choices=NAMES, default=list(NAMES))
     p.add_argument("--budget", type=float, default=float("inf"), metavar="S", help="start no row after so many seconds")
     p.add_argument("--precompile", type=int, default=0, metavar="N", help="first compile the kernels in N processes")
-    p.add_argument("--backend", default="auto", choices=("auto", "triton", "reference"))
+    p.add_argument("--backend", default="auto", choices=("auto", "triton", "torch", "reference"))
     p.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     p.add_argument("--json", type=Path, metavar="PATH", help="write everything measured, after every row")
     p.set_defaults(run=run_measure)

@@ -56,7 +56,7 @@ def context_parallel_attention(q: Tensor, k: Tensor, v: Tensor, sequences: Seque
         head_groups: groups of kv heads that travel and are computed one after the other; None: by size.
         softmax_scale: None for ``1/sqrt(D)``.
         deterministic: bitwise reproducible gradients.
-        backend: ``auto``, ``triton`` or ``reference``.
+        backend: ``auto``, ``triton``, ``torch`` or ``reference``.
         workspace_mib: limit of the Triton kernels' scratch memory, MiB; None for the environment's.
 
     Returns:

@@ -126,16 +126,16 @@ def check(q: Tensor, v: Tensor, selected: Tensor, segments: Segments) -> None:
     """Raises where the kernels cannot take it."""
     if q.dtype == torch.float64:
         raise TypeError("q must be bfloat16, float16 or float32 for the Triton kernels, got float64: "
-                        "use backend='reference'")
+                        "use backend='torch'")
     if max(q.shape[2], v.shape[2]) > MAX_HEAD_DIM:
         raise ValueError(f"head_dim must be at most {MAX_HEAD_DIM} for the Triton kernels, got {q.shape[2]} for q and "
-                         f"k, {v.shape[2]} for v: use backend='reference'")
+                         f"k, {v.shape[2]} for v: use backend='torch'")
     rows = max(q.shape[0] * q.shape[1], (v.shape[0] + segments.num_sequences) * v.shape[1])
     if rows >= 2 ** 31:  # numbers of rows (token, head) and of CSR rows (kv head, chunk) are 32 bits wide
         raise ValueError(f"tokens times heads must be below 2^31 for the Triton kernels, got {rows}: use fewer tokens")
     if segments.chunk_size < 16 and selected.shape[2]:
         raise ValueError(f"chunk_size must be at least 16 for the Triton kernels, got {segments.chunk_size}: "
-                         "use backend='reference'")
+                         "use backend='torch'")
 
 
 def tma_available(device: torch.device) -> bool:

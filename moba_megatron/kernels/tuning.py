@@ -94,7 +94,7 @@ def arch_of_capability(major: int, minor: int) -> str:
     """The class of a compute capability; a card that is not known gets the rows that need the least shared memory."""
     if major < 8:
         raise ValueError(f"the Triton kernels need compute capability 8.0 or later, got {major}.{minor}: "
-                         "use backend='reference'")
+                         "use backend='torch'")
     return {(8, 0): "sm_80", (8, 7): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}.get(
         (major, minor), "sm_86")
 

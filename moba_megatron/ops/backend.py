@@ -1,4 +1,4 @@
-"""The one place where a backend is chosen: Triton kernels or the reference, said once a process."""
+"""The one place where a backend is chosen: Triton kernels or plain torch, said once a process."""
 from __future__ import annotations
 
 import functools
@@ -19,7 +19,9 @@ def check_backend(backend: str) -> None:
 
 
 def get_stages(backend: str, device: torch.device) -> ModuleType:
-    """``moba_megatron.kernels`` or ``.reference``, whose functions compute the stages; for ``auto`` kernels on CUDA.
+    """``moba_megatron.kernels``, ``.torch_stages`` or ``.reference``, whose functions compute the stages.
+
+    ``auto`` is the kernels on CUDA, ``torch`` elsewhere; the reference is slow, and what the others are tested against.
 
     Raises:
         ValueError: backend is unknown, or Triton cannot run on this device.
@@ -33,14 +35,16 @@ def get_stages(backend: str, device: torch.device) -> ModuleType:
 def _stages(backend: str, device_type: str) -> ModuleType:
     name, reason = backend, "asked for"
     if backend == "auto":
-        name = "triton" if device_type == "cuda" else "reference"
+        name = "triton" if device_type == "cuda" else "torch"
         reason = f"backend=auto on {device_type}"
     if name == "reference":
         from .. import reference as stages
+    elif name == "torch":
+        from .. import torch_stages as stages
     else:
         from .. import kernels as stages
         if device_type != "cuda" and not stages.INTERPRETED:
             raise ValueError(f"backend='triton' needs CUDA tensors, got a tensor on {device_type}: move the tensors to "
-                             "a GPU, use backend='reference', or set TRITON_INTERPRET=1 before the first import")
+                             "a GPU, use backend='torch', or set TRITON_INTERPRET=1 before the first import")
     logger.info("moba_megatron: %s kernels on %s (%s)", name, device_type, reason)
     return stages

@@ -23,7 +23,7 @@ def moba_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, means_cache: Tensor
     into a CUDA graph.
 
     Args:
-        q: ``[B, H, D]``, bf16, fp16, fp32 (or fp64: reference only). Under ``torch.autocast`` it may have another dtype
+        q: ``[B, H, D]``, bf16, fp16, fp32 (or fp64: not by Triton). Under ``torch.autocast`` it may have another dtype
             than the caches, and is cast to theirs.
         k_cache: ``[B, S, HK, D]``, any strides; with a block table, pages ``[pages, page_size, HK, D]``.
         v_cache: as k_cache, with a head dim DV of its own.
@@ -39,7 +39,7 @@ def moba_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, means_cache: Tensor
         cache_starts: int32 ``[B]``, the row of each sequence's first key (left padding); None for 0. Chunks are counted
             from there.
         softmax_scale: multiplies the scores; None for ``1/sqrt(D)``.
-        backend: ``auto`` (Triton on CUDA, the reference elsewhere), ``triton`` or ``reference``.
+        backend: ``auto`` (Triton on CUDA, plain torch elsewhere), ``triton``, ``torch`` or ``reference``.
         return_lse: also return the log-sum-exp of the attended scores.
 
     Returns:
@@ -127,7 +127,7 @@ def _means(k_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor, chunk_si
 
 
 def _stages(backend: str, device: torch.device) -> ModuleType:
-    """``moba_megatron.kernels.decode`` or ``moba_megatron.reference.decode``."""
+    """The module ``decode`` beside the stages."""
     return importlib.import_module(".decode", get_stages(backend, device).__name__)
 
 

@@ -24,7 +24,7 @@ def key_convolution(k: Tensor, weight: Tensor, cu_seqlens: Tensor, halo: Tensor 
         cu_seqlens: int32 ``[N + 1]`` on k's device, 0 to S: runs of rows that follow one another; rows behind the last
             give 0.
         halo: ``[N, W - 1, HK, D]``, the keys before each run where it does not start a sequence; None for zeros.
-        backend: ``auto``, ``triton`` or ``reference``.
+        backend: ``auto``, ``triton``, ``torch`` or ``reference``.
 
     Returns:
         ``[S, HK, D]`` in k's dtype; differentiable in k, weight and halo.
@@ -45,7 +45,7 @@ def key_convolution(k: Tensor, weight: Tensor, cu_seqlens: Tensor, halo: Tensor 
     cu_seqlens = stages.bounded_lengths(cu_seqlens, k.shape[0])
     if hasattr(stages, "key_convolution_fwd"):
         return _KeyConvolution.apply(k, weight, cu_seqlens, halo, stages)
-    return stages.key_convolution(k, weight, cu_seqlens, halo)  # the reference, differentiable as it is
+    return stages.key_convolution(k, weight, cu_seqlens, halo)  # in torch, differentiable as it is
 
 
 def _check(k: Tensor, weight: Tensor, halo: Tensor | None) -> None:

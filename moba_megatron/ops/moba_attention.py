@@ -48,14 +48,14 @@ def moba_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
     through the selection. Where ``max_seqlen <= moba_topk * moba_chunk_size`` this is causal attention.
 
     A NaN or inf in a row of k or v makes NaN of the rows that attend to it. The kernels, as FlashAttention's, may
-    spread it to rows of the same tile before it, which multiply it by 0; the reference does not. A chunk whose score
+    spread it to rows of the same tile before it, which multiply it by 0; torch's backends do not. A chunk whose score
     is NaN or -inf is not selected.
 
     Under ``torch.autocast`` q, k and v of one dtype are computed in it; of several, all are cast to autocast's dtype as
     for ``scaled_dot_product_attention`` (fp64 never is). First derivatives only, by reverse mode; ``vmap`` loops.
 
     Args:
-        q: ``[T, H, D]``, bf16, fp16, fp32 or fp64 (fp64: reference only); any strides.
+        q: ``[T, H, D]``, bf16, fp16, fp32 or fp64 (fp64: not by Triton); any strides.
         k: ``[T, HK, D]``, H a multiple of HK (GQA, MQA without repeating).
         v: ``[T, HK, DV]``.
         cu_seqlens: int32 ``[B + 1]`` on q's device, non-decreasing from 0; chunks start with each sequence. Rows from
@@ -66,7 +66,7 @@ def moba_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
         moba_topk: chunks a query attends to, its own included, at least 1.
         softmax_scale: multiplies the scores; None for ``1/sqrt(D)``. The gate is not scaled.
         deterministic: bitwise reproducible gradients.
-        backend: ``auto`` (Triton on CUDA, the reference elsewhere), ``triton`` or ``reference``.
+        backend: ``auto`` (Triton on CUDA, plain torch elsewhere), ``triton``, ``torch`` or ``reference``.
         return_lse: also return the log-sum-exp of the attended scores, differentiable.
         workspace_mib: limit of the Triton kernels' scratch memory, MiB; None for the environment's
             ``MOBA_WORKSPACE_MIB``, else 1024. Less memory, more passes over fewer heads each.

@@ -42,7 +42,7 @@ class Pipeline:
     """How to attend, apart from where the rows are.
 
     Args:
-        stages: ``moba_megatron.kernels`` or ``moba_megatron.reference``.
+        stages: ``moba_megatron.kernels``, ``.torch_stages`` or ``.reference``.
         topk: chunks that a query attends to, its own included.
         softmax_scale: multiplies the scores.
         deterministic: bitwise reproducible gradients.

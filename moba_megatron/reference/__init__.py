@@ -1,4 +1,4 @@
-"""The stages in plain torch: any device, fp64-capable, readable. The oracle's twin and the kernels' yardstick.
+"""The stages in plain torch: any device, fp64-capable, readable, slow. What the others are tested against.
 
 Stages, as in ``moba_megatron.kernels``: ``chunk_means`` (and its halves ``block_sums``, ``means_from_block_sums``),
 ``gate``, ``route``, ``attention_fwd``, ``attention_bwd``. ``key_convolution`` may come before them; ``call`` runs

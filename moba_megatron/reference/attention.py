@@ -14,7 +14,7 @@ SCORE_ELEMENTS = 1 << 24
 """Attention scores held at once: bounds the memory of a block of queries."""
 
 
-def _in_own_precision(stage):
+def in_own_precision(stage):
     """A stage that computes in its inputs' precision under autocast, too."""
     @functools.wraps(stage)
     def outside_autocast(first, *args, **kwargs):
@@ -24,7 +24,7 @@ def _in_own_precision(stage):
     return outside_autocast
 
 
-@_in_own_precision
+@in_own_precision
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: Segments, softmax_scale: float,
                   routing: Routing | None = None) -> tuple[Tensor, Tensor]:
     """Softmax attention over the diagonal chunk and the selected ones, keys at or before the query.
@@ -53,7 +53,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: S
     return o, lse
 
 
-@_in_own_precision
+@in_own_precision
 def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
                   selected: Tensor, segments: Segments, softmax_scale: float, *, deterministic: bool = False,
                   kv_grad_dtype: torch.dtype | None = None,

@@ -25,18 +25,26 @@ def gate(q: Tensor, means: Tensor, segments: Segments, topk: int) -> Tensor:
     Returns:
         int32 ``[T, H, topk - 1]``: chunk ids, best first, -1 where fewer exist.
     """
-    total_q, num_heads, _ = q.shape
-    num_chunks = means.shape[0]
-    wanted = topk - 1
-    selected = torch.full((total_q, num_heads, wanted), -1, dtype=torch.int32, device=q.device)
-    if 0 in (total_q, wanted, num_chunks):
-        return selected
+    total_q, wanted = q.shape[0], topk - 1
+    if 0 in (total_q, wanted, means.shape[0]):
+        return torch.full((*q.shape[:2], wanted), -1, dtype=torch.int32, device=q.device)
+    return best_chunks(q, means, *earlier_chunks(segments, total_q), wanted)
+
+
+def earlier_chunks(segments: Segments, total_q: int) -> tuple[Tensor, Tensor]:
+    """Of each query the id of its sequence's first chunk, and of its own: two int64 ``[T]``, alike behind the last."""
     sequence, position = segments.query_positions(total_q)
     first = segments.first_chunk()[sequence]
     own = first + position // segments.chunk_size
-    own = torch.where(torch.arange(total_q, device=q.device) < segments.cu_seqlens_q[-1], own, first)  # -1 behind it
+    return first, torch.where(torch.arange(total_q, device=own.device) < segments.cu_seqlens_q[-1], own, first)
+
+
+def best_chunks(q: Tensor, means: Tensor, first: Tensor, own: Tensor, wanted: int) -> Tensor:
+    """The ``wanted`` best of the chunks ``first`` to ``own - 1`` of each query, as of :func:`gate`."""
+    (total_q, num_heads, dim), num_chunks = q.shape, means.shape[0]
+    selected = torch.full((total_q, num_heads, wanted), -1, dtype=torch.int32, device=q.device)
     ids = torch.arange(num_chunks, device=q.device)
-    rows = max(1, SCORE_ELEMENTS // (num_heads * num_chunks * q.shape[2]))
+    rows = max(1, SCORE_ELEMENTS // (num_heads * num_chunks * dim))
     for begin in range(0, total_q, rows):
         block = slice(begin, begin + rows)
         score = _scores(q[block], means)

@@ -11,7 +11,7 @@ from moba_megatron.kernels.bounds import bounded_lengths
 from moba_megatron.ops import key_convolution, moba_attention, validation
 from moba_megatron.segments import Segments
 
-BACKENDS = ["triton", "reference"]
+BACKENDS = ["triton", "torch", "reference"]
 CASES = {"sparse": (16, 2), "sparse, cut short": (40, 2), "dense": (64, 1), "own chunk only": (16, 1)}
 """Chunk size and topk for sequences of 33 and 37 rows."""
 
@@ -102,8 +102,9 @@ def test_segments_that_break_their_contract_are_bounded(topk, change):
     for name in ("cu_seqlens_q", "cu_seqlens_k", "seq_ids", "offsets"):
         assert getattr(meant[0], name).tolist() == getattr(meant[1], name).tolist(), name
     tensors = make(70)
-    for a, b in zip(*(gradients(tensors, (segments,), topk, backend, moba_attention) for backend in BACKENDS)):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for a, *others in zip(*(gradients(tensors, (segments,), topk, backend, moba_attention) for backend in BACKENDS)):
+        for b in others:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_many_lengths():

@@ -1,0 +1,214 @@
+"""Attention over the selected chunks in plain torch: batches of products of rows of queries with keys.
+
+A row is a query and head, ``token * H + head``, or a key and kv head. Scores are computed in batches small enough for a
+processor's cache: of chunks with their own queries, then of chunks with the rows that chose them. Forward keeps for
+each row the largest score so far and the sums relative to it; backward computes the weights again from lse. Sums have a
+fixed order.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..reference.attention import in_own_precision
+from ..reference.chunk_means import accumulate_dtype, block_rows
+from ..segments import Routing, Segments
+
+SCORE_ELEMENTS = 1 << 19
+"""Attention scores held at once."""
+KEYS = 512
+"""Keys of a batch, at most: so many rows are there for each key, and a dense layer's scores stay in the cache."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Lists of rows, and for each the keys that they attend to.
+
+    Args:
+        rows: int64 ``[n, M]``, rows of queries, of ``T * H``.
+        keys: int64 ``[n, N]``, rows of keys, of ``S * HK``.
+        padded: bool ``[n, M]``, True where a row of the same list stands in for none; None where none does.
+        distinct: True where no row and no key is there twice.
+        hidden: bool ``[M, W]``, which of the last W keys a row does not see; None where it sees all.
+    """
+
+    rows: Tensor
+    keys: Tensor
+    padded: Tensor | None
+    distinct: bool
+    hidden: Tensor | None = None
+
+    def of_rows(self, x: Tensor) -> Tensor:
+        """``[n, M, ...]`` of a tensor that has all rows of queries."""
+        return x.index_select(0, self.rows.flatten()).unflatten(0, self.rows.shape)
+
+    def of_keys(self, x: Tensor) -> Tensor:
+        """``[n, N, ...]`` of a tensor that has all rows of keys."""
+        return x.index_select(0, self.keys.flatten()).unflatten(0, self.keys.shape)
+
+    def add(self, x: Tensor, to_keys: bool, left: Tensor, right: Tensor) -> None:
+        """Adds ``left @ right`` to the rows of queries, or of keys, of a tensor that has them all."""
+        places = self.keys if to_keys else self.rows
+        if self.distinct:  # index_add_ sorts
+            before = x.index_select(0, places.flatten()).unflatten(0, places.shape)
+            x.index_copy_(0, places.flatten(), torch.baddbmm(before, left, right).flatten(0, 1))
+        else:
+            x.index_add_(0, places.flatten(), torch.bmm(left, right).flatten(0, 1))
+
+    def weights(self, score: Tensor, level: Tensor) -> Tensor:
+        """``exp(score - level)``, in place, 0 for keys that are not seen and for rows that stand in."""
+        if self.padded is not None:
+            level = level.masked_fill(self.padded, torch.inf)
+        score.sub_(level[..., None]).exp_()
+        self.hide(score, 0)
+        return score
+
+    def hide(self, score: Tensor, value: float) -> None:
+        if self.hidden is not None:
+            score[..., -self.hidden.shape[1]:].masked_fill_(self.hidden, value)
+
+
+@in_own_precision
+def attention_fwd(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: Segments, softmax_scale: float,
+                  routing: Routing | None = None) -> tuple[Tensor, Tensor]:
+    """As :func:`moba_megatron.reference.attention_fwd`, which takes over where a value is not finite."""
+    if not _finite(q, k, v):
+        return reference.attention_fwd(q, k, v, selected, segments, softmax_scale, routing)
+    dtype = accumulate_dtype(q.dtype)
+    queries, keys = _rows(q, dtype) * softmax_scale, _rows(k, dtype)
+    values = torch.cat((_rows(v, dtype), keys.new_ones(keys.shape[0], 1)), 1)  # the last column sums the weights
+    sums = queries.new_zeros(queries.shape[0], values.shape[1])
+    level = queries.new_full(queries.shape[:1], -torch.inf)  # largest score so far: sums are relative to its exp
+    for batch in _batches(q, k, selected, segments, routing):
+        score = torch.bmm(batch.of_rows(queries), batch.of_keys(keys).mT)
+        batch.hide(score, -torch.inf)
+        rows, before, largest = batch.rows.flatten(), batch.of_rows(level), score.amax(2)
+        if batch.padded is not None:  # a row that stands in may be given keys that are not its own
+            largest.masked_fill_(batch.padded, -torch.inf)
+        level.scatter_reduce_(0, rows, largest.flatten(), "amax")
+        now = batch.of_rows(level)
+        rescaled, weight = (before - now).exp_()[..., None], batch.weights(score, now)
+        rescaled = batch.of_rows(sums).mul_(rescaled)
+        if batch.distinct:
+            rescaled = rescaled.baddbmm_(weight, batch.of_keys(values))
+        sums.index_copy_(0, rows, rescaled.flatten(0, 1))  # a row that is there twice has the same value twice
+        if not batch.distinct:
+            sums.index_add_(0, rows, torch.bmm(weight, batch.of_keys(values)).flatten(0, 1))
+    total = sums[:, -1:]
+    o = sums[:, :-1] / total.clamp(min=torch.finfo(dtype).tiny)  # 0 for rows of no segment
+    return o.view(*q.shape[:2], v.shape[2]).to(q.dtype), (level + total[:, 0].log()).view(q.shape[:2])
+
+
+@in_own_precision
+def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
+                  selected: Tensor, segments: Segments, softmax_scale: float, *, deterministic: bool = False,
+                  kv_grad_dtype: torch.dtype | None = None,
+                  routing: Routing | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`moba_megatron.reference.attention_bwd`, which takes over where a value is not finite."""
+    if not _finite(do, q, k, v, o, *(() if dlse is None else (dlse,))):
+        return reference.attention_bwd(do, dlse, q, k, v, o, lse, selected, segments, softmax_scale,
+                                       kv_grad_dtype=kv_grad_dtype)
+    dtype = accumulate_dtype(q.dtype)
+    queries, keys, values, grads = _rows(q, dtype) * softmax_scale, *(_rows(x, dtype) for x in (k, v, do))
+    delta, lse = (grads * _rows(o, dtype)).sum(1), lse.reshape(-1).to(dtype)
+    if dlse is not None:
+        delta -= dlse.reshape(-1).to(dtype)
+    dq, dk, dv = map(torch.zeros_like, (queries, keys, values))
+    for batch in _batches(q, k, selected, segments, routing):
+        query, key, grad = batch.of_rows(queries), batch.of_keys(keys), batch.of_rows(grads)
+        weight = batch.weights(torch.bmm(query, key.mT), batch.of_rows(lse))
+        batch.add(dv, True, weight.mT, grad)
+        dscore = torch.bmm(grad, batch.of_keys(values).mT).sub_(batch.of_rows(delta)[..., None]).mul_(weight)
+        batch.add(dq, False, dscore, key)
+        batch.add(dk, True, dscore.mT, query)
+    return (dq.mul_(softmax_scale).view(q.shape).to(q.dtype), dk.view(k.shape).to(kv_grad_dtype or k.dtype),
+            dv.view(v.shape).to(kv_grad_dtype or v.dtype))
+
+
+def _finite(*tensors: Tensor) -> bool:
+    """Whether all values are, and none is so large that their sum is not: products would spread them by 0 * NaN."""
+    return all(bool(x.sum(dtype=accumulate_dtype(x.dtype)).isfinite()) for x in tensors)
+
+
+def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[tokens, heads, dim]`` as ``[tokens * heads, dim]``, contiguous."""
+    return x.to(dtype).reshape(x.shape[0] * x.shape[1], x.shape[2]).contiguous()
+
+
+def _batches(q: Tensor, k: Tensor, selected: Tensor, segments: Segments, routing: Routing | None) -> Iterator[Batch]:
+    """All that rows attend to: their own chunks first, where a row is in one list of one batch."""
+    yield from _own_chunks(q.shape[1], k, segments)
+    if selected.numel():
+        routing = routing or reference.route(selected, k.shape[1], segments.num_chunks(k.shape[0]))
+        yield from _chosen_chunks(routing, selected.shape[2], k, segments)
+
+
+def _own_chunks(num_heads: int, k: Tensor, segments: Segments) -> Iterator[Batch]:
+    """Runs of queries of one chunk, a part of all chunks at a time, with the keys up to its end."""
+    size, (total, kv_heads, _), group = segments.chunk_size, k.shape, num_heads // k.shape[1]
+    runs = torch.tensor(_runs(segments), dtype=torch.int64, device=k.device).view(-1, 4)
+    kv_head = torch.arange(kv_heads, device=k.device)[:, None]
+    head = torch.arange(num_heads, device=k.device).view(kv_heads, 1, group)
+    step = max(64, min(-(-size // 8), 1024 // group))
+    for begin in range(0, size if len(runs) else 0, step):
+        place = torch.arange(begin, min(begin + step, size), device=k.device)
+        there = runs[(runs[:, 1] < begin + len(place)) & (runs[:, 2] > begin)]
+        for low_key, high_key in _cuts(begin + len(place)):
+            key, hidden = torch.arange(low_key, high_key, device=k.device), None
+            if high_key > begin:
+                hidden = (key[max(0, begin - low_key):] > place[:, None]).repeat_interleave(group, 0)
+            for some in there.split(max(1, SCORE_ELEMENTS // (len(place) * num_heads * len(key)))):
+                token, low, high, first_key = some.T[..., None]
+                within = torch.maximum(torch.minimum(place, high - 1), low)
+                rows = (token + within - low)[:, None, :, None] * num_heads + head  # [runs, HK, places, group]
+                keys = (first_key + key).clamp(max=total - 1)[:, None] * kv_heads + kv_head
+                padded = (within != place)[:, None, :, None].expand_as(rows).flatten(2).flatten(0, 1)
+                full = not padded.any()
+                distinct = full and some[:, 3].unique().numel() == len(some)  # segments may share a chunk
+                rows, keys = rows.flatten(2).flatten(0, 1), keys.flatten(0, 1)
+                yield Batch(rows, keys, None if full else padded, distinct, hidden)
+
+
+def _cuts(size: int) -> list[tuple[int, int]]:
+    """Ranges of up to ``KEYS`` of so many keys."""
+    return [(begin, min(begin + KEYS, size)) for begin in range(0, size, KEYS)]
+
+
+def _runs(segments: Segments) -> list[tuple[int, int, int, int]]:
+    """Of each run of queries in one chunk: its first token, its places in the chunk (from, to), the first key there."""
+    size, runs = segments.chunk_size, []
+    cu_q, cu_k = segments.cu_seqlens_q.tolist(), segments.cu_seqlens_k.tolist()
+    for token, end, sequence, position in zip(cu_q, cu_q[1:], segments.seq_ids.tolist(), segments.offsets.tolist()):
+        while token < end:
+            low = position % size
+            number = min(size - low, end - token)
+            runs.append((token, low, low + number, cu_k[sequence] + position - low))
+            token, position = token + number, position + number
+    return runs
+
+
+def _chosen_chunks(routing: Routing, choices: int, k: Tensor, segments: Segments) -> Iterator[Batch]:
+    """Lists of the routing, of (kv head, chunk), the longest first; lists of about one length make a batch."""
+    total, kv_heads, _ = k.shape
+    size, num_chunks = segments.chunk_size, routing.num_csr_rows // kv_heads
+    most = SCORE_ELEMENTS // min(size, KEYS)
+    bounds = routing.indptr.tolist()
+    lists = [(min(most, end - at), at, row) for row, (begin, end) in enumerate(zip(bounds, bounds[1:]))
+             for at in range(begin, end, most)]
+    lists.sort(reverse=True)
+    chunk_begin = block_rows(segments, total)[0][:, 0].long()
+    at = 0
+    while at < len(lists):
+        some = lists[at:at + max(1, SCORE_ELEMENTS // (lists[at][0] * min(size, KEYS)))]
+        at += len(some)
+        length, first, csr_row = torch.tensor(some, device=k.device).T[..., None]
+        place = torch.arange(some[0][0], device=k.device)
+        padded = place >= length if some[-1][0] < len(place) else None
+        row = routing.indices[first + torch.minimum(place, length - 1)].long() // choices
+        for low, high in _cuts(size):
+            key = chunk_begin[csr_row % num_chunks] + torch.arange(low, high, device=k.device)
+            yield Batch(row, key * kv_heads + csr_row // num_chunks, padded, len(some) == 1)
