@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cases, dense, gpt, options, oracle, report, router, tables
+from benchmarks import cases, cpu, dense, gpt, options, oracle, report, router, tables
 from benchmarks.__main__ import main
-from moba_megatron import environment, reference
+from moba_megatron import environment, reference, torch_stages
 from moba_megatron.ops import causal_attn_varlen
 from moba_megatron.segments import Segments
 
@@ -236,3 +236,19 @@ def test_cost_of_watching_the_router(tmp_path, capsys):
     assert "| 102.0 | 11.0 | 0.45 % | later |" in text and f"model at commit {result['environment']['commit']}:" in text
     log.write_text(json.dumps({"kind": "step"}) + "\n")
     assert main(["router", str(log), "--json", str(stored)]) == 1 and "no start" in capsys.readouterr().err
+
+
+def test_without_a_gpu_both_backends_are_measured_beside_torchs_attention(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cpu, "CASES", (cases.Case("tiny", 200, 16, 3, 4, 2, 16, "float32"),))
+    threads = torch.get_num_threads()
+    try:
+        assert main(["cpu", "--turns", "2", "--threads", "1", "--json", str(tmp_path / "out.json")]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    row, = report.load(tmp_path / "out.json")["rows"]
+    assert {name: times["runs"] for name, times in row["ms"].items()} == {"sdpa": 2, "torch": 2, "reference": 1}
+    assert all(row[kind][name]["min"] > 0 for kind in ("ms", "cpu_ms", "forward_ms") for name in row["ms"])
+    assert "tiny" in capsys.readouterr().out
+    monkeypatch.setattr(torch_stages, "attention_fwd", lambda *a: (1.01 * reference.attention_fwd(*a)[0],
+                                                                   reference.attention_fwd(*a)[1]))
+    assert main(["cpu", "--turns", "1", "--threads", str(threads)]) == 1
