@@ -27,6 +27,7 @@ TABLES = {
     "speedup": Stored("h200/gpt-p1.json", gpt.SPEEDUP.markdown, "README.md"),
     "kernels": Stored("h200/kernels.json", report.KERNELS.markdown),
     "host": Stored("h200/host.json", gate.TABLE.markdown),
+    "triton": Stored("h200/gate_triton.json", gate.TABLE.markdown),
     "comparison": Stored("h200/comparison.json", comparison.PAGE.markdown),
     "training-speed": Stored("h200/training_speed.json", training.SPEED.markdown),
     "smoke": Stored("h200/smoke.json", training.smoke_text),
