@@ -72,9 +72,9 @@ def _ratio(kind: str, value: str) -> report.Cell:
 
 
 def below(result: dict) -> str:
-    loads = [row["load"] for row in result["rows"]]
-    return (f"fp32, {result['threads']} threads of {result['cores']} cores, medians of {result['turns']} turns (the "
-            f"reference once), beside other processes: load {min(loads):.1f} to {max(loads):.1f}. "
+    loads, threads = [row["load"] for row in result["rows"]], result["threads"]
+    return (f"fp32, {threads} thread{'s' * (threads > 1)} on {result['cores']} cores, medians of {result['turns']} "
+            f"turns (the reference once), beside other processes: load {min(loads):.1f} to {max(loads):.1f}. "
             f"{report.measured_at(result)}")
 
 
