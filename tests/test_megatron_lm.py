@@ -32,6 +32,14 @@ ARGUMENTS = """
         for name, default in sizes.items():
             parser.add_argument("--" + name, type=int, default=default)
         parser.add_argument("--load")
+        parser.add_argument("--attention-dropout", type=float, default=0.1)
+        parser.add_argument("--no-create-attention-mask-in-dataloader", action="store_false",
+                            dest="create_attention_mask_in_dataloader")
+        parser.add_argument("--cp-comm-type", nargs="+", default=["p2p"])
+        parser.add_argument("--context-parallel-size", type=int, default=1)
+        parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
+        parser.add_argument("--group-query-attention", action="store_true")
+        parser.add_argument("--num-query-groups", type=int, default=1)
         parser.add_argument("--spec", nargs="*")
         parser.add_argument("--use-checkpoint-args", action="store_true")
         return parser
@@ -130,6 +138,8 @@ SCRIPT = """
         if hasattr(training, "PARSED_BY_SCRIPT"):
             arguments.parse_and_validate_args()
         report["flops"] = training.pretrain(model_provider, train_step)
+        names = ("attention_dropout", "create_attention_mask_in_dataloader", "cp_comm_type")
+        report["chosen"] = [getattr(global_vars._GLOBAL_ARGS, name) for name in names]
         report["from_step"] = getattr(global_vars._GLOBAL_ARGS, "moba_full_attention_from_step", "no such flag")
         print("REPORT " + json.dumps(report))
 """
@@ -196,16 +206,35 @@ def test_a_checkpoint_says_how_it_was_trained(tmp_path, flags, spec, said):
     (tmp_path / "saved.json").write_text(json.dumps(saved))
     done = run(script, "--load", tmp_path / "saved.json", *flags)
     if spec:
-        assert report_of(done)["spec"] == spec
+        assert report_of(done)["spec"] == spec and report_of(done)["chosen"] == [0.0, False, ["p2p"]]
     else:
         assert done.returncode != 0
     for line in said:
         assert line in done.stdout + done.stderr
 
 
+CP = ["--context-parallel-size", "2"]
+
+
+@pytest.mark.parametrize("flags, chosen, said", [
+    ([], [0.0, False, ["p2p"]], "attention_dropout 0.0 for 0.1, create_attention_mask_in_dataloader False for True"),
+    (CP, [0.0, False, ["a2a"]], "cp_comm_type ['a2a'] for ['p2p']"),
+    ([*CP, "--group-query-attention"], [0.0, False, ["all_gather"]], "cp_comm_type ['all_gather'] for ['p2p']"),
+    ([*CP, "--tensor-model-parallel-size", "4"], [0.0, False, ["all_gather"]], "['all_gather'] for ['p2p']"),
+    ([*CP, "--cp-comm-type", "p2p", "--attention-dropout", "0.1"], [0.1, False, ["p2p"]],
+     "sets what no flag said: create_attention_mask_in_dataloader False for True"),
+], ids=["one rank", "a2a", "one kv head", "fewer heads than ranks", "said"])
+def test_one_flag_is_enough(tmp_path, flags, chosen, said):
+    """What Megatron-LM would have set, and MoBA cannot take; what was said stays, for MoBA's layers to refuse."""
+    done = run(make_host(tmp_path, "0.13"), "--attention", "moba", "--moba-chunk-size", "8", *flags)
+    assert report_of(done)["chosen"] == chosen
+    assert done.stdout.count("> --attention moba sets what no flag said") == 1 and said in done.stdout
+
+
 def test_launch_without_moba_leaves_megatron_alone(tmp_path):
     done = run(make_host(tmp_path, "0.13"), "--moba-topk", "3")
     report = report_of(done)
+    assert report["chosen"] == [0.1, True, ["p2p"]] and "keeps Megatron-LM's attention dropout, 0.1" in done.stdout
     assert report["spec"] == "DotProductAttention" and report["flops"] == 1e9
     assert "no effect without --attention moba" in done.stdout
 

@@ -149,17 +149,23 @@ def _wrapper(wrap):
 
 @_wrapper
 def moba_arguments(original, parser):
-    """On ``add_megatron_arguments``: adds ``--attention`` and ``--moba-*``, and watches checkpoints for them."""
+    """On ``add_megatron_arguments``: adds ``--attention`` and ``--moba-*``, chooses what no flag says, and watches
+    checkpoints for them."""
     parser = add_moba_arguments(original(parser), default="full", full_meaning=FULL_MEANING)
     group = parser.add_argument_group("moba logs")
     group.add_argument("--moba-log-router-interval", type=_at_least_one, metavar="N",
                        help="every N iterations log, to TensorBoard and as a line, each layer's share of queries on "
                             "the first chunk, load imbalance, selection entropy and recall; unset: never")
     group.add_argument("--moba-log-router-file", metavar="FILE", help="and to this file, as JSON lines")
-    parse = parser.parse_known_args
+    parse, unsaid = parser.parse_known_args, object()
+    usual = {name: parser.get_default(name) for name in DEFAULTS if parser.get_default(name) is not None}
+    parser.set_defaults(**dict.fromkeys(usual, unsaid))
 
     def parse_known_args(*args, **kwargs):
         parsed = parse(*args, **kwargs)
+        _unsaid.clear()
+        _unsaid.update((name, value) for name, value in usual.items() if getattr(parsed[0], name) is unsaid)
+        choose_unsaid(parsed[0])
         if parsed[0].moba_log_router_file is not None and parsed[0].moba_log_router_interval is None:
             parser.error("--moba-log-router-file needs --moba-log-router-interval N: nothing would be written")
         return parsed
@@ -169,6 +175,30 @@ def moba_arguments(original, parser):
         print_once("> megatron.training.checkpointing has no _load_base_checkpoint: --moba-* flags are not compared "
                    "with a checkpoint's")
     return parser
+
+
+DEFAULTS = ("attention_dropout", "create_attention_mask_in_dataloader", "cp_comm_type")
+"""Arguments whose defaults in Megatron-LM MoBA cannot take."""
+_unsaid: dict[str, object] = {}  # those that the command line did not say, and Megatron-LM's defaults
+
+
+def choose_unsaid(args: argparse.Namespace) -> None:
+    """Sets what no flag said to what MoBA takes, with one line that says so; without MoBA to Megatron-LM's defaults."""
+    values = dict(_unsaid)
+    if args.attention == "moba":
+        values.update((name, type(value)()) for name, value in _unsaid.items() if name != "cp_comm_type")  # 0.0, False
+        ranks = getattr(args, "context_parallel_size", 1)
+        if "cp_comm_type" in _unsaid and ranks > 1:
+            heads = args.num_query_groups if getattr(args, "group_query_attention", False) else args.num_attention_heads
+            each = max(1, (heads or 1) // getattr(args, "tensor_model_parallel_size", 1))
+            values["cp_comm_type"] = ["all_gather" if each % ranks else "a2a"]
+        chosen = [f"{name} {values[name]} for {value}" for name, value in _unsaid.items() if values[name] != value]
+        if chosen:
+            print_once(f"> --attention moba sets what no flag said: {', '.join(chosen)}")
+    elif only_flags and values.get("attention_dropout"):
+        print_once(f"> --attention full keeps Megatron-LM's attention dropout, {values['attention_dropout']}; MoBA has "
+                   "none: to compare them give --attention-dropout 0")
+    vars(args).update(values)
 
 
 def _at_least_one(text: str) -> int:
@@ -186,6 +216,7 @@ def moba_checkpoint(original, load_dir, args, *positional, **named):
         compare_flags(args, saved)
     elif saved is not None:
         restore_flags(args, saved)
+        choose_unsaid(args)
         if args.attention == "moba" and only_flags:
             raise ValueError("--attention must be moba, as the checkpoint's, got full: give it as a flag")
     return result
