@@ -29,8 +29,10 @@ needs_gluon = pytest.mark.skipif(kernels.INTERPRETED or bool(sm90.unusable()),
                                  reason="Hopper's kernels are not for this Triton")
 MOST_SPILLS = 2048
 """Bytes a thread. fp32 at head dim 256 spills 1.7 KB at its smallest tile; a tile that is too large spills many."""
-SPILL_MORE = {"_key_convolution_bwd_kernel": 12_500, "_mass_kernel": 8_500}
-"""Tiles that were never tuned: key convolution's with a halo, and the router's statistics in fp32 at head dim 256."""
+SPILL_MORE = {"_mass_kernel": 8_500}
+"""Tiles that were never tuned: the router's statistics in fp32 at head dim 256."""
+if triton.__version__.startswith("3.9."):  # the same tiles of these cost its compiler up to 2.7 and 9.1 KB
+    SPILL_MORE |= {"_gate_kernel": 2_800, "_mass_kernel": 9_200}
 
 
 @pytest.fixture(scope="module")
