@@ -50,15 +50,19 @@ def run_program(arguments, environment=None, seconds=150):
     with tempfile.TemporaryDirectory() as directory:
         files = out, err = Path(directory, "out"), Path(directory, "err")
         if torch.cuda.is_available():
-            with out.open("w") as stdout, err.open("w") as stderr:
-                status = subprocess.run([sys.executable, *arguments], env=environment, stdout=stdout, stderr=stderr,
-                                        timeout=seconds).returncode
+            with out.open("w") as stdout, err.open("w") as stderr, subprocess.Popen(
+                    [sys.executable, *arguments], env=environment, stdout=stdout, stderr=stderr) as process:
+                try:
+                    status = process.wait(seconds)
+                except subprocess.TimeoutExpired:
+                    process.terminate()  # torchrun ends its workers
+                    raise
         else:
             process = _start_method("gloo").Process(target=_program, args=(arguments, environment, *files))
             process.start()
             process.join(seconds)
             if process.is_alive():
-                process.terminate()  # torchrun ends its workers
+                process.terminate()
                 process.join(30)
                 process.kill()
                 raise subprocess.TimeoutExpired(arguments, seconds)

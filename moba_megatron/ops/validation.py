@@ -169,9 +169,9 @@ def check_segments(segments: Segments, total_q: int, total_k: int, device: torch
 
 
 def _values_readable(x: Tensor) -> bool:
-    """Whether reading costs no wait that nobody asked for, and there are values: not those of fakes or of a batch."""
+    """Whether reading costs no wait that nobody asked for, and there are values: not of fakes, nor in a transform."""
     return (not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter)
-            and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+            and not torch._C._are_functorch_transforms_active()
             and (x.device.type == "cpu" or CHECK_CUDA_VALUES and x.is_cuda))
 
 
