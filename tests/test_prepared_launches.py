@@ -371,7 +371,7 @@ def test_threads_share_plans(driver, monkeypatch):
     call(*tensors)
     inputs, seen = [cloned(tensors) for _ in range(4)], []
     note = driver.note
-    monkeypatch.setattr(driver, "note", lambda *args: (seen.append((threading.get_ident(), args[4])), note(*args)))
+    monkeypatch.setattr(driver, "note", lambda *args: (seen.append((threading.current_thread(), args[4])), note(*args)))
     threads = [threading.Thread(target=lambda mine=mine: [call(*mine) for _ in range(5)]) for mine in inputs]
     for thread in threads:
         thread.start()
