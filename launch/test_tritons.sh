@@ -28,11 +28,14 @@ for version in "${versions[@]}"; do
     if [ ! -d "$place" ]; then
         say "Triton $version: up to 0.3 GB to download, 1 GB on disk, into $place."
         need_room 2
+        run rm -rf "$place.part"
         run timeout 600 "$PY" -m pip install --quiet --no-deps --target "$place.part" "${packages[@]}" ||
             die "pip could not install ${packages[*]} within ten minutes; its message is above"
         run mv "$place.part" "$place"
     fi
     path="$(cd "$VENV" 2>/dev/null && pwd || echo "$VENV")/tritons/$version:$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+    run env PYTHONPATH="$path" "$PY" -c "import triton; assert triton.__version__ == '$version', triton.__version__" ||
+        die "$place does not hold Triton $version; remove it, and the next run installs it again"
     pytest=(-m pytest --timeout 1200 -p no:cacheprovider)
     run env PYTHONPATH="$path" "$PY" "${pytest[@]}" tests/test_compile.py || status=$?
     run env PYTHONPATH="$path" TRITON_INTERPRET=1 "$PY" "${pytest[@]}" --numprocesses "$workers" tests/interpreted "$@" ||

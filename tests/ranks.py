@@ -7,6 +7,7 @@ import contextlib
 import functools
 import io
 import os
+import random
 import runpy
 import signal
 import socket
@@ -19,6 +20,7 @@ import warnings
 from pathlib import Path
 from unittest import mock
 
+import numpy
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -27,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 TORCHRUN = ["-m", "torch.distributed.run"]
 
 
-def torchrun(processes, program, *flags, timeout=150, environment=None, options=()):
+def torchrun(processes, program, *flags, timeout=150, environment=None, options=(), fork=True):
     """Runs examples/<program>.py, or a module of benchmarks, under torchrun on CPU.
 
     Returns the CompletedProcess with stdout and stderr as text. ``environment`` is added to this process's,
@@ -37,11 +39,11 @@ def torchrun(processes, program, *flags, timeout=150, environment=None, options=
                    **(environment or {})}
     named = ["-m", program] if program.startswith("benchmarks") else [str(ROOT / f"examples/{program}.py")]
     return run_program([*TORCHRUN, "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", processes, *options,
-                        *named, *flags], environment, timeout)
+                        *named, *flags], environment, timeout, fork)
 
 
-def run_program(arguments, environment=None, seconds=150):
-    """``python arguments`` (``-m module`` or a script, and its flags) in a fork where there is no GPU.
+def run_program(arguments, environment=None, seconds=150, fork=True):
+    """``python arguments`` (``-m module`` or a script, and its flags); where there is no GPU in a fork, if it may be.
 
     Returns the CompletedProcess with stdout and stderr as text. ``environment`` is added to this process's.
     """
@@ -49,7 +51,7 @@ def run_program(arguments, environment=None, seconds=150):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **(environment or {})}
     with tempfile.TemporaryDirectory() as directory:
         files = out, err = Path(directory, "out"), Path(directory, "err")
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() or not fork:
             with out.open("w") as stdout, err.open("w") as stderr, subprocess.Popen(
                     [sys.executable, *arguments], env=environment, stdout=stdout, stderr=stderr) as process:
                 try:
@@ -108,6 +110,8 @@ def _rank_of_torchrun(*arguments):
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):  # the agent's own, until now
         signal.signal(number, signal.SIG_DFL)
     sys.stdout.reconfigure(line_buffering=True)
+    numpy.random.seed()  # else all forks draw the same, which processes of their own do not
+    random.seed()
     _as_main(*arguments)
 
 
@@ -165,6 +169,7 @@ def _start_method(backend):
 
 
 def _main(function, rank, size, port, directory, backend, args, environment):
+    os.environ.clear()  # a variable that a test has deleted since the first fork
     os.environ.update(environment, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size),
                       LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")
     torch.set_num_threads(1)

@@ -35,7 +35,7 @@ def train(processes: int, log: Path, data_path: Path, *flags: str, launched: boo
     """Trains, under torchrun if ``launched``, and returns the log's records."""
     flags = [*MODEL, *TRAINING, "--data-path", str(data_path), "--log-jsonl", str(log), *flags]
     if launched:
-        result = torchrun(processes, "pretrain_gpt", *flags)
+        result = torchrun(processes, "pretrain_gpt", *flags, fork=False)  # the one that starts as users do
         assert result.returncode == 0, result.stderr[-4000:]
     else:
         run_ranks(pretrain_gpt, processes, log.parent, flags)

@@ -51,7 +51,10 @@ ARGUMENTS = """
     def parse_and_validate_args(extra_args_provider=None, args_defaults={}):
         args = parse_args(extra_args_provider)
         if args.use_checkpoint_args:
-            checkpointing._load_base_checkpoint(args.load, args, rank0=True)
+            saved = checkpointing._load_base_checkpoint(args.load, args, rank0=True)[0]["args"]
+            for name in ("attention_dropout", "group_query_attention", "num_query_groups"):  # whatever flags said
+                if hasattr(saved, name):
+                    setattr(args, name, getattr(saved, name))
         global_vars._GLOBAL_ARGS = args
         return args
 """
@@ -229,6 +232,17 @@ def test_one_flag_is_enough(tmp_path, flags, chosen, said):
     done = run(make_host(tmp_path, "0.13"), "--attention", "moba", "--moba-chunk-size", "8", *flags)
     assert report_of(done)["chosen"] == chosen
     assert done.stdout.count("> --attention moba sets what no flag said") == 1 and said in done.stdout
+
+
+@pytest.mark.parametrize("flags, dropout", [([], 0.1), (["--attention-dropout", "0"], 0.0)], ids=["unsaid", "said"])
+def test_what_a_dense_checkpoint_says(tmp_path, flags, dropout):
+    """Its dropout is its word, unless a flag says another; the exchange is chosen by its heads."""
+    saved = dict(num_layers=3, attention_dropout=0.1, group_query_attention=True, num_query_groups=1,
+                 num_attention_heads=8)
+    (tmp_path / "saved.json").write_text(json.dumps(saved))
+    done = run(make_host(tmp_path, "0.18"), "--load", tmp_path / "saved.json", "--use-checkpoint-args", "--attention",
+               "moba", *CP, *flags)
+    assert report_of(done)["chosen"] == [dropout, False, ["all_gather"]]
 
 
 def test_launch_without_moba_leaves_megatron_alone(tmp_path):

@@ -182,14 +182,19 @@ DEFAULTS = ("attention_dropout", "create_attention_mask_in_dataloader", "cp_comm
 _unsaid: dict[str, object] = {}  # those that the command line did not say, and Megatron-LM's defaults
 
 
-def choose_unsaid(args: argparse.Namespace) -> None:
-    """Sets what no flag said to what MoBA takes, with one line that says so; without MoBA to Megatron-LM's defaults."""
+def choose_unsaid(args: argparse.Namespace, model: argparse.Namespace | None = None) -> None:
+    """Sets what no flag said to what MoBA takes, with one line that says so; without MoBA to Megatron-LM's defaults.
+
+    ``model``: whose numbers of heads count, a checkpoint's that are to be restored; None for ``args``.
+    """
     values = dict(_unsaid)
     if args.attention == "moba":
         values.update((name, type(value)()) for name, value in _unsaid.items() if name != "cp_comm_type")  # 0.0, False
         ranks = getattr(args, "context_parallel_size", 1)
         if "cp_comm_type" in _unsaid and ranks > 1:
-            heads = args.num_query_groups if getattr(args, "group_query_attention", False) else args.num_attention_heads
+            sizes = argparse.Namespace(**(vars(args) | vars(model or args)))
+            groups = getattr(sizes, "group_query_attention", False)
+            heads = sizes.num_query_groups if groups else sizes.num_attention_heads
             each = max(1, (heads or 1) // getattr(args, "tensor_model_parallel_size", 1))
             values["cp_comm_type"] = ["all_gather" if each % ranks else "a2a"]
         chosen = [f"{name} {values[name]} for {value}" for name, value in _unsaid.items() if values[name] != value]
@@ -216,7 +221,9 @@ def moba_checkpoint(original, load_dir, args, *positional, **named):
         compare_flags(args, saved)
     elif saved is not None:
         restore_flags(args, saved)
-        choose_unsaid(args)
+        if args.attention == "moba" and "attention_dropout" in vars(args).keys() - _unsaid.keys():
+            saved.attention_dropout = args.attention_dropout  # as given: Megatron-LM takes the checkpoint's
+        choose_unsaid(args, saved)
         if args.attention == "moba" and only_flags:
             raise ValueError("--attention must be moba, as the checkpoint's, got full: give it as a flag")
     return result
