@@ -105,10 +105,11 @@ class TestDryRun:
 
     def test_other_tritons_are_put_beside_and_both_kinds_of_tests_run(self, dry, tmp_path):
         lines = launch("test_tritons.sh", "3.9.0", "--", "-k", "gate", **dry).stderr.splitlines()
-        fetch, _, compiled, interpreted = lines[-4:]
+        fetch, _, asked, compiled, interpreted = lines[-5:]
         place = f"{tmp_path}/venv/tritons/3.9.0"
         assert f"--no-deps --target {place}.part triton==3.9.0" in fetch
-        assert all(f"PYTHONPATH={place}:{ROOT} " in line for line in (compiled, interpreted))
+        assert all(f"PYTHONPATH={place}:{ROOT} " in line for line in (asked, compiled, interpreted))
+        assert "triton.__version__" in asked and "3.9.0" in asked.split("-c")[1]
         assert compiled.endswith("tests/test_compile.py") and interpreted.endswith("tests/interpreted -k gate")
         assert "TRITON_INTERPRET" not in compiled and "TRITON_INTERPRET=1" in interpreted
 
