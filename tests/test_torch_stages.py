@@ -117,6 +117,62 @@ def test_rows_of_no_sequence():
         assert (x[75:] == (-torch.inf if name == "lse" else 0)).all(), name
 
 
+@pytest.mark.parametrize("kind", ("q.k of another sequence", "do.v of a later key", "a chunk at -inf"))
+def test_products_that_overflow(kind):
+    """Finite values whose products are not: only rows that attend to them may suffer."""
+    q, k, v, do, dlse = Case((3, 37), 16, 3, heads=2, kv_heads=1).tensors(torch.float32)
+    lens = (40,)
+    if kind == "q.k of another sequence":
+        lens, q[2], k[:3], k[5:] = (3, 37), 1e20, 1e-20, 1e20
+    elif kind == "do.v of a later key":
+        v[30], do[25] = 1e20, 1e20
+    else:
+        q[35], k[:32], k[32:36] = 1e20, 1e-20, -1e20
+    segments = Segments.from_cu_seqlens(torch.tensor((0, *lens)).cumsum(0).int(), max(lens), 16)
+    got, want = (results(backend, q, k, v, do, dlse, segments, 2) for backend in ("torch", "reference"))
+    for name, a, b in zip(NAMES, got, want):
+        assert torch.equal(a.isfinite(), b.isfinite()), name
+        a, b = (x[b.isfinite()].double() for x in (a, b))
+        assert (a - b).norm() <= 1e-5 * b.norm(), name
+
+
+def batches_of(lens, max_seqlen, chunk_size, heads=4, queries=None):
+    """Batches of a dense call, H = HK, D 64: ``queries`` last positions of each sequence, or all."""
+    cu, count = torch.tensor((0, *lens)).cumsum(0).int(), torch.tensor([min(n, queries or n) for n in lens])
+    cu_q = torch.cat((count.new_zeros(1), count.cumsum(0))).int()
+    segments = Segments(cu_q, cu, torch.arange(len(lens)).int(), (cu.diff() - count).int(), max_seqlen, max_seqlen,
+                        chunk_size)
+    return list(attention._own_chunks(heads, 64, torch.empty(sum(lens), heads, 64), segments))
+
+
+def test_what_is_not_there_is_not_visited():
+    assert len(batches_of((100,), 131_072, 131_072)) == 1
+    assert len(batches_of((16_000,), 16_000, 16_000, queries=1)) <= 4
+    assert batches_of((), 0, 16) == batches_of((0,), 0, 16) == []
+
+
+def test_short_runs_are_not_padded_to_long_ones():
+    batches = batches_of((*[16] * 300, 9000), 9000, 4096)
+    short = [batch for batch in batches if batch.keys.shape[1] <= 16]
+    assert sum(batch.rows.numel() for batch in short) == 300 * 16 * 4 and all(batch.padded is None for batch in short)
+
+
+@pytest.mark.parametrize("chunk_size", (1, 4))
+def test_rows_in_memory_are_bounded(chunk_size):
+    """Beside small chunks, what is gathered is larger than the scores."""
+    case = Case((3000,), chunk_size, 3, heads=8, kv_heads=2)
+    q, k, v, *_ = case.tensors()
+    selected = torch_stages.gate(q, torch_stages.chunk_means(k, case.segments()), case.segments(), 3)
+    batches = list(attention._batches(q, k, 64, selected, case.segments(), None))
+    assert all(max(x.numel() for x in (batch.rows, batch.keys)) * 64 <= attention.SCORE_ELEMENTS for batch in batches)
+
+
+def test_deterministic_is_refused_on_cuda():
+    with pytest.raises(ValueError, match="deterministic must be False .* use backend='triton'"):
+        get_stages("torch", torch.device("cuda"), deterministic=True)
+    assert get_stages("torch", "cuda") is get_stages("torch", "cpu", deterministic=True) is torch_stages
+
+
 @pytest.mark.parametrize("scale", (300.0, -300.0, 1e-9))
 def test_scores_of_any_size(scale):
     """The largest score rises from chunk to chunk, and falls."""

@@ -74,8 +74,8 @@ def context_parallel_attention(q: Tensor, k: Tensor, v: Tensor, sequences: Seque
         check_whole("head_groups", head_groups, 1)
     if sequences.max_seqlen <= topk * chunk_size:  # every earlier chunk is chosen: causal attention, one chunk
         chunk_size, topk = max(chunk_size, sequences.max_seqlen), 1
-    pipeline = Pipeline(get_stages(backend, q.device), topk, check_scale(softmax_scale, q.shape[2]), deterministic,
-                    backend == "auto", workspace_mib)
+    pipeline = Pipeline(get_stages(backend, q.device, deterministic), topk, check_scale(softmax_scale, q.shape[2]),
+                    deterministic, backend == "auto", workspace_mib)
     comm_type = canonical_comm_type(comm_type)
     check_groups(group, comm_type, q.shape[1], k.shape[1])
     check_sequences(sequences, comm_type)

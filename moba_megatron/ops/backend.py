@@ -18,16 +18,19 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
 
 
-def get_stages(backend: str, device: torch.device) -> ModuleType:
+def get_stages(backend: str, device: torch.device, deterministic: bool = False) -> ModuleType:
     """``moba_megatron.kernels``, ``.torch_stages`` or ``.reference``, whose functions compute the stages.
 
     ``auto`` is the kernels on CUDA, ``torch`` elsewhere; the reference is slow, and what the others are tested against.
 
     Raises:
-        ValueError: backend is unknown, or Triton cannot run on this device.
+        ValueError: backend is unknown, Triton cannot run on this device, or ``torch`` is not deterministic on it.
         ImportError: Triton was asked for and is not installed.
     """
     check_backend(backend)
+    if deterministic and backend == "torch" and torch.device(device).type == "cuda":
+        raise ValueError("deterministic must be False with backend='torch' on CUDA, where sums have no order, "
+                         "got True: use backend='triton' or 'auto'")
     return _stages(backend, torch.device(device).type)
 
 

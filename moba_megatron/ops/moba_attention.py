@@ -65,7 +65,7 @@ def moba_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
         moba_chunk_size: keys in a chunk, at least 1 (Triton: at least 16).
         moba_topk: chunks a query attends to, its own included, at least 1.
         softmax_scale: multiplies the scores; None for ``1/sqrt(D)``. The gate is not scaled.
-        deterministic: bitwise reproducible gradients.
+        deterministic: bitwise reproducible gradients; an error with backend ``torch`` on CUDA.
         backend: ``auto`` (Triton on CUDA, plain torch elsewhere), ``triton``, ``torch`` or ``reference``.
         return_lse: also return the log-sum-exp of the attended scores, differentiable.
         workspace_mib: limit of the Triton kernels' scratch memory, MiB; None for the environment's
@@ -211,8 +211,8 @@ def _run_forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *options) 
 @functools.lru_cache(maxsize=64)
 def _pipeline(device: torch.device, topk: int, softmax_scale: float, deterministic: bool, backend: str,
               workspace_mib: float | None) -> Pipeline:
-    return Pipeline(get_stages(backend, device), topk, softmax_scale, deterministic, backend == "auto", workspace_mib,
-                    untrusted=True)
+    return Pipeline(get_stages(backend, device, deterministic), topk, softmax_scale, deterministic, backend == "auto",
+                    workspace_mib, untrusted=True)
 
 
 _forward = torch.library.custom_op("moba_megatron::attention_fwd", _attention_fwd, mutates_args=())

@@ -75,15 +75,15 @@ class Batch:
 @in_own_precision
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: Segments, softmax_scale: float,
                   routing: Routing | None = None) -> tuple[Tensor, Tensor]:
-    """As :func:`moba_megatron.reference.attention_fwd`, which takes over where a value is not finite."""
-    if not _finite(q, k, v):
+    """As :func:`moba_megatron.reference.attention_fwd`, which takes over where a value or product may not be finite."""
+    if not _in_range(q, k, softmax_scale, _largest(v) * k.shape[0]):
         return reference.attention_fwd(q, k, v, selected, segments, softmax_scale, routing)
     dtype = accumulate_dtype(q.dtype)
     queries, keys = _rows(q, dtype) * softmax_scale, _rows(k, dtype)
     values = torch.cat((_rows(v, dtype), keys.new_ones(keys.shape[0], 1)), 1)  # the last column sums the weights
     sums = queries.new_zeros(queries.shape[0], values.shape[1])
     level = queries.new_full(queries.shape[:1], -torch.inf)  # largest score so far: sums are relative to its exp
-    for batch in _batches(q, k, selected, segments, routing):
+    for batch in _batches(q, k, max(k.shape[2], v.shape[2]), selected, segments, routing):
         score = torch.bmm(batch.of_rows(queries), batch.of_keys(keys).mT)
         batch.hide(score, -torch.inf)
         rows, before, largest = batch.rows.flatten(), batch.of_rows(level), score.amax(2)
@@ -108,8 +108,9 @@ def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tens
                   selected: Tensor, segments: Segments, softmax_scale: float, *, deterministic: bool = False,
                   kv_grad_dtype: torch.dtype | None = None,
                   routing: Routing | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`moba_megatron.reference.attention_bwd`, which takes over where a value is not finite."""
-    if not _finite(do, q, k, v, o, *(() if dlse is None else (dlse,))):
+    """As :func:`moba_megatron.reference.attention_bwd`, which takes over where a value or product may not be finite."""
+    if not _in_range(q, k, softmax_scale, _largest(dlse),
+                     (1 + _largest(do)) * (1 + _largest(v) + _largest(o)) * v.shape[2]):
         return reference.attention_bwd(do, dlse, q, k, v, o, lse, selected, segments, softmax_scale,
                                        kv_grad_dtype=kv_grad_dtype)
     dtype = accumulate_dtype(q.dtype)
@@ -118,7 +119,7 @@ def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tens
     if dlse is not None:
         delta -= dlse.reshape(-1).to(dtype)
     dq, dk, dv = map(torch.zeros_like, (queries, keys, values))
-    for batch in _batches(q, k, selected, segments, routing):
+    for batch in _batches(q, k, max(k.shape[2], v.shape[2]), selected, segments, routing):
         query, key, grad = batch.of_rows(queries), batch.of_keys(keys), batch.of_rows(grads)
         weight = batch.weights(torch.bmm(query, key.mT), batch.of_rows(lse))
         batch.add(dv, True, weight.mT, grad)
@@ -129,9 +130,15 @@ def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tens
             dv.view(v.shape).to(kv_grad_dtype or v.dtype))
 
 
-def _finite(*tensors: Tensor) -> bool:
-    """Whether all values are, and none is so large that their sum is not: products would spread them by 0 * NaN."""
-    return all(bool(x.sum(dtype=accumulate_dtype(x.dtype)).isfinite()) for x in tensors)
+def _in_range(q: Tensor, k: Tensor, scale: float, *bounds: float) -> bool:
+    """Whether scores, and what has these bounds, are far from the dtype's end: 0 * inf would spread NaN."""
+    bounds = _largest(q) * abs(scale) * (1 + _largest(k) * q.shape[2]), *bounds
+    return all(bound < torch.finfo(accumulate_dtype(q.dtype)).max / 8 for bound in bounds)
+
+
+def _largest(x: Tensor | None) -> float:
+    """The largest absolute value; NaN where there is one."""
+    return float(torch.stack(x.aminmax()).abs().max()) if x is not None and x.numel() else 0.0
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -139,63 +146,72 @@ def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).reshape(x.shape[0] * x.shape[1], x.shape[2]).contiguous()
 
 
-def _batches(q: Tensor, k: Tensor, selected: Tensor, segments: Segments, routing: Routing | None) -> Iterator[Batch]:
+def _batches(q: Tensor, k: Tensor, dim: int, selected: Tensor, segments: Segments,
+             routing: Routing | None) -> Iterator[Batch]:
     """All that rows attend to: their own chunks first, where a row is in one list of one batch."""
-    yield from _own_chunks(q.shape[1], k, segments)
+    yield from _own_chunks(q.shape[1], dim, k, segments)
     if selected.numel():
         routing = routing or reference.route(selected, k.shape[1], segments.num_chunks(k.shape[0]))
-        yield from _chosen_chunks(routing, selected.shape[2], k, segments)
+        yield from _chosen_chunks(routing, selected.shape[2], dim, k, segments)
 
 
-def _own_chunks(num_heads: int, k: Tensor, segments: Segments) -> Iterator[Batch]:
-    """Runs of queries of one chunk, a part of all chunks at a time, with the keys up to its end."""
+def _own_chunks(num_heads: int, dim: int, k: Tensor, segments: Segments) -> Iterator[Batch]:
+    """Parts of runs of queries of one chunk, of about the same places, with the keys up to their end."""
     size, (total, kv_heads, _), group = segments.chunk_size, k.shape, num_heads // k.shape[1]
-    runs = torch.tensor(_runs(segments), dtype=torch.int64, device=k.device).view(-1, 4)
     kv_head = torch.arange(kv_heads, device=k.device)[:, None]
     head = torch.arange(num_heads, device=k.device).view(kv_heads, 1, group)
-    step = max(64, min(-(-size // 8), 1024 // group))
-    for begin in range(0, size if len(runs) else 0, step):
-        place = torch.arange(begin, min(begin + step, size), device=k.device)
-        there = runs[(runs[:, 1] < begin + len(place)) & (runs[:, 2] > begin)]
-        for low_key, high_key in _cuts(begin + len(place)):
+    for there in _runs(segments, max(64, min(-(-size // 8), 1024 // group))):
+        begin, end = min(low for low, *_ in there), max(high for _, high, *_ in there)
+        full = all(run[:2] == (begin, end) for run in there)
+        place, runs = torch.arange(begin, end, device=k.device), torch.tensor(there, device=k.device)
+        for low_key, high_key in _cuts(end, (end - begin) * group, dim):
             key, hidden = torch.arange(low_key, high_key, device=k.device), None
             if high_key > begin:
                 hidden = (key[max(0, begin - low_key):] > place[:, None]).repeat_interleave(group, 0)
-            for some in there.split(max(1, SCORE_ELEMENTS // (len(place) * num_heads * len(key)))):
-                token, low, high, first_key = some.T[..., None]
+            for some in runs.split(max(1, _lists(len(place) * group, len(key), dim) // kv_heads)):
+                low, high, token, first_key = some.T[..., None]
                 within = torch.maximum(torch.minimum(place, high - 1), low)
                 rows = (token + within - low)[:, None, :, None] * num_heads + head  # [runs, HK, places, group]
                 keys = (first_key + key).clamp(max=total - 1)[:, None] * kv_heads + kv_head
                 padded = (within != place)[:, None, :, None].expand_as(rows).flatten(2).flatten(0, 1)
-                full = not padded.any()
                 distinct = full and some[:, 3].unique().numel() == len(some)  # segments may share a chunk
                 rows, keys = rows.flatten(2).flatten(0, 1), keys.flatten(0, 1)
                 yield Batch(rows, keys, None if full else padded, distinct, hidden)
 
 
-def _cuts(size: int) -> list[tuple[int, int]]:
-    """Ranges of up to ``KEYS`` of so many keys."""
-    return [(begin, min(begin + KEYS, size)) for begin in range(0, size, KEYS)]
+def _cuts(size: int, rows: int, dim: int) -> list[tuple[int, int]]:
+    """Ranges of up to ``KEYS`` of so many keys, or more where there are few rows."""
+    step = max(KEYS, SCORE_ELEMENTS // (2 * max(rows, dim)))
+    return [(begin, min(begin + step, size)) for begin in range(0, size, step)]
 
 
-def _runs(segments: Segments) -> list[tuple[int, int, int, int]]:
-    """Of each run of queries in one chunk: its first token, its places in the chunk (from, to), the first key there."""
-    size, runs = segments.chunk_size, []
+def _lists(rows: int, keys: int, dim: int) -> int:
+    """How many lists of so many rows and keys a batch has: scores in memory are bounded, and what is gathered."""
+    return max(1, SCORE_ELEMENTS // max(rows * keys, rows * dim, keys * dim))
+
+
+def _runs(segments: Segments, step: int) -> list[list[tuple[int, int, int, int]]]:
+    """Of each run of queries in one chunk: its places in the chunk (from, to), its first token, the first key there.
+
+    Cut at every ``step`` places; those are together that begin within 16 places and are about as long.
+    """
+    size, alike = segments.chunk_size, {}
     cu_q, cu_k = segments.cu_seqlens_q.tolist(), segments.cu_seqlens_k.tolist()
     for token, end, sequence, position in zip(cu_q, cu_q[1:], segments.seq_ids.tolist(), segments.offsets.tolist()):
         while token < end:
             low = position % size
-            number = min(size - low, end - token)
-            runs.append((token, low, low + number, cu_k[sequence] + position - low))
+            number = min(size - low, end - token, step - low % step)
+            kind = low // step, low % step // 16, ((number - 1) // 16).bit_length()
+            alike.setdefault(kind, []).append((low, low + number, token, cu_k[sequence] + position - low))
             token, position = token + number, position + number
-    return runs
+    return list(alike.values())
 
 
-def _chosen_chunks(routing: Routing, choices: int, k: Tensor, segments: Segments) -> Iterator[Batch]:
+def _chosen_chunks(routing: Routing, choices: int, dim: int, k: Tensor, segments: Segments) -> Iterator[Batch]:
     """Lists of the routing, of (kv head, chunk), the longest first; lists of about one length make a batch."""
     total, kv_heads, _ = k.shape
     size, num_chunks = segments.chunk_size, routing.num_csr_rows // kv_heads
-    most = SCORE_ELEMENTS // min(size, KEYS)
+    most = max(1, SCORE_ELEMENTS // max(min(size, KEYS), dim))
     bounds = routing.indptr.tolist()
     lists = [(min(most, end - at), at, row) for row, (begin, end) in enumerate(zip(bounds, bounds[1:]))
              for at in range(begin, end, most)]
@@ -203,12 +219,13 @@ def _chosen_chunks(routing: Routing, choices: int, k: Tensor, segments: Segments
     chunk_begin = block_rows(segments, total)[0][:, 0].long()
     at = 0
     while at < len(lists):
-        some = lists[at:at + max(1, SCORE_ELEMENTS // (lists[at][0] * min(size, KEYS)))]
+        cuts = _cuts(size, lists[at][0], dim)
+        some = lists[at:at + _lists(lists[at][0], cuts[0][1], dim)]
         at += len(some)
         length, first, csr_row = torch.tensor(some, device=k.device).T[..., None]
         place = torch.arange(some[0][0], device=k.device)
         padded = place >= length if some[-1][0] < len(place) else None
         row = routing.indices[first + torch.minimum(place, length - 1)].long() // choices
-        for low, high in _cuts(size):
+        for low, high in cuts:
             key = chunk_begin[csr_row % num_chunks] + torch.arange(low, high, device=k.device)
             yield Batch(row, key * kv_heads + csr_row // num_chunks, padded, len(some) == 1)
