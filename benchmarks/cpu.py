@@ -74,8 +74,8 @@ def _ratio(kind: str, value: str) -> report.Cell:
 def below(result: dict) -> str:
     loads, threads = [row["load"] for row in result["rows"]], result["threads"]
     return (f"fp32, {threads} thread{'s' * (threads > 1)} on {result['cores']} cores, medians of {result['turns']} "
-            f"turns (the reference once), beside other processes: load {min(loads):.1f} to {max(loads):.1f}. "
-            f"{report.measured_at(result)}")
+            f"turns (the reference once), load of the machine, this program in it, {min(loads):.1f} to "
+            f"{max(loads):.1f}. {report.measured_at(result)}")
 
 
 TABLE = report.Table({
