@@ -249,8 +249,9 @@ def _run_beside(problem: Problem) -> None:
     zigzag = Segments(whole(3), whole(2), whole(2), whole(2), tokens, tokens, size)  # two pieces of a sequence
     selected = whole(tokens, heads, choices)
     routing = kernels.route(selected, kv_heads, zigzag.num_chunks(tokens))
-    kernels.attention_fwd(q, k, k, selected, zigzag, 1.0, routing=routing)
-    kernels.attention_bwd(q, None, q, k, k, q, lse, selected, zigzag, 1.0, routing=routing)
+    apart = empty(tokens, heads, 2 * dim)[..., :dim]  # rows that do not lie one behind the other
+    kernels.attention_fwd(apart, k, k, selected, zigzag, 1.0, routing=routing)
+    kernels.attention_bwd(q, None, apart, k, k, q, lse, selected, zigzag, 1.0, routing=routing)
     kernels.means_from_block_sums(fp32(tokens // size, cdiv(size, SUM_BLOCK), kv_heads, dim), size, problem.dtype)
     parts, places = empty(tokens, dim), whole(tokens, heads, choices)
     merging.merge_parts(q, lse, parts, fp32(tokens), places, empty(tokens, heads, dim), fp32(tokens, heads))
@@ -362,8 +363,9 @@ def stage_of(kernel: str) -> str:
 def launches(problem: Problem, capability: int) -> set[tuple[str, str, str]]:
     """What a problem launches: (kernel, repr of its row of the tuning table, what else changes it); compiles nothing.
 
-    A Gluon kernel is another program for chunks of one block of keys, of several, and where the last is ragged; that of
-    delta, with the gradient of lse; what runs beside the stages, for each dtype.
+    A Gluon kernel is another program for chunks of one block of keys, of several, and where the last is ragged, and
+    for rows of q that lie apart, which those beside the stages do; that of delta, with the gradient of lse; what
+    runs beside the stages, for each dtype.
     """
     record: list = []
     with (tuning.forced(tuning.arch_of_capability(*divmod(capability, 10)), record=record),
@@ -374,7 +376,7 @@ def launches(problem: Problem, capability: int) -> set[tuple[str, str, str]]:
     for kernel in {name for name, _ in launched}:
         row, change = rows.get(stage_of(kernel)), ""
         if row and is_gluon(row.config):
-            change = f"{min(blocks, 2)} blocks" + ", ragged" * bool(rest)
+            change = f"{min(blocks, 2)} blocks" + ", ragged" * bool(rest) + ", apart" * problem.beside
         elif stage_of(kernel) == "attention_bwd_delta" and problem.lse_gradient:
             change = "dlse"
         elif problem.beside and not row:
