@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 for _package, _oldest in {"torch": (2, 9), "triton": (3, 5)}.items():
     _found = next(iter(importlib.metadata.distributions(name=_package)), None)  # none, as Triton without a GPU
-    if _found and tuple(map(int, _found.version.split(".")[:2])) < _oldest:
-        raise ImportError(f"moba_megatron needs {_package} {_oldest[0]}.{_oldest[1]} or later, found {_found.version}")
+    _version = _found.version if _found else None  # None, too, where a removed package left its folder
+    if _version and tuple(map(int, _version.split(".")[:2])) < _oldest:
+        raise ImportError(f"moba_megatron needs {_package} {_oldest[0]}.{_oldest[1]} or later, found {_version}")
 
 from .config import MoBAConfig
 from .moba_triton import moba_attn_varlen_triton

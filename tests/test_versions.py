@@ -107,6 +107,12 @@ def test_the_page_names_the_floors():
         assert re.search(rf"^\| {package} \| {oldest} (to|and) ", page, re.M | re.I)
 
 
+def test_the_rest_of_a_removed_package_is_no_version(tmp_path):
+    (tmp_path / "triton-3.4.0.dist-info").mkdir()
+    subprocess.run([sys.executable, "-c", "import moba_megatron"], check=True,
+                   env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
+
+
 @pytest.mark.parametrize("package, oldest", [("torch", "2.9"), ("triton", "3.5")])
 def test_older_ones_are_refused_at_import(tmp_path, package, oldest):
     """In one sentence, before anything of them is imported; the oldest that pyproject.toml asks for is taken."""
