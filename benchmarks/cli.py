@@ -106,7 +106,7 @@ def add_compile(subcommands) -> None:
     p.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     p.add_argument("--json", type=Path, metavar="PATH", help="write the report")
     p.add_argument("--store", action="store_true",
-                   help="refresh what tests/test_compile.py knows of this Triton; only what has changed is compiled")
+                   help="refresh what tests/kernels/test_compile.py knows of this Triton; only changes are compiled")
     p.set_defaults(run=run_compile)
 
 

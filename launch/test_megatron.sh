@@ -5,11 +5,9 @@
 export PYTHON="${PYTHON:-python3.12}" VENV="${VENV:-.venv-megatron}"
 source "$(dirname "$0")/common.sh"
 
-TESTS=()
-for name in core_attention settings patching patches megatron_lm megatron_parallel megatron_inference megatron_fsdp \
-    checkpoints multi_token_prediction mla hybrid_model key_convolution offload examples; do
-    TESTS+=("tests/test_$name.py")
-done
+TESTS=(tests/test_settings.py tests/ops/test_key_convolution.py tests/examples/test_examples.py
+    tests/megatron/test_{core_attention,patching,patches,megatron_lm,megatron_parallel,megatron_inference,megatron_fsdp}.py
+    tests/megatron/test_{checkpoints,multi_token_prediction,mla,hybrid_model,offload}.py)
 setup test
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 if [ -n "${MEGATRON_LM_PATH:-}" ]; then

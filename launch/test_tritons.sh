@@ -37,7 +37,7 @@ for version in "${versions[@]}"; do
     run env PYTHONPATH="$path" "$PY" -c "import triton; assert triton.__version__ == '$version', triton.__version__" ||
         die "$place does not hold Triton $version; remove it, and the next run installs it again"
     pytest=(-m pytest --timeout 1200 -p no:cacheprovider)
-    run env PYTHONPATH="$path" "$PY" "${pytest[@]}" tests/test_compile.py || status=$?
+    run env PYTHONPATH="$path" "$PY" "${pytest[@]}" tests/kernels/test_compile.py || status=$?
     run env PYTHONPATH="$path" TRITON_INTERPRET=1 "$PY" "${pytest[@]}" --numprocesses "$workers" tests/interpreted "$@" ||
         status=$?
 done

@@ -7,7 +7,7 @@ import random
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout that is not installed
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).with_name("helpers"))]  # not installed, not pytest
 
 import cases  # noqa: E402
 import oracle  # noqa: E402

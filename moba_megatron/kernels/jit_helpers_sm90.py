@@ -8,7 +8,7 @@ A loader group of warps copies, two groups multiply; they signal each other thro
   read through the async proxy, which does not see what ``cp.async`` and stores wrote before a fence: readers fence
   after the wait for ``cp.async``; who stores for products fences before it arrives. TMA writes through that proxy.
 - Reads before the next write: one thread of each reading group arrives at ``empty``, after the products that read
-  have ended and all 128 threads have met (Triton puts that barrier before each arrival; tests/test_sm90_barriers.py).
+  have ended and all 128 threads have met (Triton's barrier before each arrival: tests/kernels/test_sm90_barriers.py).
 - Use ``n`` of a buffer waits for parity ``n & 1`` of ``full`` and the other one of ``empty``: at once for ``n = 0``.
   No barrier gets two phases ahead of who waits: a buffer is filled again only after all of its readers have arrived.
 - Every ``full`` is waited for, in lists of any length: no copy is under way when the program ends.

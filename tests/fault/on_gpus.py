@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples")]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 from prepare_data import main as prepare_data  # noqa: E402
 
 from benchmarks import report  # noqa: E402
@@ -42,7 +42,7 @@ def start(work: Path, name: str, faults: list[str], more: list[str]) -> dict:
                "--nproc-per-node", "2", "--max-restarts", str(len(faults)), str(ROOT / "tests/fault/faulty_job.py"),
                *JOB, "--data-path", str(work / "text"), "--save", str(run / "c"), "--load", str(run / "c"),
                "--log-jsonl", str(run / "log.jsonl"), *more]
-    path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     settings = {**os.environ, "FAULTS": " ".join(faults), "FAULTS_DONE": str(run / "started"), "PYTHONPATH": path}
     with open(run / "err", "w") as err:  # a pipe would stay open as long as any writer of a killed rank lives
         status = subprocess.run(command, env=settings, stdout=err, stderr=err).returncode

@@ -11,9 +11,10 @@ import re
 from pathlib import Path
 
 import numpy as np
-import on_gpus
 import pytest
-from ranks import ROOT, pretrain_gpt, run_ranks, torchrun
+from ranks import pretrain_gpt, run_ranks, torchrun
+
+from tests.fault import on_gpus
 
 pytest.importorskip("megatron.core")
 from prepare_data import main as prepare_data  # noqa: E402
@@ -50,8 +51,7 @@ def flags(tmp_path_factory) -> list[str]:
 def start(run: Path, flags, faults=(), options=()):
     """The job with its checkpoints and log in a directory; faults: `kind:rank:step`, one for each start."""
     run.mkdir(exist_ok=True)
-    environment = {"FAULTS": " ".join(faults), "FAULTS_DONE": str(run / "started"),
-                   "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    environment = {"FAULTS": " ".join(faults), "FAULTS_DONE": str(run / "started")}
     return torchrun(2, "../tests/fault/faulty_job", *flags, "--save", str(run / "checkpoints"),
                     "--load", str(run / "checkpoints"), "--log-jsonl", str(run / "log.jsonl"),
                     environment=environment, options=options, timeout=500)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[i]) for i in (0, 1, 2)]
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/gpu"), str(ROOT / "tests/helpers")]
 import launched
 import test_attention_fwd
 import test_decode

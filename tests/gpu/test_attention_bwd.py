@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import comparison
-from gpu.test_attention_fwd import CASES, problem
 from moba_megatron import kernels, reference
 from moba_megatron.kernels import tuning
+from tests.gpu.test_attention_fwd import CASES, problem
 
 pytestmark = pytest.mark.gpu
 stage = importlib.import_module("moba_megatron.kernels.attention_bwd")

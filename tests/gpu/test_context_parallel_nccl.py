@@ -1,7 +1,6 @@
 """Context parallel attention on NCCL and the Triton kernels: 2 and 4 GPUs against one, every communication type."""
 import os
 import re
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from ranks import run_ranks
-from test_context_parallel import RecordedGate, cu_seqlens_of, selecting_rows_and_heads, zigzag_rows
-from test_context_parallel_disagreement import CountedWaits
 
 from benchmarks.cp_compile import Job, compile_schedules
 from moba_megatron import kernels
@@ -26,6 +21,13 @@ from moba_megatron.context_parallel import (
 )
 from moba_megatron.ops import moba_attention
 from moba_megatron.segments import Segments
+from tests.context_parallel.test_context_parallel import (
+    RecordedGate,
+    cu_seqlens_of,
+    selecting_rows_and_heads,
+    zigzag_rows,
+)
+from tests.context_parallel.test_context_parallel_disagreement import CountedWaits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
 

@@ -2,7 +2,6 @@
 import gc
 import logging
 import os
-import sys
 import tempfile
 import threading
 import time
@@ -15,11 +14,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils.checkpoint import checkpoint
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from ranks import run_ranks
-from test_context_parallel import RecordedGate
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.cp_compile import Job, compile_schedules
 from moba_megatron import kernels
@@ -30,6 +26,7 @@ from moba_megatron.context_parallel.transport.peers import peers_for
 from moba_megatron.kernels import launcher
 from moba_megatron.ops import pipeline
 from moba_megatron.segments import Segments
+from tests.context_parallel.test_context_parallel import RecordedGate
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
 

@@ -1,13 +1,9 @@
 """Dispatch of queries on GPUs: flash attention of chunks against fp64, and the whole schedule against one GPU."""
-import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from ranks import run_ranks
 
 from benchmarks.planner.measure import forced

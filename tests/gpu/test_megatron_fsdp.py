@@ -1,11 +1,6 @@
 """Megatron's FSDPs around attention and MLP, eager and compiled by inductor, on two GPUs: DDP's losses."""
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from fsdp_training import COMPILED, FSDPS, train
 from ranks import run_ranks
 
@@ -16,7 +11,6 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 
 
 def everything(rank, size):
-    import gpt  # noqa: F401 (puts the examples on the path)
     found = {(dtype, wrapper): train(wrapper, rank, dtype, "inductor", head_dim=64, lr=2e-3)
              for dtype in TOLERANCE for wrapper in ("ddp", *FSDPS, *COMPILED)}
     for (dtype, wrapper), (losses, *_) in found.items():

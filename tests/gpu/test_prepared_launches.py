@@ -7,9 +7,9 @@ import pytest
 import torch
 from triton import knobs
 
-from gpu.test_op import gradients, make
 from moba_megatron import moba_attn_varlen
 from moba_megatron.kernels import launcher
+from tests.gpu.test_op import gradients, make
 
 pytestmark = pytest.mark.gpu
 

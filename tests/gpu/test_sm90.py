@@ -5,12 +5,12 @@ import pytest
 import torch
 
 import comparison
-from gpu import test_attention_bwd, test_attention_fwd, test_op
 from moba_megatron import kernels
 from moba_megatron.kernels import sm90, tuning
 from moba_megatron.kernels.tuning_table import TABLE, is_gluon
 from moba_megatron.kernels.workspace import head_groups
 from moba_megatron.segments import Routing
+from tests.gpu import test_attention_bwd, test_attention_fwd, test_op
 
 pytestmark = pytest.mark.gpu
 CONFIGS = {stage: row.config for stage, rows in TABLE.items() for row in rows if is_gluon(row.config)}

@@ -3,7 +3,7 @@
 compute-sanitizer's racecheck often cannot tell (launch/sanitize.sh says why). So the kernels are built again, with
 sleeps before and after every wait, arrival and copy, of lengths that change with each warp, block and launch; a buffer
 that is read before it is filled, or filled before it has been read, then holds something else. Kernels that are broken
-on purpose, in ways that cannot hang (tests/test_sm90_protocol.py), show that this is seen.
+on purpose, in ways that cannot hang (tests/kernels/test_sm90_protocol.py), show that this is seen.
 """
 import importlib.util
 import itertools
@@ -14,9 +14,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from gpu import test_attention_fwd, test_sm90
 from moba_megatron import kernels
 from moba_megatron.kernels import launcher, sm90, tuning
+from tests.gpu import test_attention_fwd, test_sm90
 
 gluon = pytest.importorskip("triton.experimental.gluon")
 gl = pytest.importorskip("triton.experimental.gluon.language")

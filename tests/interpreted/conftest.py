@@ -1,4 +1,6 @@
-"""Skips these tests where Triton came without TRITON_INTERPRET=1. No bf16 here: the interpreter gets it wrong."""
+"""The kernels under Triton's interpreter: ``TRITON_INTERPRET=1 pytest tests/interpreted``, a process of its own, else
+skipped. No bf16 here: the interpreter gets it wrong.
+"""
 import functools
 import inspect
 from pathlib import Path

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 import comparison
-from interpreted.test_attention_fwd import CASES, problem
 from moba_megatron import kernels, reference
 from moba_megatron.kernels import tuning
 from moba_megatron.kernels.attention_call import AttentionCall
 from moba_megatron.segments import Routing, Segments
+from tests.interpreted.test_attention_fwd import CASES, problem
 
 stage = importlib.import_module("moba_megatron.kernels.attention_bwd")
 

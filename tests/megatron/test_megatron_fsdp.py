@@ -22,7 +22,6 @@ class NoCudaDevice(TorchFunctionMode):
 
 
 def everything(rank, size):
-    import gpt  # noqa: F401 (puts the examples on the path)
     with NoCudaDevice():
         return {wrapper: train(wrapper, rank) for wrapper in WRAPPERS}
 

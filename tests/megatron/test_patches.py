@@ -12,7 +12,7 @@ import pytest
 
 from moba_megatron import megatron_lm
 
-PATCHES = Path(__file__).parents[1] / "patches"
+PATCHES = Path(__file__).parents[2] / "patches"
 LINES = ["0.13", "0.14", "0.15", "0.16", "0.17", "0.18", "0.19", "main"]
 TAGS = {"0.13": ["core_v0.13.0", "core_v0.13.1"], "0.14": ["core_v0.14.0"], "0.15": ["core_v0.15.0", "core_v0.15.3"],
         "0.16": ["core_v0.16.0", "core_v0.16.1"], "0.17": ["core_v0.17.0", "core_v0.17.1"],

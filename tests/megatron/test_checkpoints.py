@@ -3,7 +3,6 @@
 With it, a dense checkpoint takes it on unchanged, and its filters are resharded with the kv heads; layers without it
 have none in the checkpoint, and a filter never comes to another layer than its own.
 """
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ CHAIN = [("moba", 2, 1), ("dense", 1, 2), ("moba", 1, 1), ("dense", 2, 1)]
 
 
 def build(kind, tp=1, pp=1, dense="none"):
-    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
     import megatron_on_cpu
 
     megatron_on_cpu.enable()

@@ -330,7 +330,7 @@ def test_layer_specs():
 
 
 def test_names_that_stay():
-    """Of programs of 0.1, and of patched checkouts of Megatron-LM (tests/test_patches.py)."""
+    """Of programs of 0.1, and of patched checkouts of Megatron-LM (tests/megatron/test_patches.py)."""
     from moba_megatron import arguments as old_arguments
     from moba_megatron import core_attention as old
 

@@ -1,12 +1,8 @@
 """A small GPT in fp64 on any parallel layout, its shards of common weights, and the rows that a rank holds."""
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
+import megatron_on_cpu
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import megatron_on_cpu  # noqa: E402
 
 megatron_on_cpu.enable()
 

@@ -5,11 +5,11 @@ Needs no GPU; the tests with sleeps themselves are in tests/gpu/test_sm90_delays
 import re
 
 import pytest
-from gpu import test_sm90_delays as delays
 
 from benchmarks import compile_report
 from moba_megatron import kernels
 from moba_megatron.kernels import sm90, tuning
+from tests.gpu import test_sm90_delays as delays
 
 pytestmark = pytest.mark.skipif(kernels.INTERPRETED, reason="nothing is compiled under TRITON_INTERPRET=1")
 PROBLEMS = [compile_report.Problem(128, 128), compile_report.Problem(128, 512), compile_report.Problem(128, 320)]

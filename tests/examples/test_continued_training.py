@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 from benchmarks import compare_switch
 
 SETTINGS = dict.fromkeys(compare_switch.SETTINGS, 7) | {"moba_chunk_size": 512, "moba_topk": 3}

@@ -4,7 +4,7 @@ import importlib
 import pytest
 
 pytest.importorskip("triton.experimental.gluon")
-from gpu import initcheck, launched  # noqa: E402
+from tests.gpu import initcheck, launched  # noqa: E402
 
 
 def test_kernels_are_named_for_the_sanitizer():

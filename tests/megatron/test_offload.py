@@ -21,7 +21,8 @@ def run(layout, weights, smallest):
     """Two steps' gradients of a rank, and the shapes that Megatron freed."""
     import gpt
     from megatron.core.pipeline_parallel import fine_grained_activation_offload as offload
-    from test_megatron_parallel import make_batch, run_model
+
+    from tests.megatron.test_megatron_parallel import make_batch, run_model
 
     manager, freed = offload.PipelineOffloadManager, []
     manager.OFFLOAD_MGR = None

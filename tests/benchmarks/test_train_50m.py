@@ -13,7 +13,7 @@ from benchmarks.gpt_50m import attention, text
 from benchmarks.gpt_50m.loop import Plan, Trainer
 from benchmarks.gpt_50m.model import GPT, TOY, Shape, rotate
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 

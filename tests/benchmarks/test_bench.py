@@ -13,7 +13,7 @@ from moba_megatron import environment, reference, torch_stages
 from moba_megatron.ops import causal_attn_varlen
 from moba_megatron.segments import Segments
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TOKENS, CHUNK, TOPK = 1000, 24, 4
 
 

@@ -14,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import pytest
-import test_context_parallel as cp
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
+import tests.context_parallel.test_context_parallel as cp
 from moba_megatron.context_parallel import Sequences, all_to_all, context_parallel_attention, record_waits
 from moba_megatron.context_parallel.transport import exchange as exchange_module
 from moba_megatron.context_parallel.transport.copy_engines import CopyEngines, _MemoryOperation, _Rectangle

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from cases import Case
-from test_core_attention import fused_qkv, make_config, make_core
 
 from moba_megatron import MoBAConfig
 from moba_megatron.inspect import __main__ as command
@@ -24,6 +23,7 @@ from moba_megatron.inspect.router_log import RouterLog
 from moba_megatron.inspect.trace import RoutingTrace, load_trace, save_trace
 from moba_megatron.megatron import core_attention, patching
 from moba_megatron.ops import get_stages
+from tests.megatron.test_core_attention import fused_qkv, make_config, make_core
 
 CASES = [
     pytest.param(Case((80,), 8, 3, heads=4, kv_heads=2), id="one sequence"),

@@ -3,10 +3,10 @@ import ast
 import re
 
 from ranks import ROOT
-from test_experimental import imports
 
 from benchmarks import rooms
 from benchmarks.__main__ import main
+from tests.experimental.test_experimental import imports
 
 
 def test_the_command_counts_every_line_once(capsys):

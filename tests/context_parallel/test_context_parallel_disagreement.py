@@ -19,11 +19,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from test_context_parallel_peers import EagerEngines, FileMemory, HostDriver
 
 from moba_megatron.context_parallel import CollectiveCheck, Sequences, context_parallel_attention
 from moba_megatron.context_parallel.transport import collective_check, copy_engines, peers
 from moba_megatron.context_parallel.transport.copy_engines import DriverError
+from tests.context_parallel.test_context_parallel_peers import EagerEngines, FileMemory, HostDriver
 
 CPU = torch.device("cpu")
 

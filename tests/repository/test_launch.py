@@ -8,15 +8,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-import conftest
 import pytest
 import torch
-from fault import on_gpus
 
 from benchmarks.__main__ import main as bench
 from moba_megatron import tune
+from tests import conftest
+from tests.fault import on_gpus
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCRIPTS = ["quickstart.sh", "test.sh", "test_newest.sh", "pretrain_single_gpu.sh", "pretrain_multi_gpu.sh",
            "pretrain_multi_node.sh", "pretrain_deepspeed.sh"]
 TOOLS = ["bash", "awk", "cat", "cksum", "cut", "df", "dirname", "grep", "head", "mkdir", "realpath", "rm", "sed",
@@ -110,7 +110,7 @@ class TestDryRun:
         assert f"--no-deps --target {place}.part triton==3.9.0" in fetch
         assert all(f"PYTHONPATH={place}:{ROOT} " in line for line in (asked, compiled, interpreted))
         assert "triton.__version__" in asked and "3.9.0" in asked.split("-c")[1]
-        assert compiled.endswith("tests/test_compile.py") and interpreted.endswith("tests/interpreted -k gate")
+        assert compiled.endswith("tests/kernels/test_compile.py") and interpreted.endswith("tests/interpreted -k gate")
         assert "TRITON_INTERPRET" not in compiled and "TRITON_INTERPRET=1" in interpreted
 
     def test_the_oldest_and_the_newest_triton_are_the_default(self, dry):

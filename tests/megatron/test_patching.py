@@ -3,7 +3,8 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from test_megatron_lm import make_host, report_of, run_program_text
+
+from tests.megatron.test_megatron_lm import make_host, report_of, run_program_text
 
 pytest.importorskip("megatron.core")
 

@@ -1,1 +1,0 @@
-"""Tests that need a CUDA device: ``pytest -m gpu``."""
