@@ -62,6 +62,8 @@ ROWS = (
     Row("cp2-128K-512-8", 128 * K, 512, 8, 32, 8, kind="cp", comm="all_gather"),
 )
 BY_NAME = (Row("128K-128-16", 128 * K, 128, 16),
+           Row("cp2-128K-512-8-mha", 128 * K, 512, 8, kind="cp", comm="all_gather"),
+           Row("cp2-128K-128-8-a2a", 128 * K, 128, 8, kind="cp", comm="a2a"),
            Row("host-1head-32K-512-3", 32 * K, 512, 3, 1, 1, kind="host"),
            Row("host-4K-128-3", 4 * K, 128, 3, kind="host"))
 """Not among the rows of a run that names none. The host's rows: a virtual machine's varies by tens of percent."""

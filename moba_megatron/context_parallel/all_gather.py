@@ -7,7 +7,7 @@ rather than keeping K and V, and adds dK and dV over the ranks in fp32 while the
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,15 +15,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..ops.pipeline import Choice, Pipeline, Saved
-from .head_groups import HeadGroups, Prefetch, number_of_groups, split_heads
+from .head_groups import HeadGroups, head_groups, most_heads, prefetch
 from .layout import ZigzagLayout
-from .transport.comm import Pending, all_gather, wait_for
-from .transport.exchange import reduce_to_local, to_global
+from .transport.choice import transport_for
+from .transport.comm import Library, Pending, all_gather
 from .transport.rows import copy_rows
 
 State = list
 """What a schedule keeps for backward: tensors, what the host knows, and such lists."""
 Grads = tuple[Tensor, Tensor, Tensor]
+Arriving = Iterator[tuple[Pending, ...]]
+"""Keys and values of one group of heads after the other, on their way."""
+GATHERED, REDUCED = 0, 1
+"""Lanes of the transport."""
 
 
 @dataclass(frozen=True)
@@ -41,23 +45,23 @@ class AllGatherAttention:
         sums = None
         if self.pipeline.earlier(self.layout.segments) and self.layout.blocks is not None:
             sums = self.send_sums(k)
-        gathered = self._gather(k, v, groups, "fwd gather")
+        gathered = self.gather(self.transport(k, v, groups), k, v, groups, "fwd gather")
         choices = [None] * len(groups) if sums is None else self.choose_by_sums(q, k.dtype, sums, groups)
         o, saved = self.attend(q, v.shape[2], groups, gathered, choices)
         return o, [q, k, v, o, groups, saved]
 
-    def attend(self, q: Tensor, v_dim: int, groups: HeadGroups, gathered: Prefetch,
+    def attend(self, q: Tensor, v_dim: int, groups: HeadGroups, gathered: Arriving,
                choices: Sequence[Choice | None]) -> tuple[Tensor, list[Saved]]:
         """o, and what is saved of each group but its o, from keys and values that are on their way."""
         segments = self.layout.segments
         o, saved = q.new_empty(*q.shape[:2], v_dim) if len(groups) > 1 else None, []
-        for (heads, _), choice in zip(groups, choices):
-            k_all, v_all = arrived(gathered.take())
+        for (heads, _), choice, arriving in zip(groups, choices, gathered):
+            k_all, v_all = arrived(arriving)
             if choice is None and self.pipeline.earlier(segments):
                 # the boundaries of pieces are on the device only: the same means from all keys
                 choice = self.pipeline.choose(q[:, heads], k_all, segments)
             part, rest = self.pipeline.attend(q[:, heads], k_all, v_all, choice, segments)
-            del k_all, v_all  # their memory is the next group's
+            del k_all, v_all  # their memory is that of the next group but one
             if o is None:
                 o = part
             else:
@@ -68,47 +72,69 @@ class AllGatherAttention:
     def backward(self, do: Tensor, saved: State, kv_grad_dtype: torch.dtype) -> Grads:
         """dq, dk, dv of the rank's rows; dk and dv in ``kv_grad_dtype``, rounded once."""
         q, k, v, o, groups, saved = saved
-        gathered = self._gather(k, v, groups, "bwd gather")
+        transport = self.transport(k, v, groups)
+        gathered = self.gather(transport, k, v, groups, "bwd gather")
 
-        def reduce(i: int, grads: list[Tensor], outs: list[Tensor]) -> list[Pending]:
-            return reduce_to_local(self.layout.rows, grads, outs, self.group, "bwd reduce", self.pipeline.deterministic)
+        def reduce(i: int, grads: list[Tensor], outs: list[Tensor], after: torch.cuda.Event | None) -> list[Pending]:
+            return transport.reduce(grads, outs, "bwd reduce", (REDUCED, i), self.pipeline.deterministic, after)
 
-        return self.attend_bwd(do, (q, k, v, o), groups, saved, gathered, reduce, kv_grad_dtype)
+        return self.attend_bwd(do, (q, k, v, o), groups, saved, gathered, reduce, kv_grad_dtype, transport)
 
     def attend_bwd(self, do: Tensor, tensors: tuple[Tensor, ...], groups: HeadGroups, saved: list[Saved],
-                   gathered: Prefetch, reduce: Callable[[int, list[Tensor], list[Tensor]], list[Pending]],
-                   kv_grad_dtype: torch.dtype) -> Grads:
-        """dq, dk, dv; ``reduce(i, grads, outs)`` starts to add group i's ``[S, h, D]`` over the ranks into ``outs``."""
+                   gathered: Arriving, reduce: Callable[..., list[Pending]],
+                   kv_grad_dtype: torch.dtype, transport: Library | None = None) -> Grads:
+        """dq, dk, dv. ``reduce(i, grads, outs, after)`` starts to add group i's ``[S, h, D]``, complete at the event
+        ``after`` or, with None, now, over the ranks into ``outs``. ``transport``: what it sends by.
+        """
         q, k, v, o = tensors
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if len(groups) > 1 else None
         dk, dv = (torch.empty(x.shape, dtype=kv_grad_dtype, device=x.device) for x in (k, v))
         reducing = []
-        for i, ((heads, kv_heads), rest) in enumerate(zip(groups, saved)):
-            part, *grads = self.pipeline.backward(
-                do[:, heads], None, q[:, heads], *arrived(gathered.take()), replace(rest, o=o[:, heads]),
-                self.layout.segments, sum_dtype(k.dtype))
-            started = reduce(i, grads, [out[:, kv_heads] for out in (dk, dv)])
+        early = transport is not None and transport.early
+        for i, ((heads, kv_heads), rest, arriving) in enumerate(zip(groups, saved, gathered)):
+            keys, sums = arrived(arriving), sum_dtype(k.dtype)
+            q_part, do_part = (_gathered_fast(x[:, heads], k.shape[1] < q.shape[1]) for x in (q, do))
+            memory = transport and transport.tensors((REDUCED, i), *((x.shape, sums) for x in keys))
+            # dk and dv are complete before dq, and the last group's leave meanwhile
+            event = transport.event() if early and i + 1 == len(groups) else None
+            grads = self.pipeline.backward(
+                do_part, None, q_part, *keys, replace(rest, o=o[:, heads]), self.layout.segments, sums, event,
+                memory and [torch.empty(q_part.shape, dtype=q.dtype, device=q.device), *memory])
+            del keys, q_part, do_part
+            used = memory and all(x.data_ptr() == y.data_ptr() for x, y in zip(grads[1:], memory))
+            part, *grads = grads
+            started = reduce(i, grads, [out[:, kv_heads] for out in (dk, dv)], event if used else None)
             del grads
             if dq is None:
                 dq = part
             else:
                 copy_rows(dq[:, heads], part)
-            wait_for(reducing)
+            arrived(reducing)
             reducing = started
-        wait_for(reducing)
+        arrived(reducing)
         return dq, dk, dv
 
     def groups(self, q: Tensor, k: Tensor, v: Tensor) -> HeadGroups:
         held = (k.nbytes + v.nbytes) * self.layout.rows.size
-        number = number_of_groups(self.head_groups, k.shape[1], q.nbytes, held)
-        return split_heads(q.shape[1], k.shape[1], number)
+        return head_groups(self.head_groups, q.shape[1], k.shape[1], q.nbytes, held)
 
-    def _gather(self, k: Tensor, v: Tensor, groups: HeadGroups, stage: str) -> Prefetch:
-        def start(i: int) -> tuple[Pending, ...]:
-            own = [x[:, groups[i][1]] for x in (k, v)]
-            return tuple(to_global(self.layout.rows, together, None, self.group, stage) for together in of_one_dim(own))
+    def transport(self, k: Tensor, v: Tensor, groups: HeadGroups) -> Library:
+        """How keys and values travel, and their gradients."""
+        rows, most = self.layout.rows, most_heads(groups)[1]
+        widths = most * k.shape[2], most * v.shape[2]
+        lanes = ([rows.total * n * k.element_size() for n in widths],
+                 # theirs, and what comes of the others'
+                 [number * n * sum_dtype(k.dtype).itemsize for number in (rows.total, rows.total - rows.local)
+                  for n in widths])
+        return transport_for(rows, self.group, k, lanes)
 
-        return Prefetch(start, groups)
+    def gather(self, transport: Library, k: Tensor, v: Tensor, groups: HeadGroups, stage: str) -> Arriving:
+        """Starts to gather the first groups; the memory of a group is used again for the next but one."""
+        def start(i: int) -> tuple[Pending]:
+            _, heads = groups[i]
+            return transport.fetch((k[None, :, heads], v[None, :, heads]), stage, (GATHERED, i), lasting=False),
+
+        return prefetch(start, len(groups))
 
     def choose_by_sums(self, q: Tensor, dtype: torch.dtype, sums: Pending, groups: HeadGroups) -> list[Choice]:
         """The choice of each group, from the sums of all ranks' keys: what every rank sent."""
@@ -133,18 +159,20 @@ class AllGatherAttention:
         return all_gather(message, self.group, "fwd sums")
 
 
-def of_one_dim(tensors: list[Tensor]) -> list[list[Tensor]]:
-    """Tensors that may travel as one: all of them if their last dimensions agree."""
-    return [tensors] if len({x.shape[-1] for x in tensors}) == 1 else [[x] for x in tensors]
-
-
 def arrived(pendings: Sequence[Pending]) -> list[Tensor]:
     """Their tensors, when they are here."""
     results = []
     for pending in pendings:
         result = pending.wait()
-        results += [result] if isinstance(result, Tensor) else result
+        results += [result] if isinstance(result, Tensor) else result or ()
     return results
+
+
+def _gathered_fast(x: Tensor, grouped: bool) -> Tensor:
+    """Of several heads a kv head kernels gather rows in half of the instructions where one lies behind the other."""
+    if not grouped or x.is_contiguous():
+        return x
+    return copy_rows(torch.empty(x.shape, dtype=x.dtype, device=x.device), x)
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

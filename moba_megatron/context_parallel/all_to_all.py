@@ -19,13 +19,15 @@ from torch import Tensor
 
 from ..ops.pipeline import Pipeline
 from ..segments import Segments
-from .all_gather import AllGatherAttention, Grads, State, arrived, of_one_dim, sum_dtype
-from .head_groups import HeadGroups, Prefetch, number_of_groups, split_heads
+from .all_gather import AllGatherAttention, Grads, State, arrived, sum_dtype
+from .head_groups import HeadGroups, head_groups, most_heads, prefetch
 from .layout import Sequences
-from .transport.comm import Pending, wait_for
-from .transport.exchange import Arrived, to_global, to_local
-from .transport.peers import peers_for
-from .transport.rows import Rows, copy_rows, whole_rows
+from .transport.choice import transport_for
+from .transport.comm import Library, Pending
+from .transport.rows import Rows
+
+QUERIES, KEYS, OUT, MEANS = LANES = range(4)
+"""Lanes of the transport."""
 
 
 def check_heads(heads: int, kv_heads: int, size: int, comm_type: str) -> None:
@@ -67,11 +69,14 @@ class LocalAttention:
         o, saved = self.pipeline.attend(q, k, v, choice, self.segments)
         return o, [q, k, v, saved]
 
-    def backward(self, do: Tensor, saved: State, kv_grad_dtype: torch.dtype,
-                 event: torch.cuda.Event | None = None) -> Grads:
-        """dq, dk, dv; dk and dv in ``kv_grad_dtype``. As soon as these two are complete, ``event`` is recorded."""
+    def backward(self, do: Tensor, saved: State, kv_grad_dtype: torch.dtype, event: torch.cuda.Event | None = None,
+                 out: Sequence[Tensor] | None = None) -> Grads:
+        """dq, dk, dv; dk and dv in ``kv_grad_dtype``. As soon as these two are complete, ``event`` is recorded.
+
+        ``out``: memory for the three, which is what is returned where it could be used.
+        """
         q, k, v, saved = saved
-        return self.pipeline.backward(do, None, q, k, v, saved, self.segments, kv_grad_dtype, event)
+        return self.pipeline.backward(do, None, q, k, v, saved, self.segments, kv_grad_dtype, event, out)
 
 
 @dataclass(frozen=True)
@@ -86,165 +91,119 @@ class AllToAllAttention:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
         """q ``[T, H, D]``, k ``[T, HK, D]``, v ``[T, HK, DV]``, the rank's rows: o and what backward needs."""
-        size = self.rows.size
-        kv_heads, copied = max(1, k.shape[1] // size), k.shape[1] < size  # heads that one rank gets
-        number = number_of_groups(self.head_groups, kv_heads, q.nbytes, q.nbytes + k.nbytes + v.nbytes)
-        groups = split_heads(q.shape[1] // size, kv_heads, number)
+        size, replicated = self.rows.size, k.shape[1] < self.rows.size
+        kv_heads = max(1, k.shape[1] // size)  # that one rank gets
+        groups = head_groups(self.head_groups, q.shape[1] // size, kv_heads, q.nbytes, q.nbytes + k.nbytes + v.nbytes)
         # one group is little work, for which more exchanges would keep the host longer than they save
-        parts = self._attend if copied or self.chunks is None or len(groups) == 1 else self._attend_by_means
-        o, leaving, saved = self._empty((*q.shape[:2], v.shape[2]), q.dtype, q.device), [], []
-        for group, (part, rest) in zip(groups, parts(q, k, v, groups)):
-            if copied:
+        by_means = not (replicated or self.chunks is None or len(groups) == 1)
+        o = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype, device=q.device)
+        lanes = {QUERIES: [(q, 0)], KEYS: [(k, 1), (v, 1)], OUT: [(o, 0)], MEANS: [(k, 1)] * by_means}
+        transport = self._transport(groups, lanes, q.dtype)
+        parts = (self._attend_by_means if by_means else self._attend)(transport, q, k, v, groups)
+        leaving, saved = [], []
+        for i, ((heads, _), (part, rest)) in enumerate(zip(groups, parts)):
+            if replicated:
                 rest[1] = rest[2] = None
             saved.append(rest)
-            started = self._deliver([part], [(o, size, group[0])], "fwd exchange out")
+            leaving.append(transport.deliver([part], [self._parts(o, heads)], "fwd exchange out", (OUT, i)))
             del part
-            wait_for(leaving)
-            leaving = [started]
-        wait_for(leaving)
-        return o, [q.shape, (k.shape, v.shape), [k, v] if copied else None, groups, saved]
+            if i:
+                leaving.pop(0).wait()
+        leaving.pop().wait()
+        return o, [q.shape, (k.shape, v.shape), [k, v] if replicated else None, groups, saved]
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, groups: HeadGroups) -> Iterator[tuple[Tensor, State]]:
+    def _attend(self, transport: Library, q: Tensor, k: Tensor, v: Tensor, groups: HeadGroups
+                ) -> Iterator[tuple[Tensor, State]]:
         """o and what is saved of each group of heads."""
-        # k and v, where they are not kept, share no memory with q, which is
-        apart = [[(q, 0)], [(k, 1), (v, 1)]] if k.shape[1] < self.rows.size else [[(q, 0), (k, 1), (v, 1)]]
-        arriving = self._fetch(groups, apart, "fwd exchange in")
-        for _ in groups:
-            yield self.inner.forward(*arrived(arriving.take()))
+        for arriving in prefetch(lambda i: self._start(transport, groups[i], i, "fwd exchange in", q, k, v),
+                                 len(groups)):
+            yield self.inner.forward(*arrived(arriving))
 
-    def _attend_by_means(self, q: Tensor, k: Tensor, v: Tensor, groups: HeadGroups) -> Iterator[tuple[Tensor, State]]:
+    def _attend_by_means(self, transport: Library, q: Tensor, k: Tensor, v: Tensor, groups: HeadGroups
+                         ) -> Iterator[tuple[Tensor, State]]:
         """As :meth:`_attend`, but each rank sends its rows' means, so that chunks are chosen before k and v arrive.
 
         Copy engines bring k and v of the inner groups while these choose: beside products, not beside sums of the group
         before, which leave no bandwidth of memory unused.
         """
-        stage, ends = "fwd exchange in", (0, len(groups) - 1)
-        ahead = ends if peers_for(self.rows, self.group, q.device) is not None else range(len(groups))
-        means = []
+        stage, ends, means = "fwd exchange in", (0, len(groups) - 1), []
 
-        def keys(i: int) -> list[Pending]:
-            views = [self._parts(x, groups[i][1]) for x in (k, v)]
-            return [self._send(together, stage) for together in of_one_dim(views)]
-
-        def start(i: int) -> tuple[Pending, ...]:
-            queries = self._send([self._parts(q, groups[i][0])], stage)
+        def start(i: int) -> list[Pending]:
+            queries = self._start(transport, groups[i], i, stage, q)
             if not i:
                 segments, rows = self.chunks
                 local = self.inner.pipeline.stages.chunk_means(k, segments)[:rows.local]
-                means.append(self._send([self._parts(local, kv_heads) for _, kv_heads in groups], stage, rows))
-            return queries, *(keys(i) if i in ahead else ())
+                views = [self._parts(local, kv_heads) for _, kv_heads in groups]
+                means.append(transport.fetch(views, stage, (MEANS, 0), rows=rows))
+            return queries + (keys(i) if i in ends or not transport.early else [])
 
-        arriving = Prefetch(start, groups)
+        def keys(i: int) -> list[Pending]:
+            return self._start(transport, groups[i], i, stage, None, k, v)
+
         of_groups = None
-        for i in range(len(groups)):
-            queries, *late = arriving.take()
+        for i, (queries, *late) in enumerate(prefetch(start, len(groups))):
             late = late or keys(i)
-            here = arrived([queries])
-            of_groups = of_groups or arrived([means.pop()])
+            here = queries.wait()
+            of_groups = of_groups or means.pop().wait()
             yield self.inner.forward_by_means(*here, of_groups[i], functools.partial(arrived, late))
             del here
 
     def backward(self, do: Tensor, saved: State, kv_grad_dtype: torch.dtype) -> Grads:
         """dq, dk, dv of the rank's rows; dk and dv in ``kv_grad_dtype``, rounded once."""
-        q_shape, kv_shapes, copied, groups, saved = saved
-        size, kv_parts = self.rows.size, min(self.rows.size, kv_shapes[0][1])
-        grad_dtype = sum_dtype(do.dtype) if copied else kv_grad_dtype
-        dq = self._empty(q_shape, do.dtype, do.device)
-        dk, dv = (self._empty(shape, kv_grad_dtype, do.device) for shape in kv_shapes)
-        again = [[(x, 1) for x in copied]] if copied else []
-        arriving = self._fetch(groups, [[(do, 0)], *again], "bwd exchange in")
+        q_shape, kv_shapes, replicated, groups, saved = saved
+        stage, grad_dtype = "bwd exchange out", sum_dtype(do.dtype) if replicated else kv_grad_dtype
+        dq = torch.empty(q_shape, dtype=do.dtype, device=do.device)
+        dk, dv = (torch.empty(shape, dtype=kv_grad_dtype, device=do.device) for shape in kv_shapes)
+        lanes = {QUERIES: [(do, 0)], KEYS: [(dk, 1), (dv, 1)] if replicated else [],
+                 OUT: [(dq, 0), (dk, 1), (dv, 1)], MEANS: []}
+        transport = self._transport(groups, lanes, grad_dtype)
+        arriving = prefetch(lambda i: self._start(transport, groups[i], i, "bwd exchange in", do, *replicated or ()),
+                            len(groups))
         # over whole sequences dk and dv are complete before dq. The last group's leave meanwhile; others beside the
         # products of the next, since the sums of dq leave no bandwidth of memory unused
-        complete = isinstance(self.inner, LocalAttention) and not copied
-        peers = peers_for(self.rows, self.group, do.device) if complete else None
-        leaving, stage = [], "bwd exchange out"
-        for i, ((heads, kv_heads), rest) in enumerate(zip(groups, saved)):
-            do_part, *keys_and_values = arrived(arriving.take())
-            if copied:
+        early = transport.early and isinstance(self.inner, LocalAttention) and not replicated
+        leaving = []
+        for i, ((heads, kv_heads), rest, here) in enumerate(zip(groups, saved, arriving)):
+            do_part, *keys_and_values = arrived(here)
+            if replicated:
                 rest = [rest[0], *keys_and_values, *rest[3:]]
             del keys_and_values
-            ahead = {} if peers is None or i + 1 < len(groups) else {"event": peers.event()}
-            grads = self.inner.backward(do_part, rest, grad_dtype, **ahead)
+            kinds = (rest[0].shape, do.dtype), *((x.shape, grad_dtype) for x in rest[1:3])
+            memory = transport.tensors((OUT, i), *kinds) if early else None
+            event = transport.event() if early and i + 1 == len(groups) else None
+            grads = self.inner.backward(do_part, rest, grad_dtype, event=event, out=memory) if early else (
+                self.inner.backward(do_part, rest, grad_dtype))
             del do_part, rest
-            places = [(dq, size, heads), (dk, kv_parts, kv_heads), (dv, kv_parts, kv_heads)]
-            if ahead:
-                # dk and dv at the event already. No memory that then travels is what dq's kernels let go of: they were
-                # allocated before it, as are all results of a call, and where they go to before the first group
-                started = [self._deliver(grads[1:], places[1:], stage, ahead["event"]),
-                           self._deliver(grads[:1], places[:1], stage)]
+            outs = [self._parts(dq, heads), *(self._parts(x, kv_heads) for x in (dk, dv))]
+            if event is not None and grads is memory:
+                # dk and dv at the event already: where they go to was allocated before the first group
+                started = [transport.deliver(grads[1:], outs[1:], stage, (OUT, i), event),
+                           transport.deliver(grads[:1], outs[:1], stage, (OUT, i))]
             else:
-                started = [self._deliver(grads, places, stage)]
+                started = [transport.deliver(grads, outs, stage, (OUT, i))]
             del grads
-            wait_for(leaving)
+            arrived(leaving)
             leaving = started
-        wait_for(leaving)
+        arrived(leaving)
         return dq, dk, dv
 
-    def _empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A tensor for :meth:`_deliver` to fill."""
-        peers = peers_for(self.rows, self.group, device)
-        return torch.empty(shape, dtype=dtype, device=device) if peers is None else peers.empty(shape, dtype)
+    def _transport(self, groups: HeadGroups, lanes: dict[int, list[tuple[Tensor, int]]], dtype: torch.dtype) -> Library:
+        """How heads of such tensors travel: query heads (0) or kv heads (1), at most as wide as ``dtype``."""
+        most, sizes = most_heads(groups), []
+        for lane in LANES:
+            sizes.append([self.rows.total * most[which] * x.shape[2] * dtype.itemsize for x, which in lanes[lane]])
+        return transport_for(self.rows, self.group, lanes[QUERIES][0][0], sizes)
 
-    def _fetch(self, groups: HeadGroups, batches: list[list[tuple[Tensor, int]]], stage: str) -> Prefetch:
-        """Exchanges the heads of (tensor, 0 for query heads or 1 for kv heads); those of a batch may travel as one."""
-        def start(i: int) -> tuple[Pending, ...]:
-            views = [[self._parts(x, groups[i][which]) for x, which in batch] for batch in batches]
-            return tuple(self._send(together, stage) for batch in views for together in of_one_dim(batch))
-
-        return Prefetch(start, groups)
+    def _start(self, transport: Library, group: tuple[slice, slice], i: int, stage: str, queries: Tensor | None,
+               *keys: Tensor) -> list[Pending]:
+        """Starts to send each rank its heads of a group: of queries, and of keys and values."""
+        started = []
+        if queries is not None:
+            started.append(transport.fetch([self._parts(queries, group[0])], stage, (QUERIES, i)))
+        if keys:
+            started.append(transport.fetch([self._parts(x, group[1]) for x in keys], stage, (KEYS, i)))
+        return started
 
     def _parts(self, x: Tensor, heads: slice) -> Tensor:
         """The ``heads`` of each part that x's heads are dealt out in: a view ``[parts, T, heads, D]``."""
         return x.unflatten(1, (min(self.rows.size, x.shape[1]), -1))[:, :, heads].transpose(0, 1)
-
-    def _send(self, views: list[Tensor], stage: str, rows: Rows | None = None) -> Pending:
-        """Starts to send each rank its part of every view ``[parts, T, heads, D]``; neighbours may share a part.
-
-        ``rows``: of the views; None for the rows of q, k and v.
-        """
-        rows = rows or self.rows
-        peers = peers_for(rows, self.group, views[0].device)
-        if peers is not None:
-            return peers.fetch(rows, list(map(whole_rows, views)), stage)
-        size, me = rows.size, rows.rank
-        _, local, _, dim = views[0].shape
-        heads = [view.shape[2] for view in views]
-        packed = views[0].new_empty(size - 1, local, sum(heads), dim)
-        for view, out in zip(views, packed.split(heads, 2)):
-            if view.shape[0] == size:
-                copy_rows(out[:me], view[:me])
-                copy_rows(out[me:], view[me + 1:])
-            else:
-                for message, rank in zip(out, [rank for rank in range(size) if rank != me]):
-                    copy_rows(message, view[rank * view.shape[0] // size])
-        own = [view[me * view.shape[0] // size] for view in views]
-        return to_global(rows, own, [*packed[:me], None, *packed[me:]], self.group, stage)
-
-    def _deliver(self, tensors: Sequence[Tensor], places: list[tuple[Tensor, int, slice]], stage: str,
-                 after: torch.cuda.Event | None = None) -> Pending:
-        """Starts to send every rank its rows of each ``[S, h, D]``; the wait puts them into ``places``: for each tensor
-        another, the number of parts in which its heads were dealt out, and heads of each of these."""
-        outs = [whole.unflatten(1, (number, -1))[:, :, heads].transpose(0, 1) for whole, number, heads in places]
-        peers = peers_for(self.rows, self.group, outs[0].device)
-        same = all(x.dtype == out.dtype for x, out in zip(tensors, outs))
-        if peers is not None and same and all(out.shape[0] == self.rows.size for out in outs):
-            return peers.deliver(self.rows, tensors, outs, stage, after)
-        return to_local(self.rows, tensors, self.group, stage).then(lambda arrived: self._put(arrived, outs))
-
-    def _put(self, arriving: list[Arrived], outs: list[Tensor]) -> None:
-        """Puts what arrived into each ``[parts, T, heads, D]``; what several ranks computed for a part is added."""
-        me, size = self.rows.rank, self.rows.size
-        for piece, out in zip(arriving, outs):
-            parts = out.shape[0]
-            if parts == size:
-                copy_rows(out[:me], piece.others[:me])
-                copy_rows(out[me + 1:], piece.others[me:])
-                for local, own in piece.own:
-                    copy_rows(out[me, local], own)
-                continue
-            copies = size // parts
-            for local, own in piece.own:
-                by_rank = [*piece.others[:me, local], own, *piece.others[me:, local]]
-                for part in range(parts):
-                    *first, last = by_rank[part * copies:(part + 1) * copies]
-                    torch.add(functools.reduce(torch.add, first), last, out=out[part, local])

@@ -15,6 +15,7 @@ from .all_gather import AllGatherAttention
 from .all_to_all import AllToAllAttention, LocalAttention, check_heads, local_chunks
 from .layout import Sequences
 from .selective import SelectiveAttention
+from .transport.collective_check import note_failure
 
 COMM_TYPES = ("all_gather", "a2a", "a2a+all_gather", "selective")
 """How ranks communicate, by Megatron's ``cp_comm_type``; ``allgather`` is understood too."""
@@ -80,7 +81,7 @@ def context_parallel_attention(q: Tensor, k: Tensor, v: Tensor, sequences: Seque
     check_groups(group, comm_type, q.shape[1], k.shape[1])
     check_sequences(sequences, comm_type)
     schedule = make_schedule(comm_type, pipeline, sequences, chunk_size, group, head_groups)
-    return _ContextParallelAttention.apply(q, k, v, schedule)
+    return _ContextParallelAttention.apply(q, k, v, schedule, group)
 
 
 def check_groups(group: Groups, comm_type: str, heads: int, kv_heads: int) -> None:
@@ -127,15 +128,15 @@ class _ContextParallelAttention(torch.autograd.Function):
     """Runs a schedule and keeps what its backward asks for."""
 
     @staticmethod
-    def forward(ctx, q, k, v, schedule):
-        o, saved = schedule.forward(q, k, v)
-        tensors = []
-
-        def set_aside(x: Tensor) -> _Place:
-            tensors.append(x)
-            return _Place(len(tensors) - 1)
-
-        ctx.saved, ctx.schedule, ctx.kv_dtype = _replaced(saved, Tensor, set_aside), schedule, k.dtype
+    def forward(ctx, q, k, v, schedule, group):
+        try:
+            o, saved = schedule.forward(q, k, v)
+        except BaseException as error:
+            note_failure(group, error)
+            raise
+        tensors: list[Tensor] = []
+        ctx.saved = _replaced(saved, Tensor, lambda x: tensors.append(x) or _Place(len(tensors) - 1))
+        ctx.schedule, ctx.group, ctx.kv_dtype = schedule, group, k.dtype
         ctx.save_for_backward(*tensors)
         return o
 
@@ -143,7 +144,11 @@ class _ContextParallelAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, do):
         saved = _replaced(ctx.saved, _Place, ctx.saved_tensors.__getitem__)
-        return *ctx.schedule.backward(do.contiguous(), saved, ctx.kv_dtype), None
+        try:
+            return *ctx.schedule.backward(do.contiguous(), saved, ctx.kv_dtype), None, None
+        except BaseException as error:
+            note_failure(ctx.group, error)
+            raise
 
 
 class _Place(int):
@@ -154,8 +159,10 @@ def _replaced(saved, kind: type, function: Callable):
     """Nested lists, named tuples and what the pipeline saves, ``function(x)`` in place of each x of a kind."""
     if isinstance(saved, kind):
         return function(saved)
-    if isinstance(saved, list):
-        return [_replaced(x, kind, function) for x in saved]
-    if isinstance(saved, (Saved, Choice, Routing)):
-        return type(saved)(*(_replaced(x, kind, function) for x in vars(saved).values()))
-    return saved._make(_replaced(x, kind, function) for x in saved) if hasattr(saved, "_make") else saved
+    pipelines = isinstance(saved, (Saved, Choice, Routing))
+    if not (pipelines or isinstance(saved, list) or hasattr(saved, "_make")):
+        return saved
+    values = []
+    for x in vars(saved).values() if pipelines else saved:
+        values.append(_replaced(x, kind, function))
+    return values if isinstance(saved, list) else type(saved)(*values)

@@ -1,12 +1,12 @@
 """Groups of heads that travel and are computed one after the other: one hides the other, and memory is bounded."""
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
-from .transport.comm import Pending
-
-HeadGroups = list[tuple[slice, slice]]
+T = TypeVar("T")
+HeadGroups = tuple[tuple[slice, slice], ...]
 """Query heads and kv heads of each group."""
 LEAST_BYTES = 64 << 20
 """Bytes of a rank's queries in a group, at least: a group costs the host a millisecond or two, there and back, and
@@ -46,26 +46,31 @@ def split_heads(heads: int, kv_heads: int, number: int) -> HeadGroups:
     for size in sizes[:number]:
         groups.append((slice(begin * per_kv, (begin + size) * per_kv), slice(begin, begin + size)))
         begin += size
-    return groups
+    return tuple(groups)
 
 
-class Prefetch:
-    """Calls ``start(i)`` for each group i in order, as far ahead as memory for the two largest groups allows."""
+@functools.lru_cache(maxsize=256)
+def head_groups(asked: int | None, heads: int, kv_heads: int, queries: int, held: int) -> HeadGroups:
+    """:func:`split_heads` into :func:`number_of_groups`."""
+    return split_heads(heads, kv_heads, number_of_groups(asked, kv_heads, queries, held))
 
-    def __init__(self, start: Callable[[int], tuple[Pending, ...]], groups: HeadGroups):
-        self._start, self._sizes = start, [kv_heads.stop - kv_heads.start for _, kv_heads in groups]
-        self._limit = sum(sorted(self._sizes)[-2:])
-        self._started, self._taken, self._waiting = 0, 0, deque()
-        self._go_on()
 
-    def take(self) -> tuple[Pending, ...]:
-        """The next group's; the one taken before must have been let go of."""
-        first, self._taken = self._waiting.popleft(), self._taken + 1
-        self._go_on()
-        return first
+def most_heads(groups: HeadGroups) -> tuple[int, int]:
+    """Query heads and kv heads of the largest group."""
+    return tuple(max(x.stop - x.start for x in which) for which in zip(*groups))
 
-    def _go_on(self) -> None:
-        using = max(0, self._taken - 1)
-        while self._started < len(self._sizes) and sum(self._sizes[using:self._started + 1]) <= self._limit:
-            self._waiting.append(self._start(self._started))
-            self._started += 1
+
+def prefetch(start: Callable[[int], T], number: int) -> Iterator[T]:
+    """``start(i)`` for each i: of the first two at once, of another when the one before it is asked for.
+
+    What was got from the one before that must have been let go of: memory for two is enough.
+    """
+    ahead = [start(i) for i in range(min(2, number))]
+
+    def each() -> Iterator[T]:
+        for i in range(number):
+            if 1 <= i < number - 1:
+                ahead.append(start(i + 1))
+            yield ahead.pop(0)
+
+    return each()

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..segments import Routing
-from .all_gather import AllGatherAttention, Grads, State
-from .head_groups import HeadGroups, Prefetch
+from .all_gather import AllGatherAttention, Arriving, Grads, State
+from .head_groups import HeadGroups, prefetch
 from .layout import ZigzagLayout
 from .transport.comm import Pending, all_gather, exchange
 from .transport.rows import place_own, take_own
@@ -69,7 +69,7 @@ class SelectiveAttention(AllGatherAttention):
         q, k, v, o, groups, saved = saved
         fetched = self._fetch(k, v, groups, exchanges, "bwd gather")
 
-        def reduce(i: int, grads: list[Tensor], outs: list[Tensor]) -> list[Pending]:
+        def reduce(i: int, grads: list[Tensor], outs: list[Tensor], _) -> list[Pending]:
             return [exchanges[i].send_back(x, take_own(self.layout.rows, x), out, self.group, "bwd reduce")
                     for x, out in zip(grads, outs)]
 
@@ -85,9 +85,9 @@ class SelectiveAttention(AllGatherAttention):
         return DispatchAttention(self.pipeline, self.layout, self.group, self.head_groups)
 
     def _fetch(self, k: Tensor, v: Tensor, groups: HeadGroups, exchanges: list[RowExchange] | None,
-               stage: str) -> Prefetch:
+               stage: str) -> Arriving:
         if exchanges is None:
-            return self._gather(k, v, groups, stage)
+            return self.gather(self.transport(k, v, groups), k, v, groups, stage)
         rows = self.layout.rows
 
         def place(x: Tensor) -> Tensor:
@@ -95,8 +95,8 @@ class SelectiveAttention(AllGatherAttention):
             place_own(rows, out, x)
             return out
 
-        return Prefetch(lambda i: tuple(exchanges[i].start(x[:, groups[i][1]], self.group, stage, place)
-                                        for x in (k, v)), groups)
+        return prefetch(lambda i: tuple(exchanges[i].start(x[:, groups[i][1]], self.group, stage, place)
+                                        for x in (k, v)), len(groups))
 
     def _exchanges(self, routings: Sequence[Routing], groups: HeadGroups) -> list[RowExchange] | None:
         """What travels for each group of heads; None where the whole might as well. The same answer on every rank."""

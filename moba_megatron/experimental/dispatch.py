@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..context_parallel.all_gather import AllGatherAttention, Grads, State, sum_dtype
-from ..context_parallel.head_groups import HeadGroups, Prefetch
+from ..context_parallel.all_gather import AllGatherAttention, Arriving, Grads, State, sum_dtype
+from ..context_parallel.head_groups import HeadGroups, prefetch
 from ..context_parallel.selective import parts
 from ..context_parallel.transport.comm import Pending, exchange
 from ..ops.pipeline import Choice
@@ -72,10 +72,10 @@ class DispatchAttention(AllGatherAttention):
         return dq, dk, dv
 
     def _fetch_copies(self, k: Tensor, v: Tensor, groups: HeadGroups, replicas: Callable[[int], Replicas],
-                      stage: str) -> Prefetch:
+                      stage: str) -> Arriving:
         """Of each group K and V, the copies before the rank's own rows."""
-        return Prefetch(lambda i: tuple(replicas(i).start(x[:, groups[i][1]], self.layout.segments.chunk_size,
-                                                          self.group, stage) for x in (k, v)), groups)
+        return prefetch(lambda i: tuple(replicas(i).start(x[:, groups[i][1]], self.layout.segments.chunk_size,
+                                                          self.group, stage) for x in (k, v)), len(groups))
 
     def _segments_here(self, places: int, device: torch.device) -> Segments:
         """This rank's rows as one sequence, after the copies."""
@@ -85,13 +85,13 @@ class DispatchAttention(AllGatherAttention):
                               dtype=torch.int32, device=device)
         return Segments(bounds[0, :2], bounds[1, :2], bounds[2, :1], bounds[3, :1], rows, total, size, exact=True)
 
-    def _attend_here(self, q: Tensor, fetched: Prefetch, selected: Tensor, plan: DispatchPlan,
+    def _attend_here(self, q: Tensor, fetched: Arriving, selected: Tensor, plan: DispatchPlan,
                      out: Tensor) -> tuple[list, Callable[[], None]]:
         """Computes one group of heads; what its backward needs, and what is left to do: to write o when parts come."""
         stages, scale, size = self.pipeline.stages, self.pipeline.softmax_scale, self.layout.segments.chunk_size
         queries, choices_per_row = q.flatten(0, 1), selected.shape[2]
         arriving = self._send_queries((queries,), plan.rounds[0], choices_per_row, "fwd dispatch")
-        k, v = (x.wait() for x in fetched.take())
+        k, v = (x.wait() for x in next(fetched))
         segments = self._segments_here(plan.replicas.places, q.device)
         kv_head = torch.arange(q.shape[1], device=q.device) // (q.shape[1] // k.shape[1])
         here = plan.chunk_here[kv_head[:, None], selected.long()]  # -1 reads the last entry, which is -1
@@ -117,14 +117,14 @@ class DispatchAttention(AllGatherAttention):
 
         return saved, finish
 
-    def _attend_here_bwd(self, do: Tensor, q: Tensor, fetched: Prefetch, o: Tensor, saved: list,
+    def _attend_here_bwd(self, do: Tensor, q: Tensor, fetched: Arriving, o: Tensor, saved: list,
                          outs: tuple[Tensor, ...]) -> Callable[[], None]:
         """Computes one group of heads; what is left to do: to write dq, dk, dv to ``outs`` when parts come."""
         replicas, most, rounds, lse, here, indices, indptr, choices_per_row = saved
         pipeline, size = self.pipeline, self.layout.segments.chunk_size
         tensors = [x.flatten(0, 1) for x in (do, q, o, lse)]
         arriving = self._send_queries(tensors, rounds[0], choices_per_row, "bwd dispatch")
-        k, v = (x.wait() for x in fetched.take())
+        k, v = (x.wait() for x in next(fetched))
         dq, *sums = pipeline.stages.attention_bwd(
             do, None, q, k, v, o, lse, here, self._segments_here(replicas.places, q.device), pipeline.softmax_scale,
             deterministic=pipeline.deterministic, kv_grad_dtype=sum_dtype(k.dtype), routing=Routing(indices, indptr))

@@ -5,6 +5,7 @@ those 88 us by the driver, 35 us by 32 blocks (H200; alone 1.5 and 1.0 TB/s).
 """
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 
@@ -34,7 +35,8 @@ def copy_rows(source: int, target: int, rows: int, width: int, source_pitch: int
     key = (stream.device, *constants)
     start = _compiled.get(key)
     if start is not None and os.environ.get("MOBA_PREPARED_LAUNCHES") != "0":
-        with torch.cuda.device(stream.device):
+        here = stream.device_index == torch.cuda.current_device()
+        with contextlib.nullcontext() if here else torch.cuda.device(stream.device):
             start(source, target, rows, *constants, stream=stream.cuda_stream)
         return
     with torch.cuda.stream(stream):

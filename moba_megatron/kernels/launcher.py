@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -147,7 +147,8 @@ def stage(function: Callable) -> Callable:
     return functools.wraps(function)(functools.partial(call, function))
 
 
-def call(function: Callable, *args, workspace_mib: float | None = None, event: torch.cuda.Event | None = None, **named):
+def call(function: Callable, *args, workspace_mib: float | None = None, event: torch.cuda.Event | None = None,
+         out: Sequence[Tensor] | None = None, **named):
     """``function(*args, **named)`` with buffers in place of tensors, whose launches then run on the tensors.
 
     Within another call it is part of that one. MOBA_PREPARED_LAUNCHES=0 starts every launch through Triton, which then
@@ -160,6 +161,7 @@ def call(function: Callable, *args, workspace_mib: float | None = None, event: t
             (:class:`..segments.Segments`), and whatever is hashable.
         workspace_mib: limit of scratch memory, MiB; None for the environment's.
         event: recorded on the current stream at :func:`record_event`, or at the end.
+        out: memory for the results of a function that returns several allocations; it is then what is returned.
 
     Returns:
         What the function returns, tensors in place of buffers.
@@ -176,8 +178,8 @@ def call(function: Callable, *args, workspace_mib: float | None = None, event: t
     device = key[0] = tensors[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):  # launches go to the current device's stream, wherever the tensors are
-            return _run(tuple(key), function, args, named, tensors, addresses, limit, event)
-    return _run(tuple(key), function, args, named, tensors, addresses, limit, event)
+            return _run(tuple(key), function, args, named, tensors, addresses, limit, event, out)
+    return _run(tuple(key), function, args, named, tensors, addresses, limit, event, out)
 
 
 def _note(args, key: list, tensors: list[Tensor]) -> None:
@@ -200,7 +202,7 @@ def _has_tensors(kind: type) -> bool:
 
 
 def _run(key: tuple, function: Callable, args: tuple, named: dict[str, Any], tensors: list[Tensor],
-         addresses: list[int], limit: int, event: torch.cuda.Event | None):
+         addresses: list[int], limit: int, event: torch.cuda.Event | None, out: Sequence[Tensor] | None):
     plan = _plans.get(key)
     if plan is None or forced_settings:
         plan = _make_plan(function, args, named, tensors, limit)
@@ -208,7 +210,7 @@ def _run(key: tuple, function: Callable, args: tuple, named: dict[str, Any], ten
             if len(_plans) >= MAX_PLANS:
                 _plans.clear()
             _plans[key] = plan
-    return plan.run(tensors, addresses, event)
+    return plan.run(tensors, addresses, event, out)
 
 
 def _make_plan(function: Callable, args: tuple, named: dict[str, Any], tensors: list[Tensor], limit: int) -> "Plan":
@@ -333,11 +335,15 @@ class Plan:
         sizes = {place: self._allocated[place - self.inputs].nbytes for place in spans}
         self._offsets, self.workspace_bytes = plan_workspace(sizes, spans)
 
-    def run(self, tensors: list[Tensor], addresses: list[int], event: torch.cuda.Event | None):
+    def run(self, tensors: list[Tensor], addresses: list[int], event: torch.cuda.Event | None,
+            out: Sequence[Tensor] | None):
         """Starts the launches on the current stream of the tensors' device, which is the current one."""
         device = tensors[0].device
-        results = [torch.empty_strided(x.shape, x.strides, dtype=x.dtype, device=device)
-                   for x in self._results.values()]
+        if out is None:
+            results = [torch.empty_strided(x.shape, x.strides, dtype=x.dtype, device=device)
+                       for x in self._results.values()]
+        else:
+            results = [out[i] for i in map(self._order.index, range(len(out)))]
         size = (self.workspace_bytes,)
         workspace = torch.empty_strided(size, (1,), dtype=torch.uint8, device=device) if self.workspace_bytes else None
         if not self.is_prepared or os.environ.get("MOBA_PREPARED_LAUNCHES") == "0":
@@ -350,6 +356,8 @@ class Plan:
                 logger.warning("moba_megatron: prepared launches of a call are not used any more: %s: %s",
                                type(error).__name__, error)
                 self._through_triton(tensors, results, workspace, event)
+        if out is not None:
+            return out
         if self._flat:
             ordered = tuple(map(results.__getitem__, self._order))
             return ordered if isinstance(self._returned, tuple) else ordered[0]

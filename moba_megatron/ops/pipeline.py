@@ -5,6 +5,7 @@ been checked.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -87,10 +88,11 @@ class Pipeline:
 
     def backward(self, do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, saved: Saved,
                  segments: Segments, kv_grad_dtype: torch.dtype | None = None,
-                 event: torch.cuda.Event | None = None) -> tuple[Tensor, Tensor, Tensor]:
+                 event: torch.cuda.Event | None = None, out: Sequence[Tensor] | None = None) -> Sequence[Tensor]:
         """dq, dk, dv; dk and dv in ``kv_grad_dtype``, None for theirs.
 
-        ``event`` is recorded when dk and dv are complete, which may be before dq.
+        ``event`` is recorded when dk and dv are complete, which may be before dq. ``out``: memory for the three, which
+        is what is returned where it was used.
         """
         if not saved.choice.selected.shape[2] and kv_grad_dtype in (None, k.dtype):
             dense = self._dense(dense_causal_bwd, segments, do, dlse, q, k, v, saved.o, saved.lse,
@@ -101,14 +103,14 @@ class Pipeline:
                 return dense
         dlse = dlse if dlse is None else dlse.contiguous()
         return self._call(_backward, *map(_rows, (do, q, k, v, saved.o)), dlse, saved.lse.contiguous(),
-                          saved.choice, segments, kv_grad_dtype, event=event)
+                          saved.choice, segments, kv_grad_dtype, event=event, out=out)
 
     def bounded(self, segments: Segments, total_q: int, total_k: int) -> Segments:
         """Segments within so many rows of q and k, made so on the device."""
         return self.stages.bounded(segments, total_q, total_k) if self.untrusted else segments
 
-    def _call(self, function, *args, event: torch.cuda.Event | None = None):
-        return self.stages.call(function, self, *args, workspace_mib=self.workspace_mib, event=event)
+    def _call(self, function, *args, **options):
+        return self.stages.call(function, self, *args, workspace_mib=self.workspace_mib, **options)
 
     def _dense(self, function, segments: Segments, *tensors: Tensor | None, **options):
         """What a dense kernel yields, or None where none may or can."""

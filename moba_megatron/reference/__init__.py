@@ -22,9 +22,13 @@ def route_and_attend(q, k, v, selected, segments, softmax_scale):
     return *attention_fwd(q, k, v, selected, segments, softmax_scale, routing), routing
 
 
-def call(function, *args, workspace_mib=None, event=None, **named):
-    """``function(*args, **named)``, with nothing to prepare and no scratch memory to limit; then ``event``."""
+def call(function, *args, workspace_mib=None, event=None, out=None, **named):
+    """``function(*args, **named)``, into ``out`` where that is given, and then ``event``: nothing to prepare here."""
     result = function(*args, **named)
+    if out is not None:
+        for x, value in zip(out, result):
+            x.copy_(value)
+        result = out
     if event is not None:
         event.record()
     return result

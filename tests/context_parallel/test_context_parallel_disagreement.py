@@ -2,13 +2,11 @@
 
 Messages are read late, as NCCL's are: the stand-in looks whether gloo has them. Copy engines are simulated.
 """
+import collections
 import gc
-import glob
 import logging
 import os
 import socket
-import tempfile
-import threading
 import time
 import weakref
 from pathlib import Path
@@ -20,10 +18,15 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from moba_megatron.context_parallel import CollectiveCheck, Sequences, context_parallel_attention
-from moba_megatron.context_parallel.transport import collective_check, copy_engines, peers
-from moba_megatron.context_parallel.transport.copy_engines import DriverError
-from tests.context_parallel.test_context_parallel_peers import EagerEngines, FileMemory, HostDriver
+from moba_megatron.context_parallel import (
+    CollectiveCheck,
+    Sequences,
+    all_gather,
+    all_to_all,
+    context_parallel_attention,
+)
+from moba_megatron.context_parallel.transport import choice, collective_check, copy_engines, symmetric_memory
+from tests.context_parallel.test_context_parallel_peers import EagerEngines, Event, mapped
 
 CPU = torch.device("cpu")
 
@@ -170,12 +173,12 @@ def raised_while_waiting(rank):
 
 
 class Stand:
-    """Copy engines of this process, in memory that the others map."""
+    """Simulated engines of this process, and arenas in files that the others map."""
 
     def __init__(self, folder, rank):
-        self.memory = FileMemory(folder, rank)
-        self.patches = [mock.patch.object(peers, "CopyEngines", lambda device, timeout_s: EagerEngines()),
-                        mock.patch.object(peers, "peer_memory", lambda device: self.memory)]
+        self.folder, self.rank = folder, rank
+        self.patches = [mock.patch.object(choice, name, getattr(self, name))
+                        for name in ("CopyEngines", "new_arena", "addresses_of_all")]
 
     def __enter__(self):
         for patch in self.patches:
@@ -186,6 +189,21 @@ class Stand:
         for patch in self.patches:
             patch.stop()
 
+    def CopyEngines(self, device, timeout_s):
+        assert timeout_s > 60
+        return EagerEngines([], self.rank)
+
+    def new_arena(self, nbytes, device):
+        self.path = self.folder / f"arena{self.rank}_{time.monotonic_ns()}"
+        self.path.write_bytes(b"\1" * nbytes)
+        return mapped(self.path)
+
+    def addresses_of_all(self, arena, group):
+        paths = [None] * group.size()
+        dist.all_gather_object(paths, self.path, group)
+        arenas = [arena if path == self.path else mapped(path) for path in paths]
+        return [x.data_ptr() for x in arenas], arenas
+
 
 def failing(error):
     return mock.Mock(side_effect=error)
@@ -195,27 +213,18 @@ def variable(value):
     return mock.patch.dict(os.environ, MOBA_CP_COPY_ENGINES=value)
 
 
-# what fails on one rank: a patch, what the line must say, whether it is rank 0's alone
+# what fails on one rank: a patch, what the line must say
 FAILURES = {
-    "no driver": (lambda: mock.patch.object(peers, "CopyEngines", failing(OSError("no libcuda.so.1"))), "no libcuda"),
-    "no Triton": (lambda: mock.patch.object(peers, "CopyEngines", failing(ImportError("no triton"))), "no triton"),
-    "any error": (lambda: mock.patch.object(peers, "peer_memory", failing(KeyError("pool"))), "KeyError: 'pool'"),
-    "no handle": (lambda: mock.patch.object(FileMemory, "describe", failing(DriverError("cuIpcGetMemHandle"))),
-                  "cuIpcGetMemHandle"),
-    "memory operations": (lambda: mock.patch.object(HostDriver, "cuStreamBatchMemOp_v2", lambda *_: 801),
-                          "cuStreamBatchMemOp failed with CUDA driver error 801"),
-    "copies": (lambda: mock.patch.object(HostDriver, "cuMemcpy3DBatchAsync_v2", lambda *_: 801), "error 801"),
+    "no cuda.bindings": (lambda: mock.patch.object(choice, "CopyEngines", failing(ImportError("no cuda"))),
+                         "no cuda"),
+    "any error": (lambda: mock.patch.object(choice, "new_arena", failing(KeyError("pool"))),
+                  "KeyError: 'pool'"),
+    "signals": (lambda: mock.patch.object(EagerEngines, "signal", failing(RuntimeError("error 801"))), "error 801"),
     "boot_id": (lambda: mock.patch.object(Path, "read_text", failing(PermissionError(13, "denied"))), "denied"),
     "host name": (lambda: mock.patch.object(socket, "gethostname", lambda: "elsewhere"), "several hosts"),
-    "mmap": (lambda: mock.patch.object(peers, "mmap", SimpleNamespace(mmap=failing(OSError("no map")))), "no map"),
-    "mapping": (lambda: mock.patch.object(FileMemory, "address", failing(DriverError("cuIpcOpenMemHandle"))),
-                "cuIpcOpenMemHandle"),
     "off": (lambda: variable("0"), "MOBA_CP_COPY_ENGINES=0"),
     "nonsense": (lambda: variable("yes"), "MOBA_CP_COPY_ENGINES must be 0 or 1, got 'yes'"),
-    "no file": (lambda: mock.patch.object(tempfile, "mkstemp", failing(OSError(2, "no /dev/shm"))), "/dev/shm"),
-    "no room": (lambda: mock.patch.object(os, "posix_fallocate", failing(OSError(28, "No space left"))), "No space"),
 }
-ON_RANK_0 = ("no file", "no room")
 
 
 class Lines(logging.Handler):
@@ -228,27 +237,22 @@ class Lines(logging.Handler):
 
 
 def meet(group, lines):
-    """Whether the group gets copy engines, and the lines that this rank wrote meanwhile."""
+    """Whether the group gets symmetric memory, and the lines that this rank wrote meanwhile."""
     lines.texts.clear()
-    return peers._meet(group, CPU) is not None, list(lines.texts)
+    return choice.meet(group, CPU, 1 << 16) is not None, list(lines.texts)
 
 
 def set_up(rank, folder):
     """By case, what :func:`meet` said on this rank."""
     lines, results = Lines(), {}
-    logging.getLogger(peers.__name__).addHandler(lines)
-    logging.getLogger(peers.__name__).propagate = False
+    logging.getLogger(choice.__name__).addHandler(lines)
+    logging.getLogger(choice.__name__).propagate = False
     two, three = dist.new_group([0, 1]), dist.group.WORLD
-    files = set(glob.glob("/dev/shm/moba_cp_*"))
     with Stand(folder, rank):
         if rank < 2:
             results["two"] = meet(two, lines)
-            with mock.patch.object(os, "unlink", failing(PermissionError(1, "kept"))) if rank == 0 else variable(""):
-                results["file stays"] = meet(two, lines)
-            for path in set(glob.glob("/dev/shm/moba_cp_*")) - files if rank == 0 else ():
-                os.unlink(path)
             for name, (patch, _) in FAILURES.items():
-                for where in (0,) if name in ON_RANK_0 else (0, 1):
+                for where in (0, 1):
                     with patch() if rank == where else mock.MagicMock():
                         results[name, where] = meet(two, lines)
         dist.barrier()
@@ -256,29 +260,85 @@ def set_up(rank, folder):
         for name, value in {"three on one": "1" if rank == 1 else "", "three wanted": "1", "three off": "0"}.items():
             with variable(value):
                 results[name] = meet(three, lines)
-    left = set(glob.glob("/dev/shm/moba_cp_*")) - files
-    return results, sorted(left) if rank == 0 else []
+    return results
+
+
+def attend(group, comm_type):
+    """One layer, forward and backward, checked before as hosts do."""
+    with CollectiveCheck(group) as a:
+        a.signature = comm_type
+    x = [torch.randn(24, 6, 8, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in range(3)]
+    o = context_parallel_attention(*x, Sequences.uniform(72, 1, CPU), 8, 3, group, comm_type=comm_type, head_groups=2,
+                                   backend="reference")
+    o.sum().backward()
+    return [o.detach(), *(y.grad for y in x)]
+
+
+class InSymmetricMemory(Stand):
+    """Schedules exchange through arenas, of processes that run at once, as on GPUs."""
+
+    def __enter__(self):
+        self.patches += [mock.patch.object(schedule, "transport_for", self.transport_for)
+                         for schedule in (all_gather, all_to_all)]
+        self.patches += [mock.patch.object(torch.cuda, "synchronize"),
+                         mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False), variable("1")]
+        return super().__enter__()
+
+    def transport_for(self, rows, group, x, lanes):
+        transport = choice.transport_for(rows, group, SimpleNamespace(is_cuda=True, device=CPU), lanes)
+        transport.event = Event
+        return transport
 
 
 def groups_come_and_go(rank, folder):
     """What still knows a group that was used and destroyed."""
     group = dist.new_group()
-    with Stand(folder, rank), variable("1"):
-        peers._met[group] = peers._meet(group, CPU)
-    assert peers._met[group] is not None
-    with CollectiveCheck(group) as a:
-        a.signature = "once"
-    x = [torch.randn(24, 6, 8).requires_grad_() for _ in range(3)]
-    for comm_type in ("all_gather", "a2a", "selective"):
-        o = context_parallel_attention(*x, Sequences.uniform(72, 1, CPU), 8, 3, group, comm_type=comm_type,
-                                       backend="reference")
-        o.sum().backward()
+    with InSymmetricMemory(folder, rank):
+        for comm_type in ("all_gather", "a2a", "selective"):
+            attend(group, comm_type)
+        exchanges = symmetric_memory.met[group].exchanges
     dist.barrier()
-    known, its_peers = weakref.ref(group), weakref.ref(peers._met[group])
+    known, its_peers = weakref.ref(group), weakref.ref(symmetric_memory.met[group])
     dist.destroy_process_group(group)
-    del group, o, a
+    del group
     gc.collect()
-    return known() is None, its_peers() is None, len(peers._met)
+    return known() is None, its_peers() is None, len(symmetric_memory.met), exchanges > 20
+
+
+def raised(function, *args):
+    try:
+        function(*args)
+    except (RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def one_fails(rank, folder):
+    """Rank 1 fails in mid-schedule. By communication type: what was raised here, then and by the next call but one.
+
+    And whether all is well then.
+    """
+    texts, group = {}, dist.new_group()
+    with InSymmetricMemory(folder, rank):
+        for comm_type in ("all_gather", "a2a"):
+            expected, texts[comm_type] = attend(group, comm_type), []
+            count, pair = [], symmetric_memory.Peers.run
+
+            def fail(*args):
+                count.append(1)
+                if len(count) == 4:
+                    raise RuntimeError("no good")
+                return pair(*args)
+
+            with mock.patch.object(symmetric_memory.Peers, "run", fail) if rank == 1 else mock.MagicMock():
+                texts[comm_type].append(raised(attend, group, comm_type))
+            for _ in range(2):  # what the others begin next they may still end
+                if text := raised(attend, group, comm_type):
+                    texts[comm_type].append(text)
+                    break
+                for message, *_ in collective_check._calls_of(group).unread:
+                    message.synchronize()
+            texts[comm_type].append(all(map(torch.equal, attend(group, comm_type), expected)))
+    return texts
 
 
 def everything(rank, size, folder):
@@ -287,7 +347,7 @@ def everything(rank, size, folder):
     collective_check._read_later = lambda headers, device: (LateMessage(headers), headers._output)
     return dict(waits=waits_of_steps(), kept=kept_after(300), apart=disagreements(rank),
                 waiting=raised_while_waiting(rank),
-                set_up=set_up(rank, folder), groups=groups_come_and_go(rank, folder))
+                set_up=set_up(rank, folder), groups=groups_come_and_go(rank, folder), fails=one_fails(rank, folder))
 
 
 @pytest.fixture(scope="module")
@@ -342,12 +402,9 @@ def test_waiting_ends_where_a_rank_failed(results):
 
 def test_set_up_fails_on_all_ranks_alike(results):
     """Every failure on either rank: both get the library, rank 0 says why, once."""
-    (first, left), (second, _) = results[0]["set_up"], results[1]["set_up"]
-    assert not left, "files stay in shared memory"
-    assert first["two"] == second["two"] == (True, []) and first["file stays"][0] and second["file stays"][0]
-    cases = [(name, where) for name in FAILURES for where in ((0,) if name in ON_RANK_0 else (0, 1))]
-    assert set(cases) == {key for key in first if isinstance(key, tuple)}
-    for name, where in cases:
+    first, second = (results[rank]["set_up"] for rank in (0, 1))
+    assert first["two"] == second["two"] == (True, [])
+    for name, where in [(name, where) for name in FAILURES for where in (0, 1)]:
         met, lines = first[name, where]
         assert not met and second[name, where] == (False, []), (name, where)
         assert len(lines) == 1 and FAILURES[name][1] in lines[0], (name, lines)
@@ -355,7 +412,7 @@ def test_set_up_fails_on_all_ranks_alike(results):
 
 
 def test_beyond_two_ranks_copy_engines_are_chosen(results):
-    by_rank = [result["set_up"][0] for result in results]
+    by_rank = [result["set_up"] for result in results]
     for said in by_rank:
         assert said["three"] == said["three off"] == (False, []), "what was chosen needs no line"
         assert said["three wanted"] == (True, [])
@@ -365,18 +422,29 @@ def test_beyond_two_ranks_copy_engines_are_chosen(results):
 
 def test_groups_are_let_go(results):
     for result in results:
-        assert result["groups"] == (True, True, 0), "the group, its peers, the table of groups"
+        assert result["groups"] == (True, True, 0, True), "the group, its peers, the table of groups, its exchanges"
 
 
-def test_watch_ends_with_its_engines(monkeypatch):
-    monkeypatch.setattr(copy_engines, "cuda_driver", lambda: SimpleNamespace(
-        cuThreadExchangeStreamCaptureMode=lambda mode: 0))
-    before = set(threading.enumerate())
-    watch = copy_engines._Watch(0.2)
-    watch.add(SimpleNamespace(query=lambda: True), "an exchange")
-    (thread,) = set(threading.enumerate()) - before
-    time.sleep(0.15)
-    assert thread.is_alive()
-    del watch
-    thread.join(5)
-    assert not thread.is_alive()
+def test_a_rank_that_fails_in_mid_schedule(results):
+    """All raise the same by their next call but one, and then all is well again."""
+    for comm_type in ("all_gather", "a2a"):
+        said = [result["fails"][comm_type] for result in results]
+        assert said[1][0] == "RuntimeError: no good" and said[0][0] is said[2][0] is None, said
+        assert {second for _, second, _ in said} == {
+            "ValueError: context parallel rank 1: attention failed before, in the middle of a call: RuntimeError: no "
+            "good"}, said
+        assert all(right for *_, right in said)
+
+
+def test_late_exchanges_end_the_process(monkeypatch, capfd):
+    """Done ones are forgotten, others are kept until their time has passed."""
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    done, late = (SimpleNamespace(query=lambda value=value: value) for value in (True, False))
+    now = time.monotonic()
+    exchanges = collections.deque([(now - 1, done, "one", None), (now + 60, late, "two", None)])
+    copy_engines.look(exchanges)
+    assert [what for _, _, what, _ in exchanges] == ["two"] and not left
+    exchanges.append((now - 1, late, "three", None))
+    copy_engines.look(exchanges)
+    assert left == [1] and "moba_megatron: three was not done in time" in capfd.readouterr().err

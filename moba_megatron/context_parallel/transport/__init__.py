@@ -1,6 +1,6 @@
-"""How rows travel among ranks: collectives that are awaited late, and copies by the engines of one host's GPUs.
+"""How rows travel among ranks: by the group's library, or read by copy engines from other GPUs of one host.
 
-``comm`` has the collectives and the record of waits, ``collective_check`` detects ranks that disagree before one,
-``rows`` says which rows are whose, ``exchange`` moves them either way; ``peers`` does by copy engines (``moves`` plans,
-``copy_engines`` calls the driver, ``peer_memory`` and ``mail`` find the receivers' tensors).
+``comm`` has the transport by the library, collectives and the record of waits; ``symmetric_memory`` does the same in
+arenas, ``copy_engines`` calls CUDA for it, ``choice`` says which; ``collective_check`` detects ranks that disagree;
+``rows`` says which rows are whose.
 """

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
+from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...tensor_cache import cached_tensors, is_unobserved
 from .comm import Pending, all_gather, members_a_node
+from .symmetric_memory import abandon
 
 _FIRST = 6  # values of cu_seqlens that an error shows
 _FACTS = 7 + _FIRST
@@ -55,10 +57,12 @@ class CollectiveCheck:
         if _capturing():
             return False
         text, members = "!" + str(error) if error is not None else self.signature, members_a_node(self.group)
-        on_host = dist.get_backend(self.group) == "gloo" or not torch.cuda.is_available()
-        device = torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
         if error is None and members > 1:  # how rows travel between nodes depends on it
             text += f", {members} ranks a node"
+        if _failures:
+            text = _text_of_failure(self.group) or text
+        on_host = dist.get_backend(self.group) == "gloo" or not torch.cuda.is_available()
+        device = torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
         message = _header(text, self.HEADER_BYTES, self.HEADER_BYTES + 8 * _FACTS, device)
         if self._lengths is not None and error is None:
             facts = _facts_of_lengths(*self._lengths, self.group.size()).to(device)
@@ -125,6 +129,26 @@ class _Calls:
 
 
 _groups: WeakKeyDictionary[dist.ProcessGroup, _Calls] = WeakKeyDictionary()
+_failures: list[tuple[set[int], str]] = []  # of schedules: ranks that are to hear of it, and what it was
+
+
+def note_failure(group: dist.ProcessGroup | Sequence[dist.ProcessGroup], error: BaseException) -> None:
+    """Has a schedule's error here reach the other ranks: they do not wait for it, and raise by their next call but one.
+
+    For exchanges in symmetric memory. Collectives of the group's library that others have begun never end.
+    """
+    for each in group if isinstance(group, Sequence) else [group]:
+        if abandon(each):
+            _failures.append((set(dist.get_process_group_ranks(each)),
+                              f"!attention failed before, in the middle of a call: {type(error).__name__}: {error}"))
+
+
+def _text_of_failure(group: dist.ProcessGroup) -> str | None:
+    """What failed here among ranks of the group, once."""
+    ranks = set(dist.get_process_group_ranks(group))
+    texts = [text for failed, text in _failures if failed <= ranks]
+    _failures[:] = [x for x in _failures if not x[0] <= ranks]
+    return texts[0] if texts else None
 
 
 def _calls_of(group: dist.ProcessGroup) -> _Calls:
@@ -139,12 +163,13 @@ def _check(group: dist.ProcessGroup, rows: Tensor, error: Exception | None = Non
     texts = [bytes(row.tolist()).rstrip(b"\0").decode("utf-8", "ignore") for row in rows[:, :text_bytes]]
     facts = rows[:, text_bytes:].contiguous().view(torch.int64).tolist()
     problems = [t[1:] if t.startswith("!") else _problem_of_lengths(f, len(rows)) for t, f in zip(texts, facts)]
-    if any(problems):
+    if any(problems) or len(set(texts)) > 1 or any(f != facts[0] for f in facts):
         _groups.pop(group, None)
+        abandon(group)
+    if any(problems):
         raise ValueError("; ".join(f"context parallel rank {rank}: {problem}"
                                    for rank, problem in enumerate(problems) if problem)) from error
     if len(set(texts)) > 1 or any(f != facts[0] for f in facts):
-        _groups.pop(group, None)
         each = "; ".join(f"rank {rank}: {t}{_text_of_lengths(f)}" for rank, (t, f) in enumerate(zip(texts, facts)))
         raise ValueError("all ranks of a context parallel group must call attention with the same shapes, dtypes "
                          f"and MoBA settings, got {each}. Check the lengths that the data loader gives each rank")

@@ -1,216 +1,142 @@
-"""Copies and signals on two streams, prepared once and issued with other addresses each time.
-
-What goes to another GPU is the driver's copy, by a copy engine. Within a GPU the driver copies by kernels that take all
-of it from the attention kernels; small ones of our own do (``kernels/copying.py``).
-"""
+"""What symmetric memory asks of torch's private interface and of CUDA: arenas, copies and signals on two streams."""
 from __future__ import annotations
 
-import ctypes
+import functools
 import os
 import sys
 import threading
 import time
-import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-
-from ...cuda_driver import cuda_driver
-from .moves import Copy
-
-_POINTER, _IN_STREAM_ORDER = 1, 1  # CU_MEMCPY_OPERAND_TYPE_POINTER, CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
-_BESIDE_KERNELS = 1  # CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE: by a copy engine, where kernels would be faster too
-_WAIT, _WRITE = 1, 2  # CU_STREAM_MEM_OP_WAIT_VALUE_32 (flags 0: the value, or later ones), ..._WRITE_VALUE_32
-_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
+import torch.distributed as dist
+from torch import Tensor
 
 
-class _End(ctypes.Structure):
-    """The driver's CUmemcpy3DOperand, a pointer."""
+def new_arena(nbytes: int, device: torch.device) -> Tensor:
+    """uint8; not from a pool, which would hand it out again while others have it mapped."""
+    from torch._C._distributed_c10d import _SymmetricMemory
 
-    _fields_ = [("type", ctypes.c_uint), ("pointer", ctypes.c_uint64), ("pitch", ctypes.c_size_t),
-                ("layer", ctypes.c_size_t), ("location", ctypes.c_uint), ("location_id", ctypes.c_int)]
-
-
-class _Rectangle(ctypes.Structure):
-    """The driver's CUDA_MEMCPY3D_BATCH_OP."""
-
-    _fields_ = [("source", _End), ("target", _End), ("width", ctypes.c_size_t), ("height", ctypes.c_size_t),
-                ("depth", ctypes.c_size_t), ("order", ctypes.c_uint), ("flags", ctypes.c_uint)]
+    return _SymmetricMemory.empty_strided_p2p((nbytes,), (1,), torch.uint8, device)
 
 
-class _MemoryOperation(ctypes.Structure):
-    """The driver's CUstreamBatchMemOpParams, where it waits for a value or writes one."""
+def addresses_of_all(arena: Tensor, group: dist.ProcessGroup) -> tuple[list[int], Any]:
+    """Where this process sees every rank's arena, and what must be kept for that; collective."""
+    from torch.distributed._symmetric_memory import rendezvous
 
-    _fields_ = [("operation", ctypes.c_uint), ("address", ctypes.c_uint64), ("value", ctypes.c_uint64),
-                ("flags", ctypes.c_uint), ("alias", ctypes.c_uint64), ("unused", ctypes.c_uint64)]
-
-
-class DriverError(RuntimeError):
-    """The CUDA driver refused a call."""
+    handle = rendezvous(arena, group.group_name)
+    return list(handle.buffer_ptrs), handle
 
 
-def check_call(code: int, call: str) -> None:
-    """Raises DriverError where a call of the driver failed."""
-    if code:
-        raise DriverError(f"{call} failed with CUDA driver error {code}")
-
-
-class RunningCopies:
-    """An exchange that was issued, as a handle for :class:`~.comm.Pending`."""
-
-    def __init__(self, done: torch.cuda.Event):
-        self._done = done
-
-    def wait(self) -> None:
-        """The current stream awaits the copies, not the host."""
-        torch.cuda.current_stream().wait_event(self._done)
-
-
-class PreparedCopies:
-    """Copies in the driver's form, but for addresses."""
-
-    def __init__(self, copies: Sequence[Copy]):
-        self._forms = (_Rectangle * len(copies))(*(
-            _Rectangle(_End(_POINTER, 0, c.source_pitch), _End(_POINTER, 0, c.target_pitch), c.width, c.rows, 1,
-                       _IN_STREAM_ORDER, _BESIDE_KERNELS) for c in copies))
-        self._address = ctypes.addressof(self._forms)
-        self._ends = [(form.source, c.source, c.source_offset, form.target, c.target, c.target_offset)
-                      for form, c in zip(self._forms, copies)]
-
-    def at(self, bases: list[int]) -> tuple[int, int]:
-        """How many they are, and the address of their form with pointers into memory at ``bases``; until the next."""
-        for source, source_number, source_offset, target, target_number, target_offset in self._ends:
-            source.pointer = bases[source_number] + source_offset
-            target.pointer = bases[target_number] + target_offset
-        return len(self._ends), self._address
-
-
-class LocalCopies:
-    """Copies within this GPU: by kernels of few blocks where rows are multiples of 16 bytes, else by the driver."""
-
-    def __init__(self, copies: Sequence[Copy]):
-        self.parts = [(c, PreparedCopies([c])) for c in copies]
+Copy = tuple[tuple[int, int], tuple[int, int], int, int]
+"""To, from, rows and bytes of a row; an end is an address, and bytes from row to row."""
 
 
 class CopyEngines:
-    """Copies and signals of one GPU, on a stream that pushes and one that places.
+    """Copies and signals of one GPU, on a stream for what others send and wait for and one for what stays here.
 
     An exchange that is not done ``timeout_s`` after it was issued ends the process.
     """
 
-    _kernels = None
-
     def __init__(self, device: torch.device, timeout_s: float):
+        from cuda.bindings import driver, runtime
+
         from ...kernels import copying  # needs Triton
-        self._kernels, self._library, self._watch = copying, cuda_driver(), _Watch(timeout_s)
+        self._driver, self._runtime, self._kernels, self._timeout_s = driver, runtime, copying, timeout_s
+        self._current: torch.cuda.Stream | None = None
         # of high priority: what they wait for must not stand behind kernels that were launched first
-        self._streams = [torch.cuda.Stream(device, priority=-1) for _ in range(2)]
-        self.pushing, self.placing = (stream.cuda_stream for stream in self._streams)
-        self._operations: dict[int, tuple] = {}
+        self.remote, self.local = (torch.cuda.Stream(device, priority=-1) for _ in range(2))
 
-    @staticmethod
-    def event() -> torch.cuda.Event:
-        """To be recorded on the current stream, for :meth:`begin`."""
-        return torch.cuda.Event()
+    def begin(self, after: torch.cuda.Event | None) -> None:
+        """What follows on both streams comes after ``after``, or else after what is on the current stream now.
 
-    def begin(self, after: torch.cuda.Event | None = None) -> None:
-        """What follows on both streams comes after ``after``, or else after what is on the current stream now."""
-        ready = torch.cuda.current_stream().record_event() if after is None else after
-        for stream in self._streams:
-            stream.wait_event(ready)
+        Where another stream was the current one before, all that it has to do comes before too: it may use arenas.
+        """
+        current = torch.cuda.current_stream()
+        if self._current not in (None, current):
+            current.wait_stream(self._current)
+        self._current = current
+        ready = current.record_event() if after is None else after
+        self.remote.wait_event(ready)
+        self.local.wait_event(ready)
 
-    def end(self, what: str) -> RunningCopies:
-        """A handle for everything issued so far, watched under the name ``what``."""
-        pushing, placing = self._streams
-        placing.wait_event(pushing.record_event())
-        done = placing.record_event()
-        self._watch.add(done, what)
-        return RunningCopies(done)
+    def end(self, what: str, finish: Callable[[], None] | None = None, keep: Any = None) -> torch.cuda.Event:
+        """After everything issued so far, and ``finish``; watched by the name ``what``, keeps ``keep`` until then."""
+        self.local.wait_event(self.remote.record_event())
+        if finish is not None:
+            with torch.cuda.stream(self.local):
+                finish()
+        done = self.local.record_event()
+        _unfinished().append((time.monotonic() + self._timeout_s, done, what, keep))
+        return done
 
-    def attempt(self, addresses: Sequence[int], flags: torch.Tensor) -> None:
+    def attempt(self, arenas: Sequence[int], rank: int, zeros: int) -> None:
         """Does once what exchanges do, so that what this driver, GPU or Triton refuses is refused here, and waits.
 
-        ``addresses``: of zeros that all ranks' GPUs can write to; ``flags``: this rank's zeros, at least 32 bytes.
+        ``zeros``: the place of 32 bytes in every arena that are zeros, and stay it, as those at its start do.
         """
-        zeros, bases = Copy(0, 0, 16, 1, 0, 16, 1, 16), [flags.data_ptr(), flags.data_ptr() + 16]
-        self.begin()
-        self.signal(self.pushing, list(addresses), 0)
-        self.wait_for(self.placing, [flags.data_ptr()], 0)
-        self.copy(self.pushing, PreparedCopies([zeros]), bases)
-        self.place(LocalCopies([zeros]), bases)
-        for stream in self._streams:
-            stream.synchronize()
+        for arena in arenas:
+            self.signal(arena, 0)
+            self.copy(self.remote, (arenas[rank] + zeros, 16), (arena + zeros + 16, 16), 1, 16)
+        self.wait(self.local, arenas[rank], 0)
+        self.place(self.local, (arenas[rank] + zeros, 16), (arenas[rank] + zeros + 16, 16), 1, 16)
+        torch.cuda.synchronize()
 
-    def copy(self, stream: int, copies: PreparedCopies, bases: list[int]) -> None:
-        """Issues copies between memory at ``bases``, by the numbers that the copies name; they run in any order."""
-        number, address = copies.at(bases)
-        if number:
-            check_call(self._library.cuMemcpy3DBatchAsync_v2(number, address, 0, stream), "cuMemcpy3DBatchAsync")
+    def copy(self, stream: torch.cuda.Stream, target: tuple, source: tuple, rows: int, width: int) -> None:
+        """A :data:`Copy`."""
+        _call(self._runtime.cudaMemcpy2DAsync, *target, *source, width, rows,
+              self._runtime.cudaMemcpyKind.cudaMemcpyDefault, stream.cuda_stream)
 
-    def place(self, copies: LocalCopies, bases: list[int]) -> None:
-        """As :meth:`copy`, within this GPU, on the stream that places."""
-        for c, prepared in copies.parts:
-            source, target = bases[c.source] + c.source_offset, bases[c.target] + c.target_offset
-            kernels = self._kernels
-            if kernels and kernels.copyable(c.rows, c.width, c.source_pitch, c.target_pitch, source, target):
-                kernels.copy_rows(source, target, c.rows, c.width, c.source_pitch, c.target_pitch, self._streams[1])
-            else:
-                self.copy(self.placing, prepared, bases)
+    def place(self, stream: torch.cuda.Stream, target: tuple, source: tuple, rows: int, width: int) -> None:
+        """One within this GPU, by a kernel of few blocks where it can: CUDA's own take all of the GPU."""
+        if self._kernels.copyable(rows, width, *target, *source):
+            self._kernels.copy_rows(source[0], target[0], rows, width, source[1], target[1], stream)
+        else:
+            self.copy(stream, target, source, rows, width)
 
-    def wait_for(self, stream: int, addresses: list[int], value: int) -> None:
-        """The stream waits until the number at each address is ``value`` or has passed it."""
-        self._operate(stream, _WAIT, addresses, value)
+    def signal(self, address: int, number: int) -> None:
+        """Writes a number, mod 2^32, when everything before on the remote stream is done and seen by all GPUs."""
+        _call(self._driver.cuStreamWriteValue32, self.remote.cuda_stream, address, number & 0xFFFFFFFF, 0)
 
-    def signal(self, stream: int, addresses: list[int], value: int) -> None:
-        """Writes a number to each address when everything before on the stream is done and seen by all GPUs."""
-        self._operate(stream, _WRITE, addresses, value)
-
-    def _operate(self, stream: int, operation: int, addresses: list[int], value: int) -> None:
-        key = operation, *addresses
-        if key not in self._operations:
-            form = (_MemoryOperation * len(addresses))(*(_MemoryOperation(operation, x) for x in addresses))
-            self._operations[key] = form, ctypes.addressof(form), len(addresses)
-        form, address, number = self._operations[key]
-        for x in form:
-            x.value = value & 0xFFFFFFFF  # the driver compares differences: numbers may wrap around
-        check_call(self._library.cuStreamBatchMemOp_v2(stream, number, address, 0), "cuStreamBatchMemOp")
+    def wait(self, stream: torch.cuda.Stream, address: int, number: int) -> None:
+        """The stream waits until the number at the address is this one, or up to 2^31 more."""
+        _call(self._driver.cuStreamWaitValue32, stream.cuda_stream, address, number & 0xFFFFFFFF, 0)
 
 
-class _Watch:
-    """Ends the process when an exchange is not done in time, as NCCL's watchdog does: streams would wait for ever."""
-
-    INTERVAL_S = 1.0
-
-    def __init__(self, timeout_s: float):
-        self._timeout_s, self._unfinished, self._thread = timeout_s, deque(), None
-
-    def add(self, done: torch.cuda.Event, what: str) -> None:
-        self._unfinished.append((time.monotonic(), done, what))
-        if self._thread is None:
-            self._thread = threading.Thread(target=_look_again, args=(weakref.ref(self),), daemon=True,
-                                            name="moba context parallel watch")
-            self._thread.start()
-
-    def look(self) -> float:
-        """Ends the process where something is late; seconds until the next look."""
-        while self._unfinished and self._unfinished[0][1].query():
-            self._unfinished.popleft()
-        if self._unfinished:
-            began, _, what = self._unfinished[0]
-            waited = time.monotonic() - began
-            if waited > self._timeout_s:
-                print(f"moba_megatron: {what} was not done after {waited:.0f} s: another rank failed, hangs or "
-                      "is slower than the process group's timeout. This process ends", file=sys.stderr, flush=True)
-                os._exit(1)
-        return min(self.INTERVAL_S, self._timeout_s / 4)
+def _call(function: Callable, *args) -> None:
+    error, = function(*args)
+    if int(error):
+        raise RuntimeError(f"{function.__name__} failed with error {int(error)}")
 
 
-def _look_again(reference: weakref.ref[_Watch]) -> None:
-    """Looks until nobody has the watch any more: a group that was destroyed leaves no thread."""
+@functools.lru_cache(maxsize=None)
+def _unfinished() -> deque:
+    """(deadline, event, what it is the end of, what to keep until then) of exchanges, which a thread watches."""
+    exchanges: deque = deque()
+    threading.Thread(target=_watch, args=(exchanges,), daemon=True, name="moba context parallel watch").start()
+    return exchanges
+
+
+def _watch(exchanges: deque) -> None:
+    from cuda.bindings import runtime
+
     # a query from this thread must not spoil a CUDA graph that another one captures
-    check_call(cuda_driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(ctypes.c_int(_RELAXED))), "watching")
-    while (watch := reference()) is not None:
-        seconds = watch.look()
-        del watch
-        time.sleep(seconds)
+    runtime.cudaThreadExchangeStreamCaptureMode(runtime.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed)
+    while True:
+        look(exchanges)
+        time.sleep(0.5)
+
+
+def look(exchanges: deque) -> None:
+    """Forgets those that are done; ends the process where one is late, as NCCL would: streams would wait for ever."""
+    for _ in range(len(exchanges)):
+        deadline, done, what, keep = exchanges.popleft()
+        if done.query():
+            continue
+        if time.monotonic() > deadline:
+            print(f"moba_megatron: {what} was not done in time: another rank failed, hangs or is slower than the "
+                  "process group's timeout. This process ends", file=sys.stderr, flush=True)
+            os._exit(1)
+        exchanges.append((deadline, done, what, keep))

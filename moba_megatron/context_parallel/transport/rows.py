@@ -34,6 +34,11 @@ class Rows:
         """Global rows of this rank, int64 ``[T]``."""
         return self.rank_rows[self.rank * self.local:(self.rank + 1) * self.local]
 
+    @property
+    def rank_major(self) -> tuple[tuple[int, ...]]:
+        """As ``runs``, in rank-major order."""
+        return tuple(rank * self.local for rank in range(self.size)),
+
     def local_run(self, run: int) -> slice:
         """A run's rows among this rank's own."""
         length = self.local // len(self.runs)
@@ -62,18 +67,20 @@ def take_own(rows: Rows, x: Tensor) -> Tensor:
 
 
 def whole_rows(x: Tensor) -> Tensor:
-    """``[parts, T, h, D]`` whose rows ``[h, D]`` are contiguous, for :mod:`.moves`: x itself, or a copy."""
+    """``[parts, T, h, D]`` whose rows ``[h, D]`` are contiguous: x itself, or a copy."""
     return x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous()
 
 
-def copy_rows(out: Tensor, x: Tensor) -> None:
-    """``out[...] = x`` for tensors of one shape and dtype; 16 bytes at a time where both lie so, whatever the dtype.
+def copy_rows(out: Tensor, x: Tensor) -> Tensor:
+    """``out[...] = x``, then out, for tensors of one shape and dtype; 16 bytes at a time where both lie so.
 
     Slices of heads are strided, and torch copies strided tensors element by element.
     """
+    ends = out, x
     if not (out.data_ptr() | x.data_ptr()) % 16:
         try:
-            out, x = out.view(torch.complex128), x.view(torch.complex128)
+            ends = out.view(torch.complex128), x.view(torch.complex128)
         except RuntimeError:  # rows, or the steps between them, are no multiple of 16 bytes: as it is
             pass
-    out.copy_(x)
+    ends[0].copy_(ends[1])
+    return out
