@@ -37,6 +37,7 @@ TABLES = {
     "cpu": Stored("cpu/attention.json", cpu.TABLE.markdown),
     "learning": Stored("h200/learning.json", training.LEARNING.markdown),
     "cp-p2": Stored("h200/cp-p2.json", cp.TABLE.markdown),
+    "symmetric-memory": Stored("h200/gate_symmetric_memory.json", gate.TABLE.markdown, "docs/context_parallel.md"),
     "gpt-p1": Stored("h200/gpt-p1.json", gpt.TABLE.markdown),
     "gpt-p2": Stored("h200/gpt-p2.json", gpt.TABLE.markdown),
     "router": Stored("h200/router.json", router.TABLE.markdown),
