@@ -1,6 +1,4 @@
 """MoBAConfig: the hyper-parameters of MoBA, validated in one place, and the default that a launcher may set."""
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any

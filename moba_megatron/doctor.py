@@ -4,8 +4,6 @@
 
 Exit status 0: what is installed works. 1: kernels cannot be imported, a self-test failed, or a setting cannot be read.
 """
-from __future__ import annotations
-
 import argparse
 import importlib
 import importlib.metadata

@@ -1,6 +1,4 @@
 """What the tools say and store alike: where they ran (device, versions, commit, command), aligned columns, JSON."""
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -4,8 +4,6 @@ Megatron-LM's throughput line counts ``3 * 2 * H * (DQK + DV) * L^2 / 2`` for th
 sequence of length L: two products, a multiply and an add each, forward once and backward twice, half of the square.
 MoBA replaces ``L^2 / 2`` by the pairs of query and key that it attends to, and adds the gate's products, forward only.
 """
-from __future__ import annotations
-
 FORWARD_AND_BACKWARD = 3
 MULTIPLY_AND_ADD = 2
 

@@ -6,8 +6,6 @@
 With ``--attention full``, the default, only the flags are added (and hooks that pass every call through where
 ``--use-checkpoint-args`` may restore ``moba``). What is hooked, and why, is said in `megatron/patching.py`.
 """
-from __future__ import annotations
-
 import os
 import runpy
 import sys

@@ -4,8 +4,6 @@
 the default config or from the ``MOBA_*`` environment variables. A model builder of one's own calls the functions, which
 take every option of Megatron's (experts, qk_layernorm, multi_latent_attention, ...).
 """
-from __future__ import annotations
-
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer

@@ -1,6 +1,4 @@
 """The call that Triton-MoBA's users know, ``moba_attn_varlen_triton``, with its positional signature."""
-from __future__ import annotations
-
 from torch import Tensor
 
 from .ops import moba_attn_varlen

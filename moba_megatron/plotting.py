@@ -1,6 +1,4 @@
 """Matplotlib figures that stay legible at 375 pixels: one width, labels at the ends of lines instead of a legend."""
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from contextlib import contextmanager

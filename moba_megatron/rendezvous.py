@@ -1,6 +1,4 @@
 """Where the ranks of a job find each other, also after torchrun has restarted them, and how an error of all is said."""
-from __future__ import annotations
-
 import argparse
 import json
 import os

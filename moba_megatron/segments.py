@@ -1,6 +1,4 @@
 """What every stage shares: segments of queries over packed keys, the numbering of chunks, lists of routed choices."""
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -3,8 +3,6 @@
 Whoever asks first must not decide what all others get: a pass with fake tensors, a transform, a compiler or a CUDA
 graph under capture makes its own and leaves nothing behind; inference mode leaves tensors that training can use.
 """
-from __future__ import annotations
-
 import functools
 import threading
 from collections import OrderedDict

@@ -6,8 +6,6 @@ Each stage starts from the packaged row and moves one number at a time (a tile h
 stages) as long as that makes the stage's function faster by more than noise. A configuration that does not compile,
 does not fit the card or changes the result is passed over.
 """
-from __future__ import annotations
-
 import argparse
 import functools
 import os

@@ -1,6 +1,4 @@
 """Attention for a model of one's own, and the ranks that share its sequences."""
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +35,7 @@ class SequenceParallel:
     group: dist.ProcessGroup | None = None
 
     @classmethod
-    def over_ranks(cls, method: str, size: int) -> SequenceParallel:
+    def over_ranks(cls, method: str, size: int) -> "SequenceParallel":
         """Groups of ``size`` consecutive ranks of the default process group."""
         if method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")

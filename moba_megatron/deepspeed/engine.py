@@ -1,6 +1,4 @@
 """What a training loop asks of DeepSpeed: joining ranks, the loss that its averaging needs, checkpoints."""
-from __future__ import annotations
-
 import os
 from datetime import timedelta
 

@@ -4,8 +4,6 @@ What the models hand over (``mask.py`` reads masks) becomes query segments over 
 padding, packed rows, prefill over a cache, static caches. A new token attends densely, or sparsely with
 ``decode="moba"`` (``cache.py`` keeps the means of chunks beside the cache). What MoBA cannot do is refused.
 """
-from __future__ import annotations
-
 import functools
 import inspect
 import re

@@ -6,8 +6,6 @@ on. Every other change of a cache (a crop, beams that change places, offloading,
 tensor without means, or one written to more often than they know; then they are made anew. So nothing has to be told,
 threads share nothing, and a cache can be saved.
 """
-from __future__ import annotations
-
 import functools
 import threading
 

@@ -13,8 +13,6 @@ Transformers hands it on as it is:
 Eagerly the host reads what it wants to know. Where it cannot (compiled, exported, captured into a CUDA graph) the same
 answer comes from tensors of static size, and a refusal from :func:`_demand`.
 """
-from __future__ import annotations
-
 import dataclasses
 from typing import Callable
 

@@ -14,8 +14,6 @@ code, so it must come from someone you trust. In the output directory:
 
 The trace is what a simulation of the exchange needs (inspect/trace.py).
 """
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

@@ -9,8 +9,6 @@ model again, as plain values:
 
 Another training script that saves the same can be inspected too.
 """
-from __future__ import annotations
-
 import contextlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -121,8 +119,6 @@ def load_model(checkpoint: Path, description: dict, moba: MoBAConfig, device: to
         config.bf16, config.params_dtype = False, torch.float32
         model.float()
     return model.to(device).eval()
-
-
 
 
 def tokenizer(name: str, path: str | None):

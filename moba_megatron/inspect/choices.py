@@ -1,6 +1,4 @@
 """What the queries of a layer choose, seen from inside a forward pass: watching core attention, redoing its gate."""
-from __future__ import annotations
-
 import contextlib
 from dataclasses import dataclass
 

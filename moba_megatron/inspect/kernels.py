@@ -2,8 +2,6 @@
 
 They compute what ``choices.py`` and ``statistics.py`` say in torch, with no score in memory and few launches.
 """
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

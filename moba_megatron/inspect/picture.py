@@ -1,6 +1,4 @@
 """Which chunks were chosen (a trace), and the statistics by layer and head (a report): pictures, and an HTML page."""
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

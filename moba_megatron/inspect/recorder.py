@@ -1,6 +1,4 @@
 """TraceRecorder: a RoutingTrace of one forward pass, joined over all parallel ranks."""
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

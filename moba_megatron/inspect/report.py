@@ -1,6 +1,4 @@
 """A report of the router's statistics as JSON, as TensorBoard's scalars and in a line. Needs no Megatron-Core."""
-from __future__ import annotations
-
 from collections.abc import Mapping
 from statistics import fmean
 

@@ -1,6 +1,4 @@
 """RouterLog: the router's statistics of every N-th training step, joined over all parallel ranks."""
-from __future__ import annotations
-
 import argparse
 import contextlib
 import functools

@@ -14,8 +14,6 @@ recall          the attention mass that full causal attention puts on the chosen
                 over a sample of the queries, exact for each of them
 best_recall     the same for the best possible choice, the ``topk - 1`` earlier chunks with the largest mass
 """
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +42,7 @@ class Places:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, choices: Choices, samples: int) -> Places:
+    def of(cls, choices: Choices, samples: int) -> "Places":
         """The places of a layer's queries; ``samples`` of those with a choice, evenly spaced (all of fewer)."""
         segments = choices.segments
         sequence, position = segments.query_positions(choices.q.shape[0])

@@ -2,8 +2,6 @@
 
 Needs numpy alone, so that what simulates or draws routing need not have Megatron-Core.
 """
-from __future__ import annotations
-
 import json
 import zipfile
 from collections.abc import Mapping
@@ -57,7 +55,7 @@ class RoutingTrace:
     @classmethod
     def from_counts(cls, *, chunk_size: int, topk: int, seq_length: int, num_kv_heads: int,
                     counts: Mapping[int, np.ndarray], sequences: int = 1, about: Mapping | None = None,
-                    ) -> RoutingTrace:
+                    ) -> "RoutingTrace":
         """A trace of dense tables: for each layer integers ``[num_heads, N, N]``, N the number of chunks, ``[h, i, j]``
         the queries of chunk i whose head h chose chunk j.
 

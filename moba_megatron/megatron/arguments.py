@@ -1,6 +1,4 @@
 """Command-line flags and environment variables for MoBA, both generated from MoBAConfig's fields."""
-from __future__ import annotations
-
 import argparse
 import os
 from collections.abc import Mapping

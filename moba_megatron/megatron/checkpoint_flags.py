@@ -1,6 +1,4 @@
 """MoBA's flags in checkpoints: restored with Megatron-LM's ``--use-checkpoint-args``, compared without."""
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import sys

@@ -4,8 +4,6 @@ Works with megatron-core 0.13 and later: process groups arrive as ``pg_collectio
 The module keeps no state between calls, so recompute may rerun it. Without the key convolution it has no parameters and
 checkpoints do not change.
 """
-from __future__ import annotations
-
 import functools
 
 import torch

@@ -1,6 +1,4 @@
 """What MoBA saves of the operations that Megatron-LM's throughput line counts."""
-from __future__ import annotations
-
 from ..config import MoBAConfig
 from ..flops import attention_flops, dense_attention_flops
 

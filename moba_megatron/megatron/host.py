@@ -1,6 +1,4 @@
 """What MoBA reads of Megatron: its version, the layer that is being built, Megatron-LM's flags and iteration."""
-from __future__ import annotations
-
 import argparse
 import functools
 import importlib

@@ -1,6 +1,4 @@
 """KeyConvolution: the key convolution as a Megatron module, its filter sharded with the kv heads, halos exchanged."""
-from __future__ import annotations
-
 import dataclasses
 import re
 

@@ -1,6 +1,4 @@
 """Layer specs with MoBA core attention, for a model builder of one's own: they take every option of Megatron's."""
-from __future__ import annotations
-
 import importlib.util
 
 from megatron.core.models.gpt import gpt_layer_specs

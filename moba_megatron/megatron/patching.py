@@ -5,8 +5,6 @@ of Megatron, and with ``--attention full``, the default, passes the call through
 what it needs of Megatron-Core, `guard_layers`. Nothing of Megatron is imported here before a hook runs, so its modules
 may import this one, and nothing is changed by importing.
 """
-from __future__ import annotations
-
 import argparse
 import copy
 import functools

@@ -2,8 +2,6 @@
 
 Values that lie on a GPU are compared there and read once they have arrived, at a later call: no step waits for them.
 """
-from __future__ import annotations
-
 import weakref
 from collections.abc import Sized
 

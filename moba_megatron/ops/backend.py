@@ -1,6 +1,4 @@
 """The one place where a backend is chosen: Triton kernels or plain torch, said once a process."""
-from __future__ import annotations
-
 import functools
 import logging
 from types import ModuleType

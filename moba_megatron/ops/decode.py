@@ -1,6 +1,4 @@
 """Decoding operators: one query a sequence over a key/value cache, with the means of its chunks beside it."""
-from __future__ import annotations
-
 import importlib
 from types import ModuleType
 

@@ -5,8 +5,6 @@ installed, else flash attention 2 (torch's own build). A function that returns N
 with the project's kernels; forward and backward may be mixed, since both take o and lse. MOBA_DENSE chooses another
 kernel, or none.
 """
-from __future__ import annotations
-
 import functools
 import logging
 import os

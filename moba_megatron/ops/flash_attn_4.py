@@ -3,8 +3,6 @@
 Called by name as in flash-attn-4 4.0.0b36; another form raises, and so declines. Rows and widths: o ``[T, H, DV]``; lse
 ``[H, T]``, natural log, fp32.
 """
-from __future__ import annotations
-
 import functools
 import importlib
 import itertools

@@ -1,6 +1,4 @@
 """What torch.utils.flop_counter.FlopCounterMode counts for the operators: products, a multiply and an add each."""
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula

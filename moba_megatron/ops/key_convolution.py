@@ -1,6 +1,4 @@
 """The public operator: a short causal convolution over keys, before MoBA forms their means (arXiv 2511.11571)."""
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable

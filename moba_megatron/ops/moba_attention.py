@@ -1,6 +1,4 @@
 """The public operator: MoBA over packed sequences or query segments, as torch custom operators with a gradient."""
-from __future__ import annotations
-
 import functools
 from typing import Literal, overload
 

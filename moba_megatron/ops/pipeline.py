@@ -3,8 +3,6 @@
 All that attends goes through it: the operator, its custom-op form, context parallelism, prefill. What it is given has
 been checked.
 """
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType

@@ -1,6 +1,4 @@
 """What the public operators demand of their arguments, with errors that name the argument, the demand and what came."""
-from __future__ import annotations
-
 import os
 import sys
 from dataclasses import replace

@@ -1,6 +1,4 @@
 """The planner's command line: ``python -m moba_megatron.plan --seq 1M --model 8b --gpus 64 --card h100``."""
-from __future__ import annotations
-
 import argparse
 import sys
 from dataclasses import asdict, replace
@@ -123,8 +121,6 @@ def _plan(arguments: argparse.Namespace, run: Run, card: hardware.Card) -> int:
     return 0
 
 
-
-
 def row_of(p: Prediction) -> dict[str, str]:
     """A line of the table; times in seconds a step, traffic in GB a GPU and step."""
     comm = p.layout.comm_type + ("" if p.layout.comm_type != "a2a+all_gather" else f" {p.layout.inner}")
@@ -149,8 +145,6 @@ def as_dict(p: Prediction) -> dict:
             "gpu_seconds_per_million_tokens": p.cost, "mfu_as_if_full": p.mfu, "mfu": p.mfu_moba,
             "exposed_s": p.exposed, "hidden_s": p.hidden, "memory_bytes": {**asdict(p.memory), "total": p.memory.total},
             "parts": {name: asdict(part) for name, part in p.parts.items()}}
-
-
 
 
 def time_against_length(run: Run, card: hardware.Card, calibration: Calibration, path: Path) -> None:

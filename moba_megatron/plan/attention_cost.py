@@ -3,8 +3,6 @@
 A term's physics gives the seconds that the card would need at its best; the fitted coefficient of
 :class:`Calibration` says how many times longer the kernels take.
 """
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from functools import lru_cache
@@ -103,8 +101,6 @@ def dense_seconds(shape: AttentionShape, card: Card) -> tuple[float, float]:
     """Full causal attention at the card's best rate: forward, backward."""
     forward = 4 * shape.head_dim * shape.heads * shape.share * shape.seqlen**2 / 2 / card.flops
     return forward, BACKWARD_PRODUCTS * forward
-
-
 
 
 @dataclass(frozen=True, eq=False)

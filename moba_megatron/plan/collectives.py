@@ -5,8 +5,6 @@ chunks that any query of a rank chose. *Dispatch*: a query goes to the owner of 
 experts, and partial (o, lse) come back. Other routings, and both ways mixed, are in ``benchmarks/planner/simulate.py``;
 mixed, selective moves less than is counted here.
 """
-from __future__ import annotations
-
 import math
 import operator
 from dataclasses import dataclass
@@ -137,7 +135,6 @@ class Exchange(NamedTuple):
     backward: Pass = Pass()
     nccl: bool = False  # all of it goes by NCCL, also inside a machine
     beside: float = 0.0  # seconds of a layer for planning what is sent and handling dispatched rows: nothing hides them
-
 
 
 def exchange(comm_type: str, x: LocalShape, size: int, stride: int, inner: int, card: Card,

@@ -1,6 +1,4 @@
 """The best layout as a command: torchrun, the launch wrapper, Megatron-LM's flags."""
-from __future__ import annotations
-
 import shlex
 import textwrap
 

@@ -1,6 +1,4 @@
 """The card table: what each GPU can do, with the source of every figure and whether it was measured."""
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 
 TERA, GIGA = 1e12, 1e9

@@ -1,6 +1,4 @@
 """A way to split a run over GPUs, and why some ways cannot be."""
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -36,7 +34,6 @@ class Layout:
     def sequence_split(self) -> int:
         """Ranks over which queries are spread while they attend."""
         return self.cp // self.heads_split
-
 
     def name(self) -> str:
         inner = f" ({self.inner} x {self.cp // self.inner})" if self.comm_type == "a2a+all_gather" else ""

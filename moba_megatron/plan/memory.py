@@ -1,6 +1,4 @@
 """Memory of the fullest GPU of a layout, part by part, in bytes."""
-from __future__ import annotations
-
 from dataclasses import astuple, dataclass, replace
 
 from .attention_cost import BF16, FP32

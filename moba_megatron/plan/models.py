@@ -1,6 +1,4 @@
 """Model shapes and the run's settings: what the command line says, as numbers."""
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 

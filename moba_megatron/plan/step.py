@@ -1,7 +1,5 @@
 """Time of one training step of a layout: matrix products, attention, collectives, what hides what, the pipeline; and
 every sensible layout of a run, predicted, sorted by cost."""
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from ..context_parallel import COMM_TYPES
@@ -121,8 +119,6 @@ def plan(run: Run, card: Card, calibration: Calibration, fixed: dict[str, int | 
             least = min(p.memory.total for p in predictions)
             out.append((layout, [f"needs {least / 2**30:.0f} GiB a GPU, has {card.memory.value / 2**30:.0f}"]))
     return sorted(fit, key=lambda p: p.cost), out
-
-
 
 
 def _layer(run: Run, layout: Layout, card: Card, calibration: Calibration, dense: bool) -> dict[str, Part]:

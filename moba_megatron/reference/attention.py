@@ -1,6 +1,4 @@
 """Attention over the selected chunks, reference: a masked softmax and its gradient by blocks of queries."""
-from __future__ import annotations
-
 import functools
 import math
 

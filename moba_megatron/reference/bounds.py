@@ -1,6 +1,4 @@
 """Bounds, reference: lengths that nobody has looked at are made safe, as the kernels make them."""
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

@@ -1,6 +1,4 @@
 """Chunk means, reference: sums of keys by a fixed tree, so that a mean does not depend on where the keys were cut."""
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

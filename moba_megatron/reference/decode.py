@@ -1,6 +1,4 @@
 """Decoding, reference: the caches gathered into packed sequences, then the stages of training with one query each."""
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

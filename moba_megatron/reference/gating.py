@@ -1,6 +1,4 @@
 """Gate and top-k, reference: scores by a fixed tree of additions, exact selection with the project's tie rule."""
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,6 +1,4 @@
 """Key convolution in plain torch, differentiable by autograd."""
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,6 +1,4 @@
 """Routing, reference: the choices of all queries sorted by (kv head, chunk), by torch's own sort."""
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -5,8 +5,6 @@ processor's cache: of chunks with their own queries, then of chunks with the row
 each row the largest score so far and the sums relative to it; backward computes the weights again from lse. Sums have a
 fixed order.
 """
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

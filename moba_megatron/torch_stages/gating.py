@@ -1,6 +1,4 @@
 """Gate and top-k in plain torch: by a product, and by the reference's fixed tree where that leaves a doubt."""
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
