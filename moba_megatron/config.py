@@ -14,13 +14,15 @@ def _flag(default, help: str):
     return field(default=default, metadata={"help": help})
 
 
-def _check_whole(name: str, value, minimum: int) -> None:
+def check_whole(name: str, value, minimum: int) -> None:
+    """An int of at least ``minimum`` and below 2^31; a bool, a float or a tensor is refused."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"MoBAConfig.{name} must be an int, got {value!r} of type {type(value).__name__}")
+        hint = ": read it on the host once, with .item()" if hasattr(value, "item") else ""
+        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}{hint}")
     if value < minimum:
-        raise ValueError(f"MoBAConfig.{name} must be at least {minimum}, got {value}")
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
     if value >= 2 ** 31:
-        raise ValueError(f"MoBAConfig.{name} must be below 2^31, got {value}")
+        raise ValueError(f"{name} must be below 2^31, got {value}")
 
 
 def _parse_layers(value: str | Iterable[int]) -> tuple[str, Any]:
@@ -91,7 +93,7 @@ class MoBAConfig:
         for name, minimum in (("chunk_size", 1), ("topk", 1), ("full_attention_from_step", 0), ("cp_head_groups", 1),
                               ("workspace_mib", 1), ("key_conv", 0)):
             if getattr(self, name) is not None or getattr(type(self), name) is not None:
-                _check_whole(name, getattr(self, name), minimum)
+                check_whole(f"MoBAConfig.{name}", getattr(self, name), minimum)
         if not isinstance(self.deterministic, bool):
             raise TypeError(f"MoBAConfig.deterministic must be a bool, got {self.deterministic!r}")
         for name, choices in CHOICES.items():

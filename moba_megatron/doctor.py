@@ -175,7 +175,7 @@ def _run(name: str, check) -> bool:
     try:
         said = check()
     except Exception as error:  # a report, not a traceback: any failure is a finding
-        _line(name, f"FAIL: {_first_line(error)}")
+        _line(name, f"FAIL: {flash_attn_4.said(error)}")
         return False
     _line(name, f"ok, {said} ({time.perf_counter() - start:.1f} s)")
     return True
@@ -265,12 +265,8 @@ def _import_problem(module: str) -> str | None:
             warnings.simplefilter("ignore")
             importlib.import_module(module)
     except Exception as error:
-        return _first_line(error)
+        return flash_attn_4.said(error)
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def _line(name: str, text: str) -> None:

@@ -8,6 +8,7 @@ does not fit the card or changes the result is passed over.
 """
 import argparse
 import functools
+import itertools
 import os
 import statistics
 import time
@@ -61,10 +62,10 @@ def climb(start: dict[str, int], measure: Callable[[dict[str, int]], float | Non
     return best, best_ms, first
 
 
-def _functions(arguments: argparse.Namespace, head_dim: int, chunk_size: int) -> dict[str, Callable[[], object]]:
+def _functions(arguments: argparse.Namespace, device: torch.device, head_dim: int,
+               chunk_size: int) -> dict[str, Callable[[], object]]:
     """Prefix of stage names -> the function that runs such stages, on inputs of its own."""
-    device, dtype = environment.use_device(arguments.device), getattr(torch, arguments.dtype)
-
+    dtype = getattr(torch, arguments.dtype)
     q, do, k, v = (torch.randn(arguments.tokens, heads, head_dim, device=device, dtype=dtype) for heads in
                    (arguments.heads, arguments.heads, arguments.kv_heads, arguments.kv_heads))
     cu_seqlens = torch.tensor([0, arguments.tokens], dtype=torch.int32, device=device)
@@ -132,38 +133,30 @@ def _same(expected: list[Tensor], got: list[Tensor]) -> bool:
 
 def tune(arguments: argparse.Namespace) -> dict:
     """Tunes every stage for the given head dims and chunk sizes; what MOBA_TUNING_FILE reads, with its origin."""
-    end = time.perf_counter() + arguments.budget
-    about = environment.describe(torch.device(arguments.device))
+    end, device = time.perf_counter() + arguments.budget, environment.use_device(arguments.device)
+    about = environment.describe(device)
     print(environment.line(about), flush=True)
     rows: dict[tuple, dict] = {}
-    for head_dim in sorted(arguments.head_dims):
-        for chunk_size in sorted(arguments.chunk_sizes):
-            for row in _tune_problem(arguments, head_dim, chunk_size, end):
-                row["why"] = f"tune, {about['device']}, {about['when']}, {row['why']}"
-                rows[row["stage"], tuple(row["upto"].items())] = row
+    for head_dim, chunk_size in itertools.product(sorted(arguments.head_dims), sorted(arguments.chunk_sizes)):
+        forced: dict[str, dict[str, int]] = {}
+        for prefix, run in _functions(arguments, device, head_dim, chunk_size).items():
+            looked_up: list = []
+            with tuning.forced(record=looked_up):
+                run()
+            for stage, (key, row) in {stage: (dict(key), row) for stage, key, row in looked_up}.items():
+                wanted = stage.startswith(prefix) and stage in (arguments.stages or (stage,))
+                if stage in forced or not wanted or time.perf_counter() > end:
+                    continue
+                measure = _measurer(stage, run, forced, device)
+                forced[stage], ms, first = climb(row.config, measure, lambda: time.perf_counter() < end)
+                why = f"D={head_dim}, chunk {chunk_size}: {first:.3f} -> {ms:.3f} ms"
+                print(f"  {stage}, {why}: {forced[stage]}", flush=True)
+                if chunk_size == max(arguments.chunk_sizes):  # this row is for still larger ones
+                    key.pop("chunk_size", None)
+                rows[stage, tuple(key.items())] = {
+                    "stage": stage, "archs": tuning.arch_of(device), "config": forced[stage], "upto": key,
+                    "why": f"tune, {about['device']}, {about['when']}, {why}"}
     return {"environment": about, "rows": list(rows.values())}
-
-
-def _tune_problem(arguments: argparse.Namespace, head_dim: int, chunk_size: int, end: float):
-    """Yields the rows for one head dim and chunk size, until the clock says ``end``."""
-    forced: dict[str, dict[str, int]] = {}
-    device = environment.use_device(arguments.device)
-    for prefix, run in _functions(arguments, head_dim, chunk_size).items():
-        looked_up: list = []
-        with tuning.forced(record=looked_up):
-            run()
-        for stage, (key, row) in {stage: (dict(key), row) for stage, key, row in looked_up}.items():
-            wanted = stage.startswith(prefix) and stage in (arguments.stages or (stage,))
-            if stage in forced or not wanted or time.perf_counter() > end:
-                continue
-            measure = _measurer(stage, run, forced, device)
-            best, ms, first = climb(row.config, measure, lambda: time.perf_counter() < end)
-            forced[stage] = best
-            why = f"D={head_dim}, chunk {chunk_size}: {first:.3f} -> {ms:.3f} ms"
-            print(f"  {stage}, {why}: {best}", flush=True)
-            bounded = chunk_size < max(arguments.chunk_sizes)  # the row of the largest chunks is for still larger ones
-            yield {"stage": stage, "archs": tuning.arch_of(device), "config": best, "why": why,
-                   "upto": {name: value for name, value in key.items() if name != "chunk_size" or bounded}}
 
 
 def main(argv: list[str] | None = None) -> int:

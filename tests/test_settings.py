@@ -71,12 +71,12 @@ def megatron_call(config, monkeypatch):
                                  attention_dropout=0.0, use_cpu_initialization=True),
         layer_number=1, attn_mask_type=AttnMaskType.causal, attention_type="self", moba_config=config,
         pg_collection=SimpleNamespace(tp=SimpleNamespace()))
-    given = without_communication(core_attention, monkeypatch)
+    given = without_communication(core_attention.context_parallel, monkeypatch)
     monkeypatch.setattr(core_attention, "moba_attention", lambda q, k, v, segments, *a, **options: (
         given.append((segments.chunk_size, a, options)), torch.zeros_like(q))[1])
     q, k, v = (torch.randn(76, 1, heads, 8) for heads in (4, 2, 2))
     if config.cp_head_groups:
-        monkeypatch.setattr(core_attention, "check_groups", lambda *_: None)
+        monkeypatch.setattr(core_attention.context_parallel, "check_groups", lambda *_: None)
         core._group_for = lambda packed: SimpleNamespace(size=lambda: 2)
     core(q, k, v, None)
     if config.cp_head_groups:

@@ -52,11 +52,10 @@ def fill_after_prompt(key: Tensor, layout: Tensor | None, config: MoBAConfig) ->
     _keep(key, means, config.chunk_size)
 
 
+@functools.cache
 def follow_caches() -> None:
     """Has every growing cache hand the means of its keys on to the tensor that takes their place, once a process."""
     update = DynamicLayer.update
-    if hasattr(update, "moba_follows"):
-        return
 
     @functools.wraps(update)
     def follow(self, *args, **kwargs):
@@ -69,18 +68,16 @@ def follow_caches() -> None:
             self.keys.moba_means, self.keys.moba_writes = kept, _writes(self.keys) - 1  # this token's are to come
         return found
 
-    follow.moba_follows = True
     DynamicLayer.update = follow
 
 
 _generation = threading.local()
 
 
+@functools.cache
 def note_prompts() -> None:
     """Has ``generate()`` note how long its prompt is, once a process."""
     generate = GenerationMixin.generate
-    if hasattr(generate, "moba_notes"):
-        return
 
     @functools.wraps(generate)
     def note(self, inputs=None, *args, **kwargs):
@@ -92,7 +89,6 @@ def note_prompts() -> None:
         finally:
             _generation.prompt = before
 
-    note.moba_notes = True
     GenerationMixin.generate = note
 
 

@@ -2,6 +2,8 @@
 from collections.abc import Mapping
 from statistics import fmean
 
+from ..environment import as_text
+
 Report = Mapping[int, Mapping[str, list[float]]]
 """For each layer that has a choice, by its number: each statistic by its name, a value a head."""
 
@@ -36,11 +38,8 @@ def summary(report: Report) -> str:
 
 def as_table(report: Report) -> str:
     """The report as text: a line a layer, means over heads."""
-    names = _names(report)
-    lines = ["layer" + "".join(name.replace("_", " ").rjust(13) for name in names)]
-    lines += [f"{layer:5d}" + "".join(f"{fmean(heads[name]):13.3f}" for name in names)
-              for layer, heads in sorted(report.items())]
-    return "\n".join(lines)
+    return as_text([{"layer": str(layer), **{name.replace("_", " "): f"{fmean(heads[name]):.3f}" for name in heads}}
+                    for layer, heads in sorted(report.items())])
 
 
 def _names(report: Report) -> list[str]:

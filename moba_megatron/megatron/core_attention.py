@@ -16,15 +16,8 @@ from megatron.core.transformer.multi_token_prediction import MultiTokenPredictio
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from .. import context_parallel
 from ..config import MoBAConfig, get_default_config
-from ..context_parallel import (
-    CollectiveCheck,
-    Sequences,
-    canonical_comm_type,
-    check_groups,
-    check_zigzag,
-    context_parallel_attention,
-)
 from ..ops import moba_attention
 from ..ops.validation import cast_under_autocast, check_cu_seqlens, check_qkv
 from ..segments import Segments, uniform_segments
@@ -227,7 +220,7 @@ class MoBACoreAttention(MegatronModule):
         size, moba, comm_type, levels = group.size(), self.moba_config, self.cp_comm_type or "all_gather", group
         if comm_type == HIERARCHICAL:  # a group that came with the batch has no levels
             comm_type, levels = (HIERARCHICAL, self.cp_levels) if group is self.cp_group else ("all_gather", group)
-        with CollectiveCheck(group) as collective:
+        with context_parallel.CollectiveCheck(group) as collective:
             check(query, key, value)
             q, k, v = cast_under_autocast(*_to_thd(query, key, value))
             check_qkv(q, k, v)
@@ -235,7 +228,7 @@ class MoBACoreAttention(MegatronModule):
             if q.shape[0] != k.shape[0]:
                 raise ValueError(f"key must have query's {query.shape[0]} tokens under context parallelism, got "
                                  f"{key.shape[0]}: a key/value cache is not supported with --context-parallel-size > 1")
-            check_groups(levels, comm_type, q.shape[1], k.shape[1])
+            context_parallel.check_groups(levels, comm_type, q.shape[1], k.shape[1])
             collective.signature = (
                 f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}, {q.dtype}, "
                 f"{comm_type}, " + ("dense" if dense else f"chunk_size {moba.chunk_size}, topk {moba.topk}")
@@ -243,21 +236,21 @@ class MoBACoreAttention(MegatronModule):
                 + (f", key_conv {moba.key_conv}" if self.key_convolution is not None else ""))
             if packed is None:
                 seqlen = query.shape[0] * size
-                check_zigzag(seqlen, size, "the sequence length")
-                sequences = Sequences.uniform(seqlen, query.shape[1], q.device)
+                context_parallel.check_zigzag(seqlen, size, "the sequence length")
+                sequences = context_parallel.Sequences.uniform(seqlen, query.shape[1], q.device)
             else:
                 cu_seqlens, seqlen = _packed_lengths(packed, q.shape[0] * size, q.device)
                 collective.signature += ", packed"
                 if self.key_convolution is not None:  # what it exchanges is as large as there are sequences
                     collective.signature += f" halos of {cu_seqlens.numel() - 1}"
                 collective.compare_lengths(cu_seqlens, seqlen, q.shape[0] * size)
-                sequences = Sequences.packed(cu_seqlens, seqlen, q.shape[0] * size)
+                sequences = context_parallel.Sequences.packed(cu_seqlens, seqlen, q.shape[0] * size)
         if self.key_convolution is not None:
             k = self.key_convolution(k, sequences.cu_seqlens, group)
         if _observer is not None and not dense and seqlen > moba.topk * moba.chunk_size:
             layout = sequences.zigzag(size, dist.get_rank(group), moba.chunk_size)
             _observer(self, q, k, layout.segments, group, layout.rows.global_rows)
-        return context_parallel_attention(
+        return context_parallel.context_parallel_attention(
             q, k, v, sequences, *moba.chunks(dense, seqlen), levels, comm_type=comm_type,
             head_groups=moba.cp_head_groups, softmax_scale=self.softmax_scale,
             deterministic=self.deterministic, backend=moba.backend, workspace_mib=moba.workspace_mib)
@@ -312,7 +305,7 @@ def resolve_cp_comm_type(cp_comm_type: str | list[str] | None, config: Transform
                              f"{layer_number}")
         cp_comm_type = listed[0 if len(listed) == 1 else layer_number - 1]
     try:
-        return canonical_comm_type("all_gather" if cp_comm_type is None else cp_comm_type)
+        return context_parallel.canonical_comm_type("all_gather" if cp_comm_type is None else cp_comm_type)
     except ValueError as error:
         raise ValueError(f"--cp-comm-type, layer {layer_number}: {error}: pass --cp-comm-type all_gather, or a2a where "
                          "heads can be dealt out to the ranks") from None

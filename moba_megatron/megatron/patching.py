@@ -13,19 +13,10 @@ import inspect
 import warnings
 
 from ..config import MoBAConfig
+from . import host
 from .arguments import add_moba_arguments
 from .checkpoint_flags import compare_flags, restore_flags
 from .flops import correction
-from .host import (
-    CHECKED_VERSIONS,
-    host_args,
-    host_config,
-    host_iteration,
-    is_active,
-    is_known_version,
-    megatron_version,
-    print_once,
-)
 
 FULL_MEANING = "full: Megatron-LM's own attention, untouched"
 only_flags = False
@@ -119,11 +110,11 @@ def _owner(module: str, name: str):
 
 
 def _warn_of_unknown_version(missing: list[str]) -> str:
-    version = megatron_version()
-    if not is_known_version(version):
+    version = host.megatron_version()
+    if not host.is_known_version(version):
         found = "all of the hooked functions are there" if not missing else f"not found: {', '.join(missing)}"
-        warnings.warn(f"megatron-core {version} was not checked with moba_megatron (checked: {CHECKED_VERSIONS[0]} to "
-                      f"{CHECKED_VERSIONS[-1]}); {found}", stacklevel=3)
+        warnings.warn(f"megatron-core {version} was not checked with moba_megatron (checked: {host.CHECKED_VERSIONS[0]}"
+                      f" to {host.CHECKED_VERSIONS[-1]}); {found}", stacklevel=3)
     return version
 
 
@@ -170,8 +161,8 @@ def moba_arguments(original, parser):
 
     parser.parse_known_args = parse_known_args
     if not _hook("megatron.training.checkpointing", "_load_base_checkpoint", moba_checkpoint):
-        print_once("> megatron.training.checkpointing has no _load_base_checkpoint: --moba-* flags are not compared "
-                   "with a checkpoint's")
+        host.print_once("> megatron.training.checkpointing has no _load_base_checkpoint: --moba-* flags are not "
+                        "compared with a checkpoint's")
     return parser
 
 
@@ -197,10 +188,10 @@ def choose_unsaid(args: argparse.Namespace, model: argparse.Namespace | None = N
             values["cp_comm_type"] = ["all_gather" if each % ranks else "a2a"]
         chosen = [f"{name} {values[name]} for {value}" for name, value in _unsaid.items() if values[name] != value]
         if chosen:
-            print_once(f"> --attention moba sets what no flag said: {', '.join(chosen)}")
+            host.print_once(f"> --attention moba sets what no flag said: {', '.join(chosen)}")
     elif only_flags and values.get("attention_dropout"):
-        print_once(f"> --attention full keeps Megatron-LM's attention dropout, {values['attention_dropout']}; MoBA has "
-                   "none: to compare them give --attention-dropout 0")
+        host.print_once("> --attention full keeps Megatron-LM's attention dropout, "
+                        f"{values['attention_dropout']}; MoBA has none: to compare them give --attention-dropout 0")
     vars(args).update(values)
 
 
@@ -215,7 +206,7 @@ def moba_checkpoint(original, load_dir, args, *positional, **named):
     """On ``_load_base_checkpoint``: MoBA's flags are restored while Megatron-LM restores its own, else compared."""
     result = original(load_dir, args, *positional, **named)
     saved = result[0].get("args") if isinstance(result[0], dict) else None
-    if saved is not None and host_args() is args:
+    if saved is not None and host.host_args() is args:
         compare_flags(args, saved)
     elif saved is not None:
         restore_flags(args, saved)
@@ -229,7 +220,7 @@ def moba_checkpoint(original, load_dir, args, *positional, **named):
 
 def core_attention_for(dense):
     """What a spec provider's ``core_attention`` returns in place of the backend's own class: MoBA's, or that class."""
-    if not is_active():
+    if not host.is_active():
         return dense
     from .core_attention import core_attention_beside
 
@@ -245,7 +236,7 @@ def moba_core_attention(original, provider):
 @_wrapper
 def moba_hybrid_stack(original, *args, **kwargs):
     """On the constructor of HybridStack or MambaStack, whose specs name Transformer Engine's attention themselves."""
-    if not is_active():
+    if not host.is_active():
         return original(*args, **kwargs)
     from .layer_specs import with_moba_core_attention
 
@@ -262,10 +253,10 @@ def moba_hybrid_stack(original, *args, **kwargs):
 def moba_flops(original, args, batch_size, *sums, **named_sums):
     """On ``num_floating_point_operations``: the throughput log counts what MoBA computes."""
     dense = original(args, batch_size, *sums, **named_sums)
-    if not is_active():
+    if not host.is_active():
         return dense
     bound = inspect.signature(original).bind(args, batch_size, *sums, **named_sums).arguments
-    return dense + correction(args, host_config(), host_iteration() or 0, batch_size,
+    return dense + correction(args, host.host_config(), host.host_iteration() or 0, batch_size,
                               bound.get("seqlen_squared_sum_in_batch"), bound.get("total_real_tokens_in_batch"))
 
 
@@ -276,9 +267,9 @@ def moba_model_check(original, *args, **kwargs):
     With ``--moba-log-router-interval`` the training steps that follow are watched.
     """
     result = original(*args, **kwargs)
-    if is_active():
-        check_model(result[0], host_config())
-        if getattr(host_args(), "moba_log_router_interval", None) is not None:
+    if host.is_active():
+        check_model(result[0], host.host_config())
+        if getattr(host.host_args(), "moba_log_router_interval", None) is not None:
             from ..inspect.router_log import log_router
 
             _hook("megatron.training.training", "train_step", log_router)
@@ -306,7 +297,7 @@ def check_model(model, config: MoBAConfig) -> None:
             "with_moba_core_attention, or name the layer in --moba-full-attention-layers")
     sparse = sum(isinstance(layer.core_attention, MoBACoreAttention) and not layer.core_attention.full_attention
                  for layer in layers)
-    print_once(f"> MoBA attention in {sparse} of {len(layers)} attention layers of rank 0")
+    host.print_once(f"> MoBA attention in {sparse} of {len(layers)} attention layers of rank 0")
 
 
 @_wrapper

@@ -118,12 +118,14 @@ def _choose(setting: str, variant: Variant, q: Tensor, k: Tensor, v: Tensor, bat
         return None
     if any(dim % 8 or dim > 256 for dim in (variant.dim, variant.dim_v)) or not all(map(_aligned, (q, k, v))):
         return None
+    # what torch's kernels can do: one head dim, a gradient of o alone, in any order of sums
+    plain = variant.dim == variant.dim_v and not variant.deterministic and not variant.with_dlse
     for kernel in CHOICES[setting]:
         if kernel == CUDNN:
-            takes = exact and _is_plain(variant) and _cudnn_takes(q, k, v, batch, max_seqlen)
+            takes = exact and plain and _cudnn_takes(q, k, v, batch, max_seqlen)
         elif kernel == FLASH:
             # the backward of larger head dims needs the shared memory of sm_80 or sm_90
-            takes = _is_plain(variant) and (variant.dim <= 128 or capability in ((8, 0), (9, 0)))
+            takes = plain and (variant.dim <= 128 or capability in ((8, 0), (9, 0)))
         else:
             takes = flash_attn_4.fits(capability, variant) and flash_attn_4.usable(variant)
             if setting == "fa4" and flash_attn_4.module() is None:
@@ -132,11 +134,6 @@ def _choose(setting: str, variant: Variant, q: Tensor, k: Tensor, v: Tensor, bat
         if takes:
             return kernel
     return None
-
-
-def _is_plain(variant: Variant) -> bool:
-    """Whether torch's kernels can do it: one head dim, a gradient of o alone, in any order of sums."""
-    return variant.dim == variant.dim_v and not variant.deterministic and not variant.with_dlse
 
 
 def _cudnn_takes(q: Tensor, k: Tensor, v: Tensor, batch: int, max_seqlen: int) -> bool:

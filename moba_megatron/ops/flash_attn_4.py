@@ -68,7 +68,7 @@ def module() -> ModuleType | None:
     except Exception as error:  # broken builds raise all kinds of errors
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if not any(f"{name}.".startswith(f"{missing}.") for name in MODULES):
-            _decline(_said(error))
+            _decline(said(error))
     return None
 
 
@@ -118,7 +118,7 @@ def disagreement(variant: Variant) -> str | None:
         if deterministic and not all(map(torch.equal, grads, again)):
             return "deterministic gradients differ between two runs of a check"
     except Exception as error:  # another version's arguments, a build for other cards, a compiler that fails
-        return _said(error)
+        return said(error)
     return None
 
 
@@ -147,5 +147,6 @@ def _decline(problem: str, where: str = "") -> None:
     logger.warning("moba_megatron: dense causal attention goes on without flash-attn 4%s: %s", where, problem)
 
 
-def _said(error: Exception) -> str:
+def said(error: Exception) -> str:
+    """An error's kind, and the first line of what it says."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .backend import get_stages
-from .validation import FLOAT_DTYPES, cast_under_autocast, check_cu_seqlens
+from .validation import cast_under_autocast, check_cu_seqlens, check_tensor
 
 WIDTHS = (3, 5)
 
@@ -42,22 +42,14 @@ def key_convolution(k: Tensor, weight: Tensor, cu_seqlens: Tensor, halo: Tensor 
     stages = get_stages(backend, k.device)
     cu_seqlens = stages.bounded_lengths(cu_seqlens, k.shape[0])
     if hasattr(stages, "key_convolution_fwd"):
-        return _KeyConvolution.apply(k, weight, cu_seqlens, halo, stages)
+        halo = halo if halo is None else halo.contiguous()
+        return _KeyConvolution.apply(k, weight.contiguous(), cu_seqlens, halo, stages)
     return stages.key_convolution(k, weight, cu_seqlens, halo)  # in torch, differentiable as it is
 
 
 def _check(k: Tensor, weight: Tensor, halo: Tensor | None) -> None:
-    for name, x, dims in (("k", k, 3), ("weight", weight, 3), ("halo", halo, 4)):
-        if x is None and name == "halo":
-            continue
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.dim() != dims:
-            raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(x.shape)}")
-        if x.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"{name} must be bfloat16, float16, float32 or float64, got {x.dtype}")
-        if x.device != k.device:
-            raise ValueError(f"{name} must be on k's device {k.device}, got {x.device}")
+    for name, x, dims in (("k", k, 3), ("weight", weight, 3), *([] if halo is None else [("halo", halo, 4)])):
+        check_tensor(name, x, dims, device=getattr(k, "device", None), of="k")
     if weight.shape[1] not in WIDTHS or weight.shape[::2] != k.shape[1:]:
         raise ValueError(f"weight must have shape [{k.shape[1]}, W, {k.shape[2]}] (k's heads and head_dim) with W of "
                          f"{' or '.join(map(str, WIDTHS))}, got {tuple(weight.shape)}")
@@ -73,15 +65,11 @@ class _KeyConvolution(torch.autograd.Function):
     def forward(ctx, k, weight, cu_seqlens, halo, stages):
         ctx.save_for_backward(k, weight, cu_seqlens, halo)
         ctx.stages = stages
-        return stages.key_convolution_fwd(k, weight.contiguous(), cu_seqlens, _contiguous(halo))
+        return stages.key_convolution_fwd(k, weight, cu_seqlens, halo)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
         k, weight, cu_seqlens, halo = ctx.saved_tensors
-        dk, dweight, dhalo = ctx.stages.key_convolution_bwd(dout, k, weight.contiguous(), cu_seqlens, _contiguous(halo))
+        dk, dweight, dhalo = ctx.stages.key_convolution_bwd(dout, k, weight, cu_seqlens, halo)
         return dk, dweight.to(weight.dtype), None, dhalo, None
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return x if x is None else x.contiguous()

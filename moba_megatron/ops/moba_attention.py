@@ -7,18 +7,9 @@ from torch import Tensor
 
 from ..segments import Routing, Segments, index_dtype
 from ..tensor_cache import is_unobserved
+from . import validation
 from .backend import check_backend, get_stages
 from .pipeline import Choice, Pipeline, Saved
-from .validation import (
-    cast_under_autocast,
-    check_cu_seqlens,
-    check_flag,
-    check_qkv,
-    check_scale,
-    check_segments,
-    check_whole,
-    check_workspace,
-)
 
 
 @overload
@@ -77,14 +68,14 @@ def moba_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
 
     Source: arXiv 2502.13189, section 2.2.
     """
-    q, k, v = cast_under_autocast(q, k, v)
-    check_qkv(q, k, v)
+    q, k, v = validation.cast_under_autocast(q, k, v)
+    validation.check_qkv(q, k, v)
     if q.shape[0] != k.shape[0]:
         raise ValueError(f"k must have q's {q.shape[0]} tokens, got {k.shape[0]}: for queries over other keys use "
                          "moba_megatron.ops.moba_attention with Segments")
-    check_whole("moba_chunk_size", moba_chunk_size, 1)
-    check_whole("moba_topk", moba_topk, 1)
-    cu_seqlens = check_cu_seqlens(cu_seqlens, max_seqlen, q.shape[0], q.device)
+    validation.check_whole("moba_chunk_size", moba_chunk_size, 1)
+    validation.check_whole("moba_topk", moba_topk, 1)
+    cu_seqlens = validation.check_cu_seqlens(cu_seqlens, max_seqlen, q.shape[0], q.device)
     segments = Segments.from_cu_seqlens(cu_seqlens, max_seqlen, moba_chunk_size)
     return _attend(q, k, v, segments, moba_topk, softmax_scale, deterministic, backend, return_lse, workspace_mib)
 
@@ -120,10 +111,10 @@ def moba_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, topk: in
     Raises:
         TypeError, ValueError: as :func:`moba_attn_varlen`.
     """
-    q, k, v = cast_under_autocast(q, k, v)
-    check_qkv(q, k, v)
-    check_whole("topk", topk, 1)
-    segments = check_segments(segments, q.shape[0], k.shape[0], q.device)
+    q, k, v = validation.cast_under_autocast(q, k, v)
+    validation.check_qkv(q, k, v)
+    validation.check_whole("topk", topk, 1)
+    segments = validation.check_segments(segments, q.shape[0], k.shape[0], q.device)
     return _attend(q, k, v, segments, topk, softmax_scale, deterministic, backend, return_lse, workspace_mib)
 
 
@@ -131,10 +122,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, topk: int, soft
             deterministic: bool, backend: str, return_lse: bool,
             workspace_mib: float | None) -> Tensor | tuple[Tensor, Tensor]:
     """What the public operators share: the checks of the options, and the custom operator."""
-    scale = check_scale(softmax_scale, q.shape[2])
-    check_flag("deterministic", deterministic)
-    check_flag("return_lse", return_lse)
-    check_workspace(workspace_mib)
+    scale = validation.check_scale(softmax_scale, q.shape[2])
+    validation.check_flag("deterministic", deterministic)
+    validation.check_flag("return_lse", return_lse)
+    validation.check_workspace(workspace_mib)
     check_backend(backend)
     if segments.max_seqlen_k <= topk * segments.chunk_size:  # every earlier chunk is chosen: causal, one chunk
         *start, _, packed, exact = _flat(segments)
@@ -175,7 +166,7 @@ def causal_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_
 
     Args, Returns, Raises: as :func:`moba_attn_varlen`.
     """
-    check_whole("max_seqlen", max_seqlen, 0)
+    validation.check_whole("max_seqlen", max_seqlen, 0)
     return moba_attn_varlen(q, k, v, cu_seqlens, max_seqlen, max(1, max_seqlen), 1, softmax_scale=softmax_scale,
                             deterministic=deterministic, backend=backend, return_lse=return_lse,
                             workspace_mib=workspace_mib)

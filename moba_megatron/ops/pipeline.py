@@ -146,8 +146,12 @@ def _attend(pipeline: Pipeline, q, k, v, choice: Choice, segments: Segments):
 def _forward(pipeline: Pipeline, q, k, v, scaled, segments: Segments):
     stages, segments = pipeline.stages, pipeline.bounded(segments, q.shape[0], k.shape[0])
     selected = stages.gate(q, stages.chunk_means(k, segments), segments, pipeline.earlier(segments) + 1)
-    o, lse, routing = stages.route_and_attend(q if scaled is None else scaled, k, v, selected, segments,
-                                              abs(pipeline.softmax_scale))
+    arguments = q if scaled is None else scaled, k, v, selected, segments, abs(pipeline.softmax_scale)
+    if hasattr(stages, "route_and_attend"):
+        o, lse, routing = stages.route_and_attend(*arguments)
+    else:
+        routing = stages.route(selected, k.shape[1], segments.num_chunks(k.shape[0]))
+        o, lse = stages.attention_fwd(*arguments, routing)
     return o, lse, selected, routing.indices, routing.indptr
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .. import config
 from ..segments import Segments
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -13,15 +14,25 @@ CHECK_CUDA_VALUES = os.environ.get("MOBA_CHECK_INPUTS", "0") == "1"
 """Also read cu_seqlens back from the GPU to check its values. Off by default: it stops the host at every call."""
 
 
+def check_tensor(name: str, x: Tensor, dims: int, dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES, words: str = "",
+                 device: torch.device | None = None, of: str = "q") -> None:
+    """A tensor of one of the dtypes, of so many dimensions, which ``words`` name, on the device of the argument ``of``,
+    where that is given."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dim() != dims:
+        raise ValueError(f"{name} must have {dims} dimension{'s' * (dims > 1)}{words}, got shape {tuple(x.shape)}")
+    if x.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} must be {' or '.join(names.rsplit(', ', 1))}, got {x.dtype}")
+    if device not in (None, x.device):
+        raise ValueError(f"{name} must be on {of}'s device {device}, got {x.device}")
+
+
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """q ``[T, H, D]``, k ``[S, HK, D]``, v ``[S, HK, DV]``: shapes, dtypes and devices."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.dim() != 3:
-            raise ValueError(f"{name} must have 3 dimensions [tokens, heads, head_dim], got shape {tuple(x.shape)}")
-        if x.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"{name} must be bfloat16, float16, float32 or float64, got {x.dtype}")
+        check_tensor(name, x, 3, words=" [tokens, heads, head_dim]")
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
             raise TypeError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
@@ -65,25 +76,15 @@ def same_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]
     Under ``torch.autocast`` its dtype, as for ``scaled_dot_product_attention``: rotary embeddings and norms leave q and
     k in fp32 beside a v in bf16. Elsewhere v's, which no such step has touched. fp64 stays.
     """
-    device_type = q.device.type
-    dtype = v.dtype
-    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
+    dtype = v.dtype if v.dtype == torch.float64 else autocast_dtype(q.device.type) or v.dtype
     # As they are where nothing is to be done, under torch.compile too: a cache's keys carry attributes.
-    q, k, v = (x if x.dtype == dtype else x.to(dtype) for x in (q, k, v))
-    return q, k, v
+    return tuple(x if x.dtype == dtype else x.to(dtype) for x in (q, k, v))
 
 
-def check_whole(name: str, value: int, minimum: int) -> int:
-    """An int of at least ``minimum`` and below 2^31; a bool, a float or a tensor is refused."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        hint = ": read it on the host once, with .item()" if isinstance(value, Tensor) else ""
-        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}{hint}")
-    if isinstance(value, int) and value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    if isinstance(value, int) and value >= 2 ** 31:
-        raise ValueError(f"{name} must be below 2^31, got {value}")
-    return value
+def check_whole(name: str, value: int, minimum: int) -> None:
+    """As :func:`moba_megatron.config.check_whole`; what a compiler does not know yet is taken."""
+    if not isinstance(value, torch.SymInt):
+        config.check_whole(name, value, minimum)
 
 
 def check_scale(softmax_scale: float | None, head_dim: int) -> float:
@@ -97,11 +98,10 @@ def check_scale(softmax_scale: float | None, head_dim: int) -> float:
     return float(softmax_scale)
 
 
-def check_flag(name: str, value: bool) -> bool:
+def check_flag(name: str, value: bool) -> None:
     """A bool; a number or a string is refused, since "False" would mean True."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
-    return value
 
 
 def check_workspace(workspace_mib: float | None) -> None:
@@ -120,7 +120,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, max_seqlen: int, total: int, device: to
 
     Values are checked where reading them is free: on the CPU, or with ``MOBA_CHECK_INPUTS=1``.
     """
-    _check_indices(name, cu_seqlens, device, (torch.int32, torch.int64))
+    check_tensor(name, cu_seqlens, 1, (torch.int32, torch.int64), device=device)
     if cu_seqlens.numel() < 2:
         raise ValueError(f"{name} must have shape [sequences + 1], got {tuple(cu_seqlens.shape)}: it starts with 0 "
                          "and every sequence adds its end")
@@ -128,7 +128,17 @@ def check_cu_seqlens(cu_seqlens: Tensor, max_seqlen: int, total: int, device: to
     if total >= 2 ** 31:
         raise ValueError(f"at most 2^31 - 1 packed tokens are supported, got {total}")
     if _values_readable(cu_seqlens):
-        _check_cu_seqlens_values(cu_seqlens.tolist(), max_seqlen, total, name, max_name)
+        values = cu_seqlens.tolist()
+        if values[0] != 0 or values[-1] > total:
+            raise ValueError(f"{name} must run from 0 to the number of tokens {total} at most, got {values[0]} to "
+                             f"{values[-1]}")
+        lengths = [b - a for a, b in zip(values, values[1:])]
+        if min(lengths) < 0:
+            at = next(i for i, n in enumerate(lengths) if n < 0)
+            raise ValueError(f"{name} must not decrease, got {values[at]} then {values[at + 1]} at index {at + 1}")
+        if max(lengths) > max_seqlen:
+            raise ValueError(f"{max_name} must be at least the longest sequence in {name}, {max(lengths)} tokens, "
+                             f"got {max_seqlen}")
     return cu_seqlens.int().contiguous()
 
 
@@ -142,7 +152,7 @@ def check_segments(segments: Segments, total_q: int, total_k: int, device: torch
     strided = {}
     for name in ("cu_seqlens_q", "cu_seqlens_k", "seq_ids", "offsets"):
         x = getattr(segments, name)
-        _check_indices(f"segments.{name}", x, device, (torch.int32,))
+        check_tensor(f"segments.{name}", x, 1, (torch.int32,), device=device)
         if x.stride(0) != 1:
             strided[name] = x.contiguous()
     check_whole("segments.chunk_size", segments.chunk_size, 1)
@@ -171,31 +181,6 @@ def _values_readable(x: Tensor) -> bool:
     return (not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter)
             and not torch._C._are_functorch_transforms_active()
             and (x.device.type == "cpu" or CHECK_CUDA_VALUES and x.is_cuda))
-
-
-def _check_indices(name: str, x: Tensor, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.dtype not in dtypes:
-        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{name} must be {expected}, got {x.dtype}")
-    if x.dim() != 1:
-        raise ValueError(f"{name} must have 1 dimension, got shape {tuple(x.shape)}")
-    if x.device != device:
-        raise ValueError(f"{name} must be on q's device {device}, got {x.device}")
-
-
-def _check_cu_seqlens_values(values: list[int], max_seqlen: int, total: int, name: str, max_name: str) -> None:
-    if values[0] != 0 or values[-1] > total:
-        raise ValueError(f"{name} must run from 0 to the number of tokens {total} at most, got {values[0]} to "
-                         f"{values[-1]}")
-    lengths = [b - a for a, b in zip(values, values[1:])]
-    if min(lengths) < 0:
-        at = next(i for i, n in enumerate(lengths) if n < 0)
-        raise ValueError(f"{name} must not decrease, got {values[at]} then {values[at + 1]} at index {at + 1}")
-    if max(lengths) > max_seqlen:
-        raise ValueError(f"{max_name} must be at least the longest sequence in {name}, {max(lengths)} tokens, "
-                         f"got {max_seqlen}")
 
 
 def _check_segments_values(segments: Segments, total_q: int, total_k: int) -> None:

@@ -68,36 +68,27 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if arguments.seq is None:
         p.error("--seq is needed, such as --seq 1M")
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    figures = {name: hardware.Figure(given[name] * hardware.UNITS[name][0], hardware.ASSUMED, f"--{name}")
+               for name in ("network", "link", "node") if name in given}
     try:
-        card, run = _card(arguments), _run(arguments)
+        if any(figure.value <= 0 for figure in figures.values()):
+            raise ValueError("--network, --link and --node must be positive")
+        card = replace(hardware.find_card(arguments.card), **figures)
+        model = replace(MODELS[arguments.model], **{name: given[name] for name in SIZES if name in given})
+        moba = MoBAConfig(arguments.chunk_size, arguments.topk, arguments.full_attention_layers)
+        moba.is_full_attention(model.layers, model.layers)  # a listed layer may be beyond the model
+        run = Run(model, arguments.seq, arguments.gpus, given.get("batch", default_batch(arguments.seq)), moba,
+                  not arguments.no_distributed_optimizer, arguments.attention)
     except (TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return _plan(arguments, run, card)
+    fixed = {name: given[name] for name in ("tp", "cp", "pp", "dp", "comm_type", "recompute") if name in given}
+    return _plan(arguments, run, card, fixed)
 
 
-def _card(arguments: argparse.Namespace) -> hardware.Card:
-    changes = {name: hardware.Figure(getattr(arguments, name) * hardware.UNITS[name][0], hardware.ASSUMED, f"--{name}")
-               for name in ("network", "link", "node") if getattr(arguments, name) is not None}
-    if any(figure.value <= 0 for figure in changes.values()):
-        raise ValueError("--network, --link and --node must be positive")
-    return replace(hardware.find_card(arguments.card), **changes)
-
-
-def _run(arguments: argparse.Namespace) -> Run:
-    sizes = {name: getattr(arguments, name) for name in SIZES if getattr(arguments, name) is not None}
-    model = replace(MODELS[arguments.model], **sizes)
-    moba = MoBAConfig(arguments.chunk_size, arguments.topk, arguments.full_attention_layers)
-    moba.is_full_attention(model.layers, model.layers)  # a listed layer may be beyond the model
-    batch = default_batch(arguments.seq) if arguments.batch is None else arguments.batch
-    return Run(model, arguments.seq, arguments.gpus, batch, moba, not arguments.no_distributed_optimizer,
-               arguments.attention)
-
-
-def _plan(arguments: argparse.Namespace, run: Run, card: hardware.Card) -> int:
+def _plan(arguments: argparse.Namespace, run: Run, card: hardware.Card, fixed: dict[str, int | str]) -> int:
     fitted = stored()
-    fixed = {name: getattr(arguments, name) for name in ("tp", "cp", "pp", "dp", "comm_type", "recompute")
-             if getattr(arguments, name) is not None}
     fit, out = plan(run, card, fitted, fixed)
     m = run.model
     moba = "full attention" if run.attention == "full" else (

@@ -12,14 +12,7 @@ from .key_convolution import key_convolution
 from .routing import route
 
 __all__ = ["attention_bwd", "attention_fwd", "block_sums", "bounded", "bounded_lengths", "call", "chunk_means",
-           "clear_rows", "gate", "key_convolution", "means_from_block_sums", "route",
-           "route_and_attend"]
-
-
-def route_and_attend(q, k, v, selected, segments, softmax_scale):
-    """:func:`attention_fwd`, and the routing of the selection."""
-    routing = route(selected, k.shape[1], segments.num_chunks(k.shape[0]))
-    return *attention_fwd(q, k, v, selected, segments, softmax_scale, routing), routing
+           "clear_rows", "gate", "key_convolution", "means_from_block_sums", "route"]
 
 
 def call(function, *args, workspace_mib=None, event=None, out=None, **named):

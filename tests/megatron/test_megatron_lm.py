@@ -471,7 +471,7 @@ def parsed(*flags, **others):
 
 
 def test_unknown_version_is_said(monkeypatch):
-    monkeypatch.setattr(patching, "megatron_version", lambda: "0.42.0")
+    monkeypatch.setattr(megatron_host, "megatron_version", lambda: "0.42.0")
     with pytest.warns(UserWarning, match=r"megatron-core 0.42.0 was not checked .*0.13 to 0.20.*not found: a.b"):
         patching._warn_of_unknown_version(["a.b"])
 
