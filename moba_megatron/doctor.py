@@ -159,10 +159,14 @@ def report_environment() -> bool:
 
 def self_test() -> bool:
     print("self-test")
-    checks = [("reference = definition", check_definition), ("reference = torch, where dense", check_dense),
+    checks = [("reference = definition", lambda: check_definition("reference")),
+              # with topk covering every chunk MoBA is causal attention
+              ("reference = torch, where dense", lambda: _compare(
+                  _operator(16, 7, "reference"), lambda q, k, v, cu_seqlens: _torchs(q, k, v), 1e-10)),
               ("backend torch = definition", lambda: check_definition("torch"))]
     if torch.cuda.is_available():
-        checks.append(("kernels = reference, bf16", check_kernels))
+        checks.append(("kernels = reference, bf16", lambda: _compare(
+            _operator(64, 4, "triton"), _operator(64, 4, "reference"), LIMIT_BF16, 1000, torch.bfloat16, "cuda", 64)))
         if flash_attn_4.fits(torch.cuda.get_device_capability(), FLASH_4) and flash_attn_4.module():
             checks.append(("flash-attn 4 = definition", check_flash_attn_4))
     if not _import_problem("megatron.core"):
@@ -181,7 +185,7 @@ def _run(name: str, check) -> bool:
     return True
 
 
-def check_definition(backend: str = "reference") -> str:
+def check_definition(backend: str) -> str:
     """MoBA against a masked softmax that is written straight from the definition."""
     chunk, topk = 16, 3
 
@@ -197,21 +201,10 @@ def check_definition(backend: str = "reference") -> str:
     return _compare(_operator(chunk, topk, backend), definition, 1e-10)
 
 
-def check_dense() -> str:
-    """With topk covering every chunk MoBA is causal attention: torch's."""
-    return _compare(_operator(16, 7, "reference"), lambda q, k, v, cu_seqlens: _torchs(q, k, v), 1e-10)
-
-
 def _torchs(q, k, v, mask=None):
     """torch's attention, causal or masked by bool ``[h, t, t]``."""
     heads = (x.transpose(0, 1)[None] for x in (q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)))
     return torch.nn.functional.scaled_dot_product_attention(*heads, mask, is_causal=mask is None)[0].transpose(0, 1)
-
-
-def check_kernels() -> str:
-    """Triton against the reference on the card."""
-    return _compare(_operator(64, 4, "triton"), _operator(64, 4, "reference"), LIMIT_BF16, 1000, torch.bfloat16, "cuda",
-                    head_dim=64)
 
 
 def check_flash_attn_4() -> str:

@@ -16,15 +16,10 @@ from .dense import dense_causal, dense_causal_bwd
 
 @dataclass(frozen=True)
 class Choice:
-    """The chunks that queries chose, and for each chunk its queries.
+    """The chunks that queries chose, and for each chunk its queries."""
 
-    Args:
-        selected: int32 ``[T, H, choices]``; of size 0 where every key is attended to.
-        routing: of ``selected``; None where its size is 0.
-    """
-
-    selected: Tensor
-    routing: Routing | None = None
+    selected: Tensor  # int32 `[T, H, choices]`; of size 0 where every key is attended to
+    routing: Routing | None = None  # of `selected`; None where its size is 0
 
 
 @dataclass(frozen=True)
@@ -38,25 +33,15 @@ class Saved:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """How to attend, apart from where the rows are.
+    """How to attend, apart from where the rows are."""
 
-    Args:
-        stages: ``moba_megatron.kernels``, ``.torch_stages`` or ``.reference``.
-        topk: chunks that a query attends to, its own included.
-        softmax_scale: multiplies the scores.
-        deterministic: bitwise reproducible gradients.
-        may_be_dense: dense kernels (``ops/dense.py``) may take over where MoBA is causal attention.
-        workspace_mib: limit of the kernels' scratch memory, MiB; None for the environment's.
-        untrusted: lengths come from outside, and are made safe on the device where segments are not ``exact``.
-    """
-
-    stages: ModuleType
-    topk: int
-    softmax_scale: float
-    deterministic: bool = False
-    may_be_dense: bool = False
-    workspace_mib: float | None = None
-    untrusted: bool = False
+    stages: ModuleType  # `moba_megatron.kernels`, `.torch_stages` or `.reference`
+    topk: int  # chunks that a query attends to, its own included
+    softmax_scale: float  # multiplies the scores
+    deterministic: bool = False  # bitwise reproducible gradients
+    may_be_dense: bool = False  # dense kernels (`ops/dense.py`) may take over where MoBA is causal attention
+    workspace_mib: float | None = None  # limit of the kernels' scratch memory, MiB; None for the environment's
+    untrusted: bool = False  # lengths come from outside, and are made safe on the device unless segments are `exact`
 
     def earlier(self, segments: Segments) -> int:
         """Earlier chunks that a query can select: no sequence has more than its bound says."""

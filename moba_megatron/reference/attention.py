@@ -109,19 +109,15 @@ def _blocks(q: Tensor, k: Tensor, selected: Tensor, segments: Segments):
             keys = slice(first_key, first_key + position + rows.stop - rows.start)
             query_position = position + torch.arange(rows.stop - rows.start, device=q.device)
             key_position = torch.arange(keys.stop - keys.start, device=q.device)
-            chosen = _membership(selected[rows], first_chunk, (position + rows.stop - rows.start - 1) // size)
+            # a table of the chunks up to the last query's own, and one for those that are none
+            last_own = (position + rows.stop - rows.start - 1) // size
+            chosen = torch.zeros(*selected[rows].shape[:2], last_own + 2, dtype=torch.bool, device=q.device)
+            chosen.scatter_(2, torch.where(selected[rows] < 0, last_own + 1, selected[rows].long() - first_chunk), True)
             chosen = chosen[:, :, key_position // size]
             own = query_position[:, None] // size == key_position[None] // size
             causal = key_position[None] <= query_position[:, None]
             yield rows, keys, ((chosen | own[:, None]) & causal[:, None]).unflatten(1, (k.shape[1], -1))
             begin = rows.stop
-
-
-def _membership(selected: Tensor, first_chunk: int, last_own: int) -> Tensor:
-    """Chunk ids ``[rows, H, topk - 1]`` of one sequence as a boolean table ``[rows, H, last_own + 1]``."""
-    table = torch.zeros(*selected.shape[:2], last_own + 2, dtype=torch.bool, device=selected.device)
-    table.scatter_(2, torch.where(selected < 0, last_own + 1, selected.long() - first_chunk), True)
-    return table[:, :, :last_own + 1]
 
 
 def _product(equation: str, weight: Tensor, x: Tensor, mask: Tensor) -> Tensor:

@@ -12,13 +12,7 @@ def cache_means(k_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor, chu
                 block_table: Tensor | None = None, cache_starts: Tensor | None = None) -> None:
     """Writes the mean of every full chunk, the same bits as ``chunk_means``; rows of other chunks stay as they are.
 
-    Args:
-        k_cache: ``[B, S, HK, D]``, or pages ``[pages, page_size, HK, D]`` with a block table.
-        means_cache: ``[B, chunks, HK, D]`` in k's dtype.
-        cache_seqlens: int32 ``[B]``, keys of each sequence.
-        chunk_size: keys in a chunk.
-        block_table: int32 ``[B, pages a sequence]``, the pages of each sequence.
-        cache_starts: int32 ``[B]``, the row of each sequence's first key; None for 0.
+    Args: as :func:`moba_megatron.ops.decode.moba_decode`, like those of the other stages.
     """
     for b, keys in enumerate(_sequences(k_cache, cache_seqlens, block_table, cache_starts)):
         _write_means(means_cache[b], keys, range(keys.shape[0] // chunk_size), chunk_size)
@@ -30,11 +24,6 @@ def decode_gate(q: Tensor, k_cache: Tensor, means_cache: Tensor, cache_seqlens: 
 
     The query stands at the last key. Where it opens a chunk, the mean of the chunk before is computed and stored.
     Ties go to the later chunk. A chunk whose score is NaN or -inf is never selected.
-
-    Args:
-        q: ``[B, H, D]``.
-        k_cache, means_cache, cache_seqlens, chunk_size, block_table, cache_starts: as :func:`cache_means`.
-        topk: chunks a query attends to, its own included.
 
     Returns:
         int32 ``[B, H, topk - 1]``: chunk numbers within the sequence, best first, -1 where fewer exist.
@@ -53,14 +42,7 @@ def decode_gate(q: Tensor, k_cache: Tensor, means_cache: Tensor, cache_seqlens: 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, selected: Tensor, cache_seqlens: Tensor,
                      chunk_size: int, softmax_scale: float, *, block_table: Tensor | None = None,
                      cache_starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Attention of each sequence's last position to its own chunk and the selected ones.
-
-    Args:
-        q: ``[B, H, D]``.
-        k_cache, cache_seqlens, chunk_size, block_table, cache_starts: as :func:`cache_means`.
-        v_cache: as k_cache, head dim DV.
-        selected: int32 ``[B, H, topk - 1]`` from :func:`decode_gate`.
-        softmax_scale: multiplies the scores.
+    """Attention of each sequence's last position to its own chunk and the ``selected`` ones of :func:`decode_gate`.
 
     Returns:
         o ``[B, H, DV]`` in q's dtype; lse ``[B, H]``, natural log, fp32 (fp64 for fp64); o is 0 and lse -inf where

@@ -41,11 +41,13 @@ def best_chunks(q: Tensor, means: Tensor, first: Tensor, own: Tensor, wanted: in
     """The ``wanted`` best of the chunks ``first`` to ``own - 1`` of each query, as of :func:`gate`."""
     (total_q, num_heads, dim), num_chunks = q.shape, means.shape[0]
     selected = torch.full((total_q, num_heads, wanted), -1, dtype=torch.int32, device=q.device)
-    ids = torch.arange(num_chunks, device=q.device)
+    ids, dtype = torch.arange(num_chunks, device=q.device), accumulate_dtype(q.dtype)
+    table = means.to(dtype).repeat_interleave(num_heads // means.shape[1], 1).permute(1, 2, 0)  # [H, D, num_chunks]
     rows = max(1, SCORE_ELEMENTS // (num_heads * num_chunks * dim))
     for begin in range(0, total_q, rows):
         block = slice(begin, begin + rows)
-        score = _scores(q[block], means)
+        # the same bits whatever the other rows and chunks are
+        score = halving_sum(q[block].to(dtype)[..., None] * table[None], 2)  # [rows, H, num_chunks]
         earlier = (ids[None] >= first[block, None]) & (ids[None] < own[block, None])
         score = score.masked_fill(~earlier[:, None] | score.isnan(), -torch.inf)
         # a stable descending sort of the flipped scores puts the later of two equal chunks first
@@ -53,11 +55,3 @@ def best_chunks(q: Tensor, means: Tensor, first: Tensor, own: Tensor, wanted: in
         best = torch.where(value == -torch.inf, -1, num_chunks - 1 - order)[:, :, :wanted]
         selected[block, :, :best.shape[2]] = best.int()
     return selected
-
-
-def _scores(q: Tensor, means: Tensor) -> Tensor:
-    """Gate scores ``[rows, H, num_chunks]``; each is the same bits whatever the other rows and chunks are."""
-    dtype = accumulate_dtype(q.dtype)
-    group = q.shape[1] // means.shape[1]
-    m = means.to(dtype).repeat_interleave(group, 1).permute(1, 2, 0)  # [H, D, num_chunks]
-    return halving_sum(q.to(dtype)[..., None] * m[None], 2)

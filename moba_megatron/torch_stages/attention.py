@@ -24,21 +24,13 @@ KEYS = 512
 
 @dataclass(frozen=True)
 class Batch:
-    """Lists of rows, and for each the keys that they attend to.
+    """Lists of rows, and for each the keys that they attend to."""
 
-    Args:
-        rows: int64 ``[n, M]``, rows of queries, of ``T * H``.
-        keys: int64 ``[n, N]``, rows of keys, of ``S * HK``.
-        padded: bool ``[n, M]``, True where a row of the same list stands in for none; None where none does.
-        distinct: True where no row and no key is there twice.
-        hidden: bool ``[M, W]``, which of the last W keys a row does not see; None where it sees all.
-    """
-
-    rows: Tensor
-    keys: Tensor
-    padded: Tensor | None
-    distinct: bool
-    hidden: Tensor | None = None
+    rows: Tensor  # int64 `[n, M]`, rows of queries, of `T * H`
+    keys: Tensor  # int64 `[n, N]`, rows of keys, of `S * HK`
+    padded: Tensor | None  # bool `[n, M]`, True where a row of the same list stands in for none; None where none does
+    distinct: bool  # no row and no key is there twice
+    hidden: Tensor | None = None  # bool `[M, W]`, which of the last W keys a row does not see; None where it sees all
 
     def of_rows(self, x: Tensor) -> Tensor:
         """``[n, M, ...]`` of a tensor that has all rows of queries."""
