@@ -21,10 +21,9 @@ def correction(args, config: MoBAConfig, iteration: int, batch_size: int, seqlen
         return 0
     layers = sum(not config.is_full_attention(min(layer, args.num_layers), args.num_layers)
                  for layer in attention_layers(args))
-    if getattr(args, "multi_latent_attention", False) and not _hybrid_pattern(args):
-        sizes = args.num_attention_heads, args.qk_head_dim + args.qk_pos_emb_head_dim, args.v_head_dim
-    else:
-        sizes = args.num_attention_heads, args.kv_channels, args.kv_channels
+    latent = getattr(args, "multi_latent_attention", False) and not _hybrid_pattern(args)
+    sizes = (args.num_attention_heads, *(
+        (args.qk_head_dim + args.qk_pos_emb_head_dim, args.v_head_dim) if latent else (args.kv_channels,) * 2))
     saved = dense_attention_flops(seqlen, *sizes) - attention_flops(seqlen, *sizes, config.chunk_size, config.topk)
     return -saved * layers * tokens / seqlen
 

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..reference.attention import attention_bwd, attention_fwd
+from ..segments import Segments
 from ..tensor_cache import is_capturing
 
 logger = logging.getLogger("moba_megatron")
@@ -94,7 +96,7 @@ def _lengths(cu: Tensor, longest: int) -> dict[str, Tensor | int]:
 
 
 def disagreement(variant: Variant) -> str | None:
-    """What is wrong with the results of a few hundred tokens, against the definition in fp64; None if nothing is."""
+    """What is wrong with the results of a few hundred tokens, against the reference in fp64; None if nothing is."""
     device, dtype, dim, dim_v, group, deterministic, with_dlse = variant
     generator = torch.Generator(device).manual_seed(0)
     total, heads, scale = sum(LENGTHS), 2 * group, 0.7 * dim ** -0.5  # not its default scale
@@ -106,11 +108,15 @@ def disagreement(variant: Variant) -> str | None:
         q, do = random(total, heads, dim).to(dtype), random(total, heads, dim_v).to(dtype)
         k, v = random(total, 2, dim + dim_v).to(dtype).split([dim, dim_v], 2)
         dlse = random(heads, total) if with_dlse else None
-        bounds = tuple(itertools.accumulate(LENGTHS, initial=0))
-        place = torch.tensor(bounds, dtype=torch.int32, device=device), max(LENGTHS), scale
+        bounds = torch.tensor((0, *itertools.accumulate(LENGTHS)), dtype=torch.int32, device=device)
+        place = bounds, max(LENGTHS), scale
         o, lse = forward(q, k, v, *place)
         grads, again = (backward(do, dlse, q, k, v, o, lse, *place, deterministic) for _ in range(2))
-        exact = _exact(q, k, v, do, None if dlse is None else dlse.t(), scale)
+        wide, dense = [x.double() for x in (q, k, v)], (  # one chunk holds everything
+            torch.empty(total, heads, 0, dtype=torch.int32, device=device),
+            Segments.from_cu_seqlens(bounds, max(LENGTHS), max(LENGTHS)), scale)
+        results = attention_fwd(*wide, *dense)
+        exact = *results, *attention_bwd(do.double(), None if dlse is None else dlse.t(), *wide, *results, *dense)
         for (name, limit), ours, expected in zip(LIMITS.items(), (o, lse.t(), *grads), exact, strict=True):
             error = float((ours.double() - expected).norm() / expected.norm())
             if not error <= limit:  # NaN too
@@ -120,27 +126,6 @@ def disagreement(variant: Variant) -> str | None:
     except Exception as error:  # another version's arguments, a build for other cards, a compiler that fails
         return said(error)
     return None
-
-
-def _exact(q: Tensor, k: Tensor, v: Tensor, do: Tensor, dlse: Tensor | None, scale: float) -> list[Tensor]:
-    """o, lse, dq, dk, dv in fp64, a sequence of LENGTHS at a time."""
-    group = q.shape[1] // k.shape[1]
-    dlse = torch.zeros_like(q[..., 0]) if dlse is None else dlse
-    rows = []
-    for q, k, v, do, dlse in zip(*(x.double().split(LENGTHS) for x in (q, k, v, do, dlse))):
-        if not len(q):
-            continue
-        q, k, v, do, dlse = (x.transpose(0, 1) for x in (q, k, v, do, dlse))
-        k, v = (x.repeat_interleave(group, 0) for x in (k, v))
-        scores = scale * q @ k.mT
-        scores.masked_fill_(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
-        lse = scores.logsumexp(2)
-        p = (scores - lse[..., None]).exp()
-        o = p @ v
-        ds = scale * p * (do @ v.mT - ((o * do).sum(2) - dlse)[..., None])
-        dk, dv = ((x.mT @ y).unflatten(0, (-1, group)).sum(1) for x, y in ((ds, q), (p, do)))
-        rows.append([x.transpose(0, 1) for x in (o, lse, ds @ k, dk, dv)])
-    return [torch.cat(parts) for parts in zip(*rows)]
 
 
 def _decline(problem: str, where: str = "") -> None:

@@ -2,9 +2,9 @@
 import torch
 from torch import Tensor
 
-from ..segments import SUM_BLOCK, Segments
+from ..segments import Segments
 from .attention import attention_fwd
-from .chunk_means import block_sums, means_from_block_sums
+from .chunk_means import chunk_means
 from .gating import gate
 
 
@@ -80,10 +80,6 @@ def _sequences(cache: Tensor, cache_seqlens: Tensor, block_table: Tensor | None,
 
 def _write_means(means: Tensor, keys: Tensor, chunks: range, chunk_size: int) -> None:
     """Means ``[chunks, HK, D]`` of some chunks of one sequence's keys, in place."""
-    if not chunks:
-        return
-    chunk = torch.tensor(chunks, device=keys.device)[:, None] * chunk_size
-    offset = torch.arange(0, chunk_size, SUM_BLOCK, device=keys.device)[None]
-    counts = torch.clamp(chunk_size - offset, max=SUM_BLOCK).expand(len(chunks), -1)
-    sums = block_sums(keys, (chunk + offset).flatten().int(), counts.flatten().int())
-    means[chunks.start:chunks.stop] = means_from_block_sums(sums.unflatten(0, counts.shape), chunk_size, means.dtype)
+    keys = keys[chunks.start * chunk_size:chunks.stop * chunk_size]
+    if chunks:
+        means[chunks.start:chunks.stop] = chunk_means(keys, _last_position(len(keys), chunk_size, keys))[:len(chunks)]
