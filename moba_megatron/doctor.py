@@ -171,18 +171,15 @@ def self_test() -> bool:
             checks.append(("flash-attn 4 = definition", check_flash_attn_4))
     if not _import_problem("megatron.core"):
         checks.append(("Megatron core attention", check_core_attention))
-    return all([_run(name, check) for name, check in checks])
-
-
-def _run(name: str, check) -> bool:
-    start = time.perf_counter()
-    try:
-        said = check()
-    except Exception as error:  # a report, not a traceback: any failure is a finding
-        _line(name, f"FAIL: {flash_attn_4.said(error)}")
-        return False
-    _line(name, f"ok, {said} ({time.perf_counter() - start:.1f} s)")
-    return True
+    healthy = True
+    for name, check in checks:
+        start = time.perf_counter()
+        try:
+            _line(name, f"ok, {check()} ({time.perf_counter() - start:.1f} s)")
+        except Exception as error:  # a report, not a traceback: any failure is a finding
+            _line(name, f"FAIL: {flash_attn_4.said(error)}")
+            healthy = False
+    return healthy
 
 
 def check_definition(backend: str) -> str:

@@ -49,8 +49,7 @@ def moba_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, means_cache: Tensor
     Source: arXiv 2502.13189, section 2.2, for one query.
     """
     _check_caches(k_cache, means_cache, cache_seqlens, chunk_size, block_table, cache_starts)
-    q = _cast_query(q, k_cache)
-    _check_query(q, k_cache, v_cache)
+    q = _checked_query(q, k_cache, v_cache)
     check_whole("topk", topk, 1)
     check_flag("return_lse", return_lse)
     check_backend(backend)
@@ -73,8 +72,7 @@ def decode_selection(q: Tensor, k_cache: Tensor, means_cache: Tensor, cache_seql
         int32 ``[B, H, topk - 1]``: chunk numbers within each sequence in no particular order, -1 where fewer exist.
     """
     _check_caches(k_cache, means_cache, cache_seqlens, chunk_size, block_table, cache_starts)
-    q = _cast_query(q, k_cache)
-    _check_query(q, k_cache, k_cache)
+    q = _checked_query(q, k_cache, k_cache)
     check_whole("topk", topk, 1)
     check_backend(backend)
     return _stages(backend, q.device).decode_gate(q, k_cache, means_cache, cache_seqlens, chunk_size, topk,
@@ -166,7 +164,8 @@ def _check_caches(k_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor, c
         raise ValueError(f"means_cache must be contiguous in its last dimension, got strides {means_cache.stride()}")
 
 
-def _check_query(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+def _checked_query(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+    """q; under autocast in the caches' dtype, since caches are not copied."""
     _check_4d("v_cache", v_cache)
     if v_cache.shape[:3] != k_cache.shape[:3]:
         raise ValueError(f"v_cache must have k_cache's first dimensions {tuple(k_cache.shape[:3])}, got "
@@ -177,16 +176,11 @@ def _check_query(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
     if q.shape[2] != k_cache.shape[3] or q.shape[1] % k_cache.shape[2] or q.shape[1] == 0:
         raise ValueError(f"q must have k_cache's head_dim {k_cache.shape[3]} and a positive multiple of its "
                          f"{k_cache.shape[2]} heads, got {q.shape[1]} heads of {q.shape[2]}")
+    if all(x.dtype in FLOAT_DTYPES[:3] for x in (q, k_cache)) and autocast_dtype(k_cache.device.type):
+        q = q.to(k_cache.dtype)
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(f"{name} must be {q.dtype} on {q.device} as q, got {x.dtype} on {x.device}")
-
-
-def _cast_query(q: Tensor, k_cache: Tensor) -> Tensor:
-    """Under autocast q takes the caches' dtype: caches are not copied."""
-    narrow = FLOAT_DTYPES[:3]
-    if isinstance(q, Tensor) and q.dtype in narrow and k_cache.dtype in narrow and autocast_dtype(k_cache.device.type):
-        return q.to(k_cache.dtype)
     return q
 
 

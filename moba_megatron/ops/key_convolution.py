@@ -34,7 +34,14 @@ def key_convolution(k: Tensor, weight: Tensor, cu_seqlens: Tensor, halo: Tensor 
     """
     if halo is not None:
         k, halo = cast_under_autocast(k, halo)
-    _check(k, weight, halo)
+    for name, x, dims in (("k", k, 3), ("weight", weight, 3), *([] if halo is None else [("halo", halo, 4)])):
+        check_tensor(name, x, dims, device=getattr(k, "device", None), of="k")
+    if weight.shape[1] not in WIDTHS or weight.shape[::2] != k.shape[1:]:
+        raise ValueError(f"weight must have shape [{k.shape[1]}, W, {k.shape[2]}] (k's heads and head_dim) with W of "
+                         f"{' or '.join(map(str, WIDTHS))}, got {tuple(weight.shape)}")
+    if halo is not None and (halo.shape[1:] != (weight.shape[1] - 1, *k.shape[1:]) or halo.dtype != k.dtype):
+        raise ValueError(f"halo must have shape [runs, {weight.shape[1] - 1}, *{tuple(k.shape[1:])}] and k's dtype "
+                         f"{k.dtype}, got {tuple(halo.shape)} and {halo.dtype}")
     cu_seqlens = check_cu_seqlens(cu_seqlens, k.shape[0], k.shape[0], k.device)
     if halo is not None and halo.shape[0] != cu_seqlens.numel() - 1:
         raise ValueError(f"halo must have one entry for each of the {cu_seqlens.numel() - 1} runs of cu_seqlens, got "
@@ -45,17 +52,6 @@ def key_convolution(k: Tensor, weight: Tensor, cu_seqlens: Tensor, halo: Tensor 
         halo = halo if halo is None else halo.contiguous()
         return _KeyConvolution.apply(k, weight.contiguous(), cu_seqlens, halo, stages)
     return stages.key_convolution(k, weight, cu_seqlens, halo)  # in torch, differentiable as it is
-
-
-def _check(k: Tensor, weight: Tensor, halo: Tensor | None) -> None:
-    for name, x, dims in (("k", k, 3), ("weight", weight, 3), *([] if halo is None else [("halo", halo, 4)])):
-        check_tensor(name, x, dims, device=getattr(k, "device", None), of="k")
-    if weight.shape[1] not in WIDTHS or weight.shape[::2] != k.shape[1:]:
-        raise ValueError(f"weight must have shape [{k.shape[1]}, W, {k.shape[2]}] (k's heads and head_dim) with W of "
-                         f"{' or '.join(map(str, WIDTHS))}, got {tuple(weight.shape)}")
-    if halo is not None and (halo.shape[1:] != (weight.shape[1] - 1, *k.shape[1:]) or halo.dtype != k.dtype):
-        raise ValueError(f"halo must have shape [runs, {weight.shape[1] - 1}, *{tuple(k.shape[1:])}] and k's dtype "
-                         f"{k.dtype}, got {tuple(halo.shape)} and {halo.dtype}")
 
 
 class _KeyConvolution(torch.autograd.Function):

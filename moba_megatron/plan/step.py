@@ -83,7 +83,9 @@ def predict(run: Run, layout: Layout, card: Card, calibration: Calibration, opti
     for first in range(1, run.model.layers + 1, per_stage):
         full = sum(run.is_dense(number) for number in range(first, first + per_stage))
         stages.append({name: dense[name] * full + sparse[name] * (per_stage - full) for name in dense})
-    stages[-1]["output"] = _output(run, layout, card)
+    logits = run.seqlen / layout.cp * run.model.padded_vocabulary(layout.tp) / layout.tp
+    stages[-1]["output"] = Part(
+        6 * logits * run.model.hidden / card.flops + logits * LOSS_BYTES / card.bytes_per_second)
     seconds = [sum(part.seconds for part in parts.values()) for parts in stages]
     slowest = max(range(layout.pp), key=seconds.__getitem__)
     parts = {name: part * micro_batches for name, part in stages[slowest].items()}
@@ -197,12 +199,6 @@ def elementwise_bytes(run: Run) -> float:
     """
     m = run.model
     return BF16 * (4 * m.hidden + 6 * m.hidden + 2 * (m.heads + m.kv_heads) * m.head_dim + 3 * m.ffn)
-
-
-def _output(run: Run, layout: Layout, card: Card) -> Part:
-    """Output layer and loss of one micro batch."""
-    entries = run.seqlen / layout.cp * run.model.padded_vocabulary(layout.tp) / layout.tp
-    return Part(6 * entries * run.model.hidden / card.flops + entries * LOSS_BYTES / card.bytes_per_second)
 
 
 def _pipeline(run: Run, layout: Layout, card: Card, micro_batches: int) -> Part:
