@@ -7,6 +7,7 @@ BACKENDS = ("auto", "triton", "torch", "reference")
 KEY_CONV_WIDTHS = (0, 3, 5)
 CHOICES = {"backend": BACKENDS, "decode": ("moba", "dense"), "key_conv": KEY_CONV_WIDTHS}
 """Fields that are one of a few values (or None, where that is the default)."""
+_default: "MoBAConfig | None" = None
 
 
 def _flag(default, help: str):
@@ -136,9 +137,6 @@ class MoBAConfig:
     def describe(self) -> str:
         """One line with every field, for logs."""
         return "MoBA: " + ", ".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
-
-
-_default: MoBAConfig | None = None
 
 
 def set_default_config(config: MoBAConfig | None) -> None:

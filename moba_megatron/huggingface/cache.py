@@ -17,6 +17,8 @@ from transformers.generation import GenerationMixin
 from ..config import MoBAConfig
 from ..ops.decode import fill_chunk_means, moba_decode
 
+_generation = threading.local()
+
 
 def sparse_decode(query: Tensor, key: Tensor, value: Tensor, layout: Tensor | None, scaling: float | None,
                   config: MoBAConfig) -> Tensor:
@@ -69,9 +71,6 @@ def follow_caches() -> None:
         return found
 
     DynamicLayer.update = follow
-
-
-_generation = threading.local()
 
 
 @functools.cache

@@ -24,6 +24,10 @@ from ..segments import Segments, uniform_segments
 from ..tensor_cache import is_capturing
 
 PROBED_QUERIES = 8
+NOT_CAUSAL = ("the model must attend causally for MoBA attention, got the mask function {}: leave such a model to "
+              "another attention")
+OVER_A_CACHE = ("position_ids must not go back within a row (packed sequences) over a cache that holds other keys, got "
+                "that in row {row}: train with use_cache=False")
 
 
 def moba_mask(batch_size: int, q_length: int | None = None, kv_length: int | None = None, q_offset: int | Tensor = 0,
@@ -66,10 +70,6 @@ def moba_mask(batch_size: int, q_length: int | None = None, kv_length: int | Non
             return None
     layout = torch.stack([x.expand(batch_size) for x in (start, end, offset)], 1)
     return layout.int()[:, None, None]
-
-
-NOT_CAUSAL = ("the model must attend causally for MoBA attention, got the mask function {}: leave such a model to "
-              "another attention")
 
 
 def is_layout(mask: Tensor) -> bool:
@@ -156,10 +156,6 @@ def packed_bounds(given: dict, query: Tensor, key: Tensor, layout: Tensor | None
 
     others = tuple(x for x in (cu_k, max_q, max_k, layout) if x is not cu_q)  # it would hold itself
     return _remembered(cu_q, ("bounds", batch, queries, chunk_size, query.device), build, others)
-
-
-OVER_A_CACHE = ("position_ids must not go back within a row (packed sequences) over a cache that holds other keys, got "
-                "that in row {row}: train with use_cache=False")
 
 
 def _padded_segments(layout: Tensor, queries: int, slots: int, chunk_size: int) -> Segments:

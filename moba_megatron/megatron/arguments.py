@@ -7,6 +7,8 @@ from typing import Any, get_args, get_type_hints
 
 from ..config import CHOICES, MoBAConfig
 
+_BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
 
 def add_moba_arguments(parser: argparse.ArgumentParser, default: str = "moba",
                        full_meaning: str = "full: dense causal attention in every layer through the same operator",
@@ -80,9 +82,6 @@ def config_from_environment(environment: Mapping[str, str] | None = None) -> MoB
                 expected = "0 or 1" if kind is bool else f"of type {kind.__name__}"
                 raise ValueError(f"environment variable {name} must be {expected}, got {text!r}") from None
     return MoBAConfig(**values)
-
-
-_BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
 def _fields():

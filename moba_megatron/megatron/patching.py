@@ -19,6 +19,9 @@ from .checkpoint_flags import compare_flags, restore_flags
 from .flops import correction
 
 FULL_MEANING = "full: Megatron-LM's own attention, untouched"
+DEFAULTS = ("attention_dropout", "create_attention_mask_in_dataloader", "cp_comm_type")
+"""Arguments whose defaults in Megatron-LM MoBA cannot take."""
+_unsaid: dict[str, object] = {}  # those that the command line did not say, and Megatron-LM's defaults
 only_flags = False
 """Whether nothing but the flags was added to Megatron-LM, so that ``--attention moba`` would change nothing."""
 _hooked: list[tuple] = []  # module or class, attribute, what was there, what was put there
@@ -164,11 +167,6 @@ def moba_arguments(original, parser):
         host.print_once("> megatron.training.checkpointing has no _load_base_checkpoint: --moba-* flags are not "
                         "compared with a checkpoint's")
     return parser
-
-
-DEFAULTS = ("attention_dropout", "create_attention_mask_in_dataloader", "cp_comm_type")
-"""Arguments whose defaults in Megatron-LM MoBA cannot take."""
-_unsaid: dict[str, object] = {}  # those that the command line did not say, and Megatron-LM's defaults
 
 
 def choose_unsaid(args: argparse.Namespace, model: argparse.Namespace | None = None) -> None:

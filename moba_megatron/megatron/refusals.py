@@ -15,6 +15,11 @@ from torch import Tensor
 from ..config import MoBAConfig
 from .host import host_args
 
+LAYOUT_FIELDS = ("cp_partition_mode", "attention_cp_layout", "linear_cp_layout")
+"""How Megatron releases since 0.20 name the order of the tokens on context parallel ranks, in more than one class."""
+_last_seen: dict[str, tuple] = {}
+_pending: list[tuple[torch.cuda.Event, Tensor, str]] = []
+
 
 def refuse_unsupported(config: TransformerConfig, attn_mask_type: AttnMaskType, attention_type: str,
                        attention_dropout: float | None) -> None:
@@ -69,10 +74,6 @@ def refuse_switch_in_graphs(config: TransformerConfig, moba_config: MoBAConfig) 
                              f"--{field.replace('_', '-')}, got {moba_config.full_attention_from_step} and {value!r}: "
                              "a captured graph never becomes dense. Capture nothing, or stop at that step and resume "
                              "with --attention full")
-
-
-LAYOUT_FIELDS = ("cp_partition_mode", "attention_cp_layout", "linear_cp_layout")
-"""How Megatron releases since 0.20 name the order of the tokens on context parallel ranks, in more than one class."""
 
 
 def refuse_layouts(owner: TransformerConfig | PackedSeqParams, name: str) -> None:
@@ -140,10 +141,6 @@ def check_packed(packed: PackedSeqParams, group: dist.ProcessGroup | None) -> No
             raise ValueError(f"{text}; got shapes {tuple(kv.shape)} and {None if q is None else tuple(q.shape)}")
         if not _seen(name, q, kv):
             _raise_unless((q == kv).all(), text)
-
-
-_last_seen: dict[str, tuple] = {}
-_pending: list[tuple[torch.cuda.Event, Tensor, str]] = []
 
 
 def _seen(name: str, *tensors) -> bool:

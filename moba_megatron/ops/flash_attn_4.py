@@ -31,10 +31,12 @@ class Variant(NamedTuple):
     dtype: torch.dtype
     dim: int
     dim_v: int
-    group: int
-    """q heads a kv head."""
+    group: int  # q heads a kv head
     deterministic: bool = False
     with_dlse: bool = False
+
+
+_checked: dict[Variant, bool] = {}
 
 
 def fits(capability: tuple[int, int], variant: Variant) -> bool:
@@ -57,9 +59,6 @@ def usable(variant: Variant) -> bool:
                      f"a kv head, deterministic={variant.deterministic}, dlse={variant.with_dlse})")
         _checked[variant] = problem is None
     return _checked[variant]
-
-
-_checked: dict[Variant, bool] = {}
 
 
 @functools.lru_cache(maxsize=None)
