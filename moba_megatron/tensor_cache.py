@@ -6,7 +6,7 @@ graph under capture makes its own and leaves nothing behind; inference mode leav
 import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import ParamSpec, TypeVar
 
@@ -31,6 +31,25 @@ def is_unobserved(*tensors: Tensor) -> bool:
 def is_capturing(device: torch.device) -> bool:
     """Whether the current stream records a CUDA graph of work for this device."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def is_readable(x: Tensor) -> bool:
+    """Whether the host may read values, and keep what it makes of them: no compiler, fake tensor or graph capture."""
+    return not (torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta or is_capturing(x.device))
+
+
+def remembered(of: Tensor, key: Hashable, build: Callable[[], R], others: tuple = ()) -> R:
+    """``build()``, or what an earlier layer of the same forward built from the same tensors, beside the first one."""
+    if not all(is_readable(x) and not x.is_inference() for x in (of, *others) if isinstance(x, Tensor)):
+        return build()
+    state = [(id(x), x._version) if isinstance(x, Tensor) else x for x in others]
+    version, known = getattr(of, "moba_remembered", (None, {}))
+    if version != of._version:
+        known = {}
+        of.moba_remembered = of._version, known
+    if key not in known or known[key][1] != state:
+        known[key] = build(), state, others  # these too, so that no other tensor gets their ids
+    return known[key][0]
 
 
 @dataclass

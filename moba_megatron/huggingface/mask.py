@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers.masking_utils import causal_mask_function
 
 from ..segments import Segments, uniform_segments
-from ..tensor_cache import is_capturing
+from ..tensor_cache import is_readable, remembered
 
 PROBED_QUERIES = 8
 NOT_CAUSAL = ("the model must attend causally for MoBA attention, got the mask function {}: leave such a model to "
@@ -50,7 +50,7 @@ def moba_mask(batch_size: int, q_length: int | None = None, kv_length: int | Non
         return torch.empty(batch_size, 1, kwargs.get("local_size") or kv_offset, 0, dtype=torch.int32)
     if cache_position is not None:
         q_length, q_offset = cache_position.shape[0], cache_position[0]
-        if _readable(q_offset) and int(q_offset) + q_length == kv_length:
+        if is_readable(q_offset) and int(q_offset) + q_length == kv_length:
             q_offset = int(q_offset)
     places = (attention_mask, cache_position, q_offset)
     device = next((x.device for x in places if isinstance(x, Tensor)), kwargs.get("device"))
@@ -66,7 +66,7 @@ def moba_mask(batch_size: int, q_length: int | None = None, kv_length: int | Non
         start, end = torch.zeros_like(offset), offset + q_length
     else:
         start, end = _runs(attention_mask[:, :kv_length], offset + q_length)
-        if _readable(end) and at_end and attention_mask.shape[1] >= kv_length and (end - start == kv_length).all():
+        if is_readable(end) and at_end and attention_mask.shape[1] >= kv_length and (end - start == kv_length).all():
             return None
     layout = torch.stack([x.expand(batch_size) for x in (start, end, offset)], 1)
     return layout.int()[:, None, None]
@@ -98,19 +98,19 @@ def row_segments(query: Tensor, key: Tensor, layout: Tensor | None, position_ids
     placed = None if layout is None else layout.to(query.device)  # layers on several GPUs may share one layout
     if layout is not None and layout.shape[3] == 1:
         first = placed[:, 0, :, 0]
-        return _remembered(layout, ("packed", chunk_size, query.device), lambda: _packed_segments(
+        return remembered(layout, ("packed", chunk_size, query.device), lambda: _packed_segments(
             first == torch.arange(queries, device=first.device), chunk_size))
     if layout is None:
         segments = uniform_segments(queries, slots, batch, chunk_size, query.device)
     else:
-        segments = _remembered(layout, ("padded", queries, slots, chunk_size, query.device),
+        segments = remembered(layout, ("padded", queries, slots, chunk_size, query.device),
                                lambda: _padded_segments(placed, queries, slots, chunk_size))
     if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != queries:
         return segments
 
     def build() -> Segments | None:
         restarts = _restarts(position_ids.to(query.device), placed, batch)
-        if _readable(restarts) and not restarts.any():
+        if is_readable(restarts) and not restarts.any():
             return None
         if queries != slots:
             none = ~restarts.any(1)
@@ -121,7 +121,7 @@ def row_segments(query: Tensor, key: Tensor, layout: Tensor | None, position_ids
             begins |= (slot == placed[:, 0, 0, :1]) | (slot == placed[:, 0, 0, 1:2])
         return _packed_segments(begins, chunk_size)
 
-    found = build() if not _readable(query) else _remembered(
+    found = build() if not is_readable(query) else remembered(
         position_ids, ("restarts", batch, slots, chunk_size, query.device), build, (layout,))
     return segments if found is None else found
 
@@ -141,7 +141,7 @@ def packed_bounds(given: dict, query: Tensor, key: Tensor, layout: Tensor | None
                          f"max_length_k is given, and cu_seq_lens_k must equal it, got shapes {q} and {k}")
 
     def build() -> Segments:
-        known = [int(x) for x in (max_q, max_k) if x is not None and (not isinstance(x, Tensor) or _readable(x))]
+        known = [int(x) for x in (max_q, max_k) if x is not None and (not isinstance(x, Tensor) or is_readable(x))]
         longest, lengths = min(known) if known else batch * queries, cu_q.diff()
         both = torch.stack((cu_q, cu_q if cu_k is None else cu_k.to(cu_q.device)))
         ok = torch.cat((cu_q[:1] == 0, lengths >= 0, lengths <= longest, cu_q[-1:] == batch * queries, cu_q == both[1]))
@@ -155,7 +155,7 @@ def packed_bounds(given: dict, query: Tensor, key: Tensor, layout: Tensor | None
         return Segments.from_cu_seqlens(bounds, longest, chunk_size)
 
     others = tuple(x for x in (cu_k, max_q, max_k, layout) if x is not cu_q)  # it would hold itself
-    return _remembered(cu_q, ("bounds", batch, queries, chunk_size, query.device), build, others)
+    return remembered(cu_q, ("bounds", batch, queries, chunk_size, query.device), build, others)
 
 
 def _padded_segments(layout: Tensor, queries: int, slots: int, chunk_size: int) -> Segments:
@@ -180,7 +180,7 @@ def _packed_segments(begins: Tensor, chunk_size: int) -> Segments:
     sequences than that are refused."""
     (batch, length), total = begins.shape, begins.numel()
     begins = begins.flatten()
-    if _readable(begins):
+    if is_readable(begins):
         cu_seqlens = torch.cat((begins.nonzero()[:, 0], begins.new_full((1,), total, dtype=torch.long))).int()
         return Segments.from_cu_seqlens(cu_seqlens, int(cu_seqlens.diff().max()), chunk_size)
     # Dynamo traces max and min alone, of ints; of a length that torch.export leaves open they would be a guard.
@@ -216,7 +216,7 @@ def _packed_layout(mask_function: Callable, batch: int, length: int, device: tor
     causal &= (mask_function(row, torch.zeros_like(row), query, key) == within).flatten(1).all(1)
     layout = _demand(first.int()[:, None, :, None], causal,
                      NOT_CAUSAL.format(getattr(mask_function, "__qualname__", "of row {row}")))
-    return None if _readable(layout) and not first.any() else layout
+    return None if is_readable(layout) and not first.any() else layout
 
 
 def _restarts(position_ids: Tensor, layout: Tensor | None, batch: int) -> Tensor:
@@ -244,31 +244,12 @@ def _runs(mask: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
                           "tuning put tokens before left padding, so pad on the right, or pass prompts of one length")
 
 
-def _remembered(of: Tensor, key: tuple, build: Callable, others: tuple = ()):
-    """``build()``, or what an earlier layer of the same forward built from the same tensors."""
-    if not all(_readable(x) and not x.is_inference() for x in (of, *others) if isinstance(x, Tensor)):
-        return build()
-    state = [(id(x), x._version) if isinstance(x, Tensor) else x for x in others]
-    version, known = getattr(of, "moba_remembered", (None, {}))
-    if version != of._version:
-        known = {}
-        of.moba_remembered = of._version, known
-    if key not in known or known[key][1] != state:
-        known[key] = build(), state, others  # these too, so that no other tensor gets their ids
-    return known[key][0]
-
-
-def _readable(x: Tensor) -> bool:
-    """Whether the host may read values, and keep what it makes of them: no compiler, fake tensor or graph capture."""
-    return not (torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta or is_capturing(x.device))
-
-
 def _demand(x: Tensor, ok: Tensor, message: str) -> Tensor:
     """``x``, or ValueError with the first row whose ``ok`` ``[rows]`` is False for ``{row}`` in the message.
 
     Where the host cannot read, an operator of the graph does it, on CUDA by a device-side assertion.
     """
-    if not _readable(ok):
+    if not is_readable(ok):
         return _demand_op(x, ok, message)
     if not ok.all():
         raise ValueError(message.replace("{row}", str(int(ok.int().argmin()))).replace("{got}", str(x.tolist())))

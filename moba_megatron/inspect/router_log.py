@@ -11,12 +11,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from torch import Tensor
 
 from ..megatron.host import host_args, host_iteration
 from .choices import look, sum_over_ranks, watching
 from .report import Report, as_record, as_scalars, summary
-from .statistics import NAMES, Places, Tally, layer_statistics, sums, tally
+from .statistics import NAMES, Places, layer_statistics, sums, tally
 
 
 class RouterLog:
@@ -70,33 +69,23 @@ class RouterLog:
         heads = slice(rank * self.num_heads // size, (rank + 1) * self.num_heads // size)
         # for each layer and head: the sums of the statistics over the ranks, and how many ranks there are
         joined = torch.zeros(self.num_layers, self.num_heads, len(NAMES) + 1, dtype=torch.float64)
-        for layers, values in _local_statistics(self._tallies, self._group):
-            valid = ~values.isnan().any(2, keepdim=True)
-            joined[[layer - 1 for layer in layers], heads] = torch.cat((values.masked_fill(~valid, 0), valid), dim=2)
+        runs = [list(run) for _, run in itertools.groupby(  # the ranks of a context parallel group have the same layers
+            sorted(self._tallies.items()), key=lambda item: (id(item[1].places), item[1].chosen.shape))]
+        if runs:  # one message to the group and one transfer to the host, whatever the number of layers
+            parts = [sums([seen for _, seen in run]) for run in runs]
+            message = torch.cat(parts)
+            if self._group is not None:
+                dist.all_reduce(message, group=self._group)
+            places = [run[0][1].places for run in runs]
+            firsts = [x.first for x in places]
+            values = torch.cat((message, *firsts)).cpu().split([x.numel() for x in (*parts, *firsts)])  # ids fit fp64
+            for run, where, total, first in zip(runs, places, values, values[len(runs):]):
+                found = layer_statistics(total, first.long(), where.topk, len(run), where.choosers.numel())
+                valid = ~found.isnan().any(2, keepdim=True)
+                joined[[layer - 1 for layer, _ in run], heads] = torch.cat((found.masked_fill(~valid, 0), valid), dim=2)
         joined = sum_over_ranks(joined)
         means, seen = (joined[..., :-1] / joined[..., -1:]).transpose(1, 2).tolist(), joined[..., -1].gt(0).all(1)
         return {layer: dict(zip(NAMES, means[layer - 1])) for layer in (seen.nonzero()[:, 0] + 1).tolist()}
-
-
-def _local_statistics(tallies: dict[int, Tally], group: dist.ProcessGroup | None) -> Iterator[tuple[list[int], Tensor]]:
-    """Numbers of layers and their statistics over a context parallel group, whose ranks have the same layers.
-
-    One message to the group and one transfer to the host, whatever the number of layers.
-    """
-    runs = [list(run) for _, run in itertools.groupby(
-        sorted(tallies.items()), key=lambda item: (id(item[1].places), item[1].chosen.shape))]
-    if not runs:
-        return
-    parts = [sums([seen for _, seen in run]) for run in runs]
-    message = torch.cat(parts)
-    if group is not None:
-        dist.all_reduce(message, group=group)
-    places = [run[0][1].places for run in runs]
-    firsts = [x.first for x in places]
-    values = torch.cat((message, *firsts)).cpu().split([x.numel() for x in (*parts, *firsts)])  # fp64 holds the ids
-    for run, where, total, first in zip(runs, places, values, values[len(runs):]):
-        yield ([layer for layer, _ in run],
-               layer_statistics(total, first.long(), where.topk, len(run), where.choosers.numel()))
 
 
 def log_router(original):

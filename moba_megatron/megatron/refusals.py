@@ -2,7 +2,6 @@
 
 Values that lie on a GPU are compared there and read once they have arrived, at a later call: no step waits for them.
 """
-import weakref
 from collections.abc import Sized
 
 import torch
@@ -13,12 +12,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from ..config import MoBAConfig
+from ..tensor_cache import is_capturing, remembered
 from .host import host_args
 
 LAYOUT_FIELDS = ("cp_partition_mode", "attention_cp_layout", "linear_cp_layout")
 """How Megatron releases since 0.20 name the order of the tokens on context parallel ranks, in more than one class."""
-_last_seen: dict[str, tuple] = {}
-_pending: list[tuple[torch.cuda.Event, Tensor, str]] = []
+_pending: list[tuple[torch.cuda.Event, Tensor, Tensor, str]] = []
 
 
 def refuse_unsupported(config: TransformerConfig, attn_mask_type: AttnMaskType, attention_type: str,
@@ -108,23 +107,26 @@ def check_attention_mask(mask: Tensor | None, query: Tensor, key: Tensor, group:
         got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"attention_mask must be None or a causal one of shape [.., {rows}, {columns}], got {got}: "
                          "MoBA is causal and reads no mask; for documents or padding use packed_seq_params")
-    if _seen("attention_mask", mask):
-        return
-    everywhere = torch.arange(columns, device=device)
-    hidden = mask if mask.dtype == torch.bool else mask != 0
-    in_rows, in_columns = hidden.sum(-1), hidden.sum(-2)
-    if group is None:
-        orders = [torch.arange(columns - rows, columns, device=device)]
-    else:  # Megatron warms up CUDA graphs with the first rows' mask on every rank
-        pieces, rank = everywhere.view(2 * size, rows // 2), dist.get_rank(group)
-        orders = [torch.cat((pieces[rank], pieces[-1 - rank])), everywhere[:rows]]
-    ok = torch.zeros((), dtype=torch.bool, device=device)
-    for position in orders:
-        ok |= ((in_rows == columns - 1 - position).all()
-               & (in_columns == torch.searchsorted(position, everywhere)).all())
-    _raise_unless(ok, "attention_mask must be None or causal, got one that hides other positions (documents of "
-                      "--reset-attention-mask, padding, bidirectional attention): MoBA is causal and reads no mask; "
-                      "for documents or padding use packed_seq_params")
+
+    def check() -> None:
+        everywhere = torch.arange(columns, device=device)
+        hidden = mask if mask.dtype == torch.bool else mask != 0
+        in_rows, in_columns = hidden.sum(-1), hidden.sum(-2)
+        if group is None:
+            orders = [torch.arange(columns - rows, columns, device=device)]
+        else:  # Megatron warms up CUDA graphs with the first rows' mask on every rank
+            pieces, rank = everywhere.view(2 * size, rows // 2), dist.get_rank(group)
+            orders = [torch.cat((pieces[rank], pieces[-1 - rank])), everywhere[:rows]]
+        ok = torch.zeros((), dtype=torch.bool, device=device)
+        for position in orders:
+            ok |= ((in_rows == columns - 1 - position).all()
+                   & (in_columns == torch.searchsorted(position, everywhere)).all())
+        _raise_unless(ok, mask, "attention_mask must be None or causal, got one that hides other positions (documents "
+                                "of --reset-attention-mask, padding, bidirectional attention): MoBA is causal and "
+                                "reads no mask; for documents or padding use packed_seq_params")
+
+    if not is_capturing(device):
+        remembered(mask, ("causal", rows, size), check)  # all layers get the same
 
 
 def check_packed(packed: PackedSeqParams, group: dist.ProcessGroup | None) -> None:
@@ -139,40 +141,28 @@ def check_packed(packed: PackedSeqParams, group: dist.ProcessGroup | None) -> No
         text = f"packed_seq_params.{name} must equal cu_seqlens_q{suffix}: MoBA is self attention, a key for each query"
         if q is None or q.shape != kv.shape:
             raise ValueError(f"{text}; got shapes {tuple(kv.shape)} and {None if q is None else tuple(q.shape)}")
-        if not _seen(name, q, kv):
-            _raise_unless((q == kv).all(), text)
+        remembered(kv, name, lambda: _raise_unless((q == kv).all(), kv, text), (q,))
 
 
-def _seen(name: str, *tensors) -> bool:
-    """Whether these very tensors, unchanged, were asked for last under this name: all layers get the same."""
-    tensors = [x for x in tensors if isinstance(x, Tensor)]
-    versions = [None if x.is_inference() else x._version for x in tensors]
-    objects, before = _last_seen.get(name, ((), None))
-    if None not in versions and versions == before and all(a() is b for a, b in zip(objects, tensors)):
-        return True
-    _last_seen[name] = tuple(map(weakref.ref, tensors)), versions
-    return False
-
-
-def _raise_unless(ok: Tensor, text: str) -> None:
-    """Raises ValueError where ok is False: now on the CPU, else at a call after the GPU has computed it."""
+def _raise_unless(ok: Tensor, of: Tensor, text: str) -> None:
+    """Raises ValueError where ok, which says what ``of`` is, is False: now on the CPU, else at a call after the GPU has
+    computed it."""
     if type(ok) is not Tensor:  # a fake has no value
         return
     if ok.device.type == "cpu":
         if not ok:
-            _last_seen.clear()
             raise ValueError(text)
     elif not torch.cuda.is_current_stream_capturing():
         flag = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(ok, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        _pending.append((event, flag, text))
+        _pending.append((event, flag, of, text))
 
 
 def raise_what_arrived() -> None:
     """Raises ValueError for what an earlier call gave and a GPU has found wrong by now."""
     while _pending and not torch.cuda.is_current_stream_capturing() and _pending[0][0].query():
-        _, flag, text = _pending.pop(0)
+        _, flag, of, text = _pending.pop(0)
         if not flag:
-            _last_seen.clear()
+            vars(of).pop("moba_remembered", None)  # looked at again
             raise ValueError(f"in an earlier call: {text}")
