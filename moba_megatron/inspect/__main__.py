@@ -107,27 +107,21 @@ def main(argv: list[str] | None = None) -> int:
             save_trace(trace, args.trace)
             print(args.trace)
         if args.output:
-            for path in write(Path(args.output), trace, report, excerpts):
-                print(path)
+            directory = Path(args.output)
+            directory.mkdir(parents=True, exist_ok=True)
+            written = [directory / "router.html", directory / "selection.png"]
+            write_page(trace, written[0], report, excerpts)
+            draw_trace(trace, written[1])
+            if report:
+                written += [directory / "statistics.json", directory / "statistics.png"]
+                numbers = {"about": dict(trace.about), "layers": as_record(report)}
+                written[2].write_text(json.dumps(numbers, indent=1) + "\n")
+                draw_report(report, written[3])
+            print(*written, sep="\n")
     except (ImportError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def write(directory: Path, trace: RoutingTrace, report: dict, excerpts: list[str]) -> list[Path]:
-    """Writes page, pictures and statistics; returns what was written."""
-    directory.mkdir(parents=True, exist_ok=True)
-    page, selection = directory / "router.html", directory / "selection.png"
-    write_page(trace, page, report, excerpts)
-    draw_trace(trace, selection)
-    written = [page, selection]
-    if report:
-        numbers, picture = directory / "statistics.json", directory / "statistics.png"
-        numbers.write_text(json.dumps({"about": dict(trace.about), "layers": as_record(report)}, indent=1) + "\n")
-        draw_report(report, picture)
-        written += [numbers, picture]
-    return written
 
 
 if __name__ == "__main__":

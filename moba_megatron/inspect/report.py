@@ -2,8 +2,6 @@
 from collections.abc import Mapping
 from statistics import fmean
 
-from ..environment import as_text
-
 Report = Mapping[int, Mapping[str, list[float]]]
 """For each layer that has a choice, by its number: each statistic by its name, a value a head."""
 
@@ -38,6 +36,8 @@ def summary(report: Report) -> str:
 
 def as_table(report: Report) -> str:
     """The report as text: a line a layer, means over heads."""
+    from ..environment import as_text  # which needs Triton
+
     return as_text([{"layer": str(layer), **{name.replace("_", " "): f"{fmean(heads[name]):.3f}" for name in heads}}
                     for layer, heads in sorted(report.items())])
 

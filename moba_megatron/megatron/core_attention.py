@@ -113,7 +113,14 @@ class MoBACoreAttention(MegatronModule):
             self.cp_comm_type = resolve_cp_comm_type(cp_comm_type, config, layer_number)
             self.cp_group = getattr(groups, "cp", None) or parallel_state.get_context_parallel_group()
             if self.cp_comm_type == HIERARCHICAL:
-                self.cp_levels = _hierarchical_groups(pg_collection, layer_number)
+                levels = getattr(pg_collection, "hcp", None)
+                if levels is None:
+                    levels = parallel_state.get_hierarchical_context_parallel_groups(check_initialized=False)
+                if len(levels or ()) != 2:
+                    raise ValueError("--hierarchical-context-parallel-sizes must have two sizes for --cp-comm-type "
+                                     f"{HIERARCHICAL} (layer {layer_number}), got {len(levels or ())}: ranks that "
+                                     "exchange heads, such as a node's, and how many of those gather keys")
+                self.cp_levels = list(levels)
         self.key_convolution = None
         if self.moba_config.key_conv and not self.full_attention:
             self.key_convolution = KeyConvolution(config, self.moba_config.key_conv, k_channels,
@@ -309,17 +316,6 @@ def resolve_cp_comm_type(cp_comm_type: str | list[str] | None, config: Transform
     except ValueError as error:
         raise ValueError(f"--cp-comm-type, layer {layer_number}: {error}: pass --cp-comm-type all_gather, or a2a where "
                          "heads can be dealt out to the ranks") from None
-
-
-def _hierarchical_groups(groups, layer_number: int) -> list[dist.ProcessGroup]:
-    levels = getattr(groups, "hcp", None)
-    if levels is None:
-        levels = parallel_state.get_hierarchical_context_parallel_groups(check_initialized=False)
-    if len(levels or ()) != 2:
-        raise ValueError(f"--hierarchical-context-parallel-sizes must have two sizes for --cp-comm-type {HIERARCHICAL} "
-                         f"(layer {layer_number}), got {len(levels or ())}: ranks that exchange heads, such as a "
-                         "node's, and how many of those gather keys")
-    return list(levels)
 
 
 def _resolve_config(moba_config: MoBAConfig | None) -> MoBAConfig:
