@@ -3,6 +3,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
+
 BACKENDS = ("auto", "triton", "torch", "reference")
 KEY_CONV_WIDTHS = (0, 3, 5)
 CHOICES = {"backend": BACKENDS, "decode": ("moba", "dense"), "key_conv": KEY_CONV_WIDTHS}
@@ -16,7 +18,10 @@ def _flag(default, help: str):
 
 
 def check_whole(name: str, value, minimum: int) -> None:
-    """An int of at least ``minimum`` and below 2^31; a bool, a float or a tensor is refused."""
+    """An int of at least ``minimum`` and below 2^31, or what a compiler does not know yet; a bool, a float or a tensor
+    is refused."""
+    if isinstance(value, torch.SymInt):
+        return
     if isinstance(value, bool) or not isinstance(value, int):
         hint = ": read it on the host once, with .item()" if hasattr(value, "item") else ""
         raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}{hint}")

@@ -28,10 +28,10 @@ def sparse_decode(query: Tensor, key: Tensor, value: Tensor, layout: Tensor | No
     lengths, starts = _places(key, layout)
     means = _kept(key, config.chunk_size)
     # A graph writes into means that are there and keeps no new ones: CUDA graphs would take their memory back.
-    if means is None or not (torch.compiler.is_compiling() or key.moba_writes + 1 == _writes(key)):
-        means = _room(k, None, config.chunk_size)
+    is_right = means is not None and (torch.compiler.is_compiling() or key.moba_writes + 1 == _writes(key))
+    means = _room(k, means if is_right else None, config.chunk_size)
+    if not is_right:
         fill_chunk_means(k, means, lengths, config.chunk_size, cache_starts=starts, backend=config.backend)
-    means = _room(k, means, config.chunk_size)
     o = moba_decode(query[:, :, 0], k, v, means, lengths, config.chunk_size, config.topk, cache_starts=starts,
                     softmax_scale=scaling, backend=config.backend)
     _keep(key, means, config.chunk_size)
@@ -40,17 +40,13 @@ def sparse_decode(query: Tensor, key: Tensor, value: Tensor, layout: Tensor | No
 
 def fill_after_prompt(key: Tensor, layout: Tensor | None, config: MoBAConfig) -> None:
     """Makes the means of a cache that took several tokens, so that the steps after it, compiled ones too, find them."""
-    means = _kept(key, config.chunk_size)
-    if means is None:
-        if torch.compiler.is_compiling():
-            return
-        means = _room(key.transpose(1, 2), None, config.chunk_size)
-        if hasattr(key, "_dynamo_static_input_type"):  # as Transformers marks the keys of a static cache
-            torch._dynamo.mark_static_address(means)
-    lengths, starts = _places(key, layout)
-    means = _room(key.transpose(1, 2), means, config.chunk_size)
-    fill_chunk_means(key.transpose(1, 2), means, lengths, config.chunk_size, cache_starts=starts,
-                     backend=config.backend)
+    k, (lengths, starts), kept = key.transpose(1, 2), _places(key, layout), _kept(key, config.chunk_size)
+    if kept is None and torch.compiler.is_compiling():
+        return
+    means = _room(k, kept, config.chunk_size)
+    if kept is None and hasattr(key, "_dynamo_static_input_type"):  # as Transformers marks the keys of a static cache
+        torch._dynamo.mark_static_address(means)
+    fill_chunk_means(k, means, lengths, config.chunk_size, cache_starts=starts, backend=config.backend)
     _keep(key, means, config.chunk_size)
 
 

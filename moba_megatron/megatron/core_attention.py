@@ -200,7 +200,7 @@ class MoBACoreAttention(MegatronModule):
                              f"{mask_type}: for padded batches use packed sequences")
         if packed is not None:
             refusals.check_packed(packed, group)
-        else:
+        elif attention_mask is not None:
             refusals.check_attention_mask(attention_mask, query, key, group)
 
     def _group_for(self, packed_seq_params) -> dist.ProcessGroup | None:

@@ -93,14 +93,14 @@ def refuse_arguments(arguments: dict, place: str) -> None:
                             "does not know and must not ignore: leave it out, or None")
 
 
-def check_attention_mask(mask: Tensor | None, query: Tensor, key: Tensor, group: dist.ProcessGroup | None) -> None:
+def check_attention_mask(mask: Tensor, query: Tensor, key: Tensor, group: dist.ProcessGroup | None) -> None:
     """Raises ValueError for a mask that says anything but "causal"; of one on a GPU a call later.
 
     Its rows' and columns' sums tell: no other mask than the causal one has the causal one's. Under context parallelism
     the rows are this rank's zigzag pieces, the columns the whole sequence.
     """
     size, rows, device = 1 if group is None else group.size(), query.shape[0], query.device
-    if mask is None or (group is not None and rows % 2):  # odd: refused elsewhere
+    if group is not None and rows % 2:  # odd: refused elsewhere
         return
     columns = key.shape[0] * size
     if not isinstance(mask, Tensor) or tuple(mask.shape[-2:]) != (rows, columns):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .. import config
+from ..config import check_whole
 from ..segments import Segments
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -79,12 +79,6 @@ def same_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]
     dtype = v.dtype if v.dtype == torch.float64 else autocast_dtype(q.device.type) or v.dtype
     # As they are where nothing is to be done, under torch.compile too: a cache's keys carry attributes.
     return tuple(x if x.dtype == dtype else x.to(dtype) for x in (q, k, v))
-
-
-def check_whole(name: str, value: int, minimum: int) -> None:
-    """As :func:`moba_megatron.config.check_whole`; what a compiler does not know yet is taken."""
-    if not isinstance(value, torch.SymInt):
-        config.check_whole(name, value, minimum)
 
 
 def check_scale(softmax_scale: float | None, head_dim: int) -> float:
