@@ -94,13 +94,23 @@ class TensorCache:
             if device.type == "cuda" and device.index is None:
                 device = torch.device("cuda", torch.cuda.current_device())
             key, capturing = (build, device, *numbers), is_capturing(device)
-            entry = self._find(key, capturing)
+            with self._lock:
+                entry = self._entries.get(key) or self._captured.get(key)
+                if key in self._entries:
+                    self._entries.move_to_end(key)
+                    if capturing:
+                        self._captured[key] = self._entries.pop(key)
             if entry is None and capturing:
                 return build(*args)
             if entry is None:
                 with torch.inference_mode(False):
                     entry = _on_device(build(*numbers, torch.device("cpu")), device)
-                self._keep(key, entry)
+                with self._lock:
+                    self._entries[key] = entry
+                    total = self.nbytes
+                    while len(self._entries) > 1 and (
+                            total > self.max_bytes or len(self._entries) > self.max_entries):
+                        total -= self._entries.popitem(last=False)[1].nbytes
             if device.type == "cuda" and not capturing:
                 stream = torch._C._cuda_getCurrentRawStream(device.index)
                 if stream not in entry.streams:
@@ -120,24 +130,6 @@ class TensorCache:
         """Forgets everything but what CUDA graphs read."""
         with self._lock:
             self._entries.clear()
-
-    def _find(self, key: tuple, capturing: bool) -> _Entry | None:
-        with self._lock:
-            entry = self._entries.get(key)
-            if entry is None:
-                return self._captured.get(key)
-            if capturing:
-                self._captured[key] = self._entries.pop(key)
-            else:
-                self._entries.move_to_end(key)
-            return entry
-
-    def _keep(self, key: tuple, entry: _Entry) -> None:
-        with self._lock:
-            self._entries[key] = entry
-            total = self.nbytes
-            while len(self._entries) > 1 and (total > self.max_bytes or len(self._entries) > self.max_entries):
-                total -= self._entries.popitem(last=False)[1].nbytes
 
 
 cached_tensors = TensorCache(64 << 20, 1024)
