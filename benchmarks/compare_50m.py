@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from moba_megatron import environment
@@ -69,23 +70,50 @@ def devices(most: int | None) -> list[dict[str, str]]:
     return [{"CUDA_VISIBLE_DEVICES": i} for i in ids[:most]] or [{}]
 
 
-class Comparison:
-    """All runs, and the file that grows with them."""
+@dataclass(frozen=True)
+class Job:
+    """A run: its folder's name, what its row says of it, and its flags of train_50m.py."""
 
-    def __init__(self, args: argparse.Namespace, free: list[dict[str, str]]):
-        self.args, self.begin = args, time.perf_counter()
+    name: str
+    about: dict
+    flags: tuple[str, ...]
+
+
+START_S = 60
+"""A run that has less time than it takes to begin is not begun, where it can be later."""
+
+
+class Comparison:
+    """All runs, and the file that grows with them.
+
+    Args:
+        args: of them ``output``, ``corpus``, ``json``, ``minutes``, ``train`` (flags of every run), ``limit_to_a6000``.
+        jobs: the runs.
+        free: for each device the environment of its processes.
+        go_on: runs that ended well are not repeated, and the others go on from what they saved.
+    """
+
+    def __init__(self, args: argparse.Namespace, jobs: list[Job], free: list[dict[str, str]], go_on: bool = False):
+        self.args, self.jobs, self.go_on, self.begin = args, jobs, go_on, time.perf_counter()
         self.limits = {"MOBA_TUNING_ARCH": "sm_86"} if args.limit_to_a6000 else {}
         self.free: queue.Queue = queue.Queue()
         for device in free:
             self.free.put(device)
-        self.rows: dict[tuple, dict] = {}
+        self.rows: dict[str, dict] = {}
         self.lock = threading.Lock()
 
     def left(self) -> float:
         """Seconds until the end of --minutes."""
         return 60 * self.args.minutes - (time.perf_counter() - self.begin)
 
-    def run(self, job: tuple[str, int | None, int]) -> None:
+    def run_all(self) -> dict:
+        """Every run, as many at a time as there are devices; the result."""
+        with ThreadPoolExecutor(self.free.qsize()) as pool:
+            list(pool.map(self.run, self.jobs))
+        report.save(self.args.json, self.result())
+        return self.result()
+
+    def run(self, job: Job) -> None:
         """One run, on the next free device."""
         device = self.free.get()
         try:
@@ -93,22 +121,25 @@ class Comparison:
         finally:
             self.free.put(device)
         with self.lock:
-            self.rows[job] = row
+            self.rows[job.name] = row
             report.save(self.args.json, self.result())
         reason = f": {row['reason']}" if "reason" in row else f", {row['ms_per_65536_tokens']:.1f} ms per 65,536 tokens"
-        print(f"{_name(job)}: {row['status']}{reason} ({row['wall_s']:.0f} s)", flush=True)
+        print(f"{job.name}: {row['status']}{reason} ({row['wall_s']:.0f} s)", flush=True)
 
-    def _train(self, job: tuple[str, int | None, int], device: dict[str, str]) -> dict:
-        attention, seq_length, seed = job
-        row = {"attention": attention, "seq_length": seq_length or 0, "seed": seed, "wall_s": 0.0}
-        if self.left() <= 0:
+    def _train(self, job: Job, device: dict[str, str]) -> dict:
+        row = job.about | {"wall_s": 0.0}
+        output = self.args.output / job.name
+        summary = output / "summary.json"
+        if self.go_on and summary.is_file():
+            done = json.loads(summary.read_text(encoding="utf-8"))
+            if done["status"] == "ok":
+                return job.about | done
+        if self.left() <= (START_S if self.go_on else 0):
             return row | {"status": "not run", "reason": "the time was spent"}
-        output = self.args.output / _name(job)
         output.mkdir(parents=True, exist_ok=True)
-        (output / "summary.json").unlink(missing_ok=True)
-        command = [sys.executable, "-m", "benchmarks.train_50m", "--attention", attention, "--seed", str(seed),
+        summary.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "benchmarks.train_50m", *job.flags,
                    "--output", str(output), "--corpus", str(self.args.corpus),
-                   *(["--seq-length", str(seq_length)] if seq_length else []),
                    *(["--minutes", f"{self.left() / 60:.2f}"] if self.left() < float("inf") else []), *self.args.train]
         begin = time.perf_counter()
         with open(output / "output.txt", "w", encoding="utf-8") as log:
@@ -119,29 +150,25 @@ class Comparison:
             except subprocess.TimeoutExpired:
                 code = "nothing: it did not stop in time"
         row["wall_s"] = time.perf_counter() - begin
-        if (output / "summary.json").is_file():
-            return json.loads((output / "summary.json").read_text(encoding="utf-8"))
+        if summary.is_file():
+            return job.about | json.loads(summary.read_text(encoding="utf-8"))
         status = "absent" if code == ABSENT else "failed"
         words = (output / "output.txt").read_text(encoding="utf-8", errors="replace").strip()[-LAST_WORDS:]
         return row | {"status": status, "reason": f"ended with {code}: {' '.join(words.split())}"}
 
     def result(self) -> dict:
         """What is known so far, rows in the order of the jobs."""
-        rows = [self.rows[job] for job in jobs(self.args) if job in self.rows]
+        rows = [self.rows[job.name] for job in self.jobs if job.name in self.rows]
         about = next((dict(row["environment"]) for row in rows if "environment" in row), {})
         about["command"] = environment.command()
         return {"environment": about, "rows": [{k: v for k, v in row.items() if k != "environment"} for row in rows]}
 
 
-def jobs(args: argparse.Namespace) -> list[tuple[str, int | None, int]]:
-    """Attention, sequence length and seed of every run; runs of one seed and length are neighbours."""
-    return [(attention, n, seed) for n, seed, attention in itertools.product(args.seq_length, args.seed,
-                                                                             args.attention)]
-
-
-def _name(job: tuple[str, int | None, int]) -> str:
-    attention, seq_length, seed = job
-    return f"{attention}-{seq_length or 'default'}-{seed}"
+def jobs(args: argparse.Namespace) -> list[Job]:
+    """A run an attention, sequence length and seed; runs of one seed and length are neighbours."""
+    return [Job(f"{attention}-{n or 'default'}-{seed}", {"attention": attention, "seq_length": n or 0, "seed": seed},
+                ("--attention", attention, "--seed", str(seed), *(["--seq-length", str(n)] if n else [])))
+            for n, seed, attention in itertools.product(args.seq_length, args.seed, args.attention)]
 
 
 def main(argv=None) -> int:
@@ -155,11 +182,7 @@ def main(argv=None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    comparison = Comparison(args, free)
-    with ThreadPoolExecutor(len(free)) as pool:
-        list(pool.map(comparison.run, jobs(args)))
-    result = comparison.result()
-    report.save(args.json, result)
+    result = Comparison(args, jobs(args), free).run_all()
     print(training.JOBS.text(result))
     if args.a6000:
         print(training.beside_a6000(result))

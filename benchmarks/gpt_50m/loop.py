@@ -1,18 +1,20 @@
-"""Training: the schedule, gradient accumulation, times of every step, and validation by position."""
+"""Training: the schedule, gradient accumulation, saving, times of every step, and validation by position."""
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.nn.attention import sdpa_kernel
 
 from .attention import Attention
-from .model import GPT
+from .tasks import Mixed
 from .text import Windows
 
 WARMUP_STEPS = 3
@@ -67,9 +69,12 @@ class Step:
 
 
 class Trainer:
-    """A model, its optimizer and the way it is run: bf16 autocast and a forced dense kernel on CUDA, fp32 elsewhere."""
+    """A model, its optimizer and the way it is run: bf16 autocast and a forced dense kernel on CUDA, fp32 elsewhere.
 
-    def __init__(self, model: GPT, attention: Attention, plan: Plan, device: torch.device):
+    The model is called as :class:`~.model.GPT` is, and has its ``predict``.
+    """
+
+    def __init__(self, model: torch.nn.Module, attention: Attention, plan: Plan, device: torch.device):
         self.model, self.attention, self.plan, self.device = model, attention, plan, device
         decayed = [p for p in model.parameters() if p.dim() == 2]
         others = [p for p in model.parameters() if p.dim() != 2]
@@ -79,18 +84,44 @@ class Trainer:
             lr=plan.peak_lr, betas=(0.9, 0.95), fused=True)
         self.cu_seqlens = torch.arange(0, plan.sequences + 1, device=device, dtype=torch.int32) * plan.seq_length
 
-    def losses(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Every token's loss ``[T]``."""
+    @contextmanager
+    def _as_trained(self):
         backend = self.attention.dense_backend
         with sdpa_kernel(backend) if backend is not None else nullcontext():
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-                return self.model(tokens, targets, self.cu_seqlens)
+                yield
 
-    def train(self, text: Windows, until: Callable[[], bool] = lambda: False) -> Iterator[Step]:
-        """Yields the steps in order, in groups of the log interval; stops early where ``until`` says so after one."""
+    def losses(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Every token's loss ``[T]``."""
+        with self._as_trained():
+            return self.model(tokens, targets, self.cu_seqlens)
+
+    def predict(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The likeliest next token at each place ``[T]``."""
+        with self._as_trained():
+            return self.model.predict(tokens, self.cu_seqlens)
+
+    def save(self, path: Path, **more) -> None:
+        """Weights, the optimizer's state and ``more``, so that training goes on as if it had not stopped.
+
+        The file is there whole or not at all; batches are found by the number of their step.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+        torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), **more}, unfinished)
+        unfinished.replace(path)
+
+    def restore(self, saved: dict) -> None:
+        """Takes over what :meth:`save` wrote, read by ``torch.load``."""
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+
+    def train(self, text: Windows | Mixed, until: Callable[[], bool] = lambda: False, first: int = 0) -> Iterator[Step]:
+        """Yields the steps from number ``first`` (0-based) on, in groups of the log interval; stops early where
+        ``until`` says so after one. At the last step of a group the model is as that step left it."""
         waiting: list[tuple] = []
         clock = _Clock(self.device)
-        for step in range(self.plan.steps):
+        for step in range(first, self.plan.steps):
             lr = self.plan.lr(step)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -129,7 +160,7 @@ class Trainer:
         table = torch.cat(rows)  # [sequences, bins]
         means = table.mean(1)
         width = self.plan.seq_length // POSITION_BINS
-        by_position = [(i * width, (i + 1) * width, loss) for i, loss in enumerate(table.mean(0).tolist())]
+        by_position = [[i * width, (i + 1) * width, loss] for i, loss in enumerate(table.mean(0).tolist())]
         error = (means.std() / len(means) ** 0.5).item() if len(means) > 1 else None
         return {"loss": means.mean().item(), "standard_error": error, "by_position": by_position,
                 "tokens": len(means) * self.plan.seq_length}

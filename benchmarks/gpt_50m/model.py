@@ -33,7 +33,7 @@ TOY = Shape(layers=4, width=32, heads=2, hidden=64)
 class Block(nn.Module):
     """Attention and MLP, each behind an RMSNorm and added to the stream of activations ``[tokens, width]``."""
 
-    def __init__(self, shape: Shape, attend: Attend):
+    def __init__(self, shape: Shape, attend: Attend, key_conv: int = 0):
         super().__init__()
         self.heads, self.head_dim, self.attend = shape.heads, shape.head_dim, attend
         self.attention_norm = nn.RMSNorm(shape.width, eps=1e-5)
@@ -42,12 +42,14 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(shape.width, eps=1e-5)
         self.up = nn.Linear(shape.width, shape.hidden, bias=False)
         self.down = nn.Linear(shape.hidden, shape.width, bias=False)
+        self.filter = nn.Parameter(torch.zeros(shape.heads, key_conv, shape.head_dim)) if key_conv else None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor) -> Tensor:
         """x ``[T, width]``, cos and sin ``[S, head_dim / 2]``, cu_seqlens int32 ``[B + 1]`` with T = B * S."""
         qkv = self.qkv(self.attention_norm(x)).unflatten(1, (3, self.heads, self.head_dim))
         q, k, v = qkv.unbind(1)
-        o = self.attend(rotate(q, cos, sin), rotate(k, cos, sin), v, cu_seqlens, cos.shape[0])
+        extra = () if self.filter is None else (self.filter,)
+        o = self.attend(rotate(q, cos, sin), rotate(k, cos, sin), v, cu_seqlens, cos.shape[0], *extra)
         x = x + self.project(o.flatten(1))
         return x + self.down(functional.gelu(self.up(self.mlp_norm(x))))
 
@@ -77,7 +79,8 @@ class GPT(nn.Module):
     def __init__(self, shape: Shape, attention: Attention, seq_length: int):
         super().__init__()
         self.embedding = nn.Embedding(shape.vocabulary, shape.width)
-        self.blocks = nn.ModuleList(Block(shape, attend) for attend in attention.layers)
+        taps = attention.key_conv or (0,) * len(attention.layers)
+        self.blocks = nn.ModuleList(Block(shape, *layer) for layer in zip(attention.layers, taps))
         self.head = Head(shape)
         half = torch.arange(0, shape.head_dim, 2, dtype=torch.float64) / shape.head_dim
         angles = torch.outer(torch.arange(seq_length, dtype=torch.float64), shape.rotary_base ** -half)
@@ -94,10 +97,17 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor) -> Tensor:
         """tokens and targets int64 ``[T]``, packed sequences; losses fp32 ``[T]``, nats."""
+        return self.head(self._hidden(tokens, cu_seqlens), self.embedding.weight, targets)
+
+    def predict(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """The likeliest next token at each place, int64 ``[T]``."""
+        return functional.linear(self.head.norm(self._hidden(tokens, cu_seqlens)), self.embedding.weight).argmax(-1)
+
+    def _hidden(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
         x = self.embedding(tokens)
         for block in self.blocks:
             x = block(x, self.cos, self.sin, cu_seqlens)
-        return self.head(x, self.embedding.weight, targets)
+        return x
 
     def compile_parts(self, traceable: bool) -> None:
         """Compiles a block and the head: one graph serves all blocks that attend alike, so that it takes seconds."""
