@@ -121,16 +121,12 @@ class Routing:
 
     A choice has the number ``(token * H + head) * (topk - 1) + j``: its place in ``selected``, flattened.
 
-    Args:
-        indices: ``[T * H * (topk - 1)]``, numbers of choices, row after row, ascending within a row; not written from
-            ``indptr[-1]`` on.
-        indptr: ``[HK * num_chunks + 1]``, where each row begins in ``indices``, and where the last one ends.
-
     Both are int32, or int64 where the numbers of choices need it.
     """
 
+    # `[T * H * (topk - 1)]`, numbers of choices, row after row, ascending in each; not written from `indptr[-1]` on
     indices: Tensor
-    indptr: Tensor
+    indptr: Tensor  # `[HK * num_chunks + 1]`, where each row begins in `indices`, and where the last one ends
 
     @property
     def num_csr_rows(self) -> int:

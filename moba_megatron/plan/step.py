@@ -90,7 +90,11 @@ def predict(run: Run, layout: Layout, card: Card, calibration: Calibration, opti
     slowest = max(range(layout.pp), key=seconds.__getitem__)
     parts = {name: part * micro_batches for name, part in stages[slowest].items()}
     bubble = sum(seconds) - seconds[slowest]  # the first micro batch passes every other stage too
-    parts["pipeline"] = _pipeline(run, layout, card, micro_batches) + Part(bubble)
+    parts["pipeline"] = Part(bubble)
+    if layout.pp > 1:  # activations to the next stage and gradients back, none hidden
+        sent = run.seqlen / layout.cp * run.model.hidden * BF16 / layout.tp
+        both = collectives.point_to_point(layout.gpus // layout.pp, sent, card) * (2 * (micro_batches + layout.pp - 1))
+        parts["pipeline"] += Part(both.seconds, 0.0, both)
     if optimizer:
         parts |= _update(run, layout, card, seconds[slowest])
     parts = {name: parts.get(name, Part()) for name in PARTS}
@@ -199,15 +203,6 @@ def elementwise_bytes(run: Run) -> float:
     """
     m = run.model
     return BF16 * (4 * m.hidden + 6 * m.hidden + 2 * (m.heads + m.kv_heads) * m.head_dim + 3 * m.ffn)
-
-
-def _pipeline(run: Run, layout: Layout, card: Card, micro_batches: int) -> Part:
-    """Activations to the next stage and gradients back, none hidden."""
-    if layout.pp == 1:
-        return Part()
-    sent = run.seqlen / layout.cp * run.model.hidden * BF16 / layout.tp
-    both = collectives.point_to_point(layout.gpus // layout.pp, sent, card) * (2 * (micro_batches + layout.pp - 1))
-    return Part(both.seconds, 0.0, both)
 
 
 def _update(run: Run, layout: Layout, card: Card, micro_batch_seconds: float) -> dict[str, Part]:
