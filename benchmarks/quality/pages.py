@@ -17,7 +17,7 @@ STORED = {name: report.RESULTS / f"quality/{name}.json" for name in ("scratch", 
 """Where each part's result is, unless --json says otherwise."""
 MODEL = "--pretrained SmolLM2-135M-Instruct.Q4_1.gguf"
 COMMANDS = {part: f"python -m benchmarks.quality {part} {flags}"
-            for part, flags in (("scratch", "--output runs/scratch"), ("untrained", f"{MODEL} --text plays/*.md"),
+            for part, flags in (("scratch", "--output runs/scratch"), ("untrained", f"{MODEL} --text plays"),
                                 ("continued", f"{MODEL} --output runs/continued"))}
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
         2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)

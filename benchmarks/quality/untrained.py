@@ -34,7 +34,8 @@ def add_untrained(subcommands) -> None:
     p = subcommands.add_parser("untrained", help="a pretrained model attends by MoBA, without training")
     add = p.add_argument
     add("--pretrained", type=Path, required=True, metavar="GGUF", help="the model, or a folder of Transformers'")
-    add("--text", nargs="+", type=Path, metavar="FILE", help="texts; default: this machine's Python sources")
+    add("--text", nargs="+", type=Path, metavar="PATH", help="texts, or folders of them; default: this machine's "
+        "Python sources")
     add("--texts", type=int, default=32, help="use so many that are long enough, each from its start (32)")
     add("--lengths", nargs="+", type=int, default=[2048, 8192], help="tokens (2048 8192)")
     add("--variants", nargs="+", metavar="NAME", help="full, moba-64-4, moba-64-4-every:6 (a grid of them)")
@@ -80,7 +81,7 @@ def read(files: list[Path], tokenizer: pretrained.Tokenizer, length: int, most: 
         ValueError: there is none.
     """
     names, found = [], []
-    for path in files:
+    for path in (inner for path in files for inner in (sorted(path.iterdir()) if path.is_dir() else [path])):
         if len(found) == most:
             break
         if path.stat().st_size <= length:  # a token is a byte at least, nearly always
@@ -91,7 +92,7 @@ def read(files: list[Path], tokenizer: pretrained.Tokenizer, length: int, most: 
             names.append(path.name)
             found.append(ids[:length + 1])
     if not found:
-        raise ValueError(f"--text must name texts of more than {length} tokens, got {len(files)} that are shorter")
+        raise ValueError(f"--text must name texts of more than {length} tokens, got {' '.join(map(str, files[:3]))}")
     return names, torch.tensor(found)
 
 

@@ -226,10 +226,11 @@ def test_a_pretrained_model_goes_on_and_generates(model, tmp_path):
 
 def test_without_training_everything_chosen_costs_nothing(model, tmp_path, capsys):
     texts = []
+    (tmp_path / "texts").mkdir()
     for i in range(4):
-        texts.append(tmp_path / f"{i}.txt")
+        texts.append(tmp_path / f"texts/{i}.txt")
         texts[-1].write_text("".join(np.random.default_rng(i).choice(list("abcde fgh\n"), 300 - 200 * (i == 3))))
-    command = ["untrained", "--pretrained", str(model), "--text", *map(str, texts), "--lengths", "256", "--json",
+    command = ["untrained", "--pretrained", str(model), "--text", str(tmp_path / "texts"), "--lengths", "256", "--json",
                str(tmp_path / "untrained.json"), "--variants", "full", "moba-64-4", "moba-32-2", "moba-32-2-last:4"]
     assert main(command) == 0
     rows = report.load(tmp_path / "untrained.json")["rows"]
