@@ -242,7 +242,7 @@ def test_without_training_everything_chosen_costs_nothing(model, tmp_path, capsy
     assert main(command) == 0 and report.load(tmp_path / "untrained.json")["rows"] == rows  # nothing is measured again
     lines = pages.UNTRAINED.lines(report.load(tmp_path / "untrained.json"))
     assert [line["keys, %"] for line in lines] == ["100", "100", "25", "25"] and lines[0]["minus full"] == ""
-    assert main([*command[:3], "--text", str(texts[3]), *command[-10:]]) == 2
+    assert main([*command[:3], "--text", str(texts[3]), *command[-9:]]) == 2
     assert "--text must name texts of more than 256 tokens" in capsys.readouterr().err
 
 
