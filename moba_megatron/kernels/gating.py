@@ -7,8 +7,9 @@ the later chunk is met first and stays. What makes it fast:
 - what passes is packed into bits, and the most crowded row of a tile says how often the insertion runs: no thread waits
   for another in between;
 - columns are dealt to LANES lists a row, as the matrix unit deals them to threads (8 columns: 0 0 1 1 2 2 3 3), so that
-  neither packing nor insertion leaves a thread's registers; lists are merged once, at the end. Long lists
-  (LANES = 1) do not fit registers so: they are one row of a tensor, unsorted.
+  neither packing nor insertion leaves a thread's registers; lists are merged once, at the end;
+- many choices do not fit registers so: PASS of them at a time are chosen, among the chunks behind those of the pass
+  before, whose scores are the same bits again.
 """
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from ..segments import Segments
 from . import tuning
 from .bounds import clear_rows
-from .host import head_block, next_power_of_2
+from .host import cdiv, head_block, next_power_of_2
 from .jit_helpers import _offset, _query_tile
 from .launcher import Buffer, empty, launch, rows, stage
 
@@ -47,30 +48,41 @@ def _gate(q: Buffer, means: Buffer, segments: Segments, choices: int) -> Buffer:
         clear_rows(segments.cu_seqlens_q, (selected, -1))
     options = tuning.config("gate", q.device, head_dim=head_dim, itemsize=q.element_size(), choices=choices)
     num_tiles = total // options["BLOCK_M"] + segments.num_segments
-    launch(
-        _gate_kernel,
-        (num_tiles * num_heads,),
-        q=q,
-        means=means,
-        selected=selected,
-        cu_seqlens_q=segments.cu_seqlens_q,
-        cu_seqlens_k=segments.cu_seqlens_k,
-        seq_ids=segments.seq_ids,
-        offsets=segments.offsets,
-        num_segments=segments.num_segments,
-        num_tiles=num_tiles,
-        chunk_size=segments.chunk_size,
-        stride_qt=q.stride(0),
-        stride_qh=q.stride(1),
-        H=num_heads,
-        HK=means.shape[1],
-        D=head_dim,
-        KS=choices,
-        BLOCK_KS=next_power_of_2(choices),
-        BLOCK_D=head_block(head_dim),
-        PRECISION="ieee",
-        **options,
-    )
+    passes = cdiv(choices, options.pop("PASS", 8))
+    last_score, last_chunk = (empty((total, num_heads), dtype, q.device) if passes > 1 else selected
+                              for dtype in (torch.float32, torch.int32))
+    for i in range(passes):
+        first, end = choices * i // passes, choices * (i + 1) // passes
+        launch(
+            _gate_kernel,
+            (num_tiles * num_heads,),
+            q=q,
+            means=means,
+            selected=selected,
+            last_score=last_score,
+            last_chunk=last_chunk,
+            cu_seqlens_q=segments.cu_seqlens_q,
+            cu_seqlens_k=segments.cu_seqlens_k,
+            seq_ids=segments.seq_ids,
+            offsets=segments.offsets,
+            num_segments=segments.num_segments,
+            num_tiles=num_tiles,
+            chunk_size=segments.chunk_size,
+            place=first,
+            choices=choices,
+            stride_qt=q.stride(0),
+            stride_qh=q.stride(1),
+            H=num_heads,
+            HK=means.shape[1],
+            D=head_dim,
+            KS=end - first,
+            BLOCK_KS=next_power_of_2(end - first),
+            BLOCK_D=head_block(head_dim),
+            PRECISION="ieee",
+            BEHIND=i > 0,
+            GOES_ON=i + 1 < passes,
+            **options,
+        )
     return selected
 
 
@@ -88,23 +100,28 @@ def _mean_rows(means, first, limit, HK: tl.constexpr, D: tl.constexpr, BLOCK_D: 
 
 
 @triton.jit
-def _column_maxima(best, q_rows, means, earlier, limit, begin, end, MASKED: tl.constexpr, HK: tl.constexpr,
-                   D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
-    """Raises ``best`` ``[BLOCK_M, BLOCK_N]`` to the scores of the tiles from chunk ``begin`` to ``end``."""
+def _column_maxima(best, q_rows, means, earlier, last, limit, begin, end, MASKED: tl.constexpr, BEHIND: tl.constexpr,
+                   HK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+                   PRECISION: tl.constexpr):
+    """Raises ``best`` ``[BLOCK_M, BLOCK_N]`` to the scores, BEHIND: those below ``last``, of the tiles from chunk
+    ``begin`` to ``end``."""
     for first in range(begin, end, BLOCK_N):
         rows = _mean_rows(means, first, limit, HK, D, BLOCK_D, BLOCK_N)
         s = tl.dot(q_rows, tl.trans(rows), input_precision=PRECISION)
         if MASKED:
             s = tl.where((first + tl.arange(0, BLOCK_N))[None, :] < earlier[:, None], s, -float("inf"))
+        if BEHIND:
+            s = tl.where(s < last[:, None], s, -float("inf"))
         best = tl.maximum(best, s)
     return best
 
 
 @triton.jit
-def _warm_threshold(q_rows, means, earlier, every, limit, KS: tl.constexpr, BLOCK_KS: tl.constexpr, HK: tl.constexpr,
-                    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                    PRECISION: tl.constexpr, WARM: tl.constexpr):
-    """A value below the KS-th best score of each row: from the KS-th best maximum of the columns of some tiles.
+def _warm_threshold(q_rows, means, earlier, last, every, limit, BEHIND: tl.constexpr, KS: tl.constexpr,
+                    BLOCK_KS: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, WARM: tl.constexpr):
+    """A value below the KS-th best score (BEHIND: of those below ``last``) of each row: from the KS-th best maximum of
+    the columns of some tiles.
 
     Each column's maximum over the tiles is the score of another chunk, so KS chunks reach the KS-th of them.
     """
@@ -112,8 +129,10 @@ def _warm_threshold(q_rows, means, earlier, every, limit, KS: tl.constexpr, BLOC
     end = tl.cdiv(limit, BLOCK_N) * BLOCK_N
     begin = tl.maximum(end - WARM * BLOCK_N, 0)
     middle = tl.maximum(every // BLOCK_N * BLOCK_N, begin)  # up to here every row may choose every chunk
-    best = _column_maxima(best, q_rows, means, earlier, limit, begin, middle, False, HK, D, BLOCK_D, BLOCK_N, PRECISION)
-    best = _column_maxima(best, q_rows, means, earlier, limit, middle, end, True, HK, D, BLOCK_D, BLOCK_N, PRECISION)
+    best = _column_maxima(best, q_rows, means, earlier, last, limit, begin, middle, False, BEHIND, HK, D, BLOCK_D,
+                          BLOCK_N, PRECISION)
+    best = _column_maxima(best, q_rows, means, earlier, last, limit, middle, end, True, BEHIND, HK, D, BLOCK_D, BLOCK_N,
+                          PRECISION)
     if BLOCK_N > 2 * BLOCK_KS:  # fewer columns: a slightly lower bound at half the work
         best = tl.max(tl.reshape(best, [BLOCK_M, 2, BLOCK_N // 2]), 1)
     bound = tl.max(best, 1)
@@ -213,24 +232,19 @@ def _take_best(values, chunks, KS: tl.constexpr):
     return chunk, new_values, new_chunks
 
 
-@triton.jit
-def _replace_worst(values, chunks, value, chunk):
-    """Puts a better entry in place of the worst, of equals the earliest chunk, of unsorted rows ``[BLOCK_M, KP]``."""
-    worst = tl.min(values, 1)[:, None]
-    earliest = tl.min(tl.where(values == worst, chunks, 2147483647), 1)[:, None]
-    replaced = (values == worst) & (chunks == earliest) & (value > worst)
-    return tl.where(replaced, value, values), tl.where(replaced, chunk, chunks)
-
-
-@triton.jit(do_not_specialize=["num_segments", "num_tiles"])
+@triton.jit(do_not_specialize=["num_segments", "num_tiles", "place", "choices"])
 def _gate_kernel(
-    q, means, selected, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets,
-    num_segments, num_tiles, chunk_size, stride_qt, stride_qh,
+    q, means, selected, last_score, last_chunk, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets,
+    num_segments, num_tiles, chunk_size, place, choices, stride_qt, stride_qh,
     H: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, KS: tl.constexpr,
-    BLOCK_KS: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, WARM: tl.constexpr, LANES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_KS: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, BEHIND: tl.constexpr,
+    GOES_ON: tl.constexpr, WARM: tl.constexpr, LANES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """BLOCK_M queries of one segment and head against the earlier chunks of their sequence."""
+    """BLOCK_M queries of one segment and head against the earlier chunks of their sequence.
+
+    Of the ``choices`` KS from ``place`` on. BEHIND: among the chunks behind ``last_score`` and ``last_chunk``, those that
+    the pass before chose last; GOES_ON: these two are stored.
+    """
     tile = num_tiles - 1 - tl.program_id(0) // H  # later queries have more chunks: they start first
     head = tl.program_id(0) % H
     row, row_end, position, _, first_chunk = _query_tile(cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, num_segments,
@@ -250,16 +264,16 @@ def _gate_kernel(
 
     WIDTH: tl.constexpr = BLOCK_N // LANES
     threshold = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    last = threshold
+    until = tl.zeros([BLOCK_M], tl.int32)
+    if BEHIND:
+        last = tl.load(last_score + rows * H + head, mask=valid, other=-float("inf"))
+        until = tl.load(last_chunk + rows * H + head, mask=valid, other=0)
     if WARM > 0:
-        threshold = _warm_threshold(q_rows, means, earlier, every, limit, KS, BLOCK_KS, HK, D, BLOCK_D, BLOCK_M,
-                                    BLOCK_N, PRECISION, WARM)
-    if LANES > 1:
-        values = (tl.full([BLOCK_M, LANES], -float("inf"), tl.float32),) * KS
-        chunks = (tl.full([BLOCK_M, LANES], -1, tl.int32),) * KS
-    else:
-        place = tl.arange(0, BLOCK_KS)[None, :] + tl.zeros([BLOCK_M, BLOCK_KS], tl.int32)
-        values = tl.where(place < KS, -float("inf"), float("inf"))
-        chunks = -1 - place  # empty places differ, so that one at a time is filled
+        threshold = _warm_threshold(q_rows, means, earlier, last, every, limit, BEHIND, KS, BLOCK_KS, HK, D, BLOCK_D,
+                                    BLOCK_M, BLOCK_N, PRECISION, WARM)
+    values = (tl.full([BLOCK_M, LANES], -float("inf"), tl.float32),) * KS
+    chunks = (tl.full([BLOCK_M, LANES], -1, tl.int32),) * KS
     num_steps = tl.cdiv(limit, BLOCK_N)
     first = (num_steps - 1) * BLOCK_N
     mean_rows = _mean_rows(means, first, limit, HK, D, BLOCK_D, BLOCK_N)
@@ -268,6 +282,8 @@ def _gate_kernel(
         mean_rows = _mean_rows(means, tl.maximum(first - BLOCK_N, 0), limit, HK, D, BLOCK_D, BLOCK_N)
         x = _deal(s, LANES)
         hits = x > threshold[:, None, None]
+        if BEHIND:
+            hits &= x <= last[:, None, None]
         word, count = _pack(hits, WIDTH)  # [BLOCK_M, LANES]
         if first + BLOCK_N > every:
             word &= _allowed(earlier - first, LANES, WIDTH)
@@ -277,20 +293,17 @@ def _gate_kernel(
             value = tl.where(word != 0, _pick(x, index, WIDTH), -float("inf"))
             word = word & (word - 1)
             chunk = first_chunk + first + (index >> 1) * (2 * LANES) + 2 * tl.arange(0, LANES)[None, :] + (index & 1)
-            if LANES > 1:
-                values, chunks = _insert(values, chunks, value, chunk, KS)
-            else:
-                values, chunks = _replace_worst(values, chunks, value, chunk)
-        if LANES > 1:
-            threshold = tl.maximum(threshold, tl.max(values[KS - 1], 1))
-        else:
-            threshold = tl.maximum(threshold, tl.min(values, 1))
+            if BEHIND:
+                value = tl.where((value == last[:, None]) & (chunk >= until[:, None]), -float("inf"), value)
+            values, chunks = _insert(values, chunks, value, chunk, KS)
+        threshold = tl.maximum(threshold, tl.max(values[KS - 1], 1))
         first -= BLOCK_N
 
-    to = selected + (rows * H + head) * KS
-    if LANES > 1:
-        for j in range(KS):
-            chunk, values, chunks = _take_best(values, chunks, KS)
-            tl.store(to + j, chunk, mask=valid)
-    else:
-        tl.store(to[:, None] + place, tl.maximum(chunks, -1), mask=valid[:, None] & (place < KS))
+    to = selected + (rows * H + head) * choices + place
+    for j in range(KS):
+        last = tl.max(values[0], 1)
+        until, values, chunks = _take_best(values, chunks, KS)
+        tl.store(to + j, until, mask=valid)
+    if GOES_ON:
+        tl.store(last_score + rows * H + head, last, mask=valid)
+        tl.store(last_chunk + rows * H + head, until, mask=valid)

@@ -55,17 +55,16 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "chunk_means": (
         Row("*", {}, {"BLOCK": 1024, "num_warps": 4, "num_stages": 1}, UNTUNED),
     ),
-    # BLOCK_M queries of one head against BLOCK_N chunk means, into LANES lists a row (1: one unsorted list, for long
-    # ones); the latest WARM tiles give a first threshold
+    # BLOCK_M queries of one head against BLOCK_N chunk means, into LANES lists a row, at most PASS choices at a time;
+    # the latest WARM tiles give a first threshold
     "gate": (
-        Row("sm_90", {"head_dim": 128, "itemsize": 2, "choices": 8}, _c(64, 64, 4, 2, WARM=8, LANES=4, maxnreg=128),
+        Row("sm_90", {"head_dim": 128, "itemsize": 2, "choices": 8},
+            _c(64, 64, 4, 2, WARM=8, LANES=4, PASS=8, maxnreg=128),
             "22.3 ms at 512K, chunk 128, topk 8; 128 rows 23.3, without maxnreg 23.9, WARM=0 30.4"),
-        Row("sm_90", {"head_dim": 128, "itemsize": 2, "choices": 15}, _c(64, 64, 4, 2, WARM=8, LANES=4), UNTUNED),
-        Row("*", {"head_dim": 128, "itemsize": 2, "choices": 8}, _c(64, 64, 4, 2, WARM=8, LANES=4), UNTUNED),
-        Row("*", {"choices": 8}, _c(32, 32, 4, 1, WARM=4, LANES=4), UNTUNED),
-        # without maxnreg ptxas falls back to 32 registers on sm_80 and sm_100, and spills 8 to 24 KB a thread
-        Row("*", {"head_dim": 128, "itemsize": 2}, _c(32, 32, 4, 1, WARM=0, LANES=1, maxnreg=255), UNTUNED),
-        Row("*", {}, _c(16, 32, 4, 1, WARM=0, LANES=1, maxnreg=255), UNTUNED),
+        Row("sm_90", {"head_dim": 128, "itemsize": 2, "choices": 15},
+            _c(64, 64, 4, 2, WARM=8, LANES=4, PASS=15), UNTUNED),
+        Row("*", {"head_dim": 128, "itemsize": 2}, _c(64, 64, 4, 2, WARM=8, LANES=4, PASS=8), UNTUNED),
+        Row("*", {}, _c(32, 32, 4, 1, WARM=4, LANES=4, PASS=8), UNTUNED),
     ),
     # BLOCK rows of one column of `selected` that a program places at a time
     "route": (

@@ -51,10 +51,11 @@ def test_numbers_of_chunks_around_the_tiles(num_chunks, dtype):
     same(*make([num_chunks], chunk=1, topk=8, heads=1, kv_heads=1, dtype=dtype), 8)
 
 
-def test_all_scores_equal_choose_the_latest():
-    q, means, segments = make([90], chunk=1, topk=5, heads=1, kv_heads=1)
-    selected = kernels.gate(torch.ones_like(q), torch.ones_like(means), segments, 5)
-    expected = torch.arange(90)[:, None] - torch.arange(1, 5)
+@pytest.mark.parametrize("topk", [5, 20])  # in one pass, in three: a pass goes on among the equals of the one before
+def test_all_scores_equal_choose_the_latest(topk):
+    q, means, segments = make([90], chunk=1, topk=topk, heads=1, kv_heads=1)
+    selected = kernels.gate(torch.ones_like(q), torch.ones_like(means), segments, topk)
+    expected = torch.arange(90)[:, None] - torch.arange(1, topk)
     assert torch.equal(selected[:, 0].sort(1)[0], torch.where(expected < 0, -1, expected).sort(1)[0].int())
 
 
