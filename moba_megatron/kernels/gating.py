@@ -21,7 +21,7 @@ from torch import Tensor
 from ..segments import Segments
 from . import tuning
 from .bounds import clear_rows
-from .host import cdiv, head_block, next_power_of_2
+from .host import head_block, next_power_of_2
 from .jit_helpers import _offset, _query_tile
 from .launcher import Buffer, empty, launch, rows, stage
 
@@ -48,11 +48,11 @@ def _gate(q: Buffer, means: Buffer, segments: Segments, choices: int) -> Buffer:
         clear_rows(segments.cu_seqlens_q, (selected, -1))
     options = tuning.config("gate", q.device, head_dim=head_dim, itemsize=q.element_size(), choices=choices)
     num_tiles = total // options["BLOCK_M"] + segments.num_segments
-    passes = cdiv(choices, options.pop("PASS", 8))
-    last_score, last_chunk = (empty((total, num_heads), dtype, q.device) if passes > 1 else selected
+    most = options.pop("PASS", 8)
+    last_score, last_chunk = (empty((total, num_heads), dtype, q.device) if choices > most else selected
                               for dtype in (torch.float32, torch.int32))
-    for i in range(passes):
-        first, end = choices * i // passes, choices * (i + 1) // passes
+    for place in range(0, choices, most):
+        number = min(most, choices - place)
         launch(
             _gate_kernel,
             (num_tiles * num_heads,),
@@ -68,19 +68,19 @@ def _gate(q: Buffer, means: Buffer, segments: Segments, choices: int) -> Buffer:
             num_segments=segments.num_segments,
             num_tiles=num_tiles,
             chunk_size=segments.chunk_size,
-            place=first,
+            place=place,
             choices=choices,
             stride_qt=q.stride(0),
             stride_qh=q.stride(1),
             H=num_heads,
             HK=means.shape[1],
             D=head_dim,
-            KS=end - first,
-            BLOCK_KS=next_power_of_2(end - first),
+            KS=number,
+            BLOCK_KS=next_power_of_2(number),
             BLOCK_D=head_block(head_dim),
             PRECISION="ieee",
-            BEHIND=i > 0,
-            GOES_ON=i + 1 < passes,
+            BEHIND=place > 0,
+            GOES_ON=place + number < choices,
             **options,
         )
     return selected
@@ -242,8 +242,8 @@ def _gate_kernel(
 ):
     """BLOCK_M queries of one segment and head against the earlier chunks of their sequence.
 
-    Of the ``choices`` KS from ``place`` on. BEHIND: among the chunks behind ``last_score`` and ``last_chunk``, those that
-    the pass before chose last; GOES_ON: these two are stored.
+    Of the ``choices`` KS from ``place`` on. BEHIND: among the chunks behind ``last_score`` and ``last_chunk``, those
+    that the pass before chose last; GOES_ON: these two are stored.
     """
     tile = num_tiles - 1 - tl.program_id(0) // H  # later queries have more chunks: they start first
     head = tl.program_id(0) % H
