@@ -62,6 +62,8 @@ ROWS = (
     Row("cp2-128K-512-8", 128 * K, 512, 8, 32, 8, kind="cp", comm="all_gather"),
 )
 BY_NAME = (Row("128K-128-16", 128 * K, 128, 16),
+           Row("128K-128-32", 128 * K, 128, 32),
+           Row("128K-32-32", 128 * K, 32, 32),
            Row("cp2-128K-512-8-mha", 128 * K, 512, 8, kind="cp", comm="all_gather"),
            Row("cp2-128K-128-8-a2a", 128 * K, 128, 8, kind="cp", comm="a2a"),
            Row("host-1head-32K-512-3", 32 * K, 512, 3, 1, 1, kind="host"),
