@@ -10,7 +10,7 @@ from moba_megatron import plotting
 from moba_megatron.plotting import LIGHT
 
 from .. import ROOT, report
-from .variants import Variant
+from .variants import LENGTHS, Variant, grid
 
 PAGE = "docs/quality.md"
 STORED = {name: report.RESULTS / f"quality/{name}.json" for name in ("scratch", "untrained", "continued")}
@@ -175,8 +175,12 @@ def _untrained_below(result: dict) -> str:
     texts = {row["tokens"]: row for row in rows}
     which = "; ".join(f"{n:,} tokens: {len(row['losses'])} texts, sha256 {row['sha256'][:16]}"
                       for n, row in texts.items())
+    left = ", ".join([f"{name} at {n:,}" for n in texts for name in grid(n) if not any(
+        (row["tokens"], row["variant"]) == (n, name) for row in rows)] + [f"{n:,} tokens" for n in LENGTHS
+                                                                          if n not in texts])
     return (f"{result['pretrained']}, nats a token. ±: 95 % t-interval of the difference, paired by text. `keys`: the "
-            f"most that a query attends to in MoBA layers, of the sequence. {which}. {report.measured_at(result)}")
+            f"most that a query attends to in MoBA layers, of the sequence. {which}."
+            f"{f' Not run: {left}.' if left else ''} {report.measured_at(result)}")
 
 
 UNTRAINED = report.Table({

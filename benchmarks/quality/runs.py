@@ -39,7 +39,7 @@ PARTS = {
     "continued": Part(
         "go on with a pretrained model, dense before", ("full", "moba-512-3", "moba-128-8", "moba-64-8"), (1,), 20e6,
         ("--task-share", "0.125", "--task-sequences", "32", "--save-seconds", "60", "--lr", "1e-4", "--generate", "32",
-         "--micro-batch-tokens", "32768", "--corpus-bytes", "120000000", "--eval-tokens", "524288"))}
+         "--micro-batch-tokens", "16384", "--corpus-bytes", "120000000", "--eval-tokens", "524288"))}
 
 
 def add_part(subcommands, name: str) -> None:

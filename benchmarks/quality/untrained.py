@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import itertools
 import time
 from pathlib import Path
 
@@ -17,17 +16,7 @@ from .. import report
 from ..gpt_50m import pretrained, text
 from ..gpt_50m.loop import POSITION_BINS
 from .pages import STORED
-from .variants import Variant
-
-CHUNKS, TOPKS = (64, 128, 256, 512), (2, 4, 8, 16)
-RULES = ("last:4", "last:10", "every:6", "every:3")
-"""Of dense layers, at (64, 4)."""
-
-
-def variants(length: int) -> list[str]:
-    """Full attention, every chunk size and topk that leave something out, and the rules of dense layers."""
-    return ["full", *(f"moba-{chunk}-{topk}" for chunk, topk in itertools.product(CHUNKS, TOPKS)
-                      if chunk * topk < length), *(f"moba-64-4-{rule}" for rule in RULES)]
+from .variants import LENGTHS, Variant, grid
 
 
 def add_untrained(subcommands) -> None:
@@ -37,7 +26,7 @@ def add_untrained(subcommands) -> None:
     add("--text", nargs="+", type=Path, metavar="PATH", help="texts, or folders of them; default: this machine's "
         "Python sources")
     add("--texts", type=int, default=32, help="use so many that are long enough, each from its start (32)")
-    add("--lengths", nargs="+", type=int, default=[2048, 8192], help="tokens (2048 8192)")
+    add("--lengths", nargs="+", type=int, default=list(LENGTHS), help="tokens (2048 8192)")
     add("--variants", nargs="+", metavar="NAME", help="full, moba-64-4, moba-64-4-every:6 (a grid of them)")
     add("--seconds", type=float, default=float("inf"), help="begin nothing after so many; the same command goes on")
     add("--threads", type=int, help="threads of torch on a CPU")
@@ -58,7 +47,7 @@ def run_untrained(arguments: argparse.Namespace) -> int:
     for length in arguments.lengths:
         names, tokens = read(arguments.text or text.python_sources(), tokenizer, length, arguments.texts)
         of = {"tokens": length, "texts": names, "sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest()}
-        for name in arguments.variants or variants(length):
+        for name in arguments.variants or grid(length):
             same = of | {"variant": name}
             if any(same.items() <= row.items() for row in rows):
                 continue

@@ -1,9 +1,21 @@
 """What is compared, by name: full, hybrid, moba-512-3, moba-128-12-conv3, moba-64-4-every:4."""
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from moba_megatron import MoBAConfig
+
+LENGTHS = (2048, 8192)
+CHUNKS, TOPKS = (64, 128, 256, 512), (2, 4, 8, 16)
+RULES = ("last:4", "last:10", "every:6", "every:3")
+"""Of dense layers, at (64, 4)."""
+
+
+def grid(length: int) -> list[str]:
+    """Full attention, every chunk size and topk that leave something out, and the rules of dense layers."""
+    return ["full", *(f"moba-{chunk}-{topk}" for chunk, topk in itertools.product(CHUNKS, TOPKS)
+                      if chunk * topk < length), *(f"moba-64-4-{rule}" for rule in RULES)]
 
 
 @dataclass(frozen=True)

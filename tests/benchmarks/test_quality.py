@@ -10,9 +10,9 @@ import torch
 
 from benchmarks import report, train_50m
 from benchmarks.gpt_50m import loop, tasks, text
-from benchmarks.quality import pages, untrained
+from benchmarks.quality import pages
 from benchmarks.quality.__main__ import main
-from benchmarks.quality.variants import Variant
+from benchmarks.quality.variants import Variant, grid
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -247,8 +247,8 @@ def test_without_training_everything_chosen_costs_nothing(model, tmp_path, capsy
 
 
 def test_the_grid_leaves_out_what_is_full_attention():
-    names = untrained.variants(2048)
-    assert "moba-512-2" in names and "moba-512-4" not in names and "moba-512-4" in untrained.variants(8192)
+    names = grid(2048)
+    assert "moba-512-2" in names and "moba-512-4" not in names and "moba-512-4" in grid(8192)
 
 
 def test_page_has_what_is_stored():
