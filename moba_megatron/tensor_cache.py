@@ -38,15 +38,21 @@ def is_readable(x: Tensor) -> bool:
     return not (torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta or is_capturing(x.device))
 
 
+class _Memory(dict):
+    """Copies of a tensor, and files with it, have none of what it was found to say: they may be written to alone."""
+
+    def __reduce__(self):
+        return dict, ()
+
+
 def remembered(of: Tensor, key: Hashable, build: Callable[[], R], others: tuple = ()) -> R:
     """``build()``, or what an earlier layer of the same forward built from the same tensors, beside the first one."""
     if not all(is_readable(x) and not x.is_inference() for x in (of, *others) if isinstance(x, Tensor)):
         return build()
     state = [(id(x), x._version) if isinstance(x, Tensor) else x for x in others]
-    version, known = getattr(of, "moba_remembered", (None, {}))
-    if version != of._version:
-        known = {}
-        of.moba_remembered = of._version, known
+    known = getattr(of, "moba_remembered", {})
+    if known.get("version") != of._version:
+        known = of.moba_remembered = _Memory(version=of._version)
     if key not in known or known[key][1] != state:
         known[key] = build(), state, others  # these too, so that no other tensor gets their ids
     return known[key][0]

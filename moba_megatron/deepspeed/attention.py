@@ -21,12 +21,18 @@ class SequenceParallel:
     ``ulysses`` is DeepSpeed's: a rank holds one run of positions, and an all-to-all gives it whole sequences for a part
     of the heads. ``zigzag`` is the package's context parallelism: rank r of P holds pieces r and 2P-1-r of 2P with all
     heads, and gathers keys and values, so heads need not divide by the ranks.
+
+    Args:
+        method: ``none``, ``ulysses`` or ``zigzag``.
+        size: ranks that share a sequence.
+        rank: this one's number among them.
+        group: theirs; None for a size of 1.
     """
 
-    method: str = "none"  # `none`, `ulysses` or `zigzag`
-    size: int = 1  # ranks that share a sequence
-    rank: int = 0  # this one's number among them
-    group: dist.ProcessGroup | None = None  # theirs; None for a size of 1
+    method: str = "none"
+    size: int = 1
+    rank: int = 0
+    group: dist.ProcessGroup | None = None
 
     @classmethod
     def over_ranks(cls, method: str, size: int) -> "SequenceParallel":

@@ -1,4 +1,6 @@
 """What MoBA refuses of Megatron by name instead of ignoring it: masks, flags, layouts, arguments, lengths, bypasses."""
+import copy
+import io
 import re
 import sys
 from types import SimpleNamespace
@@ -75,6 +77,26 @@ def test_a_mask_that_changes_in_place_is_read_again():
     mask[..., 5, 2] = True
     with pytest.raises(ValueError, match="attention_mask must be None or causal"):
         core(*inputs, mask)
+
+
+def saved_and_loaded(x):
+    file = io.BytesIO()
+    torch.save(x, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, saved_and_loaded])
+def test_a_copy_of_a_mask_is_read_itself(copied):
+    core, inputs, mask = make_core(), qkv(), causal().clone()
+    while mask._version < 5:
+        mask |= mask
+    core(*inputs, mask)
+    other = copied(mask)
+    while other._version < 5:  # that alone does not tell it from the mask
+        other[..., 5, 2] = True
+    with pytest.raises(ValueError, match="attention_mask must be None or causal"):
+        core(*inputs, other)
 
 
 @pytest.mark.parametrize("flag, size, text", [

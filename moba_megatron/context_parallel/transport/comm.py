@@ -217,7 +217,8 @@ class Library:
         return torch.cuda.Event()
 
     def tensors(self, slot: Slot, *kinds: tuple[tuple[int, ...], torch.dtype]) -> list[Tensor] | None:
-        """Tensors of such shapes and dtypes for :meth:`deliver` to send without a copy in between, if there are any."""
+        """Tensors of such shapes and dtypes for :meth:`deliver` to send without a copy in between, if there are any, or
+        all of them for :meth:`reduce`, which receives behind them."""
 
     def deliver(self, tensors: Sequence[Tensor], outs: Sequence[Tensor], stage: str, slot: Slot,
                 after: torch.cuda.Event | None = None) -> Pending:
