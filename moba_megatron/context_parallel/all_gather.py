@@ -3,7 +3,8 @@
 Forward: sums of whole blocks of local keys, and the rows of blocks that a piece boundary cuts, are gathered first
 (small). Every rank then has the same chunk means, bit for bit those of a single rank, and selects the same chunks; the
 first groups' K and V travel meanwhile, later ones' while their predecessors are computed. Backward gathers again
-rather than keeping K and V, and adds dK and dV over the ranks in fp32 while the next group is computed.
+rather than keeping K and V, and adds dK and dV over the ranks in fp32 while the next group is computed, those of the
+last group while its dQ is.
 """
 from __future__ import annotations
 
@@ -95,16 +96,15 @@ class AllGatherAttention:
             keys, sums = arrived(arriving), sum_dtype(k.dtype)
             q_part, do_part = (_gathered_fast(x[:, heads], k.shape[1] < q.shape[1]) for x in (q, do))
             memory = transport and transport.tensors((REDUCED, i), *((x.shape, sums) for x in keys))
+            out = memory and [torch.empty(q_part.shape, dtype=q.dtype, device=q.device), *memory]
             # dk and dv are complete before dq, and the last group's leave meanwhile
             event = transport.event() if early and i + 1 == len(groups) else None
-            grads = self.pipeline.backward(
-                do_part, None, q_part, *keys, replace(rest, o=o[:, heads]), self.layout.segments, sums, event,
-                memory and [torch.empty(q_part.shape, dtype=q.dtype, device=q.device), *memory])
+            grads = self.pipeline.backward(do_part, None, q_part, *keys, replace(rest, o=o[:, heads]),
+                                           self.layout.segments, sums, event, out)
             del keys, q_part, do_part
-            used = memory and all(x.data_ptr() == y.data_ptr() for x, y in zip(grads[1:], memory))
-            part, *grads = grads
-            started = reduce(i, grads, [out[:, kv_heads] for out in (dk, dv)], event if used else None)
-            del grads
+            part, after = grads[0], event if grads is out else None
+            started = reduce(i, grads[1:], [x[:, kv_heads] for x in (dk, dv)], after)
+            del grads, out
             if dq is None:
                 dq = part
             else:

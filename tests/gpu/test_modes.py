@@ -2,7 +2,7 @@
 import pytest
 import torch
 from hypothesis import assume, given
-from properties import LAYOUTS, Problem, calls, examples
+from properties import LAYOUTS, Problem, calls, examples, operators_called
 from torch.utils.flop_counter import FlopCounterMode
 
 import comparison
@@ -58,16 +58,7 @@ def test_inductor_with_head_major_inputs():
 @pytest.mark.parametrize("name", ATTEND)
 def test_fakes_have_the_strides_of_what_is_real(name, layout):
     attend, backend = ATTEND[name]
-    seen = []
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function.namespace == "moba_megatron":
-                seen.append((function, args))
-            return function(*args, **(kwargs or {}))
-
-    with Watch():
-        results(attend, make(layout))
+    seen = operators_called(lambda: results(attend, make(layout)))
     assert len(seen) == 2
     for function, args in seen:
         args = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]

@@ -25,6 +25,21 @@ def examples(number):
     return settings(max_examples=number * MORE)
 
 
+def operators_called(run):
+    """(operator, its arguments) of each of the package's custom operators that ``run()`` enters, in order."""
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.namespace == "moba_megatron":
+                seen.append((function, args))
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        run()
+    return seen
+
+
 def _head_major(x):
     return x.transpose(0, 1).contiguous().transpose(0, 1)
 

@@ -2,7 +2,7 @@
 import pytest
 import torch
 from hypothesis import given
-from properties import Problem, calls, examples
+from properties import Problem, calls, examples, operators_called
 from torch.utils.checkpoint import checkpoint
 
 
@@ -62,16 +62,7 @@ def test_exported(call):
 @given(calls())
 def test_fakes_have_the_strides_of_what_is_real(call):
     """opcheck compares every output's shape, strides and dtype; both operators, any strides of the inputs."""
-    problem, seen = Problem(call), []
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function.namespace == "moba_megatron":
-                seen.append((function, args))
-            return function(*args, **(kwargs or {}))
-
-    with Watch():
-        problem.run()
+    seen = operators_called(Problem(call).run)
     assert [function.name() for function, _ in seen] == ["moba_megatron::attention_fwd", "moba_megatron::attention_bwd"]
     for function, args in seen:
         args = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
