@@ -5,23 +5,27 @@ Forward: sums of whole blocks of local keys, and the rows of blocks that a piece
 first groups' K and V travel meanwhile, later ones' while their predecessors are computed. Backward gathers again
 rather than keeping K and V, and adds dK and dV over the ranks in fp32 while the next group is computed, those of the
 last group while its dQ is.
-"""
-from __future__ import annotations
 
+Here too is what schedules share: groups of heads, one of which travels while another is computed, and their transport.
+"""
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..ops.pipeline import Choice, Pipeline, Saved
-from .head_groups import HeadGroups, head_groups, most_heads, prefetch
 from .layout import ZigzagLayout
-from .transport.choice import transport_for
-from .transport.comm import Library, Pending, all_gather
-from .transport.rows import copy_rows
+from .transport.comm import Library, Pending, Rows, all_gather, copy_rows
+from .transport.symmetric_memory import through_arenas
 
+T = TypeVar("T")
+HeadGroups = tuple[tuple[slice, slice], ...]
+"""Query heads and kv heads of each group."""
 State = list
 """What a schedule keeps for backward: tensors, what the host knows, and such lists."""
 Grads = tuple[Tensor, Tensor, Tensor]
@@ -29,6 +33,90 @@ Arriving = Iterator[tuple[Pending, ...]]
 """Keys and values of one group of heads after the other, on their way."""
 GATHERED, REDUCED = 0, 1
 """Lanes of the transport."""
+LEAST_BYTES = 64 << 20
+"""Bytes of a rank's queries in a group, at least: a group costs the host a millisecond or two, there and back, and
+below this the GPU (H200: 128K tokens on 2 ranks, 16 heads, chunks of 128) would wait for it. Reckoned from one run."""
+MUCH_BYTES = 1 << 30
+"""Bytes of a rank's queries from which on a group more is worth it, however few kv heads there are: 96.8 ms in 3
+groups, 96.2 in 4 (98.9 in 2; 2 H200s, a2a, 512K tokens, 32:8 heads, chunks of 128)."""
+MOST_BYTES = 1 << 30
+"""Bytes that a rank holds of a group, at most, while groups have several kv heads."""
+
+
+def number_of_groups(asked: int | None, kv_heads: int, queries: int, held: int) -> int:
+    """How many groups to make of ``kv_heads``.
+
+    Args:
+        asked: the user's number, or None: 4 where there is enough work or heads for it, else 3, or fewer. More cost
+            the kernels more than they hide: on 2 H200s, 128K tokens, 16 heads, chunks of 512, 19.6 ms of attention in
+            3 groups, 20.6 in 5.
+        queries: bytes of the rank's queries, a measure of its work.
+        held: bytes of what has travelled, all heads together.
+    """
+    if asked is None:
+        usual = 4 if kv_heads >= 8 or queries >= MUCH_BYTES else 3
+        asked = max(min(queries // LEAST_BYTES, usual), -(-held // MOST_BYTES))
+    return max(1, min(asked, kv_heads))
+
+
+def split_heads(heads: int, kv_heads: int, number: int) -> HeadGroups:
+    """The query heads and kv heads of each group; the first and the last have an eighth of the heads at most.
+
+    What the first one waits for and what the last one leaves behind is all that nothing hides.
+    """
+    end = max(1, kv_heads // max(8, 2 * number - 2)) if number > 2 else -(-kv_heads // number)
+    inner, rest = max(0, number - 2), kv_heads - 2 * end
+    sizes = [end, *(rest // inner + (i < rest % inner) for i in range(inner)), end] if inner else [end, kv_heads - end]
+    per_kv, groups, begin = heads // kv_heads, [], 0
+    for size in sizes[:number]:
+        groups.append((slice(begin * per_kv, (begin + size) * per_kv), slice(begin, begin + size)))
+        begin += size
+    return tuple(groups)
+
+
+@functools.lru_cache(maxsize=256)
+def head_groups(asked: int | None, heads: int, kv_heads: int, queries: int, held: int) -> HeadGroups:
+    """:func:`split_heads` into :func:`number_of_groups`."""
+    return split_heads(heads, kv_heads, number_of_groups(asked, kv_heads, queries, held))
+
+
+def most_heads(groups: HeadGroups) -> tuple[int, int]:
+    """Query heads and kv heads of the largest group."""
+    most = 0, 0
+    for heads, kv_heads in groups:
+        most = max(most, (heads.stop - heads.start, kv_heads.stop - kv_heads.start))
+    return most
+
+
+def prefetch(start: Callable[[int], T], number: int) -> Iterator[T]:
+    """``start(i)`` for each i: of the first two when the first is asked for, of another when the one before it is.
+
+    What was got from the one before that must have been let go of: memory for two is enough.
+    """
+    ahead = []
+    for i in range(number):
+        while len(ahead) < 2 and i + len(ahead) < number:
+            ahead.append(start(i + len(ahead)))
+        yield ahead.pop(0)
+
+
+def transport_for(rows: Rows, group: dist.ProcessGroup, x: Tensor, lanes: Sequence[Sequence[int]]) -> Library:
+    """How these rows travel: through arenas with room for such lanes, or by the group's library; on all ranks alike.
+
+    The latter for rows at places that the host does not know, in a CUDA graph under capture; among several hosts,
+    without access to each other's memory, and as MOBA_CP_COPY_ENGINES says: 0 never, 1 wherever it can be, unset groups
+    of two ranks. Where arenas must be made or grow the call is collective.
+
+    Args:
+        x: a tensor on their device.
+        lanes: for each kind of exchange the bytes of its tensors ``[S, h, D]``, at most; two of a kind may be under way
+            or in use.
+    """
+    if not x.is_cuda or rows.runs is None or rows.size == 1 or not rows.local or (
+            torch.cuda.is_current_stream_capturing()):
+        return Library(rows, group)
+    return through_arenas(rows, group, x.device, lanes) or Library(rows, group)
+
 
 
 @dataclass(frozen=True)
@@ -42,7 +130,8 @@ class AllGatherAttention:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
         """q ``[T, H, D]``, k ``[T, HK, D]``, v ``[T, HK, DV]``, the rank's rows: o and what backward needs."""
-        groups = self.groups(q, k, v)
+        held = (k.nbytes + v.nbytes) * self.layout.rows.size
+        groups = head_groups(self.head_groups, q.shape[1], k.shape[1], q.nbytes, held)
         sums = None
         if self.pipeline.earlier(self.layout.segments) and self.layout.blocks is not None:
             sums = self.send_sums(k)
@@ -114,18 +203,14 @@ class AllGatherAttention:
         arrived(reducing)
         return dq, dk, dv
 
-    def groups(self, q: Tensor, k: Tensor, v: Tensor) -> HeadGroups:
-        held = (k.nbytes + v.nbytes) * self.layout.rows.size
-        return head_groups(self.head_groups, q.shape[1], k.shape[1], q.nbytes, held)
-
     def transport(self, k: Tensor, v: Tensor, groups: HeadGroups) -> Library:
         """How keys and values travel, and their gradients."""
-        rows, most = self.layout.rows, most_heads(groups)[1]
-        widths = most * k.shape[2], most * v.shape[2]
-        lanes = ([rows.total * n * k.element_size() for n in widths],
+        rows, (_, most) = self.layout.rows, most_heads(groups)
+        narrow, wide, others = k.element_size(), sum_dtype(k.dtype).itemsize, rows.total - rows.local
+        of_k, of_v = most * k.shape[2], most * v.shape[2]
+        lanes = ((rows.total * of_k * narrow, rows.total * of_v * narrow),
                  # theirs, and what comes of the others'
-                 [number * n * sum_dtype(k.dtype).itemsize for number in (rows.total, rows.total - rows.local)
-                  for n in widths])
+                 (rows.total * of_k * wide, rows.total * of_v * wide, others * of_k * wide, others * of_v * wide))
         return transport_for(rows, self.group, k, lanes)
 
     def gather(self, transport: Library, k: Tensor, v: Tensor, groups: HeadGroups, stage: str) -> Arriving:
@@ -134,7 +219,8 @@ class AllGatherAttention:
             _, heads = groups[i]
             return transport.fetch((k[None, :, heads], v[None, :, heads]), stage, (GATHERED, i), lasting=False),
 
-        return prefetch(start, len(groups))
+        arriving = prefetch(start, len(groups))
+        return itertools.chain((next(arriving),), arriving)  # they are on their way from here on
 
     def choose_by_sums(self, q: Tensor, dtype: torch.dtype, sums: Pending, groups: HeadGroups) -> list[Choice]:
         """The choice of each group, from the sums of all ranks' keys: what every rank sent."""
@@ -146,8 +232,10 @@ class AllGatherAttention:
             cut = messages[blocks.cut_source].to(dtype)  # exact: they were keys of this dtype
             table[blocks.cut_target] = stages.block_sums(cut, blocks.cut_starts, blocks.cut_counts)
         means = stages.means_from_block_sums(table.unflatten(0, (num_chunks, per_chunk)), segments.chunk_size, dtype)
-        return [self.pipeline.choose(q[:, heads], means[:, kv_heads], segments, self.layout.rows.total)
-                for heads, kv_heads in groups]
+        choices = []
+        for heads, kv_heads in groups:
+            choices.append(self.pipeline.choose(q[:, heads], means[:, kv_heads], segments, self.layout.rows.total))
+        return choices
 
     def send_sums(self, k: Tensor) -> Pending:
         """Starts the gather of this rank's block sums and of its rows in cut blocks."""

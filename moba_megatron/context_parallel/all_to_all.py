@@ -7,8 +7,6 @@ next one's q, k, v and the previous one's o (in backward: do; dq, dk, dv) travel
 With fewer kv heads than ranks a kv head goes to several ranks. Their fp32 gradients of it are added where it came from,
 and k and v are kept as they came and exchanged again in backward: that saves their copies' memory.
 """
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,12 +17,20 @@ from torch import Tensor
 
 from ..ops.pipeline import Pipeline
 from ..segments import Segments
-from .all_gather import AllGatherAttention, Grads, State, arrived, sum_dtype
-from .head_groups import HeadGroups, head_groups, most_heads, prefetch
+from .all_gather import (
+    AllGatherAttention,
+    Grads,
+    HeadGroups,
+    State,
+    arrived,
+    head_groups,
+    most_heads,
+    prefetch,
+    sum_dtype,
+    transport_for,
+)
 from .layout import Sequences
-from .transport.choice import transport_for
-from .transport.comm import Library, Pending
-from .transport.rows import Rows
+from .transport.comm import Library, Pending, Rows
 
 QUERIES, KEYS, OUT, MEANS = LANES = range(4)
 """Lanes of the transport."""

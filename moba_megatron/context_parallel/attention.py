@@ -1,7 +1,5 @@
 """Attention over sequences whose rows are spread over ranks: the public function, schedules by name, the gradient."""
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -79,7 +77,6 @@ def context_parallel_attention(q: Tensor, k: Tensor, v: Tensor, sequences: Seque
                     deterministic, backend == "auto", workspace_mib)
     comm_type = canonical_comm_type(comm_type)
     check_groups(group, comm_type, q.shape[1], k.shape[1])
-    check_sequences(sequences, comm_type)
     schedule = make_schedule(comm_type, pipeline, sequences, chunk_size, group, head_groups)
     return _ContextParallelAttention.apply(q, k, v, schedule, group)
 
@@ -97,16 +94,16 @@ def check_groups(group: Groups, comm_type: str, heads: int, kv_heads: int) -> No
         check_heads(heads, kv_heads, (group[0] if hierarchical else group).size(), comm_type)
 
 
-def check_sequences(sequences: Sequences, comm_type: str) -> None:
-    """Raises ValueError unless the communication type can serve such sequences."""
+def make_schedule(comm_type: str, pipeline: Pipeline, sequences: Sequences, chunk_size: int, group: Groups,
+                  head_groups: int | None) -> AllGatherAttention | AllToAllAttention:
+    """The schedule of a communication type: ``forward(q, k, v)`` and ``backward(do, saved, kv_grad_dtype)``.
+
+    Raises:
+        ValueError: the communication type cannot serve such sequences.
+    """
     if comm_type == "selective" and sequences.batch is None:
         raise ValueError("cp_comm_type 'selective' needs sequences of one length, got packed sequences: which chunks a "
                          "rank holds would be known on the device only. Use all_gather or a2a")
-
-
-def make_schedule(comm_type: str, pipeline: Pipeline, sequences: Sequences, chunk_size: int, group: Groups,
-                  head_groups: int | None) -> AllGatherAttention | AllToAllAttention:
-    """The schedule of a communication type: ``forward(q, k, v)`` and ``backward(do, saved, kv_grad_dtype)``."""
     if comm_type == "a2a+all_gather":
         group, outer = group
         layout = sequences.zigzag(outer.size(), dist.get_rank(outer), chunk_size)
@@ -135,7 +132,7 @@ class _ContextParallelAttention(torch.autograd.Function):
             note_failure(group, error)
             raise
         tensors: list[Tensor] = []
-        ctx.saved = _replaced(saved, Tensor, lambda x: tensors.append(x) or _Place(len(tensors) - 1))
+        ctx.saved = _replaced(saved, tensors)
         ctx.schedule, ctx.group, ctx.kv_dtype = schedule, group, k.dtype
         ctx.save_for_backward(*tensors)
         return o
@@ -143,7 +140,7 @@ class _ContextParallelAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do):
-        saved = _replaced(ctx.saved, _Place, ctx.saved_tensors.__getitem__)
+        saved = _replaced(ctx.saved, ctx.saved_tensors)
         try:
             return *ctx.schedule.backward(do.contiguous(), saved, ctx.kv_dtype), None, None
         except BaseException as error:
@@ -155,14 +152,18 @@ class _Place(int):
     """Of a tensor among those that autograd saves."""
 
 
-def _replaced(saved, kind: type, function: Callable):
-    """Nested lists, named tuples and what the pipeline saves, ``function(x)`` in place of each x of a kind."""
-    if isinstance(saved, kind):
-        return function(saved)
+def _replaced(saved, tensors: Sequence[Tensor]):
+    """Nested lists, named tuples and what the pipeline saves, with places among ``tensors`` for tensors, which are
+    added to them; or with tensors for places."""
+    if isinstance(saved, Tensor):
+        tensors.append(saved)
+        return _Place(len(tensors) - 1)
+    if isinstance(saved, _Place):
+        return tensors[saved]
     pipelines = isinstance(saved, (Saved, Choice, Routing))
     if not (pipelines or isinstance(saved, list) or hasattr(saved, "_make")):
         return saved
     values = []
     for x in vars(saved).values() if pipelines else saved:
-        values.append(_replaced(x, kind, function))
+        values.append(_replaced(x, tensors))
     return values if isinstance(saved, list) else type(saved)(*values)

@@ -4,8 +4,6 @@ Megatron cuts every sequence into ``2 P`` equal pieces and gives rank ``r`` the 
 this order, so that causal work is even. Gathered tensors come "rank-major" (all rows of rank 0, then of rank 1, ...);
 stages want "global" order (sequence after sequence).
 """
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +11,7 @@ from torch import Tensor
 
 from ..segments import SUM_BLOCK, Segments
 from ..tensor_cache import cached_tensors, is_capturing
-from .transport.rows import MAX_RUNS, Rows
+from .transport.comm import MAX_RUNS, Rows, Runs
 
 
 @dataclass(frozen=True)
@@ -89,11 +87,9 @@ class Sequences:
     def zigzag(self, size: int, rank: int, chunk_size: int) -> ZigzagLayout:
         """The layout of one of ``size`` ranks."""
         if self.batch is not None:
-            segments, blocks = _zigzag_uniform(self.max_seqlen, self.batch, size, rank, chunk_size,
-                                               self.cu_seqlens.device)
-        else:
-            segments, blocks = _segments(self.cu_seqlens, self.max_seqlen, size, rank, chunk_size, False), None
-        return ZigzagLayout(segments, self.rows(size, rank), blocks)
+            return _zigzag_uniform(self.max_seqlen, self.batch, size, rank, chunk_size, self.cu_seqlens.device)
+        segments = _segments(self.cu_seqlens, self.max_seqlen, size, rank, chunk_size, False)
+        return ZigzagLayout(segments, self.rows(size, rank), None)
 
 
 def check_zigzag(length: int, size: int, name: str) -> None:
@@ -111,22 +107,26 @@ def _uniform(seqlen: int, batch: int, device: torch.device) -> Tensor:
 
 @cached_tensors
 def _rows_uniform(seqlen: int, batch: int, size: int, rank: int, device: torch.device) -> Rows:
+    return _rows(_uniform(seqlen, batch, device), batch * seqlen, size, rank, _runs(seqlen, batch, size))
+
+
+def _runs(seqlen: int, batch: int, size: int) -> Runs | None:
     piece = seqlen // (2 * size)
     runs = tuple(tuple(sequence * seqlen + (2 * size - 1 - r if second else r) * piece for r in range(size))
                  for sequence in range(batch) for second in (False, True))
-    return _rows(_uniform(seqlen, batch, device), batch * seqlen, size, rank, runs if len(runs) <= MAX_RUNS else None)
+    return runs if len(runs) <= MAX_RUNS else None
 
 
 @cached_tensors
 def _zigzag_uniform(seqlen: int, batch: int, size: int, rank: int, chunk_size: int,
-                    device: torch.device) -> tuple[Segments, BlockExchange]:
+                    device: torch.device) -> ZigzagLayout:
     if is_capturing(device):
         raise RuntimeError("context parallel attention must run once with the same shapes before it is captured in a "
                            "CUDA graph")
     cu_seqlens = _uniform(seqlen, batch, device)
     segments = _segments(cu_seqlens, seqlen, size, rank, chunk_size, True)
-    rows = _rows(cu_seqlens, batch * seqlen, size, rank, None)
-    return segments, _block_exchange(segments, rows, seqlen, batch)
+    rows = _rows(cu_seqlens, batch * seqlen, size, rank, _runs(seqlen, batch, size))
+    return ZigzagLayout(segments, rows, _block_exchange(segments, rows, seqlen, batch))
 
 
 def _segments(cu_seqlens: Tensor, max_seqlen: int, size: int, rank: int, chunk_size: int, exact: bool) -> Segments:
@@ -141,7 +141,7 @@ def _segments(cu_seqlens: Tensor, max_seqlen: int, size: int, rank: int, chunk_s
         max_seqlen_q=-(-max_seqlen // (2 * size)), max_seqlen_k=max_seqlen, chunk_size=chunk_size, exact=exact)
 
 
-def _rows(cu_seqlens: Tensor, total: int, size: int, rank: int, runs: tuple[tuple[int, ...], ...] | None) -> Rows:
+def _rows(cu_seqlens: Tensor, total: int, size: int, rank: int, runs: Runs | None) -> Rows:
     cu = cu_seqlens.long()
     pieces, local = (cu[1:] - cu[:-1]) // (2 * size), cu // size
     row = torch.arange(total, device=cu.device)

@@ -9,8 +9,6 @@ they are read, one group of heads at a time; rows that did not travel are never 
 On many ranks all queries of a rank together choose nearly everything. There it is decided for each rank, kv head and
 chunk whether queries travel, or a copy of the chunk: no hardware has shown that (``moba_megatron.experimental``).
 """
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -19,11 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..segments import Routing
-from .all_gather import AllGatherAttention, Arriving, Grads, State
-from .head_groups import HeadGroups, prefetch
+from .all_gather import AllGatherAttention, Arriving, Grads, HeadGroups, State, head_groups, prefetch
 from .layout import ZigzagLayout
-from .transport.comm import Pending, all_gather, exchange
-from .transport.rows import place_own, take_own
+from .transport.comm import Pending, all_gather, copy_rows, exchange
 
 GATHER_SHARE = 0.5
 """From this share of the rows on, the whole is gathered: picking rows out and putting them in costs extra copies. The
@@ -48,7 +44,8 @@ class SelectiveAttention(AllGatherAttention):
         if not self.pipeline.earlier(self.layout.segments):  # every row is attended to
             o, saved = super().forward(q, k, v)
             return o, [None, *saved]
-        groups = self.groups(q, k, v)
+        held = (k.nbytes + v.nbytes) * self.layout.rows.size
+        groups = head_groups(self.head_groups, q.shape[1], k.shape[1], q.nbytes, held)
         choices = self.choose_by_sums(q, k.dtype, self.send_sums(k), groups)
         if self.layout.rows.size >= DISPATCH_FROM and pieces_are_chunks(self.layout):
             result = self._dispatch().attend_chosen(q, k, v, groups, choices)
@@ -70,7 +67,7 @@ class SelectiveAttention(AllGatherAttention):
         fetched = self._fetch(k, v, groups, exchanges, "bwd gather")
 
         def reduce(i: int, grads: list[Tensor], outs: list[Tensor], _) -> list[Pending]:
-            return [exchanges[i].send_back(x, take_own(self.layout.rows, x), out, self.group, "bwd reduce")
+            return [exchanges[i].send_back(x, self._own(x), out, self.group, "bwd reduce")
                     for x, out in zip(grads, outs)]
 
         return self.attend_bwd(do, (q, k, v, o), groups, saved, fetched, reduce, kv_grad_dtype)
@@ -84,7 +81,7 @@ class SelectiveAttention(AllGatherAttention):
             experimental.say_once(f"cp_comm_type 'selective' from {DISPATCH_FROM} ranks on (dispatch of queries)")
         return DispatchAttention(self.pipeline, self.layout, self.group, self.head_groups)
 
-    def _fetch(self, k: Tensor, v: Tensor, groups: HeadGroups, exchanges: list[RowExchange] | None,
+    def _fetch(self, k: Tensor, v: Tensor, groups: HeadGroups, exchanges: list["RowExchange"] | None,
                stage: str) -> Arriving:
         if exchanges is None:
             return self.gather(self.transport(k, v, groups), k, v, groups, stage)
@@ -92,13 +89,23 @@ class SelectiveAttention(AllGatherAttention):
 
         def place(x: Tensor) -> Tensor:
             out = x.new_empty(rows.total, *x.shape[1:])
-            place_own(rows, out, x)
+            if rows.runs is None:
+                return out.index_copy_(0, rows.own_rows, x)
+            for here, among_all in rows.own_runs():
+                copy_rows(out[among_all], x[here])
             return out
 
         return prefetch(lambda i: tuple(exchanges[i].start(x[:, groups[i][1]], self.group, stage, place)
                                         for x in (k, v)), len(groups))
 
-    def _exchanges(self, routings: Sequence[Routing], groups: HeadGroups) -> list[RowExchange] | None:
+    def _own(self, x: Tensor) -> Tensor:
+        """A copy of this rank's rows of ``x`` ``[S, h, D]``."""
+        rows = self.layout.rows
+        if rows.runs is None:
+            return x.index_select(0, rows.own_rows)
+        return torch.cat([x[among_all] for _, among_all in rows.own_runs()])
+
+    def _exchanges(self, routings: Sequence[Routing], groups: HeadGroups) -> list["RowExchange"] | None:
         """What travels for each group of heads; None where the whole might as well. The same answer on every rank."""
         segments, rows = self.layout.segments, self.layout.rows
         size, me, chunks = rows.size, rows.rank, segments.num_chunks(rows.total)
@@ -119,7 +126,7 @@ class SelectiveAttention(AllGatherAttention):
             return None
         return [self._exchange_of(needed[:, kv_heads], chunk_of, table) for (_, kv_heads), table in zip(groups, counts)]
 
-    def _exchange_of(self, needed: Tensor, chunk_of: Tensor, counts: list[list[int]]) -> RowExchange:
+    def _exchange_of(self, needed: Tensor, chunk_of: Tensor, counts: list[list[int]]) -> "RowExchange":
         """Lists of rows from ``needed`` ``[rank, h, chunk]``; both sides list a rank's rows head after head."""
         rows, heads = self.layout.rows, needed.shape[1]
         me, size, local = rows.rank, rows.size, rows.local
@@ -160,7 +167,6 @@ class RowExchange(NamedTuple):
         heads = x.shape[1]
         message = x[self.send // heads, self.send % heads]
         arrived = message.new_empty(self.take.numel(), x.shape[2])
-        works = _start(arrived, self.take_counts, message, self.send_counts, group, stage)
 
         def finish(arrived: Tensor) -> Tensor:
             out = place(x)
@@ -168,7 +174,8 @@ class RowExchange(NamedTuple):
                 out.flatten(0, 1).index_copy_(0, self.take, arrived)
             return out
 
-        return Pending(works, arrived, message, stage, finish)
+        messages = parts(arrived, self.take_counts), parts(message, self.send_counts)
+        return exchange([messages], arrived, message, group, stage, finish)
 
     def send_back(self, x: Tensor, own: Tensor, out: Tensor, group: dist.ProcessGroup, stage: str) -> Pending:
         """Starts to send the rows of ``x`` ``[R, h, D]`` that came back to their owners.
@@ -178,25 +185,14 @@ class RowExchange(NamedTuple):
         """
         message = x.flatten(0, 1).index_select(0, self.take)
         arrived = message.new_empty(self.send.numel(), x.shape[2])
-        works = _start(arrived, self.send_counts, message, self.take_counts, group, stage)
 
         def finish(arrived: Tensor) -> Tensor:
             for to, part in zip(self.send.split(self.send_counts), arrived.split(self.send_counts)):
                 own.flatten(0, 1).index_add_(0, to, part)  # a row occurs once: the order of sums is the ranks'
             return out if out is own else out.copy_(own)
 
-        return Pending(works, arrived, message, stage, finish)
-
-
-def _start(arrived: Tensor, take_counts: tuple[int, ...], message: Tensor, send_counts: tuple[int, ...],
-           group: dist.ProcessGroup, stage: str) -> list:
-    """Handles of the messages between ranks; what a rank has for itself is there at once."""
-    me = dist.get_rank(group)
-    outputs, inputs = parts(arrived, take_counts), parts(message, send_counts)
-    if outputs[me] is not None:
-        outputs[me].copy_(inputs[me])
-        outputs[me] = inputs[me] = None
-    return exchange([(outputs, inputs)], message.device, group, stage)
+        messages = parts(arrived, self.send_counts), parts(message, self.take_counts)
+        return exchange([messages], arrived, message, group, stage, finish)
 
 
 def true_numbers(mask: Tensor, count: int) -> Tensor:

@@ -12,8 +12,6 @@ what, ``dispatch_plan`` and ``replicas`` list what goes where, ``chunk_attention
 
 Of the package only ``context_parallel.selective`` imports this, where the comm type asks for it.
 """
-from __future__ import annotations
-
 import functools
 import logging
 

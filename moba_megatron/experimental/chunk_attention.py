@@ -3,8 +3,6 @@
 On CUDA the attention is torch's flash attention 2, with a chunk as a sequence, and the merge a kernel; elsewhere, and
 for what these cannot take, plain torch.
 """
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -15,8 +15,6 @@ Arguments, where nothing else is said:
     rank_chunks: int64 ``[P, M]``, ids of every rank's chunks.
     link: bytes a second.
 """
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

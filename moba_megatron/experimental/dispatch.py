@@ -11,16 +11,14 @@ Rows that a rank takes at once are limited (DISPATCHED_BYTES). What exceeds that
 ("fwd dispatch later", "bwd dispatch later"): nothing is dropped. Sequences are of one length, and their pieces whole
 chunks (``context_parallel.selective.pieces_are_chunks``).
 """
-from __future__ import annotations
-
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..context_parallel.all_gather import AllGatherAttention, Arriving, Grads, State, sum_dtype
-from ..context_parallel.head_groups import HeadGroups, prefetch
+from ..context_parallel.all_gather import AllGatherAttention, Arriving, Grads, HeadGroups, State, prefetch, sum_dtype
 from ..context_parallel.selective import parts
 from ..context_parallel.transport.comm import Pending, exchange
 from ..ops.pipeline import Choice
@@ -74,8 +72,9 @@ class DispatchAttention(AllGatherAttention):
     def _fetch_copies(self, k: Tensor, v: Tensor, groups: HeadGroups, replicas: Callable[[int], Replicas],
                       stage: str) -> Arriving:
         """Of each group K and V, the copies before the rank's own rows."""
-        return prefetch(lambda i: tuple(replicas(i).start(x[:, groups[i][1]], self.layout.segments.chunk_size,
-                                                          self.group, stage) for x in (k, v)), len(groups))
+        fetched = prefetch(lambda i: tuple(replicas(i).start(x[:, groups[i][1]], self.layout.segments.chunk_size,
+                                                             self.group, stage) for x in (k, v)), len(groups))
+        return itertools.chain((next(fetched),), fetched)  # they are on their way from here on
 
     def _segments_here(self, places: int, device: torch.device) -> Segments:
         """This rank's rows as one sequence, after the copies."""
@@ -200,7 +199,7 @@ def send_rows(x: Tensor, out: Tensor, leaving: tuple[int, ...], coming: tuple[in
               stage: str) -> Pending:
     """Starts to send the rows of ``x``, rank after rank; pending: ``out``, filled with what comes."""
     x = x.contiguous()
-    return Pending(exchange([(parts(out, coming), parts(x, leaving))], x.device, group, stage), out, x, stage)
+    return exchange([(parts(out, coming), parts(x, leaving))], out, x, group, stage)
 
 
 def by_chunk(x: Tensor, chunk_size: int) -> Tensor:

@@ -4,8 +4,6 @@ Every rank knows the choices of all ranks and who computes them (``cost_model``)
 length. The host reads 6 P + 2 numbers a group of heads, of all groups at once: its only wait beside that of
 ``cheapest_mode``.
 """
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..context_parallel.head_groups import HeadGroups
+from ..context_parallel.all_gather import HeadGroups
 from ..context_parallel.layout import ZigzagLayout
 from ..context_parallel.transport.comm import all_gather
 from ..segments import Routing

@@ -4,8 +4,6 @@ An owner sends a chunk to each rank that wants it. Where many do (a sink), its l
 every rank gets a slice of the chunk and passes it on, and adds up the slices of dK and dV on their way back, in fp32 in
 the order of ranks. So nobody sends a chunk more than about once, and sums are reproducible.
 """
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..context_parallel import COMM_TYPES
-from ..context_parallel.head_groups import number_of_groups, split_heads
+from ..context_parallel.all_gather import number_of_groups, split_heads
 from ..context_parallel.selective import DISPATCH_FROM, HANDLING, PLANNING
 from .attention_cost import BF16, FP32, LINK_SHARE
 from .hardware import Card

@@ -25,7 +25,8 @@ from moba_megatron.context_parallel import (
     all_to_all,
     context_parallel_attention,
 )
-from moba_megatron.context_parallel.transport import choice, collective_check, copy_engines, symmetric_memory
+from moba_megatron.context_parallel.all_gather import transport_for
+from moba_megatron.context_parallel.transport import collective_check, copy_engines, symmetric_memory
 from tests.context_parallel.test_context_parallel_peers import EagerEngines, Event, mapped
 
 CPU = torch.device("cpu")
@@ -98,12 +99,12 @@ def waits_of_steps():
 
 def kept_after(calls):
     """The most that is kept during so many batches, all of them different: changes, lengths, messages unread."""
-    changes = [len(collective_check._calls_of(dist.group.WORLD).after) for step in range(calls)
+    changes = [len(collective_check._groups[dist.group.WORLD].after) for step in range(calls)
                if call(f"{step} sequences", packing(step), 96) is None]
     LateMessage.never = True  # a device that lags behind
     for step in range(100):
         call("packed", packing(step), 96)
-    kept = max(changes), len(collective_check._known_facts), len(collective_check._calls_of(dist.group.WORLD).unread)
+    kept = max(changes), len(collective_check._known_facts), len(collective_check._groups[dist.group.WORLD].unread)
     LateMessage.never = False
     CollectiveCheck.look(dist.group.WORLD, wait=True)
     return kept
@@ -116,7 +117,7 @@ def raised_by(calls):
             call(**arguments)
         except ValueError as error:
             return number, str(error)
-        for message, *_ in collective_check._calls_of(dist.group.WORLD).unread:
+        for message, *_ in collective_check._groups[dist.group.WORLD].unread:
             message.synchronize()
     return None
 
@@ -177,7 +178,7 @@ class Stand:
 
     def __init__(self, folder, rank):
         self.folder, self.rank = folder, rank
-        self.patches = [mock.patch.object(choice, name, getattr(self, name))
+        self.patches = [mock.patch.object(symmetric_memory, name, getattr(self, name))
                         for name in ("CopyEngines", "new_arena", "addresses_of_all")]
 
     def __enter__(self):
@@ -215,9 +216,9 @@ def variable(value):
 
 # what fails on one rank: a patch, what the line must say
 FAILURES = {
-    "no cuda.bindings": (lambda: mock.patch.object(choice, "CopyEngines", failing(ImportError("no cuda"))),
+    "no cuda.bindings": (lambda: mock.patch.object(symmetric_memory, "CopyEngines", failing(ImportError("no cuda"))),
                          "no cuda"),
-    "any error": (lambda: mock.patch.object(choice, "new_arena", failing(KeyError("pool"))),
+    "any error": (lambda: mock.patch.object(symmetric_memory, "new_arena", failing(KeyError("pool"))),
                   "KeyError: 'pool'"),
     "signals": (lambda: mock.patch.object(EagerEngines, "signal", failing(RuntimeError("error 801"))), "error 801"),
     "boot_id": (lambda: mock.patch.object(Path, "read_text", failing(PermissionError(13, "denied"))), "denied"),
@@ -239,14 +240,14 @@ class Lines(logging.Handler):
 def meet(group, lines):
     """Whether the group gets symmetric memory, and the lines that this rank wrote meanwhile."""
     lines.texts.clear()
-    return choice.meet(group, CPU, 1 << 16) is not None, list(lines.texts)
+    return symmetric_memory.meet(group, CPU, 1 << 16) is not None, list(lines.texts)
 
 
 def set_up(rank, folder):
     """By case, what :func:`meet` said on this rank."""
     lines, results = Lines(), {}
-    logging.getLogger(choice.__name__).addHandler(lines)
-    logging.getLogger(choice.__name__).propagate = False
+    logging.getLogger(symmetric_memory.__name__).addHandler(lines)
+    logging.getLogger(symmetric_memory.__name__).propagate = False
     two, three = dist.new_group([0, 1]), dist.group.WORLD
     with Stand(folder, rank):
         if rank < 2:
@@ -285,7 +286,7 @@ class InSymmetricMemory(Stand):
         return super().__enter__()
 
     def transport_for(self, rows, group, x, lanes):
-        transport = choice.transport_for(rows, group, SimpleNamespace(is_cuda=True, device=CPU), lanes)
+        transport = transport_for(rows, group, SimpleNamespace(is_cuda=True, device=CPU), lanes)
         transport.event = Event
         return transport
 
@@ -335,7 +336,7 @@ def one_fails(rank, folder):
                 if text := raised(attend, group, comm_type):
                     texts[comm_type].append(text)
                     break
-                for message, *_ in collective_check._calls_of(group).unread:
+                for message, *_ in collective_check._groups[group].unread:
                     message.synchronize()
             texts[comm_type].append(all(map(torch.equal, attend(group, comm_type), expected)))
     return texts
@@ -343,7 +344,7 @@ def one_fails(rank, folder):
 
 def everything(rank, size, folder):
     folder = Path(folder)
-    collective_check._may_be_late = lambda device: True
+    collective_check.READ_LATER = "cpu",
     collective_check._read_later = lambda headers, device: (LateMessage(headers), headers._output)
     return dict(waits=waits_of_steps(), kept=kept_after(300), apart=disagreements(rank),
                 waiting=raised_while_waiting(rank),

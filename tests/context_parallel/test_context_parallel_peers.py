@@ -18,7 +18,7 @@ from ranks import run_ranks
 import tests.context_parallel.test_context_parallel as cp
 from moba_megatron.context_parallel import Sequences, all_gather, all_to_all, context_parallel_attention, record_waits
 from moba_megatron.context_parallel.transport import comm
-from moba_megatron.context_parallel.transport.rows import MAX_RUNS
+from moba_megatron.context_parallel.transport.comm import MAX_RUNS
 from moba_megatron.context_parallel.transport.symmetric_memory import Peers, SymmetricMemory, aligned, first_slot
 
 CPU = torch.device("cpu")

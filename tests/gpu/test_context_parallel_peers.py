@@ -23,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.cp_compile import Job, compile_schedules
 from moba_megatron.context_parallel import CollectiveCheck, Sequences, context_parallel_attention
-from moba_megatron.context_parallel.transport import choice, copy_engines, symmetric_memory
+from moba_megatron.context_parallel.all_gather import transport_for
+from moba_megatron.context_parallel.transport import copy_engines, symmetric_memory
 from moba_megatron.kernels import launcher
 from moba_megatron.ops import moba_attention, pipeline
 from moba_megatron.segments import Segments
@@ -57,8 +58,8 @@ def on_two_ranks(function, folder, *args, seconds=150):
 
 def _on_its_device(rank, size, function, *args):
     torch.cuda.set_device(rank % CARDS)
-    engines = choice.CopyEngines
-    with mock.patch.object(choice, "CopyEngines", lambda device, seconds: engines(device, min(seconds, 15))):
+    engines = symmetric_memory.CopyEngines
+    with mock.patch.object(symmetric_memory, "CopyEngines", lambda device, seconds: engines(device, min(seconds, 15))):
         return function(rank, size, *args)
 
 
@@ -198,8 +199,8 @@ def refusing(call):
 FAILURES = {
     "signals": (1, lambda: refusing("cuStreamWriteValue32"), "cuStreamWriteValue32 failed"),
     "copies": (0, lambda: refusing("cudaMemcpy2DAsync"), "cudaMemcpy2DAsync failed"),
-    "no memory": (1, lambda: mock.patch.object(choice, "new_arena", failing(MemoryError("full"))), "full"),
-    "boot_id": (1, lambda: mock.patch.object(choice, "Path", failing(PermissionError(13, "denied"))),
+    "no memory": (1, lambda: mock.patch.object(symmetric_memory, "new_arena", failing(MemoryError("full"))), "full"),
+    "boot_id": (1, lambda: mock.patch.object(symmetric_memory, "Path", failing(PermissionError(13, "denied"))),
                 "denied"),
     "off": (1, lambda: mock.patch.dict(os.environ, MOBA_CP_COPY_ENGINES="0"), "MOBA_CP_COPY_ENGINES=0"),
 }
@@ -208,7 +209,7 @@ FAILURES = {
 def set_up_fails(layer, rank):
     """By failure: whether a new group does without copy engines, whether its o is the same bits, and rank 0's lines."""
     inputs, lines, results = layer.inputs(0), [], {}
-    log = logging.getLogger(choice.__name__)
+    log = logging.getLogger(symmetric_memory.__name__)
     log.addFilter(lambda record: lines.append(record.getMessage()))
     expected = layer.step(inputs, "a2a", dist.group.WORLD)
     device = torch.device("cuda", torch.cuda.current_device())
@@ -216,7 +217,7 @@ def set_up_fails(layer, rank):
         lines.clear()
         group = dist.new_group()
         with patch() if rank == where else mock.MagicMock():
-            symmetric_memory.met[group] = choice.meet(group, device, 1 << 20)
+            symmetric_memory.met[group] = symmetric_memory.meet(group, device, 1 << 20)
         same = CARDS == 1 or torch.equal(layer.step(inputs, "a2a", group)[0], expected[0])
         results[name] = symmetric_memory.met[group] is None, same, [*lines]
     return results
@@ -386,7 +387,7 @@ def one_hangs(rank, size):
     for i in range(3):
         if i == 2 and rank == 1:
             time.sleep(40)
-        transport = choice.transport_for(rows, group, x, [[2 * x.nbytes]])
+        transport = transport_for(rows, group, x, [[2 * x.nbytes]])
         transport.fetch([x], "fwd gather", (0, i)).wait()
         torch.cuda.synchronize()
 

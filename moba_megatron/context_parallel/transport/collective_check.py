@@ -1,6 +1,4 @@
 """The header by which the ranks of a group notice that one of them got different or bad input."""
-from __future__ import annotations
-
 import functools
 from collections import deque
 from collections.abc import Sequence
@@ -12,12 +10,12 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...tensor_cache import cached_tensors, is_unobserved
-from .comm import Pending, all_gather, members_a_node
-from .symmetric_memory import abandon
+from .comm import Pending, abandon, all_gather, members_a_node
 
 _FIRST = 6  # values of cu_seqlens that an error shows
 _FACTS = 7 + _FIRST
 _MOST_UNREAD = 64
+READ_LATER = ("cuda",)  # devices whose messages the host need not read at once
 
 
 class CollectiveCheck:
@@ -67,8 +65,10 @@ class CollectiveCheck:
         if self._lengths is not None and error is None:
             facts = _facts_of_lengths(*self._lengths, self.group.size()).to(device)
             message = torch.cat((message[:self.HEADER_BYTES], facts.view(torch.uint8)))
-        headers, calls = all_gather(message, self.group, "collective check"), _calls_of(self.group)
-        if error is None and self.signature == calls.foretold() and _may_be_late(device):
+        headers = all_gather(message, self.group, "collective check")
+        calls = _groups.get(self.group) or _groups.setdefault(self.group, _Calls())
+        foretold = calls.after.get(calls.runs, calls.runs[2])  # the next signature, if all is as before
+        if error is None and self.signature == foretold and device.type in READ_LATER:
             calls.unread.append((*_read_later(headers, device), message))
         else:
             self.look(self.group, wait=True)  # ranks that failed then are not here
@@ -93,7 +93,7 @@ class CollectiveCheck:
         In all groups by default: who waits in one may do so since another one's ranks disagreed.
         """
         for each in list(_groups) if group is None else [group]:
-            unread = _calls_of(each).unread
+            unread = _groups[each].unread if each in _groups else ()
             while unread and not _capturing():
                 event, rows, *_ = unread[0]
                 if wait or len(unread) > _MOST_UNREAD:
@@ -111,10 +111,6 @@ class _Calls:
         self.runs: tuple = None, 0, None, 0  # the last two signatures that differ, and how many calls in a row had each
         self.after: dict[tuple, str] = {}  # what came after such runs the last time, where it was another signature
         self.unread: deque = deque()  # messages on their way, the oldest first
-
-    def foretold(self) -> str | None:
-        """The next signature, if all is as before."""
-        return self.after.get(self.runs, self.runs[2])
 
     def add(self, signature: str) -> None:
         last, times = self.runs[2:]
@@ -151,25 +147,22 @@ def _text_of_failure(group: dist.ProcessGroup) -> str | None:
     return texts[0] if texts else None
 
 
-def _calls_of(group: dist.ProcessGroup) -> _Calls:
-    if group not in _groups:
-        _groups[group] = _Calls()
-    return _groups[group]
-
-
 def _check(group: dist.ProcessGroup, rows: Tensor, error: Exception | None = None) -> None:
     """Raises ValueError unless every rank's message is good and says the same; the group then begins anew."""
-    rows, text_bytes = rows.view(group.size(), -1).cpu(), CollectiveCheck.HEADER_BYTES
-    texts = [bytes(row.tolist()).rstrip(b"\0").decode("utf-8", "ignore") for row in rows[:, :text_bytes]]
-    facts = rows[:, text_bytes:].contiguous().view(torch.int64).tolist()
-    problems = [t[1:] if t.startswith("!") else _problem_of_lengths(f, len(rows)) for t, f in zip(texts, facts)]
-    if any(problems) or len(set(texts)) > 1 or any(f != facts[0] for f in facts):
+    texts, facts, problems, text_bytes = [], [], [], CollectiveCheck.HEADER_BYTES
+    for row in rows.view(group.size(), -1).cpu():
+        text = bytes(row[:text_bytes].tolist()).rstrip(b"\0").decode("utf-8", "ignore")
+        texts.append(text)
+        facts.append(row[text_bytes:].view(torch.int64).tolist())
+        problems.append(text[1:] if text.startswith("!") else _problem_of_lengths(facts[-1], group.size()))
+    alike = texts.count(texts[0]) == facts.count(facts[0]) == len(texts)
+    if any(problems) or not alike:
         _groups.pop(group, None)
         abandon(group)
     if any(problems):
         raise ValueError("; ".join(f"context parallel rank {rank}: {problem}"
                                    for rank, problem in enumerate(problems) if problem)) from error
-    if len(set(texts)) > 1 or any(f != facts[0] for f in facts):
+    if not alike:
         each = "; ".join(f"rank {rank}: {t}{_text_of_lengths(f)}" for rank, (t, f) in enumerate(zip(texts, facts)))
         raise ValueError("all ranks of a context parallel group must call attention with the same shapes, dtypes "
                          f"and MoBA settings, got {each}. Check the lengths that the data loader gives each rank")
@@ -228,10 +221,6 @@ def _text_of_lengths(facts: list[int]) -> str:
 @cached_tensors
 def _header(text: str, text_bytes: int, size: int, device: torch.device) -> Tensor:
     return torch.tensor(list(text.encode()[:text_bytes].ljust(size, b"\0")), dtype=torch.uint8, device=device)
-
-
-def _may_be_late(device: torch.device) -> bool:
-    return device.type == "cuda"
 
 
 def _read_later(headers: Pending, device: torch.device) -> tuple[torch.cuda.Event, Tensor, Tensor]:

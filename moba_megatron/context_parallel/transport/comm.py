@@ -1,26 +1,79 @@
-"""Rows that travel by the process group's library, with an explicit wait, and a record of how long streams stood still.
+"""Which rows are whose, and how they travel: by the process group's library, with an explicit wait, recorded if wanted.
 
 With meta tensors nothing travels: a schedule run on them compiles what it will launch.
 """
-from __future__ import annotations
-
 import functools
 import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .rows import Rows, copy_rows
-
+MAX_RUNS = 4
+"""Runs of a rank that are exchanged in place, a message each; where there are more, rows are permuted instead."""
+Runs = tuple[tuple[int, ...], ...]
+"""[i][r]: first global row of run i of rank r, all of one length."""
 Slot = tuple[int, int]
-"""Memory for an exchange: a lane of those given to :func:`.choice.transport_for`, and a number that counts up in it."""
+"""Memory for an exchange: a lane of those that the transport was made with, and a number that counts up in it."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a group's ranks in "global" order (sequence after sequence) and in "rank-major" order."""
+
+    size: int
+    rank: int
+    global_rows: Tensor  # int64 [S], for each row in global order its row in rank-major order
+    rank_rows: Tensor  # int64 [S], the inverse
+    runs: Runs | None  # None where the host does not know them, or they are more than MAX_RUNS
+
+    @functools.cached_property
+    def total(self) -> int:
+        return self.global_rows.numel()
+
+    @functools.cached_property
+    def local(self) -> int:
+        """Rows of one rank."""
+        return self.total // self.size
+
+    @property
+    def own_rows(self) -> Tensor:
+        """Global rows of this rank, int64 ``[T]``."""
+        return self.rank_rows[self.rank * self.local:(self.rank + 1) * self.local]
+
+    @property
+    def rank_major(self) -> Runs:
+        """As ``runs``, in rank-major order."""
+        return tuple(rank * self.local for rank in range(self.size)),
+
+    def own_runs(self) -> list[tuple[slice, slice]]:
+        """Rows of each run of this rank: among its own, among all."""
+        length, own = self.local // len(self.runs), []
+        for i, firsts in enumerate(self.runs):
+            own.append((slice(i * length, (i + 1) * length), slice(firsts[self.rank], firsts[self.rank] + length)))
+        return own
+
+
+def copy_rows(out: Tensor, x: Tensor) -> Tensor:
+    """``out[...] = x``, then out, for tensors of one shape and dtype; 16 bytes at a time where both lie so.
+
+    Slices of heads are strided, and torch copies strided tensors element by element.
+    """
+    ends = out, x
+    if not (out.data_ptr() | x.data_ptr()) % 16:
+        try:
+            ends = out.view(torch.complex128), x.view(torch.complex128)
+        except RuntimeError:  # rows, or the steps between them, are no multiple of 16 bytes: as it is
+            pass
+    ends[0].copy_(ends[1])
+    return out
 
 
 class WaitRecord:
@@ -28,7 +81,7 @@ class WaitRecord:
 
     def __init__(self):
         self._waits: list[tuple[str, Any, Any]] = []
-        self._sent: dict[str, int] = {}
+        self._sent: Counter[str] = Counter()
 
     def summary(self) -> dict[str, dict[str, float]]:
         """By stage: ``calls``, ``exposed_ms`` and ``sent_bytes``, all added up. On CUDA call it after a synchronize.
@@ -43,11 +96,8 @@ class WaitRecord:
             entry["exposed_ms"] += (after - before) * 1e3 if isinstance(before, float) else before.elapsed_time(after)
         return stages
 
-    def sent(self, stage: str, size: int) -> None:
-        self._sent[stage] = self._sent.get(stage, 0) + size
-
     @contextmanager
-    def waited(self, stage: str, on_cuda: bool) -> Iterator[None]:
+    def _waited(self, stage: str, on_cuda: bool) -> Iterator[None]:
         """Around a wait: notes the current stream's time before and after."""
         with torch.profiler.record_function("moba_cp " + stage):
             before = _now(on_cuda)
@@ -85,16 +135,19 @@ class Pending:
         keep: tensors that they read; kept until the wait, after which the current stream may reuse their memory.
         stage: name for :func:`record_waits`.
         finish: makes the result of the output, after the wait; None for the output itself.
+        sent: bytes that this rank hands to other ranks, for the record.
     """
 
     def __init__(self, works: Sequence[Any], output: Tensor | Sequence[Tensor], keep: Any, stage: str,
-                 finish: Callable[[Any], Any] | None = None):
+                 finish: Callable[[Any], Any] | None = None, sent: int = 0):
         self._works, self._output, self._keep, self._stage, self._finish = works, output, keep, stage, finish
+        if _record is not None:
+            _record._sent[stage] += sent
 
     def wait(self) -> Any:
         """The result, once: this then holds nothing any more. On CUDA the current stream waits, not the host."""
         first = self._output if isinstance(self._output, Tensor) else self._output[0]
-        with nullcontext() if _record is None else _record.waited(self._stage, first.is_cuda):
+        with nullcontext() if _record is None else _record._waited(self._stage, first.is_cuda):
             for work in self._works:
                 work.wait()
         output, finish = self._output, self._finish
@@ -118,61 +171,56 @@ def members_a_node(group: dist.ProcessGroup) -> int:
     return _members[group]
 
 
-def count_sent(stage: str, size: int) -> None:
-    """Adds bytes that this rank hands to other ranks to the record, if there is one."""
-    if _record is not None:
-        _record.sent(stage, size)
-
-
 def all_gather(x: Tensor, group: dist.ProcessGroup, stage: str = "gather") -> Pending:
     """Starts to gather ``[T, ...]`` from every rank; pending ``[P * T, ...]``, rank after rank."""
     x = x.contiguous()
     output = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
-    count_sent(stage, (group.size() - 1) * x.nbytes)
     works = [] if x.is_meta else [dist.all_gather_into_tensor(output, x, group=group, async_op=True)]
-    return Pending(works, output, x, stage)
+    return Pending(works, output, x, stage, sent=(group.size() - 1) * x.nbytes)
 
 
 def reduce_scatter(x: Tensor, out: Tensor, group: dist.ProcessGroup, stage: str) -> Pending:
     """Starts to add ``[P * T, ...]`` over the ranks; the wait writes this rank's part to ``out`` ``[T, ...]``."""
     x = x.contiguous()
     output = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
-    count_sent(stage, (group.size() - 1) * output.nbytes)
     works = [] if x.is_meta else [dist.reduce_scatter_tensor(output, x, group=group, async_op=True)]
-    return Pending(works, output, x, stage, out.copy_)
+    return Pending(works, output, x, stage, out.copy_, (group.size() - 1) * output.nbytes)
 
 
-def exchange(rounds: Sequence[tuple[list[Tensor | None], list[Tensor | None]]], device: torch.device,
-             group: dist.ProcessGroup, stage: str) -> list:
-    """Starts exchanges (outputs, inputs) as one, for which NCCL launches a single kernel; handles for :class:`Pending`.
-
-    ``inputs[r]`` goes to each rank r, ``outputs[r]`` is received from it: contiguous, None where nothing travels. Every
-    rank of the group must call this.
-    """
-    count_sent(stage, sum(x.nbytes for _, inputs in rounds for x in inputs if x is not None))
-    if device.type == "meta":
-        return []
-    peers, messages = dist.get_process_group_ranks(group), []
-    for outputs, inputs in rounds:
-        for rank, (output, message) in enumerate(zip(outputs, inputs)):
-            messages += [dist.P2POp(how, x, peers[rank], group) for how, x in
-                         ((dist.isend, message), (dist.irecv, output)) if x is not None and x.numel()]
-    return dist.batch_isend_irecv(messages) if messages else []
-
-
-class Arrived(NamedTuple):
-    """What reached this rank: its rows as every rank computed them."""
-
-    others: Tensor  # [P - 1, T, h, D], from the other ranks in order
-    own: list[tuple[slice, Tensor]]  # (rows of T, this rank's own [rows, h, D]), one or several
-
-
-Messages = tuple[Sequence[Tensor | None], Sequence[Tensor]]
-"""What comes from each rank, and what goes to it: ``[rows, h, D]``, of one shape; None for own rows that stay."""
-Runs = tuple[tuple[int, ...], ...]
-"""As :attr:`.rows.Rows.runs`."""
+Messages = tuple[Sequence[Tensor | None], Sequence[Tensor | None]]
+"""What comes from each rank, and what goes to it; None for own rows that stay, and where nothing travels."""
 ListMessages = Callable[[Runs, int, Sequence[Tensor], Sequence[Tensor]], Iterable[Messages]]
-"""Of runs, this rank, what is sent from and what is received in: views of these; as many, in order, of each tensor."""
+"""Of runs, this rank, what is sent from and what is received in: views ``[rows, h, D]`` of these, of one shape; as
+many, in order, of each tensor."""
+Arrived = tuple[Tensor, list[tuple[slice, Tensor]]]
+"""Rows that reached this rank: ``[P - 1, T, h, D]``, from the others in order; and its own, one run or several: (rows
+of T, ``[rows, h, D]``)."""
+
+
+def exchange(rounds: Iterable[Messages], output: Tensor | Sequence[Tensor], keep: Any, group: dist.ProcessGroup,
+             stage: str, finish: Callable[[Any], Any] | None = None) -> Pending:
+    """Starts exchanges as one, for which NCCL launches a single kernel; pending, as of :class:`Pending`.
+
+    Messages are contiguous; what a rank has for itself, which need not be, is copied at once. What all get is sent from
+    its place here. Every rank of the group must call this.
+    """
+    peers, me, messages, sent = dist.get_process_group_ranks(group), dist.get_rank(group), [], 0
+    for outputs, inputs in rounds:
+        own, here = inputs[me], outputs[me]
+        if here is not None:
+            copy_rows(here, own)
+        for rank, (received, message) in enumerate(zip(outputs, inputs)):
+            if rank == me:
+                continue
+            if message is not None and message.numel():
+                sent += message.nbytes
+                messages.append((dist.isend, here if message is own else message, peers[rank]))
+            if received is not None and received.numel():
+                messages.append((dist.irecv, received, peers[rank]))
+    works = []
+    if messages and not messages[0][1].is_meta:
+        works = dist.batch_isend_irecv([dist.P2POp(*message, group) for message in messages])
+    return Pending(works, output, keep, stage, finish, sent)
 
 
 class Library:
@@ -207,8 +255,7 @@ class Library:
             works, outs = [work for x in gathered for work in x._works], [x._output for x in gathered]
             return Pending(works, outs, gathered, stage, finish)
         runs = rows.rank_major if permuted else rows.runs
-        views = list(map(self._sendable, views))
-        outs = self._wholes(views, rows, slot, lasting)
+        views, outs = self._ends(views, rows, slot, lasting)
         return self._exchange(fetched, runs, views, outs, outs, stage, slot, finish=finish)
 
     @staticmethod
@@ -249,15 +296,22 @@ class Library:
         if rows.runs is None:
             tensors = [x.index_select(0, rows.rank_rows) for x in tensors]
         others = self._received(tensors, slot)
-        arriving = [arrived_at(rows, runs, x, y) for x, y in zip(tensors, others)]
+        length, arriving = rows.local // len(runs), []
+        for x, received in zip(tensors, others):
+            own = [(slice(i * length, (i + 1) * length), x[firsts[rows.rank]:][:length])
+                   for i, firsts in enumerate(runs)]
+            arriving.append((received, own))
         return self._exchange(collected, runs, tensors, others, outs, stage, slot, after, lambda _: finish(arriving))
 
-    def _sendable(self, x: Tensor) -> Tensor:
-        """``[parts, T, h, D]``: x, or a copy whose rows can be sent. What all get is sent from its place here."""
-        return x if x.shape[0] == 1 else copy_rows(torch.empty(x.shape, dtype=x.dtype, device=x.device), x)
-
-    def _wholes(self, views: Sequence[Tensor], rows: Rows, slot: Slot, lasting: bool) -> list[Tensor]:
-        return [x.new_empty(rows.total, *x.shape[2:]) for x in views]
+    def _ends(self, views: Sequence[Tensor], rows: Rows, slot: Slot, lasting: bool
+              ) -> tuple[Sequence[Tensor], list[Tensor]]:
+        """Each ``[parts, T, h, D]``, or a copy whose parts can be sent; and where the whole ``[S, h, D]`` arrives."""
+        outs = []
+        for x in views:
+            outs.append(x.new_empty(rows.total, *x.shape[2:]))
+        if views[0].shape[0] > 1:
+            views = [copy_rows(torch.empty(x.shape, dtype=x.dtype, device=x.device), x) for x in views]
+        return views, outs
 
     def _received(self, tensors: Sequence[Tensor], slot: Slot) -> list[Tensor]:
         """Memory for others' rows of each ``[S, h, D]``: ``[P - 1, T, h, D]``."""
@@ -267,14 +321,8 @@ class Library:
                   outs: Sequence[Tensor], stage: str, slot: Slot, after: torch.cuda.Event | None = None,
                   finish: Callable[[Sequence[Tensor]], Any] | None = None) -> Pending:
         """Starts to send messages, and copies the rank's own; pending, ``outs`` or what ``finish`` makes of them."""
-        me, rounds = self.rows.rank, []
-        for outputs, inputs in messages(runs, me, sources, targets):
-            if outputs[me] is not None:
-                copy_rows(outputs[me], inputs[me])
-            sent = [outputs[me] if x is inputs[me] else x for x in inputs]
-            rounds.append(([*outputs[:me], None, *outputs[me + 1:]], [*sent[:me], None, *sent[me + 1:]]))
-        works = exchange(rounds, outs[0].device, self.group, stage)
-        return Pending(works, outs, (sources, targets, rounds), stage, finish)
+        rounds = messages(runs, self.rows.rank, sources, targets)
+        return exchange(rounds, outs, (sources, targets), self.group, stage, finish)
 
 
 def fetched(runs: Runs, me: int, views: Sequence[Tensor], outs: Sequence[Tensor]) -> Iterator[Messages]:
@@ -282,8 +330,11 @@ def fetched(runs: Runs, me: int, views: Sequence[Tensor], outs: Sequence[Tensor]
     for x, out in zip(views, outs):
         length, size = x.shape[1] // len(runs), len(runs[0])
         for i, firsts in enumerate(runs):
-            sent = x[:, i * length:(i + 1) * length].unbind()
-            yield [out[first:first + length] for first in firsts], [sent[r * len(sent) // size] for r in range(size)]
+            parts, outputs, inputs = x[:, i * length:(i + 1) * length].unbind(), [], []
+            for rank, first in enumerate(firsts):
+                outputs.append(out[first:first + length])
+                inputs.append(parts[rank * len(parts) // size])
+            yield outputs, inputs
 
 
 def collected(runs: Runs, me: int, tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Iterator[Messages]:
@@ -293,13 +344,6 @@ def collected(runs: Runs, me: int, tensors: Sequence[Tensor], others: Sequence[T
         for i, firsts in enumerate(runs):
             came = list(received[:, i * length:(i + 1) * length])
             yield [*came[:me], None, *came[me:]], [x[first:first + length] for first in firsts]
-
-
-def arrived_at(rows: Rows, runs, whole: Tensor, others: Tensor) -> Arrived:
-    """Of ``[S, h, D]`` this rank's own rows, beside the others' ``[P - 1, T, h, D]``."""
-    length = rows.local // len(runs)
-    return Arrived(others, [(slice(i * length, (i + 1) * length), whole[firsts[rows.rank]:][:length])
-                            for i, firsts in enumerate(runs)])
 
 
 def put(arrived: Sequence[Arrived], outs: Sequence[Tensor], rows: Rows) -> None:
@@ -325,3 +369,16 @@ def add(arrived: Sequence[Arrived], outs: Sequence[Tensor]) -> None:
     for (others, own), out in zip(arrived, outs):
         for part, mine in own:
             torch.add(others[0, part] if len(others) == 1 else others[:, part].sum(0), mine, out=out[part])
+
+
+met: WeakKeyDictionary[dist.ProcessGroup, Any] = WeakKeyDictionary()
+"""A group's :class:`.symmetric_memory.Peers`, None where its library moves rows."""
+
+
+def abandon(group: dist.ProcessGroup) -> bool:
+    """Gives up the arenas of all groups within this one: exchanges may be incomplete. Whether there were any."""
+    ranks = set(dist.get_process_group_ranks(group)) if met else set()
+    within = [each for each, peers in met.items() if peers and ranks.issuperset(dist.get_process_group_ranks(each))]
+    for each in within:
+        met.pop(each).give_up()
+    return bool(within)

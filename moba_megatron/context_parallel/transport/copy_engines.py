@@ -1,6 +1,4 @@
 """What symmetric memory asks of torch's private interface and of CUDA: arenas, copies and signals on two streams."""
-from __future__ import annotations
-
 import functools
 import os
 import sys

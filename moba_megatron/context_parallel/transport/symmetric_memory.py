@@ -9,24 +9,26 @@ Order. A signal is written after everything before it on its stream. A rank sign
 before it waits for "done": even where one queue runs everything, a wait is for what others issued before they waited.
 
 Safety. Of other ranks' memory a rank writes these numbers alone. One that fails in mid-schedule lets the others' waits
-pass (:func:`abandon`), all raise by their next call but one, and nothing uses those arenas again.
+pass (:func:`.comm.abandon`), all raise by their next call but one, and nothing uses those arenas again.
 """
-from __future__ import annotations
-
 import functools
+import logging
 import math
+import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .comm import Library, ListMessages, Messages, Pending, Runs, Slot, count_sent
-from .copy_engines import CopyEngines
-from .rows import Rows, whole_rows
+from .collective_check import CollectiveCheck
+from .comm import MAX_RUNS, Library, ListMessages, Messages, Pending, Rows, Runs, Slot, met
+from .copy_engines import CopyEngines, addresses_of_all, new_arena
 
+GRAIN = 32 << 20  # an arena is a multiple of this, bytes
 FLAG_STEP = 128  # bytes between the numbers that ranks write to each other
 FOR_EVER = 1 << 30  # exchanges ahead that a rank which gives up says are done
 MOST_PLANS = 512  # of a group
@@ -129,13 +131,12 @@ class SymmetricMemory(Library):
             return super().deliver(tensors, outs, stage, slot, after)
         return self._exchange(delivered, self.rows.runs, tensors, outs, outs, stage, slot, after)
 
-    def _sendable(self, x: Tensor) -> Tensor:
-        return whole_rows(x)
-
-    def _wholes(self, views: Sequence[Tensor], rows: Rows, slot: Slot, lasting: bool) -> list[Tensor]:
+    def _ends(self, views: Sequence[Tensor], rows: Rows, slot: Slot, lasting: bool
+              ) -> tuple[Sequence[Tensor], list[Tensor]]:
+        views = [x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous() for x in views]
         if lasting or views[0].shape[0] > 1:
-            return super()._wholes(views, rows, slot, lasting)
-        return self.tensors(slot, *(((rows.total, *x.shape[2:]), x.dtype) for x in views))
+            return views, [x.new_empty(rows.total, *x.shape[2:]) for x in views]
+        return views, self.tensors(slot, *(((rows.total, *x.shape[2:]), x.dtype) for x in views))
 
     def _received(self, tensors: Sequence[Tensor], slot: Slot) -> list[Tensor]:
         """Behind the tensors in their slot, where it has room: memory allocated now may be in use at ``after``."""
@@ -162,9 +163,8 @@ class SymmetricMemory(Library):
                 peers.plans.clear()
             listed = messages(runs, self.rows.rank, sources, targets)
             plan = peers.plans[key] = self._plan(listed, sources, targets, stage, begin, begin + lane)
-        count_sent(stage, plan.sent)
         done = peers.run(plan, bases + peers.arenas, after, stage, finish and functools.partial(finish, outs))
-        return Pending([done], outs, (sources, targets, outs), stage)
+        return Pending([done], outs, (sources, targets, outs), stage, sent=plan.sent)
 
     def _plan(self, listed: Iterator[Messages], sources: Sequence[Tensor], targets: Sequence[Tensor], stage: str,
               begin: int, end: int) -> Plan:
@@ -249,14 +249,54 @@ def first_slot(size: int) -> int:
     return aligned(2 * size * FLAG_STEP + 32)
 
 
-met: WeakKeyDictionary[dist.ProcessGroup, Peers | None] = WeakKeyDictionary()
-"""None: the group's library moves rows. Whoever adds a group is :func:`.choice.transport_for`."""
+def through_arenas(rows: Rows, group: dist.ProcessGroup, device: torch.device,
+                   lanes: Sequence[Sequence[int]]) -> SymmetricMemory | None:
+    """As :func:`..all_gather.transport_for` says; None where the group's library moves rows."""
+    sizes = [sum(aligned(x) + MAX_RUNS * aligned(1) for x in lane) for lane in lanes]  # a message each run
+    nbytes, peers = first_slot(rows.size) + 2 * sum(sizes), met.get(group)
+    if group not in met or peers is not None and peers.arena.nbytes < nbytes:
+        CollectiveCheck.look(group, wait=True)  # a rank that has raised would not come
+        torch.cuda.synchronize(device)  # then the arena before is free everywhere
+        peers = met[group] = meet(group, device, -(-nbytes // GRAIN) * GRAIN)
+    return None if peers is None else SymmetricMemory(rows, group, peers, sizes)
 
 
-def abandon(group: dist.ProcessGroup) -> bool:
-    """Gives up the arenas of all groups within this one: exchanges may be incomplete. Whether there were any."""
-    ranks = set(dist.get_process_group_ranks(group)) if met else set()
-    within = [each for each, peers in met.items() if peers and ranks.issuperset(dist.get_process_group_ranks(each))]
-    for each in within:
-        met.pop(each).give_up()
-    return bool(within)
+def meet(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> Peers | None:
+    """Makes arenas and maps everybody's; None on all ranks if that fails on one, whatever the failure."""
+    rank, size, peers, host, problem = dist.get_rank(group), group.size(), None, "", _choice(group.size())
+    for step in (0, 1):
+        try:
+            if problem is None and step == 0:
+                engines = CopyEngines(device, group._get_backend(device).options._timeout.total_seconds())
+                arena = new_arena(nbytes, device)
+                arena[:first_slot(size)] = 0
+                host = socket.gethostname() + Path("/proc/sys/kernel/random/boot_id").read_text()
+            elif problem is None:
+                arenas, keep = addresses_of_all(arena, group)
+                engines.attempt(arenas, rank, first_slot(size) - 32)
+                peers = Peers(rank, arena, arenas, engines, keep)
+        except Exception as error:  # whatever it is, the others wait to hear of it
+            problem = f"{type(error).__name__}: {error}"
+        everyone = [None] * size
+        dist.all_gather_object(everyone, (problem, host), group)
+        problems = [f"rank {r}: {x}" for r, (x, _) in enumerate(everyone) if x]
+        if not problems and len(set(everyone)) > 1:
+            problems = ["its ranks are on several hosts"]
+        if problems and rank == 0 and {x for x, _ in everyone} not in ({OFF}, {NOT_CHOSEN}):
+            logging.getLogger(__name__).warning("context parallel group of %d exchanges through its library: %s", size,
+                                                "; ".join(problems))
+        if problems:
+            return None
+    return peers
+
+
+OFF, NOT_CHOSEN = ("MOBA_CP_COPY_ENGINES=0",
+                   "copy engines among more than two ranks are chosen by MOBA_CP_COPY_ENGINES=1")
+
+
+def _choice(size: int) -> str | None:
+    """Why this rank does not want copy engines; None where it does. Never seen on hardware beyond two ranks."""
+    value = os.environ.get("MOBA_CP_COPY_ENGINES", "")
+    if value not in ("", "0", "1"):
+        return f"MOBA_CP_COPY_ENGINES must be 0 or 1, got {value!r}"
+    return OFF if value == "0" else NOT_CHOSEN if not value and size > 2 else None
