@@ -14,7 +14,7 @@ TINY = ("--rows", "tiny", "--backend", "reference", "--device", "cpu")
 
 
 def run_benchmark(size, *arguments):
-    done = torchrun(size, "benchmarks", *arguments, timeout=300,
+    done = torchrun(size, "benchmarks", *arguments,
                     environment={"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'examples'}"})
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

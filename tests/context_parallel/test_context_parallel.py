@@ -343,7 +343,7 @@ def bad_input_everywhere(rank, size):
                 collective.signature = f"query (8, 2), {problem if wrong else 'as agreed'}"
             texts.append(None)
         except ValueError as error:
-            assert time.monotonic() - begin < 5
+            assert time.monotonic() - begin < 60
             texts.append(str(error))
     with CollectiveCheck(dist.group.WORLD) as collective:  # the group is still usable
         collective.signature = "fine"

@@ -354,7 +354,7 @@ def everything(rank, size, folder):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    return run_ranks(everything, 3, folder, str(folder), seconds=200)
+    return run_ranks(everything, 3, folder, str(folder))
 
 
 def test_layers_do_not_wait_after_the_first_steps(results):

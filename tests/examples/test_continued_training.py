@@ -47,7 +47,7 @@ def test_commands_of_the_script(tmp_path):
                                 "MOBA": "20", "BACK": "10", "DATA_PATH": str(tmp_path / "data"),
                                 "RUN": str(tmp_path / "run")}
     done = subprocess.run(["bash", "examples/megatron_lm/dense_moba_dense.sh", "--seq-length", "1024"], cwd=ROOT,
-                          env=environment, capture_output=True, text=True, timeout=60)
+                          env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     trained = [line for line in done.stderr.splitlines() if "pretrain_gpt.py" in line]
     kinds = [("moba" if "--attention moba" in line else "full", "/switched/" in line) for line in trained]

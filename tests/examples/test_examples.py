@@ -262,7 +262,7 @@ class TestInspect:
 class TestBadInput:
     def test_missing_data_ends_all_ranks_with_one_message(self, tmp_path):
         result = torchrun(2, "pretrain_gpt", *MODEL, *TRAINING, "--context-parallel-size", "2",
-                          "--data-path", str(tmp_path / "nothing"), timeout=100)
+                          "--data-path", str(tmp_path / "nothing"))
         assert result.returncode != 0
         assert result.stderr.count("there is no file") == 1
 
@@ -323,7 +323,7 @@ class TestBadInput:
         assert message in capsys.readouterr().err
 
     def test_a_usage_error_ends_the_screen_and_comes_once(self):
-        result = torchrun(2, "pretrain_gpt", *MODEL, *TRAINING, "--data-path", "x", "--moba-topk", "0", timeout=100)
+        result = torchrun(2, "pretrain_gpt", *MODEL, *TRAINING, "--data-path", "x", "--moba-topk", "0")
         assert result.returncode != 0 and result.stderr.count("topk must be at least 1") == 1
         *_, said, rule = result.stderr.rstrip().splitlines()
         assert "error: " in said and "topk must be at least 1, got 0" in said and set(rule) == {"="}

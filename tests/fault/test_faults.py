@@ -54,7 +54,7 @@ def start(run: Path, flags, faults=(), options=()):
     environment = {"FAULTS": " ".join(faults), "FAULTS_DONE": str(run / "started")}
     return torchrun(2, "../tests/fault/faulty_job", *flags, "--save", str(run / "checkpoints"),
                     "--load", str(run / "checkpoints"), "--log-jsonl", str(run / "log.jsonl"),
-                    environment=environment, options=options, timeout=500)
+                    environment=environment, options=options)
 
 
 def start_in_forks(run: Path, flags, directory: Path) -> str:

@@ -4,6 +4,7 @@ On the CPU it all runs in forks of a process that has imported PyTorch and Megat
 too: importing them takes longer than most of what is tested.
 """
 import contextlib
+import faulthandler
 import functools
 import io
 import os
@@ -29,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 TORCHRUN = ["-m", "torch.distributed.run"]
 
 
-def torchrun(processes, program, *flags, timeout=150, environment=None, options=(), fork=True):
+def torchrun(processes, program, *flags, timeout=600, environment=None, options=(), fork=True):
     """Runs examples/<program>.py, or a module of benchmarks, under torchrun on CPU.
 
     Returns the CompletedProcess with stdout and stderr as text. ``environment`` is added to this process's,
@@ -42,7 +43,7 @@ def torchrun(processes, program, *flags, timeout=150, environment=None, options=
                         *named, *flags], environment, timeout, fork)
 
 
-def run_program(arguments, environment=None, seconds=150, fork=True):
+def run_program(arguments, environment=None, seconds=600, fork=True):
     """``python arguments`` (``-m module`` or a script, and its flags); where there is no GPU in a fork, if it may be.
 
     Returns the CompletedProcess with stdout and stderr as text. ``environment`` is added to this process's.
@@ -126,21 +127,21 @@ def pretrain_gpt(rank, size, flags):
     return err.getvalue()
 
 
-def run_ranks(function, size, directory, *args, seconds=300, backend="gloo"):
+def run_ranks(function, size, directory, *args, seconds=600, backend="gloo"):
     """Calls ``function(rank, size, *args)`` in ``size`` processes and returns their results, by rank.
 
-    Raises AssertionError with the traceback of a rank that failed, or where the time limit passed.
+    Raises AssertionError with the traceback of a rank that failed, or of those that the time limit found running.
     """
     directory = Path(directory)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     context = _start_method(backend)
-    shared = size, port, str(directory), backend, args, dict(os.environ)
+    shared = size, port, str(directory), backend, args, dict(os.environ), seconds
     processes = [context.Process(target=_main, args=(function, rank, *shared)) for rank in range(size)]
     for process in processes:
         process.start()
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds + 5  # at the limit each late rank writes where it stands
     try:
         while any(p.is_alive() for p in processes) and time.monotonic() < deadline:
             if any(p.exitcode not in (None, 0) for p in processes):
@@ -152,8 +153,8 @@ def run_ranks(function, size, directory, *args, seconds=300, backend="gloo"):
         for process in processes:
             process.kill() if process.is_alive() else None
             process.join()
-    errors = [path.read_text() for rank in range(size) if (path := directory / f"error{rank}.txt").exists()]
-    assert not errors, "\n".join(errors)
+    errors = [path.read_text() for path in sorted(directory.glob("error*.txt")) if path.stat().st_size]
+    assert not errors, f"ranks {late} did not finish within {seconds} s\n" * bool(late) + "\n".join(errors)
     assert not late, f"ranks {late} did not finish within {seconds} s"
     return [torch.load(directory / f"result{rank}.pt", weights_only=False) for rank in range(size)]
 
@@ -168,19 +169,23 @@ def _start_method(backend):
     return context
 
 
-def _main(function, rank, size, port, directory, backend, args, environment):
+def _main(function, rank, size, port, directory, backend, args, environment, seconds):
     os.environ.clear()  # a variable that a test has deleted since the first fork
     os.environ.update(environment, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size),
                       LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
     if backend == "nccl":
         torch.cuda.set_device(rank)
-    try:
-        dist.init_process_group(backend, rank=rank, world_size=size)
-        torch.save(function(rank, size, *args), Path(directory) / f"result{rank}.pt")
-        dist.barrier()
-        dist.destroy_process_group()
-    except BaseException:
-        (Path(directory) / f"error{rank}.txt").write_text(f"rank {rank}:\n{traceback.format_exc()}")
-        sys.stdout.flush()
-        os._exit(1)
+    with (Path(directory) / f"error{rank}.txt").open("w") as error:
+        faulthandler.dump_traceback_later(seconds, file=error)
+        try:
+            dist.init_process_group(backend, rank=rank, world_size=size)
+            torch.save(function(rank, size, *args), Path(directory) / f"result{rank}.pt")
+            dist.barrier()
+            dist.destroy_process_group()
+        except BaseException:
+            error.write(f"rank {rank}:\n{traceback.format_exc()}")
+            error.flush()
+            sys.stdout.flush()
+            os._exit(1)
+        faulthandler.cancel_dump_traceback_later()

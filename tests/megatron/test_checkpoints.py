@@ -174,7 +174,7 @@ def as_before(tensor):
 
 def test_the_key_convolution_is_taken_on_and_resharded(tmp_path):
     whole = {}
-    results = run_ranks(convolution, 2, tmp_path, str(tmp_path), seconds=240)
+    results = run_ranks(convolution, 2, tmp_path, str(tmp_path))
     for (before, fresh), (expected, _, _), stacked, error in results:
         assert torch.equal(before, fresh)
         assert stacked == (4, True)
@@ -188,7 +188,7 @@ def test_the_key_convolution_is_taken_on_and_resharded(tmp_path):
 
 
 def test_dense_and_moba_checkpoints_are_the_same(tmp_path):
-    for wholes, keys, sharded in run_ranks(interchange, 2, tmp_path, str(tmp_path), seconds=240):
+    for wholes, keys, sharded in run_ranks(interchange, 2, tmp_path, str(tmp_path)):
         assert keys[0] == keys[1] and sharded[0] == sharded[1]
         first, last = wholes
         assert first.keys() == last.keys() and len(first) > 10

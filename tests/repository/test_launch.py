@@ -29,7 +29,7 @@ def launch(script: str, *flags: str, path: str | None = None, root: Path = ROOT,
     """A script in an environment with nothing but PATH, HOME and these variables."""
     environment = {"PATH": path or os.environ["PATH"], "HOME": os.environ["HOME"], "PYENV_ROOT": "", **variables}
     return subprocess.run(["bash", str(root / "launch" / script), *flags], env=environment, cwd="/", text=True,
-                          capture_output=True, timeout=60, user=user)
+                          capture_output=True, timeout=300, user=user)
 
 
 def command(name: str, directory: Path, script: str) -> None:
@@ -324,7 +324,7 @@ class TestMissionSmoke:
         environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path), "USE_SYSTEM_PYTHON": "1",
                        "PYTHON": sys.executable, "GPUS": "1", "DATA_PATH": "data/mine", "OUTPUT": str(tmp_path / "out")}
         done = subprocess.run(["/bin/bash", str(ROOT / "launch/mission_smoke.sh")], capture_output=True, text=True,
-                              env=environment, timeout=60)
+                              env=environment, timeout=300)
         table = done.stderr[done.stderr.rindex("step  "):]
         assert done.returncode == 1, done.stderr
         assert re.search(r"quickstart-1 +good", table) and re.search(r"a6000 +FAILED .*status 3: .*a6000.log", table)

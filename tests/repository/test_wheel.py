@@ -36,7 +36,7 @@ def wheel(tmp_path_factory) -> Path:
 
     def build(what: str, folder: Path) -> None:
         code = f"import {build_meta.__name__} as backend; backend.build_{what}({str(output)!r})"
-        subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, capture_output=True, timeout=120)
+        subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, capture_output=True, timeout=300)
 
     build("sdist", source)
     archive, = output.glob("*.tar.gz")
@@ -95,7 +95,7 @@ def started(installed, tmp_path_factory) -> list:
     environment = {**os.environ, "PYTHONPATH": str(installed), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", RUN_ALL, json.dumps([command for command, *_ in COMMANDS])],
                           cwd=tmp_path_factory.mktemp("elsewhere"), env=environment, capture_output=True, text=True,
-                          timeout=120)
+                          timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     file, found = json.loads(done.stdout)
     assert Path(file).is_relative_to(installed)
