@@ -6,13 +6,15 @@ from collections import defaultdict
 from pathlib import Path
 
 from moba_megatron import plotting
-from moba_megatron.plotting import DARK, LIGHT, Theme
+from moba_megatron.plotting import LIGHT, Theme
 
 from . import comparison, report, training
 from .planner import pictures
 
 NAMES = {comparison.OWN: "MoBA, this package", "cuDNN": "full, cuDNN", "flash attention 2": "full, FlashAttention-2",
          "moonshot-moba": "MoBA, MoonshotAI", "fla-moba": "MoBA, fla"}
+DARK = Theme("#0d1117", "#e6edf3", "#9aa4af", "#58a6ff", "#30363d",
+             ("#f0883e", "#3fb950", "#bc8cff", "#9aa4af", "#39c5cf", "#d29922"))
 MOST_BYTES = 150_000
 """A picture that a repository keeps is not larger."""
 SMOOTHED = 20

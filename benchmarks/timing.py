@@ -4,14 +4,13 @@ from __future__ import annotations
 import contextlib
 import os
 import statistics
+import timeit
 from collections import defaultdict
 from typing import Callable
 from unittest import mock
 
 import torch
 from triton.runtime.jit import JITFunction
-
-from moba_megatron.tune import milliseconds as measure
 
 L2_MULTIPLE = 4
 MOST_INPUT_SETS = 16
@@ -24,6 +23,22 @@ def input_sets(bytes_each: int, device: torch.device) -> int:
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     return max(1, min(MOST_INPUT_SETS, -(-L2_MULTIPLE * cache // bytes_each)))
+
+
+def measure(run: Callable[[int], object], device: torch.device, repeats: int, warmup: int = 2) -> list[float]:
+    """Milliseconds of each of ``repeats`` calls ``run(i)`` after warm-up, enqueued without waiting in between."""
+    for i in range(warmup):
+        run(i)
+    if device.type != "cuda":
+        return [1e3 * timeit.timeit(lambda: run(i), number=1) for i in range(repeats)]
+    torch.cuda.synchronize(device)
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for i, (begin, end) in enumerate(events):
+        begin.record()
+        run(i)
+        end.record()
+    torch.cuda.synchronize(device)
+    return [begin.elapsed_time(end) for begin, end in events]
 
 
 def summary(times: list[float]) -> dict[str, float]:

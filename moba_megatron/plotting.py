@@ -25,8 +25,6 @@ class Theme:
 
 LIGHT = Theme("#ffffff", "#1f2328", "#59636e", "#0a5cc4", "#d8dee4",
               ("#b3470b", "#1a7f37", "#8250df", "#59636e", "#0b7285", "#9a6700"))
-DARK = Theme("#0d1117", "#e6edf3", "#9aa4af", "#58a6ff", "#30363d",
-             ("#f0883e", "#3fb950", "#bc8cff", "#9aa4af", "#39c5cf", "#d29922"))
 
 
 @contextmanager

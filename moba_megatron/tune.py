@@ -10,14 +10,13 @@ import argparse
 import functools
 import itertools
 import os
-import statistics
 import time
-import timeit
 from pathlib import Path
 from typing import Callable
 
 import torch
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 from . import environment, kernels
 from .kernels import tuning
@@ -86,8 +85,7 @@ def _as_tensors(result) -> list[Tensor]:
     return [x.detach().clone() for x in (result if isinstance(result, tuple) else (result,))]
 
 
-def _measurer(stage: str, run: Callable[[], object], forced: dict,
-              device: torch.device) -> Callable[[dict[str, int]], float | None]:
+def _measurer(stage: str, run: Callable[[], object], forced: dict) -> Callable[[dict[str, int]], float | None]:
     """The function that times one configuration of a stage, the stages already tuned being as they were found."""
     with tuning.forced(configs=forced):
         expected = _as_tensors(run())
@@ -97,28 +95,12 @@ def _measurer(stage: str, run: Callable[[], object], forced: dict,
             try:
                 if not _same(expected, _as_tensors(run())):
                     return None
-                return statistics.median(milliseconds(lambda i: run(), device, RUNS, 1))
+                return 1e3 * Timer("run()", globals={"run": run}).timeit(RUNS).mean  # after two calls to warm up
             except Exception as error:  # too much shared memory, no such layout: this one is not for this card
                 print(f"    {config}: {type(error).__name__}", flush=True)
                 return None
 
     return measure
-
-
-def milliseconds(run: Callable[[int], object], device: torch.device, repeats: int, warmup: int = 2) -> list[float]:
-    """Milliseconds of each of ``repeats`` calls ``run(i)`` after warm-up, enqueued without waiting in between."""
-    for i in range(warmup):
-        run(i)
-    if device.type != "cuda":
-        return [1e3 * timeit.timeit(lambda: run(i), number=1) for i in range(repeats)]
-    torch.cuda.synchronize(device)
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for i, (begin, end) in enumerate(events):
-        begin.record()
-        run(i)
-        end.record()
-    torch.cuda.synchronize(device)
-    return [begin.elapsed_time(end) for begin, end in events]
 
 
 def _same(expected: list[Tensor], got: list[Tensor]) -> bool:
@@ -147,7 +129,7 @@ def tune(arguments: argparse.Namespace) -> dict:
                 wanted = stage.startswith(prefix) and stage in (arguments.stages or (stage,))
                 if stage in forced or not wanted or time.perf_counter() > end:
                     continue
-                measure = _measurer(stage, run, forced, device)
+                measure = _measurer(stage, run, forced)
                 forced[stage], ms, first = climb(row.config, measure, lambda: time.perf_counter() < end)
                 why = f"D={head_dim}, chunk {chunk_size}: {first:.3f} -> {ms:.3f} ms"
                 print(f"  {stage}, {why}: {forced[stage]}", flush=True)

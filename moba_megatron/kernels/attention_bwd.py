@@ -74,7 +74,7 @@ def _attention_bwd(do: Buffer, q: Buffer, k: Buffer, v: Buffer, o: Buffer, dlse:
     if routing is None:
         routing = route(call.selected, call.kv_heads, call.num_chunks)
     partial_size = call.rows_per_kv_head * call.choices * q.shape[2]
-    groups = head_groups(call.kv_heads, partial_size * q.element_size(), scratch_limit())
+    groups = head_groups(call.kv_heads, partial_size * q.dtype.itemsize, scratch_limit())
     together = groups[0][1] - groups[0][0]
     # one tile holds the chunk: its program writes the partial dq too, and traffic is what it saves
     options = call.config("attention_bwd_dkdv", gluon=call.gluon)
@@ -113,7 +113,7 @@ def _preprocess(call: AttentionCall, o: Buffer, dlse: Buffer | None, lse: Buffer
     num_pieces = 0 if extra is None else extra.numel()
     tile_programs, *tile_tensors = tile_arguments(tiles)
     list_programs = max(cdiv(num_pieces, TILES), tile_programs)
-    options = tuning.config("attention_bwd_delta", o.device, head_dim=dim, itemsize=o.element_size())
+    options = tuning.config("attention_bwd_delta", o.device, head_dim=dim, itemsize=o.dtype.itemsize)
     launch(
         _attention_bwd_delta_kernel,
         (list_programs + cdiv(total * heads + 1, options["BLOCK_M"]),),

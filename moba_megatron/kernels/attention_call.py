@@ -1,6 +1,4 @@
 """One call of an attention stage: its tensors, what follows from their sizes, and the arguments that kernels share."""
-from __future__ import annotations
-
 import functools
 import math
 from dataclasses import dataclass
@@ -67,7 +65,7 @@ class AttentionCall:
 
     def config(self, stage: str, **key: int) -> dict[str, int]:
         return tuning.config(stage, self.q.device, head_dim=max(self.q.shape[2], self.v.shape[2]),
-                             chunk_size=self.segments.chunk_size, itemsize=self.q.element_size(), **key)
+                             chunk_size=self.segments.chunk_size, itemsize=self.q.dtype.itemsize, **key)
 
     def arguments(self, kernel, **own) -> dict[str, object]:
         """A launch's arguments by name: the kernel's own, and of those that a call has in common the ones it takes."""
@@ -115,7 +113,7 @@ class AttentionCall:
     def partial_tiles(self, partial: Buffer | None, dim: int, block_m: int, group: tuple[int, int]
                       ) -> tuple[Buffer | Descriptor | None, bool]:
         """The partial results of a group for a kernel that reads them in order, and whether through a descriptor."""
-        if partial is None or dim % 8 or partial.element_size() != 2 or not tma_available(partial.device):
+        if partial is None or dim % 8 or partial.dtype.itemsize != 2 or not tma_available(partial.device):
             return partial, False
         heads, width = (group[1] - group[0]) * self.heads_per_kv, self.choices * dim
         return Descriptor(TensorDescriptor, partial, ([self.q.shape[0], heads, width], [heads * width, width, 1],
@@ -146,8 +144,8 @@ def tma_available(device: torch.device) -> bool:
 def _describable(x: Buffer) -> bool:
     """Whether the hardware takes a descriptor of it; the stride of a single head does not matter."""
     strides = x.stride()[:2] if x.shape[1] > 1 else x.stride()[:1]
-    return (x.element_size() == 2 and misalignment(x) == 0 and x.stride(0) > 0 and x.shape[0] > 0
-            and all(s * x.element_size() % 16 == 0 for s in strides))
+    return (x.dtype.itemsize == 2 and misalignment(x) == 0 and x.stride(0) > 0 and x.shape[0] > 0
+            and all(s * x.dtype.itemsize % 16 == 0 for s in strides))
 
 
 def _described(x: Buffer, block_n: int) -> Descriptor:

@@ -72,7 +72,7 @@ def _attention_fwd(q: Buffer, k: Buffer, v: Buffer, selected: Buffer, segments: 
     else:
         tiles = make_tiles(routing, split)
     rows_per_head = stage.rows_per_kv_head * stage.choices
-    groups = head_groups(stage.kv_heads, rows_per_head * (v.shape[2] * q.element_size() + 4), scratch_limit())
+    groups = head_groups(stage.kv_heads, rows_per_head * (v.shape[2] * q.dtype.itemsize + 4), scratch_limit())
     partial_rows = rows_per_head * (groups[0][1] - groups[0][0])
     o_partial = empty((partial_rows, v.shape[2]), q.dtype, q.device)
     lse_partial = empty((partial_rows,), torch.float32, q.device)

@@ -69,7 +69,7 @@ def _config(k: Buffer, columns: int, num_items: int, num_blocks: int) -> dict[st
 
     Wide tiles read long runs; where they leave the card idle, blocks of rows go side by side instead.
     """
-    options = tuning.config("chunk_means", k.device, itemsize=k.element_size())
+    options = tuning.config("chunk_means", k.device, itemsize=k.dtype.itemsize)
     block_c, block_b = min(next_power_of_2(columns), options.pop("BLOCK")), 1
     while num_items * cdiv(columns, block_c) < PROGRAMS and block_b < min(8, num_blocks):
         block_b, block_c = 2 * block_b, max(block_c // 2, 64)

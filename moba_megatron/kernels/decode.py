@@ -60,7 +60,7 @@ def decode_gate(q: Buffer, k_cache: Buffer, means_cache: Buffer, cache_seqlens: 
         return selected
     num_kv_heads = k_cache.shape[2]
     group = num_heads // num_kv_heads
-    options = tuning.config("decode_gate", q.device, head_dim=head_dim, itemsize=q.element_size())
+    options = tuning.config("decode_gate", q.device, head_dim=head_dim, itemsize=q.dtype.itemsize)
     launch(
         _decode_gate_kernel,
         (batch * num_kv_heads * cdiv(group, HEADS_A_GATE),),
@@ -88,7 +88,7 @@ def decode_attention(q: Buffer, k_cache: Buffer, v_cache: Buffer, selected: Buff
     if batch == 0:
         return o, lse
     group = num_heads // num_kv_heads
-    options = tuning.config("decode", q.device, head_dim=max(head_dim, dim_v), itemsize=q.element_size())
+    options = tuning.config("decode", q.device, head_dim=max(head_dim, dim_v), itemsize=q.dtype.itemsize)
     candidates = batch * num_kv_heads * (group * choices + 1)
     pieces, piece_keys = _pieces(candidates, chunk_size, options.pop("PROGRAMS"), options["BLOCK_N"], q.device)
     partial_rows = (choices + 1) * pieces
@@ -141,7 +141,7 @@ def _places(cache: Buffer, cache_seqlens: Buffer, block_table: Buffer | None, ca
 def _tensors(**tensors: Buffer) -> dict:
     """Queries ``[B, H, D]`` and caches ``[B, S, HK, D]`` with their strides."""
     strides = {f"stride_{name[0]}{dim}": x.stride(i) for name, x in tensors.items()
-               for i, dim in enumerate("bhd" if x.dim() == 3 else "bth" if name == "means" else "bthd")}
+               for i, dim in enumerate("bhd" if len(x.shape) == 3 else "bth" if name == "means" else "bthd")}
     return tensors | strides
 
 

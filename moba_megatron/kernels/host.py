@@ -2,8 +2,6 @@
 
 Triton's own functions of these names cost microseconds a call.
 """
-from __future__ import annotations
-
 import torch
 from triton import knobs
 

@@ -6,9 +6,8 @@ first run of a plan goes through Triton's ``kernel[grid](...)``, which returns t
 is started by ``compiled[grid](...)``, with addresses in place of tensors, which spares Triton's look at every argument.
 A plan holds no memory of the device and nothing of a run: threads, streams and graphs under capture may share it.
 """
-from __future__ import annotations
-
 import functools
+import itertools
 import logging
 import math
 import os
@@ -56,14 +55,8 @@ class Buffer:
     def stride(self, dim: int | None = None):
         return self.strides if dim is None else self.strides[dim]
 
-    def dim(self) -> int:
-        return len(self.shape)
-
     def numel(self) -> int:
         return math.prod(self.shape)
-
-    def element_size(self) -> int:
-        return self.dtype.itemsize
 
     @property
     def source(self) -> tuple[int, int]:
@@ -100,7 +93,9 @@ class Descriptor:
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Buffer:
     """Uninitialised, contiguous memory: a result where the call returns it, else scratch."""
     strides = tuple(math.prod(max(1, n) for n in shape[i + 1:]) for i in range(len(shape)))
-    return _building.plan.allocate(tuple(shape), strides, dtype, device)
+    plan = _building.plan
+    plan._allocated.append(Buffer(plan.inputs + len(plan._allocated), tuple(shape), strides, dtype, device))
+    return plan._allocated[-1]
 
 
 def misalignment(x: Buffer | Tensor) -> int:
@@ -110,7 +105,7 @@ def misalignment(x: Buffer | Tensor) -> int:
 
 def rows(x: Tensor) -> Tensor:
     """A tensor, copied if it must be for the stride of its last dimension to be 1: what the kernels read."""
-    return x if x.stride(x.dim() - 1) == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **named) -> "_Launch":
@@ -201,6 +196,15 @@ def _has_tensors(kind: type) -> bool:
     return is_dataclass(kind) and any("Tensor" in str(field.type) for field in fields(kind))
 
 
+def _mapped(of: Callable, kind: type, x):
+    """What a call takes or returns, with ``of`` applied to all of a kind, also in tuples and in dataclasses of them."""
+    if isinstance(x, kind):
+        return of(x)
+    if type(x) is tuple:
+        return tuple([_mapped(of, kind, y) for y in x])
+    return type(x)(*[_mapped(of, kind, y) for y in vars(x).values()]) if _has_tensors(type(x)) else x
+
+
 def _run(key: tuple, function: Callable, args: tuple, named: dict[str, Any], tensors: list[Tensor],
          addresses: list[int], limit: int, event: torch.cuda.Event | None, out: Sequence[Tensor] | None):
     plan = _plans.get(key)
@@ -215,14 +219,12 @@ def _run(key: tuple, function: Callable, args: tuple, named: dict[str, Any], ten
 
 def _make_plan(function: Callable, args: tuple, named: dict[str, Any], tensors: list[Tensor], limit: int) -> "Plan":
     plan = Plan(tensors)
-    places = iter(range(len(tensors)))
+    places = itertools.count()
 
-    def buffer(x):
-        if isinstance(x, Tensor):
-            return Buffer(next(places), tuple(x.shape), x.stride(), x.dtype, x.device, 0, x.data_ptr() % 16)
-        return type(x)(*map(buffer, vars(x).values())) if _has_tensors(type(x)) else x
+    def buffer(x: Tensor) -> Buffer:
+        return Buffer(next(places), tuple(x.shape), x.stride(), x.dtype, x.device, 0, x.data_ptr() % 16)
 
-    args, named = [buffer(x) for x in args], {name: buffer(x) for name, x in named.items()}
+    args, named = [_mapped(buffer, Tensor, x) for x in args], {n: _mapped(buffer, Tensor, x) for n, x in named.items()}
     try:
         _building.plan, _building.limit = plan, limit
         plan.finish(function(*args, **named))
@@ -257,9 +259,7 @@ class _Launch:
 
         compiled = self.kernel[self.grid](*map(real, self.args), **{name: real(x) for name, x in self.named.items()})
         if self.compiled is None and hasattr(compiled, "__getitem__"):
-            runtime, constants = _parameters(self.kernel)
-            values = [*self.args, *(self.named[name] for name in runtime[len(self.args):]),
-                      *(self.named.get(name, default) for name, default in constants)]
+            values = [*self.args, *(self.named.get(p.name, p.default) for p in self.kernel.params[len(self.args):])]
             pointers, descriptors = [], []
             for position, x in enumerate(values):
                 if isinstance(x, Descriptor):
@@ -297,13 +297,6 @@ def _moved(at_address: dict[int, Any], address: int) -> Any:
     return made
 
 
-@functools.lru_cache(maxsize=None)
-def _parameters(kernel) -> tuple[tuple[str, ...], tuple[tuple[str, Any], ...]]:
-    """Names of a kernel's arguments at run time, and of its constexprs with their defaults."""
-    return (tuple(p.name for p in kernel.params if not p.is_constexpr),
-            tuple((p.name, p.default) for p in kernel.params if p.is_constexpr))
-
-
 class Plan:
     """The launches of a call with one signature."""
 
@@ -314,15 +307,13 @@ class Plan:
         self.is_prepared, self._faulty = False, False  # every launch has its compiled kernel; one has failed
         self._allocated: list[Buffer] = []
 
-    def allocate(self, *layout) -> Buffer:
-        self._allocated.append(Buffer(self.inputs + len(self._allocated), *layout))
-        return self._allocated[-1]
-
     def finish(self, returned) -> None:
         """Lays out the scratch memory: of allocations that are not returned, for as long as launches use them."""
         self._returned = returned
         self.event_at = len(self.launches) if self.event_at is None else self.event_at
-        places = sorted({x.place for x in _buffers_in(returned) if x.place >= self.inputs})
+        found: set[int] = set()
+        _mapped(lambda x: found.add(x.place) or x, Buffer, returned)
+        places = sorted(place for place in found if place >= self.inputs)
         self._results = {place: self._allocated[place - self.inputs] for place in places}
         wholes = returned if isinstance(returned, tuple) else (returned,)
         self._flat = all(isinstance(x, Buffer) and x is self._results.get(x.place) for x in wholes)
@@ -361,7 +352,9 @@ class Plan:
         if self._flat:
             ordered = tuple(map(results.__getitem__, self._order))
             return ordered if isinstance(self._returned, tuple) else ordered[0]
-        return self._assembled(self._returned, tensors, dict(zip(self._results, results)))
+        made = dict(zip(self._results, results))
+        return _mapped(lambda x: _view(tensors[x.place] if x.place < self.inputs else made[x.place], x), Buffer,
+                       self._returned)
 
     def _prepared(self, addresses: list[int], results: list[Tensor], workspace: Tensor | None,
                   event: torch.cuda.Event | None, device: torch.device) -> None:
@@ -397,26 +390,9 @@ class Plan:
         for launch in self.launches[self.event_at:]:
             start(launch, *args)
 
-    def _assembled(self, x, tensors: list[Tensor], results: dict[int, Tensor]):
-        kind = type(x)
-        if kind is Buffer:
-            return _view(tensors[x.place] if x.place < self.inputs else results[x.place], x)
-        if kind is tuple:
-            return tuple([self._assembled(y, tensors, results) for y in x])
-        if _has_tensors(kind):
-            return kind(*[self._assembled(y, tensors, results) for y in vars(x).values()])
-        return x
-
 
 def _view(base: Tensor, x: Buffer) -> Tensor:
     """The part of an input or allocation that a buffer is."""
     if x.offset == 0 and base.shape == x.shape:
         return base
     return base.as_strided(x.shape, x.strides, base.storage_offset() + x.offset)
-
-
-def _buffers_in(x) -> list[Buffer]:
-    if isinstance(x, Buffer):
-        return [x]
-    inner = x if isinstance(x, tuple) else vars(x).values() if _has_tensors(type(x)) else ()
-    return [buffer for y in inner for buffer in _buffers_in(y)]

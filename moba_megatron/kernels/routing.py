@@ -91,7 +91,7 @@ def route_in_tiles(selected: Buffer, num_kv_heads: int, num_chunks: int, block: 
     tiles = Tiles.empty(routing, block) if block else None
     tile_programs, *tile_tensors = tile_arguments(tiles)
     options = tuning.config("route", device)
-    limit = max(COUNTER_BYTES // indices.element_size(), indices.numel() // 2) // (num_kv_heads * num_chunks)
+    limit = max(COUNTER_BYTES // indices.dtype.itemsize, indices.numel() // 2) // (num_kv_heads * num_chunks)
     num_groups, tokens = token_groups(total, cdiv(options["BLOCK"], group * choices),
                                       max(1, selected.numel() >> 29,  # a group numbers its own in 32 bits
                                           min(PROGRAMS // num_kv_heads, MOST_GROUPS, limit)))

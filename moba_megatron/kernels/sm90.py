@@ -3,8 +3,6 @@
 They hold D = DV = 64 or 128 in 16 bits, on sm_90 alone. The tuning table chooses them, by the key ``gluon``;
 everything else runs the Triton kernels.
 """
-from __future__ import annotations
-
 import functools
 import importlib
 import logging
@@ -29,7 +27,7 @@ PROGRAMS = 1056
 def takes(*tensors: Buffer | torch.Tensor) -> bool:
     """Whether the kernels can take q, k, v (and do): same 16-bit dtype, D = DV = 64 or 128, rows aligned."""
     q = tensors[0]
-    return (q.element_size() == 2 and q.shape[2] in (64, 128)
+    return (q.dtype.itemsize == 2 and q.shape[2] in (64, 128)
             and all(x.dtype == q.dtype and x.shape[2] == q.shape[2] and misalignment(x) == 0
                     and all(s % 8 == 0 for s in _strides(x)) for x in tensors)
             and not INTERPRETED and torch.cuda.get_device_capability(q.device) == (9, 0) and _importable())

@@ -5,8 +5,6 @@ launch options. The rows are in ``tuning_table.py``; ``python -m moba_megatron.t
 unknown card, which ``MOBA_TUNING_FILE`` puts in front of the packaged ones. ``MOBA_TUNING_ARCH`` (``sm_86``) chooses
 another architecture's rows. Both are read once a process.
 """
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

@@ -28,7 +28,7 @@ class Row:
     archs: str
     upto: dict[str, int]
     config: dict[str, int]
-    why: str
+    why: str = UNTUNED
 
     def fits(self, arch: str, key: dict[str, int]) -> bool:
         return ((self.archs == "*" or arch in self.archs.split())
@@ -45,6 +45,12 @@ def _sm90(stages: int, **more: int) -> dict[str, int]:
     return {"STAGES": stages, "LOADER_REGS": 40, "CONSUMER_REGS": 232, "num_warps": 4, "num_stages": 1, **more}
 
 
+def _portable(*sizes: tuple[int, int, int, int], **more: int) -> tuple[Row, ...]:
+    """Untuned rows for every card: for 16 bits and for fp32 at head dims up to 128, then at larger ones."""
+    keys = {"head_dim": 128, "itemsize": 2}, {"head_dim": 128}, {"itemsize": 2}, {}
+    return tuple(Row("*", key, _c(*size, **more)) for key, size in zip(keys, sizes))
+
+
 RESIDENT = _c(64, 128, 4, 3, SPLIT=2048)
 """The forward where a chunk of up to 128 keys stays in shared memory."""
 WITH_SLOTS = _c(64, 128, 8, 2, SPLIT=4096)
@@ -52,31 +58,26 @@ WITH_SLOTS = _c(64, 128, 8, 2, SPLIT=4096)
 
 TABLE: dict[str, tuple[Row, ...]] = {
     # BLOCK running sums (columns of heads x dims, times blocks of rows side by side) of a program
-    "chunk_means": (
-        Row("*", {}, {"BLOCK": 1024, "num_warps": 4, "num_stages": 1}, UNTUNED),
-    ),
+    "chunk_means": (Row("*", {}, {"BLOCK": 1024, "num_warps": 4, "num_stages": 1}),),
     # BLOCK_M queries of one head against BLOCK_N chunk means, into LANES lists a row, at most PASS choices at a time;
     # the latest WARM tiles give a first threshold
     "gate": (
         Row("sm_90", {"head_dim": 128, "itemsize": 2, "choices": 8},
             _c(64, 64, 4, 2, WARM=8, LANES=4, PASS=8, maxnreg=128),
             "22.3 ms at 512K, chunk 128, topk 8; 128 rows 23.3, without maxnreg 23.9, WARM=0 30.4"),
-        Row("sm_90", {"head_dim": 128, "itemsize": 2, "choices": 15},
-            _c(64, 64, 4, 2, WARM=8, LANES=4, PASS=15), UNTUNED),
-        Row("*", {"head_dim": 128, "itemsize": 2}, _c(64, 64, 4, 2, WARM=8, LANES=4, PASS=8), UNTUNED),
-        Row("*", {}, _c(32, 32, 4, 1, WARM=4, LANES=4, PASS=8), UNTUNED),
+        Row("sm_90", {"head_dim": 128, "itemsize": 2, "choices": 15}, _c(64, 64, 4, 2, WARM=8, LANES=4, PASS=15)),
+        Row("*", {"head_dim": 128, "itemsize": 2}, _c(64, 64, 4, 2, WARM=8, LANES=4, PASS=8)),
+        Row("*", {}, _c(32, 32, 4, 1, WARM=4, LANES=4, PASS=8)),
     ),
     # BLOCK rows of one column of `selected` that a program places at a time
-    "route": (
-        Row("*", {}, {"BLOCK": 64, "num_warps": 1, "num_stages": 1}, UNTUNED),
-    ),
+    "route": (Row("*", {}, {"BLOCK": 64, "num_warps": 1, "num_stages": 1}),),
     # BLOCK_M gathered (query, head) rows of one (chunk, kv head) against the chunk, BLOCK_N keys at a time; a chunk
     # that BLOCK_N covers stays in shared memory while a program's SPLIT rows stream past it. CONSUMER_REGS: for the
     # kernels of sm90.py, which have BUFFERS for rows and STAGES for keys; ragged: keys beyond the last 64 of a chunk
     "attention_fwd": (
-        Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2, "chunk_size": 64}, _c(64, 64, 4, 3, SPLIT=2048), UNTUNED),
-        Row("sm_90", {"head_dim": 64, "itemsize": 2, "chunk_size": 128}, RESIDENT, UNTUNED),
-        Row("sm_100", {"head_dim": 128, "itemsize": 2, "chunk_size": 128}, RESIDENT, UNTUNED),
+        Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2, "chunk_size": 64}, _c(64, 64, 4, 3, SPLIT=2048)),
+        Row("sm_90", {"head_dim": 64, "itemsize": 2, "chunk_size": 128}, RESIDENT),
+        Row("sm_100", {"head_dim": 128, "itemsize": 2, "chunk_size": 128}, RESIDENT),
         Row("sm_90 sm_100", {"head_dim": 64, "itemsize": 2}, _c(64, 128, 4, 2),
             "H200, 8 heads of 64, 128K/512/3: 0.91 ms; 64x64 at 3 stages 0.94, 128x64 1.12, at 3 stages 0.96"),
         Row("sm_90", {"head_dim": 128, "itemsize": 2, "ragged": 0},
@@ -87,10 +88,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
             "H200, 128K/128/8: 3.8 ms; SPLIT 1024 3.9, 512 4.0; 2 stages 4.2; 128x128, 8 warps 4.8; keys streamed 4.6"),
         Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2}, _c(128, 64, 4, 2),
             "H200, 128K/512/8: 9.2 ms; 3 stages, 8 warps 12.4; 64x64, 128x32 10.7; 128K/2048/3: 8.3 (515 TFLOP/s)"),
-        Row("*", {"head_dim": 128, "itemsize": 2}, _c(64, 64, 4, 2), UNTUNED),
-        Row("*", {"head_dim": 128}, _c(32, 32, 4, 1), UNTUNED),
-        Row("*", {"itemsize": 2}, _c(64, 32, 4, 1), UNTUNED),
-        Row("*", {}, _c(16, 16, 4, 1), UNTUNED),
+        *_portable((64, 64, 4, 2), (32, 32, 4, 1), (64, 32, 4, 1), (16, 16, 4, 1)),
     ),
     # BLOCK_M queries of one head against their diagonal chunk, BLOCK_N keys at a time, then the merge
     "attention_fwd_diagonal": (
@@ -100,22 +98,20 @@ TABLE: dict[str, tuple[Row, ...]] = {
             "H200, dense 32K: 9.5 ms (462 TFLOP/s); 128x64 at 4 warps 10.3; 128x128 at 8 warps 10.9; 64x64 11.6"),
         Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2}, _c(64, 64, 4, 3),
             "H200, 128K/2048/3: 3.3 ms, 2 stages 3.7; 128K/512/8: 2.27, 2 stages 2.33"),
-        Row("*", {"head_dim": 128, "itemsize": 2}, _c(64, 64, 4, 2), UNTUNED),
-        Row("*", {"head_dim": 128}, _c(32, 32, 4, 1), UNTUNED),
+        Row("*", {"head_dim": 128, "itemsize": 2}, _c(64, 64, 4, 2)),
+        Row("*", {"head_dim": 128}, _c(32, 32, 4, 1)),
         Row("*", {"itemsize": 2}, _c(64, 32, 8, 1), "untuned: 4 warps spill 0.4 to 0.9 KB a thread at head dim 256"),
-        Row("*", {}, _c(16, 16, 4, 1), UNTUNED),
+        Row("*", {}, _c(16, 16, 4, 1)),
     ),
     # BLOCK_M (query, head) rows: delta = <do, o> - dlse
-    "attention_bwd_delta": (
-        Row("*", {}, {"BLOCK_M": 32, "num_warps": 4, "num_stages": 1}, UNTUNED),
-    ),
+    "attention_bwd_delta": (Row("*", {}, {"BLOCK_M": 32, "num_warps": 4, "num_stages": 1}),),
     # BLOCK_N keys of one (chunk, kv head) against its list, BLOCK_M rows at a time, SPLIT rows of a list a program;
     # where one tile holds the chunk, the kernel writes partial dq too
     "attention_bwd_dkdv": (
         Row("sm_100", {"head_dim": 128, "itemsize": 2, "chunk_size": 128}, _c(32, 128, 8, 2, SPLIT=4096),
             "untuned: 64 rows would need 576 of 512 columns of tensor memory"),
-        Row("sm_90", {"head_dim": 128, "itemsize": 2, "chunk_size": 64}, WITH_SLOTS, UNTUNED),
-        Row("sm_90", {"head_dim": 64, "itemsize": 2, "chunk_size": 128}, WITH_SLOTS, UNTUNED),
+        Row("sm_90", {"head_dim": 128, "itemsize": 2, "chunk_size": 64}, WITH_SLOTS),
+        Row("sm_90", {"head_dim": 64, "itemsize": 2, "chunk_size": 128}, WITH_SLOTS),
         Row("sm_90 sm_100", {"head_dim": 64, "itemsize": 2}, _c(64, 64, 4, 2, SPLIT=4096),
             "H200, 8 heads of 64, 32K/512/3: 0.58 ms"),
         Row("sm_90", {"head_dim": 128, "itemsize": 2}, _sm90(3, BLOCK_M=64, SPLIT=4096),
@@ -125,10 +121,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
             "H200: 9.0 ms at 128K, chunk 128, topk 8, partial dq included; 64 keys and a dq kernel of its own 11.2"),
         Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2}, _c(64, 64, 4, 2, SPLIT=4096),
             "H200: 16.2 ms at 128K, chunk 512, topk 8; 64x128, 8 warps, 3 stages 17.4, 32x64 20.1"),
-        Row("*", {"head_dim": 128, "itemsize": 2}, _c(32, 64, 4, 1, SPLIT=4096), UNTUNED),
-        Row("*", {"head_dim": 128}, _c(16, 32, 4, 1, SPLIT=4096), UNTUNED),
-        Row("*", {"itemsize": 2}, _c(32, 32, 4, 1, SPLIT=4096), UNTUNED),
-        Row("*", {}, _c(16, 16, 4, 1, SPLIT=4096), UNTUNED),
+        *_portable((32, 64, 4, 1), (16, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1), SPLIT=4096),
     ),
     # BLOCK_M gathered rows against the chunk, BLOCK_N keys at a time, into partial dq
     "attention_bwd_dq": (
@@ -138,24 +131,18 @@ TABLE: dict[str, tuple[Row, ...]] = {
             "H200, 128K/512/8: 9.5 ms, Triton's 11.9; SPLIT 512 10.0, 2048 10.3; 128 keys, 1 stage 13.3"),
         Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2}, _c(128, 32, 4, 3),
             "H200: 12.1 ms at 128K, chunk 512, topk 8; 64 rows 13.7, 2 stages 13.6, 128x64 at 8 warps 13.8"),
-        Row("*", {"head_dim": 128, "itemsize": 2}, _c(64, 32, 4, 1), UNTUNED),
-        Row("*", {"head_dim": 128}, _c(32, 16, 4, 1), UNTUNED),
-        Row("*", {"itemsize": 2}, _c(32, 32, 4, 1), UNTUNED),
-        Row("*", {}, _c(16, 16, 4, 1), UNTUNED),
+        *_portable((64, 32, 4, 1), (32, 16, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)),
     ),
     # BLOCK_M queries of one head against their diagonal chunk, BLOCK_N keys at a time, then the sum of partial dq
     "attention_bwd_dq_diagonal": (
         Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2}, _c(64, 64, 4, 2),
             "H200: 2.5 ms at 128K, chunk 512, topk 8; 32 rows 3.2, 8 warps 4.0"),
-        Row("*", {"head_dim": 128, "itemsize": 2}, _c(32, 32, 4, 1), UNTUNED),
-        Row("*", {"head_dim": 128}, _c(32, 16, 4, 1), UNTUNED),
-        Row("*", {"itemsize": 2}, _c(32, 32, 4, 1), UNTUNED),
-        Row("*", {}, _c(16, 16, 4, 1), UNTUNED),
+        *_portable((32, 32, 4, 1), (32, 16, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)),
     ),
     # BLOCK_C chunk means at a time against the query heads of one kv head
     "decode_gate": (
-        Row("*", {"head_dim": 128, "itemsize": 2}, {"BLOCK_C": 128, "num_warps": 4, "num_stages": 1}, UNTUNED),
-        Row("*", {}, {"BLOCK_C": 32, "num_warps": 4, "num_stages": 1}, UNTUNED),
+        Row("*", {"head_dim": 128, "itemsize": 2}, {"BLOCK_C": 128, "num_warps": 4, "num_stages": 1}),
+        Row("*", {}, {"BLOCK_C": 32, "num_warps": 4, "num_stages": 1}),
     ),
     # BLOCK_N keys of a chunk at a time; chunks are cut into pieces until a processor has PROGRAMS of them
     "decode": (
@@ -163,8 +150,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
             {"BLOCK_N": 64, "PROGRAMS": 2, "num_warps": 4, "num_stages": 3},
             "H200, step at 128K/512/8, 32:8 heads, batch 16 and 1: 0.235, 0.0298 ms; PROGRAMS 4 0.235, 0.0326; with "
             "those, 4 stages 0.238, 0.0337; 8 warps 0.238, 0.0334; 128 keys, 2 stages 0.234, 0.0318"),
-        Row("*", {"head_dim": 128, "itemsize": 2}, {"BLOCK_N": 32, "PROGRAMS": 4, "num_warps": 4, "num_stages": 3},
-            UNTUNED),
-        Row("*", {}, {"BLOCK_N": 16, "PROGRAMS": 4, "num_warps": 4, "num_stages": 2}, UNTUNED),
+        Row("*", {"head_dim": 128, "itemsize": 2}, {"BLOCK_N": 32, "PROGRAMS": 4, "num_warps": 4, "num_stages": 3}),
+        Row("*", {}, {"BLOCK_N": 16, "PROGRAMS": 4, "num_warps": 4, "num_stages": 2}),
     ),
 }

@@ -1,6 +1,4 @@
 """Scratch memory: how much a call may take, the groups of kv heads that keep within it, and where each tensor lies."""
-from __future__ import annotations
-
 import os
 
 DEFAULT_MIB = 1024

@@ -2,7 +2,7 @@
 import torch
 from torch import Tensor
 
-from ..segments import Segments
+from ..segments import uniform_segments
 from .attention import attention_fwd
 from .chunk_means import chunk_means
 from .gating import gate
@@ -15,7 +15,8 @@ def cache_means(k_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor, chu
     Args: as :func:`moba_megatron.ops.decode.moba_decode`, like those of the other stages.
     """
     for b, keys in enumerate(_sequences(k_cache, cache_seqlens, block_table, cache_starts)):
-        _write_means(means_cache[b], keys, range(keys.shape[0] // chunk_size), chunk_size)
+        full = keys.shape[0] // chunk_size
+        means_cache[b, :full] = _means(keys, chunk_size)[:full]
 
 
 def decode_gate(q: Tensor, k_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor, chunk_size: int, topk: int, *,
@@ -34,8 +35,9 @@ def decode_gate(q: Tensor, k_cache: Tensor, means_cache: Tensor, cache_seqlens: 
         if own < 1:
             continue
         if offset == 0:
-            _write_means(means_cache[b], keys, range(own - 1, own), chunk_size)
-        selected[b] = gate(q[b:b + 1], means_cache[b, :own], _last_position(keys.shape[0], chunk_size, q), topk)[0]
+            means_cache[b, own - 1] = _means(keys[-1 - chunk_size:-1], chunk_size)[0]
+        segments = uniform_segments(1, keys.shape[0], 1, chunk_size, q.device)
+        selected[b] = gate(q[b:b + 1], means_cache[b, :own], segments, topk)[0]
     return selected
 
 
@@ -53,18 +55,10 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, selected: Tens
     k, v = (_sequences(x, cache_seqlens, block_table, cache_starts) for x in (k_cache, v_cache))
     for b, (keys, values) in enumerate(zip(k, v)):
         if keys.shape[0]:
-            segments = _last_position(keys.shape[0], chunk_size, q)
+            segments = uniform_segments(1, keys.shape[0], 1, chunk_size, q.device)
             o[b:b + 1], lse[b:b + 1] = attention_fwd(q[b:b + 1], keys, values, selected[b:b + 1], segments,
                                                      softmax_scale)
     return o, lse
-
-
-def _last_position(length: int, chunk_size: int, like: Tensor) -> Segments:
-    """One query at the end of one sequence."""
-    def whole(*values: int) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=like.device)
-
-    return Segments(whole(0, 1), whole(0, length), whole(0), whole(length - 1), 1, length, chunk_size)
 
 
 def _sequences(cache: Tensor, cache_seqlens: Tensor, block_table: Tensor | None, cache_starts: Tensor | None):
@@ -78,8 +72,6 @@ def _sequences(cache: Tensor, cache_seqlens: Tensor, block_table: Tensor | None,
             yield cache[block_table[b, row // cache.shape[1]].long(), row % cache.shape[1]]
 
 
-def _write_means(means: Tensor, keys: Tensor, chunks: range, chunk_size: int) -> None:
-    """Means ``[chunks, HK, D]`` of some chunks of one sequence's keys, in place."""
-    keys = keys[chunks.start * chunk_size:chunks.stop * chunk_size]
-    if chunks:
-        means[chunks.start:chunks.stop] = chunk_means(keys, _last_position(len(keys), chunk_size, keys))[:len(chunks)]
+def _means(keys: Tensor, chunk_size: int) -> Tensor:
+    """Means of the chunks of one sequence's keys ``[length, HK, D]``, one more than are full."""
+    return chunk_means(keys, uniform_segments(1, keys.shape[0], 1, chunk_size, keys.device))
