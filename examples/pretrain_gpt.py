@@ -68,6 +68,7 @@ def initialize(args) -> None:
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         context_parallel_size=args.context_parallel_size,
+        hierarchical_context_parallel_sizes=args.hierarchical_context_parallel_sizes,
         distributed_timeout_minutes=args.distributed_timeout_minutes,
     )
     # As Megatron-LM does: pipeline stages start differently, everything else from the same seed.

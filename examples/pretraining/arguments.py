@@ -59,6 +59,9 @@ def _add_parallel_args(parser):
     group.add_argument("--pipeline-model-parallel-size", type=int, default=1)
     group.add_argument("--context-parallel-size", type=int, default=1)
     group.add_argument("--cp-comm-type", default="all_gather")
+    group.add_argument("--hierarchical-context-parallel-sizes", type=int, nargs=2, metavar=("INNER", "OUTER"),
+                       help="for --cp-comm-type a2a+all_gather: ranks that exchange heads, such as a machine's, and "
+                            "how many of those gather keys")
     group.add_argument("--sequence-parallel", action="store_true")
     group.add_argument("--use-distributed-optimizer", action="store_true")
     group.add_argument("--overlap-grad-reduce", action="store_true")
@@ -149,6 +152,10 @@ def _derive_and_validate(args):
         raise ValueError(f"--num-layers must be a multiple of --pipeline-model-parallel-size "
                          f"({args.pipeline_model_parallel_size}), got {args.num_layers}")
     pieces = 2 * args.context_parallel_size if args.context_parallel_size > 1 else 1
+    levels = args.hierarchical_context_parallel_sizes
+    if levels and (min(levels) < 1 or math.prod(levels) != args.context_parallel_size):
+        raise ValueError("--hierarchical-context-parallel-sizes must be positive, their product --context-parallel-size"
+                         f" ({args.context_parallel_size}), got {levels[0]} {levels[1]}")
     if args.sequence_parallel:
         if args.tensor_model_parallel_size == 1:
             raise ValueError("--sequence-parallel splits over tensor parallel ranks, "

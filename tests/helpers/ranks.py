@@ -6,6 +6,7 @@ too: importing them takes longer than most of what is tested.
 import contextlib
 import faulthandler
 import functools
+import importlib
 import io
 import os
 import random
@@ -28,6 +29,7 @@ import torch.multiprocessing as mp
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = ["-m", "torch.distributed.run"]
+PRELOADED = ["moba_megatron", "megatron.core.models.gpt", "megatron.core.distributed"]
 
 
 def torchrun(processes, program, *flags, timeout=600, environment=None, options=(), fork=True):
@@ -81,6 +83,10 @@ def _program(arguments, environment, out, err):
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     if environment.get("PYTHONWARNINGS") == "ignore":
         warnings.simplefilter("ignore")
+    _run(arguments)
+
+
+def _run(arguments):
     if arguments[:2] == TORCHRUN:
         from torch.distributed import run
         run.config_from_args = functools.partial(_with_forks, run.config_from_args)
@@ -165,7 +171,7 @@ def _start_method(backend):
     if backend == "nccl" or torch.cuda.is_available():
         return mp.get_context("spawn")
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["moba_megatron", "megatron.core.models.gpt", "megatron.core.distributed"])
+    context.set_forkserver_preload(PRELOADED)
     return context
 
 
@@ -189,3 +195,10 @@ def _main(function, rank, size, port, directory, backend, args, environment, sec
             sys.stdout.flush()
             os._exit(1)
         faulthandler.cancel_dump_traceback_later()
+
+
+if __name__ == "__main__":  # in Python's place: `ranks.py -m torch.distributed.run ...`, whose ranks are forks
+    warnings.simplefilter("ignore")
+    for name in PRELOADED:
+        importlib.import_module(name)
+    _run(sys.argv[1:])
