@@ -101,7 +101,9 @@ def pretrain(args) -> None:
     args.model_description = describe_model(args, tokenizer)
     config = build_config(args)
     model = build_model(args, config)
-    optimizer, scheduler = build_optimizer(args, config, model)
+    if args.pretrained_checkpoint and not first:
+        checkpointing.load_weights(args, model)
+    optimizer, scheduler = build_optimizer(args, config, model)  # copies the weights
     train_data, valid_data = data.build_datasets(args, blend, tokenizer)
     if first:
         checkpointing.load_checkpoint(args, first, model, optimizer, scheduler)
@@ -253,7 +255,9 @@ def describe(args, monitor, model, first: int) -> None:
                 f"{args.world_size} process(es) on {device}: "
                 f"TP {args.tensor_model_parallel_size} x PP {args.pipeline_model_parallel_size} x "
                 f"CP {args.context_parallel_size} x DP {args.data_parallel_size}")
-    if args.load:
+    if args.pretrained_checkpoint and not first:
+        monitor.say(f"starting from the weights of {args.pretrained_checkpoint}")
+    elif args.load:
         monitor.say(f"resuming after step {first} from {args.load}" if first
                     else f"no checkpoint in {args.load}: starting afresh")
     settings = {name: value for name, value in vars(args).items() if isinstance(value, (bool, int, float, str, list))}

@@ -48,6 +48,7 @@ def _add_model_args(parser):
     group.add_argument("--norm-epsilon", type=float, default=1e-5)
     group.add_argument("--qk-layernorm", action="store_true", help="normalise queries and keys")
     group.add_argument("--init-method-std", type=float, default=0.02)
+    group.add_argument("--vocab-size", type=int, help="of a model that has more ids than the data's tokenizer")
     group.add_argument("--make-vocab-size-divisible-by", type=int, default=128)
     group.add_argument("--untie-embeddings-and-output-weights", action="store_true")
     group.add_argument("--transformer-impl", choices=("local", "transformer_engine"), default="local")
@@ -111,6 +112,8 @@ def _add_checkpoint_args(parser):
     group.add_argument("--save-interval", type=int)
     group.add_argument("--load", help="directory to resume from; training starts afresh where it holds no checkpoint. "
                        "It is unpickled, so it must be trusted")
+    group.add_argument("--pretrained-checkpoint", help="directory of the weights to start from, without an optimizer's "
+                       "state, where --load resumes nothing. It is unpickled, so it must be trusted")
     group.add_argument("--eval-interval", type=int, default=1000)
     group.add_argument("--eval-iters", type=int, default=100, help="global batches in a validation; 0: none")
     group.add_argument("--loss-position-bins", type=int, default=16,
@@ -139,7 +142,7 @@ def _derive_and_validate(args):
                      "train_iters", "tensor_model_parallel_size", "pipeline_model_parallel_size",
                      "context_parallel_size", "log_interval", "eval_interval", "loss_position_bins", "ffn_hidden_size",
                      "kv_channels", "global_batch_size", "lr_decay_iters", "recompute_num_layers", "save_interval",
-                     "exit_interval", "router_log_interval", "make_vocab_size_divisible_by")
+                     "exit_interval", "router_log_interval", "make_vocab_size_divisible_by", "vocab_size")
     require_in_range(args)
     model_parallel = (args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size)
     if args.world_size % model_parallel:

@@ -32,8 +32,8 @@ LATEST = "latest_checkpointed_iteration.txt"
 _METADATA = {"distrib_optim_sharding_type": "dp_reshardable"}
 
 
-def save_checkpoint(args, iteration: int, model, optimizer, scheduler) -> Path:
-    """Writes the state after `iteration` steps; called by all ranks.
+def save_checkpoint(args, iteration: int, model, optimizer=None, scheduler=None) -> Path:
+    """Writes the state after `iteration` steps, without an optimizer the weights alone; called by all ranks.
 
     It is written beside its place and moved there whole, so that a run may end at any moment of it.
 
@@ -46,8 +46,10 @@ def save_checkpoint(args, iteration: int, model, optimizer, scheduler) -> Path:
     directory = Path(args.save) / f"iter_{iteration:07d}"
     partial = directory.with_suffix(".partial")
     on_first_rank(_make_empty, partial)
-    state = _sharded_state(args, model, optimizer, is_loading=False)
-    state["scheduler"] = scheduler.state_dict()
+    state = {"model": _unwrap(model).sharded_state_dict()}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=False, metadata=_METADATA)
+        state["scheduler"] = scheduler.state_dict()
     state["iteration"] = iteration
     state["run"] = {name: getattr(args, name)
                     for name in (*_ARCHITECTURE, *_OPTIMIZER_LAYOUT, *MODEL_FLAGS, "train_iters",
@@ -151,20 +153,14 @@ def load_checkpoint(args, iteration: int, model, optimizer, scheduler) -> None:
             cannot be cut as this run needs it, or this Megatron-Core cannot read it.
     """
     directory = str(Path(args.load) / f"iter_{iteration:07d}")
-    saved = on_all_ranks(read_common, directory)["run"]
-    names = list(_ARCHITECTURE) + ["use_distributed_optimizer", "bf16"]
+    names = [*_ARCHITECTURE, "use_distributed_optimizer", "bf16"]
     if args.use_distributed_optimizer:
         names += _OPTIMIZER_LAYOUT
-    for name in names:
-        if saved[name] != getattr(args, name):
-            raise SharedError(f"--load {args.load}: the checkpoint was written with --{name.replace('_', '-')} "
-                              f"{saved[name]}, this run has {getattr(args, name)}: give the checkpoint's value")
-    try:
-        compare_flags(args, argparse.Namespace(**saved))
-    except ValueError as error:
-        raise SharedError(f"--load {args.load}: {error}") from None
+    _compare(args, directory, names, f"--load {args.load}")
     _allocate_optimizer_state(optimizer)
-    state = dist_checkpointing.load(_sharded_state(args, model, optimizer, is_loading=True), directory)
+    model_state = _unwrap(model).sharded_state_dict()
+    optimizer_state = optimizer.sharded_state_dict(model_state, is_loading=True, metadata=_METADATA)
+    state = dist_checkpointing.load({"model": model_state, "optimizer": optimizer_state}, directory)
     _unwrap(model).load_state_dict(state["model"])
     with torch.no_grad():  # fp32 weights are leaves that the distributed optimizer writes into
         optimizer.load_state_dict(state["optimizer"])
@@ -172,10 +168,34 @@ def load_checkpoint(args, iteration: int, model, optimizer, scheduler) -> None:
     _restore_adam_step(optimizer, state["scheduler"]["num_steps"])
 
 
-def _sharded_state(args, model, optimizer, is_loading: bool) -> dict:
-    model_state = _unwrap(model).sharded_state_dict()
-    optimizer_state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=_METADATA)
-    return {"model": model_state, "optimizer": optimizer_state}
+def load_weights(args, model) -> None:
+    """Restores the model alone, from --pretrained-checkpoint, in the dtype of this run; called by all ranks.
+
+    Raises:
+        SharedError: there is no checkpoint, it is of another architecture, or it has weights that this run would drop.
+    """
+    place = f"--pretrained-checkpoint {args.pretrained_checkpoint}"
+    iteration, _ = on_all_ranks(last_whole_checkpoint, args.pretrained_checkpoint)
+    if iteration is None:
+        raise SharedError(f"{place} must be a directory of checkpoints with {LATEST} in it, and has none")
+    directory = str(Path(args.pretrained_checkpoint) / f"iter_{iteration:07d}")
+    _compare(args, directory, _ARCHITECTURE, place)
+    model = _unwrap(model)
+    state = dist_checkpointing.load({"model": model.sharded_state_dict()}, directory)
+    model.load_state_dict(state["model"])
+
+
+def _compare(args, directory: str, names, place: str) -> None:
+    """Raises SharedError where the checkpoint's run had other flags of these names, or MoBA's do not fit."""
+    saved = on_all_ranks(read_common, directory)["run"]
+    for name in names:
+        if saved[name] != getattr(args, name):
+            raise SharedError(f"{place}: the checkpoint was written with --{name.replace('_', '-')} {saved[name]}, "
+                              f"this run has {getattr(args, name)}: give the checkpoint's value")
+    try:
+        compare_flags(args, argparse.Namespace(**saved))
+    except ValueError as error:
+        raise SharedError(f"{place}: {error}") from None
 
 
 def _unwrap(model):

@@ -122,10 +122,10 @@ def batches(args, dataset, first_iteration: int, last_iteration: int) -> Iterato
     device = torch.cuda.current_device()
     for batch in loader:
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-        yield {name: _part_of_sequence(tensor) for name, tensor in batch.items()}
+        yield {name: part_of_sequence(tensor) for name, tensor in batch.items()}
 
 
-def _part_of_sequence(x: torch.Tensor) -> torch.Tensor:
+def part_of_sequence(x: torch.Tensor) -> torch.Tensor:
     """Pieces r and 2P-1-r of the sequence [b, seq_length] for rank r of P: the layout that Megatron prescribes.
 
     Megatron's own function for it has changed its signature; the layout has not.

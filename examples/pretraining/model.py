@@ -113,13 +113,21 @@ def build_layer_spec(args):
 
 
 def padded_vocab_size(args, vocab_size: int) -> int:
-    """The vocabulary rounded up so that tensor parallel ranks hold equal parts."""
+    """The vocabulary, or --vocab-size, rounded up so that tensor parallel ranks hold equal parts.
+
+    Raises:
+        ValueError: --vocab-size is too small for it.
+    """
+    if args.vocab_size is not None and args.vocab_size < vocab_size:
+        raise ValueError(f"--vocab-size must be at least {vocab_size}, as the data's tokenizer has, got "
+                         f"{args.vocab_size}")
+    vocab_size = args.vocab_size or vocab_size
     multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
     return -(-vocab_size // multiple) * multiple
 
 
-def build_model(args, config: TransformerConfig) -> DistributedDataParallel:
-    """This rank's stage of the GPT inside Megatron's DistributedDataParallel."""
+def build_gpt(args, config: TransformerConfig) -> GPTModel:
+    """This rank's stage of the GPT, on its device."""
     spec = build_layer_spec(args)
     if args.transformer_impl == "local":
         # A list of layers, so that the last norm can be named too: Megatron's own needs Apex or Transformer Engine.
@@ -131,7 +139,12 @@ def build_model(args, config: TransformerConfig) -> DistributedDataParallel:
         post_process=parallel_state.is_pipeline_last_stage(),
         **args.model_description["gpt"],
     )
-    model.cuda(torch.cuda.current_device())
+    return model.cuda(torch.cuda.current_device())
+
+
+def build_model(args, config: TransformerConfig) -> DistributedDataParallel:
+    """The same inside Megatron's DistributedDataParallel."""
+    model = build_gpt(args, config)
     if args.bf16:
         model = Float16Module(config, model)
     ddp_config = DistributedDataParallelConfig(
