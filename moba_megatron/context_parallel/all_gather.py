@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..ops.pipeline import Choice, Pipeline, Saved
 from .layout import ZigzagLayout
-from .transport.comm import Library, Pending, Rows, all_gather, copy_rows
+from .transport.comm import Library, Pending, Rows, all_gather, arrived, copy_rows, sum_dtype
 from .transport.symmetric_memory import through_arenas
 
 T = TypeVar("T")
@@ -247,22 +247,8 @@ class AllGatherAttention:
         return all_gather(message, self.group, "fwd sums")
 
 
-def arrived(pendings: Sequence[Pending]) -> list[Tensor]:
-    """Their tensors, when they are here."""
-    results = []
-    for pending in pendings:
-        result = pending.wait()
-        results += [result] if isinstance(result, Tensor) else result or ()
-    return results
-
-
 def _gathered_fast(x: Tensor, grouped: bool) -> Tensor:
     """Of several heads a kv head kernels gather rows in half of the instructions where one lies behind the other."""
     if not grouped or x.is_contiguous():
         return x
     return copy_rows(torch.empty(x.shape, dtype=x.dtype, device=x.device), x)
-
-
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What is added up over the ranks: fp32, fp64 for fp64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -7,8 +7,7 @@ next one's q, k, v and the previous one's o (in backward: do; dq, dk, dv) travel
 With fewer kv heads than ranks a kv head goes to several ranks. Their fp32 gradients of it are added where it came from,
 and k and v are kept as they came and exchanged again in backward: that saves their copies' memory.
 """
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,20 +16,9 @@ from torch import Tensor
 
 from ..ops.pipeline import Pipeline
 from ..segments import Segments
-from .all_gather import (
-    AllGatherAttention,
-    Grads,
-    HeadGroups,
-    State,
-    arrived,
-    head_groups,
-    most_heads,
-    prefetch,
-    sum_dtype,
-    transport_for,
-)
+from .all_gather import AllGatherAttention, Grads, HeadGroups, State, head_groups, most_heads, prefetch, transport_for
 from .layout import Sequences
-from .transport.comm import Library, Pending, Rows
+from .transport.comm import Library, Pending, Rows, arrived, sum_dtype
 
 QUERIES, KEYS, OUT, MEANS = LANES = range(4)
 """Lanes of the transport."""
@@ -65,14 +53,6 @@ class LocalAttention:
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
         """q ``[S, H, D]``, k ``[S, HK, D]``, v ``[S, HK, DV]`` in global order: o and what backward needs."""
         o, saved = self.pipeline.forward(q, k, v, self.segments)
-        return o, [q, k, v, saved]
-
-    def forward_by_means(self, q: Tensor, means: Tensor, arrive: Callable[[], Sequence[Tensor]]
-                         ) -> tuple[Tensor, State]:
-        """As :meth:`forward`, with chunk means ``[num_chunks, HK, D]``; k and v are what ``arrive`` then waits for."""
-        choice = self.pipeline.choose(q, means, self.segments, q.shape[0])
-        k, v = arrive()
-        o, saved = self.pipeline.attend(q, k, v, choice, self.segments)
         return o, [q, k, v, saved]
 
     def backward(self, do: Tensor, saved: State, kv_grad_dtype: torch.dtype, event: torch.cuda.Event | None = None,
@@ -146,13 +126,16 @@ class AllToAllAttention:
         def keys(i: int) -> list[Pending]:
             return self._start(transport, groups[i], i, stage, None, k, v)
 
-        of_groups = None
+        pipeline, segments, of_groups = self.inner.pipeline, self.inner.segments, None
         for i, (queries, *late) in enumerate(prefetch(start, len(groups))):
             late = late or keys(i)
-            here = queries.wait()
+            part, = queries.wait()
             of_groups = of_groups or means.pop().wait()
-            yield self.inner.forward_by_means(*here, of_groups[i], functools.partial(arrived, late))
-            del here
+            choice = pipeline.choose(part, of_groups[i], segments, part.shape[0])
+            k_part, v_part = arrived(late)
+            o, saved = pipeline.attend(part, k_part, v_part, choice, segments)
+            yield o, [part, k_part, v_part, saved]
+            del part, k_part, v_part, o, saved, choice
 
     def backward(self, do: Tensor, saved: State, kv_grad_dtype: torch.dtype) -> Grads:
         """dq, dk, dv of the rank's rows; dk and dv in ``kv_grad_dtype``, rounded once."""

@@ -75,7 +75,8 @@ def context_parallel_attention(q: Tensor, k: Tensor, v: Tensor, sequences: Seque
         chunk_size, topk = max(chunk_size, sequences.max_seqlen), 1
     pipeline = Pipeline(get_stages(backend, q.device, deterministic), topk, check_scale(softmax_scale, q.shape[2]),
                     deterministic, backend == "auto", workspace_mib)
-    comm_type = canonical_comm_type(comm_type)
+    if comm_type not in COMM_TYPES:
+        comm_type = canonical_comm_type(comm_type)
     check_groups(group, comm_type, q.shape[1], k.shape[1])
     schedule = make_schedule(comm_type, pipeline, sequences, chunk_size, group, head_groups)
     return _ContextParallelAttention.apply(q, k, v, schedule, group)

@@ -63,12 +63,16 @@ class SelectiveAttention(AllGatherAttention):
             return super().backward(do, saved, kv_grad_dtype)
         if exchanges == DISPATCHED:
             return self._dispatch().backward(do, saved, kv_grad_dtype)
-        q, k, v, o, groups, saved = saved
+        (q, k, v, o, groups, saved), rows = saved, self.layout.rows
         fetched = self._fetch(k, v, groups, exchanges, "bwd gather")
 
         def reduce(i: int, grads: list[Tensor], outs: list[Tensor], _) -> list[Pending]:
-            return [exchanges[i].send_back(x, self._own(x), out, self.group, "bwd reduce")
-                    for x, out in zip(grads, outs)]
+            started = []
+            for x, out in zip(grads, outs):
+                own = x.index_select(0, rows.own_rows) if rows.runs is None else (
+                    torch.cat([x[among_all] for _, among_all in rows.own_runs()]))
+                started.append(exchanges[i].send_back(x, own, out, self.group, "bwd reduce"))
+            return started
 
         return self.attend_bwd(do, (q, k, v, o), groups, saved, fetched, reduce, kv_grad_dtype)
 
@@ -97,13 +101,6 @@ class SelectiveAttention(AllGatherAttention):
 
         return prefetch(lambda i: tuple(exchanges[i].start(x[:, groups[i][1]], self.group, stage, place)
                                         for x in (k, v)), len(groups))
-
-    def _own(self, x: Tensor) -> Tensor:
-        """A copy of this rank's rows of ``x`` ``[S, h, D]``."""
-        rows = self.layout.rows
-        if rows.runs is None:
-            return x.index_select(0, rows.own_rows)
-        return torch.cat([x[among_all] for _, among_all in rows.own_runs()])
 
     def _exchanges(self, routings: Sequence[Routing], groups: HeadGroups) -> list["RowExchange"] | None:
         """What travels for each group of heads; None where the whole might as well. The same answer on every rank."""

@@ -6,7 +6,7 @@ for what these cannot take, plain torch.
 import torch
 from torch import Tensor
 
-from ..context_parallel.all_gather import sum_dtype
+from ..context_parallel.transport.comm import sum_dtype
 
 FLASH_MAX_DIM = 256
 LONGEST = 16384  # queries of a chunk in a sequence of flash attention: its backward walks through each in one line

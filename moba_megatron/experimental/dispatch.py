@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..context_parallel.all_gather import AllGatherAttention, Arriving, Grads, HeadGroups, State, prefetch, sum_dtype
+from ..context_parallel.all_gather import AllGatherAttention, Arriving, Grads, HeadGroups, State, prefetch
 from ..context_parallel.selective import parts
-from ..context_parallel.transport.comm import Pending, exchange
+from ..context_parallel.transport.comm import Pending, exchange, sum_dtype
 from ..ops.pipeline import Choice
 from ..segments import Routing, Segments
 from .chunk_attention import add_partials, chunk_attention_bwd, chunk_attention_fwd, merge_partials

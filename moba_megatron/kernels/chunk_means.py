@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..segments import SUM_BLOCK, Segments
 from . import tuning
@@ -49,14 +48,10 @@ def block_sums(k: Buffer, starts: Buffer, counts: Buffer) -> Buffer:
     return sums
 
 
-def means_from_block_sums(sums: Tensor, chunk_size: int, dtype: torch.dtype) -> Tensor:
-    """As :func:`moba_megatron.reference.means_from_block_sums`: the same bits as :func:`chunk_means`."""
-    return _means_from_block_sums(sums.contiguous(), chunk_size, dtype)
-
-
 @stage
-def _means_from_block_sums(sums: Buffer, chunk_size: int, dtype: torch.dtype) -> Buffer:
-    num_chunks, num_blocks, num_kv_heads, head_dim = sums.shape
+def means_from_block_sums(sums: Buffer, chunk_size: int, dtype: torch.dtype) -> Buffer:
+    """As :func:`moba_megatron.reference.means_from_block_sums`, of contiguous sums: the bits of :func:`chunk_means`."""
+    num_chunks, num_blocks, num_kv_heads, head_dim = sums.contiguous().shape
     means = empty((num_chunks, num_kv_heads, head_dim), dtype, sums.device)
     if means.numel():
         launch(_means_from_block_sums_kernel, (cdiv(means.numel(), 1024),), sums, means, means.numel(),

@@ -200,9 +200,10 @@ def _mapped(of: Callable, kind: type, x):
     """What a call takes or returns, with ``of`` applied to all of a kind, also in tuples and in dataclasses of them."""
     if isinstance(x, kind):
         return of(x)
+    inner = functools.partial(_mapped, of, kind)
     if type(x) is tuple:
-        return tuple([_mapped(of, kind, y) for y in x])
-    return type(x)(*[_mapped(of, kind, y) for y in vars(x).values()]) if _has_tensors(type(x)) else x
+        return tuple(map(inner, x))
+    return type(x)(*map(inner, vars(x).values())) if _has_tensors(type(x)) else x
 
 
 def _run(key: tuple, function: Callable, args: tuple, named: dict[str, Any], tensors: list[Tensor],
@@ -257,7 +258,8 @@ class _Launch:
                 return made.setdefault(id(x), x.make(tensor(x.base), *x.layout))
             return tensor(x) if isinstance(x, Buffer) else x
 
-        compiled = self.kernel[self.grid](*map(real, self.args), **{name: real(x) for name, x in self.named.items()})
+        named = dict(zip(self.named, map(real, self.named.values())))
+        compiled = self.kernel[self.grid](*map(real, self.args), **named)
         if self.compiled is None and hasattr(compiled, "__getitem__"):
             values = [*self.args, *(self.named.get(p.name, p.default) for p in self.kernel.params[len(self.args):])]
             pointers, descriptors = [], []
@@ -331,8 +333,9 @@ class Plan:
         """Starts the launches on the current stream of the tensors' device, which is the current one."""
         device = tensors[0].device
         if out is None:
-            results = [torch.empty_strided(x.shape, x.strides, dtype=x.dtype, device=device)
-                       for x in self._results.values()]
+            results = []
+            for x in self._results.values():
+                results.append(torch.empty_strided(x.shape, x.strides, dtype=x.dtype, device=device))
         else:
             results = [out[i] for i in map(self._order.index, range(len(out)))]
         size = (self.workspace_bytes,)
@@ -380,7 +383,10 @@ class Plan:
             return _view(workspace[begin:begin + whole.nbytes].view(whole.dtype).view(whole.shape), x)
 
         self._start(event, _Launch.through_triton, tensor)
-        self.is_prepared = not self._faulty and bool(self.launches) and None not in [x.compiled for x in self.launches]
+        for launch in self.launches:
+            if launch.compiled is None:  # it is interpreted
+                return
+        self.is_prepared = bool(self.launches) and not self._faulty
 
     def _start(self, event: torch.cuda.Event | None, start: Callable, *args) -> None:
         for launch in self.launches[:self.event_at]:

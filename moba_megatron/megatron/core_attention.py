@@ -185,7 +185,8 @@ class MoBACoreAttention(MegatronModule):
     @staticmethod
     def _check_call(mask_type, attention_bias, packed, attention_mask, group, kwargs, query, key, value) -> None:
         refusals.raise_what_arrived()
-        refusals.refuse_arguments(kwargs, ".forward")
+        if kwargs:
+            refusals.refuse_arguments(kwargs, ".forward")
         dims = 4 if packed is None else 3
         for name, x in (("query", query), ("key", key), ("value", value)):
             if not isinstance(x, Tensor) or x.dim() != dims:
@@ -345,10 +346,14 @@ def _packed_lengths(packed: PackedSeqParams, total: int, device: torch.device) -
     return check_cu_seqlens(cu_seqlens, max_seqlen, total, device), max_seqlen
 
 
-def _to_thd(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _to_thd(*tensors: Tensor) -> list[Tensor]:
     """``[s, b, h, d]`` as ``[b * s, h, d]``, sequence after sequence (a view where b is 1); THD as it is."""
-    return tuple(x if x.dim() == 3 else x[:, 0] if x.shape[1] == 1 else x.transpose(0, 1).flatten(0, 1)
-                 for x in tensors)
+    packed = []
+    for x in tensors:
+        if x.dim() == 4:
+            x = x[:, 0] if x.shape[1] == 1 else x.transpose(0, 1).flatten(0, 1)
+        packed.append(x)
+    return packed
 
 
 def _apart_from_projection(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -50,21 +50,23 @@ class Pipeline:
     def choose(self, q: Tensor, keys: Tensor, segments: Segments, kv_rows: int | None = None) -> Choice:
         """By all keys ``[S, HK, D]``; or, with ``kv_rows`` (S), by the chunk means."""
         keys = _rows(keys) if kv_rows is None else keys.contiguous()
-        return self._call(_choose, _rows(q), keys, segments, kv_rows)
+        return self.stages.call(_choose, self, _rows(q), keys, segments, kv_rows, workspace_mib=self.workspace_mib)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, choice: Choice | None, segments: Segments
                ) -> tuple[Tensor, Saved]:
         """o ``[T, H, DV]``, and what backward wants; causal attention without a choice."""
         choice = choice or _no_choice(q)
         q = -q if self.softmax_scale < 0 else q
-        o, lse = self._call(_attend, *map(_rows, (q, k, v)), choice, segments)
+        o, lse = self.stages.call(_attend, self, _rows(q), _rows(k), _rows(v), choice, segments,
+                                  workspace_mib=self.workspace_mib)
         return o, Saved(o, lse, choice)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Saved]:
         """q ``[T, H, D]``, k ``[S, HK, D]``, v ``[S, HK, DV]``: o ``[T, H, DV]``, and what backward wants."""
         if self.earlier(segments):
             scaled = _rows(-q) if self.softmax_scale < 0 else None  # the running maximum is taken before the scale
-            o, lse, *choice = self._call(_forward, *map(_rows, (q, k, v)), scaled, segments)
+            o, lse, *choice = self.stages.call(_forward, self, _rows(q), _rows(k), _rows(v), scaled, segments,
+                                               workspace_mib=self.workspace_mib)
             return o, Saved(o, lse, Choice(choice[0], Routing(*choice[1:])))
         dense = self._dense(dense_causal, segments, q, k, v)
         return self.attend(q, k, v, None, segments) if dense is None else (dense[0], Saved(*dense, _no_choice(q)))
@@ -85,15 +87,13 @@ class Pipeline:
                     event.record()
                 return dense
         dlse = dlse if dlse is None else dlse.contiguous()
-        return self._call(_backward, *map(_rows, (do, q, k, v, saved.o)), dlse, saved.lse.contiguous(),
-                          saved.choice, segments, kv_grad_dtype, event=event, out=out)
+        return self.stages.call(_backward, self, *map(_rows, (do, q, k, v, saved.o)), dlse, saved.lse.contiguous(),
+                                saved.choice, segments, kv_grad_dtype, workspace_mib=self.workspace_mib, event=event,
+                                out=out)
 
     def bounded(self, segments: Segments, total_q: int, total_k: int) -> Segments:
         """Segments within so many rows of q and k, made so on the device."""
         return self.stages.bounded(segments, total_q, total_k) if self.untrusted else segments
-
-    def _call(self, function, *args, **options):
-        return self.stages.call(function, self, *args, workspace_mib=self.workspace_mib, **options)
 
     def _dense(self, function, segments: Segments, *tensors: Tensor | None, **options):
         """What a dense kernel yields, or None where none may or can."""

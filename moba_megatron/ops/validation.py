@@ -31,13 +31,11 @@ def check_tensor(name: str, x: Tensor, dims: int, dtypes: tuple[torch.dtype, ...
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """q ``[T, H, D]``, k ``[S, HK, D]``, v ``[S, HK, DV]``: shapes, dtypes and devices."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        check_tensor(name, x, 3, words=" [tokens, heads, head_dim]")
+    check_tensor("q", q, 3, words=" [tokens, heads, head_dim]")
     for name, x in (("k", k), ("v", v)):
+        check_tensor(name, x, 3, words=" [tokens, heads, head_dim]", device=q.device)
         if x.dtype != q.dtype:
             raise TypeError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
     if k.shape[:2] != v.shape[:2]:
         raise ValueError(f"v must have k's tokens and heads {tuple(k.shape[:2])}, got {tuple(v.shape[:2])}")
     if q.shape[2] != k.shape[2]:

@@ -152,9 +152,13 @@ def _check(group: dist.ProcessGroup, rows: Tensor, error: Exception | None = Non
     texts, facts, problems, text_bytes = [], [], [], CollectiveCheck.HEADER_BYTES
     for row in rows.view(group.size(), -1).cpu():
         text = bytes(row[:text_bytes].tolist()).rstrip(b"\0").decode("utf-8", "ignore")
+        lengths = row[text_bytes:].view(torch.int64).tolist()
+        problem = text[1:] if text.startswith("!") else ""
+        if any(lengths) and not problem:
+            problem = _problem_of_lengths(lengths, group.size())
         texts.append(text)
-        facts.append(row[text_bytes:].view(torch.int64).tolist())
-        problems.append(text[1:] if text.startswith("!") else _problem_of_lengths(facts[-1], group.size()))
+        facts.append(lengths)
+        problems.append(problem)
     alike = texts.count(texts[0]) == facts.count(facts[0]) == len(texts)
     if any(problems) or not alike:
         _groups.pop(group, None)

@@ -76,6 +76,11 @@ def copy_rows(out: Tensor, x: Tensor) -> Tensor:
     return out
 
 
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What is added up over the ranks: fp32, fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 class WaitRecord:
     """What :func:`record_waits` saw."""
 
@@ -155,6 +160,15 @@ class Pending:
         return output if finish is None else finish(output)
 
 
+def arrived(pendings: Sequence[Pending]) -> list[Tensor]:
+    """Their tensors, when they are here."""
+    results = []
+    for pending in pendings:
+        result = pending.wait()
+        results += [result] if isinstance(result, Tensor) else result or ()
+    return results
+
+
 def crowds_the_network(group: dist.ProcessGroup) -> bool:
     """Whether sending to each member on its own would carry the same bytes between nodes several times."""
     return torch.cuda.is_available() and 1 < members_a_node(group) < group.size()
@@ -210,16 +224,12 @@ def exchange(rounds: Iterable[Messages], output: Tensor | Sequence[Tensor], keep
         if here is not None:
             copy_rows(here, own)
         for rank, (received, message) in enumerate(zip(outputs, inputs)):
-            if rank == me:
-                continue
-            if message is not None and message.numel():
+            if rank != me and message is not None and message.numel():
                 sent += message.nbytes
-                messages.append((dist.isend, here if message is own else message, peers[rank]))
-            if received is not None and received.numel():
-                messages.append((dist.irecv, received, peers[rank]))
-    works = []
-    if messages and not messages[0][1].is_meta:
-        works = dist.batch_isend_irecv([dist.P2POp(*message, group) for message in messages])
+                messages.append(dist.P2POp(dist.isend, here if message is own else message, peers[rank], group))
+            if rank != me and received is not None and received.numel():
+                messages.append(dist.P2POp(dist.irecv, received, peers[rank], group))
+    works = dist.batch_isend_irecv(messages) if messages and not messages[0].tensor.is_meta else []
     return Pending(works, output, keep, stage, finish, sent)
 
 
