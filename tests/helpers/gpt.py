@@ -32,6 +32,7 @@ class Layout:
     recompute: str | None = None
     comm: str | list[str] = "all_gather"
     levels: tuple[int, ...] | None = None
+    hybrid: bool = False
 
 
 class RMSNorm(torch.nn.Module):
@@ -51,7 +52,8 @@ def build(layout):
     """Initialises Megatron's process groups and builds this rank's part of the model."""
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(layout.tp, layout.pp, context_parallel_size=layout.cp,
-                                             hierarchical_context_parallel_sizes=layout.levels)
+                                             hierarchical_context_parallel_sizes=layout.levels,
+                                             **({"hybrid_context_parallel": True} if layout.hybrid else {}))
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     recompute = {"full": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
                  "selective": dict(recompute_granularity="selective", recompute_modules=["core_attn"])}
