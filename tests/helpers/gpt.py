@@ -33,6 +33,7 @@ class Layout:
     comm: str | list[str] = "all_gather"
     levels: tuple[int, ...] | None = None
     hybrid: bool = False
+    ep: int = 1
 
 
 class RMSNorm(torch.nn.Module):
@@ -48,10 +49,11 @@ class RMSNorm(torch.nn.Module):
         return torch.nn.functional.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
-def build(layout):
-    """Initialises Megatron's process groups and builds this rank's part of the model."""
+def build(layout, **options):
+    """Initialises Megatron's process groups and builds this rank's part of the model; options: more of its config."""
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(layout.tp, layout.pp, context_parallel_size=layout.cp,
+                                             expert_model_parallel_size=layout.ep,
                                              hierarchical_context_parallel_sizes=layout.levels,
                                              **({"hybrid_context_parallel": True} if layout.hybrid else {}))
     tensor_parallel.model_parallel_cuda_manual_seed(1)
@@ -63,10 +65,11 @@ def build(layout):
         activation_func=torch.nn.functional.silu, add_bias_linear=False, use_cpu_initialization=True,
         params_dtype=torch.float64, pipeline_dtype=torch.float64, tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp, context_parallel_size=layout.cp, sequence_parallel=layout.sp,
-        cp_comm_type=layout.comm if layout.cp > 1 else None, **recompute.get(layout.recompute, {}))
+        expert_model_parallel_size=layout.ep, cp_comm_type=layout.comm if layout.cp > 1 else None,
+        **recompute.get(layout.recompute, {}), **options)
     if isinstance(layout.comm, list):  # Megatron up to 0.16 reads one entry too far
         config.cp_comm_type = [*layout.comm, "p2p"]
-    layer = get_moba_layer_local_spec(MOBA, normalization="RMSNorm")
+    layer = get_moba_layer_local_spec(MOBA, normalization="RMSNorm", num_experts=options.get("num_moe_experts"))
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
     block = TransformerBlockSubmodules(layer_specs=[layer] * (NUM_LAYERS // layout.pp), layer_norm=RMSNorm)
