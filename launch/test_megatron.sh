@@ -7,7 +7,7 @@ source "$(dirname "$0")/common.sh"
 
 TESTS=(tests/test_settings.py tests/ops/test_key_convolution.py tests/examples/test_examples.py
     tests/megatron/test_{core_attention,patching,patches,megatron_lm,megatron_parallel,megatron_inference,megatron_fsdp}.py
-    tests/megatron/test_{checkpoints,multi_token_prediction,mla,hybrid_model,offload}.py)
+    tests/megatron/test_{fields,checkpoints,multi_token_prediction,mla,hybrid_model,offload}.py)
 setup test
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 if [ -n "${MEGATRON_LM_PATH:-}" ]; then
@@ -16,5 +16,6 @@ if [ -n "${MEGATRON_LM_PATH:-}" ]; then
 fi
 status=0
 run "$PY" -m pytest --numprocesses 2 --dist loadfile --timeout 1200 "${TESTS[@]}" "$@" || status=$?
+run "$PY" -m benchmarks fields || status=$?  # of its configuration, that nobody has judged
 run "$PY" -c 'from megatron.core import package_info as x; print("Megatron-Core", f"{x.MAJOR}.{x.MINOR}.{x.PATCH}{x.PRE_RELEASE}")'
 exit "$status"

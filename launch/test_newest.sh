@@ -7,6 +7,7 @@ source "$(dirname "$0")/common.sh"
 status=0
 bash launch/test.sh "$@" || status=$?
 PY="$VENV/bin/python"
+run "$PY" -m benchmarks fields || status=$?  # of Megatron's configuration, that nobody has judged
 run "$PY" --version
 run "$PY" -m pip list --format freeze
 [ "$DRY_RUN" = 1 ] || say "The suite $([ "$status" = 0 ] && echo passed || echo "failed, status $status,") with these versions."
