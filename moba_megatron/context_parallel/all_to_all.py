@@ -17,30 +17,10 @@ from torch import Tensor
 from ..ops.pipeline import Pipeline
 from ..segments import Segments
 from .all_gather import AllGatherAttention, Grads, HeadGroups, State, head_groups, most_heads, prefetch, transport_for
-from .layout import Sequences
 from .transport.comm import Library, Pending, Rows, arrived, sum_dtype
 
 QUERIES, KEYS, OUT, MEANS = LANES = range(4)
 """Lanes of the transport."""
-
-
-def check_heads(heads: int, kv_heads: int, size: int, comm_type: str) -> None:
-    """Raises ValueError unless heads can be dealt out to ``size`` ranks."""
-    if kv_heads % size and (size % kv_heads or heads % size):
-        raise ValueError(
-            f"cp_comm_type {comm_type!r} exchanges heads among {size} ranks: key's heads must be a multiple of {size}, "
-            f"or divide it with query's heads a multiple of {size}; got {heads} query and {kv_heads} key heads (after "
-            "tensor parallelism). Use cp_comm_type all_gather, or fewer ranks for the exchange")
-
-
-def local_chunks(sequences: Sequences, size: int, rank: int, chunk_size: int) -> tuple[Segments, Rows] | None:
-    """One of ``size`` ranks' rows as segments of whole chunks, and these among all chunks; None where they are not."""
-    length = sequences.max_seqlen
-    if sequences.batch != 1 or length % (2 * size * chunk_size):
-        return None
-    device = sequences.cu_seqlens.device
-    return (Sequences.uniform(length // size, 1, device).whole(chunk_size),
-            Sequences.uniform(length // chunk_size, 1, device).rows(size, rank))
 
 
 @dataclass(frozen=True)
@@ -73,7 +53,8 @@ class AllToAllAttention:
     rows: Rows  # the rank's among all
     group: dist.ProcessGroup
     head_groups: int | None
-    chunks: tuple[Segments, Rows] | None = None  # None where ranks' rows cut chunks, or nothing is chosen here
+    # the rank's rows as segments of whole chunks, and these among all; None where they cut chunks, or none is chosen
+    chunks: tuple[Segments, Rows] | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
         """q ``[T, H, D]``, k ``[T, HK, D]``, v ``[T, HK, DV]``, the rank's rows: o and what backward needs."""

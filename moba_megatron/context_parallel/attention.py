@@ -10,7 +10,7 @@ from ..ops.pipeline import Choice, Pipeline, Saved
 from ..ops.validation import cast_under_autocast, check_flag, check_scale, check_whole, check_workspace
 from ..segments import Routing
 from .all_gather import AllGatherAttention
-from .all_to_all import AllToAllAttention, LocalAttention, check_heads, local_chunks
+from .all_to_all import AllToAllAttention, LocalAttention
 from .layout import Sequences
 from .selective import SelectiveAttention
 from .transport.collective_check import note_failure
@@ -91,8 +91,12 @@ def check_groups(group: Groups, comm_type: str, heads: int, kv_heads: int) -> No
                          "two sizes to --hierarchical-context-parallel-sizes")
     if not hierarchical and isinstance(group, Sequence):
         raise TypeError(f"group must be one group for cp_comm_type {comm_type!r}, got {len(group)}")
-    if "a2a" in comm_type:
-        check_heads(heads, kv_heads, (group[0] if hierarchical else group).size(), comm_type)
+    size = group[0].size() if hierarchical else group.size()
+    if "a2a" in comm_type and kv_heads % size and (size % kv_heads or heads % size):
+        raise ValueError(
+            f"cp_comm_type {comm_type!r} exchanges heads among {size} ranks: key's heads must be a multiple of {size}, "
+            f"or divide it with query's heads a multiple of {size}; got {heads} query and {kv_heads} key heads (after "
+            "tensor parallelism). Use cp_comm_type all_gather, or fewer ranks for the exchange")
 
 
 def make_schedule(comm_type: str, pipeline: Pipeline, sequences: Sequences, chunk_size: int, group: Groups,
@@ -114,11 +118,12 @@ def make_schedule(comm_type: str, pipeline: Pipeline, sequences: Sequences, chun
     if comm_type in ("all_gather", "selective"):
         schedule = AllGatherAttention if comm_type == "all_gather" else SelectiveAttention
         return schedule(pipeline, sequences.zigzag(size, rank, chunk_size), group, head_groups)
-    chunks = None
+    chunks, length, device = None, sequences.max_seqlen, sequences.cu_seqlens.device
     if comm_type == "a2a":
         inner = LocalAttention(pipeline, sequences.whole(chunk_size))
-        if pipeline.earlier(inner.segments):
-            chunks = local_chunks(sequences, size, rank, chunk_size)
+        if pipeline.earlier(inner.segments) and sequences.batch == 1 and length % (2 * size * chunk_size) == 0:
+            chunks = (Sequences.uniform(length // size, 1, device).whole(chunk_size),
+                      Sequences.uniform(length // chunk_size, 1, device).rows(size, rank))
     return AllToAllAttention(inner, sequences.rows(size, rank), group, head_groups, chunks)
 
 

@@ -2,7 +2,7 @@
 
 **Dispatch of queries** (``dispatch``), which ``cp_comm_type`` ``selective`` asks for from 16 ranks on: queries are sent
 to the ranks of the chunks that they chose, as tokens are sent to experts. ``cost_model`` decides by cost who computes
-what, ``dispatch_plan`` and ``replicas`` list what goes where, ``chunk_attention`` attends and merges.
+what, ``dispatch_plan`` lists what goes where, ``chunk_attention`` attends and merges.
 
 - Why it is here: it is right on up to eight processes and on two GPUs, and slower than a gather there. It is meant for
   many nodes, where only a simulation speaks for it.

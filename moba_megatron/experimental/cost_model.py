@@ -166,7 +166,7 @@ def replicas_of(table: Tensor, computed_by: Tensor, owner: Tensor) -> Tensor:
 
 
 def is_relayed(copies: Tensor) -> Tensor:
-    """Chunks that so many ranks want that they go through relays (``replicas``): bool ``[..., HK, chunk ids]``."""
+    """Chunks that so many ranks want that they go through relays (``dispatch_plan``): bool ``[..., HK, chunk ids]``."""
     return copies.sum(-3) >= RELAYED_FROM
 
 

@@ -25,8 +25,7 @@ from ..ops.pipeline import Choice
 from ..segments import Routing, Segments
 from .chunk_attention import add_partials, chunk_attention_bwd, chunk_attention_fwd, merge_partials
 from .cost_model import GATHER, RowSizes, cheapest_mode
-from .dispatch_plan import DispatchPlan, Round, chunks_of_ranks, dispatch_plans, table_of_choices
-from .replicas import Replicas
+from .dispatch_plan import DispatchPlan, Replicas, Round, chunks_of_ranks, dispatch_plans, table_of_choices
 
 DISPATCHED_BYTES = 2 << 30  # of q, do, o and dq of the queries that a rank takes at once
 

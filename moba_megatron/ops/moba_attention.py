@@ -179,7 +179,12 @@ def _attention_fwd(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seq
     """o, lse, and the integers that backward wants: the selection, and its routing's indices and indptr."""
     segments = Segments(cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_seqlen_k, chunk_size, packed,
                         exact)
-    return _run_forward(q, k, v, segments, topk, softmax_scale, deterministic, backend, workspace_mib)
+    pipeline = _pipeline(q.device, topk, softmax_scale, deterministic, backend, workspace_mib)
+    o, saved = pipeline.forward(q, k, v, segments)
+    lists = saved.choice.routing
+    indices, indptr = (lists.indices, lists.indptr) if lists else (torch.empty(0, dtype=torch.int32, device=q.device)
+                                                                   for _ in range(2))
+    return o, saved.lse, saved.choice.selected, indices, indptr
 
 
 def _flat(segments: Segments) -> tuple:
@@ -187,14 +192,6 @@ def _flat(segments: Segments) -> tuple:
     s = segments
     return (s.cu_seqlens_q, s.cu_seqlens_k, s.seq_ids, s.offsets, s.max_seqlen_q, s.max_seqlen_k, s.chunk_size,
             s.packed, s.exact)
-
-
-def _run_forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *options) -> tuple[Tensor, ...]:
-    o, saved = _pipeline(q.device, *options).forward(q, k, v, segments)
-    lists = saved.choice.routing
-    indices, indptr = (lists.indices, lists.indptr) if lists else (torch.empty(0, dtype=torch.int32, device=q.device)
-                                                                   for _ in range(2))
-    return o, saved.lse, saved.choice.selected, indices, indptr
 
 
 @functools.lru_cache(maxsize=64)
@@ -227,15 +224,9 @@ def _attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Ten
                    workspace_mib: float | None) -> tuple[Tensor, Tensor, Tensor]:
     segments = Segments(cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_seqlen_k, chunk_size, packed,
                         exact)
-    return _run_backward(do, dlse, q, k, v, o, lse, selected, indices, indptr, segments, topk, softmax_scale,
-                         deterministic, backend, workspace_mib)
-
-
-def _run_backward(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
-                  selected: Tensor, indices: Tensor, indptr: Tensor, segments: Segments, *options
-                  ) -> tuple[Tensor, Tensor, Tensor]:
     saved = Saved(o, lse, Choice(selected, Routing(indices, indptr) if selected.shape[2] else None))
-    return _pipeline(q.device, *options).backward(do, dlse, q, k, v, saved, segments)
+    pipeline = _pipeline(q.device, topk, softmax_scale, deterministic, backend, workspace_mib)
+    return pipeline.backward(do, dlse, q, k, v, saved, segments)
 
 
 _backward = torch.library.custom_op("moba_megatron::attention_bwd", _attention_bwd, mutates_args=())
@@ -273,23 +264,19 @@ _forward.register_autograd(lambda ctx, do, dlse, *_: _gradients(_backward, ctx, 
 
 
 class _Attention(torch.autograd.Function):
-    """The custom operators without their dispatch, nor their flat arguments."""
+    """The custom operators without their dispatch."""
 
     @staticmethod
     def forward(ctx, q, k, v, segments, options):
-        output = _run_forward(q, k, v, segments, *options)
-        _setup_context(ctx, (q, k, v, *_flat(segments), *options), output)
-        ctx.segments = segments
+        inputs = q, k, v, *_flat(segments), *options
+        output = _attention_fwd(*inputs)
+        _setup_context(ctx, inputs, output)
         return output[:2]
 
     @staticmethod
     def backward(ctx, do, dlse):
-        tensors = ctx.saved_tensors  # which finds out whether the segments' are as they were
-        incoming = [x for x in (do, dlse) if x is not None]
-        if do is None or torch.is_grad_enabled() or not is_unobserved(*incoming, tensors[0]):
-            backward = _AttentionBackward.apply if torch.is_grad_enabled() else _unobserved_bwd
-            return _gradients(backward, ctx, do, dlse)[:5]
-        return *_run_backward(do, dlse, *tensors[:8], ctx.segments, *ctx.constants[5:]), None, None
+        backward = _AttentionBackward.apply if torch.is_grad_enabled() else _unobserved_bwd
+        return _gradients(backward, ctx, do, dlse)[:5]
 
     @staticmethod
     def jvp(ctx, *tangents):
