@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import comparison, cp, cpu, decode, gate, gpt, options, report, router, training, zero
+from . import comparison, cp, cpu, decode, gate, gpt, layouts, options, report, router, training, zero
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ TABLES = {
     "gpt-p2": Stored("h200/gpt-p2.json", gpt.TABLE.markdown),
     "router": Stored("h200/router.json", router.TABLE.markdown),
     "megatron-options": Stored("h200/megatron_options.json", options.TABLE.markdown),
+    "layouts": Stored("cpu/layouts.json", layouts.TABLE.markdown, "docs/megatron.md"),
     "mla": Stored("h200/mla.json", options.MLA.markdown),
 }
 

@@ -39,9 +39,8 @@ LAYOUTS = {2: (2, ["--cp-comm-type", "a2a+all_gather", "--hierarchical-context-p
            4: (1, ["--cp-comm-type", "all_gather", "--context-parallel-size", "2"])}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("data")
+def make_data(directory: Path) -> Path:
+    """A prefix for --data-path."""
     words = "the quick brown fox jumps over the lazy dog and the dog sleeps on".split()
     (directory / "words.txt").write_text(" ".join(np.random.default_rng(0).choice(words, 600)))
     assert prepare_data(["--input", str(directory / "words.txt"), "--output-prefix", str(directory / "words")]) == 0
@@ -112,17 +111,26 @@ def start_and_lose(job: Job, victim: int) -> int:
 drill = pytest.mark.skipif(os.environ.get("MOBA_FAULT_DRILLS") != "1", reason="MOBA_FAULT_DRILLS=1 loses other hosts")
 
 
-@pytest.mark.parametrize("count, victim", [(2, 1), (4, None), pytest.param(2, 0, marks=drill),
-                                           pytest.param(4, 2, marks=drill)])
-def test_training_equals_that_on_one_host(tmp_path, tmp_path_factory, data, count, victim):
+def train(count: int, victim: int | None, directory: Path) -> tuple[list[int], list[tuple], list[tuple]]:
+    """On so many hosts, one of which may be lost: where each start began, the curve, and that of one host."""
+    data, run, one = (directory / name for name in ("data", "hosts", "one"))
+    for each in (data, run, one):
+        each.mkdir(parents=True)
     with hosts(count) as names:
-        job, starts = Job(tmp_path, data, names), [0]
+        job, starts = Job(run, make_data(data), names), [0]
         if victim is not None:
             starts.append(start_and_lose(job, victim))
         assert [process.wait(600) for process in job.start()] == [0] * count, job.said(0)
-        log = tmp_path / "log.jsonl"
-        assert [r["iteration"] for r in read_log(log)["start"]] == starts and steps_so_far(log) == STEPS
-        assert curve(log) == job.on_one_host(tmp_path_factory.mktemp("one"))
+        assert [r["iteration"] for r in read_log(run / "log.jsonl")["start"]] == starts
+        return starts, curve(run / "log.jsonl"), job.on_one_host(one)
+
+
+@pytest.mark.parametrize("count, victim", [(2, 1), (4, None), pytest.param(2, 0, marks=drill),
+                                           pytest.param(4, 2, marks=drill)])
+def test_training_equals_that_on_one_host(tmp_path, count, victim):
+    starts, found, expected = train(count, victim, tmp_path)
+    assert len(starts) == 1 + (victim is not None) and len(found) == STEPS
+    assert found == expected
 
 
 def on_two_hosts(rank, size, names, file):

@@ -1,0 +1,14 @@
+"""The table of parallel layouts against one process (``tests/megatron/layouts.py`` makes the result)."""
+from . import report
+
+
+def _difference(x: float) -> str:
+    return f"{abs(x):.0e}" if x else "same bits"
+
+
+TABLE = report.Table({
+    "run": report.same("name"), "ranks": lambda row: str(row["ranks"]), "loss": lambda row: f"{row['loss']:.9g}",
+    "one process": lambda row: f"{row['expected']:.9g}",
+    "loss differs by": lambda row: _difference(row["loss"] / row["expected"] - 1),
+    "gradients by": lambda row: _difference(row["gradients"])}, below=report.measured_at)
+"""A layout a line; differences are relative, that of the gradients the largest of a parameter's."""
