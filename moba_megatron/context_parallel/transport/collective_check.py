@@ -50,9 +50,8 @@ class CollectiveCheck:
         return self
 
     def __exit__(self, exc_type, error, traceback) -> bool:
-        if error is not None and not isinstance(error, (TypeError, ValueError)):
-            return False
-        if _capturing():
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if capturing or error is not None and not isinstance(error, (TypeError, ValueError)):
             return False
         text, members = "!" + str(error) if error is not None else self.signature, members_a_node(self.group)
         if error is None and members > 1:  # how rows travel between nodes depends on it
@@ -94,7 +93,7 @@ class CollectiveCheck:
         """
         for each in list(_groups) if group is None else [group]:
             unread = _groups[each].unread if each in _groups else ()
-            while unread and not _capturing():
+            while unread and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
                 event, rows, *_ = unread[0]
                 if wait or len(unread) > _MOST_UNREAD:
                     event.synchronize()
@@ -241,7 +240,3 @@ def _read_later(headers: Pending, device: torch.device) -> tuple[torch.cuda.Even
 @functools.lru_cache(maxsize=None)
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
