@@ -1,6 +1,4 @@
 """Attention backward: delta, then dk and dv by chunk, then dq. Deterministic: there are no atomics."""
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -114,19 +112,10 @@ def _preprocess(call: AttentionCall, o: Buffer, dlse: Buffer | None, lse: Buffer
     tile_programs, *tile_tensors = tile_arguments(tiles)
     list_programs = max(cdiv(num_pieces, TILES), tile_programs)
     options = tuning.config("attention_bwd_delta", o.device, head_dim=dim, itemsize=o.dtype.itemsize)
-    launch(
-        _attention_bwd_delta_kernel,
-        (list_programs + cdiv(total * heads + 1, options["BLOCK_M"]),),
-        do, o, dlse, lse, call.terms, total * heads,
-        do.stride(0), do.stride(1), o.stride(0), o.stride(1),
-        routing and routing.indptr, routing.num_csr_rows if routing else 0, extra, num_pieces, cuts.split,
-        list_programs, *tile_tensors,
-        H=heads,
-        DV=dim,
-        BLOCK_DV=next_power_of_2(dim),
-        TILES=TILES,
-        **options,
-    )
+    launch(_attention_bwd_delta_kernel, (list_programs + cdiv(total * heads + 1, options["BLOCK_M"]),),
+           do, o, dlse, lse, call.terms, total * heads, do.stride(0), do.stride(1), o.stride(0), o.stride(1),
+           routing and routing.indptr, routing.num_csr_rows if routing else 0, extra, num_pieces, cuts.split,
+           list_programs, *tile_tensors, H=heads, DV=dim, BLOCK_DV=next_power_of_2(dim), TILES=TILES, **options)
 
 
 @triton.jit(do_not_specialize=["num_csr_rows", "list_programs", "num_pieces", "split", "num_tiles", "block"])
@@ -213,8 +202,8 @@ def _segments_by_sequence(segments: Segments) -> tuple[Buffer, ...]:
     if segments.packed or number == 1:
         return seq_ids, cu_seqlens[:-1], cu_seqlens[1:], segments.offsets
     ordered = [empty((number,), torch.int32, seq_ids.device) for _ in range(4)]
-    launch(_order_segments_kernel, (cdiv(number, 64),),
-        cu_seqlens, seq_ids, segments.offsets, *ordered, number, BLOCK=64, num_warps=4)
+    launch(_order_segments_kernel, (cdiv(number, 64),), cu_seqlens, seq_ids, segments.offsets, *ordered, number,
+           BLOCK=64, num_warps=4)
     return tuple(ordered)
 
 
@@ -251,29 +240,11 @@ def _attention_bwd_dkdv(call: AttentionCall, routing: Routing | None, dk: Buffer
     if num_key_tiles == 0:
         return
     seq_ids, segment_begin, segment_end, offsets = _segments_by_sequence(call.segments)
-    lists = dict(
-        indptr=routing and routing.indptr,
-        extra_csr_rows=cuts.extra_csr_rows,
-        num_extra=num_extra,
-        split=cuts.split,
-        kv_head_begin=group[0],
-        kv_head_end=group[1],
-        dk=dk,
-        dv=dv,
-    )
-    arguments = dict(
-        lists,
-        indices=routing and routing.indices,
-        seq_ids=seq_ids,
-        segment_begin=segment_begin,
-        segment_end=segment_end,
-        offsets=offsets,
-        num_key_tiles=num_key_tiles,
-        PACKED=call.segments.packed,
-        HAS_DQ=dq_partial is not None,
-        RAGGED=size % block_n != 0,
-        **options,
-    )
+    lists = dict(indptr=routing and routing.indptr, extra_csr_rows=cuts.extra_csr_rows, num_extra=num_extra,
+                 split=cuts.split, kv_head_begin=group[0], kv_head_end=group[1], dk=dk, dv=dv)
+    arguments = dict(lists, indices=routing and routing.indices, seq_ids=seq_ids, segment_begin=segment_begin,
+                     segment_end=segment_end, offsets=offsets, num_key_tiles=num_key_tiles,
+                     PACKED=call.segments.packed, HAS_DQ=dq_partial is not None, RAGGED=size % block_n != 0, **options)
     grid = ((num_extra + call.num_chunks * kv_heads) * num_key_tiles,)
     if gluon:
         sm90.kernel_module("attention_bwd_dkdv").attention_bwd_dkdv(call, grid, dkdv_partial, dq_partial, arguments)
@@ -295,14 +266,8 @@ def _attention_bwd_dq(call: AttentionCall, routing: Routing, tiles: Tiles, dq_pa
         return
     grid, lists = call.over_lists(routing, tiles, group)
     launch(_attention_bwd_dq_kernel, grid, **call.arguments(
-        _attention_bwd_dq_kernel,
-        **call.key_tiles(options["BLOCK_N"]),
-        **lists,
-        dq_partial=dq_partial,
-        one=1.0,
-        RAGGED=call.segments.chunk_size % options["BLOCK_N"] != 0,
-        **options,
-    ))
+        _attention_bwd_dq_kernel, **call.key_tiles(options["BLOCK_N"]), **lists, dq_partial=dq_partial, one=1.0,
+        RAGGED=call.segments.chunk_size % options["BLOCK_N"] != 0, **options))
 
 
 def _attention_bwd_dq_diagonal(call: AttentionCall, dq_partial: Buffer | None, dq: Buffer,
@@ -312,10 +277,4 @@ def _attention_bwd_dq_diagonal(call: AttentionCall, dq_partial: Buffer | None, d
     grid, queries = call.over_queries(options["BLOCK_M"], group)
     dq_partial, use_tma = call.partial_tiles(dq_partial, dq.shape[2], options["BLOCK_M"], group)
     launch(_attention_bwd_dq_diagonal_kernel, grid, **call.arguments(
-        _attention_bwd_dq_diagonal_kernel,
-        **queries,
-        dq_partial=dq_partial,
-        dq=dq,
-        USE_TMA=use_tma,
-        **options,
-    ))
+        _attention_bwd_dq_diagonal_kernel, **queries, dq_partial=dq_partial, dq=dq, USE_TMA=use_tma, **options))

@@ -4,8 +4,6 @@ A program owns BLOCK_N keys of one (chunk, kv head). It streams the chunk's list
 the queries whose diagonal chunk it is, so that dk and dv are complete and are written once. A list of more than
 ``split`` rows is cut: every piece writes fp32 partial sums, which a second kernel adds in order. Nothing is atomic.
 """
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -5,8 +5,6 @@ chunk's list, then those whose diagonal chunk it is; long lists are cut as in ``
 computes weights, the other's products run. Where the keys are the whole chunk, the groups hand each other their halves
 of ds through shared memory and write the partial dq of every other block of rows.
 """
-from __future__ import annotations
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -48,12 +46,9 @@ def attention_bwd_dkdv(call: AttentionCall, grid: tuple[int], dkdv_partial: Buff
     if arguments["indptr"] is None:  # not read where there are no choices
         arguments = {**arguments, "indices": call.selected, "indptr": call.selected}
     launch(_attention_bwd_dkdv_sm90_kernel, grid, **call.arguments(
-        _attention_bwd_dkdv_sm90_kernel,
-        **arguments,
-        dkdv_partial=call.terms if dkdv_partial is None else dkdv_partial,
+        _attention_bwd_dkdv_sm90_kernel, **arguments, dkdv_partial=call.terms if dkdv_partial is None else dkdv_partial,
         dq_partial=call.q if dq_partial is None else dq_partial,
-        **sm90.strides_of_eight(q=call.q, k=call.k, v=call.v, do=call.do),
-    ))
+        **sm90.strides_of_eight(q=call.q, k=call.k, v=call.v, do=call.do)))
 
 
 @gluon.jit

@@ -1,6 +1,4 @@
 """Attention backward, dq: gathered rows against selected chunks, then the diagonal chunk and the sum of all parts."""
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

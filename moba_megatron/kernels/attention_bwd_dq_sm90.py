@@ -4,8 +4,6 @@ A program takes a piece of one (chunk, kv head)'s list, 128 rows at a time: 64 f
 loader gathers the next rows of q and do, and streams the chunk's keys and values past. While one group computes
 weights, the other's products run.
 """
-from __future__ import annotations
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -28,12 +26,9 @@ def attention_bwd_dq(call: AttentionCall, routing: Routing, tiles: Tiles, dq_par
     """Fills the partial dq of one group of kv heads."""
     grid, lists = call.over_lists(routing, tiles, group)
     launch(_attention_bwd_dq_sm90_kernel, grid, **call.arguments(
-        _attention_bwd_dq_sm90_kernel,
-        **lists,
-        dq_partial=dq_partial,
+        _attention_bwd_dq_sm90_kernel, **lists, dq_partial=dq_partial,
         **sm90.strides_of_eight(q=call.q, k=call.k, v=call.v, do=call.do),
-        **sm90.key_tiles(call.k, call.v, call.segments.chunk_size, options),
-    ))
+        **sm90.key_tiles(call.k, call.v, call.segments.chunk_size, options)))
 
 
 @gluon.jit

@@ -3,8 +3,6 @@
 What one (query, head) got from one selected chunk is a normalised partial o and its log-sum-exp, for one group of kv
 heads at a time (``workspace.py``). Inside the kernels everything is in powers of two.
 """
-from __future__ import annotations
-
 import math
 
 import torch
@@ -99,16 +97,10 @@ def _attention_fwd_sparse(call: AttentionCall, routing: Routing, tiles: Tiles, o
     """Fills the partial o and lse of one group of kv heads."""
     kernel = _attention_fwd_resident_kernel if "ROW_STAGES" in options else _attention_fwd_sparse_kernel
     grid, lists = call.over_lists(routing, tiles, group)
+    wide = _wide(call.q, o_partial) or routing.indices.dtype == torch.int64
     launch(kernel, grid, **call.arguments(
-        kernel,
-        **call.key_tiles(options["BLOCK_N"]),
-        **lists,
-        o_partial=o_partial,
-        lse_partial=lse_partial,
-        CHUNK=call.segments.chunk_size,
-        WIDE=_wide(call.q, o_partial) or routing.indices.dtype == torch.int64,
-        **options,
-    ))
+        kernel, **call.key_tiles(options["BLOCK_N"]), **lists, o_partial=o_partial, lse_partial=lse_partial,
+        CHUNK=call.segments.chunk_size, WIDE=wide, **options))
 
 
 def _wide(*tensors: Buffer) -> bool:
@@ -123,15 +115,8 @@ def _attention_fwd_diagonal(call: AttentionCall, o_partial: Buffer | None, lse_p
     grid, queries = call.over_queries(options["BLOCK_M"], group)
     o_partial, use_tma = call.partial_tiles(o_partial, o.shape[2], options["BLOCK_M"], group)
     launch(_attention_fwd_diagonal_kernel, grid, **call.arguments(
-        _attention_fwd_diagonal_kernel,
-        **queries,
-        o_partial=o_partial,
-        lse_partial=lse_partial,
-        o=o,
-        lse=lse,
-        USE_TMA=use_tma,
-        **options,
-    ))
+        _attention_fwd_diagonal_kernel, **queries, o_partial=o_partial, lse_partial=lse_partial, o=o, lse=lse,
+        USE_TMA=use_tma, **options))
 
 
 @triton.jit

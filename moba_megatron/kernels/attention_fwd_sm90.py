@@ -4,8 +4,6 @@ A program takes a piece of one (chunk, kv head)'s list, 128 rows at a time: 64 f
 loader gathers the next rows and streams the chunk's keys and values past. While one group is in its softmax, the
 other's products run; within a group the next scores are computed beside the last tile's product with the values.
 """
-from __future__ import annotations
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -28,13 +26,9 @@ def attention_fwd_sparse(call: AttentionCall, routing: Routing, tiles: Tiles, o_
     """Fills the partial o and lse of one group of kv heads."""
     grid, lists = call.over_lists(routing, tiles, group)
     launch(_attention_fwd_sm90_kernel, grid, **call.arguments(
-        _attention_fwd_sm90_kernel,
-        **lists,
-        o_partial=o_partial,
-        lse_partial=lse_partial,
+        _attention_fwd_sm90_kernel, **lists, o_partial=o_partial, lse_partial=lse_partial,
         **sm90.strides_of_eight(q=call.q, k=call.k, v=call.v),
-        **sm90.key_tiles(call.k, call.v, call.segments.chunk_size, options),
-    ))
+        **sm90.key_tiles(call.k, call.v, call.segments.chunk_size, options)))
 
 
 @gluon.jit

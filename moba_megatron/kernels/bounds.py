@@ -4,8 +4,6 @@ The kernels address by cu_seqlens and write the rows of sequences alone. So leng
 :func:`bounded` first, and results through :func:`clear_rows`: a few microseconds each, and no wait for the host. Where
 the maker of the segments vouches for them (``Segments.exact``) neither is needed.
 """
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

@@ -4,8 +4,6 @@ Rows are added one by one, and sums of SUM_BLOCK rows in order, all element by e
 so that no choice of the compiler can change a bit, and block sums made elsewhere (context parallelism) add up to the
 same means.
 """
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

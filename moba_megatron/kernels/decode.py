@@ -7,8 +7,6 @@ Three launches, none of which asks the host anything, so that a step captures in
    a kv head and chose the same chunk are served by the first of them: a chunk is read once, not once a head;
 3. a program for each (sequence, query head): the merge of its pieces.
 """
-from __future__ import annotations
-
 import math
 
 import torch
@@ -38,16 +36,10 @@ def cache_means(k_cache: Buffer, means_cache: Buffer, cache_seqlens: Buffer, chu
     if 0 in (num_chunks, means_cache.shape[0]):
         return
     num_kv_heads, head_dim = k_cache.shape[2:]
-    launch(
-        _decode_means_kernel,
-        (means_cache.shape[0] * num_chunks * num_kv_heads,),
-        **_tensors(k=k_cache, means=means_cache),
-        **_places(k_cache, cache_seqlens, block_table, cache_starts),
-        num_chunks=num_chunks,
-        chunk_size=chunk_size,
-        HK=num_kv_heads, D=head_dim, BLOCK_D=next_power_of_2(head_dim), SUM_BLOCK=SUM_BLOCK, MEAN_LANES=MEAN_LANES,
-        num_warps=4,
-    )
+    launch(_decode_means_kernel, (means_cache.shape[0] * num_chunks * num_kv_heads,),
+           **_tensors(k=k_cache, means=means_cache), **_places(k_cache, cache_seqlens, block_table, cache_starts),
+           num_chunks=num_chunks, chunk_size=chunk_size, HK=num_kv_heads, D=head_dim, BLOCK_D=next_power_of_2(head_dim),
+           SUM_BLOCK=SUM_BLOCK, MEAN_LANES=MEAN_LANES, num_warps=4)
 
 
 @stage
@@ -61,18 +53,12 @@ def decode_gate(q: Buffer, k_cache: Buffer, means_cache: Buffer, cache_seqlens: 
     num_kv_heads = k_cache.shape[2]
     group = num_heads // num_kv_heads
     options = tuning.config("decode_gate", q.device, head_dim=head_dim, itemsize=q.dtype.itemsize)
-    launch(
-        _decode_gate_kernel,
-        (batch * num_kv_heads * cdiv(group, HEADS_A_GATE),),
-        **_tensors(q=q, k=k_cache, means=means_cache),
-        **_places(k_cache, cache_seqlens, block_table, cache_starts),
-        selected=selected,
-        chunk_size=chunk_size,
-        HK=num_kv_heads, G=group, BLOCK_G=HEADS_A_GATE, KS=topk - 1, BLOCK_KS=next_power_of_2(topk - 1),
-        D=head_dim, BLOCK_D=head_block(head_dim), SUM_BLOCK=SUM_BLOCK, MEAN_LANES=MEAN_LANES,
-        PRECISION=precision(q.dtype),
-        **options,
-    )
+    launch(_decode_gate_kernel, (batch * num_kv_heads * cdiv(group, HEADS_A_GATE),),
+           **_tensors(q=q, k=k_cache, means=means_cache),
+           **_places(k_cache, cache_seqlens, block_table, cache_starts), selected=selected, chunk_size=chunk_size,
+           HK=num_kv_heads, G=group, BLOCK_G=HEADS_A_GATE, KS=topk - 1, BLOCK_KS=next_power_of_2(topk - 1),
+           D=head_dim, BLOCK_D=head_block(head_dim), SUM_BLOCK=SUM_BLOCK, MEAN_LANES=MEAN_LANES,
+           PRECISION=precision(q.dtype), **options)
     return selected
 
 
@@ -94,23 +80,12 @@ def decode_attention(q: Buffer, k_cache: Buffer, v_cache: Buffer, selected: Buff
     partial_rows = (choices + 1) * pieces
     o_partial = empty((batch * num_heads * partial_rows, dim_v), torch.float32, q.device)
     lse_partial = empty((batch * num_heads * partial_rows,), torch.float32, q.device)
-    launch(
-        _decode_attention_kernel,
-        (candidates * pieces,),
-        **_tensors(q=q, k=k_cache, v=v_cache),
-        **_places(k_cache, cache_seqlens, block_table, cache_starts),
-        selected=selected,
-        o_partial=o_partial,
-        lse_partial=lse_partial,
-        qk_scale=softmax_scale * math.log2(math.e),
-        chunk_size=chunk_size,
-        pieces=pieces,
-        piece_keys=piece_keys,
-        HK=num_kv_heads, G=group, BLOCK_G=head_block(group), KS=choices, BLOCK_KS=next_power_of_2(max(1, choices)),
-        D=head_dim, BLOCK_D=head_block(head_dim), DV=dim_v, BLOCK_DV=head_block(dim_v),
-        PRECISION=precision(q.dtype),
-        **options,
-    )
+    launch(_decode_attention_kernel, (candidates * pieces,), **_tensors(q=q, k=k_cache, v=v_cache),
+           **_places(k_cache, cache_seqlens, block_table, cache_starts), selected=selected, o_partial=o_partial,
+           lse_partial=lse_partial, qk_scale=softmax_scale * math.log2(math.e), chunk_size=chunk_size, pieces=pieces,
+           piece_keys=piece_keys, HK=num_kv_heads, G=group, BLOCK_G=head_block(group), KS=choices,
+           BLOCK_KS=next_power_of_2(max(1, choices)), D=head_dim, BLOCK_D=head_block(head_dim), DV=dim_v,
+           BLOCK_DV=head_block(dim_v), PRECISION=precision(q.dtype), **options)
     launch(_decode_merge_kernel, (batch * num_heads,), selected, o_partial, lse_partial, o, lse, pieces, KS=choices,
            DV=dim_v, BLOCK_DV=next_power_of_2(dim_v), BLOCK_S=min(32, max(2, next_power_of_2(partial_rows))),
            num_warps=4)

@@ -11,8 +11,6 @@ the later chunk is met first and stays. What makes it fast:
 - many choices do not fit registers so: PASS of them at a time are chosen, among the chunks behind those of the pass
   before, whose scores are the same bits again.
 """
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
@@ -53,36 +51,12 @@ def _gate(q: Buffer, means: Buffer, segments: Segments, choices: int) -> Buffer:
                               for dtype in (torch.float32, torch.int32))
     for place in range(0, choices, most):
         number = min(most, choices - place)
-        launch(
-            _gate_kernel,
-            (num_tiles * num_heads,),
-            q=q,
-            means=means,
-            selected=selected,
-            last_score=last_score,
-            last_chunk=last_chunk,
-            cu_seqlens_q=segments.cu_seqlens_q,
-            cu_seqlens_k=segments.cu_seqlens_k,
-            seq_ids=segments.seq_ids,
-            offsets=segments.offsets,
-            num_segments=segments.num_segments,
-            num_tiles=num_tiles,
-            chunk_size=segments.chunk_size,
-            place=place,
-            choices=choices,
-            stride_qt=q.stride(0),
-            stride_qh=q.stride(1),
-            H=num_heads,
-            HK=means.shape[1],
-            D=head_dim,
-            KS=number,
-            BLOCK_KS=next_power_of_2(number),
-            BLOCK_D=head_block(head_dim),
-            PRECISION="ieee",
-            BEHIND=place > 0,
-            GOES_ON=place + number < choices,
-            **options,
-        )
+        launch(_gate_kernel, (num_tiles * num_heads,), q, means, selected, last_score, last_chunk,
+               segments.cu_seqlens_q, segments.cu_seqlens_k, segments.seq_ids, segments.offsets,
+               segments.num_segments, num_tiles, segments.chunk_size, place, choices, q.stride(0), q.stride(1),
+               H=num_heads, HK=means.shape[1], D=head_dim, KS=number, BLOCK_KS=next_power_of_2(number),
+               BLOCK_D=head_block(head_dim), PRECISION="ieee", BEHIND=place > 0, GOES_ON=place + number < choices,
+               **options)
     return selected
 
 

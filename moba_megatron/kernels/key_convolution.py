@@ -3,8 +3,6 @@
 A run is a stretch of rows that follow one another in a sequence. What precedes it elsewhere (on another rank) comes as
 its halo. Backward computes the activations again where it needs them: the neighbouring rows are in the cache.
 """
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -2,8 +2,6 @@
 
 Most rows have few parts or none: a table tells where each choice's part lies, so nothing is read that is not there.
 """
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -3,8 +3,6 @@
 Three launches: count, for each group of consecutive tokens; add up, over groups and over CSR rows; place (and cut rows
 into tiles). A program places the choices of its group alone, in order, with its own counters: always the same result.
 """
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -100,8 +98,8 @@ def route_in_tiles(selected: Buffer, num_kv_heads: int, num_chunks: int, block: 
     shape = dict(H=num_heads, G=group, KS=choices)
     programs = num_groups * num_kv_heads
     launch(_route_count_kernel, (programs,), selected, counts, *sizes, **shape, BLOCK=1024, num_warps=4)
-    launch(_route_sum_kernel, (cdiv(num_chunks, 32) * num_kv_heads,),
-        counts, indptr, num_chunks, num_groups, num_kv_heads, BLOCK_G=256, BLOCK_C=32, BLOCK=2048, num_warps=8)
+    launch(_route_sum_kernel, (cdiv(num_chunks, 32) * num_kv_heads,), counts, indptr, num_chunks, num_groups,
+           num_kv_heads, BLOCK_G=256, BLOCK_C=32, BLOCK=2048, num_warps=8)
     launch(_route_place_kernel, (tile_programs + programs,), selected, counts, indptr, indices, *sizes, tile_programs,
            *tile_tensors, **shape, TILES=TILES, **options)
     return routing, tiles
