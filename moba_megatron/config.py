@@ -6,8 +6,7 @@ from typing import Any
 import torch
 
 BACKENDS = ("auto", "triton", "torch", "reference")
-KEY_CONV_WIDTHS = (0, 3, 5)
-CHOICES = {"backend": BACKENDS, "decode": ("moba", "dense"), "key_conv": KEY_CONV_WIDTHS}
+CHOICES = {"backend": BACKENDS, "decode": ("moba", "dense"), "key_conv": (0, 3, 5)}
 """Fields that are one of a few values (or None, where that is the default)."""
 _default: "MoBAConfig | None" = None
 

@@ -19,7 +19,7 @@ def as_record(report: Report) -> dict:
 def as_scalars(report: Report) -> dict[str, float]:
     """The report for TensorBoard: each statistic's mean over heads, by layer and over all layers."""
     scalars = {}
-    for name in _names(report):
+    for name in next(iter(report.values()), {}):
         layers = {layer: fmean(heads[name]) for layer, heads in report.items()}
         scalars[f"router/{name}"] = fmean(layers.values())
         scalars.update({f"router-{name}/layer-{layer:03d}": value for layer, value in layers.items()})
@@ -30,8 +30,8 @@ def summary(report: Report) -> str:
     """The report in a line: means over all layers and heads."""
     if not report:
         return "router: no query has a choice, since topk chunks cover every sequence or every layer attends densely"
-    means = as_scalars(report)
-    return "router: " + ", ".join(f"{name.replace('_', ' ')} {means[f'router/{name}']:.3f}" for name in _names(report))
+    means = {name.removeprefix("router/"): x for name, x in as_scalars(report).items() if name.startswith("router/")}
+    return "router: " + ", ".join(f"{name.replace('_', ' ')} {mean:.3f}" for name, mean in means.items())
 
 
 def as_table(report: Report) -> str:
@@ -40,7 +40,3 @@ def as_table(report: Report) -> str:
 
     return as_text([{"layer": str(layer), **{name.replace("_", " "): f"{fmean(heads[name]):.3f}" for name in heads}}
                     for layer, heads in sorted(report.items())])
-
-
-def _names(report: Report) -> list[str]:
-    return list(next(iter(report.values()), {}))

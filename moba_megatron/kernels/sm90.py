@@ -90,7 +90,6 @@ def _descriptor_and_layout(block: int, dim: int, dtype: torch.dtype) -> tuple[ty
     return TensorDescriptor, language.NVMMASharedLayout.get_default_for([block, dim], element)
 
 
-@functools.lru_cache(maxsize=None)
 def kernel_module(name: str) -> ModuleType:
     """``<name>_sm90``; where :func:`takes` said so."""
     return importlib.import_module(f".{name}_sm90", __package__)

@@ -69,11 +69,7 @@ def rows(stage: str) -> tuple[Row, ...]:
 
 def arch_of(device: torch.device | None = None) -> str:
     """The architecture class of a device: a name in ``ARCHS``, or ``interpreter``."""
-    if "arch" in forced_settings:
-        return forced_settings["arch"]
-    if INTERPRETED:
-        return INTERPRETER
-    return _arch_of_device(device)
+    return forced_settings.get("arch") or (INTERPRETER if INTERPRETED else _arch_of_device(device))
 
 
 @functools.lru_cache(maxsize=None)
