@@ -41,9 +41,9 @@ def load(huggingface: Path, moba: MoBAConfig) -> GPTModel:
     return models[0]
 
 
-def export(model: GPTModel, huggingface: Path, save: Path) -> None:
-    """Writes the model as a folder of Transformers."""
-    auto_bridge(huggingface).save_hf_pretrained([model], str(save), show_progress=False)
+def export(model: GPTModel, huggingface: Path) -> dict[str, torch.Tensor]:
+    """The weights in Transformers' names. (Bridge's own `save_hf_pretrained` needs NVIDIA's ModelOpt.)"""
+    return dict(auto_bridge(huggingface).export_hf_weights([model], cpu=True, show_progress=False))
 
 
 def _import_llama_alone() -> None:

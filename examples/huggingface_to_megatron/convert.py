@@ -67,11 +67,12 @@ def convert_to_huggingface(load: Path, huggingface: Path, save: Path, bridge: bo
     if bridge:
         from bridge import export
 
-        export(model, huggingface, save)
+        weights = export(model, huggingface)
     else:
-        found = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        fill(found, to_huggingface(model.state_dict(), config))
-        found.save_pretrained(save)
+        weights = to_huggingface(model.state_dict(), config)
+    found = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    fill(found, weights)
+    found.save_pretrained(save)
     AutoTokenizer.from_pretrained(huggingface).save_pretrained(save)
 
 

@@ -33,6 +33,8 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--huggingface", type=Path, required=True, help="a folder of Transformers with a Llama")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--bridge", action="store_true", help="convert by Megatron-Bridge")
+    parser.add_argument("--start", metavar="NAME", help="the first command to run, where OUTPUT has what those before "
+                        "it made: import, data, imported_full, imported_moba, before, train, export, exported_moba")
     parser.add_argument("--text", type=Path, nargs="+", help="files to train on (the plays); the first is compared on")
     parser.add_argument("--moba-chunk-size", type=int, default=64)
     parser.add_argument("--moba-topk", type=int, default=4)
@@ -110,12 +112,16 @@ def result_of(a: argparse.Namespace, said: dict[str, str]) -> dict:
 
 
 def main(argv=None, run=run) -> int:
-    """0; where a command fails, its status."""
+    """0, or 2 on bad input; where a command fails, its status."""
     a = parse(argv)
     a.huggingface, a.output = a.huggingface.resolve(), a.output.resolve()
     texts = [path.resolve() for path in a.text or plays()]
-    said = {}
-    for name, words in commands(a, texts).items():
+    said, steps = {}, commands(a, texts)
+    if a.start not in (None, *steps):
+        print(f"error: --start must be one of {', '.join(steps)}, got {a.start!r}", file=sys.stderr)
+        return 2
+    for name in list(steps)[list(steps).index(a.start or "import"):]:
+        words = steps[name]
         shown = words if name != "data" or a.text else [*words[:2], "--plays", *words[words.index("--output-prefix"):]]
         print("$", shlex.join(shown), flush=True)
         said[name] = run(shown)

@@ -102,13 +102,14 @@ def name_last(latest: Path, text: str) -> None:
     new.replace(latest)
 
 
-def last_whole_checkpoint(directory: str, latest: str = LATEST,
-                          part: str = "metadata.json") -> tuple[int | None, str | None]:
+def last_whole_checkpoint(directory: str, latest: str = LATEST, part: str = "metadata.json",
+                          flag: str = "--load") -> tuple[int | None, str | None]:
     """The checkpoint to resume from.
 
     Args:
         latest: name of the file that names the last one, by its iteration or its directory.
         part: without which a checkpoint is incomplete.
+        flag: that gave the directory.
 
     Returns:
         its iteration, None where there is none; and a warning where a later one is damaged.
@@ -120,15 +121,15 @@ def last_whole_checkpoint(directory: str, latest: str = LATEST,
         return None, None
     text = (Path(directory) / latest).read_text().strip().removeprefix("iter_")
     if not text.isdigit():
-        raise ValueError(f"--load {directory}: {latest} must hold an iteration number, got {text!r}")
+        raise ValueError(f"{flag} {directory}: {latest} must hold an iteration number, got {text!r}")
     problem = _damage(directory, int(text), part)
     if problem is None:
         return int(text), None
     earlier = {int(path.name[5:]) for path in Path(directory).glob("iter_" + "[0-9]" * 7)}
     for iteration in sorted((n for n in earlier if n < int(text)), reverse=True):
         if _damage(directory, iteration, part) is None:
-            return iteration, f"--load {directory}: {problem}; going back to iter_{iteration:07d}, the last whole one"
-    raise ValueError(f"--load {directory}: {problem}, and there is no whole checkpoint before it")
+            return iteration, f"{flag} {directory}: {problem}; going back to iter_{iteration:07d}, the last whole one"
+    raise ValueError(f"{flag} {directory}: {problem}, and there is no whole checkpoint before it")
 
 
 def _damage(directory: str, iteration: int, part: str) -> str | None:
@@ -175,7 +176,8 @@ def load_weights(args, model) -> None:
         SharedError: there is no checkpoint, it is of another architecture, or it has weights that this run would drop.
     """
     place = f"--pretrained-checkpoint {args.pretrained_checkpoint}"
-    iteration, _ = on_all_ranks(last_whole_checkpoint, args.pretrained_checkpoint)
+    iteration, _ = on_all_ranks(last_whole_checkpoint, args.pretrained_checkpoint, LATEST, "metadata.json",
+                                "--pretrained-checkpoint")
     if iteration is None:
         raise SharedError(f"{place} must be a directory of checkpoints with {LATEST} in it, and has none")
     directory = str(Path(args.pretrained_checkpoint) / f"iter_{iteration:07d}")

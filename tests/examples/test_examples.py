@@ -283,6 +283,15 @@ class TestBadInput:
             train(1, tmp_path / "log.jsonl", data_path, "--use-distributed-optimizer",
                   "--load", str(stopped / "checkpoints"), "--ffn-hidden-size", "128")
 
+    def test_weights_that_do_not_fit_are_refused(self, tmp_path, data_path, stopped):
+        log, weights = tmp_path / "log.jsonl", str(stopped / "checkpoints")
+        with pytest.raises(AssertionError, match="SharedError: --pretrained-checkpoint .*--ffn-hidden-size 192, this"):
+            train(1, log, data_path, "--pretrained-checkpoint", weights, "--ffn-hidden-size", "128")
+        with pytest.raises(AssertionError, match="SharedError: --pretrained-checkpoint .* must be a directory of ch"):
+            train(1, log, data_path, "--pretrained-checkpoint", str(tmp_path))
+        with pytest.raises(AssertionError, match="ValueError: --vocab-size must be at least 257.*got 256"):
+            train(1, log, data_path, "--vocab-size", "256")
+
     @pytest.mark.parametrize("world, flags, message", [
         pytest.param(3, ["--context-parallel-size", "2"], "multiple of tensor x pipeline x context", id="world size"),
         pytest.param(2, ["--context-parallel-size", "2", "--seq-length", "126"], "--seq-length must be a multiple of 4",
@@ -306,6 +315,7 @@ class TestBadInput:
         pytest.param(1, ["--router-log-interval", "0"], "--router-log-interval must be at least 1", id="router log"),
         pytest.param(1, ["--router-log-interval", "5", "--attention", "full"], "there is no router", id="no router"),
         pytest.param(1, ["--overlap-param-gather"], "--overlap-param-gather needs", id="overlap"),
+        pytest.param(1, ["--vocab-size", "0"], "--vocab-size must be at least 1", id="vocabulary"),
         pytest.param(1, ["--no-such-flag"], "unrecognized", id="unknown flag"),
         pytest.param(1, ["--global-batch-size", "-4"], "--global-batch-size must be at least 1", id="batch below 0"),
         pytest.param(1, ["--ffn-hidden-size", "-3"], "--ffn-hidden-size must be at least 1", id="feed-forward"),
