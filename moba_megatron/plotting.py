@@ -2,8 +2,8 @@
 import itertools
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 WIDTH = 4.2  # inches: shown 375 pixels wide, text of 9 points is 11 pixels high
 DPI = 200
@@ -11,8 +11,7 @@ LINE = 0.16  # inches between two labels, at least
 HIGHEST = 0.95  # of the axes' height: where the highest label may stand, below the title
 
 
-@dataclass(frozen=True)
-class Theme:
+class Theme(NamedTuple):
     """Colours of a page."""
 
     paper: str

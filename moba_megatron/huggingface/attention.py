@@ -25,10 +25,8 @@ from ..ops.validation import same_dtype
 from .cache import fill_after_prompt, follow_caches, is_in_prompt, note_prompts, sparse_decode
 from .mask import attended_slots, is_layout, moba_mask, packed_bounds, row_segments
 
-BACKENDS = {
-    "moba": None, "efficient_moba": None, "triton_moba": None,
-    "moba_reference": "reference", "naive_moba": "reference", "moba_naive": "reference",
-}
+BACKENDS = {"moba": None, "efficient_moba": None, "triton_moba": None,
+            "moba_reference": "reference", "naive_moba": "reference", "moba_naive": "reference"}
 """The names that are registered, and the backend of each; None for the config's."""
 
 _settings: dict[str, MoBAConfig] = {}

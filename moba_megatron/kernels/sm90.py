@@ -82,7 +82,6 @@ def _described(x: Buffer, block: int) -> Descriptor:
     return Descriptor(make, x, ([total, (heads - 1) * head + dim], [row, 1], [block, dim], layout))
 
 
-@functools.lru_cache(maxsize=None)
 def _descriptor_and_layout(block: int, dim: int, dtype: torch.dtype) -> tuple[type, object]:
     from triton.experimental.gluon import language
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor

@@ -10,6 +10,7 @@ import functools
 import json
 import os
 from dataclasses import replace
+from unittest import mock
 
 import torch
 
@@ -105,15 +106,12 @@ def forced(arch: str | None = None, configs: dict[str, dict[str, int]] | None = 
     Every look-up is added to ``record`` as (stage, key, row). For the compile report and ``tune``; not for
     several threads at once.
     """
-    before = dict(forced_settings)
     given = {"arch": arch, "configs": configs, "record": record}
-    forced_settings.update({name: value for name, value in given.items() if value is not None})
     _lookup.cache_clear()
     try:
-        yield
+        with mock.patch.dict(forced_settings, {name: value for name, value in given.items() if value is not None}):
+            yield
     finally:
-        forced_settings.clear()
-        forced_settings.update(before)
         _lookup.cache_clear()
 
 
