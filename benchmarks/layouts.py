@@ -12,3 +12,12 @@ TABLE = report.Table({
     "loss differs by": lambda row: _difference(row["loss"] / row["expected"] - 1),
     "gradients by": lambda row: _difference(row["gradients"])}, below=report.measured_at)
 """A layout a line; differences are relative, that of the gradients the largest of a parameter's."""
+
+
+def summary(result: dict) -> str:
+    """A sentence: how many runs there were, and the largest differences."""
+    rows, core = result["rows"], result["environment"]["megatron_core"]
+    loss, gradients = (_difference(max(values)) for values in (
+        [abs(row["loss"] / row["expected"] - 1) for row in rows], [row["gradients"] for row in rows]))
+    return (f"Megatron-Core {core}, {len(rows)} of these runs: losses differ by at most {loss}, gradients by at most "
+            f"{gradients}. {report.measured_at(result)}")

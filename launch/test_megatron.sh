@@ -7,7 +7,8 @@ source "$(dirname "$0")/common.sh"
 
 TESTS=(tests/test_settings.py tests/ops/test_key_convolution.py tests/examples/test_examples.py
     tests/megatron/test_{core_attention,patching,patches,megatron_lm,megatron_parallel,megatron_inference,megatron_fsdp}.py
-    tests/megatron/test_{fields,checkpoints,multi_token_prediction,mla,hybrid_model,offload}.py)
+    tests/megatron/test_{fields,experts,packed_rows,dynamic_context_parallel}.py
+    tests/megatron/test_{checkpoints,multi_token_prediction,mla,hybrid_model,offload}.py)
 setup test
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 if [ -n "${MEGATRON_LM_PATH:-}" ]; then

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import megatron.core
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +51,7 @@ def main() -> int:
         print("error: the argument must name the file for the result", file=sys.stderr)
         return 2
     about = environment.describe(torch.device("cpu")) | {
+        "megatron_core": megatron.core.__version__,
         "command": environment.command("PYTHONPATH=. python tests/megatron/layouts.py")}
     rows = []
     with tempfile.TemporaryDirectory() as directory:
@@ -65,8 +67,9 @@ def main() -> int:
         results = found("rows", test_packed_rows, 2)
         rows += [of_packed_rows(f"packed rows, {run}", ranks, results, (run, "real and padded lengths"))
                  for run, (ranks, _) in test_packed_rows.RUNS.items()]
-        rows.append(row("--hybrid-context-parallel", 4,
-                        found("hybrid", test_dynamic_context_parallel, function="train_one_step")))
+        if test_dynamic_context_parallel.has_loader():
+            rows.append(row("--hybrid-context-parallel", 4,
+                            found("hybrid", test_dynamic_context_parallel, function="train_one_step")))
         for name, count, victim in (("two hosts, one lost", 2, 1), ("four hosts", 4, None)):
             rows.append(of_hosts(name, count, victim, Path(directory, f"hosts{count}")))
     report.save(Path(sys.argv[1]), {"environment": about, "rows": rows})

@@ -10,6 +10,8 @@ import torch
 from ranks import run_ranks
 
 pytest.importorskip("megatron.core.pipeline_parallel.hybrid_cp_schedule")
+import megatron.core.utils  # noqa: E402
+
 SIZES, COMM_TYPES, FORMATS = (1, 2, 4), ("all_gather", "a2a"), ("thd", "sbhd")
 KINDS = [(size, comm, qkv_format) for comm in COMM_TYPES for qkv_format in FORMATS for size in SIZES]
 BATCHES = 5 * len(KINDS)
@@ -160,6 +162,12 @@ def train_one_step(rank, ranks):
     return dict(given=given, loss=loss.item(), expected=total, grads=errors)
 
 
+def has_loader() -> bool:
+    """Whether this Megatron-Core's loader and schedule go together: Megatron-LM's own program fails from 0.18 on."""
+    return hasattr(megatron.core.utils, "get_batch_on_this_hybrid_cp_rank")
+
+
+@pytest.mark.skipif(not has_loader(), reason="no get_batch_on_this_hybrid_cp_rank in this Megatron-Core")
 def test_megatrons_schedule_equals_the_sequences_one_by_one(tmp_path):
     results = run_ranks(train_one_step, 4, tmp_path)
     given = {length: ranks for result in results for length, ranks in result["given"].items()}
