@@ -9,6 +9,7 @@ Other flags are examples/pretrain_gpt.py's. Transformers attends by `register_mo
 default: in fp32 two chunks whose scores are nearly equal may change places by rounding, and a query attends elsewhere.
 """
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -67,6 +68,8 @@ def main(argv=None) -> int:
     _, args = settings(a.huggingface, *flags)
     if args.tensor_model_parallel_size * args.pipeline_model_parallel_size > 1 or not args.pretrained_checkpoint:
         parser.error("give --pretrained-checkpoint, and no tensor or pipeline parallel size")
+    if a.dtype == "float64" and args.moba_config.backend == "auto":  # which is Triton on a GPU, and has no fp64
+        args.moba_config = dataclasses.replace(args.moba_config, backend="torch")
     job.initialize(args)
     attention = "moba" if args.attention == "moba" else "sdpa"
     if attention == "moba":

@@ -85,3 +85,21 @@ def test_bad_input(tmp_path):
     done = run_program([FOLDER / "convert.py", "--huggingface", tmp_path, "--save", tmp_path / "out"],
                        {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 2 and "must be a folder with a config.json" in done.stderr
+
+
+def test_what_the_page_says_is_stored():
+    bridge, own = (json.loads((ROOT / f"benchmarks/results/cpu/huggingface_{name}.json").read_text())
+                   for name in ("bridge", "own"))
+    for result in (bridge, own):
+        assert all(logits["places_apart"] == 0 for logits in result["logits"].values())
+        assert len(result["losses"]) == result["settings"]["train_iters"]
+    largest = [max(x["logits"][name]["largest_difference"] for x in (bridge, own) for name in names)
+               for names in (("imported_full", "imported_moba"), ("exported_moba",))]
+    imported, exported = (f"{x:.1e}".replace("e-0", "e-") for x in largest)
+    page = " ".join((ROOT / "docs/megatron.md").read_text().split())
+    for text in (f"by more than {imported}", f"within {exported}",
+                 f"from {bridge['validations']['0']:.2f} to {bridge['validations']['100']:.2f} nats",
+                 f"Bridge {bridge['environment']['megatron-bridge']}, Megatron-Core "
+                 f"{bridge['environment']['megatron-core']}",
+                 f"Megatron-Core {own['environment']['megatron-core']}, {own['settings']['train_iters']} steps"):
+        assert text in page, text
