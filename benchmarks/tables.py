@@ -43,6 +43,7 @@ TABLES = {
     "router": Stored("h200/router.json", router.TABLE.markdown),
     "megatron-options": Stored("h200/megatron_options.json", options.TABLE.markdown),
     "layouts": Stored("cpu/layouts.json", layouts.TABLE.markdown, "docs/megatron.md"),
+    "layouts-newest": Stored("cpu/layouts_0.19.json", layouts.summary, "docs/megatron.md"),
     "mla": Stored("h200/mla.json", options.MLA.markdown),
 }
 
