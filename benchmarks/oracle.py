@@ -73,16 +73,18 @@ def check_values(problem: Problem, o: Tensor, lse: Tensor | None, dq: Tensor, dk
     """Relative errors ``|x - oracle| / |oracle|`` on the samples; dk and dv in the given chunks (first, middle, last).
 
     Returns:
-        For each of o, lse, dq, dk, dv: ``error``; ``limit``, twice the error of the same computation in the inputs'
-        precision plus one rounding (STYLE: derived, not guessed).
+        As :func:`errors`.
     """
-    got: dict[str, list[Tensor]] = {}
-    want: dict[str, list[Tensor]] = {}
-    eager: dict[str, list[Tensor]] = {}
+    return errors([sampled_values(problem, o, lse, dq, dk, dv, seed, chunks)], problem.q.dtype)
 
-    def note(name: str, x: Tensor, exact: Tensor, rounded: Tensor) -> None:
-        for table, value in ((got, x), (want, exact), (eager, rounded)):
-            table.setdefault(name, []).append(value.double().flatten())
+
+def sampled_values(problem: Problem, o: Tensor, lse: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor,
+                   seed: int = 0, chunks: list[int] | None = None) -> dict[str, list[tuple[Tensor, Tensor, Tensor]]]:
+    """Name -> samples: the value, the exact one, and what the inputs' precision yields, each flat and fp64."""
+    samples: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+
+    def note(name: str, *values: Tensor) -> None:
+        samples.setdefault(name, []).append(tuple(x.double().flatten() for x in values))
 
     t, heads = _sample_rows(problem, seed)
     for head in heads:
@@ -97,18 +99,23 @@ def check_values(problem: Problem, o: Tensor, lse: Tensor | None, dq: Tensor, dk
         exact, rounded = (_chunk(problem, chunk, kv_head, low) for low in (False, True))
         note("dk", dk[keys, kv_head], exact[0], rounded[0])
         note("dv", dv[keys, kv_head], exact[1], rounded[1])
-    rounding = torch.finfo(problem.q.dtype).eps
+    return samples
+
+
+def errors(problems: list[dict[str, list[tuple[Tensor, Tensor, Tensor]]]], dtype: torch.dtype
+           ) -> dict[str, dict[str, float]]:
+    """Relative errors over the samples of several problems together: alone a sequence of one token has dq = 0.
+
+    Returns:
+        For each of o, lse, dq, dk, dv: ``error``; ``limit``, twice the error of the same computation in the inputs'
+        precision plus one rounding (STYLE: derived, not guessed).
+    """
     result = {}
-    for name in want:
-        x, exact, rounded = (torch.cat(table[name]) for table in (got, want, eager))
-        result[name] = {"error": _relative(x, exact), "limit": 2 * _relative(rounded, exact) + rounding}
+    for name in problems[0]:
+        x, exact, rounded = map(torch.cat, zip(*(sample for each in problems for sample in each[name])))
+        error, of_rounding = (((y - exact).norm() / exact.norm()).item() for y in (x, rounded))
+        result[name] = {"error": error, "limit": 2 * of_rounding + torch.finfo(dtype).eps}
     return result
-
-
-def _relative(x: Tensor, exact: Tensor) -> float:
-    """As it is where everything must be 0: dq of a sequence of one token."""
-    size = exact.norm().item()
-    return (x - exact).norm().item() / (size or 1.0)
 
 
 def _sample_rows(problem: Problem, seed: int) -> tuple[Tensor, list[int]]:
