@@ -44,6 +44,7 @@ TABLES = {
     "megatron-options": Stored("h200/megatron_options.json", options.TABLE.markdown),
     "layouts": Stored("cpu/layouts.json", layouts.TABLE.markdown, "docs/megatron.md"),
     "layouts-newest": Stored("cpu/layouts_0.19.json", layouts.summary, "docs/megatron.md"),
+    "layouts-main": Stored("cpu/layouts_main.json", layouts.summary, "docs/megatron.md"),
     "mla": Stored("h200/mla.json", options.MLA.markdown),
 }
 
