@@ -92,7 +92,7 @@ class SelectiveAttention(AllGatherAttention):
         rows = self.layout.rows
 
         def place(x: Tensor) -> Tensor:
-            out = x.new_empty(rows.total, *x.shape[1:])
+            out = x.new_zeros(rows.total, *x.shape[1:])  # backend torch looks whether all is finite
             if rows.runs is None:
                 return out.index_copy_(0, rows.own_rows, x)
             for here, among_all in rows.own_runs():

@@ -60,7 +60,7 @@ class Replicas(NamedTuple):
     def start(self, x: Tensor, chunk_size: int, group: dist.ProcessGroup, stage: str) -> Pending:
         """Starts to send rows of ``x`` ``[T, h, D]``; pending: the copies, and x behind them."""
         def place(x: Tensor) -> Tensor:
-            out = x.new_empty(self.places * chunk_size + x.shape[0], *x.shape[1:])
+            out = x.new_zeros(self.places * chunk_size + x.shape[0], *x.shape[1:])  # as in ``selective``
             out[-x.shape[0]:] = x
             return out
 

@@ -162,6 +162,28 @@ def on_rank(rank, size):
     return results
 
 
+def with_new_memory_filled_and_not(rank, size):
+    """Results of the torch backend where new memory is filled with NaN, and where it is not."""
+    case, fills, runs = next(case for case in CASES if case[0] == "fp32"), torch.utils.deterministic, []
+    _, tokens, batch, chunk_size, topk, *_ = case
+    sequences = Sequences.uniform(tokens, batch, torch.device("cpu"))
+    rows = sequences.rows(size, rank).own_rows
+    *leaves, do = (x[rows].requires_grad_() for x in whole_inputs(case))
+    torch.use_deterministic_algorithms(True)
+    with mock.patch.object(dispatch, "cheapest_mode", lambda *given: compute_ranks_for("anywhere", *given)), \
+            mock.patch.object(selective, "DISPATCH_FROM", 2):
+        for fills.fill_uninitialized_memory in (True, False):
+            o = context_parallel_attention(*leaves, sequences, chunk_size, topk, dist.group.WORLD,
+                                           comm_type="selective", deterministic=True, backend="torch")
+            runs.append([o.detach(), *torch.autograd.grad(o, leaves, do)])
+    return runs
+
+
+def test_memory_that_is_not_written_decides_nothing(tmp_path):
+    for filled, found in run_ranks(with_new_memory_filled_and_not, 3, tmp_path):
+        assert all(torch.equal(a, b) for a, b in zip(filled, found, strict=True))
+
+
 def measured_bytes(ranks):
     """What plan-measure says of the modes of selective: (sent, counted) by all ranks, by routing and mode."""
     job = Job(tokens=512, chunk_size=16, topk=3, heads=4, kv_heads=2, dim=16, backend="reference")
