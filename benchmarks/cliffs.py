@@ -263,7 +263,7 @@ def add_cliffs(subcommands) -> None:
     p.add_argument("--rows", nargs="+", metavar="NAME", help="rows by their whole name")
     p.add_argument("--repeats", type=int, default=7, help="timed runs of each row (7)")
     p.add_argument("--budget", type=float, default=float("inf"), metavar="S", help="start no row after so many seconds")
-    p.add_argument("--backend", default="triton", choices=("triton", "torch", "reference"))
+    p.add_argument("--backend", choices=("triton", "torch", "reference"), help="unset: triton on cuda, else torch")
     p.add_argument("--device", default="cuda", help="cpu: to try it, with the rows named tiny (cuda)")
     p.add_argument("--json", type=Path, metavar="PATH", help="write everything measured")
     p.set_defaults(run=run_cliffs)
@@ -272,13 +272,14 @@ def add_cliffs(subcommands) -> None:
 def run_cliffs(arguments: argparse.Namespace) -> int:
     """Measures the rows and prints the table; 1 if a row failed or was wrong."""
     begin, device = time.perf_counter(), environment.use_device(arguments.device)
+    backend = arguments.backend or ("triton" if device.type == "cuda" else "torch")
     result = {"environment": environment.describe(device), "rows": []}
     for cliff in find_cliffs(arguments.rows):
         if time.perf_counter() - begin > arguments.budget:
             result["rows"].append({"name": cliff.name, "cliff": asdict(cliff), "status": "not run",
                                    "reason": "no time was left"})
             continue
-        result["rows"].append(measure_cliff(cliff, device, arguments.backend, arguments.repeats))
+        result["rows"].append(measure_cliff(cliff, device, backend, arguments.repeats))
         print(TABLE.text(result | {"rows": result["rows"][-1:]}), flush=True)
         if arguments.json:
             report.save(arguments.json, result)

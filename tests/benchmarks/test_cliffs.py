@@ -32,10 +32,10 @@ def test_documents_fill_the_tokens():
     assert lengths == cliffs.documents(10_000, 300, 1000, 5)
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", [[], ["--backend", "reference"]], ids=["unset", "reference"])
 def test_rows_are_measured_and_stored(backend, tmp_path, capsys):
     path = tmp_path / "cliffs.json"
-    assert main(["cliffs", "--device", "cpu", "--backend", backend, "--rows", "tiny", "tiny-sink", "tiny-view",
+    assert main(["cliffs", "--device", "cpu", *backend, "--rows", "tiny", "tiny-sink", "tiny-view",
                  "--repeats", "1", "--json", str(path)]) == 0
     result = report.load(path)
     assert [row["status"] for row in result["rows"]] == ["ok"] * 3
