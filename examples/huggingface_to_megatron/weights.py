@@ -26,17 +26,19 @@ def model_flags(config: LlamaConfig) -> list[str]:
     """
     rope = getattr(config, "rope_parameters", None) or {"rope_theta": getattr(config, "rope_theta", None),
                                                         **(getattr(config, "rope_scaling", None) or {})}
-    needed = {"model_type": (config.model_type, "llama"), "hidden_act": (config.hidden_act, "silu"),
-              "attention_bias": (config.attention_bias, False), "mlp_bias": (config.mlp_bias, False),
-              "rope_type": (rope.get("rope_type", "default"), "default")}
+    theta = rope.get("rope_theta") or 0
+    needed = {"model_type": (config.model_type, "llama"), "rope_type": (rope.get("rope_type", "default"), "default"),
+              "rope_theta": (theta, int(theta))}
+    for name, expected in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+        needed[name] = getattr(config, name, None), expected
     for name, (value, expected) in needed.items():
         if value != expected:
             raise ValueError(f"--huggingface: {name} of config.json must be {expected!r} for this conversion, got "
-                             f"{value!r}: Megatron-Bridge (--bridge) knows more models")
+                             f"{value!r}: Megatron-Bridge itself knows more models (README.md)")
     flags = {"num-layers": config.num_hidden_layers, "hidden-size": config.hidden_size,
              "ffn-hidden-size": config.intermediate_size, "num-attention-heads": config.num_attention_heads,
              "num-query-groups": config.num_key_value_heads, "kv-channels": config.head_dim,
-             "rotary-base": int(rope["rope_theta"]), "norm-epsilon": config.rms_norm_eps,
+             "rotary-base": int(theta), "norm-epsilon": config.rms_norm_eps,
              "vocab-size": config.vocab_size, "make-vocab-size-divisible-by": 1}
     switches = ["--group-query-attention"]
     if not config.tie_word_embeddings:

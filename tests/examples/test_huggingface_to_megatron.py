@@ -7,7 +7,14 @@ import pytest
 import torch
 from ranks import ROOT, run_program, torchrun
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+)
 
 FOLDER = ROOT / "examples/huggingface_to_megatron"
 sys.path.insert(0, str(FOLDER))
@@ -50,11 +57,18 @@ def test_weights_there_and_back(tied):
     assert all(torch.equal(back[name], weights[name]) for name in back)
 
 
-@pytest.mark.parametrize("field, value", [("attention_bias", True), ("hidden_act", "gelu"), ("rope_scaling", {
-    "rope_type": "linear", "factor": 2.0})])
-def test_what_the_conversion_does_not_carry(field, value):
-    with pytest.raises(ValueError, match="rope_type|" + field):
-        model_flags(LlamaConfig(**{field: value}))
+@pytest.mark.parametrize("config, text", [
+    (LlamaConfig(attention_bias=True), "attention_bias of config.json must be False .* got True"),
+    (LlamaConfig(mlp_bias=True), "mlp_bias of config.json must be False .* got True"),
+    (LlamaConfig(hidden_act="gelu"), "hidden_act of config.json must be 'silu' .* got 'gelu'"),
+    (LlamaConfig(rope_scaling={"rope_type": "linear", "factor": 2.0}), "rope_type .* 'default' .* got 'linear'"),
+    (LlamaConfig(rope_theta=10000.5), "rope_theta of config.json must be 10000 .* got 10000.5"),
+    (GPT2Config(), "model_type of config.json must be 'llama' .* got 'gpt2'"),
+    (MistralConfig(), "model_type of config.json must be 'llama' .* got 'mistral'")],
+    ids=["attention_bias", "mlp_bias", "hidden_act", "rope_scaling", "rope_theta", "gpt2", "mistral"])
+def test_what_the_conversion_does_not_carry(config, text):
+    with pytest.raises(ValueError, match=text):
+        model_flags(config)
 
 
 def test_the_whole_way(tmp_path, capsys):
