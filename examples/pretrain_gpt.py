@@ -77,27 +77,11 @@ def initialize(args) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
-def find_checkpoint(args) -> int:
-    """The iteration to resume from, 0 to start afresh; the same on all ranks.
-
-    Raises:
-        SharedError: the ranks see different checkpoints.
-    """
-    whole, warning = on_all_ranks(checkpointing.last_whole_checkpoint, args.load) if args.load else (None, None)
-    found = gather(whole)
-    if warning and torch.distributed.get_rank() == 0:
-        print(f"warning: {warning}", file=sys.stderr, flush=True)
-    if len(set(found)) > 1:
-        raise SharedError(f"--load {args.load}: the ranks see different checkpoints, {found}; every machine must see "
-                          "the same directory")
-    return whole or 0
-
-
 def pretrain(args) -> None:
     """Builds everything, resumes where there is a checkpoint, trains, validates, saves."""
     rank = torch.distributed.get_rank()
     blend, tokenizer = on_all_ranks(data.read_tokenizer, args.data_path)
-    first = find_checkpoint(args)
+    first = checkpointing.agreed_checkpoint(args.load) or 0 if args.load else 0
     args.model_description = describe_model(args, tokenizer)
     config = build_config(args)
     model = build_model(args, config)

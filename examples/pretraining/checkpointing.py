@@ -8,6 +8,7 @@
 import argparse
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from torch.distributed.checkpoint import CheckpointException
 from moba_megatron.inspect.checkpoint import DESCRIPTION, read_common
 from moba_megatron.megatron.checkpoint_flags import MODEL_FLAGS, compare_flags
 
-from .agreement import RunError, SharedError, on_all_ranks, on_first_rank
+from .agreement import RunError, SharedError, gather, on_all_ranks, on_first_rank
 
 # What must agree between a checkpoint and the run that loads it, or the weights mean something else.
 _ARCHITECTURE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
@@ -132,6 +133,22 @@ def last_whole_checkpoint(directory: str, latest: str = LATEST, part: str = "met
     raise ValueError(f"{flag} {directory}: {problem}, and there is no whole checkpoint before it")
 
 
+def agreed_checkpoint(directory: str, flag: str = "--load") -> int | None:
+    """The iteration of :func:`last_whole_checkpoint`, whose warning rank 0 prints; called by all ranks.
+
+    Raises:
+        SharedError: there is none that is whole, or the ranks see different checkpoints.
+    """
+    whole, warning = on_all_ranks(last_whole_checkpoint, directory, LATEST, "metadata.json", flag)
+    found = gather(whole)
+    if warning and torch.distributed.get_rank() == 0:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    if len(set(found)) > 1:
+        raise SharedError(f"{flag} {directory}: the ranks see different checkpoints, {found}; every machine must see "
+                          "the same directory")
+    return whole
+
+
 def _damage(directory: str, iteration: int, part: str) -> str | None:
     """What is wrong with a checkpoint, None where all its files are there and as long as they were."""
     place = Path(directory) / f"iter_{iteration:07d}"
@@ -173,11 +190,11 @@ def load_weights(args, model) -> None:
     """Restores the model alone, from --pretrained-checkpoint, in the dtype of this run; called by all ranks.
 
     Raises:
-        SharedError: there is no checkpoint, it is of another architecture, or it has weights that this run would drop.
+        SharedError: there is no checkpoint, or not the same on all ranks, it is of another architecture, or it has
+            weights that this run would drop.
     """
     place = f"--pretrained-checkpoint {args.pretrained_checkpoint}"
-    iteration, _ = on_all_ranks(last_whole_checkpoint, args.pretrained_checkpoint, LATEST, "metadata.json",
-                                "--pretrained-checkpoint")
+    iteration = agreed_checkpoint(args.pretrained_checkpoint, "--pretrained-checkpoint")
     if iteration is None:
         raise SharedError(f"{place} must be a directory of checkpoints with {LATEST} in it, and has none")
     directory = str(Path(args.pretrained_checkpoint) / f"iter_{iteration:07d}")

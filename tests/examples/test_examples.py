@@ -1,8 +1,11 @@
 """The pretraining example end to end on CPU: data, training on two ranks, stop and resume, other layouts, bad input."""
 import argparse
+import contextlib
+import io
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import prepare_data
@@ -40,6 +43,14 @@ def train(processes: int, log: Path, data_path: Path, *flags: str, launched: boo
     else:
         run_ranks(pretrain_gpt, processes, log.parent, flags)
     return read_log(log)
+
+
+def load_weights(rank, size, places: list[Path]) -> str:
+    """What a rank says on stderr where weights are in another place on each rank."""
+    with contextlib.redirect_stderr(io.StringIO()) as err, pytest.raises(
+            SharedError, match=r"--pretrained-checkpoint .* the ranks see different checkpoints, \[3, None\]"):
+        checkpointing.load_weights(SimpleNamespace(pretrained_checkpoint=str(places[rank])), None)
+    return err.getvalue()
 
 
 def losses(records: dict) -> list[tuple]:
@@ -291,6 +302,14 @@ class TestBadInput:
             train(1, log, data_path, "--pretrained-checkpoint", str(tmp_path))
         with pytest.raises(AssertionError, match="ValueError: --vocab-size must be at least 257.*got 256"):
             train(1, log, data_path, "--vocab-size", "256")
+
+    def test_weights_that_ranks_see_differently_are_refused(self, tmp_path, stopped):
+        """And that a later checkpoint is damaged is said."""
+        shutil.copytree(stopped / "checkpoints", tmp_path / "whole")
+        (tmp_path / "whole/iter_0000005").mkdir()
+        (tmp_path / "whole/latest_checkpointed_iteration.txt").write_text("5")
+        said = run_ranks(load_weights, 2, tmp_path, [tmp_path / "whole", tmp_path / "nothing"])
+        assert "warning: --pretrained-checkpoint" in said[0] and "going back to iter_0000003, the" in said[0]
 
     @pytest.mark.parametrize("world, flags, message", [
         pytest.param(3, ["--context-parallel-size", "2"], "multiple of tensor x pipeline x context", id="world size"),
