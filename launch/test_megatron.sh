@@ -5,7 +5,7 @@
 export PYTHON="${PYTHON:-python3.12}" VENV="${VENV:-.venv-megatron}"
 source "$(dirname "$0")/common.sh"
 
-TESTS=(tests/test_settings.py tests/ops/test_key_convolution.py tests/examples/test_examples.py
+TESTS=(tests/test_settings.py tests/ops/test_key_convolution.py tests/examples/test_{examples,huggingface_to_megatron}.py
     tests/megatron/test_{core_attention,patching,patches,megatron_lm,megatron_parallel,megatron_inference,megatron_fsdp}.py
     tests/megatron/test_{fields,experts,packed_rows,dynamic_context_parallel}.py
     tests/megatron/test_{checkpoints,multi_token_prediction,mla,hybrid_model,offload}.py)
