@@ -49,7 +49,7 @@ def moba_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, means_cache: Tensor
     Source: arXiv 2502.13189, section 2.2, for one query.
     """
     _check_caches(k_cache, means_cache, cache_seqlens, chunk_size, block_table, cache_starts)
-    q = _checked_query(q, k_cache, v_cache)
+    q = _checked_query(q, k_cache, v_cache, means_cache.shape[0])
     check_whole("topk", topk, 1)
     check_flag("return_lse", return_lse)
     check_backend(backend)
@@ -72,7 +72,7 @@ def decode_selection(q: Tensor, k_cache: Tensor, means_cache: Tensor, cache_seql
         int32 ``[B, H, topk - 1]``: chunk numbers within each sequence in no particular order, -1 where fewer exist.
     """
     _check_caches(k_cache, means_cache, cache_seqlens, chunk_size, block_table, cache_starts)
-    q = _checked_query(q, k_cache, k_cache)
+    q = _checked_query(q, k_cache, k_cache, means_cache.shape[0])
     check_whole("topk", topk, 1)
     check_backend(backend)
     return _stages(backend, q.device).decode_gate(q, k_cache, means_cache, cache_seqlens, chunk_size, topk,
@@ -164,14 +164,14 @@ def _check_caches(k_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor, c
         raise ValueError(f"means_cache must be contiguous in its last dimension, got strides {means_cache.stride()}")
 
 
-def _checked_query(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+def _checked_query(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: int) -> Tensor:
     """q; under autocast in the caches' dtype, since caches are not copied."""
     _check_4d("v_cache", v_cache)
     if v_cache.shape[:3] != k_cache.shape[:3]:
         raise ValueError(f"v_cache must have k_cache's first dimensions {tuple(k_cache.shape[:3])}, got "
                          f"{tuple(v_cache.shape[:3])}")
-    if not isinstance(q, Tensor) or q.dim() != 3:
-        raise ValueError("q must be a tensor [sequences, heads, head_dim], got "
+    if not isinstance(q, Tensor) or q.dim() != 3 or q.shape[0] != batch:
+        raise ValueError(f"q must be a tensor [sequences, heads, head_dim] of the caches' {batch} sequences, got "
                          f"{tuple(q.shape) if isinstance(q, Tensor) else type(q).__name__}")
     if q.shape[2] != k_cache.shape[3] or q.shape[1] % k_cache.shape[2] or q.shape[1] == 0:
         raise ValueError(f"q must have k_cache's head_dim {k_cache.shape[3]} and a positive multiple of its "

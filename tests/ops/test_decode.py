@@ -59,7 +59,9 @@ def arguments(**changed):
 
 @pytest.mark.parametrize("changed, message", [
     (dict(q=torch.zeros(2, 3, 16)), "q must have k_cache's head_dim 16 and a positive multiple of its 2 heads, got 3"),
-    (dict(q=torch.zeros(4, 16)), "q must be a tensor .sequences, heads, head_dim., got .4, 16."),
+    (dict(q=torch.zeros(4, 16)), "q must be a tensor .sequences, heads, head_dim. of .* sequences, got .4, 16."),
+    (dict(q=torch.zeros(1, 4, 16)), "q must be a tensor .* of the caches' 2 sequences, got .1, 4, 16."),
+    (dict(q=torch.zeros(3, 4, 16)), "q must be a tensor .* of the caches' 2 sequences, got .3, 4, 16."),
     (dict(q=torch.zeros(2, 4, 16).half()), "k_cache must be torch.float16 on cpu as q, got torch.float32"),
     (dict(k_cache=torch.zeros(32, 2, 16)), "k_cache must be a tensor of 4 dimensions"),
     (dict(k_cache=torch.zeros(2, 32, 2, 16).int()), "k_cache must be bfloat16, float16, float32 or float64, got"),
