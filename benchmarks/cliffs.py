@@ -9,7 +9,6 @@ import gc
 import math
 import random
 import time
-import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -166,20 +165,12 @@ def inputs(cliff: Cliff, device: torch.device, seed: int) -> tuple[Tensor, Tenso
 
 def measure_cliff(cliff: Cliff, device: torch.device, backend: str, repeats: int) -> dict:
     """A row: errors first; then, where they are within their limits, milliseconds and memory."""
-    begin = time.perf_counter()
     row = {"name": cliff.name, "cliff": asdict(cliff), "floor_ms": floor_ms(cliff)}
-    try:
+    with timing.measuring(row, device):
         row |= errors(cliff, device, backend)
         if row["status"] == "ok":
             row |= _times(cliff, device, backend, repeats)
             row["kept"] = _kept(cliff, row)
-    except Exception as error:  # the other rows shall still be measured; a row says what happened to it
-        row |= {"status": "failed", "reason": f"{type(error).__name__}: {str(error).strip()[:400]}",
-                "traceback": traceback.format_exc()[-4000:]}
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    row["wall_s"] = time.perf_counter() - begin
     return row
 
 
@@ -203,13 +194,7 @@ def errors(cliff: Cliff, device: torch.device, backend: str) -> dict:
             for name, count in oracle.check_selection(problem, cliff.topk).items():
                 selection[name] += count
             samples.append(oracle.sampled_values(problem, *(x[at] for x in (o, lse, dq, dk, dv))))
-    found = oracle.errors(samples, q.dtype)
-    wrong = [f"{name} ({e['error']:.1e} > {e['limit']:.1e})" for name, e in found.items()
-             if not e["error"] <= e["limit"]]
-    if selection["wrong"]:
-        wrong.insert(0, f"selection ({selection['wrong']} of {selection['checked']})")
-    status = {"status": "wrong", "reason": "error above its limit: " + ", ".join(wrong)} if wrong else {"status": "ok"}
-    return {"errors": found, "selection": selection, **status}
+    return oracle.verdict(oracle.errors(samples, q.dtype), selection)
 
 
 def _cu_seqlens(cliff: Cliff, device: torch.device) -> Tensor:

@@ -3,8 +3,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import time
-import traceback
 from dataclasses import dataclass, replace
 
 import torch
@@ -56,10 +54,9 @@ def measure_row(row: Row, ranks: Ranks, settings: Settings) -> dict:
         the status is ``ok``: ``ms`` of the slowest rank, ``one_gpu_ms`` and ``efficiency`` (scaled rows), ``exposed``
         and ``quarter_link_ms`` (more than one rank), ``extra_peak_bytes`` of the rank that needs most.
     """
-    begin = time.perf_counter()
     result = {"name": row.name, "case": row.case.as_dict(), "comm": row.comm, "ranks": ranks.size,
               "backend": settings.backend}
-    try:
+    with timing.measuring(result, ranks.device):
         call = _call(row, ranks, settings)
         if call is None:
             result |= {"status": "not run", "reason": f"{ranks.size} ranks are not {settings.inner} times 2 or more"}
@@ -67,11 +64,6 @@ def measure_row(row: Row, ranks: Ranks, settings: Settings) -> dict:
             result |= _errors(row.case, ranks, call, settings.backend)
             if result["status"] == "ok":
                 result |= _times(row, ranks, call, settings)
-    except Exception as error:  # the other rows shall still be measured; a row says what happened to it
-        result |= {"status": "failed", "reason": f"{type(error).__name__}: {str(error).strip()[:400]}",
-                   "traceback": traceback.format_exc()[-4000:]}
-    _free(ranks)
-    result["wall_s"] = time.perf_counter() - begin
     return result
 
 
@@ -155,10 +147,10 @@ def _errors(case: Case, ranks: Ranks, call, backend: str) -> dict:
 
 def _times(row: Row, ranks: Ranks, call, settings: Settings) -> dict:
     result = _beside(row, ranks, settings)
-    _free(ranks)
+    timing.free(ranks.device)
     local = _local(make_inputs(row.case, ranks.device, seed=1), call.rows)
     leaves, do = [x.requires_grad_() for x in local[:3]], local[3]
-    _free(ranks)
+    timing.free(ranks.device)
 
     def both(i=0):
         return torch.autograd.grad(call(*leaves), leaves, do)
@@ -185,13 +177,13 @@ def _beside(row: Row, ranks: Ranks, settings: Settings) -> dict:
     """The times on one GPU: the same problem, and full attention at a length that it manages."""
     result = {}
     if row.scaled:
-        _free(ranks)
+        timing.free(ranks.device)
         try:
             result["one_gpu_ms"] = _one_gpu_ms(row.case, ranks, settings.backend, settings.repeats)
         except RuntimeError as error:
             result["one_gpu_missing"] = str(error)
     if settings.full and ranks.device.type == "cuda":
-        _free(ranks)
+        timing.free(ranks.device)
         full = _full_ms(replace(row.case, tokens=FULL_TOKENS, chunk_size=1, topk=1, name="full"), ranks)
         result["full"] = {"measured_tokens": FULL_TOKENS, "measured_one_gpu_ms": full,
                           "scaled_ms": full * (row.case.tokens / FULL_TOKENS) ** 2 / ranks.size}
@@ -241,9 +233,3 @@ def _communication(both, ranks: Ranks, ms: float, link: float, steps: int) -> di
     sent = sum(x["sent_bytes"] for x in exposed.values())
     return {"exposed": exposed, "sent_bytes": sent, "link_bytes_per_s": link,
             "quarter_link_ms": ms + 3 * 1e3 * sent / link}
-
-
-def _free(ranks: Ranks) -> None:
-    gc.collect()
-    if ranks.device.type == "cuda":
-        torch.cuda.empty_cache()

@@ -6,9 +6,7 @@ launch). Steps rotate queries and caches, so that none finds its own in the L2 c
 from __future__ import annotations
 
 import argparse
-import gc
 import time
-import traceback
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -112,9 +110,9 @@ def dense_step(case: DecodeCase, inputs: Inputs, backend: SDPBackend | None, i: 
 
 def measure_case(case: DecodeCase, device: torch.device, repeats: int, dense: dict | None = None) -> dict:
     """A row: errors first, then times; dense ones only where ``dense``, another row's, does not give them."""
-    begin, row = time.perf_counter(), {"case": asdict(case)}
+    row = {"case": asdict(case)}
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    try:
+    with timing.measuring(row, device):
         cache_bytes = 2 * case.batch * case.tokens * case.kv_heads * case.head_dim * 2
         sets = [make_inputs(case, device, dtype, STEPS, seed) for seed in range(2 if cache_bytes < 4e9 else 1)]
         row |= check(case, sets[0])
@@ -122,13 +120,7 @@ def measure_case(case: DecodeCase, device: torch.device, repeats: int, dense: di
             row["ms"] = _times(lambda i: step(case, sets[i % len(sets)], i), device, repeats)
             row["gate_ms"] = _times(lambda i: select(case, sets[i % len(sets)], i), device, repeats)
             row["dense_ms"] = dense or ({} if case.page else _dense(case, sets, device, repeats))
-    except Exception as error:  # the other rows shall still be measured; a row says what happened to it
-        row |= {"status": "failed", "reason": f"{type(error).__name__}: {str(error).strip()[:400]}",
-                "traceback": traceback.format_exc()[-4000:]}
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return row | {"wall_s": time.perf_counter() - begin}
+    return row
 
 
 def _times(run: Callable[[int], object], device: torch.device, repeats: int) -> dict[str, dict[str, float]]:

@@ -1,10 +1,7 @@
 """One row of `benchmarks gpt`: build the model, prove which attention runs, then time forward and backward."""
 from __future__ import annotations
 
-import gc
 import math
-import time
-import traceback
 
 import torch
 import torch.distributed as dist
@@ -29,18 +26,10 @@ def measure_row(row: Row, shape: Shape, ranks: Ranks, repeats: int, inner: int, 
         ``grad_norm`` of the first step, ``ms`` of the slowest rank, ``tokens_per_s``, ``peak_bytes`` of the rank that
         needs most, ``linear_floor_ms``.
     """
-    begin = time.perf_counter()
     result = {"name": row.name, "row": row.as_dict(), "ranks": ranks.size}
-    try:
+    with timing.measuring(result, ranks.device):
         set_up_parallel(row, ranks, inner)
         result |= _measure(row, shape, ranks, repeats, data)
-    except Exception as error:  # the other rows shall still be measured; a row says what happened to it
-        result |= {"status": "failed", "reason": f"{type(error).__name__}: {str(error).strip()[:400]}",
-                   "traceback": traceback.format_exc()[-4000:]}
-    gc.collect()
-    if ranks.device.type == "cuda":
-        torch.cuda.empty_cache()
-    result["wall_s"] = time.perf_counter() - begin
     return result
 
 

@@ -118,6 +118,16 @@ def errors(problems: list[dict[str, list[tuple[Tensor, Tensor, Tensor]]]], dtype
     return result
 
 
+def verdict(errors: dict[str, dict[str, float]], selection: dict[str, float]) -> dict:
+    """``errors`` and ``selection``, and by them the ``status`` (``ok`` or ``wrong``) and ``reason`` of a row."""
+    wrong = [f"{name} ({e['error']:.1e} > {e['limit']:.1e})" for name, e in errors.items()
+             if not e["error"] <= e["limit"]]
+    if selection["wrong"]:
+        wrong.insert(0, f"selection ({selection['wrong']} of {selection['checked']})")
+    status = {"status": "wrong", "reason": "error above its limit: " + ", ".join(wrong)} if wrong else {"status": "ok"}
+    return {"errors": errors, "selection": selection, **status}
+
+
 def _sample_rows(problem: Problem, seed: int) -> tuple[Tensor, list[int]]:
     """Query rows (the first, the last and random ones) and heads (the first and the last)."""
     total, device = problem.q.shape[0], problem.q.device

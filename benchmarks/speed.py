@@ -4,8 +4,6 @@ from __future__ import annotations
 import functools
 import gc
 import statistics
-import time
-import traceback
 from dataclasses import replace
 
 import torch
@@ -39,20 +37,12 @@ def measure_case(case: Case, device: torch.device, backend: str = "triton", repe
         The case's fields and ``floor_ms``, ``errors``, ``selection``, ``status`` (``ok``, ``wrong`` or ``failed``);
         times only where the status is ``ok``.
     """
-    begin = time.perf_counter()
     row = {"case": case.as_dict(), "floor_ms": floor_ms(case), "backend": backend}
-    try:
+    with timing.measuring(row, device):
         row |= errors(case, device, backend)
         if row["status"] == "ok":
             row |= _times(case, device, backend, repeats, stages, graph)
             row |= _dense(case, device, dense_limit_ms)
-    except Exception as error:  # the other rows shall still be measured; a row says what happened to it
-        row |= {"status": "failed", "reason": f"{type(error).__name__}: {str(error).strip()[:400]}",
-                "traceback": traceback.format_exc()[-4000:]}
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    row["wall_s"] = time.perf_counter() - begin
     return row
 
 
@@ -78,12 +68,7 @@ def errors(case: Case, device: torch.device, backend: str) -> dict:
         problem = oracle.Problem(q, k, v, do, selected, case.chunk_size, case.head_dim ** -0.5)
         selection = oracle.check_selection(problem, case.topk)
         errors = oracle.check_values(problem, o, lse, dq, dk, dv)
-    wrong = [f"{name} ({e['error']:.1e} > {e['limit']:.1e})" for name, e in errors.items()
-             if not e["error"] <= e["limit"]]
-    if selection["wrong"]:
-        wrong.insert(0, f"selection ({selection['wrong']} of {selection['checked']})")
-    status = {"status": "wrong", "reason": "error above its limit: " + ", ".join(wrong)} if wrong else {"status": "ok"}
-    return {"errors": errors, "selection": selection, **status}
+    return oracle.verdict(errors, selection)
 
 
 def select(case: Case, q, k, backend: str):

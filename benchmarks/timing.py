@@ -2,9 +2,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import statistics
+import time
 import timeit
+import traceback
 from collections import defaultdict
 from typing import Callable
 from unittest import mock
@@ -14,7 +17,7 @@ from triton.runtime.jit import JITFunction
 
 L2_MULTIPLE = 4
 MOST_INPUT_SETS = 16
-__all__ = ["extra_peak_bytes", "graph_of", "input_sets", "kernel_times", "measure", "summary"]
+__all__ = ["extra_peak_bytes", "free", "graph_of", "input_sets", "kernel_times", "measure", "measuring", "summary"]
 
 
 def input_sets(bytes_each: int, device: torch.device) -> int:
@@ -23,6 +26,26 @@ def input_sets(bytes_each: int, device: torch.device) -> int:
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     return max(1, min(MOST_INPUT_SETS, -(-L2_MULTIPLE * cache // bytes_each)))
+
+
+@contextlib.contextmanager
+def measuring(row: dict, device: torch.device):
+    """Around the measuring of a row: it says what ended it early, so that the others are measured, and ``wall_s``."""
+    begin = time.perf_counter()
+    try:
+        yield
+    except Exception as error:
+        row |= {"status": "failed", "reason": f"{type(error).__name__}: {str(error).strip()[:400]}",
+                "traceback": traceback.format_exc()[-4000:]}
+    free(device)
+    row["wall_s"] = time.perf_counter() - begin
+
+
+def free(device: torch.device) -> None:
+    """Gives memory that nothing uses back to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def measure(run: Callable[[int], object], device: torch.device, repeats: int, warmup: int = 2) -> list[float]:
