@@ -97,6 +97,16 @@ def test_what_is_wrong_in_one_document_is_not_timed(which, monkeypatch):
     assert row["reason"].startswith(f"error above its limit: {which} (")
 
 
+def test_a_row_that_ends_early_says_why(monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(cliffs, "moba_attn_varlen", full)
+    row = cliffs.measure_cliff(cliffs.TINY[0], CPU, "reference", 1)
+    assert (row["status"], row["reason"]) == ("failed", "RuntimeError: out of memory") and row["wall_s"] >= 0
+    assert "in full" in row["traceback"] and "ms" not in row
+
+
 def test_a_row_is_kept_to_its_time_and_memory():
     cliff = replace(cliffs.TINY[0], most_ms=10.0, before_gib=1.0)
     for ms, gib, kept in ((10, 1.1, True), (10.1, 1, False), (9, 1.11, False)):

@@ -8,6 +8,8 @@ import pytest
 import torch
 from ranks import run_ranks
 
+from comparison import relative_error
+
 pytest.importorskip("megatron.core")
 
 LAYOUTS = ["cp1", "cp2", "cp4", "tp2", "tp2_sp", "tp2_cp2", "tp2_cp2_sp", "pp2", "pp2_cp2", "cp2_recompute",
@@ -16,10 +18,6 @@ BY_LAYER = ["a2a+all_gather", "allgather", "a2a", "all_gather"]
 PACKED = [8 * 12, 8 * 2, 8 * 9]  # the first is longer than topk chunks: only there is something to select
 # Sums of some thousand products in another order: errors of 1e-16 grow a little through four layers.
 TOLERANCE = 1e-12
-
-
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
 
 
 def make_batch():
@@ -116,7 +114,7 @@ def compare(weights, batch, whole_grads, whole_loss, whole_selection, layout):
     errors = {}
     for name, parameter in model.named_parameters():
         whole = shard(whole_grads[global_name(name, layout)], name, parameter)
-        errors[global_name(name, layout)] = relative(grads[name], whole)
+        errors[global_name(name, layout)] = relative_error(grads[name], whole)
     return dict(loss=None if loss is None else loss.item(), expected=whole_loss, grads=errors, selection=same,
                 selections=len(selections))
 
@@ -153,7 +151,7 @@ def compare_packed(weights):
         same = all(torch.equal(a, b[rows]) for a, b in zip(selections, whole_selections))
         same = same and len(selections) == len(whole_selections) == 3  # the MoBA layers
         result[cp] = dict(loss=loss, expected=whole_loss, selection=same,
-                          grads={name: relative(grads[name], grad) for name, grad in whole_grads.items()})
+                          grads={name: relative_error(grads[name], grad) for name, grad in whole_grads.items()})
     return result
 
 
@@ -234,7 +232,7 @@ def dynamic_groups():
             return core(q[rows], k[rows], v[rows], None, packed_seq_params=packed)
 
         alone = attend(torch.arange(128), local_cp_size=1)
-        errors[comm] = relative(attend(rows, local_cp_size=4, cp_group=dist.group.WORLD), alone[rows])
+        errors[comm] = relative_error(attend(rows, local_cp_size=4, cp_group=dist.group.WORLD), alone[rows])
     return errors
 
 
@@ -257,7 +255,7 @@ def static_inference(weights):
                            runtime_gather_output=True)
             pieces.append(logits[:, -1:])
             context.sequence_len_offset += end - begin
-    return relative(torch.cat(pieces, 1), whole[:, 59:])
+    return relative_error(torch.cat(pieces, 1), whole[:, 59:])
 
 
 def everything(rank, size):

@@ -5,6 +5,8 @@ import pytest
 import torch
 from ranks import run_ranks, torchrun
 
+from comparison import relative_error
+
 pytest.importorskip("megatron.core")
 
 HEADS, WIDTH = 4, 32
@@ -81,13 +83,9 @@ def farthest(got, expected, without=()):
 
     out, grads, attention = got
     parameters = {"input": None, **dict(attention.named_parameters())}
-    errors = [relative(grads[name], shard(expected[1][name], name, parameter))
+    errors = [relative_error(grads[name], shard(expected[1][name], name, parameter))
               for name, parameter in parameters.items() if name not in without]
-    return max(relative(out, expected[0]), *errors)
-
-
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
+    return max(relative_error(out, expected[0]), *errors)
 
 
 def everything(rank, size):
@@ -113,8 +111,8 @@ def everything(rank, size):
     everywhere = attend(hidden, config=MoBAConfig(chunk_size=256, topk=1))
     result = {"tp 2": farthest(attend(hidden, tp=2), whole, UNSUMMED),
               "dense": farthest(everywhere, attend(hidden, config=None)),
-              "sparse differs": relative(attend(hidden, config=plain)[0], everywhere[0]),
-              "convolution differs": relative(whole[0], attend(hidden, config=plain)[0])}
+              "sparse differs": relative_error(attend(hidden, config=plain)[0], everywhere[0]),
+              "convolution differs": relative_error(whole[0], attend(hidden, config=plain)[0])}
     for modules in (["core_attn"], ["mla_up_proj"]):
         result["recompute " + modules[0]] = farthest(attend(hidden, recompute=modules), whole)
     stream = torch.randn(sum(LENGTHS), 1, WIDTH, generator=generator, dtype=torch.float64)
@@ -124,7 +122,7 @@ def everything(rank, size):
     together = attend(stream, packed=packed)
     result["packed, tp 2"] = farthest(attend(stream, tp=2, packed=packed), together, UNSUMMED)
     alone = torch.cat([attend(part)[0] for part in stream.split(LENGTHS)])
-    result["packed"] = relative(together[0], alone)
+    result["packed"] = relative_error(together[0], alone)
     return result
 
 
