@@ -84,10 +84,15 @@ def find_cases(names: list[str] | None) -> list[Case]:
 
 def flops(case: Case) -> float:
     """Floating-point operations of forward and backward over the attended keys; the gate is left out."""
-    chunks, size, rest = case.tokens // case.chunk_size, case.chunk_size, case.tokens % case.chunk_size
+    pairs = attended_pairs(case.tokens, case.chunk_size, case.topk)
+    return 4 * case.head_dim * case.heads * pairs * (1 + BACKWARD_FLOPS)
+
+
+def attended_pairs(tokens: int, size: int, topk: int) -> float:
+    """Pairs of a query and a key that it attends to, of one head, in a sequence with chunks of ``size``."""
+    chunks, rest = divmod(tokens, size)
     own = chunks * size * (size + 1) / 2 + rest * (rest + 1) / 2
-    earlier = sum(min(i, case.topk - 1) for i in range(chunks)) * size * size + rest * min(chunks, case.topk - 1) * size
-    return 4 * case.head_dim * case.heads * (own + earlier) * (1 + BACKWARD_FLOPS)
+    return own + sum(min(i, topk - 1) for i in range(chunks)) * size * size + rest * min(chunks, topk - 1) * size
 
 
 def bytes_moved(case: Case) -> float:

@@ -20,7 +20,7 @@ from moba_megatron.ops import get_stages
 from moba_megatron.segments import Segments
 
 from . import oracle, report, timing
-from .cases import BACKWARD_FLOPS, PEAK_BYTES, PEAK_FLOPS, K
+from .cases import BACKWARD_FLOPS, PEAK_BYTES, PEAK_FLOPS, K, attended_pairs
 
 MORE_MEMORY = 1.1
 """A row may take so many times the memory that it took before."""
@@ -129,16 +129,15 @@ def find_cliffs(names: list[str] | None) -> list[Cliff]:
 
 def floor_ms(cliff: Cliff) -> float:
     """The larger of operations (of chosen pairs, and of the gate's product) and bytes over an H200's measured rates."""
-    pairs = scores = 0.0
+    size, pairs, scores = cliff.chunk_size, 0.0, 0
     for n in cliff.lengths:
-        for begin in range(0, n, cliff.chunk_size):
-            earlier, rows = begin // cliff.chunk_size, min(cliff.chunk_size, n - begin)
-            pairs += min(earlier, cliff.topk - 1) * cliff.chunk_size * rows + rows * (rows + 1) / 2
-            scores += earlier * rows * (cliff.topk > 1)
+        chunks, rest = divmod(n, size)
+        pairs += attended_pairs(n, size, cliff.topk)
+        scores += (chunks * (chunks - 1) // 2 * size + chunks * rest) * (cliff.topk > 1)
     both = cliff.head_dim + cliff.value_dim
     flops = cliff.heads * (2 * pairs * both * (1 + BACKWARD_FLOPS) + 2 * scores * cliff.head_dim)
-    size = getattr(torch, cliff.dtype).itemsize
-    moved = cliff.tokens * (cliff.heads + cliff.kv_heads) * both * size * (1 + BACKWARD_FLOPS)
+    row = (cliff.heads + cliff.kv_heads) * both * getattr(torch, cliff.dtype).itemsize
+    moved = cliff.tokens * row * (1 + BACKWARD_FLOPS)
     return 1e3 * max(flops / PEAK_FLOPS, moved / PEAK_BYTES)
 
 
