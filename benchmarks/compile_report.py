@@ -32,7 +32,7 @@ from triton.runtime.jit import JITFunction
 
 from moba_megatron import kernels
 from moba_megatron.inspect import kernels as statistics
-from moba_megatron.kernels import copying, decode, merging, sm90, tuning
+from moba_megatron.kernels import copying, decode, launcher, merging, sm90, tuning
 from moba_megatron.kernels.host import cdiv
 from moba_megatron.kernels.tuning_table import TABLE, is_gluon
 from moba_megatron.segments import SUM_BLOCK, Segments
@@ -70,6 +70,8 @@ class Problem:
     sequences: int = 2
     deterministic: bool = False
     lse_gradient: bool = False
+    shared: bool = False
+    """The query heads of a kv head choose together, and choices are given."""
     decode: bool = False
     beside: bool = False
     """What runs beside the stages: :func:`_run_beside`."""
@@ -80,7 +82,7 @@ class Problem:
         dims = "decode " * self.decode + "beside " * self.beside + f"D{self.head_dim}" + (
             f"/{self.head_dim_v}" if self.head_dim_v else "")
         return (f"{dims} chunk{self.chunk_size} topk{self.topk} {str(self.dtype)[6:]}"
-                + (" deterministic" if self.deterministic else "") + (" dlse" if self.lse_gradient else ""))
+                + " shared" * self.shared + " deterministic" * self.deterministic + " dlse" * self.lse_gradient)
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,7 @@ def compiling(capability: int, dry: bool = False, only: Callable[[str], bool] = 
     try:
         with (mock.patch.object(JITFunction, "run", compile_only),
               mock.patch.object(JITFunction, "_do_compile", compile_what_is_new),
+              mock.patch.object(launcher.Plan, "_compile", lambda plan, tensor: None),  # the processes are enough
               mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (major, minor)),
               mock.patch.object(torch.cuda, "get_device_properties", lambda device=None: card)):
             yield compiled
@@ -207,7 +210,10 @@ def run_stages(problem: Problem) -> None:
     segments = kernels.bounded(segments, problem.tokens, problem.tokens)
     means = kernels.chunk_means(k, segments)
     if problem.topk > 1:
-        selected = kernels.gate(q, means, segments, problem.topk)
+        scoring = kernels.group_queries(q, problem.kv_heads) if problem.shared else q
+        selected = kernels.gate(scoring, means, segments, problem.topk)
+        if problem.shared:
+            selected = kernels.keep_earlier(selected, segments)
     else:
         selected = torch.empty(problem.tokens, problem.heads, 0, dtype=torch.int32, device="meta")
     scale = problem.head_dim ** -0.5
@@ -234,7 +240,8 @@ def _run_decode(problem: Problem) -> None:
         places = {"block_table": empty(batch, problem.tokens // 64, dtype=torch.int32), "cache_starts": lengths}
     k, v = (empty(*rows, problem.kv_heads, dim) for dim in (problem.head_dim, dim_v))
     decode.cache_means(k, means, lengths, size, **places)
-    selected = decode.decode_gate(q, k, means, lengths, size, problem.topk, **places)
+    scoring = kernels.group_queries(q, problem.kv_heads) if problem.shared else q
+    selected = decode.decode_gate(scoring, k, means, lengths, size, problem.topk, **places)
     decode.decode_attention(q, k, v, selected, lengths, size, problem.head_dim ** -0.5, **places)
 
 
@@ -323,6 +330,8 @@ def problems_for(capability: int, head_dims: list[int] | None = None) -> list[Pr
         return [Problem(dim, size) for dim in head_dims for size in (128, 512, 2048)]
     problems = [Problem(128, 128), Problem(128, 512), Problem(64, 512), Problem(256, 512), Problem(128, 64),
                 Problem(128, 512, decode=True), Problem(128, 512, beside=True),
+                Problem(128, 128, topk=16, shared=True), Problem(128, 512, shared=True),
+                Problem(128, 512, decode=True, shared=True),
                 Problem(256, 100, heads=4, kv_heads=2, dtype=torch.float32, beside=True)]
     if capability in MORE_SHAPES:
         problems += [Problem(80, 512), Problem(192, 512, head_dim_v=128), Problem(64, 128, topk=16),
@@ -365,7 +374,7 @@ def launches(problem: Problem, capability: int) -> set[tuple[str, str, str]]:
 
     A Gluon kernel is another program for chunks of one block of keys, of several, and where the last is ragged, and
     for rows of q that lie apart, which those beside the stages do; that of delta, with the gradient of lse; what
-    runs beside the stages, for each dtype.
+    runs beside the stages, for each dtype; and what reads choices, where heads share them.
     """
     record: list = []
     with (tuning.forced(tuning.arch_of_capability(*divmod(capability, 10)), record=record),
@@ -381,6 +390,7 @@ def launches(problem: Problem, capability: int) -> set[tuple[str, str, str]]:
             change = "dlse"
         elif problem.beside and not row:
             change = str(problem.dtype)
+        change += ", shared" * (problem.shared and kernel.startswith(("_attention", "_route", "_decode")))
         found.add((kernel, repr(row), change))
     return found
 

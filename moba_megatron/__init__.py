@@ -4,6 +4,7 @@
 |---|---|
 | ``moba_attn_varlen`` | the operator: packed sequences, ``[tokens, heads, head_dim]``, with gradients |
 | ``moba_attn_varlen_triton`` | the same by Triton-MoBA's signature |
+| ``select_chunks``, ``sparse_attn_varlen`` | its halves: the gate's choice, attention to given chunks |
 | ``MoBAConfig`` | chunk size, topk, which layers and steps are dense |
 | ``MoBACoreAttention`` | Megatron-Core's core attention: SBHD and THD, context parallel |
 | ``get_moba_layer_local_spec``, ``get_moba_layer_with_transformer_engine_spec`` | Megatron layer specs |
@@ -22,7 +23,7 @@ for _package, _oldest in {"torch": (2, 9), "triton": (3, 5)}.items():
 
 from .config import MoBAConfig
 from .moba_triton import moba_attn_varlen_triton
-from .ops import moba_attn_varlen
+from .ops import moba_attn_varlen, select_chunks, sparse_attn_varlen
 
 if TYPE_CHECKING:
     from .huggingface import register_moba
@@ -36,7 +37,7 @@ _LAZY_NAMES = {"MoBACoreAttention": "megatron.core_attention", "register_moba": 
 __version__ = "0.2.0"
 __all__ = ["MoBAConfig", "MoBACoreAttention", "get_moba_layer_local_spec",
            "get_moba_layer_with_transformer_engine_spec", "moba_attn_varlen", "moba_attn_varlen_triton",
-           "register_moba"]
+           "register_moba", "select_chunks", "sparse_attn_varlen"]
 
 
 def __getattr__(name: str):

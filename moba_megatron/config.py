@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 BACKENDS = ("auto", "triton", "torch", "reference")
-CHOICES = {"backend": BACKENDS, "decode": ("moba", "dense"), "key_conv": (0, 3, 5)}
+SHARED = ("head", "group")
+CHOICES = {"backend": BACKENDS, "decode": ("moba", "dense"), "key_conv": (0, 3, 5), "selection": SHARED}
 """Fields that are one of a few values (or None, where that is the default)."""
 _default: "MoBAConfig | None" = None
 
@@ -74,6 +75,8 @@ class MoBAConfig:
         decode: how a new token attends to a cache in MoBA layers: ``moba``, which is what a forward over the whole
             prefix gives, or ``dense``, to all before it. Prompts attend sparsely in both. None: the host's own,
             ``moba`` in Megatron-Core's static inference, ``dense`` in Transformers.
+        selection: ``head``: each query head chooses its chunks; ``group``: those of a kv head choose together, by the
+            sum of their scores.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range; the message names it.
@@ -93,6 +96,7 @@ class MoBAConfig:
     key_conv: int = _flag(0, "taps of the convolution over keys in MoBA layers, 3 or 5; 0: none")
     decode: str | None = _flag(None, "attention of generated tokens, moba or dense; unset: moba in Megatron-Core's "
                                      "static inference")
+    selection: str = _flag("head", "who chooses chunks: each query head, or the group of a kv head together")
 
     def __post_init__(self):
         for name, minimum in (("chunk_size", 1), ("topk", 1), ("full_attention_from_step", 0), ("cp_head_groups", 1),

@@ -26,10 +26,12 @@ def scored_pairs(seqlen: float, chunk_size: int, topk: int) -> float:
 
 
 def attention_flops(seqlen: float, num_heads: int, qk_head_dim: int, v_head_dim: int, chunk_size: int,
-                    topk: int) -> float:
-    """Forward and backward operations of one MoBA layer's core attention over one sequence, the gate included."""
+                    topk: int, choosing_heads: int | None = None) -> float:
+    """Forward and backward operations of one MoBA layer's core attention over one sequence, the gate included, which
+    scores for ``choosing_heads``, None for all."""
     products = FORWARD_AND_BACKWARD * (qk_head_dim + v_head_dim) * attended_pairs(seqlen, chunk_size, topk)
-    return MULTIPLY_AND_ADD * num_heads * (products + qk_head_dim * scored_pairs(seqlen, chunk_size, topk))
+    scores = qk_head_dim * scored_pairs(seqlen, chunk_size, topk)
+    return MULTIPLY_AND_ADD * (num_heads * products + (choosing_heads or num_heads) * scores)
 
 
 def dense_attention_flops(seqlen: float, num_heads: int, qk_head_dim: int, v_head_dim: int) -> float:

@@ -119,14 +119,21 @@ def index_dtype(num_choices: int) -> torch.dtype:
 class Routing:
     """The choices that fell on each (kv head, chunk), as a CSR matrix with a row ``kv_head * num_chunks + chunk``.
 
-    A choice has the number ``(token * H + head) * (topk - 1) + j``: its place in ``selected``, flattened.
+    A choice has the number ``(token * H + head) * (topk - 1) + j``: its place in ``selected``, flattened. Of ``shared``
+    heads that choose together the first one's number is listed; the i-th one's is ``i * (topk - 1)`` more.
 
-    Both are int32, or int64 where the numbers of choices need it.
+    Both tensors are int32, or int64 where the numbers of choices need it.
     """
 
-    # `[T * H * (topk - 1)]`, numbers of choices, row after row, ascending in each; not written from `indptr[-1]` on
+    # `[T * H / shared * (topk - 1)]`, numbers, row after row, ascending; not written from `indptr[-1] / shared` on
     indices: Tensor
-    indptr: Tensor  # `[HK * num_chunks + 1]`, where each row begins in `indices`, and where the last one ends
+    indptr: Tensor  # `[HK * num_chunks + 1]`, where each row begins among all heads' choices, and the last ends
+    shared: int = 1  # query heads that share a choice: 1, or those of a kv head
+
+    @property
+    def num_choices(self) -> int:
+        """Of all heads."""
+        return self.indices.numel() * self.shared
 
     @property
     def num_csr_rows(self) -> int:

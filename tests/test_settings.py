@@ -15,7 +15,8 @@ from moba_megatron import MoBAConfig, MoBACoreAttention, register_moba
 from moba_megatron.huggingface import attention as huggingface
 
 CHANGED = dict(chunk_size=4, topk=4, full_attention_layers="1", full_attention_from_step=0, deterministic=True,
-               backend="reference", cp_head_groups=2, workspace_mib=7, key_conv=3, decode="moba")
+               backend="reference", cp_head_groups=2, workspace_mib=7, key_conv=3, decode="moba",
+               selection="group")
 """A value of each field that is not its default."""
 HONOURED = "honoured"
 

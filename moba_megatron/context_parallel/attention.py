@@ -7,7 +7,14 @@ from torch import Tensor
 
 from ..ops import get_stages
 from ..ops.pipeline import Choice, Pipeline, Saved
-from ..ops.validation import cast_under_autocast, check_flag, check_scale, check_whole, check_workspace
+from ..ops.validation import (
+    cast_under_autocast,
+    check_flag,
+    check_scale,
+    check_shared,
+    check_whole,
+    check_workspace,
+)
 from ..segments import Routing
 from .all_gather import AllGatherAttention
 from .all_to_all import AllToAllAttention, LocalAttention
@@ -36,7 +43,8 @@ def canonical_comm_type(name: str) -> str:
 def context_parallel_attention(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, chunk_size: int, topk: int,
                                group: Groups, *, comm_type: str = "all_gather", head_groups: int | None = None,
                                softmax_scale: float | None = None, deterministic: bool = False,
-                               backend: str = "auto", workspace_mib: float | None = None) -> Tensor:
+                               backend: str = "auto", workspace_mib: float | None = None,
+                               shared: str = "head") -> Tensor:
     """MoBA over sequences whose rows are spread over the ranks of a group, with gradients for q, k and v.
 
     The inputs must fit together on all ranks, as after a :class:`~.transport.collective_check.CollectiveCheck`.
@@ -57,6 +65,8 @@ def context_parallel_attention(q: Tensor, k: Tensor, v: Tensor, sequences: Seque
         deterministic: bitwise reproducible gradients.
         backend: ``auto``, ``triton``, ``torch`` or ``reference``.
         workspace_mib: limit of the Triton kernels' scratch memory, MiB; None for the environment's.
+        shared: ``head`` or ``group``, as of :func:`moba_megatron.moba_attn_varlen`; group: not by ``selective``, and
+            by ``a2a`` where ranks get whole groups of heads.
 
     Returns:
         o ``[T, H, DV]``, what a single rank would compute for these rows.
@@ -73,17 +83,20 @@ def context_parallel_attention(q: Tensor, k: Tensor, v: Tensor, sequences: Seque
         check_whole("head_groups", head_groups, 1)
     if sequences.max_seqlen <= topk * chunk_size:  # every earlier chunk is chosen: causal attention, one chunk
         chunk_size, topk = max(chunk_size, sequences.max_seqlen), 1
+    if shared != "head":
+        check_shared(shared)
     pipeline = Pipeline(get_stages(backend, q.device, deterministic), topk, check_scale(softmax_scale, q.shape[2]),
-                    deterministic, backend == "auto", workspace_mib)
+                    deterministic, backend == "auto", workspace_mib, shared=shared)
     if comm_type not in COMM_TYPES:
         comm_type = canonical_comm_type(comm_type)
-    check_groups(group, comm_type, q.shape[1], k.shape[1])
+    check_groups(group, comm_type, q.shape[1], k.shape[1], shared if topk > 1 else "head")
     schedule = make_schedule(comm_type, pipeline, sequences, chunk_size, group, head_groups)
     return _ContextParallelAttention.apply(q, k, v, schedule, group)
 
 
-def check_groups(group: Groups, comm_type: str, heads: int, kv_heads: int) -> None:
-    """Raises ValueError or TypeError unless the group or groups fit the communication type and the heads."""
+def check_groups(group: Groups, comm_type: str, heads: int, kv_heads: int, shared: str = "head") -> None:
+    """Raises ValueError or TypeError unless the group or groups fit the communication type, the heads and who shares
+    a choice."""
     hierarchical = comm_type == "a2a+all_gather"
     if hierarchical and not (isinstance(group, Sequence) and len(group) == 2):
         got = f"{len(group)} groups" if isinstance(group, Sequence) else type(group).__name__
@@ -97,6 +110,12 @@ def check_groups(group: Groups, comm_type: str, heads: int, kv_heads: int) -> No
             f"cp_comm_type {comm_type!r} exchanges heads among {size} ranks: key's heads must be a multiple of {size}, "
             f"or divide it with query's heads a multiple of {size}; got {heads} query and {kv_heads} key heads (after "
             "tensor parallelism). Use cp_comm_type all_gather, or fewer ranks for the exchange")
+    if "a2a" in comm_type and shared == "group" and kv_heads % size:
+        raise ValueError(f"selection must be 'head' for cp_comm_type {comm_type!r} where {size} ranks share {kv_heads} "
+                         "key heads, got 'group': no rank has a whole group's queries. Use all_gather")
+    if shared == "group" and comm_type == "selective":
+        raise ValueError("selection must be 'head' for cp_comm_type 'selective', got 'group': not implemented. Use "
+                         "all_gather or a2a")
 
 
 def make_schedule(comm_type: str, pipeline: Pipeline, sequences: Sequences, chunk_size: int, group: Groups,

@@ -137,6 +137,9 @@ class MoBAAttention(nn.Module):
         if heads % size or kv_heads % size and size % kv_heads:
             raise ValueError(f"Ulysses over {size} ranks needs query heads that are a multiple of them and key/value "
                              f"heads that are a multiple or a divisor, got {heads} and {kv_heads}: use zigzag")
+        if kv_heads < size and self.config.selection == "group" and not self._is_dense():
+            raise ValueError(f"MoBAConfig.selection must be 'head' for Ulysses over {size} ranks with {kv_heads} "
+                             "key/value heads, got 'group': no rank has a whole group's queries. Use zigzag")
         if kv_heads < size:
             k, v = (x.repeat_interleave(size // kv_heads, dim=2) for x in (k, v))
         return self.ulysses(q, k, v, 0)
@@ -150,7 +153,8 @@ class MoBAAttention(nn.Module):
         segments = uniform_segments(length, length, batch, chunk_size, q.device)  # of one length: cuDNN may take them
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
         o = moba_attention(q, k, v, segments, topk, softmax_scale=self.softmax_scale, backend=self.config.backend,
-                           deterministic=self.config.deterministic, workspace_mib=self.config.workspace_mib)
+                           deterministic=self.config.deterministic, workspace_mib=self.config.workspace_mib,
+                           shared=self.config.selection)
         return o.unflatten(0, (batch, length))
 
     def _zigzag(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -162,13 +166,14 @@ class MoBAAttention(nn.Module):
             check_qkv(*packed)
             check_zigzag(length, parallel.size, "the sequence length")
             collective.signature = (f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, {q.dtype}, "
-                                   f"chunk_size {chunk_size}, topk {topk}, cp_head_groups {config.cp_head_groups}"
+                                   f"chunk_size {chunk_size}, topk {topk}, selection {config.selection}, "
+                                   f"cp_head_groups {config.cp_head_groups}"
                                    + ", deterministic" * config.deterministic)
         sequences = Sequences.uniform(length, batch, q.device)
         o = context_parallel_attention(
             *packed, sequences, chunk_size, topk, parallel.group, head_groups=config.cp_head_groups,
             softmax_scale=self.softmax_scale, deterministic=config.deterministic, backend=config.backend,
-            workspace_mib=config.workspace_mib)
+            workspace_mib=config.workspace_mib, shared=config.selection)
         return o.unflatten(0, q.shape[:2])
 
     def extra_repr(self) -> str:

@@ -128,7 +128,7 @@ def moba_attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, 
         segments = replace(segments, chunk_size=chunk_size)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     o = moba_attention(q, k, v, segments, topk, softmax_scale=scaling, deterministic=config.deterministic,
-                       backend=config.backend, workspace_mib=config.workspace_mib)
+                       backend=config.backend, workspace_mib=config.workspace_mib, shared=config.selection)
     if config.decode == "moba" and not dense and key.shape[2] > query.shape[2]:
         fill_after_prompt(key, attention_mask, config)
     return o.unflatten(0, (query.shape[0], query.shape[2])), None

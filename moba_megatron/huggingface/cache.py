@@ -33,7 +33,7 @@ def sparse_decode(query: Tensor, key: Tensor, value: Tensor, layout: Tensor | No
     if not is_right:
         fill_chunk_means(k, means, lengths, config.chunk_size, cache_starts=starts, backend=config.backend)
     o = moba_decode(query[:, :, 0], k, v, means, lengths, config.chunk_size, config.topk, cache_starts=starts,
-                    softmax_scale=scaling, backend=config.backend)
+                    softmax_scale=scaling, backend=config.backend, shared=config.selection)
     _keep(key, means, config.chunk_size)
     return o[:, None]
 

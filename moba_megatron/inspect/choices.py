@@ -89,7 +89,9 @@ def look(module: MoBACoreAttention, q: Tensor, k: Tensor, segments: Segments, gr
         dist.all_gather_into_tensor(ranks, k.contiguous(), group=group)
         k = ranks[global_rows]
     stages = get_stages(moba.backend, q.device)
-    selected = stages.gate(q, stages.chunk_means(k, segments), segments, moba.topk)
+    scoring = stages.group_queries(q, k.shape[1]) if moba.selection == "group" else q
+    selected = stages.gate(scoring, stages.chunk_means(k, segments), segments, moba.topk)
+    selected = selected.repeat_interleave(q.shape[1] // selected.shape[1], 1)
     scale = q.shape[2] ** -0.5 if module.softmax_scale is None else module.softmax_scale
     fused = hasattr(stages, "INTERPRETED") and segments.num_chunks(k.shape[0]) <= MOST_CHUNKS_FUSED
     return Choices(q, k, selected, segments, moba.topk, scale, fused)

@@ -12,7 +12,7 @@ from .attention_bwd_dkdv import _attention_bwd_dkdv_kernel, _attention_bwd_dkdv_
 from .attention_bwd_dq import _attention_bwd_dq_diagonal_kernel, _attention_bwd_dq_kernel
 from .attention_call import AttentionCall, check
 from .bounds import clear_rows
-from .host import cdiv, next_power_of_2
+from .host import cdiv, next_power_of_2, precision
 from .jit_helpers import _offset
 from .launcher import Buffer, empty, launch, record_event, rows, scratch_limit, stage
 from .routing import TILES, Tiles, _make_tiles, route, tile_arguments
@@ -60,7 +60,7 @@ def _attention_bwd(do: Buffer, q: Buffer, k: Buffer, v: Buffer, o: Buffer, dlse:
             clear_rows(segments.cu_seqlens_q, (dq, 0))
             clear_rows(segments.cu_seqlens_k, (dk, 0), (dv, 0))
     terms = empty((q.shape[0] * q.shape[1] + 1, 4), torch.float32, q.device)
-    call = AttentionCall(q, k, v, selected, segments, softmax_scale, "ieee", do, terms)
+    call = AttentionCall(q, k, v, selected, segments, softmax_scale, precision(q.dtype), do, terms)
     everything = (0, call.kv_heads)
     if call.choices == 0:
         cuts = _cuts(call, None, call.kv_heads)
@@ -70,7 +70,7 @@ def _attention_bwd(do: Buffer, q: Buffer, k: Buffer, v: Buffer, o: Buffer, dlse:
         _attention_bwd_dq_diagonal(call, None, dq, everything)
         return dq, dk, dv
     if routing is None:
-        routing = route(call.selected, call.kv_heads, call.num_chunks)
+        routing = route(call.selected, call.kv_heads, call.num_chunks, call.shared)
     partial_size = call.rows_per_kv_head * call.choices * q.shape[2]
     groups = head_groups(call.kv_heads, partial_size * q.dtype.itemsize, scratch_limit())
     together = groups[0][1] - groups[0][0]
@@ -81,8 +81,8 @@ def _attention_bwd(do: Buffer, q: Buffer, k: Buffer, v: Buffer, o: Buffer, dlse:
     tiles = None
     if not fused:
         options = call.config("attention_bwd_dq", gluon=call.gluon)
-        tiles = Tiles.empty(routing, sm90.rows_per_program(options, selected.numel()) if is_gluon(options)
-                            else options["BLOCK_M"])
+        tiles = Tiles.empty(routing, options["BLOCK_M"] if not is_gluon(options) else
+                            sm90.rows_per_program(options, routing.num_choices, call.shared))
     _preprocess(call, o, dlse, lse, routing, cuts, tiles)
     dkdv_partial = empty((cuts.partial_floats,), torch.float32, q.device)
     if not fused:
@@ -177,8 +177,8 @@ def _cuts(call: AttentionCall, routing: Routing | None, kv_heads_together: int) 
     floats = 2 * call.segments.chunk_size * (call.q.shape[2] + call.v.shape[2])  # of a cut list's first piece too
     indices = call.rows_per_kv_head * call.choices
     allowed = max(MIN_PIECES, scratch_limit() // PARTIALS_SHARE // (4 * floats))
-    split = max(split, cdiv(indices * kv_heads_together, allowed))
-    extra_csr_rows = empty((routing.indices.numel() // split + 2,), torch.int32, call.q.device)
+    split = cdiv(max(split, cdiv(indices * kv_heads_together, allowed)), call.shared) * call.shared
+    extra_csr_rows = empty((routing.num_choices // split + 2,), torch.int32, call.q.device)
     return _Cuts(split, indices, extra_csr_rows, cdiv(indices * kv_heads_together, split) * floats)
 
 

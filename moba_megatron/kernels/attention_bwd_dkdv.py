@@ -12,6 +12,7 @@ from .jit_helpers import (
     _chunk_keys,
     _extra_piece,
     _find_piece,
+    _listed,
     _lower_bound,
     _offset,
     _partial_row,
@@ -79,8 +80,8 @@ def _attention_bwd_dkdv_kernel(
     qk_scale, softmax_scale, num_rows, chunk_size, num_key_tiles, num_chunks, num_sequences, num_segments,
     num_extra, split, kv_head_begin, kv_head_end,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,
-    H: tl.constexpr, HK: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PACKED: tl.constexpr, HAS_DQ: tl.constexpr,
+    H: tl.constexpr, HK: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, SHARED: tl.constexpr, D: tl.constexpr,
+    DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PACKED: tl.constexpr, HAS_DQ: tl.constexpr,
     RAGGED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """The first ``num_extra * num_key_tiles`` programs take the extra pieces of long lists; HAS_DQ: partial dq too."""
@@ -116,9 +117,9 @@ def _attention_bwd_dkdv_kernel(
         begin, count, partial_index = _piece_of_list(indptr, csr_row, first_csr_row, piece, item, num_extra, split,
                                                      extra_csr_rows is not None)
         group_heads = (kv_head_end - kv_head_begin) * G
-        listed = indices + begin
+        indices += begin // SHARED  # pieces begin with whole groups of heads
         lane = tl.arange(0, BLOCK_M)
-        choice = tl.load(listed + tl.minimum(lane, count - 1), mask=lane * 0 < count, other=0)  # the last one fills up
+        choice = _listed(indices, tl.minimum(lane, count - 1), lane * 0 < count, KS, SHARED)  # the last one fills up
         for first in range(0, count, BLOCK_M):
             row, token, head = _choice_row(choice, kv_head, H, G, KS)
             valid = first + lane < count
@@ -127,7 +128,7 @@ def _attention_bwd_dkdv_kernel(
             row_lse, row_delta = _load_terms(terms, tl.where(valid, row, num_rows).to(tl.int64), BLOCK_M)
             this_choice = choice
             # the next rows are looked up one block ahead: their gathers then need not wait for their numbers
-            choice = tl.load(listed + tl.minimum(first + BLOCK_M + lane, count - 1))
+            choice = _listed(indices, tl.minimum(first + BLOCK_M + lane, count - 1), None, KS, SHARED)
             p, ds = _weights(k_rows, v_rows, q_rows, do_rows, row_lse, row_delta, key_valid[:, None], qk_scale,
                              HAS_KEEP=HAS_DQ and RAGGED, PRECISION=PRECISION)
             dv_acc = tl.dot(p, do_rows, dv_acc, input_precision=PRECISION)

@@ -25,6 +25,7 @@ from .jit_helpers_sm90 import (
     _copy_rows,
     _extra_piece,
     _find_piece,
+    _listed,
     _lower_bound,
     _partial_row,
     _piece_items,
@@ -74,7 +75,7 @@ def _copy_terms(smem, full, stage, terms, row):
 
 @gluon.jit
 def _loader(pointers, spans, smem, kv_smem, bars, ints, strides, H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr,
-            EVEN: gl.constexpr, STAGES: gl.constexpr):
+            SHARED: gl.constexpr, EVEN: gl.constexpr, STAGES: gl.constexpr):
     q, k, v, do, terms, indices = pointers
     segment_begin, segment_end, offsets, first_segment, end_segment = spans
     q_smem, do_smem, lse_smem, delta_smem = smem
@@ -99,14 +100,14 @@ def _loader(pointers, spans, smem, kv_smem, bars, ints, strides, H: gl.constexpr
     line = gl.arange(0, BLOCK_M, layout=LINE)
     step = 0
     if KS > 0:
-        choice = gl.load(indices + gl.minimum(lane, count - 1), mask=count > 0, other=0)  # the last choice fills up
-        line_choice = gl.load(indices + gl.minimum(line, count - 1), mask=count > 0, other=0)
+        choice = _listed(indices, gl.minimum(lane, count - 1), count > 0, KS, SHARED)  # the last choice fills up
+        line_choice = _listed(indices, gl.minimum(line, count - 1), count > 0, KS, SHARED)
         for first in range(0, count, BLOCK_M):
             row, _, _ = _choice_row(line_choice, kv_head, H, G, KS)
             row = gl.where(first + line < count, row, num_rows)
             this_choice = choice
-            choice = gl.load(indices + gl.minimum(first + BLOCK_M + lane, count - 1))
-            line_choice = gl.load(indices + gl.minimum(first + BLOCK_M + line, count - 1))
+            choice = _listed(indices, gl.minimum(first + BLOCK_M + lane, count - 1), None, KS, SHARED)
+            line_choice = _listed(indices, gl.minimum(first + BLOCK_M + line, count - 1), None, KS, SHARED)
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
             _copy_listed(q_smem.index(stage), q, this_choice, kv_head, stride_qt, stride_qh, H, G, KS, EVEN, ROWS)
@@ -172,7 +173,7 @@ def _add_rows(k, v, smem, full, empty, step, dk, dv, qk_scale, key_position, que
 
 @gluon.jit
 def _write_dq_partial(k_smem, ds_smem, out_smem, turn, indices, first, count, places, softmax_scale, kv_head,
-                 H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr):
+                 H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, SHARED: gl.constexpr):
     """dq of one block of rows against both halves of the keys, into their partial dq."""
     dq_partial, first_head, group_heads = places
     BLOCK_M: gl.constexpr = out_smem.shape[0]
@@ -181,7 +182,7 @@ def _write_dq_partial(k_smem, ds_smem, out_smem, turn, indices, first, count, pl
     OUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     index = first + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, OUT))
     cols = gl.arange(0, D, layout=gl.SliceLayout(0, OUT))
-    choice = gl.load(indices + gl.minimum(index, count - 1))
+    choice = _listed(indices, gl.minimum(index, count - 1), None, KS, SHARED)
     dq = gl.zeros([BLOCK_M, D], gl.float32, layout=ACC)
     dq = warpgroup_mma(ds_smem.index(turn * 2).permute((1, 0)), k_smem.index(0), dq, use_acc=False, is_async=True)
     dq = warpgroup_mma(ds_smem.index(turn * 2 + 1).permute((1, 0)), k_smem.index(1), dq, is_async=True)
@@ -193,8 +194,8 @@ def _write_dq_partial(k_smem, ds_smem, out_smem, turn, indices, first, count, pl
 
 @gluon.jit
 def _consumer(part: gl.constexpr, spans, smem, kv_smem, dq_smem, bars, ints, outs, dq_outs, scales, H: gl.constexpr,
-              HK: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, CUT: gl.constexpr, HAS_DQ: gl.constexpr,
-              RAGGED: gl.constexpr, STAGES: gl.constexpr):
+              HK: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, SHARED: gl.constexpr, CUT: gl.constexpr,
+              HAS_DQ: gl.constexpr, RAGGED: gl.constexpr, STAGES: gl.constexpr):
     """64 of the 128 keys, by one group of four warps."""
     segment_begin, segment_end, offsets, first_segment, end_segment = spans
     q_smem, do_smem, lse_smem, delta_smem = smem
@@ -229,7 +230,7 @@ def _consumer(part: gl.constexpr, spans, smem, kv_smem, dq_smem, bars, ints, out
             if turn == part:
                 mbarrier.wait(ds_full.index(turn), phase)
                 _write_dq_partial(k_smem, ds_smem, out_smem.index(part), turn, indices, first, count, places,
-                                  softmax_scale, kv_head, H, G, KS)
+                                  softmax_scale, kv_head, H, G, KS, SHARED)
                 mbarrier.arrive(ds_empty.index(turn), count=1)
             step += 1
     elif KS > 0:
@@ -273,9 +274,9 @@ def _attention_bwd_dkdv_sm90_kernel(
     qk_scale, softmax_scale, num_rows, chunk_size, num_key_tiles, num_chunks, num_sequences, num_segments,
     num_extra, split, kv_head_begin, kv_head_end,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,
-    H: gl.constexpr, HK: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, D: gl.constexpr, PACKED: gl.constexpr,
-    EVEN: gl.constexpr, HAS_DQ: gl.constexpr, RAGGED: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
-    LOADER_REGS: gl.constexpr, CONSUMER_REGS: gl.constexpr, num_warps: gl.constexpr,
+    H: gl.constexpr, HK: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, SHARED: gl.constexpr, D: gl.constexpr,
+    PACKED: gl.constexpr, EVEN: gl.constexpr, HAS_DQ: gl.constexpr, RAGGED: gl.constexpr, BLOCK_M: gl.constexpr,
+    STAGES: gl.constexpr, LOADER_REGS: gl.constexpr, CONSUMER_REGS: gl.constexpr, num_warps: gl.constexpr,
 ):
     """The first ``num_extra * num_key_tiles`` programs take the extra pieces of long lists."""
     tile = gl.program_id(0) % num_key_tiles
@@ -299,7 +300,7 @@ def _attention_bwd_dkdv_sm90_kernel(
     count = csr_row * 0
     if KS > 0:
         begin, count, partial_index = _piece_of_list(indptr, csr_row, first_csr_row, piece, item, num_extra, split, CUT)
-        indices += begin
+        indices += begin // SHARED  # pieces begin with whole groups of heads
     sequence_row = gl.load(cu_seqlens_k + sequence)
     first_segment = sequence
     end_segment = sequence + 1
@@ -343,9 +344,9 @@ def _attention_bwd_dkdv_sm90_kernel(
     strides = (stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh)
     scales = (qk_scale, softmax_scale)
     gl.warp_specialize([
-        (_consumer, (0, spans, smem, kv_smem, dq_smem, bars, ints, outs, dq_outs, scales, H, HK, G, KS, CUT,
+        (_consumer, (0, spans, smem, kv_smem, dq_smem, bars, ints, outs, dq_outs, scales, H, HK, G, KS, SHARED, CUT,
                      HAS_DQ, RAGGED, STAGES)),
-        (_consumer, (1, spans, smem, kv_smem, dq_smem, bars, ints, outs, dq_outs, scales, H, HK, G, KS, CUT,
+        (_consumer, (1, spans, smem, kv_smem, dq_smem, bars, ints, outs, dq_outs, scales, H, HK, G, KS, SHARED, CUT,
                      HAS_DQ, RAGGED, STAGES)),
-        (_loader, (pointers, spans, smem, kv_smem, bars, ints, strides, H, G, KS, EVEN, STAGES)),
+        (_loader, (pointers, spans, smem, kv_smem, bars, ints, strides, H, G, KS, SHARED, EVEN, STAGES)),
     ], [4, LOADER_WARPS], [CONSUMER_REGS, LOADER_REGS])

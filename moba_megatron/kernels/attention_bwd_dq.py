@@ -4,7 +4,7 @@ import triton.language as tl
 
 from .attention_bwd_dkdv import _gather_rows, _load_rows_where
 from .attention_fwd import _load_keys
-from .jit_helpers import _choice_row, _chunk_keys, _offset, _query_tile
+from .jit_helpers import _choice_row, _chunk_keys, _listed, _offset, _query_tile
 
 
 @triton.jit(do_not_specialize=["num_chunks", "num_sequences", "kv_head_begin", "kv_head_end"])
@@ -12,7 +12,7 @@ def _attention_bwd_dq_kernel(
     q, k, v, do, terms, indices, tile_csr_row, tile_begin, tile_end, tile_indptr, cu_seqlens_k, dq_partial,
     qk_scale, softmax_scale, one, chunk_size, num_chunks, num_sequences, kv_head_begin, kv_head_end,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,
-    H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, SHARED: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, USE_TMA: tl.constexpr, RAGGED: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IN_REGISTERS: tl.constexpr = False,
 ):
@@ -26,7 +26,7 @@ def _attention_bwd_dq_kernel(
         return
     index = begin + tl.arange(0, BLOCK_M)
     valid = index < end
-    choice = tl.load(indices + index, mask=valid, other=0)
+    choice = _listed(indices, index, valid, KS, SHARED)
     kv_head = csr_row // num_chunks
     first_key, _ = _chunk_keys(cu_seqlens_k, num_sequences, chunk_size, csr_row % num_chunks)
 
@@ -81,7 +81,7 @@ def _attention_bwd_dq_diagonal_kernel(
     q, k, v, do, terms, selected, dq_partial, dq, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets,
     qk_scale, softmax_scale, num_tiles, num_segments, chunk_size, first_head, group_heads,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,
-    H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, SHARED: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
@@ -124,7 +124,7 @@ def _attention_bwd_dq_diagonal_kernel(
         group_row = row * group_heads + head_in_group
         total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # apart from acc, which lies in registers as the products do
         for j in tl.range(0, KS, num_stages=3):  # without a count of stages only loads for a dot are pipelined
-            chosen = tl.load(selected + (row * H + head) * KS + j, mask=valid, other=-1) >= 0
+            chosen = tl.load(selected + (row * H + head) // SHARED * KS + j, mask=valid, other=-1) >= 0
             if USE_TMA:
                 part = dq_partial.load([first_row, head_in_group, j * D]).reshape(BLOCK_M, BLOCK_D)
                 part = tl.where(chosen[:, None], part, 0.0)  # what nobody wrote may be anything

@@ -16,7 +16,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..segments import Routing
 from . import sm90
 from .attention_call import AttentionCall
-from .jit_helpers_sm90 import LOADER_WARPS, _barriers, _choice_row, _chunk_keys, _load_list, _partial_row
+from .jit_helpers_sm90 import (
+    LOADER_WARPS,
+    _barriers,
+    _choice_row,
+    _chunk_keys,
+    _listed,
+    _load_list,
+    _partial_row,
+)
 from .launcher import Buffer, launch
 from .routing import Tiles
 
@@ -75,7 +83,8 @@ def _add_tile(dq, q, do, lse, delta, smem, bars, step, key, chunk_size, qk_scale
 
 @gluon.jit
 def _consumer(part: gl.constexpr, terms, indices, outs, smem, bars, ints, scales, H: gl.constexpr, G: gl.constexpr,
-              KS: gl.constexpr, BUFFERS: gl.constexpr, USE_TMA: gl.constexpr, RAGGED: gl.constexpr):
+              KS: gl.constexpr, SHARED: gl.constexpr, BUFFERS: gl.constexpr, USE_TMA: gl.constexpr,
+              RAGGED: gl.constexpr):
     """64 rows of every 128, by one group of four warps."""
     q_smem, do_smem, k_smem, v_smem = smem
     row_full, row_empty, k_full, v_full, kv_empty = bars
@@ -90,16 +99,16 @@ def _consumer(part: gl.constexpr, terms, indices, outs, smem, bars, ints, scales
     lane = part * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
     at = part * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, OUT))
     cols = gl.arange(0, D, layout=gl.SliceLayout(0, OUT))
-    choice = gl.load(indices + gl.minimum(lane, count - 1))
+    choice = _listed(indices, gl.minimum(lane, count - 1), None, KS, SHARED)
     next_lse, next_delta = _load_terms(terms, choice, kv_head, H, G, KS)
-    choice = gl.load(indices + gl.minimum(lane + 128, count - 1))
+    choice = _listed(indices, gl.minimum(lane + 128, count - 1), None, KS, SHARED)
     step = 0
     tile = 0
     for first in range(0, count, 128):
         lse = next_lse
         delta = next_delta
         next_lse, next_delta = _load_terms(terms, choice, kv_head, H, G, KS)
-        choice = gl.load(indices + gl.minimum(first + 256 + lane, count - 1))
+        choice = _listed(indices, gl.minimum(first + 256 + lane, count - 1), None, KS, SHARED)
         buffer = tile % BUFFERS
         mbarrier.wait(row_full.index(buffer), (tile // BUFFERS) & 1)
         fence_async_shared()
@@ -111,7 +120,7 @@ def _consumer(part: gl.constexpr, terms, indices, outs, smem, bars, ints, scales
             step += 1
         q.store((dq * softmax_scale).to(q_smem.dtype))  # the rows have been used: whole lines are stored from here
         index = first + at
-        this = gl.load(indices + gl.minimum(index, count - 1))
+        this = _listed(indices, gl.minimum(index, count - 1), None, KS, SHARED)
         partial_row = _partial_row(this, kv_head, first_head, group_heads, H, G, KS)
         x = q.load(OUT)
         mbarrier.arrive(row_empty.index(buffer), count=1)
@@ -129,8 +138,8 @@ def _attention_bwd_dq_sm90_kernel(
     q, k, v, do, terms, indices, tile_csr_row, tile_begin, tile_end, tile_indptr, cu_seqlens_k, dq_partial,
     qk_scale, softmax_scale, chunk_size, num_chunks, num_sequences, kv_head_begin, kv_head_end,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,
-    H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, D: gl.constexpr, EVEN: gl.constexpr, USE_TMA: gl.constexpr,
-    RAGGED: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
+    H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, SHARED: gl.constexpr, D: gl.constexpr, EVEN: gl.constexpr,
+    USE_TMA: gl.constexpr, RAGGED: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
     LOADER_REGS: gl.constexpr, CONSUMER_REGS: gl.constexpr, num_warps: gl.constexpr,
 ):
     """A piece of the list of one (chunk, kv head)."""
@@ -158,7 +167,7 @@ def _attention_bwd_dq_sm90_kernel(
     v_full = _barriers(STAGES, KEY_ARRIVALS)
     kv_empty = _barriers(STAGES, 2)
     fence_async_shared()
-    indices += begin
+    indices += begin // SHARED  # pieces begin with whole groups of heads
     smem = (q_smem, do_smem, k_smem, v_smem)
     bars = (row_full, row_empty, k_full, v_full, kv_empty)
     ints = ((end - begin).to(gl.int32), kv_head, first_key, chunk_size)
@@ -166,9 +175,9 @@ def _attention_bwd_dq_sm90_kernel(
     scales = (qk_scale, softmax_scale)
     strides = ((stride_qt, stride_qh, stride_dot, stride_doh), (stride_kt, stride_kh, stride_vt, stride_vh))
     gl.warp_specialize([
-        (_consumer, (0, terms, indices, outs, smem, bars, ints, scales, H, G, KS, BUFFERS, USE_TMA, RAGGED)),
-        (_consumer, (1, terms, indices, outs, smem, bars, ints, scales, H, G, KS, BUFFERS, USE_TMA, RAGGED)),
+        (_consumer, (0, terms, indices, outs, smem, bars, ints, scales, H, G, KS, SHARED, BUFFERS, USE_TMA, RAGGED)),
+        (_consumer, (1, terms, indices, outs, smem, bars, ints, scales, H, G, KS, SHARED, BUFFERS, USE_TMA, RAGGED)),
         (_load_list, ((q, do), (k, v), indices, ((q_smem, do_smem), k_smem, v_smem),
-                      (row_full, row_empty, k_full, v_full, kv_empty, kv_empty), ints, strides, H, G, KS, EVEN,
+                      (row_full, row_empty, k_full, v_full, kv_empty, kv_empty), ints, strides, H, G, KS, SHARED, EVEN,
                       BUFFERS, USE_TMA, True)),
     ], [4, LOADER_WARPS], [CONSUMER_REGS, LOADER_REGS])

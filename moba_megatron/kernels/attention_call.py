@@ -22,7 +22,7 @@ class AttentionCall:
 
     Args:
         q, k, v: ``[T, H, D]``, ``[S, HK, D]``, ``[S, HK, DV]``, contiguous in their last dimension, as do.
-        selected: int32 ``[T, H, topk - 1]``, contiguous.
+        selected: int32 ``[T, H or HK, topk - 1]``, contiguous.
         segments: places the queries among the keys.
         softmax_scale: multiplies the scores.
         precision: of products in fp32.
@@ -50,6 +50,11 @@ class AttentionCall:
     @property
     def rows_per_kv_head(self) -> int:
         return self.q.shape[0] * self.heads_per_kv
+
+    @property
+    def shared(self) -> int:
+        """Query heads that share a choice."""
+        return self.q.shape[1] // self.selected.shape[1]
 
     @property
     def choices(self) -> int:
@@ -84,6 +89,7 @@ class AttentionCall:
             "num_chunks": self.num_chunks, "chunk_size": s.chunk_size,
             **{f"stride_{name}{dim}": x.stride(i) for name, x in strides.items() for i, dim in enumerate("th")},
             "H": q.shape[1], "HK": k.shape[1], "G": self.heads_per_kv, "KS": self.choices,
+            "SHARED": self.shared,
             "BLOCK_KS": next_power_of_2(max(1, self.choices)), "D": q.shape[2], "DV": v.shape[2],
             "BLOCK_D": head_block(q.shape[2]), "BLOCK_DV": head_block(v.shape[2]), "PRECISION": self.precision,
         }

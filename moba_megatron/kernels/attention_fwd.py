@@ -15,7 +15,7 @@ from . import sm90
 from .attention_call import AttentionCall, check
 from .bounds import clear_rows
 from .host import precision
-from .jit_helpers import _chunk_keys, _offset, _query_tile
+from .jit_helpers import _chunk_keys, _listed, _offset, _query_tile
 from .launcher import Buffer, empty, launch, rows, scratch_limit, stage
 from .routing import Tiles, make_tiles, route, route_in_tiles
 from .tuning_table import is_gluon
@@ -27,7 +27,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: S
     """Softmax attention over the diagonal chunk and the selected ones, keys at or before the query.
 
     With ``(o_j, lse_j)`` the attention over one chunk alone: ``lse = log sum_j exp(lse_j)`` and
-    ``o = sum_j exp(lse_j - lse) o_j``. Products of fp32 are in tf32x3.
+    ``o = sum_j exp(lse_j - lse) o_j``. Products of fp32 are :data:`.host.BF16X6`.
 
     Args, Returns: as :func:`moba_megatron.reference.attention_fwd`; routing: of ``selected``, None to make it here.
 
@@ -54,8 +54,8 @@ def _attention_fwd(q: Buffer, k: Buffer, v: Buffer, selected: Buffer, segments: 
     o = empty((*q.shape[:2], v.shape[2]), q.dtype, q.device)
     lse = empty(q.shape[:2], torch.float32, q.device)
     if q.shape[0] == 0:
-        return o, lse, routing or (route(selected, k.shape[1], segments.num_chunks(k.shape[0]))
-                                   if selected.shape[2] else None)
+        return o, lse, routing or (route(selected, k.shape[1], segments.num_chunks(k.shape[0]),
+                                         q.shape[1] // selected.shape[1]) if selected.shape[2] else None)
     if not segments.exact:
         clear_rows(segments.cu_seqlens_q, (o, 0), (lse, -math.inf))
     # a scale of 0 would turn a masked -inf into NaN
@@ -66,7 +66,7 @@ def _attention_fwd(q: Buffer, k: Buffer, v: Buffer, selected: Buffer, segments: 
     options = _sparse_config(stage)
     split = options.pop("SPLIT")
     if routing is None:
-        routing, tiles = route_in_tiles(selected, stage.kv_heads, stage.num_chunks, split)
+        routing, tiles = route_in_tiles(selected, stage.kv_heads, stage.num_chunks, split, stage.shared)
     else:
         tiles = make_tiles(routing, split)
     rows_per_head = stage.rows_per_kv_head * stage.choices
@@ -86,7 +86,7 @@ def _sparse_config(call: AttentionCall) -> dict[str, int]:
     size = call.segments.chunk_size
     options = call.config("attention_fwd", ragged=size % 64, gluon=call.gluon)
     if is_gluon(options):
-        return {**options, "SPLIT": sm90.rows_per_program(options, call.selected.numel())}
+        return {**options, "SPLIT": sm90.rows_per_program(options, call.selected.numel() * call.shared, call.shared)}
     if options["BLOCK_N"] >= size:
         return {"SPLIT": 16 * options["BLOCK_M"], "ROW_STAGES": options["num_stages"], **options}
     return {**options, "SPLIT": options["BLOCK_M"]}
@@ -140,12 +140,12 @@ def _load_keys(source, row, end, head, stride_row, stride_head, D: tl.constexpr,
 
 @triton.jit
 def _gather_queries(q, indices, begin, end, first_head, group_heads, stride_qt, stride_qh, H: tl.constexpr,
-                    KS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-                    WIDE: tl.constexpr):
+                    KS: tl.constexpr, SHARED: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+                    BLOCK_D: tl.constexpr, WIDE: tl.constexpr):
     """The query rows of indices ``begin .. begin + BLOCK_M``, where their results go, which are before ``end``."""
     index = begin + tl.arange(0, BLOCK_M)
     valid = index < end
-    choice = tl.load(indices + index, mask=valid, other=0)
+    choice = _listed(indices, index, valid, KS, SHARED)
     token = choice // (H * KS)
     within = choice - token * (H * KS)  # head * KS + j
     if WIDE:
@@ -178,7 +178,7 @@ def _attention_fwd_resident_kernel(
     q, k, v, indices, tile_csr_row, tile_begin, tile_end, tile_indptr, cu_seqlens_k, o_partial, lse_partial,
     qk_scale, num_chunks, num_sequences, kv_head_begin, kv_head_end,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-    H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, SHARED: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr,
     USE_TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, ROW_STAGES: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -203,7 +203,7 @@ def _attention_fwd_resident_kernel(
     # the stages by name: else only what feeds a dot is loaded ahead, and not the indices that the stores need
     for first in tl.range(begin, end, BLOCK_M, num_stages=ROW_STAGES):
         q_rows, partial_row, valid = _gather_queries(q, indices, first, end, kv_head_begin * G, group_heads, stride_qt,
-                                                     stride_qh, H, KS, D, BLOCK_M, BLOCK_D, WIDE)
+                                                     stride_qh, H, KS, SHARED, D, BLOCK_M, BLOCK_D, WIDE)
         s = tl.dot(q_rows, tl.trans(k_rows), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if RAGGED:
             s = tl.where(tl.arange(0, BLOCK_N)[None, :] < CHUNK, s, -float("inf"))
@@ -218,7 +218,7 @@ def _attention_fwd_sparse_kernel(
     q, k, v, indices, tile_csr_row, tile_begin, tile_end, tile_indptr, cu_seqlens_k, o_partial, lse_partial,
     qk_scale, num_chunks, num_sequences, kv_head_begin, kv_head_end,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-    H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, SHARED: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr,
     USE_TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -236,7 +236,7 @@ def _attention_fwd_sparse_kernel(
     first_key, _ = _chunk_keys(cu_seqlens_k, num_sequences, CHUNK, csr_row % num_chunks)
     group_heads = (kv_head_end - kv_head_begin) * G
     q_rows, partial_row, valid = _gather_queries(q, indices, begin, end, kv_head_begin * G, group_heads, stride_qt,
-                                                 stride_qh, H, KS, D, BLOCK_M, BLOCK_D, WIDE)
+                                                 stride_qh, H, KS, SHARED, D, BLOCK_M, BLOCK_D, WIDE)
     RAGGED: tl.constexpr = CHUNK % BLOCK_N != 0
     m = tl.full([BLOCK_M], -float("inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
@@ -283,12 +283,13 @@ def _diagonal_step(acc, m, l, q_rows, k, v, k_row, k_end, kv_head, keep_from, ke
 
 
 @triton.jit
-def _merge_partial(acc, m, l, selected, o_partial, lse_partial, first_row, head_in_group, row, group_row, valid,
+def _merge_partial(acc, m, l, selected, o_partial, lse_partial, first_row, head_in_group, list_row, group_row, valid,
                    KS: tl.constexpr, BLOCK_KS: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
                    BLOCK_M: tl.constexpr, USE_TMA: tl.constexpr):
     """Adds each row's partial results, reading all log-sum-exps first: then loads of o do not wait for each other."""
     j = tl.arange(0, BLOCK_KS)
-    chosen = tl.load(selected + row[:, None] * KS + j[None, :], mask=valid[:, None] & (j[None, :] < KS), other=-1) >= 0
+    listed = valid[:, None] & (j[None, :] < KS)
+    chosen = tl.load(selected + list_row[:, None] * KS + j[None, :], mask=listed, other=-1) >= 0
     partial_lse = tl.load(lse_partial + group_row[:, None] * KS + j[None, :], mask=chosen, other=-float("inf"))
     m_new = tl.maximum(m, tl.max(partial_lse, 1))
     alpha = tl.exp2(m - m_new)
@@ -296,7 +297,7 @@ def _merge_partial(acc, m, l, selected, o_partial, lse_partial, first_row, head_
     cols = tl.arange(0, BLOCK_DV)
     merged = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for i in tl.range(0, KS, num_stages=3):  # without a count of stages only loads for a dot are pipelined
-        chosen_i = tl.load(selected + row * KS + i, mask=valid, other=-1) >= 0
+        chosen_i = tl.load(selected + list_row * KS + i, mask=valid, other=-1) >= 0
         lse_i = tl.load(lse_partial + group_row * KS + i, mask=chosen_i, other=-float("inf"))
         if USE_TMA:
             o_i = o_partial.load([first_row, head_in_group, i * DV]).reshape(BLOCK_M, BLOCK_DV)
@@ -313,7 +314,8 @@ def _attention_fwd_diagonal_kernel(
     q, k, v, selected, o_partial, lse_partial, o, lse, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets,
     qk_scale, num_tiles, num_segments, chunk_size, first_head, group_heads,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-    H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, BLOCK_KS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, SHARED: tl.constexpr, BLOCK_KS: tl.constexpr, D: tl.constexpr,
+    DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
@@ -353,8 +355,8 @@ def _attention_fwd_diagonal_kernel(
                                    BLOCK_DV, PRECISION, MASKED=True)
     if KS > 0:
         acc, m, l = _merge_partial(acc, m, l, selected, o_partial, lse_partial, first_row, head_in_group,
-                                   row * H + head, row * group_heads + head_in_group, valid, KS, BLOCK_KS, DV, BLOCK_DV,
-                                   BLOCK_M, USE_TMA)
+                                   (row * H + head) // SHARED, row * group_heads + head_in_group, valid, KS, BLOCK_KS,
+                                   DV, BLOCK_DV, BLOCK_M, USE_TMA)
     cols_v = tl.arange(0, BLOCK_DV)
     tl.store(o + (row * H + head)[:, None] * DV + cols_v[None, :], (acc * (1.0 / l)[:, None]).to(o.dtype.element_ty),
              mask=valid[:, None] & (cols_v[None, :] < DV))

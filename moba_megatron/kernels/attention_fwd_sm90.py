@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..segments import Routing
 from . import sm90
 from .attention_call import AttentionCall
-from .jit_helpers_sm90 import LOADER_WARPS, _barriers, _chunk_keys, _load_list, _partial_row
+from .jit_helpers_sm90 import LOADER_WARPS, _barriers, _chunk_keys, _listed, _load_list, _partial_row
 from .launcher import Buffer, launch
 from .routing import Tiles
 
@@ -64,7 +64,8 @@ def _keep_chunk(s, key, chunk_size, RAGGED: gl.constexpr):
 
 @gluon.jit
 def _consumer(part: gl.constexpr, indices, outs, smem, bars, ints, qk_scale, H: gl.constexpr, G: gl.constexpr,
-              KS: gl.constexpr, BUFFERS: gl.constexpr, USE_TMA: gl.constexpr, RAGGED: gl.constexpr):
+              KS: gl.constexpr, SHARED: gl.constexpr, BUFFERS: gl.constexpr, USE_TMA: gl.constexpr,
+              RAGGED: gl.constexpr):
     """64 rows of every 128, by one group of four warps."""
     q_smem, k_smem, v_smem = smem
     row_full, row_empty, k_full, v_full, k_empty, v_empty = bars
@@ -87,9 +88,9 @@ def _consumer(part: gl.constexpr, indices, outs, smem, bars, ints, qk_scale, H: 
     for first in range(0, count, 128):
         buffer = tile % BUFFERS
         o_index = first + part * 64 + at
-        o_choice = gl.load(indices + gl.minimum(o_index, count - 1))
+        o_choice = _listed(indices, gl.minimum(o_index, count - 1), None, KS, SHARED)
         lse_index = first + part * 64 + lane
-        lse_choice = gl.load(indices + gl.minimum(lse_index, count - 1))
+        lse_choice = _listed(indices, gl.minimum(lse_index, count - 1), None, KS, SHARED)
         mbarrier.wait(row_full.index(buffer), (tile // BUFFERS) & 1)
         fence_async_shared()
         q = q_smem.index(buffer * 2 + part)
@@ -143,8 +144,8 @@ def _attention_fwd_sm90_kernel(
     q, k, v, indices, tile_csr_row, tile_begin, tile_end, tile_indptr, cu_seqlens_k, o_partial, lse_partial,
     qk_scale, chunk_size, num_chunks, num_sequences, kv_head_begin, kv_head_end,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-    H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, D: gl.constexpr, EVEN: gl.constexpr, USE_TMA: gl.constexpr,
-    RAGGED: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
+    H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, SHARED: gl.constexpr, D: gl.constexpr, EVEN: gl.constexpr,
+    USE_TMA: gl.constexpr, RAGGED: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
     LOADER_REGS: gl.constexpr, CONSUMER_REGS: gl.constexpr, num_warps: gl.constexpr,
 ):
     """A piece of the list of one (chunk, kv head)."""
@@ -172,15 +173,15 @@ def _attention_fwd_sm90_kernel(
     k_empty = _barriers(STAGES, 2)
     v_empty = _barriers(STAGES, 2)
     fence_async_shared()
-    indices += begin
+    indices += begin // SHARED  # pieces begin with whole groups of heads
     smem = (q_smem, k_smem, v_smem)
     bars = (row_full, row_empty, k_full, v_full, k_empty, v_empty)
     ints = ((end - begin).to(gl.int32), kv_head, first_key, chunk_size)
     outs = (o_partial, lse_partial, kv_head_begin * G, (kv_head_end - kv_head_begin) * G)
     strides = ((stride_qt, stride_qh), (stride_kt, stride_kh, stride_vt, stride_vh))
     gl.warp_specialize([
-        (_consumer, (0, indices, outs, smem, bars, ints, qk_scale, H, G, KS, BUFFERS, USE_TMA, RAGGED)),
-        (_consumer, (1, indices, outs, smem, bars, ints, qk_scale, H, G, KS, BUFFERS, USE_TMA, RAGGED)),
-        (_load_list, ((q,), (k, v), indices, ((q_smem,), k_smem, v_smem), bars, ints, strides, H, G, KS, EVEN,
-                      BUFFERS, USE_TMA, False)),
+        (_consumer, (0, indices, outs, smem, bars, ints, qk_scale, H, G, KS, SHARED, BUFFERS, USE_TMA, RAGGED)),
+        (_consumer, (1, indices, outs, smem, bars, ints, qk_scale, H, G, KS, SHARED, BUFFERS, USE_TMA, RAGGED)),
+        (_load_list, ((q,), (k, v), indices, ((q_smem,), k_smem, v_smem), bars, ints, strides, H, G, KS, SHARED,
+                      EVEN, BUFFERS, USE_TMA, False)),
     ], [4, LOADER_WARPS], [CONSUMER_REGS, LOADER_REGS])

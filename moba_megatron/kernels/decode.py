@@ -73,9 +73,9 @@ def decode_attention(q: Buffer, k_cache: Buffer, v_cache: Buffer, selected: Buff
     lse = empty((batch, num_heads), torch.float32, q.device)
     if batch == 0:
         return o, lse
-    group = num_heads // num_kv_heads
+    group, shared = num_heads // num_kv_heads, num_heads // selected.shape[1]
     options = tuning.config("decode", q.device, head_dim=max(head_dim, dim_v), itemsize=q.dtype.itemsize)
-    candidates = batch * num_kv_heads * (group * choices + 1)
+    candidates = batch * num_kv_heads * (group // shared * choices + 1)
     pieces, piece_keys = _pieces(candidates, chunk_size, options.pop("PROGRAMS"), options["BLOCK_N"], q.device)
     partial_rows = (choices + 1) * pieces
     o_partial = empty((batch * num_heads * partial_rows, dim_v), torch.float32, q.device)
@@ -83,12 +83,12 @@ def decode_attention(q: Buffer, k_cache: Buffer, v_cache: Buffer, selected: Buff
     launch(_decode_attention_kernel, (candidates * pieces,), **_tensors(q=q, k=k_cache, v=v_cache),
            **_places(k_cache, cache_seqlens, block_table, cache_starts), selected=selected, o_partial=o_partial,
            lse_partial=lse_partial, qk_scale=softmax_scale * math.log2(math.e), chunk_size=chunk_size, pieces=pieces,
-           piece_keys=piece_keys, HK=num_kv_heads, G=group, BLOCK_G=head_block(group), KS=choices,
+           piece_keys=piece_keys, HK=num_kv_heads, G=group, BLOCK_G=head_block(group), SHARED=shared, KS=choices,
            BLOCK_KS=next_power_of_2(max(1, choices)), D=head_dim, BLOCK_D=head_block(head_dim), DV=dim_v,
            BLOCK_DV=head_block(dim_v), PRECISION=precision(q.dtype), **options)
-    launch(_decode_merge_kernel, (batch * num_heads,), selected, o_partial, lse_partial, o, lse, pieces, KS=choices,
-           DV=dim_v, BLOCK_DV=next_power_of_2(dim_v), BLOCK_S=min(32, max(2, next_power_of_2(partial_rows))),
-           num_warps=4)
+    launch(_decode_merge_kernel, (batch * num_heads,), selected, o_partial, lse_partial, o, lse, pieces, SHARED=shared,
+           KS=choices, DV=dim_v, BLOCK_DV=next_power_of_2(dim_v),
+           BLOCK_S=min(32, max(2, next_power_of_2(partial_rows))), num_warps=4)
     return o, lse
 
 
@@ -253,17 +253,22 @@ def _decode_gate_kernel(
 
 
 @triton.jit
-def _choice(selected, list_id, candidate, own, G: tl.constexpr, KS: tl.constexpr, BLOCK_G: tl.constexpr,
-            BLOCK_KS: tl.constexpr):
+def _choice(selected, list_id, candidate, own, G: tl.constexpr, SHARED: tl.constexpr, KS: tl.constexpr,
+            BLOCK_G: tl.constexpr, BLOCK_KS: tl.constexpr):
     """A candidate of a kv head's list: its chunk, -1 if another program has it; where heads have it, -1 for nowhere.
 
-    Candidates ``0 .. G * KS`` are the heads' choices, of which the first of equals counts; the last is the own chunk.
+    Candidates ``0 .. G / SHARED * KS`` are the heads' choices, of which the first of equals counts; the last is the
+    own chunk.
     """
     head = tl.arange(0, BLOCK_G)
     chunk = own
     place = tl.where(head < G, KS, -1)
     if KS > 0:
-        if candidate < G * KS:
+        if SHARED > 1:
+            if candidate < KS:
+                chunk = tl.load(selected + list_id.to(tl.int64) * KS + candidate)
+                place = tl.where(head < G, candidate, -1)
+        elif candidate < G * KS:
             j = tl.arange(0, BLOCK_KS)
             selected += list_id.to(tl.int64) * (G * KS)
             table = tl.load(selected + head[:, None] * KS + j[None, :], mask=(head < G)[:, None] & (j < KS)[None, :],
@@ -281,19 +286,20 @@ def _decode_attention_kernel(
     qk_scale, chunk_size, pieces, piece_keys,
     stride_qb, stride_qh, stride_qd, stride_kb, stride_kt, stride_kh, stride_kd,
     stride_vb, stride_vt, stride_vh, stride_vd, stride_table,
-    HK: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_KS: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
-    HAS_STARTS: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+    HK: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr, KS: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_KS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    PRECISION: tl.constexpr, HAS_STARTS: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """A piece of one chunk for the query heads of one kv head that chose it."""
     piece = tl.program_id(0) % pieces
-    candidate = tl.program_id(0) // pieces % (G * KS + 1)
-    list_id = tl.program_id(0) // pieces // (G * KS + 1)
+    CANDIDATES: tl.constexpr = G // SHARED * KS + 1
+    candidate = tl.program_id(0) // pieces % CANDIDATES
+    list_id = tl.program_id(0) // pieces // CANDIDATES
     sequence = list_id // HK
     kv_head = list_id % HK
     length = tl.load(cache_seqlens + sequence)
-    chunk, place = _choice(selected, list_id, candidate, tl.maximum(length - 1, 0) // chunk_size, G, KS, BLOCK_G,
-                           BLOCK_KS)
+    chunk, place = _choice(selected, list_id, candidate, tl.maximum(length - 1, 0) // chunk_size, G, SHARED, KS,
+                           BLOCK_G, BLOCK_KS)
     if chunk < 0:
         return
     begin = chunk * chunk_size + piece * piece_keys
@@ -336,8 +342,8 @@ def _decode_attention_kernel(
 
 
 @triton.jit(do_not_specialize=["pieces"])
-def _decode_merge_kernel(selected, o_partial, lse_partial, o, lse, pieces, KS: tl.constexpr, DV: tl.constexpr,
-                         BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr):
+def _decode_merge_kernel(selected, o_partial, lse_partial, o, lse, pieces, SHARED: tl.constexpr, KS: tl.constexpr,
+                         DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr):
     """Adds the pieces of one (sequence, query head), BLOCK_S at a time, in order."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK_DV)
@@ -348,7 +354,7 @@ def _decode_merge_kernel(selected, o_partial, lse_partial, o, lse, pieces, KS: t
     for first in range(0, partial_rows, BLOCK_S):
         i = first + tl.arange(0, BLOCK_S)
         j = i // pieces
-        chosen = tl.load(selected + row * KS + j, mask=j < KS, other=0)
+        chosen = tl.load(selected + row // SHARED * KS + j, mask=j < KS, other=0)
         valid = (i < partial_rows) & (chosen >= 0)
         partial_lse = tl.load(lse_partial + row * partial_rows + i, mask=valid, other=-float("inf"))
         o_rows = tl.load(o_partial + (row * partial_rows + i)[:, None] * DV + col[None, :],

@@ -25,7 +25,7 @@ from .launcher import Buffer, empty, launch, rows, stage
 
 
 def gate(q: Tensor, means: Tensor, segments: Segments, topk: int) -> Tensor:
-    """As :func:`moba_megatron.reference.gate`, the chosen chunks in no particular order; products of fp32 are in fp32.
+    """As :func:`moba_megatron.reference.gate`; products of fp32 are in fp32.
 
     A score depends on its query and its chunk alone, not on the other rows of the tile, so that parts of a sequence
     choose what the whole would. Raises ValueError for means of 2^31 elements or more.

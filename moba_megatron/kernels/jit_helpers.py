@@ -66,6 +66,16 @@ def _chunk_keys(cu_k, num_sequences, chunk_size, chunk):
 
 
 @triton.jit
+def _listed(indices, at, mask, KS: tl.constexpr, SHARED: tl.constexpr):
+    """The choices at places of lists, one place for each of SHARED heads of a listed choice; 0 or so where masked."""
+    if mask is None:
+        choice = tl.load(indices + at // SHARED)
+    else:
+        choice = tl.load(indices + at // SHARED, mask=mask, other=0)
+    return choice + at % SHARED * KS
+
+
+@triton.jit
 def _choice_row(choice, kv_head, H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr):
     """Row (token * H + head) of indices, int32; token and head, int64; head is a scalar where it can only be one.
 

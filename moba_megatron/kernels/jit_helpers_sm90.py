@@ -36,6 +36,17 @@ _lower_bound = gluon.jit(jit_helpers._lower_bound.fn)
 
 
 @gluon.jit
+def _listed(indices, at, mask, KS: gl.constexpr, SHARED: gl.constexpr):
+    """As of ``jit_helpers``; int32 places, whose divisions are shifts where they are unsigned."""
+    listed = (at.to(gl.uint32) // SHARED).to(gl.int32)
+    if mask is None:
+        choice = gl.load(indices + listed)
+    else:
+        choice = gl.load(indices + listed, mask=mask, other=0)
+    return choice + (at - listed * SHARED) * KS
+
+
+@gluon.jit
 def _copy_rows(smem, pointer, token, head, stride_t, stride_h, ROWS: gl.constexpr, keep=None):
     """Starts copies of whole rows of tokens and heads, zeros where not ``keep``; strides in units of eight elements."""
     cols = gl.arange(0, smem.shape[1], layout=gl.SliceLayout(0, ROWS))
@@ -109,7 +120,8 @@ def _load_tile(keys, smem, bars, step, row, end, kv_head, strides, USE_TMA: gl.c
 
 @gluon.jit
 def _load_list(rows, keys, indices, smem, bars, ints, strides, H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr,
-               EVEN: gl.constexpr, BUFFERS: gl.constexpr, USE_TMA: gl.constexpr, ONE_EMPTY: gl.constexpr):
+               SHARED: gl.constexpr, EVEN: gl.constexpr, BUFFERS: gl.constexpr, USE_TMA: gl.constexpr,
+               ONE_EMPTY: gl.constexpr):
     """The loader of forward and dq: a list's rows of q (and do), 128 at a time, and for each 128 the chunk's keys."""
     row_smem, k_smem, v_smem = smem
     row_full, row_empty, k_full, v_full, k_empty, v_empty = bars
@@ -121,15 +133,15 @@ def _load_list(rows, keys, indices, smem, bars, ints, strides, H: gl.constexpr, 
     gl.static_assert(BUFFERS > 1, "rows are gathered ahead, before the last keys of those that are in use")
     lane = gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS))
     end = first_key + chunk_size
-    choice0 = gl.load(indices + gl.minimum(lane, count - 1))  # the last choice fills up
-    choice1 = gl.load(indices + gl.minimum(64 + lane, count - 1))
+    choice0 = _listed(indices, gl.minimum(lane, count - 1), None, KS, SHARED)  # the last choice fills up
+    choice1 = _listed(indices, gl.minimum(64 + lane, count - 1), None, KS, SHARED)
     _gather(rows, row_smem, row_full, 0, (choice0, choice1), kv_head, row_strides, H, G, KS, EVEN,
             ROWS)
     step = 0
     tile = 1
     for first in range(0, count, 128):
-        choice0 = gl.load(indices + gl.minimum(first + 128 + lane, count - 1))
-        choice1 = gl.load(indices + gl.minimum(first + 192 + lane, count - 1))
+        choice0 = _listed(indices, gl.minimum(first + 128 + lane, count - 1), None, KS, SHARED)
+        choice1 = _listed(indices, gl.minimum(first + 192 + lane, count - 1), None, KS, SHARED)
         step = _load_tile(keys, smem, bars, step, first_key, end, kv_head, key_strides, USE_TMA, ONE_EMPTY, ROWS)
         if first + 128 < count:
             buffer = tile % BUFFERS

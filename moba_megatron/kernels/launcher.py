@@ -6,6 +6,7 @@ first run of a plan goes through Triton's ``kernel[grid](...)``, which returns t
 is started by ``compiled[grid](...)``, with addresses in place of tensors, which spares Triton's look at every argument.
 A plan holds no memory of the device and nothing of a run: threads, streams and graphs under capture may share it.
 """
+import contextvars
 import functools
 import itertools
 import logging
@@ -13,13 +14,16 @@ import math
 import os
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, is_dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+from triton import AsyncCompileMode
 from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
 from .tuning import forced_settings
 from .workspace import plan_workspace, workspace_limit
@@ -31,6 +35,8 @@ MAX_PLANS = 512
 MAX_ADDRESSES = 32
 """Descriptors of one argument that are kept: a caching allocator soon gives the same addresses again."""
 _plans: dict[tuple, "Plan"] = {}
+_compiled: set[tuple] = set()
+"""Of each launch that was compiled beside others: kernel, device and constexprs."""
 _building = threading.local()  # .plan: the plan that this thread is making; .limit: its scratch memory, bytes
 
 
@@ -249,8 +255,17 @@ class _Launch:
         found = (x.base if isinstance(x, Descriptor) else x for x in (*self.args, *self.named.values()))
         return [x for x in found if isinstance(x, Buffer)]
 
-    def through_triton(self, tensor: Callable[[Buffer], Tensor]) -> None:
-        """Compiles where it is the first time; what is not interpreted can be started by :meth:`prepared` then."""
+    def compile(self, tensor: Callable[[Buffer], Tensor]) -> None:
+        """Compiles and starts nothing, unless it was done before."""
+        key = self.kernel, driver.active.get_current_device(), *(
+            self.named.get(p.name) for p in self.kernel.params if p.is_constexpr)
+        if key not in _compiled:
+            args, named, _ = self._arguments(tensor)
+            self.kernel.warmup(*args, grid=self.grid, **named)
+            _compiled.add(key)
+
+    def _arguments(self, tensor: Callable[[Buffer], Tensor]) -> tuple[list, dict[str, Any], dict[int, Any]]:
+        """What ``kernel[grid]`` takes, and the descriptors in it, by the identity of what stood for them."""
         made: dict[int, Any] = {}
 
         def real(x):
@@ -258,8 +273,12 @@ class _Launch:
                 return made.setdefault(id(x), x.make(tensor(x.base), *x.layout))
             return tensor(x) if isinstance(x, Buffer) else x
 
-        named = dict(zip(self.named, map(real, self.named.values())))
-        compiled = self.kernel[self.grid](*map(real, self.args), **named)
+        return list(map(real, self.args)), dict(zip(self.named, map(real, self.named.values()))), made
+
+    def through_triton(self, tensor: Callable[[Buffer], Tensor]) -> None:
+        """Compiles where it is the first time; what is not interpreted can be started by :meth:`prepared` then."""
+        args, named, made = self._arguments(tensor)
+        compiled = self.kernel[self.grid](*args, **named)
         if self.compiled is None and hasattr(compiled, "__getitem__"):
             values = [*self.args, *(self.named.get(p.name, p.default) for p in self.kernel.params[len(self.args):])]
             pointers, descriptors = [], []
@@ -307,6 +326,7 @@ class Plan:
         self.launches: list[_Launch] = []
         self.event_at: int | None = None
         self.is_prepared, self._faulty = False, False  # every launch has its compiled kernel; one has failed
+        self._compiled = False
         self._allocated: list[Buffer] = []
 
     def finish(self, returned) -> None:
@@ -382,11 +402,23 @@ class Plan:
                 return torch.empty(x.shape, dtype=x.dtype, device=tensors[0].device)
             return _view(workspace[begin:begin + whole.nbytes].view(whole.dtype).view(whole.shape), x)
 
+        if len(self.launches) > 1 and not self._compiled and isinstance(self.launches[0].kernel, JITFunction):
+            self._compiled = True
+            contextvars.copy_context().run(self._compile, tensor)
         self._start(event, _Launch.through_triton, tensor)
         for launch in self.launches:
             if launch.compiled is None:  # it is interpreted
                 return
         self.is_prepared = bool(self.launches) and not self._faulty
+
+    def _compile(self, tensor: Callable[[Buffer], Tensor]) -> None:
+        """Compiles the launches' kernels side by side, in threads; an error is left to the launch that meets it."""
+        try:
+            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, AsyncCompileMode(pool):
+                for launch in self.launches:
+                    launch.compile(tensor)
+        except Exception as error:
+            logger.debug("moba_megatron: kernels were not compiled side by side: %r", error)
 
     def _start(self, event: torch.cuda.Event | None, start: Callable, *args) -> None:
         for launch in self.launches[:self.event_at]:

@@ -52,7 +52,7 @@ class Tiles:
     def empty(cls, routing: Routing, block: int) -> "Tiles":
         """For a kernel to write; as many as there are at most, which the host knows."""
         rows, device, dtype = routing.num_csr_rows, routing.indptr.device, routing.indptr.dtype
-        number = routing.indices.numel() // block + rows
+        number = routing.num_choices // block + rows
         return cls(*(empty((size,), dtype, device) for size, dtype in (
             (number, torch.int32), (number, dtype), (number, dtype), (rows + 1, torch.int32))), block)
 
@@ -68,20 +68,20 @@ def tile_arguments(tiles: Tiles | None) -> tuple[Tensor | int | None, ...]:
     return number // TILES + 1, tiles.csr_row, tiles.begin, tiles.end, tiles.indptr, number, tiles.block
 
 
-def route(selected: Tensor, num_kv_heads: int, num_chunks: int) -> Routing:
+def route(selected: Tensor, num_kv_heads: int, num_chunks: int, shared: int = 1) -> Routing:
     """As :func:`moba_megatron.reference.route`; nothing waits for the device, every size follows from the shapes."""
-    return route_in_tiles(selected.contiguous(), num_kv_heads, num_chunks, None)[0]
+    return route_in_tiles(selected.contiguous(), num_kv_heads, num_chunks, None, shared)[0]
 
 
 @stage
-def route_in_tiles(selected: Buffer, num_kv_heads: int, num_chunks: int, block: int | None
+def route_in_tiles(selected: Buffer, num_kv_heads: int, num_chunks: int, block: int | None, shared: int = 1
                    ) -> tuple[Routing, Tiles | None]:
     """:func:`route` and :func:`make_tiles` in the launches of the former; no tiles where ``block`` is None."""
     total, num_heads, choices = selected.shape
-    device, dtype = selected.device, index_dtype(selected.numel())
+    device, dtype = selected.device, index_dtype(selected.numel() * shared)
     indices = empty((selected.numel(),), dtype, device)
     indptr = empty((num_kv_heads * num_chunks + 1,), dtype, device)
-    routing, group = Routing(indices, indptr), num_heads // num_kv_heads
+    routing, group = Routing(indices, indptr, shared), num_heads // num_kv_heads
     if selected.numel() == 0:  # what is counted where nothing is, in one group, are the starts of empty CSR rows
         launch(_route_count_kernel, (num_kv_heads,), selected, indptr, 0, 0, num_chunks, 1, H=num_heads, G=group, KS=1,
                BLOCK=1024, num_warps=4)
@@ -99,9 +99,9 @@ def route_in_tiles(selected: Buffer, num_kv_heads: int, num_chunks: int, block: 
     programs = num_groups * num_kv_heads
     launch(_route_count_kernel, (programs,), selected, counts, *sizes, **shape, BLOCK=1024, num_warps=4)
     launch(_route_sum_kernel, (cdiv(num_chunks, 32) * num_kv_heads,), counts, indptr, num_chunks, num_groups,
-           num_kv_heads, BLOCK_G=256, BLOCK_C=32, BLOCK=2048, num_warps=8)
+           num_kv_heads, SHARED=shared, BLOCK_G=256, BLOCK_C=32, BLOCK=2048, num_warps=8)
     launch(_route_place_kernel, (tile_programs + programs,), selected, counts, indptr, indices, *sizes, tile_programs,
-           *tile_tensors, **shape, TILES=TILES, **options)
+           *tile_tensors, **shape, SHARED=shared, TILES=TILES, **options)
     return routing, tiles
 
 
@@ -143,7 +143,7 @@ def _route_count_kernel(selected, counts, total, tokens, num_chunks, num_groups,
 
 
 @triton.jit(do_not_specialize=["num_chunks", "num_groups", "num_kv_heads"])
-def _route_sum_kernel(counts, indptr, num_chunks, num_groups, num_kv_heads, BLOCK_G: tl.constexpr,
+def _route_sum_kernel(counts, indptr, num_chunks, num_groups, num_kv_heads, SHARED: tl.constexpr, BLOCK_G: tl.constexpr,
                       BLOCK_C: tl.constexpr, BLOCK: tl.constexpr):
     """Turns counts into the counts of earlier groups, in place, and totals into where each CSR row begins.
 
@@ -160,7 +160,7 @@ def _route_sum_kernel(counts, indptr, num_chunks, num_groups, num_kv_heads, BLOC
         count = tl.load(counts + at, mask=keep, other=0)  # [BLOCK_G, BLOCK_C]
         tl.store(counts + at, tl.cumsum(count, 0) - count + before[None, :], mask=keep)
         before += tl.sum(count, 0)
-    tl.store(indptr + kv_head.to(tl.int64) * num_chunks + chunk, before, mask=chunk < num_chunks)
+    tl.store(indptr + kv_head.to(tl.int64) * num_chunks + chunk, before * SHARED, mask=chunk < num_chunks)
 
     tl.debug_barrier()
     num_csr_rows = num_kv_heads * num_chunks
@@ -178,7 +178,8 @@ def _route_sum_kernel(counts, indptr, num_chunks, num_groups, num_kv_heads, BLOC
 @triton.jit(do_not_specialize=["total", "tokens", "num_chunks", "num_groups", "tile_programs", "num_tiles", "block"])
 def _route_place_kernel(selected, counts, indptr, indices, total, tokens, num_chunks, num_groups, tile_programs,
                         tile_csr_row, tile_begin, tile_end, tile_indptr, num_tiles, block,
-                        H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr):
+                        H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, SHARED: tl.constexpr, TILES: tl.constexpr,
+                        BLOCK: tl.constexpr):
     """Writes the choices of one group of tokens and one kv head to their places, BLOCK at a time, in order.
 
     The first ``tile_programs`` write tiles instead: of ``indptr`` alone, which nothing writes here.
@@ -196,7 +197,7 @@ def _route_place_kernel(selected, counts, indptr, indices, total, tokens, num_ch
     for first in range(0, num_chunks, 512):  # the program's counters become the places of its next indices
         keep = first + wide < num_chunks
         start = tl.load(indptr + kv_head.to(tl.int64) * num_chunks + first + wide, mask=keep, other=0)
-        tl.store(row + first + wide, start + tl.load(row + first + wide, mask=keep, other=0), mask=keep)
+        tl.store(row + first + wide, start // SHARED + tl.load(row + first + wide, mask=keep, other=0), mask=keep)
     tl.debug_barrier()
     num_choices = tl.minimum(tokens, total - first_token) * (G * KS)
     base = (first_token.to(tl.int64) * H + kv_head * G) * KS
@@ -212,7 +213,8 @@ def _route_place_kernel(selected, counts, indptr, indices, total, tokens, num_ch
         # one sum counts the equal chunks of this step (low half) and those of earlier lanes (high half)
         same = tl.sum(tl.where(chunk[:, None] == chunk[None, :], tl.where(earlier, 65537, 1), 0), 1)
         place += same >> 16
-        tl.store(indices + place, (base + at).to(indices.dtype.element_ty), mask=chunk >= 0)
+        number = (base + at) * SHARED - at % KS * (SHARED - 1)  # of the first head that shares it
+        tl.store(indices + place, number.to(indices.dtype.element_ty), mask=chunk >= 0)
         tl.debug_barrier()
         tl.store(row + chunk, place + 1, mask=(chunk >= 0) & ((same >> 16) + 1 == (same & 65535)))
         tl.debug_barrier()

@@ -6,6 +6,7 @@ everything else runs the Triton kernels.
 import functools
 import importlib
 import logging
+import math
 from types import ModuleType
 
 import torch
@@ -48,9 +49,11 @@ def strides_of_eight(**tensors: Buffer) -> dict[str, int]:
             **{f"stride_{name}{dim}": s // 8 for name, x in tensors.items() for dim, s in zip("th", _strides(x))}}
 
 
-def rows_per_program(options: dict[str, int], rows: int) -> int:
-    """How long a piece of a list is: SPLIT, or less where ``rows`` listed rows would not occupy the card."""
-    return max(ROWS, min(options["SPLIT"], rows // PROGRAMS // ROWS * ROWS))
+def rows_per_program(options: dict[str, int], rows: int, shared: int) -> int:
+    """How long a piece of a list is: SPLIT, or less where ``rows`` listed rows would not occupy the card; whole steps,
+    and whole groups of ``shared`` heads."""
+    step = math.lcm(ROWS, shared)
+    return max(step, min(options["SPLIT"], rows // PROGRAMS) // step * step)
 
 
 def key_tiles(k: Buffer, v: Buffer, chunk_size: int, options: dict[str, int]) -> dict[str, object]:

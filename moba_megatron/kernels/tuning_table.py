@@ -88,6 +88,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
             "H200, 128K/128/8: 3.8 ms; SPLIT 1024 3.9, 512 4.0; 2 stages 4.2; 128x128, 8 warps 4.8; keys streamed 4.6"),
         Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2}, _c(128, 64, 4, 2),
             "H200, 128K/512/8: 9.2 ms; 3 stages, 8 warps 12.4; 64x64, 128x32 10.7; 128K/2048/3: 8.3 (515 TFLOP/s)"),
+        Row("sm_90", {"head_dim": 128}, _c(64, 32, 4, 1)),
         *_portable((64, 64, 4, 2), (32, 32, 4, 1), (64, 32, 4, 1), (16, 16, 4, 1)),
     ),
     # BLOCK_M queries of one head against their diagonal chunk, BLOCK_N keys at a time, then the merge
@@ -99,6 +100,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2}, _c(64, 64, 4, 3),
             "H200, 128K/2048/3: 3.3 ms, 2 stages 3.7; 128K/512/8: 2.27, 2 stages 2.33"),
         Row("*", {"head_dim": 128, "itemsize": 2}, _c(64, 64, 4, 2)),
+        Row("sm_90", {"head_dim": 128}, _c(64, 32, 4, 1)),
         Row("*", {"head_dim": 128}, _c(32, 32, 4, 1)),
         Row("*", {"itemsize": 2}, _c(64, 32, 8, 1), "untuned: 4 warps spill 0.4 to 0.9 KB a thread at head dim 256"),
         Row("*", {}, _c(16, 16, 4, 1)),
@@ -121,6 +123,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
             "H200: 9.0 ms at 128K, chunk 128, topk 8, partial dq included; 64 keys and a dq kernel of its own 11.2"),
         Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2}, _c(64, 64, 4, 2, SPLIT=4096),
             "H200: 16.2 ms at 128K, chunk 512, topk 8; 64x128, 8 warps, 3 stages 17.4, 32x64 20.1"),
+        Row("sm_90", {"head_dim": 128}, _c(16, 64, 8, 1, SPLIT=4096)),
         *_portable((32, 64, 4, 1), (16, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1), SPLIT=4096),
     ),
     # BLOCK_M gathered rows against the chunk, BLOCK_N keys at a time, into partial dq
@@ -131,12 +134,14 @@ TABLE: dict[str, tuple[Row, ...]] = {
             "H200, 128K/512/8: 9.5 ms, Triton's 11.9; SPLIT 512 10.0, 2048 10.3; 128 keys, 1 stage 13.3"),
         Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2}, _c(128, 32, 4, 3),
             "H200: 12.1 ms at 128K, chunk 512, topk 8; 64 rows 13.7, 2 stages 13.6, 128x64 at 8 warps 13.8"),
+        Row("sm_90", {"head_dim": 128}, _c(64, 32, 4, 1)),
         *_portable((64, 32, 4, 1), (32, 16, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)),
     ),
     # BLOCK_M queries of one head against their diagonal chunk, BLOCK_N keys at a time, then the sum of partial dq
     "attention_bwd_dq_diagonal": (
         Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2}, _c(64, 64, 4, 2),
             "H200: 2.5 ms at 128K, chunk 512, topk 8; 32 rows 3.2, 8 warps 4.0"),
+        Row("sm_90", {"head_dim": 128}, _c(64, 32, 4, 1)),
         *_portable((32, 32, 4, 1), (32, 16, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)),
     ),
     # BLOCK_C chunk means at a time against the query heads of one kv head

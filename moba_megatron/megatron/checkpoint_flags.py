@@ -8,7 +8,8 @@ from .arguments import config_from_args
 from .host import print_once
 
 _SWITCHES = ("moba_full_attention_from_step", "moba_full_attention_last_fraction")
-MODEL_FLAGS = ("attention", "moba_chunk_size", "moba_topk", "moba_full_attention_layers", *_SWITCHES, "moba_key_conv")
+MODEL_FLAGS = ("attention", "moba_chunk_size", "moba_topk", "moba_full_attention_layers", *_SWITCHES, "moba_key_conv",
+               "moba_selection")
 """What a model was trained with; the other flags say how and where a run computes it."""
 
 

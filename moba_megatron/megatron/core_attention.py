@@ -107,6 +107,7 @@ class MoBACoreAttention(MegatronModule):
         self.full_attention = self.moba_config.is_full_attention(min(self.layer_number, last), last)
         if not self.full_attention:
             refusals.refuse_switch_in_graphs(config, self.moba_config)
+            refusals.refuse_split_groups(config, self.moba_config)
         groups = pg_collection or model_comm_pgs
         self.cp_group, self.cp_comm_type, self.cp_levels = None, None, None
         if config.context_parallel_size > 1:
@@ -174,7 +175,7 @@ class MoBACoreAttention(MegatronModule):
                 _observer(self, q, k, segments)
             o = moba_attention(q, k, v, segments, topk, softmax_scale=self.softmax_scale,
                                deterministic=self.deterministic, backend=self.moba_config.backend,
-                               workspace_mib=self.moba_config.workspace_mib)
+                               workspace_mib=self.moba_config.workspace_mib, shared=self.moba_config.selection)
         else:
             o = self._context_parallel(query, key, value, packed, dense, group, check)
         if packed is not None:
@@ -236,10 +237,12 @@ class MoBACoreAttention(MegatronModule):
             if q.shape[0] != k.shape[0]:
                 raise ValueError(f"key must have query's {query.shape[0]} tokens under context parallelism, got "
                                  f"{key.shape[0]}: a key/value cache is not supported with --context-parallel-size > 1")
-            context_parallel.check_groups(levels, comm_type, q.shape[1], k.shape[1])
+            context_parallel.check_groups(levels, comm_type, q.shape[1], k.shape[1],
+                                          "head" if dense else moba.selection)
             collective.signature = (
                 f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}, {q.dtype}, "
-                f"{comm_type}, " + ("dense" if dense else f"chunk_size {moba.chunk_size}, topk {moba.topk}")
+                f"{comm_type}, " + ("dense" if dense else f"chunk_size {moba.chunk_size}, topk {moba.topk}, "
+                                    f"selection {moba.selection}")
                 + f", cp_head_groups {moba.cp_head_groups}" + ", deterministic" * self.deterministic
                 + (f", key_conv {moba.key_conv}" if self.key_convolution is not None else ""))
             if packed is None:
@@ -261,7 +264,8 @@ class MoBACoreAttention(MegatronModule):
         return context_parallel.context_parallel_attention(
             q, k, v, sequences, *moba.chunks(dense, seqlen), levels, comm_type=comm_type,
             head_groups=moba.cp_head_groups, softmax_scale=self.softmax_scale,
-            deterministic=self.deterministic, backend=moba.backend, workspace_mib=moba.workspace_mib)
+            deterministic=self.deterministic, backend=moba.backend, workspace_mib=moba.workspace_mib,
+            shared=moba.selection)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         state_dict.pop(f"{prefix}_extra_state", None)  # of Transformer Engine's attention, in all its checkpoints

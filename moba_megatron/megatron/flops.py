@@ -24,7 +24,9 @@ def correction(args, config: MoBAConfig, iteration: int, batch_size: int, seqlen
     latent = getattr(args, "multi_latent_attention", False) and not _hybrid_pattern(args)
     sizes = (args.num_attention_heads, *(
         (args.qk_head_dim + args.qk_pos_emb_head_dim, args.v_head_dim) if latent else (args.kv_channels,) * 2))
-    saved = dense_attention_flops(seqlen, *sizes) - attention_flops(seqlen, *sizes, config.chunk_size, config.topk)
+    groups = getattr(args, "num_query_groups", None) if config.selection == "group" and not latent else None
+    saved = dense_attention_flops(seqlen, *sizes) - attention_flops(seqlen, *sizes, config.chunk_size, config.topk,
+                                                                    groups)
     return -saved * layers * tokens / seqlen
 
 

@@ -50,6 +50,14 @@ def refuse_unsupported(config: TransformerConfig, attn_mask_type: AttnMaskType, 
                          "and MoBA reads each document's own zigzag pieces, whatever the documents' lengths")
 
 
+def refuse_split_groups(config: TransformerConfig, moba: MoBAConfig) -> None:
+    """Raises ValueError where tensor parallelism would leave a rank a part of the heads that choose together."""
+    groups, size = config.num_query_groups or config.num_attention_heads, config.tensor_model_parallel_size
+    if moba.selection == "group" and groups < size:
+        raise ValueError(f"--moba-selection must be head with --tensor-model-parallel-size {size} and "
+                         f"--num-query-groups {groups}, got group: no rank has a whole group's queries")
+
+
 _UNSUPPORTED_FIELDS = (
     ("window_size", None, "MoBA selects chunks itself and has no sliding window"),
     ("softmax_type", "vanilla", "MoBA has no softmax offset or attention sink"),

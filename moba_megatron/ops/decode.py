@@ -7,13 +7,13 @@ from torch import Tensor
 
 from ..tensor_cache import is_unobserved
 from .backend import check_backend, get_stages
-from .validation import FLOAT_DTYPES, autocast_dtype, check_flag, check_scale, check_whole
+from .validation import FLOAT_DTYPES, autocast_dtype, check_flag, check_scale, check_shared, check_whole
 
 
 def moba_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor,
                 chunk_size: int, topk: int, *, block_table: Tensor | None = None, cache_starts: Tensor | None = None,
-                softmax_scale: float | None = None, backend: str = "auto",
-                return_lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+                softmax_scale: float | None = None, backend: str = "auto", return_lse: bool = False,
+                shared: str = "head") -> Tensor | tuple[Tensor, Tensor]:
     """MoBA for the last position of each sequence; its key and value must be in the caches already. No gradient.
 
     The query attends to its own chunk and to the ``topk - 1`` earlier chunks with the largest ``<q, mean key>``, as
@@ -39,6 +39,7 @@ def moba_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, means_cache: Tensor
         softmax_scale: multiplies the scores; None for ``1/sqrt(D)``.
         backend: ``auto`` (Triton on CUDA, plain torch elsewhere), ``triton``, ``torch`` or ``reference``.
         return_lse: also return the log-sum-exp of the attended scores.
+        shared: ``head`` or ``group``, as of :func:`moba_megatron.moba_attn_varlen`.
 
     Returns:
         o ``[B, H, DV]`` in q's dtype, 0 where a sequence has no key; with return_lse also lse ``[B, H]``, natural log.
@@ -57,26 +58,33 @@ def moba_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, means_cache: Tensor
     _refuse_tangents(q, k_cache, v_cache, means_cache)
     run = _decode if is_unobserved(q, k_cache, cache_seqlens) else _decode_op
     o, lse = run(q, k_cache, v_cache, means_cache, cache_seqlens, chunk_size, topk, block_table, cache_starts, scale,
-                 backend)
+                 backend, check_shared(shared))
     return (o, lse) if return_lse else o
 
 
 def decode_selection(q: Tensor, k_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor, chunk_size: int,
                      topk: int, *, block_table: Tensor | None = None, cache_starts: Tensor | None = None,
-                     backend: str = "auto") -> Tensor:
+                     backend: str = "auto", shared: str = "head") -> Tensor:
     """The earlier chunks that :func:`moba_decode` attends to: what the router of a generation did.
 
     Args, Raises: as :func:`moba_decode`.
 
     Returns:
-        int32 ``[B, H, topk - 1]``: chunk numbers within each sequence in no particular order, -1 where fewer exist.
+        int32 ``[B, H, topk - 1]``, or ``[B, HK, topk - 1]`` for a group: chunk numbers within each sequence in no
+        particular order, -1 where fewer exist.
     """
     _check_caches(k_cache, means_cache, cache_seqlens, chunk_size, block_table, cache_starts)
     q = _checked_query(q, k_cache, k_cache, means_cache.shape[0])
     check_whole("topk", topk, 1)
     check_backend(backend)
+    q = _scoring(get_stages(backend, q.device), q, k_cache, check_shared(shared))
     return _stages(backend, q.device).decode_gate(q, k_cache, means_cache, cache_seqlens, chunk_size, topk,
                                                   block_table=block_table, cache_starts=cache_starts)
+
+
+def _scoring(stages: ModuleType, q: Tensor, k_cache: Tensor, shared: str) -> Tensor:
+    """The queries that choose."""
+    return stages.group_queries(q, k_cache.shape[2]) if shared == "group" else q
 
 
 def fill_chunk_means(k_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor, chunk_size: int, *,
@@ -103,16 +111,18 @@ def _refuse_tangents(*tensors: Tensor) -> None:
 
 def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor, chunk_size: int,
             topk: int, block_table: Tensor | None, cache_starts: Tensor | None, softmax_scale: float,
-            backend: str) -> tuple[Tensor, Tensor]:
+            backend: str, shared: str) -> tuple[Tensor, Tensor]:
     topk = min(topk, 1 + means_cache.shape[1])
-    return get_stages(backend, q.device).call(_one_step, _stages(backend, q.device), q, k_cache, v_cache, means_cache,
-                                              cache_seqlens, chunk_size, topk, block_table, cache_starts, softmax_scale)
+    stages = get_stages(backend, q.device)
+    return stages.call(_one_step, stages, _stages(backend, q.device), q, k_cache, v_cache, means_cache, cache_seqlens,
+                       chunk_size, topk, block_table, cache_starts, softmax_scale, shared)
 
 
-def _one_step(stages, q, k_cache, v_cache, means_cache, cache_seqlens, chunk_size, topk, block_table, cache_starts,
-              softmax_scale):
+def _one_step(training, stages, q, k_cache, v_cache, means_cache, cache_seqlens, chunk_size, topk, block_table,
+              cache_starts, softmax_scale, shared):
     places = {"block_table": block_table, "cache_starts": cache_starts}
-    selected = stages.decode_gate(q, k_cache, means_cache, cache_seqlens, chunk_size, topk, **places)
+    scoring = _scoring(training, q, k_cache, shared)
+    selected = stages.decode_gate(scoring, k_cache, means_cache, cache_seqlens, chunk_size, topk, **places)
     return stages.decode_attention(q, k_cache, v_cache, selected, cache_seqlens, chunk_size, softmax_scale, **places)
 
 
@@ -133,7 +143,7 @@ _means_op = torch.library.custom_op("moba_megatron::cache_means", _means, mutate
 
 @_decode_op.register_fake
 def _(q, k_cache, v_cache, means_cache, cache_seqlens, chunk_size, topk, block_table, cache_starts, softmax_scale,
-      backend):
+      backend, shared):
     return (q.new_empty(*q.shape[:2], v_cache.shape[3]),
             q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32)))
 

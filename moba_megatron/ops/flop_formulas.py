@@ -8,15 +8,24 @@ from ..flops import MULTIPLY_AND_ADD, attended_pairs, scored_pairs
 
 @register_flop_formula(torch.ops.moba_megatron.attention_fwd, get_raw=True)
 def forward_flops(q, k, v, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_seqlen_k, chunk_size,
-                  packed, exact, topk, *args, out_val=None, **kwargs) -> int:
+                  packed, exact, topk, *options, out_val=None, **kwargs) -> int:
     """Two products over the attended pairs of query and key, and the gate's over the scored pairs of query and chunk.
 
     Exact where the places of segments can be read (the device is waited for); of fake tensors it is what packed
     sequences of the longest's length would need, and others with every query at the end of one.
     """
     attended, scored = _segment_pairs(q, cu_seqlens_q, offsets, max_seqlen_k, chunk_size, packed, topk)
-    dim, dim_v = q.shape[2], v.shape[2]
-    return round(MULTIPLY_AND_ADD * q.shape[1] * (attended * (dim + dim_v) + scored * dim))
+    dim, dim_v, (shared, selected) = q.shape[2], v.shape[2], options[-2:]
+    scoring = 0 if selected is not None else k.shape[1] if shared == "group" else q.shape[1]
+    return round(MULTIPLY_AND_ADD * (q.shape[1] * attended * (dim + dim_v) + scoring * scored * dim))
+
+
+@register_flop_formula(torch.ops.moba_megatron.select_chunks, get_raw=True)
+def selection_flops(q, k, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_seqlen_k, chunk_size, packed,
+                    exact, topk, backend, shared, out_val=None, **kwargs) -> int:
+    """The gate's product alone."""
+    _, scored = _segment_pairs(q, cu_seqlens_q, offsets, max_seqlen_k, chunk_size, packed, topk)
+    return round(MULTIPLY_AND_ADD * (k if shared == "group" else q).shape[1] * scored * q.shape[2])
 
 
 @register_flop_formula(torch.ops.moba_megatron.attention_bwd, get_raw=True)

@@ -15,21 +15,21 @@ from .pipeline import Choice, Pipeline, Saved
 @overload
 def moba_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, moba_chunk_size: int,
                      moba_topk: int, *, softmax_scale: float | None = ..., deterministic: bool = ...,
-                     backend: str = ..., return_lse: Literal[False] = ...,
-                     workspace_mib: float | None = ...) -> Tensor: ...
+                     backend: str = ..., return_lse: Literal[False] = ..., workspace_mib: float | None = ...,
+                     shared: str = ...) -> Tensor: ...
 
 
 @overload
 def moba_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, moba_chunk_size: int,
                      moba_topk: int, *, softmax_scale: float | None = ..., deterministic: bool = ...,
-                     backend: str = ..., return_lse: Literal[True],
-                     workspace_mib: float | None = ...) -> tuple[Tensor, Tensor]: ...
+                     backend: str = ..., return_lse: Literal[True], workspace_mib: float | None = ...,
+                     shared: str = ...) -> tuple[Tensor, Tensor]: ...
 
 
 def moba_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, moba_chunk_size: int,
                      moba_topk: int, *, softmax_scale: float | None = None, deterministic: bool = False,
-                     backend: str = "auto", return_lse: bool = False,
-                     workspace_mib: float | None = None) -> Tensor | tuple[Tensor, Tensor]:
+                     backend: str = "auto", return_lse: bool = False, workspace_mib: float | None = None,
+                     shared: str = "head") -> Tensor | tuple[Tensor, Tensor]:
     """Mixture of Block Attention over packed sequences, causal, with gradients for q, k and v.
 
     For each query and head: softmax over the keys, at or before the query, of its own chunk and of the
@@ -59,6 +59,8 @@ def moba_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
         return_lse: also return the log-sum-exp of the attended scores, differentiable.
         workspace_mib: limit of the Triton kernels' scratch memory, MiB; None for the environment's
             ``MOBA_WORKSPACE_MIB``, else 1024. Less memory, more passes over fewer heads each.
+        shared: ``head``: each query head chooses; ``group``: the query heads of a kv head choose together, by the sum
+            of their scores, taken as ``<sum of their q, mean key>`` with the sum rounded to q's dtype.
 
     Returns:
         o ``[T, H, DV]`` in q's dtype; with return_lse also lse ``[T, H]``, natural log, fp32 (fp64 for fp64).
@@ -69,32 +71,30 @@ def moba_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
     Source: arXiv 2502.13189, section 2.2.
     """
     q, k, v = validation.cast_under_autocast(q, k, v)
-    validation.check_qkv(q, k, v)
-    if q.shape[0] != k.shape[0]:
-        raise ValueError(f"k must have q's {q.shape[0]} tokens, got {k.shape[0]}: for queries over other keys use "
-                         "moba_megatron.ops.moba_attention with Segments")
-    validation.check_whole("moba_chunk_size", moba_chunk_size, 1)
+    segments = _check_packed(q, k, v, cu_seqlens, max_seqlen, moba_chunk_size, "moba_chunk_size")
     validation.check_whole("moba_topk", moba_topk, 1)
-    cu_seqlens = validation.check_cu_seqlens(cu_seqlens, max_seqlen, q.shape[0], q.device)
-    segments = Segments.from_cu_seqlens(cu_seqlens, max_seqlen, moba_chunk_size)
-    return _attend(q, k, v, segments, moba_topk, softmax_scale, deterministic, backend, return_lse, workspace_mib)
+    return _attend(q, k, v, segments, moba_topk, softmax_scale, deterministic, backend, return_lse, workspace_mib,
+                   shared)
 
 
 @overload
 def moba_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, topk: int, *,
                    softmax_scale: float | None = ..., deterministic: bool = ..., backend: str = ...,
-                   return_lse: Literal[False] = ..., workspace_mib: float | None = ...) -> Tensor: ...
+                   return_lse: Literal[False] = ..., workspace_mib: float | None = ..., shared: str = ...
+                   ) -> Tensor: ...
 
 
 @overload
 def moba_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, topk: int, *,
                    softmax_scale: float | None = ..., deterministic: bool = ..., backend: str = ...,
-                   return_lse: Literal[True], workspace_mib: float | None = ...) -> tuple[Tensor, Tensor]: ...
+                   return_lse: Literal[True], workspace_mib: float | None = ..., shared: str = ...
+                   ) -> tuple[Tensor, Tensor]: ...
 
 
 def moba_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, topk: int, *,
                    softmax_scale: float | None = None, deterministic: bool = False, backend: str = "auto",
-                   return_lse: bool = False, workspace_mib: float | None = None) -> Tensor | tuple[Tensor, Tensor]:
+                   return_lse: bool = False, workspace_mib: float | None = None, shared: str = "head"
+                   ) -> Tensor | tuple[Tensor, Tensor]:
     """MoBA for query segments over packed keys: what :func:`moba_attn_varlen` is made of.
 
     Args:
@@ -103,7 +103,7 @@ def moba_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, topk: in
         v: ``[S, HK, DV]``.
         segments: places the queries among the keys and holds the chunk size.
         topk: chunks a query attends to, its own included.
-        softmax_scale, deterministic, backend, return_lse, workspace_mib: as :func:`moba_attn_varlen`.
+        softmax_scale, deterministic, backend, return_lse, workspace_mib, shared: as :func:`moba_attn_varlen`.
 
     Returns:
         o ``[T, H, DV]``; with return_lse also lse ``[T, H]``.
@@ -115,33 +115,134 @@ def moba_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, topk: in
     validation.check_qkv(q, k, v)
     validation.check_whole("topk", topk, 1)
     segments = validation.check_segments(segments, q.shape[0], k.shape[0], q.device)
-    return _attend(q, k, v, segments, topk, softmax_scale, deterministic, backend, return_lse, workspace_mib)
+    return _attend(q, k, v, segments, topk, softmax_scale, deterministic, backend, return_lse, workspace_mib, shared)
+
+
+def sparse_attn_varlen(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, cu_seqlens: Tensor, max_seqlen: int,
+                       chunk_size: int, *, softmax_scale: float | None = None, deterministic: bool = False,
+                       backend: str = "auto", return_lse: bool = False, workspace_mib: float | None = None
+                       ) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention to each query's own chunk, causal, and to given earlier ones, over packed sequences.
+
+    Of what :func:`select_chunks` selects this is :func:`moba_attn_varlen`, bit for bit, unless ``max_seqlen <= topk *
+    chunk_size``, where that is causal attention. Gradients for q, k and v; none for the choice.
+
+    Args:
+        q, k, v, cu_seqlens, max_seqlen: as :func:`moba_attn_varlen`.
+        selected: int32 ``[T, H, n]``, or ``[T, HK, n]`` for all query heads of a kv head; any strides. The chunk ``i``
+            of sequence ``b`` has the id ``cu_seqlens[b] // chunk_size + b + i``, -1 stands for none. What is not an
+            earlier chunk of the query's sequence, or is there already, is ignored, on the device, without a look from
+            the host; with ``MOBA_CHECK_INPUTS=1`` it is an error.
+        chunk_size: keys in a chunk, at least 1 (Triton: at least 16).
+        softmax_scale, deterministic, backend, return_lse, workspace_mib: as :func:`moba_attn_varlen`.
+
+    Returns:
+        o ``[T, H, DV]`` in q's dtype; with return_lse also lse ``[T, H]``.
+
+    Raises:
+        TypeError, ValueError: as :func:`moba_attn_varlen`.
+    """
+    q, k, v = validation.cast_under_autocast(q, k, v)
+    segments = _check_packed(q, k, v, cu_seqlens, max_seqlen, chunk_size, "chunk_size")
+    return _attend_given(q, k, v, selected, segments, softmax_scale, deterministic, backend, return_lse, workspace_mib)
+
+
+def sparse_attention(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: Segments, *,
+                     softmax_scale: float | None = None, deterministic: bool = False, backend: str = "auto",
+                     return_lse: bool = False, workspace_mib: float | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    """As :func:`sparse_attn_varlen`, for query segments over packed keys.
+
+    Args, Returns, Raises: as :func:`sparse_attn_varlen`, with ids by ``segments.cu_seqlens_k``, and
+        :func:`moba_attention`.
+    """
+    q, k, v = validation.cast_under_autocast(q, k, v)
+    validation.check_qkv(q, k, v)
+    segments = validation.check_segments(segments, q.shape[0], k.shape[0], q.device)
+    return _attend_given(q, k, v, selected, segments, softmax_scale, deterministic, backend, return_lse, workspace_mib)
+
+
+def _attend_given(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: Segments, *options):
+    validation.check_selected(selected, q, k, segments)
+    if segments.max_seqlen_k <= segments.chunk_size or not selected.shape[2]:
+        return _attend(q, k, v, segments, 1, *options, "head")  # there is nothing earlier
+    return _attend(q, k, v, segments, selected.shape[2] + 1, *options, "head", selected)
+
+
+def select_chunks(q: Tensor, k: Tensor, cu_seqlens: Tensor, max_seqlen: int, chunk_size: int, topk: int, *,
+                  shared: str = "head", backend: str = "auto") -> Tensor:
+    """The earlier chunks that :func:`moba_attn_varlen` attends to, for :func:`sparse_attn_varlen`. No gradient.
+
+    Args:
+        q, k, cu_seqlens, max_seqlen, backend, shared: as :func:`moba_attn_varlen`.
+        chunk_size: keys in a chunk, at least 1.
+        topk: chunks a query attends to, its own included, at least 1.
+
+    Returns:
+        int32 ``[T, H, topk - 1]``, with ``shared="group"`` ``[T, HK, topk - 1]``: ids of chunks, best first, of equals
+        the later first, -1 where fewer exist. The chunk ``i`` of sequence ``b`` has the id ``cu_seqlens[b] //
+        chunk_size + b + i``.
+
+    Raises:
+        TypeError, ValueError: as :func:`moba_attn_varlen`.
+    """
+    q, k = validation.cast_under_autocast(q, k)
+    segments = _check_packed(q, k, k, cu_seqlens, max_seqlen, chunk_size, "chunk_size")
+    return _select(q, k, segments, topk, shared, backend)
+
+
+def select_for_segments(q: Tensor, k: Tensor, segments: Segments, topk: int, *, shared: str = "head",
+                        backend: str = "auto") -> Tensor:
+    """As :func:`select_chunks`, for query segments over packed keys and :func:`sparse_attention`."""
+    q, k = validation.cast_under_autocast(q, k)
+    validation.check_qkv(q, k, k)
+    segments = validation.check_segments(segments, q.shape[0], k.shape[0], q.device)
+    return _select(q, k, segments, topk, shared, backend)
+
+
+def _select(q: Tensor, k: Tensor, segments: Segments, topk: int, shared: str, backend: str) -> Tensor:
+    q, k = q.detach(), k.detach()
+    validation.check_whole("topk", topk, 1)
+    check_backend(backend)
+    run = _run_selection if is_unobserved(q, k) else _selection
+    return run(q, k, *_flat(segments), topk, backend, validation.check_shared(shared))
+
+
+def _check_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, chunk_size: int,
+                  name: str) -> Segments:
+    validation.check_qkv(q, k, v)
+    if q.shape[0] != k.shape[0]:
+        raise ValueError(f"k must have q's {q.shape[0]} tokens, got {k.shape[0]}: for queries over other keys use "
+                         "moba_megatron.ops.moba_attention with Segments")
+    validation.check_whole(name, chunk_size, 1)
+    cu_seqlens = validation.check_cu_seqlens(cu_seqlens, max_seqlen, q.shape[0], q.device)
+    return Segments.from_cu_seqlens(cu_seqlens, max_seqlen, chunk_size)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, topk: int, softmax_scale: float | None,
-            deterministic: bool, backend: str, return_lse: bool,
-            workspace_mib: float | None) -> Tensor | tuple[Tensor, Tensor]:
+            deterministic: bool, backend: str, return_lse: bool, workspace_mib: float | None, shared: str,
+            selected: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """What the public operators share: the checks of the options, and the custom operator."""
     scale = validation.check_scale(softmax_scale, q.shape[2])
     validation.check_flag("deterministic", deterministic)
     validation.check_flag("return_lse", return_lse)
     validation.check_workspace(workspace_mib)
     check_backend(backend)
-    if segments.max_seqlen_k <= topk * segments.chunk_size:  # every earlier chunk is chosen: causal, one chunk
+    validation.check_shared(shared)
+    if selected is None and segments.max_seqlen_k <= topk * segments.chunk_size:  # every earlier chunk is chosen
         *start, _, packed, exact = _flat(segments)
-        segments, topk = Segments(*start, max(1, segments.max_seqlen_k), packed, exact), 1
-    options = (topk, scale, deterministic, backend, workspace_mib)
+        segments, topk = Segments(*start, max(1, segments.max_seqlen_k), packed, exact), 1  # causal, one chunk
+    options = (topk, scale, deterministic, backend, workspace_mib, shared)
     compiling, forward_mode = torch.compiler.is_compiling(), torch.autograd.forward_ad._current_level >= 0
-    if is_unobserved(q, k, v):
-        o, lse = _Attention.apply(q, k, v, segments, options)
+    if is_unobserved(q, k, v, *() if selected is None else (selected,)):
+        o, lse = _Attention.apply(q, k, v, segments, selected, options)
     elif compiling or not (forward_mode or torch._C._are_functorch_transforms_active()):
         if compiling and (forward_mode or _differentiates()):
             raise NotImplementedError("torch.compile of a torch.func transform with derivatives, or under "
                                       "forward_ad.dual_level, over MoBA attention is not implemented: compile what is "
                                       "inside of it, or use torch.autograd")
-        o, lse, *_ = _forward(q, k, v, *_flat(segments), *options)
+        o, lse, *_ = _forward(q, k, v, *_flat(segments), *options, selected)
     else:  # a custom operator drops tangents without a word, these Functions refuse them
-        o, lse, *_ = _TransformedAttention.apply(q, k, v, *_flat(segments), *options)
+        o, lse, *_ = _TransformedAttention.apply(q, k, v, *_flat(segments), *options, selected)
     return (o, lse) if return_lse else o
 
 
@@ -174,13 +275,13 @@ def causal_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_
 
 def _attention_fwd(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, seq_ids: Tensor,
                    offsets: Tensor, max_seqlen_q: int, max_seqlen_k: int, chunk_size: int, packed: bool, exact: bool,
-                   topk: int, softmax_scale: float, deterministic: bool, backend: str, workspace_mib: float | None
-                   ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+                   topk: int, softmax_scale: float, deterministic: bool, backend: str, workspace_mib: float | None,
+                   shared: str, selected: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, lse, and the integers that backward wants: the selection, and its routing's indices and indptr."""
     segments = Segments(cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_seqlen_k, chunk_size, packed,
                         exact)
-    pipeline = _pipeline(q.device, topk, softmax_scale, deterministic, backend, workspace_mib)
-    o, saved = pipeline.forward(q, k, v, segments)
+    pipeline = _pipeline(q.device, topk, softmax_scale, deterministic, backend, workspace_mib, shared)
+    o, saved = pipeline.forward(q, k, v, segments, selected)
     lists = saved.choice.routing
     indices, indptr = (lists.indices, lists.indptr) if lists else (torch.empty(0, dtype=torch.int32, device=q.device)
                                                                    for _ in range(2))
@@ -196,9 +297,9 @@ def _flat(segments: Segments) -> tuple:
 
 @functools.lru_cache(maxsize=64)
 def _pipeline(device: torch.device, topk: int, softmax_scale: float, deterministic: bool, backend: str,
-              workspace_mib: float | None) -> Pipeline:
+              workspace_mib: float | None, shared: str) -> Pipeline:
     return Pipeline(get_stages(backend, device, deterministic), topk, softmax_scale, deterministic, backend == "auto",
-                    workspace_mib, untrusted=True)
+                    workspace_mib, untrusted=True, shared=shared)
 
 
 _forward = torch.library.custom_op("moba_megatron::attention_fwd", _attention_fwd, mutates_args=())
@@ -206,14 +307,16 @@ _forward = torch.library.custom_op("moba_megatron::attention_fwd", _attention_fw
 
 @_forward.register_fake
 def _(q, k, v, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_seqlen_k, chunk_size, packed, exact,
-      topk, softmax_scale, deterministic, backend, workspace_mib):
-    earlier = min(topk - 1, max(0, (max_seqlen_k - 1) // chunk_size))
+      topk, softmax_scale, deterministic, backend, workspace_mib, shared, selected):
+    earlier = min(topk - 1, max(0, (max_seqlen_k - 1) // chunk_size)) if selected is None else selected.shape[2]
+    lists = k.shape[1] if shared == "group" and earlier else q.shape[1]
+    lists = lists if selected is None else selected.shape[1]
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    choices = q.shape[0] * q.shape[1] * earlier
+    choices = q.shape[0] * lists * earlier
     csr_rows = k.shape[1] * (k.shape[0] // chunk_size + cu_seqlens_k.shape[0] - 1) + 1 if earlier else 0
-    wide = index_dtype(choices)
+    wide = index_dtype(q.shape[0] * q.shape[1] * earlier)
     return (q.new_empty(q.shape[0], q.shape[1], v.shape[2]), q.new_empty(q.shape[:2], dtype=lse_dtype),
-            q.new_empty(q.shape[0], q.shape[1], earlier, dtype=torch.int32), q.new_empty(choices, dtype=wide),
+            q.new_empty(q.shape[0], lists, earlier, dtype=torch.int32), q.new_empty(choices, dtype=wide),
             q.new_empty(csr_rows, dtype=wide))
 
 
@@ -221,12 +324,12 @@ def _attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Ten
                    selected: Tensor, indices: Tensor, indptr: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
                    seq_ids: Tensor, offsets: Tensor, max_seqlen_q: int, max_seqlen_k: int, chunk_size: int,
                    packed: bool, exact: bool, topk: int, softmax_scale: float, deterministic: bool, backend: str,
-                   workspace_mib: float | None) -> tuple[Tensor, Tensor, Tensor]:
+                   workspace_mib: float | None, shared: str) -> tuple[Tensor, Tensor, Tensor]:
     segments = Segments(cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_seqlen_k, chunk_size, packed,
                         exact)
-    saved = Saved(o, lse, Choice(selected, Routing(indices, indptr) if selected.shape[2] else None))
-    pipeline = _pipeline(q.device, topk, softmax_scale, deterministic, backend, workspace_mib)
-    return pipeline.backward(do, dlse, q, k, v, saved, segments)
+    routing = Routing(indices, indptr, q.shape[1] // selected.shape[1]) if selected.shape[2] else None
+    pipeline = _pipeline(q.device, topk, softmax_scale, deterministic, backend, workspace_mib, shared)
+    return pipeline.backward(do, dlse, q, k, v, Saved(o, lse, Choice(selected, routing)), segments)
 
 
 _backward = torch.library.custom_op("moba_megatron::attention_bwd", _attention_bwd, mutates_args=())
@@ -237,11 +340,30 @@ def _(do, dlse, q, k, v, o, lse, selected, *_):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+def _run_selection(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, seq_ids: Tensor, offsets: Tensor,
+                   max_seqlen_q: int, max_seqlen_k: int, chunk_size: int, packed: bool, exact: bool, topk: int,
+                   backend: str, shared: str) -> Tensor:
+    segments = Segments(cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_seqlen_k, chunk_size, packed,
+                        exact)
+    selected = _pipeline(q.device, topk, 1.0, False, backend, None, shared).select(q, k, segments)
+    beyond = topk - 1 - selected.shape[2]
+    return torch.nn.functional.pad(selected, (0, beyond), value=-1) if beyond else selected
+
+
+_selection = torch.library.custom_op("moba_megatron::select_chunks", _run_selection, mutates_args=())
+
+
+@_selection.register_fake
+def _(q, k, *arguments):
+    lists = k.shape[1] if arguments[-1] == "group" else q.shape[1]
+    return q.new_empty(q.shape[0], lists, arguments[9] - 1, dtype=torch.int32)
+
+
 def _setup_context(ctx, inputs, output):
     """Saves what :func:`_gradients` wants."""
     q, k, v, *arguments = inputs
     ctx.save_for_backward(q, k, v, *output, *arguments[:4])
-    ctx.constants = arguments[4:]
+    ctx.constants = arguments[4:15]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:])
 
@@ -256,7 +378,7 @@ def _gradients(backward, ctx, do, dlse):
     q, k, v, o, lse, *integers = ctx.saved_tensors
     if do is None:
         do = torch.zeros_like(o)
-    return *backward(do, dlse, q, k, v, o, lse, *integers, *ctx.constants), *(None,) * 14
+    return *backward(do, dlse, q, k, v, o, lse, *integers, *ctx.constants), *(None,) * 16
 
 
 _forward.register_autograd(lambda ctx, do, dlse, *_: _gradients(_backward, ctx, do, dlse),
@@ -267,8 +389,8 @@ class _Attention(torch.autograd.Function):
     """The custom operators without their dispatch."""
 
     @staticmethod
-    def forward(ctx, q, k, v, segments, options):
-        inputs = q, k, v, *_flat(segments), *options
+    def forward(ctx, q, k, v, segments, selected, options):
+        inputs = q, k, v, *_flat(segments), *options, selected
         output = _attention_fwd(*inputs)
         _setup_context(ctx, inputs, output)
         return output[:2]
@@ -276,7 +398,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do, dlse):
         backward = _AttentionBackward.apply if torch.is_grad_enabled() else _unobserved_bwd
-        return _gradients(backward, ctx, do, dlse)[:5]
+        return _gradients(backward, ctx, do, dlse)[:6]
 
     @staticmethod
     def jvp(ctx, *tangents):

@@ -1,4 +1,5 @@
 """The pipeline of an attention: means, gate, route, attend and merge; dense where everything is chosen; and backward.
+Given chunks take the place of means and gate.
 
 All that attends goes through it: the operator, its custom-op form, context parallelism, prefill. What it is given has
 been checked.
@@ -18,7 +19,8 @@ from .dense import dense_causal, dense_causal_bwd
 class Choice:
     """The chunks that queries chose, and for each chunk its queries."""
 
-    selected: Tensor  # int32 `[T, H, choices]`; of size 0 where every key is attended to
+    # int32 `[T, H, choices]`, or `[T, HK, choices]` for groups of heads; of size 0 where every key is attended to
+    selected: Tensor
     routing: Routing | None = None  # of `selected`; None where its size is 0
 
 
@@ -42,10 +44,15 @@ class Pipeline:
     may_be_dense: bool = False  # dense kernels (`ops/dense.py`) may take over where MoBA is causal attention
     workspace_mib: float | None = None  # limit of the kernels' scratch memory, MiB; None for the environment's
     untrusted: bool = False  # lengths come from outside, and are made safe on the device unless segments are `exact`
+    shared: str = "head"  # `head`: each query head chooses; `group`: the query heads of a kv head choose together
 
     def earlier(self, segments: Segments) -> int:
         """Earlier chunks that a query can select: no sequence has more than its bound says."""
         return min(self.topk - 1, max(0, (segments.max_seqlen_k - 1) // segments.chunk_size))
+
+    def select(self, q: Tensor, k: Tensor, segments: Segments) -> Tensor:
+        """What :meth:`forward` chooses: int32 ``[T, H or HK, earlier]``."""
+        return self.stages.call(_bounded_select, self, _rows(q), _rows(k), segments, workspace_mib=self.workspace_mib)
 
     def choose(self, q: Tensor, keys: Tensor, segments: Segments, kv_rows: int | None = None) -> Choice:
         """By all keys ``[S, HK, D]``; or, with ``kv_rows`` (S), by the chunk means."""
@@ -61,13 +68,18 @@ class Pipeline:
                                   workspace_mib=self.workspace_mib)
         return o, Saved(o, lse, choice)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Saved]:
-        """q ``[T, H, D]``, k ``[S, HK, D]``, v ``[S, HK, DV]``: o ``[T, H, DV]``, and what backward wants."""
-        if self.earlier(segments):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, selected: Tensor | None = None
+                ) -> tuple[Tensor, Saved]:
+        """q ``[T, H, D]``, k ``[S, HK, D]``, v ``[S, HK, DV]``: o ``[T, H, DV]``, and what backward wants.
+
+        ``selected``: given chunks, int32 ``[T, H or HK, n]`` with n of at least 1, of which nothing is known.
+        """
+        if selected is not None or self.earlier(segments):
             scaled = _rows(-q) if self.softmax_scale < 0 else None  # the running maximum is taken before the scale
-            o, lse, *choice = self.stages.call(_forward, self, _rows(q), _rows(k), _rows(v), scaled, segments,
-                                               workspace_mib=self.workspace_mib)
-            return o, Saved(o, lse, Choice(choice[0], Routing(*choice[1:])))
+            selected = selected if selected is None else selected.contiguous()
+            o, lse, chosen, *lists = self.stages.call(_forward, self, _rows(q), _rows(k), _rows(v), scaled, segments,
+                                                      selected, workspace_mib=self.workspace_mib)
+            return o, Saved(o, lse, Choice(chosen, Routing(*lists, q.shape[1] // chosen.shape[1])))
         dense = self._dense(dense_causal, segments, q, k, v)
         return self.attend(q, k, v, None, segments) if dense is None else (dense[0], Saved(*dense, _no_choice(q)))
 
@@ -114,12 +126,22 @@ def _no_choice(q: Tensor) -> Choice:
     return Choice(torch.empty(*q.shape[:2], 0, dtype=torch.int32, device=q.device))
 
 
+def _select(pipeline: Pipeline, q, means, segments: Segments):
+    scoring = pipeline.stages.group_queries(q, means.shape[1]) if pipeline.shared == "group" else q
+    return pipeline.stages.gate(scoring, means, segments, pipeline.earlier(segments) + 1)
+
+
+def _bounded_select(pipeline: Pipeline, q, k, segments: Segments):
+    segments = pipeline.bounded(segments, q.shape[0], k.shape[0])
+    return _select(pipeline, q, pipeline.stages.chunk_means(k, segments), segments)
+
+
 def _choose(pipeline: Pipeline, q, keys, segments: Segments, kv_rows: int | None) -> Choice:
     stages = pipeline.stages
     means = stages.chunk_means(keys, segments) if kv_rows is None else keys
-    selected = stages.gate(q, means, segments, pipeline.earlier(segments) + 1)
+    selected = _select(pipeline, q, means, segments)
     num_chunks = segments.num_chunks(keys.shape[0] if kv_rows is None else kv_rows)
-    return Choice(selected, stages.route(selected, keys.shape[1], num_chunks))
+    return Choice(selected, stages.route(selected, keys.shape[1], num_chunks, q.shape[1] // selected.shape[1]))
 
 
 def _attend(pipeline: Pipeline, q, k, v, choice: Choice, segments: Segments):
@@ -128,14 +150,17 @@ def _attend(pipeline: Pipeline, q, k, v, choice: Choice, segments: Segments):
                                          choice.routing)
 
 
-def _forward(pipeline: Pipeline, q, k, v, scaled, segments: Segments):
+def _forward(pipeline: Pipeline, q, k, v, scaled, segments: Segments, selected):
     stages, segments = pipeline.stages, pipeline.bounded(segments, q.shape[0], k.shape[0])
-    selected = stages.gate(q, stages.chunk_means(k, segments), segments, pipeline.earlier(segments) + 1)
+    if selected is None:
+        selected = _select(pipeline, q, stages.chunk_means(k, segments), segments)
+    else:
+        selected = stages.keep_earlier(selected, segments)
     arguments = q if scaled is None else scaled, k, v, selected, segments, abs(pipeline.softmax_scale)
     if hasattr(stages, "route_and_attend"):
         o, lse, routing = stages.route_and_attend(*arguments)
     else:
-        routing = stages.route(selected, k.shape[1], segments.num_chunks(k.shape[0]))
+        routing = stages.route(selected, k.shape[1], segments.num_chunks(k.shape[0]), q.shape[1] // selected.shape[1])
         o, lse = stages.attention_fwd(*arguments, routing)
     return o, lse, selected, routing.indices, routing.indptr
 

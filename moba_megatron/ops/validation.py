@@ -6,12 +6,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..config import check_whole
+from ..config import SHARED, check_whole
 from ..segments import Segments
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 CHECK_CUDA_VALUES = os.environ.get("MOBA_CHECK_INPUTS", "0") == "1"
-"""Also read cu_seqlens back from the GPU to check its values. Off by default: it stops the host at every call."""
+"""Also read cu_seqlens back from the GPU to check its values, and on any device look at given chunks, which are made
+harmless otherwise. Off by default: it stops the host at every call."""
 
 
 def check_tensor(name: str, x: Tensor, dims: int, dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES, words: str = "",
@@ -166,6 +167,34 @@ def check_segments(segments: Segments, total_q: int, total_k: int, device: torch
         raise ValueError(f"segments.packed must be False unless q and k have as many rows, got True with {total_q}, "
                          f"{total_k}")
     return replace(segments, **strided) if strided else segments
+
+
+def check_shared(shared: str) -> str:
+    """Who shares a choice."""
+    if shared not in SHARED:
+        raise ValueError(f"shared must be one of {', '.join(SHARED)}; got {shared!r}")
+    return shared
+
+
+def check_selected(selected: Tensor, q: Tensor, k: Tensor, segments: Segments) -> None:
+    """Given chunks, int32 ``[T, H or HK, n]``; their values with ``MOBA_CHECK_INPUTS=1`` alone."""
+    check_tensor("selected", selected, 3, (torch.int32,), device=q.device)
+    if selected.shape[0] != q.shape[0] or selected.shape[1] not in (q.shape[1], k.shape[1]):
+        raise ValueError(f"selected must have q's {q.shape[0]} tokens, and a list for each of q's {q.shape[1]} heads "
+                         f"or of k's {k.shape[1]}, got shape {tuple(selected.shape)}")
+    if not (CHECK_CUDA_VALUES and selected.numel() and all(map(_values_readable, (selected, segments.cu_seqlens_q)))):
+        return
+    from ..reference.gating import earlier_chunks
+    from ..reference.selection import keep_earlier
+
+    bounds = earlier_chunks(segments, q.shape[0])
+    ignored = (selected != keep_earlier(selected, segments))[:int(segments.cu_seqlens_q[-1])].nonzero().tolist()
+    for token, head, j in ignored:
+        chunk, (first, own) = int(selected[token, head, j]), (int(x[token]) for x in bounds)
+        if chunk != -1:
+            raise ValueError("selected must hold earlier chunks of the query's sequence, each once, or -1: token "
+                             f"{token} has those from {first} to {own - 1}, got {chunk} at index {[token, head, j]}"
+                             + " again" * (first <= chunk < own))
 
 
 def _values_readable(x: Tensor) -> bool:

@@ -31,7 +31,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: S
         q: ``[T, H, D]``.
         k: ``[S, HK, D]``.
         v: ``[S, HK, DV]``.
-        selected: int32 ``[T, H, topk - 1]`` chunk ids, -1 for none.
+        selected: int32 ``[T, H, topk - 1]`` chunk ids, -1 for none; or ``[T, HK, topk - 1]``, for all heads of a group.
         segments: places the queries among the keys.
         softmax_scale: multiplies the scores.
         routing: of ``selected``; not needed here, the kernels gather by it.
@@ -113,7 +113,7 @@ def _blocks(q: Tensor, k: Tensor, selected: Tensor, segments: Segments):
             last_own = (position + rows.stop - rows.start - 1) // size
             chosen = torch.zeros(*selected[rows].shape[:2], last_own + 2, dtype=torch.bool, device=q.device)
             chosen.scatter_(2, torch.where(selected[rows] < 0, last_own + 1, selected[rows].long() - first_chunk), True)
-            chosen = chosen[:, :, key_position // size]
+            chosen = chosen.repeat_interleave(q.shape[1] // chosen.shape[1], 1)[:, :, key_position // size]
             own = query_position[:, None] // size == key_position[None] // size
             causal = key_position[None] <= query_position[:, None]
             yield rows, keys, ((chosen | own[:, None]) & causal[:, None]).unflatten(1, (k.shape[1], -1))

@@ -51,13 +51,14 @@ def means_from_block_sums(sums: Tensor, chunk_size: int, dtype: torch.dtype) -> 
     """Adds the block sums of each chunk in order, divides, and rounds once.
 
     Args:
-        sums: fp32 or fp64 ``[num_chunks, ceil(chunk_size / SUM_BLOCK), HK, D]``.
+        sums: ``[num_chunks, ceil(chunk_size / SUM_BLOCK), HK, D]``, added in fp32, or fp64.
         chunk_size: keys in a chunk.
         dtype: of the result.
 
     Returns:
         ``[num_chunks, HK, D]``.
     """
+    sums = sums.to(accumulate_dtype(sums.dtype))
     total = sums[:, 0]
     for i in range(1, sums.shape[1]):
         total = total + sums[:, i]

@@ -141,7 +141,8 @@ def _batches(q: Tensor, k: Tensor, dim: int, selected: Tensor, segments: Segment
     """All that rows attend to: their own chunks first, where a row is in one list of one batch."""
     yield from _own_chunks(q.shape[1], dim, k, segments)
     if selected.numel():
-        routing = routing or reference.route(selected, k.shape[1], segments.num_chunks(k.shape[0]))
+        routing = routing or reference.route(selected, k.shape[1], segments.num_chunks(k.shape[0]),
+                                             q.shape[1] // selected.shape[1])
         yield from _chosen_chunks(routing, selected.shape[2], dim, k, segments)
 
 
@@ -215,7 +216,8 @@ def _chosen_chunks(routing: Routing, choices: int, dim: int, k: Tensor, segments
         length, first, csr_row = torch.tensor(some, device=k.device).T[..., None]
         place = torch.arange(some[0][0], device=k.device)
         padded = place >= length if some[-1][0] < len(place) else None
-        row = routing.indices[first + torch.minimum(place, length - 1)].long() // choices
+        listed = first + torch.minimum(place, length - 1)
+        row = routing.indices[listed // routing.shared].long() // choices + listed % routing.shared
         for low, high in cuts:
             key = chunk_begin[csr_row % num_chunks] + torch.arange(low, high, device=k.device)
             yield Batch(row, key * kv_heads + csr_row // num_chunks, padded, len(some) == 1)

@@ -13,10 +13,10 @@ SCORE_ELEMENTS = 1 << 22
 
 @in_own_precision
 def gate(q: Tensor, means: Tensor, segments: Segments, topk: int) -> Tensor:
-    """As :func:`moba_megatron.reference.gate`, the very same chunks, in no particular order.
+    """As :func:`moba_megatron.reference.gate`, the very same chunks.
 
-    A query is left to the reference where the last score that is in and the first that is out are nearer to each other
-    than roundings are sure to leave them in order, or where a sum might not be finite.
+    A query is left to the reference where two neighbours among the scores that are in, and the first that is out, are
+    nearer to each other than roundings are sure to leave them in order, or where a sum might not be finite.
     """
     (total_q, num_heads, dim), (num_chunks, kv_heads, _), wanted = q.shape, means.shape, topk - 1
     selected = torch.full((total_q, num_heads, wanted), -1, dtype=torch.int32, device=q.device)
@@ -36,9 +36,8 @@ def gate(q: Tensor, means: Tensor, segments: Segments, topk: int) -> Tensor:
         value, index = score.topk(min(found + 1, num_chunks), 3)
         bound = queries.abs().sum(3) * largest  # of a sum's absolute values
         doubt = ~(bound < limits.max / 2)  # NaN, too
-        if found < num_chunks:
-            error = 2 * (roundings * limits.eps * bound + dim * limits.tiny)
-            doubt |= (value[..., found] > -torch.inf) & ~(value[..., found - 1] - value[..., found] > error)
+        error = 2 * (roundings * limits.eps * bound + dim * limits.tiny)[..., None]
+        doubt |= ((value[..., 1:] > -torch.inf) & ~(value[..., :-1] - value[..., 1:] > error)).any(3)
         index.masked_fill_(value == -torch.inf, -1)
         selected[block, :, :found] = index[..., :found].transpose(0, 1).flatten(1, 2).int()
         doubtful.append(block[doubt.any(2).any(0)])

@@ -6,8 +6,11 @@ masked softmax and autograd.
 import torch
 
 
-def select(q, k, lengths, chunk_size, topk):
-    """Chosen chunks, per sequence, per query, per head: a list of sets of chunk numbers (0-based in the sequence)."""
+def select(q, k, lengths, chunk_size, topk, together=False):
+    """Chosen chunks, per sequence, per query, per head: a list of sets of chunk numbers (0-based in the sequence).
+
+    ``together``: the heads of a group choose by the sum of their scores.
+    """
     group = q.shape[1] // k.shape[1]
     queries, keys = q.tolist(), k.tolist()
     chosen, start = [], 0
@@ -19,7 +22,9 @@ def select(q, k, lengths, chunk_size, topk):
             row = []
             for h in range(q.shape[1]):
                 own = t // chunk_size
-                scored = [(_dot(queries[start + t][h], means[i][h // group]), i) for i in range(own)]
+                choosing = range(h // group * group, h // group * group + group) if together else [h]
+                scored = [(sum(_dot(queries[start + t][i], means[c][h // group]) for i in choosing), c)
+                          for c in range(own)]
                 scored = sorted((s for s in scored if s[0] == s[0] and s[0] != float("-inf")), reverse=True)
                 row.append({i for _, i in scored[:topk - 1]} | {own})
             rows.append(row)

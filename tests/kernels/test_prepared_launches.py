@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import importlib
+import os
 import threading
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.runtime import _async_compile
 from triton.runtime.jit import JITFunction
 
 from moba_megatron import kernels, moba_attn_varlen
@@ -80,6 +82,7 @@ def driver(monkeypatch):
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
     monkeypatch.setattr(triton.compiler, "compile", driver.compile)
     monkeypatch.setattr(launcher, "_plans", {})
+    monkeypatch.setattr(launcher, "_compiled", set())
     monkeypatch.setattr(backend, "_stages", lambda name, device_type: kernels)
     monkeypatch.setattr(tuning, "_arch_of_device", lambda device: "sm_90")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
@@ -223,6 +226,44 @@ def test_prepared_launches_are_what_triton_launches(made, driver, monkeypatch):
     assert_same(prepared, driver.launches, moved)
     check_scratch()
     assert kept
+
+
+def test_a_first_call_compiles_its_kernels_side_by_side(driver, monkeypatch):
+    """Each once, and as many at a time as there are cores."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(4)))
+    together, compile, names = threading.Barrier(4), driver.compile, []
+
+    def at_once(src, **options):
+        names.append(src.hash())
+        if len(names) <= 4:  # of the forward pass's kernels
+            together.wait(30)  # raises BrokenBarrierError where they come one by one
+        return compile(src, **options)
+
+    monkeypatch.setattr(triton.compiler, "compile", at_once)
+    tensors, call = make(**CASES["gqa"])
+    call(*tensors)
+    assert len(names) == len(set(names)) > 8
+    call(*cloned(tensors))
+    launcher._plans.clear()
+    before = len(names)
+    call(*tensors)
+    assert driver.prepared and len(names) == before
+
+
+def test_an_error_of_the_compiler_is_the_launchs(driver, monkeypatch):
+    compile = driver.compile
+
+    def faulty(src, **options):
+        if src.fn.fn.__name__ == "_gate_kernel":
+            raise RuntimeError("no register is left")
+        return compile(src, **options)
+
+    monkeypatch.setattr(triton.compiler, "compile", faulty)
+    tensors, call = make(**CASES["gqa"])
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no register is left"):
+            call(*tensors)
+    assert _async_compile.active_mode.get() is None
 
 
 def check_scratch():

@@ -329,16 +329,16 @@ def operator_arguments(requires_grad=True):
 
 def test_opcheck_forward():
     torch.library.opcheck(torch.ops.moba_megatron.attention_fwd.default,
-                          (*operator_arguments(), 2, 0.3, False, "reference", None))
+                          (*operator_arguments(), 2, 0.3, False, "reference", None, "head", None))
 
 
 @pytest.mark.parametrize("with_dlse", (False, True))
 def test_opcheck_backward(with_dlse):
     q, k, v, *segments = operator_arguments(requires_grad=False)
     o, lse, *integers = torch.ops.moba_megatron.attention_fwd(q, k, v, *segments, 2, 0.3, False, "reference",
-                                                              64.0)
+                                                              64.0, "group", None)
     arguments = (torch.randn_like(o), torch.randn_like(lse) if with_dlse else None, q, k, v, o, lse, *integers,
-                 *segments, 2, 0.3, False, "reference", 64.0)
+                 *segments, 2, 0.3, False, "reference", 64.0, "group")
     torch.library.opcheck(torch.ops.moba_megatron.attention_bwd.default, arguments)
 
 

@@ -160,6 +160,15 @@ def test_operator_blocks():
         assert not torch.equal(names["o"], names["output"])
 
 
+def test_router_block():
+    """Chosen once for all heads of a kv head, and attended to."""
+    [block] = [block for _, block in BLOCKS if "select_chunks" in block]
+    names = {name: torch.randn(3000, heads, 64) for name, heads in (("q", 8), ("k", 2), ("v", 2))}
+    names |= {"cu_seqlens": torch.tensor([0, 1000, 3000], dtype=torch.int32), "max_seqlen": 2000}
+    exec(block, names)
+    assert names["chosen"].shape == (3000, 2, 15) and names["o"].shape == (3000, 8, 64)
+
+
 @pytest.mark.parametrize("page, block", [(page, block) for page, block in BLOCKS if "from_pretrained" in block])
 def test_transformers_blocks(page, block, tmp_path):
     """The block with a small model of two layers in place of Llama-3.1-8B."""
@@ -197,7 +206,8 @@ def test_blocks_of_hosts(tmp_path, package, program, word, here):
 
 
 def test_every_python_block_is_run_by_a_test():
-    assert all(any(word in block for word in ("moba_attn_varlen", "from_pretrained", "GPTModel", "SequenceParallel"))
+    assert all(any(word in block for word in ("moba_attn_varlen", "select_chunks", "from_pretrained", "GPTModel",
+                                              "SequenceParallel"))
                for _, block in BLOCKS)
 
 

@@ -53,7 +53,7 @@ def test_the_gate_chooses_what_the_tree_chooses(kind, dtype, topk, wide, monkeyp
     if not wide:
         monkeypatch.setattr(gating, "product_dtype", lambda q: accumulate_dtype(q.dtype))
     monkeypatch.setattr(gating, "SCORE_ELEMENTS", 20_000)  # several blocks
-    got, want = (stages.gate(q, means, segments, topk).sort(2)[0] for stages in (torch_stages, reference))
+    got, want = (stages.gate(q, means, segments, topk) for stages in (torch_stages, reference))
     assert torch.equal(got, want)
 
 
