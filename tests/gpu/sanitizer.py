@@ -15,7 +15,7 @@ import test_op
 
 import comparison
 import decoding
-from moba_megatron import kernels, moba_attn_varlen
+from moba_megatron import kernels, moba_attn_varlen, select_chunks, sparse_attn_varlen
 from moba_megatron.inspect import kernels as router_kernels
 from moba_megatron.kernels import copying, merging, sm90
 from moba_megatron.ops.decode import moba_decode
@@ -45,6 +45,17 @@ def run(lengths, workspace_mib=None, **case) -> None:
     means = kernels.means_from_block_sums(sums[:len(starts) // 2 * 2].unflatten(0, (-1, 2)), 122, k.dtype)
     torch.cuda.synchronize()
     assert all(x.isfinite().all() for x in (*results, *grads, means))
+
+
+def run_given(lengths, shared, **case) -> None:
+    """The kernels that stand beside the gate, and lists of heads that choose together."""
+    q, k, v, do, dlse, (*places, topk) = test_op.make(lengths, **case)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    selected = select_chunks(q, k, *places, topk, shared=shared, backend="triton")
+    results = sparse_attn_varlen(*leaves, selected, *places, backend="triton", return_lse=True)
+    grads = torch.autograd.grad(results, leaves, (do, dlse))
+    torch.cuda.synchronize()
+    assert all(x.isfinite().all() for x in (*results, *grads))
 
 
 def convolve(**case) -> None:
@@ -117,6 +128,12 @@ def merge(tokens, heads, topk, dim, dtype) -> None:
 
 
 PROGRAMS = {name: (run, case) for name, case in CASES.items()}
+PROGRAMS |= {
+    "given, gqa, packed": (run_given, dict(CASES["D 128, chunk 100, packed, gqa"], shared="head")),
+    "given, groups of two, packed": (run_given, dict(CASES["D 128, chunk 320, packed, gqa"], kv_heads=3, shared="group")),
+    "given, groups of three, D 80": (run_given, dict(lengths=[700, 99, 0, 45], chunk=48, topk=4, heads=6, kv_heads=2,
+                                                     dim=80, shared="group")),
+}
 PROGRAMS |= {f"convolution, {name}": (convolve, test_key_convolution.CASES[name])
              for name in ("packed, ragged, empty", "five taps, halo", "odd heads and dims")}
 PROGRAMS |= {f"decoding, {name}": (decode, test_decode.CASES[name])

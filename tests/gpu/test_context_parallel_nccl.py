@@ -31,7 +31,7 @@ from tests.context_parallel.test_context_parallel_disagreement import CountedWai
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
 
-# (lengths, uniform, chunk size, topk, heads, kv heads, D, head groups, dtype); lengths are multiples of 8
+# (lengths, uniform, chunk size, topk, heads, kv heads, D, head groups, dtype[, shared]); lengths are multiples of 8
 CASES = {
     "mha": ([8192], True, 128, 4, 16, 16, 128, 2, torch.bfloat16),
     "packed_mha": ([8 * 150, 8, 8 * 500], False, 128, 4, 16, 16, 128, 2, torch.bfloat16),
@@ -40,6 +40,8 @@ CASES = {
     "one_kv_head_cut_chunks": ([8 * 751], True, 200, 4, 8, 1, 64, None, torch.float16),
     "batch_fp32": ([8 * 167] * 2, True, 96, 3, 8, 4, 64, None, torch.float32),
     "dense": ([4096], True, 4096, 1, 8, 8, 128, 2, torch.bfloat16),
+    "groups": ([8192], True, 128, 4, 32, 8, 128, 2, torch.bfloat16, "group"),
+    "packed_groups": ([8 * 300, 8, 8 * 500], False, 128, 4, 16, 4, 64, 2, torch.float32, "group"),
 }
 
 
@@ -50,7 +52,7 @@ LEVELS = {2: {"a2a+all_gather": 2, "a2a+all_gather, inner 1": 1}, 4: {"a2a+all_g
 def compile_everything(size):
     """Fills Triton's cache in parallel: the ranks would compile the same kernels one after the other."""
     jobs = []
-    for lengths, uniform, chunk_size, topk, heads, kv_heads, d, head_groups, dtype in CASES.values():
+    for lengths, uniform, chunk_size, topk, heads, kv_heads, d, head_groups, dtype, *_ in CASES.values():
         job = Job("a2a", 1, 8 * max(lengths), chunk_size, topk, heads, kv_heads, d, dtype, head_groups=1)
         jobs += [job, *(replace(job, comm_type=comm_type.split(",")[0], size=size, packed=not uniform,
                                 head_groups=head_groups, inner=inner)
@@ -66,14 +68,19 @@ def parity(rank, size):
         insides = [dist.new_group(list(range(i, i + inner))) for i in range(0, size, inner)]
         across = [dist.new_group(list(range(i, size, inner))) for i in range(inner)]
         groups[comm_type] = [insides[rank // inner], across[rank % inner]]
-    results = {(name, comm_type): compare(*case, comm_type, group, size, rank)
-               for name, case in CASES.items() for comm_type, group in groups.items()
-               if case[1] or comm_type != "selective"}
+    results = {(name, comm_type): compare(comm_type, group, size, rank, *case)
+               for name, case in CASES.items() for comm_type, group in groups.items() if takes(comm_type, case)}
     packed = {comm_type: packed_steps(rank, size, comm_type, dist.group.WORLD) for comm_type in ("all_gather", "a2a")}
     return results, bad_input(rank), sorted(groups), packed
 
 
-def compare(lengths, uniform, chunk_size, topk, heads, kv_heads, d, head_groups, dtype, comm_type, group, size, rank):
+def takes(comm_type, case):
+    """``selective`` refuses packed sequences and choices shared by a group."""
+    return comm_type != "selective" or (case[1] and "group" not in case)
+
+
+def compare(comm_type, group, size, rank, lengths, uniform, chunk_size, topk, heads, kv_heads, d, head_groups, dtype,
+            shared="head"):
     """Whether means and selection are the same, whether two runs are, and relative errors of o, dq, dk, dv."""
     comm_type = comm_type.split(",")[0]
     generator = torch.Generator(device="cuda").manual_seed(5)
@@ -84,7 +91,7 @@ def compare(lengths, uniform, chunk_size, topk, heads, kv_heads, d, head_groups,
     segments = Segments.from_cu_seqlens(cu_seqlens, max(lengths), chunk_size)
     rows = zigzag_rows(lengths, size, rank).cuda()
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    o = moba_attention(*leaves, segments, topk)
+    o = moba_attention(*leaves, segments, topk, shared=shared)
     expected = [x[rows] for x in (o, *torch.autograd.grad(o, leaves, do))]
     sequences = Sequences.packed(cu_seqlens, max(lengths), total)
     if uniform:
@@ -94,16 +101,18 @@ def compare(lengths, uniform, chunk_size, topk, heads, kv_heads, d, head_groups,
         local = [x[rows].requires_grad_() for x in (q, k, v)]
         with RecordedGate(kernels) as recorded:
             got = context_parallel_attention(*local, sequences, chunk_size, topk, group, comm_type=comm_type,
-                                             head_groups=head_groups, deterministic=dtype != torch.bfloat16)
+                                             head_groups=head_groups, deterministic=dtype != torch.bfloat16, shared=shared)
         runs.append([got.detach(), *torch.autograd.grad(got, local, do[rows])])
     same = True
     if topk > 1:
         means = kernels.chunk_means(k, segments)
-        selected = kernels.gate(q, means, segments, topk)
-        chosen_rows, chosen_heads = selecting_rows_and_heads(lengths, comm_type, group, heads)
+        lists = heads if shared == "head" else kv_heads
+        queries = q if shared == "head" else kernels.group_queries(q, kv_heads)
+        selected = kernels.gate(queries, means, segments, topk)
+        chosen_rows, chosen_heads = selecting_rows_and_heads(lengths, comm_type, group, lists)
         same = torch.equal(torch.cat(recorded.selected, 1).sort(2)[0],
                            selected[chosen_rows.cuda()][:, chosen_heads].sort(2)[0])
-        kv_part = sorted({h * kv_heads // heads for h in range(heads)[chosen_heads]})
+        kv_part = sorted({h * kv_heads // lists for h in range(lists)[chosen_heads]})
         got_means = torch.cat(recorded.means, 1)  # without the row of no chunk, where means travel
         same = same and torch.equal(got_means, means[:got_means.shape[0], kv_part])
     reproducible = dtype == torch.bfloat16 or all(torch.equal(a, b) for a, b in zip(*runs))
@@ -211,8 +220,8 @@ def results(tmp_path_factory, request):
 def test_equals_one_gpu(results, name, comm_type):
     if comm_type not in results[0][2]:
         pytest.skip("of two GPUs")
-    if comm_type == "selective" and not CASES[name][1]:
-        pytest.skip("refuses packed sequences")
+    if not takes(comm_type, CASES[name]):
+        pytest.skip("refused")
     # 16-bit results are rounded once more, or differently
     bound = 1e-5 if CASES[name][-1] == torch.float32 else 5e-3
     for result, *_ in results:
