@@ -5,6 +5,8 @@
 #   MEGATRON_LM=path/to/Megatron-LM       a checkout to train in (Transformer Engine must be installed)
 #   MEGATRON_LM_ALL="path1 path2 ..."     checkouts, one a release, in which the patches are applied and taken out again
 #   OUTPUT=runs/mission_smoke             logs and what the steps write
+#   STEPS="quickstart.*|a6000"            only the steps whose whole name this extended expression matches: several calls
+#                                         with an OUTPUT each may run side by side where there are processors for it
 #   USE_SYSTEM_PYTHON=1 bash launch/mission_smoke.sh      (DRY_RUN=1 prints the commands)
 # A table at the end says of each step whether it was good, failed or was skipped, and why; status 1 where one failed.
 source "$(dirname "$0")/common.sh"
@@ -26,10 +28,14 @@ run mkdir -p "$OUTPUT"
 run rm -rf "$OUTPUT/deepspeed" "$OUTPUT/a6000" # they would be resumed
 table=() failed=0
 
+# wanted NAME: whether STEPS names the step.
+wanted() { [[ "$1" =~ ^(${STEPS:-.*})$ ]]; }
+
 # step NAME COMMAND...: runs it, its output in OUTPUT/NAME.log; its row of the table.
 step() {
     local name="$1" begin="$SECONDS" status=0
     shift
+    wanted "$name" || return 0
     say "== $name"
     if [ "$DRY_RUN" = 1 ]; then
         run "$@"
@@ -50,6 +56,7 @@ step() {
 skip() {
     local name="$1"
     shift
+    wanted "$name" || return 0
     table+=("$(printf '%-24s %-8s %s' "$name" skipped "$*")")
 }
 
@@ -120,6 +127,7 @@ else
 fi
 step a6000 env CUDA_VISIBLE_DEVICES="$FIRST" LIMIT=1 STEPS=6 OUTPUT="$OUTPUT/a6000" bash launch/smoke_a6000.sh
 
+[ "${#table[@]}" -gt 0 ] || die "STEPS names no step, got '$STEPS'"
 say "step                     status"
 for row in "${table[@]}"; do say "$row"; done
 exit "$failed"

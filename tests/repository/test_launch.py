@@ -318,6 +318,15 @@ class TestMissionSmoke:
             assert any(words in line for line in commands), words
         assert len([line for line in said.stderr.splitlines() if line.endswith(" not run")]) == 12
 
+    def test_steps_by_name(self, tmp_path):
+        options = dict(DRY_RUN="1", GPUS="2", VENV=str(tmp_path / "venv"), DATA_PATH="data/mine",
+                       TORCH_CPU="torch==2.13.0", **self.CHECKOUTS)
+        said = launch("mission_smoke.sh", STEPS="quickstart-.*|a6000", **options)
+        assert said.returncode == 0, said.stderr
+        assert re.findall(r"^(\S+) +not run$", said.stderr, re.M) == ["quickstart-1", "quickstart-2-nccl", "a6000"]
+        said = launch("mission_smoke.sh", STEPS="quickstart", **options)
+        assert said.returncode and "STEPS names no step, got 'quickstart'" in said.stderr
+
     def test_what_fails_and_what_is_skipped_is_said(self, tmp_path):
         """Every script but one is good, as far as a shell that runs none of them says."""
         command("bash", tmp_path, 'case "$*" in *smoke_a6000*) echo out of memory; exit 3 ;; esac')
