@@ -56,6 +56,11 @@ RESIDENT = _c(64, 128, 4, 3, SPLIT=2048)
 WITH_SLOTS = _c(64, 128, 8, 2, SPLIT=4096)
 """dk and dv where one tile holds a chunk of up to 128 keys, and partial dq is written too."""
 
+MLA = "H200, 64K/512/8, 16 heads of 192 and 128"
+D256 = "H200, 64K/512/8, 16:4 heads of 256"
+FP32 = "H200, 16K/512/8, 8:2 heads, fp32"
+"""Shapes of benchmarks/results/h200/tuning_sweep.json, where a stage's function is timed with all its other kernels."""
+
 TABLE: dict[str, tuple[Row, ...]] = {
     # BLOCK running sums (columns of heads x dims, times blocks of rows side by side) of a program
     "chunk_means": (Row("*", {}, {"BLOCK": 1024, "num_warps": 4, "num_stages": 1}),),
@@ -88,7 +93,11 @@ TABLE: dict[str, tuple[Row, ...]] = {
             "H200, 128K/128/8: 3.8 ms; SPLIT 1024 3.9, 512 4.0; 2 stages 4.2; 128x128, 8 warps 4.8; keys streamed 4.6"),
         Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2}, _c(128, 64, 4, 2),
             "H200, 128K/512/8: 9.2 ms; 3 stages, 8 warps 12.4; 64x64, 128x32 10.7; 128K/2048/3: 8.3 (515 TFLOP/s)"),
-        Row("sm_90", {"head_dim": 128}, _c(64, 32, 4, 1)),
+        Row("sm_90", {"head_dim": 128}, _c(128, 64, 8, 1), f"{FP32}: forward 0.8 ms less than 64x32, 4 warps, of 4.9"),
+        Row("sm_90", {"head_dim": 192, "itemsize": 2}, _c(128, 32, 4, 2),
+            f"{MLA}: forward 12.3 ms, 64x32, 3 stages 12.8, 128x64, 8 warps 13.3, 64x64 16.8"),
+        Row("sm_90", {"itemsize": 2}, _c(128, 64, 8, 2),
+            f"{D256}: forward 18.3 ms, 64x32, 4 warps 18.8, 64x64 20.8, 128x32, 4 warps 56.2"),
         *_portable((64, 64, 4, 2), (32, 32, 4, 1), (64, 32, 4, 1), (16, 16, 4, 1)),
     ),
     # BLOCK_M queries of one head against their diagonal chunk, BLOCK_N keys at a time, then the merge
@@ -102,6 +111,10 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("*", {"head_dim": 128, "itemsize": 2}, _c(64, 64, 4, 2)),
         Row("sm_90", {"head_dim": 128}, _c(64, 32, 4, 1)),
         Row("*", {"head_dim": 128}, _c(32, 32, 4, 1)),
+        Row("sm_90", {"head_dim": 192, "itemsize": 2}, _c(128, 64, 8, 2),
+            f"{MLA}: forward 10.1 ms, 64x32, 4 warps 10.5, 64x32, 8 warps 12.0"),
+        Row("sm_90", {"itemsize": 2}, _c(64, 32, 4, 2),
+            f"{D256}: forward 19.3 ms, 128x64, 8 warps 19.3, 64x32, 8 warps 20.9"),
         Row("*", {"itemsize": 2}, _c(64, 32, 8, 1), "untuned: 4 warps spill 0.4 to 0.9 KB a thread at head dim 256"),
         Row("*", {}, _c(16, 16, 4, 1)),
     ),
@@ -112,7 +125,10 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "attention_bwd_dkdv": (
         Row("sm_100", {"head_dim": 128, "itemsize": 2, "chunk_size": 128}, _c(32, 128, 8, 2, SPLIT=4096),
             "untuned: 64 rows would need 576 of 512 columns of tensor memory"),
-        Row("sm_90", {"head_dim": 128, "itemsize": 2, "chunk_size": 64}, WITH_SLOTS),
+        Row("sm_90", {"head_dim": 128, "itemsize": 2, "chunk_size": 32}, _c(128, 32, 4, 2, SPLIT=4096),
+            "H200, 64K/32/32: backward 14.1 ms, 64 keys 14.6, 128 keys, 8 warps 19.3"),
+        Row("sm_90", {"head_dim": 128, "itemsize": 2, "chunk_size": 64}, _c(64, 64, 4, 2, SPLIT=4096),
+            "H200, 128K/64/16: backward 20.3 ms, 128 keys, 8 warps 22.3, 128 rows 25.3"),
         Row("sm_90", {"head_dim": 64, "itemsize": 2, "chunk_size": 128}, WITH_SLOTS),
         Row("sm_90 sm_100", {"head_dim": 64, "itemsize": 2}, _c(64, 64, 4, 2, SPLIT=4096),
             "H200, 8 heads of 64, 32K/512/3: 0.58 ms"),
@@ -123,7 +139,13 @@ TABLE: dict[str, tuple[Row, ...]] = {
             "H200: 9.0 ms at 128K, chunk 128, topk 8, partial dq included; 64 keys and a dq kernel of its own 11.2"),
         Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2}, _c(64, 64, 4, 2, SPLIT=4096),
             "H200: 16.2 ms at 128K, chunk 512, topk 8; 64x128, 8 warps, 3 stages 17.4, 32x64 20.1"),
-        Row("sm_90", {"head_dim": 128}, _c(16, 64, 8, 1, SPLIT=4096)),
+        Row("sm_90", {"head_dim": 128, "chunk_size": 128}, _c(16, 64, 8, 1, SPLIT=4096)),
+        Row("sm_90", {"head_dim": 128}, _c(16, 128, 8, 1, SPLIT=4096),
+            f"{FP32}: backward 25.7 ms, 16x64, 4 warps 26.3, 8 warps 40.8"),
+        Row("sm_90", {"head_dim": 192, "itemsize": 2}, _c(16, 64, 4, 2, SPLIT=4096),
+            f"{MLA}: backward 58.1 ms, 64x64, 8 warps 59.6, 64x128 63.0, 32x32 79.1"),
+        Row("sm_90", {"itemsize": 2}, _c(64, 64, 8, 2, SPLIT=4096),
+            f"{D256}: backward 73.4 ms, 1 stage 83.9, 32x64 85.3, 32x32, 4 warps 93.8"),
         *_portable((32, 64, 4, 1), (16, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1), SPLIT=4096),
     ),
     # BLOCK_M gathered rows against the chunk, BLOCK_N keys at a time, into partial dq
@@ -134,7 +156,11 @@ TABLE: dict[str, tuple[Row, ...]] = {
             "H200, 128K/512/8: 9.5 ms, Triton's 11.9; SPLIT 512 10.0, 2048 10.3; 128 keys, 1 stage 13.3"),
         Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2}, _c(128, 32, 4, 3),
             "H200: 12.1 ms at 128K, chunk 512, topk 8; 64 rows 13.7, 2 stages 13.6, 128x64 at 8 warps 13.8"),
-        Row("sm_90", {"head_dim": 128}, _c(64, 32, 4, 1)),
+        Row("sm_90", {"head_dim": 128}, _c(128, 32, 8, 1), f"{FP32}: backward 38.1 ms, 64x32, 4 warps 40.8"),
+        Row("sm_90", {"head_dim": 192, "itemsize": 2}, _c(64, 32, 4, 2),
+            f"{MLA}: backward 56.9 ms, 128x32, 8 warps, 3 stages 57.2, 64x64 58.3, 32x32 79.1"),
+        Row("sm_90", {"itemsize": 2}, _c(128, 32, 8, 3),
+            f"{D256}: backward 71.2 ms, 2 stages 73.8, 64x32, 4 warps, 3 stages 74.4, 32x32 93.8"),
         *_portable((64, 32, 4, 1), (32, 16, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)),
     ),
     # BLOCK_M queries of one head against their diagonal chunk, BLOCK_N keys at a time, then the sum of partial dq
@@ -142,6 +168,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2}, _c(64, 64, 4, 2),
             "H200: 2.5 ms at 128K, chunk 512, topk 8; 32 rows 3.2, 8 warps 4.0"),
         Row("sm_90", {"head_dim": 128}, _c(64, 32, 4, 1)),
+        Row("sm_90", {"itemsize": 2}, _c(64, 64, 8, 2),
+            f"{MLA}: backward 1.0 ms less than 32x32, 4 warps, of 79; 256: 1.6 less of 94"),
         *_portable((32, 32, 4, 1), (32, 16, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)),
     ),
     # BLOCK_C chunk means at a time against the query heads of one kv head
