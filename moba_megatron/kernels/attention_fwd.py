@@ -27,7 +27,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: S
     """Softmax attention over the diagonal chunk and the selected ones, keys at or before the query.
 
     With ``(o_j, lse_j)`` the attention over one chunk alone: ``lse = log sum_j exp(lse_j)`` and
-    ``o = sum_j exp(lse_j - lse) o_j``. Products of fp32 are :data:`.host.BF16X6`.
+    ``o = sum_j exp(lse_j - lse) o_j``. Products of fp32 are :data:`.host.FP32_PRODUCTS`.
 
     Args, Returns: as :func:`moba_megatron.reference.attention_fwd`; routing: of ``selected``, None to make it here.
 

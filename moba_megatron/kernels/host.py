@@ -2,6 +2,8 @@
 
 Triton's own functions of these names cost microseconds a call.
 """
+import os
+
 import torch
 from triton import knobs
 from triton.backends.nvidia.compiler import CUDAOptions
@@ -9,8 +11,12 @@ from triton.backends.nvidia.compiler import CUDAOptions
 INTERPRETED: bool = knobs.runtime.interpret
 """TRITON_INTERPRET=1: kernels run in Python, on any tensor."""
 
-BF16X6 = "bf16x6" if "bf16x6" in CUDAOptions.allowed_dot_input_precisions else "ieee"
-"""Exact products of fp32 on tensor cores, from Triton 3.6 on."""
+FP32_PRODUCTS = os.environ.get("MOBA_FP32_PRODUCTS", "bf16x6")
+"""How products of fp32 are made: ``bf16x6``, six of bfloat16 on tensor cores, from Triton 3.6 on; or ``ieee``."""
+if FP32_PRODUCTS not in ("bf16x6", "ieee"):
+    raise ValueError(f"MOBA_FP32_PRODUCTS must be bf16x6 or ieee, got {FP32_PRODUCTS!r}")
+if FP32_PRODUCTS not in CUDAOptions.allowed_dot_input_precisions:
+    FP32_PRODUCTS = "ieee"
 
 
 def cdiv(x: int, y: int) -> int:
@@ -29,5 +35,5 @@ def head_block(dim: int) -> int:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How products of a dtype are made: of fp32 by six of bfloat16, which lose nothing that fp32 sums keep."""
-    return BF16X6 if dtype == torch.float32 and not INTERPRETED else "ieee"
+    """How products of a dtype are made. Six of bfloat16 lose nothing that sums in fp32 keep."""
+    return FP32_PRODUCTS if dtype == torch.float32 and not INTERPRETED else "ieee"

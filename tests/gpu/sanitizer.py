@@ -130,7 +130,8 @@ def merge(tokens, heads, topk, dim, dtype) -> None:
 PROGRAMS = {name: (run, case) for name, case in CASES.items()}
 PROGRAMS |= {
     "given, gqa, packed": (run_given, dict(CASES["D 128, chunk 100, packed, gqa"], shared="head")),
-    "given, groups of two, packed": (run_given, dict(CASES["D 128, chunk 320, packed, gqa"], kv_heads=3, shared="group")),
+    "given, groups of two, packed": (run_given, dict(CASES["D 128, chunk 320, packed, gqa"], kv_heads=3,
+                                                     shared="group")),
     "given, groups of three, D 80": (run_given, dict(lengths=[700, 99, 0, 45], chunk=48, topk=4, heads=6, kv_heads=2,
                                                      dim=80, shared="group")),
 }

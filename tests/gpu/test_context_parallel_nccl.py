@@ -101,7 +101,8 @@ def compare(comm_type, group, size, rank, lengths, uniform, chunk_size, topk, he
         local = [x[rows].requires_grad_() for x in (q, k, v)]
         with RecordedGate(kernels) as recorded:
             got = context_parallel_attention(*local, sequences, chunk_size, topk, group, comm_type=comm_type,
-                                             head_groups=head_groups, deterministic=dtype != torch.bfloat16, shared=shared)
+                                             head_groups=head_groups, shared=shared,
+                                             deterministic=dtype != torch.bfloat16)
         runs.append([got.detach(), *torch.autograd.grad(got, local, do[rows])])
     same = True
     if topk > 1:

@@ -1,8 +1,12 @@
 """The tuning table: every stage has a row for everything, rows are reachable, files and overrides are obeyed."""
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from triton.backends.nvidia.compiler import CUDAOptions
 
 from moba_megatron import tune
 from moba_megatron.kernels import tuning
@@ -85,6 +89,18 @@ def test_file_and_architecture_from_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("MOBA_TUNING_ARCH", "sm_1")
     with pytest.raises(ValueError, match="MOBA_TUNING_ARCH must be one of"):
         tuning.arch_of(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("value", ["ieee", "bf16x6", "tf32"])
+def test_products_of_fp32_by_the_environment(value):
+    program = "import torch; from moba_megatron.kernels import host; print(host.precision(torch.float32))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                          env={**os.environ, "MOBA_FP32_PRODUCTS": value, "TRITON_INTERPRET": "0"})
+    if value == "tf32":
+        assert done.returncode and "MOBA_FP32_PRODUCTS must be bf16x6 or ieee, got 'tf32'" in done.stderr
+    else:
+        known = value in CUDAOptions.allowed_dot_input_precisions
+        assert done.stdout.split() == [value if known else "ieee"], done.stderr
 
 
 def test_a_bad_file_is_named(monkeypatch, tmp_path):
