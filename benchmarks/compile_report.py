@@ -32,7 +32,7 @@ from triton.runtime.jit import JITFunction
 
 from moba_megatron import kernels
 from moba_megatron.inspect import kernels as statistics
-from moba_megatron.kernels import copying, decode, launcher, merging, sm90, tuning
+from moba_megatron.kernels import copying, decode, launcher, sm90, tuning
 from moba_megatron.kernels.host import cdiv
 from moba_megatron.kernels.tuning_table import TABLE, is_gluon
 from moba_megatron.segments import SUM_BLOCK, Segments
@@ -252,17 +252,13 @@ def _run_beside(problem: Problem) -> None:
     empty = functools.partial(torch.empty, dtype=problem.dtype, device="meta")
     whole, fp32, long = (functools.partial(empty, dtype=x) for x in (torch.int32, torch.float32, torch.int64))
     q, k = empty(tokens, heads, dim), empty(tokens, kv_heads, dim)
-    lse, choices = fp32(tokens, heads), problem.topk - 1
+    lse, selected = fp32(tokens, heads), whole(tokens, heads, problem.topk - 1)
     zigzag = Segments(whole(3), whole(2), whole(2), whole(2), tokens, tokens, size)  # two pieces of a sequence
-    selected = whole(tokens, heads, choices)
     routing = kernels.route(selected, kv_heads, zigzag.num_chunks(tokens))
     apart = empty(tokens, heads, 2 * dim)[..., :dim]  # rows that do not lie one behind the other
     kernels.attention_fwd(apart, k, k, selected, zigzag, 1.0, routing=routing)
     kernels.attention_bwd(q, None, apart, k, k, q, lse, selected, zigzag, 1.0, routing=routing)
     kernels.means_from_block_sums(fp32(tokens // size, cdiv(size, SUM_BLOCK), kv_heads, dim), size, problem.dtype)
-    parts, places = empty(tokens, dim), whole(tokens, heads, choices)
-    merging.merge_parts(q, lse, parts, fp32(tokens), places, empty(tokens, heads, dim), fp32(tokens, heads))
-    merging.add_parts(q, parts, places, empty(tokens, heads, dim))
     width = dim * q.element_size() // copying._UNIT
     copying._copy_rows_kernel[(copying.BLOCKS,)](0, 0, tokens, width, 4 * width, 2 * width, copying._BLOCK,
                                                  copying.BLOCKS, num_warps=copying._WARPS)

@@ -6,7 +6,7 @@ import argparse
 from . import ROOT, report
 
 PACKAGE = "moba_megatron"
-LIMIT = 16_089
+LIMIT = 15_143
 """Lines that the package may have in all."""
 
 

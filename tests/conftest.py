@@ -12,7 +12,7 @@ settings.load_profile("moba")
 torch.set_num_threads(1)  # two threads on the small shapes here only wait for each other
 
 
-LONGEST = ("test_compile", "test_faults", "test_several_hosts", "test_examples", "test_deepspeed", "test_dispatch",
+LONGEST = ("test_compile", "test_faults", "test_several_hosts", "test_examples", "test_deepspeed",
            "test_megatron_parallel", "test_sm90_barriers", "test_train_50m", "test_megatron_lm", "test_megatron_fsdp",
            "test_context_parallel", "test_checkpoints", "test_bench_distributed", "test_api", "test_wheel")
 """By CPU time, measured. Workers take whole files: one that starts a long one last leaves the others idle."""

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moba_megatron.config import MoBAConfig
-from moba_megatron.experimental.cost_model import DISPATCH, MIXED
 from moba_megatron.plan.attention_cost import Calibration
 from moba_megatron.plan.hardware import Card, find_card
 from moba_megatron.plan.layout import Layout
@@ -63,7 +62,7 @@ def sections(folder: Path = RESULTS / "h200") -> list[Section]:
     calibration = calibrate(kernels, card, "kernels.json")
     found = [_kernels(kernels, card), _memory(kernels), _end_to_end(card, calibration)]
     for pattern, readers in (("cp*.json", (_context_parallel, _sent)), ("gpt*.json", (_gpt, _gpt_memory)),
-                             ("selective*.json", (_selective_bytes, _selective_ways))):
+                             ("selective*.json", (_selective_bytes,))):
         results = [load(path) for path in sorted(folder.glob(pattern))]
         sections_of = [read(results, card, calibration) for read in readers] if results else []
         found += [section for section in sections_of if section.rows]
@@ -141,14 +140,6 @@ def _selective_bytes(results: list[dict], card: Card, calibration: Calibration) 
     found = [_row(f"{row['routing']}, {row['way']} on {row['ranks']}", sum(row["sent_bytes"]) / GIB,
                   sum(row["counted_bytes"]) / GIB) for row in _rows(results) if row["counted_bytes"]]
     return Section("Bytes of the selective exchange (selective*.json): counted on the selection", found, "GiB")
-
-
-def _selective_ways(results: list[dict], card: Card, calibration: Calibration) -> Section:
-    """Of `plan-measure`: times beside those by which the schedule chooses between its ways, as the run reckoned."""
-    found = [_row(f"{row['routing']}, {row['way']} on {row['ranks']}", row["ms"]["median"], row["reckoned_ms"],
-                  any(way in row["way"] for way in (DISPATCH, MIXED)))  # ways.HANDLING, ways.PLANNING
-             for row in _rows(results) if row.get("reckoned_ms")]
-    return Section("Gather and the ways of the selective exchange (selective*.json)", found)
 
 
 def _step(row: dict, card: Card, calibration: Calibration) -> tuple[str, Prediction] | None:

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 import time
 from dataclasses import dataclass
@@ -19,27 +18,13 @@ from torch import Tensor
 
 from moba_megatron import environment
 from moba_megatron.context_parallel import Sequences, context_parallel_attention, record_waits, selective
-from moba_megatron.context_parallel.selective import PLANNING
-from moba_megatron.experimental import dispatch
-from moba_megatron.experimental.cost_model import (
-    DISPATCH,
-    FETCH,
-    GATHER,
-    LINK,
-    MIXED,
-    MODES,
-    RELAYED_FROM,
-    RowSizes,
-    owner_of_chunks,
-    seconds_of_modes,
-)
 from moba_megatron.ops import get_stages, moba_attention
-from moba_megatron.plan.collectives import query_bytes
 from moba_megatron.rendezvous import report_error
 from moba_megatron.segments import Segments
 
 from .. import report, timing
 from ..distributed import Ranks, join, leave
+from .simulate import traffic_of_selection
 
 ROUTINGS = ("uniform", "local", "sink")
 LARGEST_ERROR = 2e-2
@@ -84,31 +69,8 @@ def make_inputs(job: Job, routing: str, device: torch.device) -> tuple[Tensor, .
     return q, k, v, do
 
 
-SELECTIVE = {f"selective, {way}": way for way in (FETCH, DISPATCH, MIXED)}
-NAMES = ("all_gather", "a2a", *SELECTIVE)
-
-
-@contextlib.contextmanager
-def forced(way: str | None):
-    """Makes the selective schedule fetch chunks, send queries, or both, whatever is cheaper."""
-    share = {FETCH: math.inf}.get(way, selective.GATHER_SHARE)
-    with mock.patch.object(selective, "DISPATCH_FROM", 2 if way in (DISPATCH, MIXED) else math.inf), \
-            mock.patch.object(selective, "GATHER_SHARE", share), \
-            mock.patch.object(dispatch, "cheapest_mode", lambda *found: (way, servers_of(way, *found[:3]))):
-        yield
-
-
-def reckoned_ms(name: str, job: Job, table: Tensor, homes: Tensor, item: int) -> float | None:
-    """Time by the model that chooses between the ways, which has no opinion on a2a."""
-    sizes = RowSizes(item, job.dim, job.dim, job.chunk_size)
-    seconds = dict(zip(MODES, seconds_of_modes(table, homes, sizes, LINK)[0].tolist()))
-    seconds[FETCH] -= PLANNING  # forced as few ranks do it, which have nothing to decide
-    return 1e3 * seconds[SELECTIVE.get(name, GATHER)] if name != "a2a" else None
-
-
-def servers_of(way: str, table: Tensor, homes: Tensor, sizes: RowSizes) -> Tensor:
-    """Who serves whose choices, on one machine."""
-    return seconds_of_modes(table, homes, sizes, LINK)[1][way]
+FETCH = "selective, fetch"
+NAMES = ("all_gather", "a2a", FETCH)
 
 
 def measure_way(name: str, job: Job, inputs: tuple[Tensor, ...], expected: list[Tensor], ranks: Ranks,
@@ -124,7 +86,7 @@ def measure_way(name: str, job: Job, inputs: tuple[Tensor, ...], expected: list[
                                        comm_type=name.split(",")[0], backend=job.backend)
         return [o, *torch.autograd.grad(o, leaves, do)]
 
-    with forced(SELECTIVE.get(name)):
+    with mock.patch.object(selective, "GATHER_SHARE", math.inf):  # chunks are fetched, whatever is cheaper
         with record_waits() as record:
             got = both()
         if ranks.device.type == "cuda":
@@ -138,59 +100,17 @@ def measure_way(name: str, job: Job, inputs: tuple[Tensor, ...], expected: list[
                            for by_stage in sent], "stages": sent}
 
 
-def choices_of(job: Job, selected: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """How often each rank chose each chunk, int32 ``[P, HK, chunks]``, and every rank's chunks, int64 ``[P, M]``."""
-    chunks = job.tokens // job.chunk_size
-    piece = torch.arange(chunks) // (chunks // (2 * size))
-    home = torch.minimum(piece, 2 * size - 1 - piece)
-    kv_head = torch.arange(job.heads, device=selected.device) * job.kv_heads // job.heads
-    rank = home.to(selected.device).repeat_interleave(job.chunk_size)
-    unit = (rank[:, None, None] * job.kv_heads + kv_head[:, None]) * chunks + selected
-    table = torch.bincount(unit[selected >= 0], minlength=size * job.kv_heads * chunks)
-    return table.view(size, job.kv_heads, chunks).int().cpu(), home.argsort(stable=True).view(size, -1)
+def counted_bytes(name: str, job: Job, selected: Tensor, size: int, item: int) -> list[int] | None:
+    """Bytes that each rank's choices ought to move where chunks are fetched, counted on the selection of one rank.
 
-
-def counted_bytes(name: str, job: Job, table: Tensor, homes: Tensor, item: int) -> list[int] | None:
-    """What each rank ought to send, counted on the choices; for the ways of the selective schedule, else None.
-
-    Args:
-        table, homes: :func:`choices_of`.
-        item: bytes of an element of q, k, v, o.
+    K and V come twice, fp32 sums of dK and dV go back. ``item``: bytes of an element; None for other ways.
     """
-    if name not in SELECTIVE:
+    if name != FETCH:
         return None
-    size, way = len(table), SELECTIVE[name]
-    servers = servers_of(way, table, homes, RowSizes(item, job.dim, job.dim, job.chunk_size)).numpy()
-    table, home = table.numpy(), owner_of_chunks(homes, table.shape[2]).numpy()
-    row, wide, me = job.dim * item, 4, numpy.arange(size)[:, None, None]
-    out, back = 4 * row + wide, 2 * row + wide  # q; q, do, o, lse. o, lse; dq
-    assert item != 2 or out + back == sum(query_bytes(job.dim))
-    sent = numpy.where(servers != me, table, 0).sum((1, 2)) * out
-    copied = numpy.zeros(table.shape, dtype=bool)
-    for server in range(size):
-        served = (servers == server) & (table > 0)
-        sent[server] += table[numpy.where(me == server, False, served)].sum() * back
-        copied[server] = served.any(0) & (home != server)
-    relayed_from = math.inf if way == FETCH else RELAYED_FROM  # on few ranks chunks go directly
-    rows = _copied_rows(copied, home, job.chunk_size, relayed_from) * 2 * job.dim
-    sent += rows.sum(1) * 2 * item + rows.sum(0) * 4  # K and V twice; fp32 sums of dK and dV come back
-    return sent.tolist()
-
-
-def _copied_rows(copied: numpy.ndarray, home: numpy.ndarray, chunk_size: int, relayed_from: float) -> numpy.ndarray:
-    """``[P, P]`` rows from a rank to another: chunks that few ranks copy go to them, slices of others to all ranks."""
-    size = len(copied)
-    rows, slices = numpy.zeros((size, size), dtype=numpy.int64), numpy.zeros(size, dtype=numpy.int64)
-    numpy.add.at(slices, numpy.arange(chunk_size) * size // chunk_size, 1)
-    for head, chunk in zip(*numpy.nonzero(copied.any(0))):
-        takers = numpy.flatnonzero(copied[:, head, chunk])
-        if len(takers) < relayed_from:
-            rows[home[chunk], takers] += chunk_size
-        else:
-            rows[home[chunk]] += slices
-            rows[:, takers] += slices[:, None]
-    numpy.fill_diagonal(rows, 0)
-    return rows
+    piece = numpy.arange(job.tokens) // (job.tokens // (2 * size))
+    owner = numpy.minimum(piece, 2 * size - 1 - piece)
+    rows = traffic_of_selection(selected.cpu().numpy(), owner, owner, job.chunk_size, job.kv_heads, size)
+    return (rows * 2 * job.dim * (2 * item + 4)).tolist()
 
 
 def add_measure(subcommands) -> None:
@@ -228,7 +148,6 @@ def run_measure(arguments: argparse.Namespace) -> int:
     for routing in arguments.routings:
         inputs = make_inputs(job, routing, ranks.device)
         expected, selected = one_rank(job, inputs)
-        choices = choices_of(job, selected, ranks.size)
         for name in arguments.ways:
             row = {"routing": routing, "way": name, "ranks": ranks.size}
             if name == "a2a" and job.kv_heads % ranks.size:
@@ -236,7 +155,7 @@ def run_measure(arguments: argparse.Namespace) -> int:
             if ranks.from_first(time.perf_counter() - begin > arguments.budget):
                 row |= {"status": "not run", "reason": "the time budget was spent"}
             else:
-                row |= _row(name, job, inputs, expected, choices, ranks, arguments.repeats)
+                row |= _row(name, job, inputs, expected, selected, ranks, arguments.repeats)
             result["rows"].append(row)
             if arguments.json and ranks.rank == 0:
                 report.save(arguments.json, result)
@@ -245,14 +164,13 @@ def run_measure(arguments: argparse.Namespace) -> int:
     return int(any(row["status"] in ("wrong", "failed") for row in result["rows"]))
 
 
-def _row(name: str, job: Job, inputs: tuple[Tensor, ...], expected: list[Tensor], choices: tuple[Tensor, Tensor],
+def _row(name: str, job: Job, inputs: tuple[Tensor, ...], expected: list[Tensor], selected: Tensor,
          ranks: Ranks, repeats: int) -> dict:
     try:
         row = measure_way(name, job, inputs, expected, ranks, repeats)
     except Exception as error:  # the other ways shall still be measured; where all ranks fail alike they can be
         return {"status": "failed", "reason": f"{type(error).__name__}: {str(error).strip()[:400]}"}
-    for what in (counted_bytes, reckoned_ms):
-        row[what.__name__] = what(name, job, *choices, inputs[0].element_size())
+    row["counted_bytes"] = counted_bytes(name, job, selected, ranks.size, inputs[0].element_size())
     return row | {"status": "ok" if max(row["errors"].values()) < LARGEST_ERROR else "wrong"}
 
 
@@ -287,6 +205,5 @@ def _line(row: dict) -> str:
     if "ms" not in row:
         return f"{row['routing']}, {row['way']}: {row['status']}: {row['reason']}"
     counted = f", counted {sum(row['counted_bytes']) / 2**20:.2f}" if row["counted_bytes"] else ""
-    reckoned = f" (reckoned {row['reckoned_ms']:.2f})" if row["reckoned_ms"] else ""
-    return (f"{row['routing']}, {row['way']}: {row['ms']['median']:.2f} ms{reckoned}, all ranks sent "
+    return (f"{row['routing']}, {row['way']}: {row['ms']['median']:.2f} ms, all ranks sent "
             f"{sum(row['sent_bytes']) / 2**20:.2f} MiB{counted}, largest error {max(row['errors'].values()):.1e}")

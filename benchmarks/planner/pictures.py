@@ -10,7 +10,7 @@ from moba_megatron.plotting import LIGHT
 def simulated(result: dict, folder: Path) -> list[Path]:
     """Draws a simulation's efficiencies of a layer against ranks, a picture a length, a line a comm type.
 
-    ``selective`` (the cheapest of its methods) has a line for each made-up routing and one for the first recorded one.
+    Chunks travel as the first recorded routing has it, or else the first made-up one.
 
     Args:
         result: what ``scenarios.write`` stores.
@@ -31,14 +31,10 @@ def simulated(result: dict, folder: Path) -> list[Path]:
 
 def _efficiency(rows: list[dict], title: str, path: Path) -> None:
     lines: dict[str, list[tuple[int, float]]] = {}
-    recorded = next((row["routing"] for row in rows if row["routing"].startswith("layer")), None)
+    shown = sorted((row["routing"] for row in rows if row["routing"] != "any"), key=lambda x: not x.startswith("layer"))
     for row in rows:
-        routing = row["routing"]
-        if row["comm"] in ("all_gather", "a2a"):
+        if row["routing"] in ("any", *shown[:1]):
             lines.setdefault(row["comm"], []).append((row["ranks"], row["efficiency"]))
-        elif row["comm"] == "selective" and (routing == recorded or not routing.startswith("layer")):
-            name = f"selective, {'recorded' if routing == recorded else routing}"
-            lines.setdefault(name, []).append((row["ranks"], row["efficiency"]))
     with plotting.figure(path, height=3.4) as (_, axes):
         labels = []
         for (name, points), colour in zip(lines.items(), (LIGHT.ink, LIGHT.muted, LIGHT.accent, *LIGHT.others)):
@@ -57,7 +53,7 @@ def _efficiency(rows: list[dict], title: str, path: Path) -> None:
 
 
 def measured_variants(result: dict, path: Path) -> None:
-    """Draws what ``plan-measure`` measured: milliseconds of every variant, a panel a routing, reckoned times as ticks.
+    """Draws what ``plan-measure`` measured: milliseconds of every variant, a panel a routing.
 
     Args:
         result: its JSON.
@@ -70,12 +66,10 @@ def measured_variants(result: dict, path: Path) -> None:
             for row in (row for row in rows if row["routing"] == routing):
                 at, ms = names.index(row["way"]), row["ms"]["median"]
                 axes.barh(at, ms, height=0.7, color=LIGHT.accent if "selective" in row["way"] else LIGHT.muted)
-                if row.get("reckoned_ms"):
-                    axes.vlines(row["reckoned_ms"], at - 0.45, at + 0.45, color=LIGHT.others[0], linewidth=2)
-                axes.text(max(ms, row.get("reckoned_ms") or 0), at, f" {ms:.0f} ms", va="center", fontsize=8)
+                axes.text(ms, at, f" {ms:.0f} ms", va="center", fontsize=8)
             axes.set_yticks(range(len(names)), names, fontsize=8)
             axes.invert_yaxis()
             axes.grid(axis="y", visible=False)
             axes.set_title(f"{routing} routing")
         axes.set_xlim(0, 1.15 * max(row["ms"]["median"] for row in rows))
-        axes.set_xlabel("ms, forward + backward; orange: reckoned", loc="right")
+        axes.set_xlabel("ms, forward + backward", loc="right")

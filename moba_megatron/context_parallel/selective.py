@@ -5,9 +5,6 @@ rows of those chunks, to each rank its own choice, and rows of dK and dV come ba
 Nothing has a capacity: nothing is dropped. The host reads a table of P x P numbers a group of heads, its only wait. A
 layer whose choices cover nearly everything is gathered whole instead. K and V still have a row for every token where
 they are read, one group of heads at a time; rows that did not travel are never touched.
-
-On many ranks all queries of a rank together choose nearly everything. There it is decided for each rank, kv head and
-chunk whether queries travel, or a copy of the chunk: no hardware has shown that (``moba_megatron.experimental``).
 """
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -18,22 +15,12 @@ from torch import Tensor
 
 from ..segments import Routing
 from .all_gather import AllGatherAttention, Arriving, Grads, HeadGroups, State, head_groups, prefetch
-from .layout import ZigzagLayout
 from .transport.comm import Pending, all_gather, copy_rows, exchange
 
 GATHER_SHARE = 0.5
 """From this share of the rows on, the whole is gathered: picking rows out and putting them in costs extra copies. The
 zigzag's causal order alone leaves 3/4: at that, two H200s took 51 ms where they gathered in 45 (128K tokens, 32:8
 heads, chunks of 512, topk 8), for a gather's rows go to their place by copy engines."""
-DISPATCHED = "dispatched"  # what the dispatch of queries saved follows
-DISPATCH_FROM = 16
-"""Below so many ranks queries do not travel: a gather inside a machine hides behind attention."""
-HANDLING, PLANNING = 2.1e-9, 14e-3
-"""Seconds that dispatch costs, forward and backward. HANDLING: of a rank for each row that it sends or computes for
-others, beside bytes and products: picking, sorting, merging. PLANNING: of the host, to decide who computes what and to
-list what travels, while the GPU has nothing to do (it varied by half from machine to machine). Both from six
-measurements: two H200s, 128K tokens, 32:8 heads, chunks of 512, topk 8, two modes with three routings, which they give
-within 8 %, a later run within 16 %."""
 
 
 class SelectiveAttention(AllGatherAttention):
@@ -47,10 +34,6 @@ class SelectiveAttention(AllGatherAttention):
         held = (k.nbytes + v.nbytes) * self.layout.rows.size
         groups = head_groups(self.head_groups, q.shape[1], k.shape[1], q.nbytes, held)
         choices = self.choose_by_sums(q, k.dtype, self.send_sums(k), groups)
-        if self.layout.rows.size >= DISPATCH_FROM and pieces_are_chunks(self.layout):
-            result = self._dispatch().attend_chosen(q, k, v, groups, choices)
-            if result is not None:
-                return result[0], [DISPATCHED, *result[1]]
         exchanges = self._exchanges([choice.routing for choice in choices], groups)
         fetched = self._fetch(k, v, groups, exchanges, "fwd gather")
         o, saved = self.attend(q, v.shape[2], groups, fetched, choices)
@@ -61,8 +44,6 @@ class SelectiveAttention(AllGatherAttention):
         exchanges, *saved = saved
         if exchanges is None:
             return super().backward(do, saved, kv_grad_dtype)
-        if exchanges == DISPATCHED:
-            return self._dispatch().backward(do, saved, kv_grad_dtype)
         (q, k, v, o, groups, saved), rows = saved, self.layout.rows
         fetched = self._fetch(k, v, groups, exchanges, "bwd gather")
 
@@ -75,15 +56,6 @@ class SelectiveAttention(AllGatherAttention):
             return started
 
         return self.attend_bwd(do, (q, k, v, o), groups, saved, fetched, reduce, kv_grad_dtype)
-
-    def _dispatch(self):
-        """The schedule that sends queries to chunks too."""
-        from .. import experimental  # nothing else of the package imports it
-        from ..experimental.dispatch import DispatchAttention
-
-        if self.layout.rows.rank == 0:
-            experimental.say_once(f"cp_comm_type 'selective' from {DISPATCH_FROM} ranks on (dispatch of queries)")
-        return DispatchAttention(self.pipeline, self.layout, self.group, self.head_groups)
 
     def _fetch(self, k: Tensor, v: Tensor, groups: HeadGroups, exchanges: list["RowExchange"] | None,
                stage: str) -> Arriving:
@@ -139,13 +111,6 @@ class SelectiveAttention(AllGatherAttention):
         by, within = number // (heads * local), number % (heads * local)
         take = rows.rank_rows[by * local + within % local] * heads + within // local
         return RowExchange(send, send_counts, take, take_counts)
-
-
-def pieces_are_chunks(layout: ZigzagLayout) -> bool:
-    """Whether every rank holds whole chunks, as far as the host knows."""
-    rows, segments = layout.rows, layout.segments
-    uniform = layout.blocks is not None and rows.total % segments.max_seqlen_k == 0
-    return uniform and segments.max_seqlen_k % (2 * rows.size * segments.chunk_size) == 0
 
 
 class RowExchange(NamedTuple):

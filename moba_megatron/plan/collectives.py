@@ -1,9 +1,7 @@
 """Time of a collective, as NCCL would run it, and the bytes that context parallelism moves in one attention layer.
 
-``selective`` does what is cheapest of three, under uniform routing. *Gather*: as all_gather. *Send*: owners send the
-chunks that any query of a rank chose. *Dispatch*: a query goes to the owner of each of its chunks, as a token goes to
-experts, and partial (o, lse) come back. Other routings, and both ways mixed, are in ``benchmarks/planner/simulate.py``;
-mixed, selective moves less than is counted here.
+``selective`` does what is cheaper under uniform routing: it gathers as all_gather does, or owners send the chunks that
+any query of a rank chose. Other routings are in ``benchmarks/planner/simulate.py``.
 """
 import math
 import operator
@@ -12,7 +10,6 @@ from typing import NamedTuple
 
 from ..context_parallel import COMM_TYPES
 from ..context_parallel.all_gather import number_of_groups, split_heads
-from ..context_parallel.selective import DISPATCH_FROM, HANDLING, PLANNING
 from .attention_cost import BF16, FP32, LINK_SHARE
 from .hardware import Card
 
@@ -134,7 +131,6 @@ class Exchange(NamedTuple):
     forward: Pass = Pass()
     backward: Pass = Pass()
     nccl: bool = False  # all of it goes by NCCL, also inside a machine
-    beside: float = 0.0  # seconds of a layer for planning what is sent and handling dispatched rows: nothing hides them
 
 
 def exchange(comm_type: str, x: LocalShape, size: int, stride: int, inner: int, card: Card,
@@ -158,14 +154,8 @@ def exchange(comm_type: str, x: LocalShape, size: int, stride: int, inner: int, 
         return Exchange(*(Pass(h.first + k.first, k.rest, k.after + h.after) for h, k in zip(heads[:2], keys[:2])))
     if comm_type == "selective":
         group = Group(size, stride)
-        planning = PLANNING if size >= DISPATCH_FROM else 0.0
         gather, send = (_by_head_groups(group, x.kv_bytes * share, x.kv_heads, card) for share in (1, union_share(x)))
-        methods = [gather, send._replace(nccl=True, beside=planning)]
-        if size >= DISPATCH_FROM:
-            rows = x.tokens * x.heads * (x.topk - 1)
-            forward, backward = (all_to_all(group, rows * row, card) for row in query_bytes(x.head_dim))
-            methods.append(Exchange(Pass(rest=forward), Pass(rest=backward), True, planning + 2 * rows * HANDLING))
-        return min(methods, key=lambda e: e.forward.total.seconds + e.backward.total.seconds + e.beside)
+        return min(gather, send._replace(nccl=True), key=lambda e: e.forward.total.seconds + e.backward.total.seconds)
     raise ValueError(f"comm_type must be one of {', '.join(COMM_TYPES)}, got {comm_type!r}")
 
 
@@ -195,9 +185,3 @@ def union_share(x: LocalShape) -> float:
     chunks = max(1, x.seqlen // x.chunk_size)
     choices = x.tokens * (x.heads / x.kv_heads) * (x.topk - 1)
     return 1 - math.exp(-choices / chunks)
-
-
-def query_bytes(head_dim: int) -> tuple[int, int]:
-    """Bytes of one (query, head) dispatched to one owner: forward (q; o, lse), backward (q, do, o, lse; dq)."""
-    row = head_dim * BF16
-    return 2 * row + FP32, 4 * row + FP32

@@ -180,7 +180,7 @@ def _hide(moved: Exchange, forward: float, backward: float, again: bool, card: C
 
     What comes while attention runs is exposed where it takes longer, and slows attention down (HIDDEN_COST).
     """
-    times, part = 2 if again else 1, Part(moved.beside * (2 if again else 1))
+    times, part = 2 if again else 1, Part()
     for (first, rest, after), compute in [(moved.forward, forward)] * times + [(moved.backward, backward)]:
         late = max(0.0, rest.seconds - compute)
         cost = HIDDEN_COST_NCCL if moved.nccl or rest.network else HIDDEN_COST

@@ -17,7 +17,7 @@ import comparison
 import decoding
 from moba_megatron import kernels, moba_attn_varlen, select_chunks, sparse_attn_varlen
 from moba_megatron.inspect import kernels as router_kernels
-from moba_megatron.kernels import copying, merging, sm90
+from moba_megatron.kernels import copying, sm90
 from moba_megatron.ops.decode import moba_decode
 
 NAMES = ["packed, ragged, empty", "gqa", "chunk not a power of two", "smallest chunk", "large chunk", "D 80",
@@ -112,21 +112,6 @@ def copy(rows, width, source_pitch, target_pitch) -> None:
                          for x, pitch in ((source, source_pitch), (target, target_pitch))))
 
 
-def merge(tokens, heads, topk, dim, dtype) -> None:
-    """The kernel that merges parts from other ranks, weighted and not; a third of the choices have one."""
-    there = torch.rand(tokens, heads, topk, device="cuda") < 0.3
-    number = int(there.sum())
-    places = torch.full(there.shape, -1, dtype=torch.int32, device="cuda")
-    places[there] = torch.randperm(number, device="cuda").int()
-    o, parts = (torch.randn(*shape, dim, device="cuda").to(dtype) for shape in ((tokens, heads), (number,)))
-    lse, lse_parts = (torch.randn(*shape, device="cuda") for shape in ((tokens, heads), (number,)))
-    merged, outs = torch.empty_like(lse), torch.empty(2, *o.shape, dtype=dtype, device="cuda")
-    merging.merge_parts(o, lse, parts, lse_parts, places, outs[0], merged)
-    merging.add_parts(o, parts, places, outs[1])
-    torch.cuda.synchronize()
-    assert merged.isfinite().all() and outs.isfinite().all()
-
-
 PROGRAMS = {name: (run, case) for name, case in CASES.items()}
 PROGRAMS |= {
     "given, gqa, packed": (run_given, dict(CASES["D 128, chunk 100, packed, gqa"], shared="head")),
@@ -151,8 +136,6 @@ PROGRAMS |= {
                                                    samples=1)),
     "router, fp32": (watch_router, dict(lengths=[333], chunk=64, topk=3, heads=3, kv_heads=1, dtype=torch.float32,
                                         samples=50)),
-    "merge": (merge, dict(tokens=131, heads=4, topk=7, dim=128, dtype=torch.bfloat16)),
-    "merge, D 80, no part": (merge, dict(tokens=3, heads=1, topk=1, dim=80, dtype=torch.float32)),
     "copies, one row": (copy, dict(rows=1, width=4144, source_pitch=4144, target_pitch=4144)),
     "copies, seven rows": (copy, dict(rows=7, width=48, source_pitch=48, target_pitch=160)),
     "copies, more than a round of blocks": (copy, dict(rows=600, width=2064, source_pitch=4096, target_pitch=2064)),

@@ -12,7 +12,7 @@ from far_apart import HEAD, far_apart
 import decoding
 from moba_megatron import kernels, moba_attn_varlen
 from moba_megatron.inspect import kernels as statistics
-from moba_megatron.kernels import copying, merging
+from moba_megatron.kernels import copying
 from moba_megatron.ops import key_convolution
 from moba_megatron.segments import Segments
 
@@ -118,18 +118,6 @@ def test_decoding_with_queries_far_apart():
     for strides in ((HEAD, 16, 1), (16, 2 ** 29, 1), (6, 1, 2 ** 28)):
         assert_same(lambda q: (decoding.moba_decode(q, k, v, means, cache_lengths, 8, 2, backend="triton"),), [q],
                     [far_apart(q, *strides)])
-
-
-@pytest.mark.parametrize("strides", list(LAYOUTS.values())[:2], ids=list(LAYOUTS)[:2])
-def test_merged_parts_into_rows_far_apart(strides):
-    x, parts = normal(40, 3, 16), normal(30, 16)
-    places = (torch.arange(240) % 60 - 30).view(40, 3, 2).int()
-
-    def call(out):
-        merging.add_parts(x, parts, places, out)
-        return (out,)
-
-    assert_same(call, [torch.zeros_like(x)], [far_apart(torch.zeros_like(x), *strides)])
 
 
 @pytest.mark.parametrize("strides", LAYOUTS.values(), ids=LAYOUTS)
