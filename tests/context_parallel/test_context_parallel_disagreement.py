@@ -26,7 +26,7 @@ from moba_megatron.context_parallel import (
     context_parallel_attention,
 )
 from moba_megatron.context_parallel.all_gather import transport_for
-from moba_megatron.context_parallel.transport import collective_check, copy_engines, symmetric_memory
+from moba_megatron.context_parallel.transport import collective_check, symmetric_memory
 from tests.context_parallel.test_context_parallel_peers import EagerEngines, Event, mapped
 
 CPU = torch.device("cpu")
@@ -444,8 +444,8 @@ def test_late_exchanges_end_the_process(monkeypatch, capfd):
     done, late = (SimpleNamespace(query=lambda value=value: value) for value in (True, False))
     now = time.monotonic()
     exchanges = collections.deque([(now - 1, done, "one", None), (now + 60, late, "two", None)])
-    copy_engines.look(exchanges)
+    symmetric_memory.look(exchanges)
     assert [what for _, _, what, _ in exchanges] == ["two"] and not left
     exchanges.append((now - 1, late, "three", None))
-    copy_engines.look(exchanges)
+    symmetric_memory.look(exchanges)
     assert left == [1] and "moba_megatron: three was not done in time" in capfd.readouterr().err

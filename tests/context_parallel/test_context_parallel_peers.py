@@ -35,6 +35,8 @@ class Event:
     def wait(self):
         pass
 
+    synchronize = wait
+
 
 class HostEngines:
     """The engines of a simulated GPU with two queues, or one for everything: operations run once they are ready.
@@ -65,7 +67,7 @@ class HostEngines:
         self._enqueue(self.local, finish or (lambda: None), lambda: remote.recorded)
         return Event()
 
-    def copy(self, stream, target, source, rows, width):
+    def copy(self, stream, target, source, rows, width, here):
         assert source[1] >= width <= target[1]
         for r, (begin, size) in enumerate(self.arenas):
             for address, pitch in (target, source):
@@ -80,8 +82,6 @@ class HostEngines:
                 ctypes.memmove(target[0] + row * target[1], source[0] + row * source[1], width)
 
         self._enqueue(stream, run)
-
-    place = copy
 
     def signal(self, address, number):
         at = ctypes.c_uint32.from_address(address)
@@ -101,10 +101,6 @@ class EagerEngines(HostEngines):
             assert time.monotonic() < deadline, "another rank does not come"
             time.sleep(0)
         run()
-
-    def attempt(self, arenas, rank, zeros):
-        for arena in arenas:
-            self.signal(arena, 0)
 
 
 class HostTransport(SymmetricMemory):

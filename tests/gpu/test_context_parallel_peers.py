@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.cp_compile import Job, compile_schedules
 from moba_megatron.context_parallel import CollectiveCheck, Sequences, context_parallel_attention
 from moba_megatron.context_parallel.all_gather import transport_for
-from moba_megatron.context_parallel.transport import copy_engines, symmetric_memory
+from moba_megatron.context_parallel.transport import symmetric_memory
 from moba_megatron.kernels import launcher
 from moba_megatron.ops import moba_attention, pipeline
 from moba_megatron.segments import Segments
@@ -185,14 +185,14 @@ def failing(error):
 
 def refusing(call):
     """CUDA, but for one call."""
-    run = copy_engines._call
+    run = symmetric_memory._call
 
     def refuse(function, *args):
         if function.__name__ == call:
             raise RuntimeError(f"{call} failed with error 801")
         run(function, *args)
 
-    return mock.patch.object(copy_engines, "_call", refuse)
+    return mock.patch.object(symmetric_memory, "_call", refuse)
 
 
 # (the rank on which it fails, a patch, what the line must say)

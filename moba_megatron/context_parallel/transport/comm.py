@@ -348,12 +348,14 @@ def fetched(runs: Runs, me: int, views: Sequence[Tensor], outs: Sequence[Tensor]
 
 
 def collected(runs: Runs, me: int, tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Iterator[Messages]:
-    """From each ``[S, h, D]`` its rows to each other rank; into ``[P - 1, T, h, D]``."""
+    """From each ``[S, h, D]`` its rows to each rank; into ``[P, T, h, D]``, or ``[P - 1, T, h, D]`` without its own."""
     for x, received in zip(tensors, others):
         length = received.shape[1] // len(runs)
         for i, firsts in enumerate(runs):
             came = list(received[:, i * length:(i + 1) * length])
-            yield [*came[:me], None, *came[me:]], [x[first:first + length] for first in firsts]
+            if len(came) < len(firsts):
+                came.insert(me, None)
+            yield came, [x[first:first + length] for first in firsts]
 
 
 def put(arrived: Sequence[Arrived], outs: Sequence[Tensor], rows: Rows) -> None:

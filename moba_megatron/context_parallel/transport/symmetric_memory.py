@@ -16,48 +16,135 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+import sys
+import threading
+import time
+from collections import deque, namedtuple
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .collective_check import CollectiveCheck
-from .comm import MAX_RUNS, Library, ListMessages, Messages, Pending, Rows, Runs, Slot, met
-from .copy_engines import CopyEngines, addresses_of_all, new_arena
+from .comm import MAX_RUNS, Library, ListMessages, Messages, Pending, Rows, Runs, Slot, collected, met
 
 GRAIN = 32 << 20  # an arena is a multiple of this, bytes
 FLAG_STEP = 128  # bytes between the numbers that ranks write to each other
 FOR_EVER = 1 << 30  # exchanges ahead that a rank which gives up says are done
 MOST_PLANS = 512  # of a group
+OFF, NOT_CHOSEN = "MOBA_CP_COPY_ENGINES=0", "more than two ranks: MOBA_CP_COPY_ENGINES=1 chooses copy engines"
+Copy = namedtuple("Copy", "bases offsets pitches rows width")
+"""Rows of ``width`` bytes, of a target and a source: the numbers of their bases, bytes from there, from row to row."""
+Plan = namedtuple("Plan", "staged own read sent")
+"""An exchange's copies: to this rank's arena, of its own rows, by rank from the others' arenas; bytes that are sent."""
 
 
-class Copy(NamedTuple):
-    """Rows of ``width`` bytes: an end is the number of a base, and bytes from there and from row to row."""
-
-    target: int
-    target_offset: int
-    target_pitch: int
-    source: int
-    source_offset: int
-    source_pitch: int
-    rows: int
-    width: int
-
-    def at(self, bases: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int], int, int]:
-        return ((bases[self.target] + self.target_offset, self.target_pitch),
-                (bases[self.source] + self.source_offset, self.source_pitch), self.rows, self.width)
+def new_arena(nbytes: int, device: torch.device) -> Tensor:
+    """uint8; not from a pool, which would hand it out again while others have it mapped."""
+    from torch._C._distributed_c10d import _SymmetricMemory
+    return _SymmetricMemory.empty_strided_p2p((nbytes,), (1,), torch.uint8, device)
 
 
-class Plan(NamedTuple):
-    """An exchange's copies: to this rank's arena, of its own rows, and by rank from the others' arenas."""
+def addresses_of_all(arena: Tensor, group: dist.ProcessGroup) -> tuple[list[int], Any]:
+    """Where this process sees every rank's arena, and what must be kept for that; collective."""
+    from torch.distributed._symmetric_memory import rendezvous
+    handle = rendezvous(arena, group.group_name)
+    return list(handle.buffer_ptrs), handle
 
-    staged: list[Copy]
-    own: list[Copy]
-    read: dict[int, list[Copy]]
-    sent: int  # bytes
+
+class CopyEngines:
+    """Copies and signals of one GPU, on a stream for what others send and wait for and one for what stays here.
+
+    An exchange that is not done ``timeout_s`` after it was issued ends the process.
+    """
+
+    def __init__(self, device: torch.device, timeout_s: float):
+        from cuda.bindings import driver, runtime
+
+        from ...kernels import copying  # needs Triton
+        self._driver, self._runtime, self._kernels, self._timeout_s = driver, runtime, copying, timeout_s
+        self._current = torch.cuda.current_stream(device)
+        # of high priority: what they wait for must not stand behind kernels that were launched first
+        self.remote, self.local = (torch.cuda.Stream(device, priority=-1) for _ in range(2))
+
+    def begin(self, after: torch.cuda.Event | None) -> None:
+        """What follows on both streams comes after ``after``, or else after what is on the current stream now.
+
+        Where another stream was the current one before, all that it has to do comes before too: it may use arenas.
+        """
+        current = torch.cuda.current_stream()
+        if self._current != current:
+            current.wait_stream(self._current)
+        self._current = current
+        ready = current.record_event() if after is None else after
+        self.remote.wait_event(ready)
+        self.local.wait_event(ready)
+
+    def end(self, what: str, finish: Callable[[], None] | None = None, keep: Any = None) -> torch.cuda.Event:
+        """After everything issued so far, and ``finish``; watched by the name ``what``, keeps ``keep`` until then."""
+        self.local.wait_event(self.remote.record_event())
+        if finish is not None:
+            with torch.cuda.stream(self.local):
+                finish()
+        done = self.local.record_event()
+        _unfinished().append((time.monotonic() + self._timeout_s, done, what, keep))
+        return done
+
+    def copy(self, stream: torch.cuda.Stream, target: tuple, source: tuple, rows: int, width: int, here: bool) -> None:
+        """Rows at (address, bytes from row to row). ``here``: within this GPU, where CUDA's own take all of it; so by a
+        kernel of few blocks, if it can."""
+        if here and self._kernels.copyable(rows, width, *target, *source):
+            self._kernels.copy_rows(source[0], target[0], rows, width, source[1], target[1], stream)
+        else:
+            _call(self._runtime.cudaMemcpy2DAsync, *target, *source, width, rows,
+                  self._runtime.cudaMemcpyKind.cudaMemcpyDefault, stream.cuda_stream)
+
+    def signal(self, address: int, number: int) -> None:
+        """Writes a number, mod 2^32, when everything before on the remote stream is done and seen by all GPUs."""
+        _call(self._driver.cuStreamWriteValue32, self.remote.cuda_stream, address, number & 0xFFFFFFFF, 0)
+
+    def wait(self, stream: torch.cuda.Stream, address: int, number: int) -> None:
+        """The stream waits until the number at the address is this one, or up to 2^31 more."""
+        _call(self._driver.cuStreamWaitValue32, stream.cuda_stream, address, number & 0xFFFFFFFF, 0)
+
+
+def _call(function: Callable, *args) -> None:
+    error, = function(*args)
+    if int(error):
+        raise RuntimeError(f"{function.__name__} failed with error {int(error)}")
+
+
+@functools.lru_cache(maxsize=None)
+def _unfinished() -> deque:
+    """(deadline, event, what it is the end of, what to keep until then) of exchanges, which a thread watches."""
+    from cuda.bindings import runtime
+    exchanges: deque = deque()
+
+    def watch() -> None:  # its queries must not spoil a CUDA graph that another thread captures
+        runtime.cudaThreadExchangeStreamCaptureMode(runtime.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed)
+        while True:
+            look(exchanges)
+            time.sleep(0.5)
+
+    threading.Thread(target=watch, daemon=True, name="moba context parallel watch").start()
+    return exchanges
+
+
+def look(exchanges: deque) -> None:
+    """Forgets those that are done; ends the process where one is late, as NCCL would: streams would wait for ever."""
+    for _ in range(len(exchanges)):
+        deadline, done, what, keep = exchanges.popleft()
+        if done.query():
+            continue
+        if time.monotonic() > deadline:
+            print(f"moba_megatron: {what} was not done in time: another rank failed, hangs or is slower than the "
+                  "process group's timeout. This process ends", file=sys.stderr, flush=True)
+            os._exit(1)
+        exchanges.append((deadline, done, what, keep))
 
 
 class Peers:
@@ -69,8 +156,8 @@ class Peers:
         keep: what the addresses belong to.
     """
 
-    def __init__(self, rank: int, arena: Tensor, arenas: Sequence[int], engines: CopyEngines, keep: Any = None):
-        self.arena, self.arenas, self.exchanges, self._engines, self._keep = arena, list(arenas), 0, engines, keep
+    def __init__(self, rank: int, arena: Tensor, arenas: list[int], engines: CopyEngines, keep: Any = None):
+        self.arena, self.arenas, self.exchanges, self._engines, self._keep = arena, arenas, 0, engines, keep
         self.plans: dict[tuple, Plan] = {}
         # the next one first: no two ranks begin with the same
         self.others = [(rank + i) % len(arenas) for i in range(1, len(arenas))]
@@ -85,21 +172,33 @@ class Peers:
         ``finish`` launches what is to be done with what was read.
         """
         engines, self.exchanges = self._engines, self.exchanges + 1
+
+        def copy(stream: Any, x: Copy, here: bool = True) -> None:
+            (target, source), (to, by), pitches = x.bases, x.offsets, x.pitches
+            engines.copy(stream, (bases[target] + to, pitches[0]), (bases[source] + by, pitches[1]), x.rows, x.width,
+                         here)
+
         engines.begin(after)
-        for copy in plan.staged:
-            engines.place(engines.remote, *copy.at(bases))
+        for x in plan.staged:
+            copy(engines.remote, x)
         for ready, _ in self._tell.values():
             engines.signal(ready, self.exchanges)
-        for copy in plan.own:
-            engines.place(engines.local, *copy.at(bases))
+        for x in plan.own:
+            copy(engines.local, x)
         for r, copies in plan.read.items():
             engines.wait(engines.remote, self._hear[r][0], self.exchanges)
-            for copy in copies:
-                engines.copy(engines.remote, *copy.at(bases))
+            for x in copies:
+                copy(engines.remote, x, here=False)
             engines.signal(self._tell[r][1], self.exchanges)
         for _, done in self._hear.values():
             engines.wait(engines.local, done, self.exchanges)
         return engines.end(f"context parallel exchange {what!r}, number {self.exchanges}", finish)
+
+    def attempt(self, rank: int) -> None:
+        """Exchange 0, in which nobody waits for another: what this driver, GPU or Triton refuses is refused here."""
+        place, self.exchanges = first_slot(len(self.arenas)) - 32, -1
+        mine, *others = ([Copy((rank, r), (place, place + 16), (16, 16), 1, 16)] for r in (rank, *self.others))
+        self.run(Plan(mine, mine, dict(zip(self.others, others)), 0), self.arenas, None, "attempt", None).synchronize()
 
     def give_up(self) -> None:
         """Lets all waits for this rank pass, and the current stream await what was issued so far."""
@@ -117,34 +216,33 @@ class SymmetricMemory(Library):
         super().__init__(rows, group)
         self._peers, self._lanes = peers, lanes
 
-    def tensors(self, slot: Slot, *kinds: tuple[tuple[int, ...], torch.dtype]) -> list[Tensor]:
-        made, offset = [], self._offset(slot)
-        for shape, dtype in kinds:
-            nbytes = math.prod(shape) * dtype.itemsize
-            made.append(self._peers.arena[offset:offset + nbytes].view(dtype).view(shape))
-            offset += aligned(nbytes)
-        return made
+    def tensors(self, slot: Slot, *kinds: tuple[tuple[int, ...], torch.dtype]) -> list[Tensor] | None:
+        """None where the slot has no room for them."""
+        begin, sizes = self._offset(slot), [math.prod(shape) * dtype.itemsize for shape, dtype in kinds]
+        *places, end = accumulate(map(aligned, sizes), initial=begin)
+        if end > begin + self._lanes[slot[0]]:
+            return None
+        return [self._peers.arena[place:place + nbytes].view(dtype).view(shape)
+                for place, nbytes, (shape, dtype) in zip(places, sizes, kinds)]
 
     def deliver(self, tensors: Sequence[Tensor], outs: Sequence[Tensor], stage: str, slot: Slot,
                 after: torch.cuda.Event | None = None) -> Pending:
         if any(x.dtype != out.dtype or out.shape[0] != self.rows.size for x, out in zip(tensors, outs)):
             return super().deliver(tensors, outs, stage, slot, after)
-        return self._exchange(delivered, self.rows.runs, tensors, outs, outs, stage, slot, after)
+        return self._exchange(collected, self.rows.runs, tensors, outs, outs, stage, slot, after)
 
     def _ends(self, views: Sequence[Tensor], rows: Rows, slot: Slot, lasting: bool
               ) -> tuple[Sequence[Tensor], list[Tensor]]:
         views = [x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous() for x in views]
-        if lasting or views[0].shape[0] > 1:
-            return views, [x.new_empty(rows.total, *x.shape[2:]) for x in views]
-        return views, self.tensors(slot, *(((rows.total, *x.shape[2:]), x.dtype) for x in views))
+        kinds = [((rows.total, *x.shape[2:]), x.dtype) for x in views]
+        outs = None if lasting or views[0].shape[0] > 1 else self.tensors(slot, *kinds)
+        return views, outs or [views[0].new_empty(shape, dtype=dtype) for shape, dtype in kinds]
 
     def _received(self, tensors: Sequence[Tensor], slot: Slot) -> list[Tensor]:
         """Behind the tensors in their slot, where it has room: memory allocated now may be in use at ``after``."""
-        rows, sent = self.rows, [(x.shape, x.dtype) for x in tensors]
-        kinds = [*sent, *(((rows.size - 1, rows.local, *shape[1:]), dtype) for shape, dtype in sent)]
-        if sum(aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in kinds) > self._lanes[slot[0]]:
-            return super()._received(tensors, slot)
-        return self.tensors(slot, *kinds)[len(sent):]
+        shape, sent = (self.rows.size - 1, self.rows.local), [(x.shape, x.dtype) for x in tensors]
+        made = self.tensors(slot, *sent, *(((*shape, *x.shape[1:]), x.dtype) for x in tensors))
+        return super()._received(tensors, slot) if made is None else made[len(sent):]
 
     def _exchange(self, messages: ListMessages, runs: Runs, sources: Sequence[Tensor], targets: Sequence[Tensor],
                   outs: Sequence[Tensor], stage: str, slot: Slot, after: torch.cuda.Event | None = None,
@@ -161,71 +259,61 @@ class SymmetricMemory(Library):
         if plan is None:
             if len(peers.plans) >= MOST_PLANS:
                 peers.plans.clear()
-            listed = messages(runs, self.rows.rank, sources, targets)
+            listed = list(messages(runs, self.rows.rank, sources, targets))
             plan = peers.plans[key] = self._plan(listed, sources, targets, stage, begin, begin + lane)
         done = peers.run(plan, bases + peers.arenas, after, stage, finish and functools.partial(finish, outs))
         return Pending([done], outs, (sources, targets, outs), stage, sent=plan.sent)
 
-    def _plan(self, listed: Iterator[Messages], sources: Sequence[Tensor], targets: Sequence[Tensor], stage: str,
+    def _plan(self, listed: list[Messages], sources: Sequence[Tensor], targets: Sequence[Tensor], stage: str,
               begin: int, end: int) -> Plan:
         """Copies for messages; what is sent or received in the slot, ``begin`` to ``end`` of the arena, lies there."""
-        peers, me, at, tensors, listed = self._peers, self.rows.rank, begin, (*sources, *targets), list(listed)
-        arena, runs, own, sent = peers.arenas[me], len(listed) // len(sources), [], 0
-        staged, read = ({r: [] for r in peers.others} for _ in range(2))
+        peers, me, at, tensors = self._peers, self.rows.rank, begin, (*sources, *targets)
+        arena, runs, other = peers.arenas[me], len(listed) // len(sources), peers.others[0]
+        staged, read = {r: [] for r in peers.others}, {r: [] for r in (me, *peers.others)}
 
-        def in_tensor(i: int, x: Tensor) -> tuple[int, int, int]:
+        def rows_of(i: int, x: Tensor) -> tuple[int, int, int]:
             return i, x.data_ptr() - tensors[i].data_ptr(), x.stride(0) * x.element_size()
 
         for n, (outputs, inputs) in enumerate(listed):
-            source, run = divmod(n, runs)
-            target, other, rows, nbytes = len(sources) + source, peers.others[0], inputs[me].shape[0], inputs[me].nbytes
-            width, mine = nbytes // rows, own
+            (source, run), rows, nbytes = divmod(n, runs), inputs[me].shape[0], inputs[me].nbytes
+            width = nbytes // rows
             sends, receives = (begin <= x[other].data_ptr() - arena < end for x in (inputs, outputs))
             receives = receives and not sends and outputs[me] is not None
             if sends or receives:  # they lie in every rank's arena as here, sent from there, or received at their place
                 places = [x.data_ptr() - arena for x in (inputs if sends else outputs)]
-                mine = staged[other] if receives else own
             else:
                 places = [at + (r * runs + run) * nbytes for r in range(len(inputs))]
-                for r in peers.others:
+                for r, copies in staged.items():
                     place = len(tensors) + me, places[r], width
-                    staged[r].append(Copy(*place, *in_tensor(source, inputs[r]), rows, width))
+                    copies.append(Copy(*zip(place, rows_of(source, inputs[r])), rows, width))
                 at += (run == runs - 1) * aligned(len(inputs) * runs * nbytes)
             if min(places) < begin or max(places) + nbytes > end:
                 raise ValueError(f"{stage} must fit its {end - begin} bytes, got {max(places) + nbytes - begin}")
-            if outputs[me] is not None:
-                mine.append(Copy(*in_tensor(target, outputs[me]), *in_tensor(source, inputs[me]), rows, width))
-            for r in peers.others:
+            for r, copies in read.items():
                 place = len(tensors) + r, places[r if receives else me], width
-                read[r].append(Copy(*in_tensor(target, outputs[r]), *place, rows, width))
-                sent += nbytes
-        return Plan([x for copies in staged.values() for x in _joined(copies)], _joined(own),
-                    {r: _joined(copies, apart=True) for r, copies in read.items()}, sent)
+                if r == me:
+                    place, copies = rows_of(source, inputs[me]), staged[other] if receives else copies
+                if outputs[r] is not None:
+                    copies.append(Copy(*zip(rows_of(len(sources) + source, outputs[r]), place), rows, width))
+        own, read = _joined(read.pop(me)), {r: _joined(copies, apart=True) for r, copies in read.items()}
+        return Plan([x for copies in staged.values() for x in _joined(copies)], own, read,
+                    sum(x.rows * x.width for copies in read.values() for x in copies))
 
     def _offset(self, slot: Slot) -> int:
         return first_slot(self.rows.size) + 2 * sum(self._lanes[:slot[0]]) + slot[1] % 2 * self._lanes[slot[0]]
 
 
-def delivered(runs: Runs, me: int, tensors: Sequence[Tensor], outs: Sequence[Tensor]) -> Iterator[Messages]:
-    """From each ``[S, h, D]`` its rows to each rank; into ``[P, T, h, D]``."""
-    for x, out in zip(tensors, outs):
-        length = out.shape[1] // len(runs)
-        for i, firsts in enumerate(runs):
-            yield out[:, i * length:(i + 1) * length].unbind(), [x[first:first + length] for first in firsts]
-
-
 def _joined(copies: Sequence[Copy], apart: bool = False) -> list[Copy]:
     """Fewer copies: rows that are neighbours at both ends as one; ``apart``: also two that are not neighbours."""
-    joined = []
+    joined: list[Copy] = []
     for copy in map(_in_one, copies):
         last = joined[-1] if joined else copy
-        steps = copy.target_offset - last.target_offset, copy.source_offset - last.source_offset
-        alike = (last.target, last.source, last.width) == (copy.target, copy.source, copy.width)
-        if alike and steps == (last.rows * last.target_pitch, last.rows * last.source_pitch) and (
-                (last.target_pitch, last.source_pitch) == (copy.target_pitch, copy.source_pitch)):
+        steps = tuple(b - a for a, b in zip(last.offsets, copy.offsets))
+        alike = (last.bases, last.width) == (copy.bases, copy.width)
+        if alike and last.pitches == copy.pitches and steps == tuple(last.rows * pitch for pitch in last.pitches):
             joined[-1] = _in_one(last._replace(rows=last.rows + copy.rows))
         elif alike and apart and last.rows == copy.rows == 1 and copy.width <= min(steps) and max(steps) < 1 << 31:
-            joined[-1] = last._replace(target_pitch=steps[0], source_pitch=steps[1], rows=2)
+            joined[-1] = last._replace(pitches=steps, rows=2)
         else:
             joined.append(copy)
     return joined
@@ -234,9 +322,8 @@ def _joined(copies: Sequence[Copy], apart: bool = False) -> list[Copy]:
 def _in_one(copy: Copy) -> Copy:
     """Contiguous rows as one row; CUDA's are below 2 GiB."""
     nbytes = copy.rows * copy.width
-    if not copy.target_pitch == copy.source_pitch == copy.width or nbytes >= 1 << 30:
-        return copy
-    return copy._replace(target_pitch=nbytes, source_pitch=nbytes, rows=1, width=nbytes)
+    one = copy.pitches == (copy.width, copy.width) and nbytes < 1 << 30
+    return copy._replace(pitches=(nbytes, nbytes), rows=1, width=nbytes) if one else copy
 
 
 def aligned(nbytes: int) -> int:
@@ -245,7 +332,7 @@ def aligned(nbytes: int) -> int:
 
 
 def first_slot(size: int) -> int:
-    """Bytes of an arena before its slots: the numbers that ranks tell each other, and room for an attempt."""
+    """Bytes of an arena before its slots: the numbers that ranks tell each other, and 32 for the first exchange."""
     return aligned(2 * size * FLAG_STEP + 32)
 
 
@@ -263,7 +350,7 @@ def through_arenas(rows: Rows, group: dist.ProcessGroup, device: torch.device,
 
 def meet(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> Peers | None:
     """Makes arenas and maps everybody's; None on all ranks if that fails on one, whatever the failure."""
-    rank, size, peers, host, problem = dist.get_rank(group), group.size(), None, "", _choice(group.size())
+    rank, size, host, problem = dist.get_rank(group), group.size(), "", _choice(group.size())
     for step in (0, 1):
         try:
             if problem is None and step == 0:
@@ -273,8 +360,8 @@ def meet(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> Peers |
                 host = socket.gethostname() + Path("/proc/sys/kernel/random/boot_id").read_text()
             elif problem is None:
                 arenas, keep = addresses_of_all(arena, group)
-                engines.attempt(arenas, rank, first_slot(size) - 32)
                 peers = Peers(rank, arena, arenas, engines, keep)
+                peers.attempt(rank)
         except Exception as error:  # whatever it is, the others wait to hear of it
             problem = f"{type(error).__name__}: {error}"
         everyone = [None] * size
@@ -290,13 +377,7 @@ def meet(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> Peers |
     return peers
 
 
-OFF, NOT_CHOSEN = ("MOBA_CP_COPY_ENGINES=0",
-                   "copy engines among more than two ranks are chosen by MOBA_CP_COPY_ENGINES=1")
-
-
 def _choice(size: int) -> str | None:
     """Why this rank does not want copy engines; None where it does. Never seen on hardware beyond two ranks."""
-    value = os.environ.get("MOBA_CP_COPY_ENGINES", "")
-    if value not in ("", "0", "1"):
-        return f"MOBA_CP_COPY_ENGINES must be 0 or 1, got {value!r}"
-    return OFF if value == "0" else NOT_CHOSEN if not value and size > 2 else None
+    value = os.environ.get("MOBA_CP_COPY_ENGINES") or ("1" if size == 2 else "")
+    return {"1": None, "0": OFF, "": NOT_CHOSEN}.get(value, f"MOBA_CP_COPY_ENGINES must be 0 or 1, got {value!r}")
