@@ -239,7 +239,7 @@ def test_a_slot_is_not_used_again_before_all_have_read():
     on_ranks = transports(peers, rows, [x.nbytes])
     results = as_hosts(lambda r: on_ranks[r].fetch([x[rows[r].own_rows][None]], "in", (0, 0)), 3)
     queue = engines[2].queues[0]
-    staged, signals = 2, 2  # one copy for each of two ranks; what follows is what rank 2 reads
+    staged, signals = 1, 2  # one copy for both ranks, one signal for each; what follows is what rank 2 reads
     held, queue[staged + signals:] = queue[staged + signals:], []
     while ready := [q for e in engines for q in e.queues if q and q[0][0]()]:
         ready[0].pop(0)[1]()

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .collective_check import CollectiveCheck
-from .comm import MAX_RUNS, Library, ListMessages, Messages, Pending, Rows, Runs, Slot, collected, met
+from .comm import MAX_RUNS, Library, ListMessages, Pending, Rows, Runs, Slot, collected, fetched, met
 
 GRAIN = 32 << 20  # an arena is a multiple of this, bytes
 FLAG_STEP = 128  # bytes between the numbers that ranks write to each other
@@ -259,44 +259,42 @@ class SymmetricMemory(Library):
         if plan is None:
             if len(peers.plans) >= MOST_PLANS:
                 peers.plans.clear()
-            listed = list(messages(runs, self.rows.rank, sources, targets))
-            plan = peers.plans[key] = self._plan(listed, sources, targets, stage, begin, begin + lane)
+            plan = peers.plans[key] = self._plan(messages, runs, sources, targets, stage, slot)
         done = peers.run(plan, bases + peers.arenas, after, stage, finish and functools.partial(finish, outs))
         return Pending([done], outs, (sources, targets, outs), stage, sent=plan.sent)
 
-    def _plan(self, listed: list[Messages], sources: Sequence[Tensor], targets: Sequence[Tensor], stage: str,
-              begin: int, end: int) -> Plan:
-        """Copies for messages; what is sent or received in the slot, ``begin`` to ``end`` of the arena, lies there."""
-        peers, me, at, tensors = self._peers, self.rows.rank, begin, (*sources, *targets)
-        arena, runs, other = peers.arenas[me], len(listed) // len(sources), peers.others[0]
-        staged, read = {r: [] for r in peers.others}, {r: [] for r in (me, *peers.others)}
+    def _plan(self, messages: ListMessages, runs: Runs, sources: Sequence[Tensor], targets: Sequence[Tensor],
+              stage: str, slot: Slot) -> Plan:
+        """Copies for messages, which are read where they lie in the slot: sources, targets, or copies of sources."""
+        peers, me, tensors, lane = self._peers, self.rows.rank, (*sources, *targets), self._lanes[slot[0]]
+        arena, begin, other = peers.arenas[me], self._offset(slot), peers.others[0]
+        staged, read, own = {r: [] for r in peers.others}, {r: [] for r in peers.others}, []
+        sends, receives = (0 <= x[0].data_ptr() - arena - begin < lane for x in (sources, targets))
+        receives = receives and messages is fetched
+        sent = sources if sends or receives else self.tensors(slot, *((x.shape, x.dtype) for x in sources))
+        if sent is None:
+            raise ValueError(f"{stage} must fit its {lane} bytes, got {sum(x.nbytes for x in sources)}")
 
-        def rows_of(i: int, x: Tensor) -> tuple[int, int, int]:
-            return i, x.data_ptr() - tensors[i].data_ptr(), x.stride(0) * x.element_size()
+        def add(copies: list[Copy], *ends: tuple[Tensor, int]) -> None:
+            """``ends``: rows of the target and the source, each with its tensor's number, or behind these an arena's."""
+            bases = [tensors[i].data_ptr() if i < len(tensors) else arena for _, i in ends]
+            places = [(i, x.data_ptr() - at, x.stride(0) * x.element_size()) for (x, i), at in zip(ends, bases)]
+            copies.append(_in_one(Copy(*zip(*places), len(ends[0][0]), ends[0][0][0].nbytes)))
 
-        for n, (outputs, inputs) in enumerate(listed):
-            (source, run), rows, nbytes = divmod(n, runs), inputs[me].shape[0], inputs[me].nbytes
-            width = nbytes // rows
-            sends, receives = (begin <= x[other].data_ptr() - arena < end for x in (inputs, outputs))
-            receives = receives and not sends and outputs[me] is not None
-            if sends or receives:  # they lie in every rank's arena as here, sent from there, or received at their place
-                places = [x.data_ptr() - arena for x in (inputs if sends else outputs)]
-            else:
-                places = [at + (r * runs + run) * nbytes for r in range(len(inputs))]
-                for r, copies in staged.items():
-                    place = len(tensors) + me, places[r], width
-                    copies.append(Copy(*zip(place, rows_of(source, inputs[r])), rows, width))
-                at += (run == runs - 1) * aligned(len(inputs) * runs * nbytes)
-            if min(places) < begin or max(places) + nbytes > end:
-                raise ValueError(f"{stage} must fit its {end - begin} bytes, got {max(places) + nbytes - begin}")
-            for r, copies in read.items():
-                place = len(tensors) + r, places[r if receives else me], width
-                if r == me:
-                    place, copies = rows_of(source, inputs[me]), staged[other] if receives else copies
-                if outputs[r] is not None:
-                    copies.append(Copy(*zip(rows_of(len(sources) + source, outputs[r]), place), rows, width))
-        own, read = _joined(read.pop(me)), {r: _joined(copies, apart=True) for r, copies in read.items()}
-        return Plan([x for copies in staged.values() for x in _joined(copies)], own, read,
+        # copies of sources lie rank after rank
+        order = runs if sends else [range(i * self.rows.local // len(runs), self.rows.total, self.rows.local)
+                                    for i in range(len(runs))]
+        listed = zip(messages(runs, me, sources, targets), messages(order, me, sent, targets))
+        for n, ((outputs, inputs), (_, leaving)) in enumerate(listed):
+            source, target = n // len(runs), len(sources) + n // len(runs)
+            for r in peers.others:
+                if not (sends or receives):
+                    add(staged[r], (leaving[r], len(tensors) + me), (inputs[r], source))
+                add(read[r], (outputs[r], target), (outputs[r] if receives else leaving[me], len(tensors) + r))
+            if outputs[me] is not None:
+                add(staged[other] if receives else own, (outputs[me], target), (inputs[me], source))
+        read = {r: _joined(copies, apart=True) for r, copies in read.items()}
+        return Plan(dict.fromkeys(x for copies in staged.values() for x in _joined(copies)), _joined(own), read,
                     sum(x.rows * x.width for copies in read.values() for x in copies))
 
     def _offset(self, slot: Slot) -> int:
@@ -306,7 +304,7 @@ class SymmetricMemory(Library):
 def _joined(copies: Sequence[Copy], apart: bool = False) -> list[Copy]:
     """Fewer copies: rows that are neighbours at both ends as one; ``apart``: also two that are not neighbours."""
     joined: list[Copy] = []
-    for copy in map(_in_one, copies):
+    for copy in copies:
         last = joined[-1] if joined else copy
         steps = tuple(b - a for a, b in zip(last.offsets, copy.offsets))
         alike = (last.bases, last.width) == (copy.bases, copy.width)
