@@ -21,7 +21,6 @@ import threading
 import time
 from collections import deque, namedtuple
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -137,14 +136,14 @@ def _unfinished() -> deque:
 def look(exchanges: deque) -> None:
     """Forgets those that are done; ends the process where one is late, as NCCL would: streams would wait for ever."""
     for _ in range(len(exchanges)):
-        deadline, done, what, keep = exchanges.popleft()
+        deadline, done, what, _ = exchange = exchanges.popleft()
         if done.query():
             continue
         if time.monotonic() > deadline:
             print(f"moba_megatron: {what} was not done in time: another rank failed, hangs or is slower than the "
                   "process group's timeout. This process ends", file=sys.stderr, flush=True)
             os._exit(1)
-        exchanges.append((deadline, done, what, keep))
+        exchanges.append(exchange)
 
 
 class Peers:
@@ -218,12 +217,15 @@ class SymmetricMemory(Library):
 
     def tensors(self, slot: Slot, *kinds: tuple[tuple[int, ...], torch.dtype]) -> list[Tensor] | None:
         """None where the slot has no room for them."""
-        begin, sizes = self._offset(slot), [math.prod(shape) * dtype.itemsize for shape, dtype in kinds]
-        *places, end = accumulate(map(aligned, sizes), initial=begin)
-        if end > begin + self._lanes[slot[0]]:
-            return None
-        return [self._peers.arena[place:place + nbytes].view(dtype).view(shape)
-                for place, nbytes, (shape, dtype) in zip(places, sizes, kinds)]
+        made, place = [], self._offset(slot)
+        end = place + self._lanes[slot[0]]
+        for shape, dtype in kinds:
+            begin, nbytes = place, math.prod(shape) * dtype.itemsize
+            place += aligned(nbytes)
+            if place > end:
+                return None
+            made.append(self._peers.arena[begin:begin + nbytes].view(dtype).view(shape))
+        return made
 
     def deliver(self, tensors: Sequence[Tensor], outs: Sequence[Tensor], stage: str, slot: Slot,
                 after: torch.cuda.Event | None = None) -> Pending:
@@ -269,14 +271,14 @@ class SymmetricMemory(Library):
         peers, me, tensors, lane = self._peers, self.rows.rank, (*sources, *targets), self._lanes[slot[0]]
         arena, begin, other = peers.arenas[me], self._offset(slot), peers.others[0]
         staged, read, own = {r: [] for r in peers.others}, {r: [] for r in peers.others}, []
-        sends, receives = (0 <= x[0].data_ptr() - arena - begin < lane for x in (sources, targets))
+        sends, receives = (all(0 <= x.data_ptr() - arena - begin < lane for x in xs) for xs in (sources, targets))
         receives = receives and messages is fetched
         sent = sources if sends or receives else self.tensors(slot, *((x.shape, x.dtype) for x in sources))
         if sent is None:
             raise ValueError(f"{stage} must fit its {lane} bytes, got {sum(x.nbytes for x in sources)}")
 
         def add(copies: list[Copy], *ends: tuple[Tensor, int]) -> None:
-            """``ends``: rows of the target and the source, each with its tensor's number, or behind these an arena's."""
+            """``ends``: rows of target and source, each with its tensor's number, or behind these an arena's."""
             bases = [tensors[i].data_ptr() if i < len(tensors) else arena for _, i in ends]
             places = [(i, x.data_ptr() - at, x.stride(0) * x.element_size()) for (x, i), at in zip(ends, bases)]
             copies.append(_in_one(Copy(*zip(*places), len(ends[0][0]), ends[0][0][0].nbytes)))
