@@ -67,19 +67,21 @@ class HostEngines:
         self._enqueue(self.local, finish or (lambda: None), lambda: remote.recorded)
         return Event()
 
-    def copy(self, stream, target, source, rows, width, here):
-        assert source[1] >= width <= target[1]
+    def copy(self, stream, copy, bases, here):
+        rows, width, pitches = copy.rows, copy.width, copy.pitches
+        assert min(pitches) >= width
+        ends = target, source = [bases[i] + offset for i, offset in zip(copy.bases, copy.offsets)]
         for r, (begin, size) in enumerate(self.arenas):
-            for address, pitch in (target, source):
+            for address, pitch in zip(ends, pitches):
                 end = address + (rows - 1) * pitch + width
                 if address < begin + size and end > begin:
                     assert begin + first_slot(len(self.arenas)) <= address and end <= begin + size
-                    assert r == self.rank or address == source[0], "written into another rank's arena"
+                    assert r == self.rank or address == source, "written into another rank's arena"
         self.copies.append((stream, rows, width))
 
         def run():
             for row in range(rows):
-                ctypes.memmove(target[0] + row * target[1], source[0] + row * source[1], width)
+                ctypes.memmove(target + row * pitches[0], source + row * pitches[1], width)
 
         self._enqueue(stream, run)
 

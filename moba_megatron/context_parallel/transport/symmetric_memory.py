@@ -93,13 +93,14 @@ class CopyEngines:
         _unfinished().append((time.monotonic() + self._timeout_s, done, what, keep))
         return done
 
-    def copy(self, stream: torch.cuda.Stream, target: tuple, source: tuple, rows: int, width: int, here: bool) -> None:
-        """Rows at (address, bytes from row to row). ``here``: within this GPU, where CUDA's own take all of it; so by a
-        kernel of few blocks, if it can."""
-        if here and self._kernels.copyable(rows, width, *target, *source):
-            self._kernels.copy_rows(source[0], target[0], rows, width, source[1], target[1], stream)
+    def copy(self, stream: torch.cuda.Stream, copy: Copy, bases: Sequence[int], here: bool) -> None:
+        """``here``: within this GPU, by a kernel of few blocks where it can: CUDA's own take all of the GPU."""
+        (target, source), (to, by), (to_pitch, by_pitch), rows, width = copy
+        to, by = to + bases[target], by + bases[source]
+        if here and self._kernels.copyable(rows, width, to, by, to_pitch, by_pitch):
+            self._kernels.copy_rows(by, to, rows, width, by_pitch, to_pitch, stream)
         else:
-            _call(self._runtime.cudaMemcpy2DAsync, *target, *source, width, rows,
+            _call(self._runtime.cudaMemcpy2DAsync, to, to_pitch, by, by_pitch, width, rows,
                   self._runtime.cudaMemcpyKind.cudaMemcpyDefault, stream.cuda_stream)
 
     def signal(self, address: int, number: int) -> None:
@@ -171,23 +172,17 @@ class Peers:
         ``finish`` launches what is to be done with what was read.
         """
         engines, self.exchanges = self._engines, self.exchanges + 1
-
-        def copy(stream: Any, x: Copy, here: bool = True) -> None:
-            (target, source), (to, by), pitches = x.bases, x.offsets, x.pitches
-            engines.copy(stream, (bases[target] + to, pitches[0]), (bases[source] + by, pitches[1]), x.rows, x.width,
-                         here)
-
         engines.begin(after)
-        for x in plan.staged:
-            copy(engines.remote, x)
+        for copy in plan.staged:
+            engines.copy(engines.remote, copy, bases, True)
         for ready, _ in self._tell.values():
             engines.signal(ready, self.exchanges)
-        for x in plan.own:
-            copy(engines.local, x)
+        for copy in plan.own:
+            engines.copy(engines.local, copy, bases, True)
         for r, copies in plan.read.items():
             engines.wait(engines.remote, self._hear[r][0], self.exchanges)
-            for x in copies:
-                copy(engines.remote, x, here=False)
+            for copy in copies:
+                engines.copy(engines.remote, copy, bases, False)
             engines.signal(self._tell[r][1], self.exchanges)
         for _, done in self._hear.values():
             engines.wait(engines.local, done, self.exchanges)
@@ -369,10 +364,10 @@ def meet(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> Peers |
         problems = [f"rank {r}: {x}" for r, (x, _) in enumerate(everyone) if x]
         if not problems and len(set(everyone)) > 1:
             problems = ["its ranks are on several hosts"]
-        if problems and rank == 0 and {x for x, _ in everyone} not in ({OFF}, {NOT_CHOSEN}):
-            logging.getLogger(__name__).warning("context parallel group of %d exchanges through its library: %s", size,
-                                                "; ".join(problems))
         if problems:
+            if rank == 0 and {x for x, _ in everyone} not in ({OFF}, {NOT_CHOSEN}):
+                logging.getLogger(__name__).warning("context parallel group of %d exchanges through its library: %s",
+                                                    size, "; ".join(problems))
             return None
     return peers
 
