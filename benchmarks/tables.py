@@ -7,7 +7,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import comparison, cp, cpu, decode, gate, gpt, layouts, options, report, router, training, zero
+from . import (
+    cliffs,
+    comparison,
+    cp,
+    cpu,
+    decode,
+    first_call,
+    gate,
+    gpt,
+    layouts,
+    options,
+    report,
+    router,
+    selection,
+    training,
+    zero,
+)
 
 
 @dataclass(frozen=True)
@@ -26,7 +42,11 @@ class Stored:
 TABLES = {
     "speedup": Stored("h200/gpt-p1.json", gpt.SPEEDUP.markdown, "README.md"),
     "kernels": Stored("h200/kernels.json", report.KERNELS.markdown),
+    "gate": Stored("h200/gate_pipeline.json", gate.TABLE.markdown),
     "host": Stored("h200/host.json", gate.TABLE.markdown),
+    "cliffs": Stored("h200/cliffs.json", cliffs.TABLE.markdown),
+    "first-call": Stored("h200/first_call.json", first_call.TABLE.markdown),
+    "selection": Stored("h200/selection.json", selection.TABLE.markdown, "docs/router.md"),
     "triton": Stored("h200/gate_triton.json", gate.TABLE.markdown),
     "comparison": Stored("h200/comparison.json", comparison.PAGE.markdown),
     "training-speed": Stored("h200/training_speed.json", training.SPEED.markdown),
