@@ -1,4 +1,4 @@
-"""The table of packed sequences in Megatron-LM's own program (``tests/megatron/packed_training.py`` makes the result)."""
+"""The table of packed sequences in Megatron-LM's program (``tests/megatron/packed_training.py`` makes the result)."""
 from . import report
 
 

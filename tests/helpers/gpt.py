@@ -1,4 +1,8 @@
-"""A small GPT in fp64 on any parallel layout, its shards of common weights, and the rows that a rank holds."""
+"""A small GPT in fp64 on any parallel layout, its shards of common weights, and the rows that a rank holds.
+
+On GPUs a larger one in fp32. MOBA_TEST_DTYPE names another dtype.
+"""
+import os
 from dataclasses import dataclass
 
 import megatron_on_cpu
@@ -14,8 +18,11 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from moba_megatron import MoBAConfig, get_moba_layer_local_spec, torch_stages  # noqa: E402
 
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+DTYPE = getattr(torch, os.environ.get("MOBA_TEST_DTYPE", "float32" if GPU else "float64"))
 NUM_LAYERS, VOCAB, BATCH = 4, 64, 2
-SEQLEN = 8 * 19
+WIDTH, SEQLEN = (256, 8 * 119) if GPU else (32, 8 * 19)
 # pieces of 19 and 38 do not divide into chunks
 MOBA = MoBAConfig(chunk_size=24, topk=3, full_attention_layers="last:1", key_conv=5)
 
@@ -41,7 +48,7 @@ class RMSNorm(torch.nn.Module):
 
     def __init__(self, config, hidden_size, eps=1e-5, **kwargs):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=torch.float64))
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=DTYPE))
         self.weight.sequence_parallel = config.sequence_parallel
         self.eps = eps
 
@@ -60,10 +67,10 @@ def build(layout, **options):
     recompute = {"full": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
                  "selective": dict(recompute_granularity="selective", recompute_modules=["core_attn"])}
     config = TransformerConfig(
-        num_layers=NUM_LAYERS, hidden_size=32, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=48,
+        num_layers=NUM_LAYERS, hidden_size=WIDTH, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=48,
         attention_dropout=0.0, hidden_dropout=0.0, normalization="RMSNorm", gated_linear_unit=True,
         activation_func=torch.nn.functional.silu, add_bias_linear=False, use_cpu_initialization=True,
-        params_dtype=torch.float64, pipeline_dtype=torch.float64, tensor_model_parallel_size=layout.tp,
+        params_dtype=DTYPE, pipeline_dtype=DTYPE, bf16=DTYPE == torch.bfloat16, tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp, context_parallel_size=layout.cp, sequence_parallel=layout.sp,
         expert_model_parallel_size=layout.ep, cp_comm_type=layout.comm if layout.cp > 1 else None,
         **recompute.get(layout.recompute, {}), **options)
@@ -74,14 +81,15 @@ def build(layout, **options):
     first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
     block = TransformerBlockSubmodules(layer_specs=[layer] * (NUM_LAYERS // layout.pp), layer_norm=RMSNorm)
     return GPTModel(config, block, VOCAB, SEQLEN, pre_process=first, post_process=last, parallel_output=False,
-                    position_embedding_type="rope", share_embeddings_and_output_weights=False).double()
+                    position_embedding_type="rope", share_embeddings_and_output_weights=False).to(DEVICE, DTYPE)
 
 
 def common_weights():
     """The whole model's weights, the same on every rank, from a model that is not spread."""
     generator = torch.Generator().manual_seed(7)
     model = build(Layout("whole"))
-    return {name: torch.randn(p.shape, generator=generator, dtype=torch.float64) * (0.2 if p.dim() > 1 else 0.1)
+    scale = 0.2 * (32 / WIDTH) ** 0.5
+    return {name: torch.randn(p.shape, generator=generator, dtype=torch.float64) * (scale if p.dim() > 1 else 0.1)
             + (0 if p.dim() > 1 else 1) for name, p in model.named_parameters()}
 
 
@@ -109,6 +117,12 @@ def load(model, weights, layout):
             parameter.copy_(shard(weights[global_name(name, layout)], name, parameter))
 
 
+def token_loss(logits, labels, reduction="sum"):
+    """Cross entropy of the tokens, of bf16 in fp32."""
+    logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction=reduction)
+
+
 def reduce_gradients(model, layout):
     """This rank's gradients of the whole batch: summed over the ranks that saw other tokens."""
     grads = {}
@@ -133,7 +147,7 @@ def local_positions(lengths, size, rank):
 
 
 class RecordedSelections:
-    """Collects what the gate chose, call by call."""
+    """Collects what the gate chose, call by call; nothing on GPUs, where the kernels' gate is not looked at."""
 
     def __enter__(self):
         self.selections, self._gate = [], torch_stages.gate

@@ -2,15 +2,20 @@
 
     PYTHONPATH=. python tests/megatron/layouts.py benchmarks/results/cpu/layouts.json
 
-gloo; the rows of several hosts need Linux, root and iproute2.
+gloo and fp64; the rows of several hosts need Linux, root and iproute2. Where there are GPUs NCCL and fp32, on --ranks
+of them. MOBA_TEST_DTYPE names another dtype, as ``bfloat16``.
 """
+import argparse
+import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import megatron.core
 import torch
 
+begin = time.monotonic()
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/helpers"), str(ROOT / "examples")]
 from ranks import run_ranks  # noqa: E402
@@ -38,6 +43,15 @@ def of_packed_rows(name: str, ranks: int, results: list[dict], run: tuple[str, s
     return row(name, ranks, [{"loss": loss, "expected": expected, "grads": result[run][1]} for result in results])
 
 
+def of_groups(results: list[dict]) -> dict:
+    """Of groups that come with the batch: errors of o, dq, dk and dv by kind of batch, the largest of a rank's; of each
+    rank how often its host waited, by layer, and what it held after each round."""
+    kinds = results[0]["errors"]
+    return {"errors": {" ".join(map(str, kind)): [max(errors) for errors in zip(*(r["errors"][kind] for r in results))]
+                       for kind in kinds},
+            "waits": [result["waits"] for result in results], "held": [result["held"] for result in results]}
+
+
 def of_hosts(name: str, count: int, victim: int | None, directory: Path) -> dict:
     _, found, expected = several_hosts.train(count, victim, directory)
     norms = {step: abs(ours[2] / theirs[2] - 1) for step, (ours, theirs) in enumerate(zip(found, expected))}
@@ -47,32 +61,38 @@ def of_hosts(name: str, count: int, victim: int | None, directory: Path) -> dict
 
 def main() -> int:
     """0; an assertion of the tests' helpers where a run broke."""
-    if len(sys.argv) != 2:
-        print("error: the argument must name the file for the result", file=sys.stderr)
-        return 2
-    about = environment.describe(torch.device("cpu")) | {
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("file", type=Path, help="JSON for the result")
+    p.add_argument("--ranks", type=int, default=4, choices=(2, 4), help="processes of a run (4)")
+    args = p.parse_args()
+    gpu, size = torch.cuda.is_available(), args.ranks
+    about = environment.describe(torch.device("cuda" if gpu else "cpu")) | {
+        "dtype": os.environ.get("MOBA_TEST_DTYPE", "float32" if gpu else "float64"),
         "megatron_core": megatron.core.__version__,
         "command": environment.command("PYTHONPATH=. python tests/megatron/layouts.py")}
     rows = []
     with tempfile.TemporaryDirectory() as directory:
-        def found(name, module, size=4, function="everything"):
+        def found(name, module, size=size, function="everything"):
             (folder := Path(directory, name)).mkdir()
-            return run_ranks(getattr(module, function), size, folder)
+            results = run_ranks(getattr(module, function), size, folder, backend="nccl" if gpu else "gloo")
+            print(f"{name}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
+            return results
 
-        results = found("parallel", test_megatron_parallel)
-        rows += [row(name, 4, [result["layouts"][name] for result in results])
-                 for name in test_megatron_parallel.LAYOUTS if name != "cp1"]
+        results = found("parallel", test_megatron_parallel, function="train_layouts")
+        rows += [row(name, size, [result["layouts"][name] for result in results])
+                 for name in results[0]["layouts"] if name != "cp1"]
         results = found("experts", test_experts)
-        rows += [row(name, 4, [result[name] for result in results]) for name in test_experts.RUNS]
+        rows += [row(name, size, [result[name] for result in results]) for name in results[0]]
         results = found("rows", test_packed_rows, 2)
         rows += [of_packed_rows(f"packed rows, {run}", ranks, results, (run, "real and padded lengths"))
                  for run, (ranks, _) in test_packed_rows.RUNS.items()]
-        if test_dynamic_context_parallel.has_loader():
-            rows.append(row("--hybrid-context-parallel", 4,
+        dynamic = of_groups(found("groups", test_dynamic_context_parallel, function="attend"))
+        if test_dynamic_context_parallel.has_loader() and size == 4 and not gpu:
+            rows.append(row("--hybrid-context-parallel", size,
                             found("hybrid", test_dynamic_context_parallel, function="train_one_step")))
-        for name, count, victim in (("two hosts, one lost", 2, 1), ("four hosts", 4, None)):
+        for name, count, victim in () if gpu or size != 4 else (("two hosts, one lost", 2, 1), ("four hosts", 4, None)):
             rows.append(of_hosts(name, count, victim, Path(directory, f"hosts{count}")))
-    report.save(Path(sys.argv[1]), {"environment": about, "rows": rows})
+    report.save(args.file, {"environment": about, "rows": rows, "dynamic": dynamic})
     print(layouts.TABLE.text({"rows": rows}))
     return 0
 

@@ -1,4 +1,5 @@
-"""Dynamic context parallelism: the group comes with the batch. Four gloo ranks, fp64, lengths a hundredfold apart.
+"""Dynamic context parallelism: the group comes with the batch. Four gloo ranks, fp64, lengths a hundredfold apart; on
+GPUs (``layouts.py``) as many as there are.
 
 MoBACoreAttention in groups of 1, 2 and 4 ranks in turn, against the reference of the whole sequences, and a GPT under
 Megatron-Core's own schedule for ``--hybrid-context-parallel``, against its sequences one by one in one process.
@@ -16,22 +17,22 @@ import megatron.core.utils  # noqa: E402
 
 SIZES, COMM_TYPES, FORMATS = (1, 2, 4), ("all_gather", "a2a"), ("thd", "sbhd")
 KINDS = [(size, comm, qkv_format) for comm in COMM_TYPES for qkv_format in FORMATS for size in SIZES]
-BATCHES = 5 * len(KINDS)
+ROUNDS = 5
 HEADS, KV_HEADS, LAYERS = 4, 2, 2
 TOLERANCE = 1e-12  # sums of some hundred products in another order
 
 
-def batch_of(number):
-    """Group size, communication and format of a batch, and its lengths: the longest is a hundred times the shortest."""
-    size, comm, qkv_format = KINDS[number % len(KINDS)]
-    short = 2 * size
-    return size, comm, qkv_format, [short * 100] if qkv_format == "sbhd" else [short, short * 100, short * 7]
+def lengths_of(size, qkv_format, short):
+    """Of a batch on ``size`` ranks: the longest is a hundred times the shortest."""
+    short *= 2 * size
+    return [short * 100] if qkv_format == "sbhd" else [short, short * 100, short * 7]
 
 
-def exact(x, do, lengths, moba):
+def exact(x, lengths, moba):
     """o and the gradients of q, k and v of whole sequences, through the reference and ``LAYERS`` layers."""
+    *x, do = x
     from moba_megatron import moba_attn_varlen
-    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=do.device)
     x = [y.detach().requires_grad_() for y in x]
     o = x[0]
     for _ in range(LAYERS):
@@ -41,21 +42,25 @@ def exact(x, do, lengths, moba):
 
 
 def held():
-    """What may not grow: groups, what is remembered of them, kept results, live tensors and their bytes."""
+    """What may not grow: groups, what is remembered of them, kept results, live tensors, their bytes, and a GPU's."""
     import torch.distributed as dist
 
     from moba_megatron.context_parallel.transport import collective_check
     from moba_megatron.tensor_cache import cached_tensors
     gc.collect()
+    on_gpu = 0
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        on_gpu = torch.cuda.memory_allocated()
     tensors = [x for x in gc.get_objects() if type(x) is torch.Tensor]
     return (len(dist.distributed_c10d._world.pg_map), len(collective_check._groups),
             sum(len(calls.after) for calls in collective_check._groups.values()), len(cached_tensors._entries),
-            len(tensors), sum(x.nbytes for x in tensors))
+            len(tensors), sum(x.nbytes for x in tensors), on_gpu)
 
 
 def attend(rank, ranks):
     """Errors of every kind of batch; what was held after each round of them; how often in each layer the host waited
-    for the other ranks' message."""
+    for the other ranks' message, on GPUs in the first round, since in later ones any wait for the GPU is an error."""
     import gpt
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -67,36 +72,45 @@ def attend(rank, ranks):
     from moba_megatron.megatron.core_attention import MoBACoreAttention
     from tests.context_parallel.test_context_parallel_disagreement import CountedWaits, LateMessage
 
-    moba = MoBAConfig(chunk_size=24, topk=3)
+    kinds = [kind for kind in KINDS if kind[0] <= ranks]
+    dim, short = (64, 8) if gpt.GPU else (8, 1)
+    moba = MoBAConfig(chunk_size=24 * short, topk=3)
     config = gpt.build(gpt.Layout("dynamic", cp=2, hybrid=True)).config
     layers = {comm: [MoBACoreAttention(config, number, AttnMaskType.causal, "self", cp_comm_type=comm, moba_config=moba)
                      for number in range(1, LAYERS + 1)] for comm in COMM_TYPES}
-    collective_check.READ_LATER = "cpu",  # as on a GPU
-    collective_check._read_later = lambda headers, device: (LateMessage(headers), headers._output)
+    if not gpt.GPU:
+        collective_check.READ_LATER = "cpu",  # as on a GPU
+        collective_check._read_later = lambda headers, device: (LateMessage(headers), headers._output)
     errors, rounds, waits = {}, [], [0] * LAYERS
-    for number in range(BATCHES):
-        size, comm, qkv_format, lengths = batch_of(number)
+    for number in range(ROUNDS * len(kinds)):
+        size, comm, qkv_format = kinds[number % len(kinds)]
+        lengths = lengths_of(size, qkv_format, short)
         group = None if size == 1 else parallel_state.get_hybrid_data_context_parallel_groups(group_size=size)
         generator = torch.Generator().manual_seed(100 * number + rank // size)  # other groups attend to other batches
-        whole = [torch.randn(sum(lengths), heads, 8, dtype=torch.float64, generator=generator)
-                 for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
+        whole = [torch.randn(sum(lengths), heads, dim, dtype=torch.float64, generator=generator).to(
+            gpt.DEVICE, gpt.DTYPE) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
         rows = gpt.local_positions(lengths, size, rank % size)
-        cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+        cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=gpt.DEVICE)
         packed = PackedSeqParams(qkv_format=qkv_format, cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens,
                                  max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths), local_cp_size=size,
                                  cp_group=group)
         *x, do = [y[rows] if qkv_format == "thd" else y[rows, None] for y in whole]
         o, *kv = x = [y.requires_grad_() for y in x]
+        if gpt.GPU:
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("default" if number < len(kinds) else "error")
         for i, layer in enumerate(layers[comm]):
             with CountedWaits() as counted:
                 o = layer(o, *kv, None, packed_seq_params=packed).view_as(do)
             waits[i] += counted.number
         o.backward(do)
-        if number < len(KINDS):
-            errors[KINDS[number]] = [relative_error(a.reshape_as(b[rows]), b[rows]) for a, b in zip(
-                (o.detach(), *(y.grad for y in x)), exact(whole[:3], whole[3], lengths, moba))]
+        if gpt.GPU:
+            torch.cuda.set_sync_debug_mode("default")
+        if number < len(kinds):
+            errors[kinds[number]] = [relative_error(a.reshape_as(b[rows]), b[rows]) for a, b in zip(
+                (o.detach(), *(y.grad for y in x)), exact([y.double() for y in whole], lengths, moba))]
         del o, kv, x, whole, do
-        if (number + 1) % len(KINDS) == 0:
+        if (number + 1) % len(kinds) == 0:
             rounds.append(held())
     dist.barrier()
     return dict(errors=errors, held=rounds, waits=waits)
@@ -186,5 +200,5 @@ def test_groups_of_one_two_and_four_ranks_in_turn(tmp_path):
             assert max(errors) <= TOLERANCE, (kind, errors)
         _, second, *later = result["held"]  # by then every kind has followed every other
         assert later == [second] * 3
-        first_layer, second_layer = result["waits"]  # of BATCHES calls each
+        first_layer, second_layer = result["waits"]  # of ROUNDS * len(KINDS) calls each
         assert 0 < first_layer <= len(KINDS) and second_layer == 0

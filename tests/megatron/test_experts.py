@@ -35,8 +35,10 @@ RUNS = {
 def on_the_cpu():
     """What Megatron-Core's experts take for granted: Transformer Engine (0.16 names a function of it without having
     it), and split sizes on a GPU, which it reads as numbers from there only."""
+    import gpt
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
-
+    if gpt.GPU:
+        return
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
     token_dispatcher.maybe_move_tensor_to_cpu = lambda x, as_numpy=False, **_: (
@@ -62,7 +64,8 @@ def run(ep, cp, dispatcher, options, weights=None):
 
     model = gpt.build(gpt.Layout("experts", cp=cp, ep=ep), moe_token_dispatcher_type=dispatcher, **OPTIONS, **options)
     generator = torch.Generator().manual_seed(7)
-    weights = weights or {name: torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.2
+    scale = 0.2 * (32 / gpt.WIDTH) ** 0.5
+    weights = weights or {name: torch.randn(p.shape, generator=generator, dtype=torch.float64) * scale
                           for name, p in model.named_parameters()}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -72,8 +75,9 @@ def run(ep, cp, dispatcher, options, weights=None):
     batch = torch.randint(0, gpt.VOCAB, (4, gpt.SEQLEN + 1), generator=torch.Generator().manual_seed(3))
     mine = batch.chunk(replicas)[0 if alone else parallel_state.get_data_parallel_rank()]
     rows = gpt.local_positions([gpt.SEQLEN], cp, parallel_state.get_context_parallel_rank())
-    logits = model(mine[:, :-1][:, rows], rows.expand(len(mine), -1), None)
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), mine[:, 1:][:, rows].flatten(), reduction="sum")
+    tokens, labels, positions = (x.to(gpt.DEVICE) for x in (
+        mine[:, :-1][:, rows], mine[:, 1:][:, rows], rows.expand(len(mine), -1)))
+    loss = gpt.token_loss(model(tokens, positions, None), labels)
     loss.backward()
     loss, grads = loss.detach(), {}
     if not alone:
@@ -90,6 +94,8 @@ def everything(rank, size):
     on_the_cpu()
     results = {}
     for name, (ep, cp, dispatcher, options) in RUNS.items():
+        if ep > size:
+            continue
         whole_loss, whole, weights = run(1, 1, "allgather", {k: v for k, v in options.items() if k in SHARED})
         loss, grads, _ = run(ep, cp, dispatcher, options, weights)
         errors = {name: relative_error(grad, whole[name]) for name, grad in grads.items()}

@@ -36,8 +36,8 @@ def one_by_one(weights):
     for number, lengths in enumerate(ROWS):
         losses.append([])
         for sequence in sequences_of(number, lengths):
-            logits = model(sequence[None, :-1], torch.arange(len(sequence) - 1)[None], None)
-            loss = torch.nn.functional.cross_entropy(logits[0], sequence[1:], reduction="sum")
+            tokens, positions = sequence[None].to(gpt.DEVICE), torch.arange(len(sequence) - 1, device=gpt.DEVICE)
+            loss = gpt.token_loss(model(tokens[:, :-1], positions[None], None), tokens[:, 1:])
             loss.backward()
             losses[-1].append(loss.item())
     return losses, {name: p.grad for name, p in model.named_parameters()}
@@ -62,13 +62,14 @@ def packed(weights, cp, comm, as_real):
             at = slice(starts[i], starts[i] + len(sequence) - 1)
             tokens[at], labels[at], of[at] = sequence[:-1], sequence[1:], i
         rows = gpt.local_positions(padded, cp, parallel_state.get_context_parallel_rank())
-        cu_seqlens = starts if as_real else cumulative(lengths)
+        tokens, labels, of, positions = (x[rows].to(gpt.DEVICE) for x in (tokens, labels, of, torch.arange(ROW)))
+        starts = starts.to(gpt.DEVICE)
+        cu_seqlens = starts if as_real else cumulative(lengths).to(gpt.DEVICE)
         params = PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens,
                                  cu_seqlens_q_padded=starts, cu_seqlens_kv_padded=starts, max_seqlen_q=max(padded),
                                  max_seqlen_kv=max(padded))
-        logits = model(tokens[None, rows], rows[None], None, packed_seq_params=params)
-        of_token = torch.nn.functional.cross_entropy(logits[0], labels[rows], reduction="none")
-        of_sequence = of_token.new_zeros(len(lengths) + 1).index_add(0, of[rows], of_token)[:-1]
+        of_token = gpt.token_loss(model(tokens[None], positions[None], None, packed_seq_params=params), labels, "none")
+        of_sequence = of_token.new_zeros(len(lengths) + 1).index_add(0, of, of_token)[:-1]
         of_sequence.sum().backward()
         of_sequence = of_sequence.detach()
         dist.all_reduce(of_sequence, group=parallel_state.get_context_parallel_group())
