@@ -18,6 +18,7 @@ from . import (
     gpt,
     layouts,
     options,
+    packed,
     report,
     router,
     selection,
@@ -65,6 +66,7 @@ TABLES = {
     "layouts": Stored("cpu/layouts.json", layouts.TABLE.markdown, "docs/megatron.md"),
     "layouts-newest": Stored("cpu/layouts_0.19.json", layouts.summary, "docs/megatron.md"),
     "layouts-main": Stored("cpu/layouts_main.json", layouts.summary, "docs/megatron.md"),
+    "packed": Stored("cpu/packed.json", packed.TABLE.markdown, "docs/megatron.md"),
     "mla": Stored("h200/mla.json", options.MLA.markdown),
 }
 

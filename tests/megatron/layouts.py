@@ -10,12 +10,12 @@ import os
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import megatron.core
 import torch
 
-begin = time.monotonic()
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/helpers"), str(ROOT / "examples")]
 from ranks import run_ranks  # noqa: E402
@@ -59,42 +59,71 @@ def of_hosts(name: str, count: int, victim: int | None, directory: Path) -> dict
         {"loss": found[-1][1], "expected": expected[-1][1], "grads": norms}])
 
 
+def of_layouts(results: list[dict]) -> list[dict]:
+    return [row(name, len(results), [result["layouts"][name] for result in results])
+            for name in results[0]["layouts"] if name != "cp1"]
+
+
+def of_experts(results: list[dict]) -> list[dict]:
+    return [row(name, len(results), [result[name] for result in results]) for name in results[0]]
+
+
+def of_rows(results: list[dict]) -> list[dict]:
+    return [of_packed_rows(f"packed rows, {run}", ranks, results, (run, "real and padded lengths"))
+            for run, (ranks, _) in test_packed_rows.RUNS.items()]
+
+
+def of_hybrid(results: list[dict]) -> list[dict]:
+    return [row("--hybrid-context-parallel", len(results), results)]
+
+
+PARTS = {
+    "layouts": (test_megatron_parallel.train_layouts, of_layouts),
+    "experts": (test_experts.everything, of_experts),
+    "rows": (test_packed_rows.everything, of_rows),
+    "groups": (test_dynamic_context_parallel.attend, of_groups),
+    "hybrid": (test_dynamic_context_parallel.train_one_step, of_hybrid),
+}
+"""Name -> what its ranks run, and what is stored of what they found."""
+
+
 def main() -> int:
-    """0; an assertion of the tests' helpers where a run broke."""
+    """0; 1 where a part broke, whose rows are then missing."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("file", type=Path, help="JSON for the result")
     p.add_argument("--ranks", type=int, default=4, choices=(2, 4), help="processes of a run (4)")
+    p.add_argument("--parallel", type=int, default=1, metavar="N", help="parts at a time (1)")
+    p.add_argument("--seconds", type=int, default=600, metavar="S", help="limit of a part (600)")
     args = p.parse_args()
-    gpu, size = torch.cuda.is_available(), args.ranks
+    gpu, begin, broken = torch.cuda.is_available(), time.monotonic(), []
     about = environment.describe(torch.device("cuda" if gpu else "cpu")) | {
         "dtype": os.environ.get("MOBA_TEST_DTYPE", "float32" if gpu else "float64"),
         "megatron_core": megatron.core.__version__,
         "command": environment.command("PYTHONPATH=. python tests/megatron/layouts.py")}
-    rows = []
-    with tempfile.TemporaryDirectory() as directory:
-        def found(name, module, size=size, function="everything"):
+    whole = args.ranks == 4 and not gpu
+    with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(args.parallel) as pool:
+        def found(name):
             (folder := Path(directory, name)).mkdir()
-            results = run_ranks(getattr(module, function), size, folder, backend="nccl" if gpu else "gloo")
-            print(f"{name}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
-            return results
+            function, of = PARTS[name]
+            try:
+                return of(run_ranks(function, args.ranks, folder, backend="nccl" if gpu else "gloo",
+                                    seconds=args.seconds))
+            except AssertionError as error:
+                broken.append(name)
+                print(f"{name}: {error}", file=sys.stderr)
+                return []
+            finally:
+                print(f"{name}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
 
-        results = found("parallel", test_megatron_parallel, function="train_layouts")
-        rows += [row(name, size, [result["layouts"][name] for result in results])
-                 for name in results[0]["layouts"] if name != "cp1"]
-        results = found("experts", test_experts)
-        rows += [row(name, size, [result[name] for result in results]) for name in results[0]]
-        results = found("rows", test_packed_rows, 2)
-        rows += [of_packed_rows(f"packed rows, {run}", ranks, results, (run, "real and padded lengths"))
-                 for run, (ranks, _) in test_packed_rows.RUNS.items()]
-        dynamic = of_groups(found("groups", test_dynamic_context_parallel, function="attend"))
-        if test_dynamic_context_parallel.has_loader() and size == 4 and not gpu:
-            rows.append(row("--hybrid-context-parallel", size,
-                            found("hybrid", test_dynamic_context_parallel, function="train_one_step")))
-        for name, count, victim in () if gpu or size != 4 else (("two hosts, one lost", 2, 1), ("four hosts", 4, None)):
+        names = [name for name in PARTS if name != "hybrid" or whole and test_dynamic_context_parallel.has_loader()]
+        results = dict(zip(names, pool.map(found, names)))
+        dynamic = results.pop("groups")
+        rows = sum(results.values(), [])
+        for name, count, victim in (("two hosts, one lost", 2, 1), ("four hosts", 4, None)) if whole else ():
             rows.append(of_hosts(name, count, victim, Path(directory, f"hosts{count}")))
-    report.save(args.file, {"environment": about, "rows": rows, "dynamic": dynamic})
+    report.save(args.file, {"environment": about, "rows": rows, "groups": dynamic})
     print(layouts.TABLE.text({"rows": rows}))
-    return 0
+    return int(bool(broken))
 
 
 if __name__ == "__main__":

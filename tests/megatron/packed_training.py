@@ -43,7 +43,7 @@ LAYERS = f"""--num-layers 3 --hidden-size {4 * HEAD_DIM} --ffn-hidden-size {8 * 
     --max-position-embeddings {ROW} --position-embedding-type rope --swiglu --normalization RMSNorm
     --disable-bias-linear --init-method-std {0.8 * HEAD_DIM ** -0.5:.3f} --hidden-dropout 0 --lr 0.5 --adam-eps 1
     --global-batch-size 6 --train-iters 8 --calculate-per-token-loss --eval-iters 0 --eval-interval 1000
-    --log-interval 1 --seed 1 --split 100,0,0 --no-gradient-accumulation-fusion
+    --log-interval 1 --num-workers 0 --seed 1 --split 100,0,0 --no-gradient-accumulation-fusion
     --attention moba --moba-chunk-size {CHUNK} --moba-topk {TOPK}"""
 ON = {True: "--transformer-impl transformer_engine", False: """--transformer-impl local --distributed-backend gloo
     --no-persist-layer-norm --no-masked-softmax-fusion --no-bias-swiglu-fusion --no-rope-fusion"""}
@@ -180,7 +180,7 @@ def train(checkout: Path, name: str, dtype: str, folder: Path, logs: Path, secon
     flags = " ".join((LAYERS, ON[GPU], DATA[run.data], run.flags, "--bf16" if dtype == "bf16" else "")).split()
     environ = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [
         str(checkout), str(ROOT), os.environ.get("PYTHONPATH")])), "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-        "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", CUT: run.cut,
+        "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCHDYNAMO_DISABLE": "1", CUT: run.cut,
         **({} if GPU else {"GLOO_SOCKET_IFNAME": "lo"})}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
                "--nproc-per-node", str(run.ranks), __file__, str(checkout / "pretrain_gpt.py"), *flags]
