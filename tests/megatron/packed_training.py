@@ -75,7 +75,8 @@ RUNS = {
     "--hybrid-context-parallel": Run("instructions", 2, "--micro-batch-size 1 --hybrid-context-parallel "
                                      f"--rerun-mode disabled --max-seqlen-per-dp-cp-rank {ROW // 2}"),
 }
-IN_FP32 = ["instructions, one by one", "instructions", "instructions, all_gather", "instructions, a2a"]
+FEW = ["instructions, one by one", "instructions", "instructions, all_gather", "instructions, a2a"]
+"""What runs in fp32 on GPUs, and there with further checkouts; everything does in bf16 with the first."""
 
 
 def rows_of_lengths() -> list[list[int]]:
@@ -223,11 +224,12 @@ def main(argv: list[str] | None = None) -> int:
         for checkout in args.checkouts:  # each rank 0 would
             subprocess.run(["make", "-s", "-C", str(checkout / "megatron/core/datasets"),
                             f"LIBEXT={sysconfig.get_config_var('EXT_SUFFIX')}"], check=True)
-        kinds = [("bf16", name) for name in RUNS] + [("fp32", name) for name in IN_FP32] if GPU else [
-            ("fp32", name) for name in RUNS]
-        jobs = [pool.submit(lambda *job: train(*job, folder, logs, deadline - time.monotonic()), checkout.resolve(),
-                            name, dtype) for dtype, name in kinds for checkout in args.checkouts]
-        rows = [job.result() for job in jobs]
+        first, *others = checkouts = [checkout.resolve() for checkout in args.checkouts]
+        jobs = [(checkout, name, "fp32") for checkout in checkouts for name in RUNS]
+        if GPU:
+            jobs = [*((first, name, "fp32") for name in FEW), *((first, name, "bf16") for name in RUNS),
+                    *((checkout, name, "bf16") for checkout in others for name in (*FEW, *list(RUNS)[-1:]))]
+        rows = list(pool.map(lambda job: train(*job, folder, logs, deadline - time.monotonic()), jobs))
     return report.finish(args.json, {"environment": about, "rows": rows}, packed.TABLE)
 
 
