@@ -26,7 +26,13 @@ def _columns(result: dict) -> report.Columns:
             "gradient norms by": lambda row: _largest(row, expected(result, row), "grad_norms"), "note": report.nothing}
 
 
-TABLE = report.Table(_columns, failed={
+def _rows(result: dict) -> list[dict]:
+    """By checkout and dtype, each as they first come."""
+    order = list(dict.fromkeys((row["checkout"], row["dtype"]) for row in result["rows"]))
+    return sorted(result["rows"], key=lambda row: order.index((row["checkout"], row["dtype"])))
+
+
+TABLE = report.Table(_columns, _rows, {
     "checkout": report.same("checkout"), "run": report.same("name"), "ranks": report.same("ranks"),
     "dtype": report.same("dtype"), "note": report.why}, below=report.measured_at)
 """A run a line, its losses and gradient norms of all steps beside those of the sequences one by one, relative."""
