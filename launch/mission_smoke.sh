@@ -25,7 +25,6 @@ export USE_SYSTEM_PYTHON=1 PYTHON="$PY" NCCL_NVLS_ENABLE="${NCCL_NVLS_ENABLE:-0}
 PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONPATH
 run mkdir -p "$OUTPUT"
-run rm -rf "$OUTPUT/deepspeed" "$OUTPUT/a6000" # they would be resumed
 table=() failed=0
 
 # wanted NAME: whether STEPS names the step.
@@ -36,6 +35,7 @@ step() {
     local name="$1" begin="$SECONDS" status=0
     shift
     wanted "$name" || return 0
+    run rm -rf "$OUTPUT/$name" # it would be resumed
     say "== $name"
     if [ "$DRY_RUN" = 1 ]; then
         run "$@"
@@ -97,7 +97,7 @@ patched() {
 step quickstart-1 env CUDA_VISIBLE_DEVICES="$FIRST" RUN="$OUTPUT/quickstart-1" ITERS=120 bash launch/quickstart.sh
 if [ "$GPUS" -ge 2 ]; then
     step quickstart-2-nccl env RUN="$OUTPUT/quickstart-2" ITERS=120 bash launch/quickstart.sh
-    step deepspeed-zero3-ulysses env GPUS=2 ZERO=3 SP=2 METHOD=ulysses RUN="$OUTPUT/deepspeed" \
+    step deepspeed-zero3-ulysses env GPUS=2 ZERO=3 SP=2 METHOD=ulysses RUN="$OUTPUT/deepspeed-zero3-ulysses" \
         bash launch/pretrain_deepspeed.sh --num-layers 4 --seq-length 8192 --global-batch-size 2 --train-iters 6 \
         --lr-warmup-iters 2 --log-interval 1 --save-interval 6
 else

@@ -11,7 +11,7 @@ from triton.backends.nvidia.compiler import CUDAOptions
 INTERPRETED: bool = knobs.runtime.interpret
 """TRITON_INTERPRET=1: kernels run in Python, on any tensor."""
 
-FP32_PRODUCTS = os.environ.get("MOBA_FP32_PRODUCTS", "bf16x6")
+FP32_PRODUCTS = os.environ.get("MOBA_FP32_PRODUCTS") or "bf16x6"
 """How products of fp32 are made: ``bf16x6``, six of bfloat16 on tensor cores, from Triton 3.6 on; or ``ieee``."""
 if FP32_PRODUCTS not in ("bf16x6", "ieee"):
     raise ValueError(f"MOBA_FP32_PRODUCTS must be bf16x6 or ieee, got {FP32_PRODUCTS!r}")

@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 
-from .host import INTERPRETED
+from .host import FP32_PRODUCTS, INTERPRETED
 from .tuning_table import TABLE, Row
 
 ARCHS = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227}
@@ -34,7 +34,8 @@ def config(stage: str, device: torch.device | None = None, **key: int) -> dict[s
         stage: a name in ``tuning_table.TABLE``, as ``attention_fwd``.
         device: where the kernel will run; decides the architecture.
         key: what rows may be bounded by: ``head_dim`` (the larger of D and DV), ``chunk_size``, ``itemsize``
-            (bytes of q's dtype), and whatever else a stage's rows name.
+            (bytes of q's dtype), and whatever else a stage's rows name; ``ieee``, whether products of fp32 are IEEE's,
+            is added.
 
     Returns:
         A fresh dict such as ``{"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}``.
@@ -42,6 +43,7 @@ def config(stage: str, device: torch.device | None = None, **key: int) -> dict[s
     Raises:
         KeyError: the stage is unknown. LookupError: no row fits.
     """
+    key["ieee"] = int(FP32_PRODUCTS == "ieee")
     return dict(_lookup(stage, arch_of(device), tuple(sorted(key.items()))))
 
 
