@@ -7,9 +7,9 @@ rows), in groups of heads; ``attention`` chooses one by name and gives it a grad
 Selection and result equal those of a single rank.
 """
 from .attention import COMM_TYPES, canonical_comm_type, check_groups, context_parallel_attention
-from .layout import Sequences, check_zigzag
+from .layout import Sequences, check_zigzag, gather_keys
 from .transport.collective_check import CollectiveCheck
 from .transport.comm import WaitRecord, record_waits
 
 __all__ = ["COMM_TYPES", "CollectiveCheck", "Sequences", "WaitRecord", "canonical_comm_type", "check_groups",
-           "check_zigzag", "context_parallel_attention", "record_waits"]
+           "check_zigzag", "context_parallel_attention", "gather_keys", "record_waits"]

@@ -128,15 +128,21 @@ class AllGatherAttention:
     group: dist.ProcessGroup
     head_groups: int | None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
-        """q ``[T, H, D]``, k ``[T, HK, D]``, v ``[T, HK, DV]``, the rank's rows: o and what backward needs."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, selected: Tensor | None = None) -> tuple[Tensor, State]:
+        """q ``[T, H, D]``, k ``[T, HK, D]``, v ``[T, HK, DV]``, the rank's rows: o and what backward needs.
+
+        ``selected``: given chunks, int32 ``[T, H or HK, n]``.
+        """
         held = (k.nbytes + v.nbytes) * self.layout.rows.size
         groups = head_groups(self.head_groups, q.shape[1], k.shape[1], q.nbytes, held)
         sums = None
-        if self.pipeline.earlier(self.layout.segments) and self.layout.blocks is not None:
+        if selected is None and self.pipeline.earlier(self.layout.segments) and self.layout.blocks is not None:
             sums = self.send_sums(k)
         gathered = self.gather(self.transport(k, v, groups), k, v, groups, "fwd gather")
-        choices = [None] * len(groups) if sums is None else self.choose_by_sums(q, k.dtype, sums, groups)
+        if selected is not None:
+            choices = self.given(selected, q.shape[1], groups)
+        else:
+            choices = [None] * len(groups) if sums is None else self.choose_by_sums(q, k.dtype, sums, groups)
         o, saved = self.attend(q, v.shape[2], groups, gathered, choices)
         return o, [q, k, v, o, groups, saved]
 
@@ -221,6 +227,15 @@ class AllGatherAttention:
 
         arriving = prefetch(start, len(groups))
         return itertools.chain((next(arriving),), arriving)  # they are on their way from here on
+
+    def given(self, selected: Tensor, heads: int, groups: HeadGroups) -> list[Choice]:
+        """The choice of each group, from given chunks of all heads."""
+        choices, by_group = [], selected.shape[1] != heads
+        for group in groups:
+            numbers = [part.stop - part.start for part in group]
+            choices.append(self.pipeline.given(selected[:, group[by_group]], *numbers, self.layout.segments,
+                                               self.layout.rows.total))
+        return choices
 
     def choose_by_sums(self, q: Tensor, dtype: torch.dtype, sums: Pending, groups: HeadGroups) -> list[Choice]:
         """The choice of each group, from the sums of all ranks' keys: what every rank sent."""

@@ -30,9 +30,12 @@ class LocalAttention:
     pipeline: Pipeline
     segments: Segments
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
-        """q ``[S, H, D]``, k ``[S, HK, D]``, v ``[S, HK, DV]`` in global order: o and what backward needs."""
-        o, saved = self.pipeline.forward(q, k, v, self.segments)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, selected: Tensor | None = None) -> tuple[Tensor, State]:
+        """q ``[S, H, D]``, k ``[S, HK, D]``, v ``[S, HK, DV]`` in global order: o and what backward needs.
+
+        ``selected``: given chunks, int32 ``[S, H or HK, n]``.
+        """
+        o, saved = self.pipeline.forward(q, k, v, self.segments, selected)
         return o, [q, k, v, saved]
 
     def backward(self, do: Tensor, saved: State, kv_grad_dtype: torch.dtype, event: torch.cuda.Event | None = None,
@@ -56,17 +59,26 @@ class AllToAllAttention:
     # the rank's rows as segments of whole chunks, and these among all; None where they cut chunks, or none is chosen
     chunks: tuple[Segments, Rows] | None = None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
-        """q ``[T, H, D]``, k ``[T, HK, D]``, v ``[T, HK, DV]``, the rank's rows: o and what backward needs."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, selected: Tensor | None = None) -> tuple[Tensor, State]:
+        """q ``[T, H, D]``, k ``[T, HK, D]``, v ``[T, HK, DV]``, the rank's rows: o and what backward needs.
+
+        ``selected``: given chunks, int32 ``[T, H or HK, n]``; they travel first.
+        """
         size, replicated = self.rows.size, k.shape[1] < self.rows.size
         kv_heads = max(1, k.shape[1] // size)  # that one rank gets
         groups = head_groups(self.head_groups, q.shape[1] // size, kv_heads, q.nbytes, q.nbytes + k.nbytes + v.nbytes)
         # one group is little work, for which more exchanges would keep the host longer than they save
-        by_means = not (replicated or self.chunks is None or len(groups) == 1)
+        by_means = not (replicated or self.chunks is None or len(groups) == 1 or selected is not None)
+        given = [None] * len(groups)
+        if selected is not None:
+            which = int(selected.shape[1] != q.shape[1])
+            views = [self._parts(selected, group[which]) for group in groups]
+            given = Library(self.rows, self.group).fetch(views, "fwd exchange choices", (MEANS, 0)).wait()
         o = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype, device=q.device)
         lanes = {QUERIES: [(q, 0)], KEYS: [(k, 1), (v, 1)], OUT: [(o, 0)], MEANS: [(k, 1)] * by_means}
         transport = self._transport(groups, lanes, q.dtype)
-        parts = (self._attend_by_means if by_means else self._attend)(transport, q, k, v, groups)
+        parts = self._attend_by_means(transport, q, k, v, groups) if by_means else (
+            self._attend(transport, q, k, v, groups, given))
         leaving, saved = [], []
         for i, ((heads, _), (part, rest)) in enumerate(zip(groups, parts)):
             if replicated:
@@ -79,12 +91,12 @@ class AllToAllAttention:
         leaving.pop().wait()
         return o, [q.shape, (k.shape, v.shape), [k, v] if replicated else None, groups, saved]
 
-    def _attend(self, transport: Library, q: Tensor, k: Tensor, v: Tensor, groups: HeadGroups
-                ) -> Iterator[tuple[Tensor, State]]:
-        """o and what is saved of each group of heads."""
-        for arriving in prefetch(lambda i: self._start(transport, groups[i], i, "fwd exchange in", q, k, v),
-                                 len(groups)):
-            yield self.inner.forward(*arrived(arriving))
+    def _attend(self, transport: Library, q: Tensor, k: Tensor, v: Tensor, groups: HeadGroups,
+                given: list[Tensor | None]) -> Iterator[tuple[Tensor, State]]:
+        """o and what is saved of each group of heads, of which some may have ``given`` chunks."""
+        starts = prefetch(lambda i: self._start(transport, groups[i], i, "fwd exchange in", q, k, v), len(groups))
+        for arriving, selected in zip(starts, given):
+            yield self.inner.forward(*arrived(arriving), selected)
 
     def _attend_by_means(self, transport: Library, q: Tensor, k: Tensor, v: Tensor, groups: HeadGroups
                          ) -> Iterator[tuple[Tensor, State]]:

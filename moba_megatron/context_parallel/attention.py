@@ -11,6 +11,7 @@ from ..ops.validation import (
     cast_under_autocast,
     check_flag,
     check_scale,
+    check_selected,
     check_shared,
     check_whole,
     check_workspace,
@@ -44,7 +45,7 @@ def context_parallel_attention(q: Tensor, k: Tensor, v: Tensor, sequences: Seque
                                group: Groups, *, comm_type: str = "all_gather", head_groups: int | None = None,
                                softmax_scale: float | None = None, deterministic: bool = False,
                                backend: str = "auto", workspace_mib: float | None = None,
-                               shared: str = "head") -> Tensor:
+                               shared: str = "head", selected: Tensor | None = None) -> Tensor:
     """MoBA over sequences whose rows are spread over the ranks of a group, with gradients for q, k and v.
 
     The inputs must fit together on all ranks, as after a :class:`~.transport.collective_check.CollectiveCheck`.
@@ -67,6 +68,8 @@ def context_parallel_attention(q: Tensor, k: Tensor, v: Tensor, sequences: Seque
         workspace_mib: limit of the Triton kernels' scratch memory, MiB; None for the environment's.
         shared: ``head`` or ``group``, as of :func:`moba_megatron.moba_attn_varlen`; group: not by ``selective``, and
             by ``a2a`` where ranks get whole groups of heads.
+        selected: given chunks, as of :func:`moba_megatron.ops.sparse_attention`, in place of the gate's; ``topk`` and
+            ``shared`` have no meaning then.
 
     Returns:
         o ``[T, H, DV]``, what a single rank would compute for these rows.
@@ -81,8 +84,14 @@ def context_parallel_attention(q: Tensor, k: Tensor, v: Tensor, sequences: Seque
     check_workspace(workspace_mib)
     if head_groups is not None:
         check_whole("head_groups", head_groups, 1)
-    if sequences.max_seqlen <= topk * chunk_size:  # every earlier chunk is chosen: causal attention, one chunk
+    if selected is not None:
+        check_selected(selected, q, k, None)
+        topk, shared = selected.shape[2] + 1, "head" if selected.shape[1] == q.shape[1] else "group"
+    if sequences.max_seqlen <= (topk if selected is None else 1) * chunk_size:
+        # every earlier chunk is chosen, or there is none: causal attention, one chunk
         chunk_size, topk = max(chunk_size, sequences.max_seqlen), 1
+    if topk == 1:
+        selected = None
     if shared != "head":
         check_shared(shared)
     pipeline = Pipeline(get_stages(backend, q.device, deterministic), topk, check_scale(softmax_scale, q.shape[2]),
@@ -91,7 +100,7 @@ def context_parallel_attention(q: Tensor, k: Tensor, v: Tensor, sequences: Seque
         comm_type = canonical_comm_type(comm_type)
     check_groups(group, comm_type, q.shape[1], k.shape[1], shared if topk > 1 else "head")
     schedule = make_schedule(comm_type, pipeline, sequences, chunk_size, group, head_groups)
-    return _ContextParallelAttention.apply(q, k, v, schedule, group)
+    return _ContextParallelAttention.apply(q, k, v, schedule, group, selected)
 
 
 def check_groups(group: Groups, comm_type: str, heads: int, kv_heads: int, shared: str = "head") -> None:
@@ -150,9 +159,9 @@ class _ContextParallelAttention(torch.autograd.Function):
     """Runs a schedule and keeps what its backward asks for."""
 
     @staticmethod
-    def forward(ctx, q, k, v, schedule, group):
+    def forward(ctx, q, k, v, schedule, group, selected):
         try:
-            o, saved = schedule.forward(q, k, v)
+            o, saved = schedule.forward(q, k, v, selected)
         except BaseException as error:
             note_failure(group, error)
             raise
@@ -167,7 +176,7 @@ class _ContextParallelAttention(torch.autograd.Function):
     def backward(ctx, do):
         saved = _replaced(ctx.saved, ctx.saved_tensors)
         try:
-            return *ctx.schedule.backward(do.contiguous(), saved, ctx.kv_dtype), None, None
+            return *ctx.schedule.backward(do.contiguous(), saved, ctx.kv_dtype), None, None, None
         except BaseException as error:
             note_failure(ctx.group, error)
             raise

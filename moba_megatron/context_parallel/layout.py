@@ -7,11 +7,12 @@ stages want "global" order (sequence after sequence).
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..segments import SUM_BLOCK, Segments
 from ..tensor_cache import cached_tensors, is_capturing
-from .transport.comm import MAX_RUNS, Rows, Runs
+from .transport.comm import MAX_RUNS, Rows, Runs, all_gather
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,11 @@ def check_zigzag(length: int, size: int, name: str) -> None:
     if length % (2 * size):
         raise ValueError(f"{name} must be a multiple of 2 * context_parallel_size = {2 * size}, got {length}: change "
                          "--seq-length, or pad each packed sequence")
+
+
+def gather_keys(k: Tensor, group: dist.ProcessGroup, global_rows: Tensor) -> Tensor:
+    """The keys of all ranks in global order, ``[S, ...]``, from each rank's ``[T, ...]`` and ``Rows.global_rows``."""
+    return all_gather(k, group, "fwd keys").wait()[global_rows]
 
 
 @cached_tensors

@@ -26,14 +26,15 @@ heads, chunks of 512, topk 8), for a gather's rows go to their place by copy eng
 class SelectiveAttention(AllGatherAttention):
     """Attention of a rank's queries over chosen chunks of all ranks of ``group``; sequences of one length."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, selected: Tensor | None = None) -> tuple[Tensor, State]:
         """As :meth:`AllGatherAttention.forward`."""
         if not self.pipeline.earlier(self.layout.segments):  # every row is attended to
             o, saved = super().forward(q, k, v)
             return o, [None, *saved]
         held = (k.nbytes + v.nbytes) * self.layout.rows.size
         groups = head_groups(self.head_groups, q.shape[1], k.shape[1], q.nbytes, held)
-        choices = self.choose_by_sums(q, k.dtype, self.send_sums(k), groups)
+        choices = (self.choose_by_sums(q, k.dtype, self.send_sums(k), groups) if selected is None else
+                   self.given(selected, q.shape[1], groups))
         exchanges = self._exchanges([choice.routing for choice in choices], groups)
         fetched = self._fetch(k, v, groups, exchanges, "fwd gather")
         o, saved = self.attend(q, v.shape[2], groups, fetched, choices)

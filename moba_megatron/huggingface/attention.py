@@ -19,8 +19,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import TransformersKwargs
 
+from .. import replay
 from ..config import CHOICES, MoBAConfig
-from ..ops import moba_attention
+from ..ops import moba_attention, sparse_attention
 from ..ops.validation import same_dtype
 from .cache import fill_after_prompt, follow_caches, is_in_prompt, note_prompts, sparse_decode
 from .mask import attended_slots, is_layout, moba_mask, packed_bounds, row_segments
@@ -118,8 +119,10 @@ def moba_attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, 
     packed = packed_bounds(kwargs, query, key, attention_mask, config.chunk_size)
     dense = config.is_full_attention(module.layer_idx + 1, module.config.num_hidden_layers)
     if query.shape[2] == 1 and key.shape[2] > 1 and config.decode == "moba" and not dense:
-        return sparse_decode(query, key, value, attention_mask, scaling, config), None
+        return sparse_decode(query, key, value, attention_mask, scaling, config, module.layer_idx + 1), None
     if query.shape[2] == 1 and key.shape[2] > 1 and (dense or not is_in_prompt(key, attention_mask)):
+        if not dense:
+            replay.refuse_new_tokens(dense=True)
         slots = attended_slots(attention_mask, key.shape[2])
         return sdpa_attention_forward(module, query, key, value, slots, scaling=scaling, is_causal=False)
     segments = packed or row_segments(query, key, attention_mask, kwargs.get("position_ids"), config.chunk_size)
@@ -127,8 +130,13 @@ def moba_attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, 
     if dense:
         segments = replace(segments, chunk_size=chunk_size)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    o = moba_attention(q, k, v, segments, topk, softmax_scale=scaling, deterministic=config.deterministic,
-                       backend=config.backend, workspace_mib=config.workspace_mib, shared=config.selection)
+    selected, layer = None, module.layer_idx + 1
+    if replay.is_active() and not dense:
+        selected = replay.choose(layer, q, lambda: k, segments, config, replay.replayed(layer, q, k, segments, config))
+    options = dict(softmax_scale=scaling, deterministic=config.deterministic, backend=config.backend,
+                   workspace_mib=config.workspace_mib)
+    o = (moba_attention(q, k, v, segments, topk, shared=config.selection, **options) if selected is None else
+         sparse_attention(q, k, v, selected, segments, **options))
     if config.decode == "moba" and not dense and key.shape[2] > query.shape[2]:
         fill_after_prompt(key, attention_mask, config)
     return o.unflatten(0, (query.shape[0], query.shape[2])), None

@@ -14,14 +14,15 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import GenerationMixin
 
+from .. import replay
 from ..config import MoBAConfig
-from ..ops.decode import fill_chunk_means, moba_decode
+from ..ops.decode import decode_selection, fill_chunk_means, moba_decode
 
 _generation = threading.local()
 
 
 def sparse_decode(query: Tensor, key: Tensor, value: Tensor, layout: Tensor | None, scaling: float | None,
-                  config: MoBAConfig) -> Tensor:
+                  config: MoBAConfig, layer: int) -> Tensor:
     """o ``[B, 1, H, DV]`` of one new token a row, ``[B, H, 1, D]``, over the cache, ``[B, HK, slots, D]``, that has it;
     ``layout`` is of ``mask.moba_mask``. It chooses chunks as :func:`moba_megatron.ops.decode.moba_decode` says."""
     k, v = key.transpose(1, 2), value.transpose(1, 2)
@@ -34,6 +35,12 @@ def sparse_decode(query: Tensor, key: Tensor, value: Tensor, layout: Tensor | No
         fill_chunk_means(k, means, lengths, config.chunk_size, cache_starts=starts, backend=config.backend)
     o = moba_decode(query[:, :, 0], k, v, means, lengths, config.chunk_size, config.topk, cache_starts=starts,
                     softmax_scale=scaling, backend=config.backend, shared=config.selection)
+    if replay.is_active():
+        replay.refuse_new_tokens(dense=False)
+        chosen = decode_selection(query[:, :, 0], k, means, lengths, config.chunk_size, config.topk,
+                                  cache_starts=starts, backend=config.backend, shared=config.selection)
+        slots = key.shape[2]
+        replay.record(layer, chosen, slots // config.chunk_size + 1, config, slots <= config.topk * config.chunk_size)
     _keep(key, means, config.chunk_size)
     return o[:, None]
 

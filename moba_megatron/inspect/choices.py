@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..context_parallel import gather_keys
 from ..megatron.core_attention import MoBACoreAttention, set_observer
 from ..ops import get_stages
 from ..segments import Segments
@@ -85,9 +86,7 @@ def look(module: MoBACoreAttention, q: Tensor, k: Tensor, segments: Segments, gr
         return None
     q, k = q.detach(), k.detach()
     if group is not None:
-        ranks = k.new_empty(group.size() * k.shape[0], *k.shape[1:])
-        dist.all_gather_into_tensor(ranks, k.contiguous(), group=group)
-        k = ranks[global_rows]
+        k = gather_keys(k, group, global_rows)
     stages = get_stages(moba.backend, q.device)
     scoring = stages.group_queries(q, k.shape[1]) if moba.selection == "group" else q
     selected = stages.gate(scoring, stages.chunk_means(k, segments), segments, moba.topk)

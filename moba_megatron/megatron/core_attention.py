@@ -16,9 +16,9 @@ from megatron.core.transformer.multi_token_prediction import MultiTokenPredictio
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from .. import context_parallel
+from .. import context_parallel, replay
 from ..config import MoBAConfig, get_default_config
-from ..ops import moba_attention
+from ..ops import moba_attention, sparse_attention
 from ..ops.validation import cast_under_autocast, check_cu_seqlens, check_qkv
 from ..segments import Segments, uniform_segments
 from . import refusals
@@ -109,6 +109,7 @@ class MoBACoreAttention(MegatronModule):
             refusals.refuse_switch_in_graphs(config, self.moba_config)
             refusals.refuse_split_groups(config, self.moba_config)
         groups = pg_collection or model_comm_pgs
+        self.tp_group = getattr(groups, "tp", None)
         self.cp_group, self.cp_comm_type, self.cp_levels = None, None, None
         if config.context_parallel_size > 1:
             self.cp_comm_type = resolve_cp_comm_type(cp_comm_type, config, layer_number)
@@ -167,15 +168,23 @@ class MoBACoreAttention(MegatronModule):
             q, k, v = _to_thd(query, key, value)
             v = _apart_from_projection(q, k, v)
             if self.moba_config.decode == "dense" and packed is None and query.shape[0] == 1 < key.shape[0]:
+                replay.refuse_new_tokens(dense=True)
                 dense = True
             segments, topk = self._segments(query, key, packed, dense)
             if self.key_convolution is not None:
                 k = self.key_convolution(k, segments.cu_seqlens_k)
             if _observer is not None and not dense:
                 _observer(self, q, k, segments)
-            o = moba_attention(q, k, v, segments, topk, softmax_scale=self.softmax_scale,
-                               deterministic=self.deterministic, backend=self.moba_config.backend,
-                               workspace_mib=self.moba_config.workspace_mib, shared=self.moba_config.selection)
+            selected = None
+            if replay.is_active() and not dense:
+                given = replay.replayed(self.layer_number, q, k, segments, self.moba_config, self._tensor_part())
+                selected = replay.choose(self.layer_number, q, lambda: k, segments, self.moba_config, given)
+            options = dict(softmax_scale=self.softmax_scale, deterministic=self.deterministic,
+                           backend=self.moba_config.backend, workspace_mib=self.moba_config.workspace_mib)
+            if selected is None:
+                o = moba_attention(q, k, v, segments, topk, shared=self.moba_config.selection, **options)
+            else:
+                o = sparse_attention(q, k, v, selected, segments, **options)
         else:
             o = self._context_parallel(query, key, value, packed, dense, group, check)
         if packed is not None:
@@ -256,16 +265,31 @@ class MoBACoreAttention(MegatronModule):
                     collective.signature += f" halos of {cu_seqlens.numel() - 1}"
                 collective.compare_lengths(cu_seqlens, seqlen, q.shape[0] * size)
                 sequences = context_parallel.Sequences.packed(cu_seqlens, seqlen, q.shape[0] * size)
+            layout = given = None
+            if not dense and (replay.is_active() or _observer is not None):
+                layout = sequences.zigzag(size, dist.get_rank(group), moba.chunk_size)
+                given = replay.replayed(self.layer_number, q, k, layout.segments, moba, self._tensor_part(),
+                                        layout.rows)
+                if replay.is_active():
+                    collective.signature += ", recorded" if given is None else ", replayed"
         if self.key_convolution is not None:
             k = self.key_convolution(k, sequences.cu_seqlens, group)
-        if _observer is not None and not dense and seqlen > moba.topk * moba.chunk_size:
-            layout = sequences.zigzag(size, dist.get_rank(group), moba.chunk_size)
+        if layout is not None and _observer is not None and seqlen > moba.topk * moba.chunk_size:
             _observer(self, q, k, layout.segments, group, layout.rows.global_rows)
+        selected = None
+        if layout is not None and replay.is_active():
+            selected = replay.choose(self.layer_number, q, lambda: context_parallel.gather_keys(
+                k.detach(), group, layout.rows.global_rows), layout.segments, moba, given)
         return context_parallel.context_parallel_attention(
             q, k, v, sequences, *moba.chunks(dense, seqlen), levels, comm_type=comm_type,
             head_groups=moba.cp_head_groups, softmax_scale=self.softmax_scale,
             deterministic=self.deterministic, backend=moba.backend, workspace_mib=moba.workspace_mib,
-            shared=moba.selection)
+            shared=moba.selection, selected=selected)
+
+    def _tensor_part(self) -> tuple[int, int]:
+        """Tensor parallel size, and rank in it."""
+        size = self.config.tensor_model_parallel_size
+        return size, dist.get_rank(self.tp_group or parallel_state.get_tensor_model_parallel_group()) if size > 1 else 0
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         state_dict.pop(f"{prefix}_extra_state", None)  # of Transformer Engine's attention, in all its checkpoints

@@ -59,6 +59,11 @@ class Pipeline:
         keys = _rows(keys) if kv_rows is None else keys.contiguous()
         return self.stages.call(_choose, self, _rows(q), keys, segments, kv_rows, workspace_mib=self.workspace_mib)
 
+    def given(self, selected: Tensor, heads: int, kv_heads: int, segments: Segments, kv_rows: int) -> Choice:
+        """What :meth:`choose` gives, of given chunks as of :meth:`forward`."""
+        return self.stages.call(_given, self, selected.contiguous(), heads, kv_heads, segments, kv_rows,
+                                workspace_mib=self.workspace_mib)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, choice: Choice | None, segments: Segments
                ) -> tuple[Tensor, Saved]:
         """o ``[T, H, DV]``, and what backward wants; causal attention without a choice."""
@@ -142,6 +147,12 @@ def _choose(pipeline: Pipeline, q, keys, segments: Segments, kv_rows: int | None
     selected = _select(pipeline, q, means, segments)
     num_chunks = segments.num_chunks(keys.shape[0] if kv_rows is None else kv_rows)
     return Choice(selected, stages.route(selected, keys.shape[1], num_chunks, q.shape[1] // selected.shape[1]))
+
+
+def _given(pipeline: Pipeline, selected, heads: int, kv_heads: int, segments: Segments, kv_rows: int) -> Choice:
+    selected = pipeline.stages.keep_earlier(selected, segments)
+    num_chunks = segments.num_chunks(kv_rows)
+    return Choice(selected, pipeline.stages.route(selected, kv_heads, num_chunks, heads // selected.shape[1]))
 
 
 def _attend(pipeline: Pipeline, q, k, v, choice: Choice, segments: Segments):

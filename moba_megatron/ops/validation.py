@@ -176,13 +176,14 @@ def check_shared(shared: str) -> str:
     return shared
 
 
-def check_selected(selected: Tensor, q: Tensor, k: Tensor, segments: Segments) -> None:
-    """Given chunks, int32 ``[T, H or HK, n]``; their values with ``MOBA_CHECK_INPUTS=1`` alone."""
+def check_selected(selected: Tensor, q: Tensor, k: Tensor, segments: Segments | None) -> None:
+    """Given chunks, int32 ``[T, H or HK, n]``; their values with segments and ``MOBA_CHECK_INPUTS=1`` alone."""
     check_tensor("selected", selected, 3, (torch.int32,), device=q.device)
     if selected.shape[0] != q.shape[0] or selected.shape[1] not in (q.shape[1], k.shape[1]):
         raise ValueError(f"selected must have q's {q.shape[0]} tokens, and a list for each of q's {q.shape[1]} heads "
                          f"or of k's {k.shape[1]}, got shape {tuple(selected.shape)}")
-    if not (CHECK_CUDA_VALUES and selected.numel() and all(map(_values_readable, (selected, segments.cu_seqlens_q)))):
+    if segments is None or not (
+            CHECK_CUDA_VALUES and selected.numel() and all(map(_values_readable, (selected, segments.cu_seqlens_q)))):
         return
     from ..reference.gating import earlier_chunks
     from ..reference.selection import keep_earlier

@@ -169,6 +169,21 @@ def test_router_block():
     assert names["chosen"].shape == (3000, 2, 15) and names["o"].shape == (3000, 8, 64)
 
 
+def test_replay_block(tmp_path, monkeypatch):
+    """A step of a small model of Transformers, in a folder of its own."""
+    pytest.importorskip("transformers")
+    import huggingface_models as hf
+
+    from moba_megatron import register_moba
+
+    [block] = [block for _, block in BLOCKS if "record_selection" in block]
+    register_moba(MoBAConfig(8, 2))
+    model, logits = hf.model(), []
+    monkeypatch.chdir(tmp_path)
+    exec(block, {"step": lambda: logits.append(model(hf.tokens(1, 40)).logits)})
+    assert len(logits) == 2 and torch.equal(*logits) and (tmp_path / "choices.npz").stat().st_size
+
+
 @pytest.mark.parametrize("page, block", [(page, block) for page, block in BLOCKS if "from_pretrained" in block])
 def test_transformers_blocks(page, block, tmp_path):
     """The block with a small model of two layers in place of Llama-3.1-8B."""
@@ -207,7 +222,7 @@ def test_blocks_of_hosts(tmp_path, package, program, word, here):
 
 def test_every_python_block_is_run_by_a_test():
     assert all(any(word in block for word in ("moba_attn_varlen", "select_chunks", "from_pretrained", "GPTModel",
-                                              "SequenceParallel"))
+                                              "SequenceParallel", "record_selection"))
                for _, block in BLOCKS)
 
 
