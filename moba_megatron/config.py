@@ -1,6 +1,8 @@
 """MoBAConfig: the hyper-parameters of MoBA, validated in one place, and the default that a launcher may set."""
+import functools
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -55,6 +57,32 @@ def _parse_layers(value: str | Iterable[int]) -> tuple[str, Any]:
     return "set", frozenset(numbers)
 
 
+def _parse_per_layer(text: str) -> dict[int, dict[str, int]]:
+    """Fields by layer number."""
+    layers: dict[int, dict[str, int]] = {}
+    for part in text.replace(" ", "").split(";"):
+        found = re.fullmatch(r"([1-9]\d{0,3})(?:-(\d{1,4}))?:((?:(?:chunk|topk)=[1-9]\d{0,8},?)+)", part)
+        numbers = range(int(found[1]), int(found[2] or found[1]) + 1) if found else ()
+        if not numbers or not layers.keys().isdisjoint(numbers):
+            raise ValueError("MoBAConfig.per_layer must be 1-based layers, each once, with chunk=, topk= or both, such "
+                             f"as '1-8:chunk=128,topk=16;9-24:topk=8', got {text!r}")
+        values = dict(pair.split("=") for pair in found[3].strip(",").split(","))
+        given = {{"chunk": "chunk_size"}.get(name, name): int(value) for name, value in values.items()}
+        layers.update(dict.fromkeys(numbers, given))
+    return layers
+
+
+def _parse_schedule(text: str) -> list[tuple[int, int]]:
+    """Iterations and the topk from each on."""
+    is_list = re.fullmatch(r"(\d+:[1-9]\d{0,8},)+", text.replace(" ", "") + ",")
+    steps = [tuple(map(int, part.split(":"))) for part in text.split(",")] if is_list else []
+    iterations = [step for step, _ in steps]
+    if not steps or iterations[0] or iterations != sorted(set(iterations)):
+        raise ValueError("MoBAConfig.topk_schedule must be iterations that begin with 0 and grow, each with a topk, as "
+                         f"'0:64,1000:16,2000:8', got {text!r}")
+    return steps
+
+
 @dataclass(frozen=True)
 class MoBAConfig:
     """How MoBA attends, and in which layers and steps (arXiv 2502.13189, sections 2.2 and 3).
@@ -77,6 +105,9 @@ class MoBAConfig:
             ``moba`` in Megatron-Core's static inference, ``dense`` in Transformers.
         selection: ``head``: each query head chooses its chunks; ``group``: those of a kv head choose together, by the
             sum of their scores.
+        per_layer: ``chunk_size`` and ``topk`` of some layers, such as ``"1-8:chunk=128,topk=16;9-24:topk=8"``, by
+            1-based global numbers; others have those above.
+        topk_schedule: ``topk`` by training iteration, such as ``"0:64,1000:16,2000:8"``, in place of the field.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range; the message names it.
@@ -97,6 +128,8 @@ class MoBAConfig:
     decode: str | None = _flag(None, "attention of generated tokens, moba or dense; unset: moba in Megatron-Core's "
                                      "static inference")
     selection: str = _flag("head", "who chooses chunks: each query head, or the group of a kv head together")
+    per_layer: str | None = _flag(None, "chunk size and topk of some layers, such as 1-8:chunk=128,topk=16;9-24:topk=8")
+    topk_schedule: str | None = _flag(None, "topk from an iteration on, such as 0:64,1000:16,2000:8")
 
     def __post_init__(self):
         for name, minimum in (("chunk_size", 1), ("topk", 1), ("full_attention_from_step", 0), ("cp_head_groups", 1),
@@ -109,6 +142,15 @@ class MoBAConfig:
             if getattr(self, name) not in (*choices, getattr(type(self), name)):
                 raise ValueError(f"MoBAConfig.{name} must be one of {', '.join(map(str, choices))}; got "
                                  f"{getattr(self, name)!r}")
+        for name, parse in (("per_layer", _parse_per_layer), ("topk_schedule", _parse_schedule)):
+            text = getattr(self, name)
+            if not isinstance(text, (str, type(None))):
+                raise TypeError(f"MoBAConfig.{name} must be a str or None, got {text!r}")
+            if text is not None:
+                parse(text)
+        if self.topk_schedule and "topk" in (self.per_layer or ""):
+            raise ValueError("MoBAConfig.topk_schedule must be None where per_layer gives a topk, got "
+                             f"{self.topk_schedule!r} and {self.per_layer!r}")
         rule, numbers = _parse_layers(self.full_attention_layers)
         if rule == "set" and not isinstance(self.full_attention_layers, str):
             object.__setattr__(self, "full_attention_layers", tuple(sorted(numbers)))
@@ -130,6 +172,26 @@ class MoBAConfig:
     def is_full_step(self, iteration: int) -> bool:
         """Whether every layer attends densely at this training iteration (0-based)."""
         return self.full_attention_from_step is not None and iteration >= self.full_attention_from_step
+
+    @functools.lru_cache(maxsize=1024)
+    def for_layer(self, layer_number: int, num_layers: int) -> "MoBAConfig":
+        """The config of a layer, by its global 1-based number: with its own ``chunk_size`` and ``topk``.
+
+        Raises:
+            ValueError: per_layer names a layer beyond num_layers.
+        """
+        layers = _parse_per_layer(self.per_layer) if self.per_layer else {}
+        if max(layers, default=0) > num_layers:
+            raise ValueError(f"MoBAConfig.per_layer names layer {max(layers)}, but the model has {num_layers}")
+        return replace(self, per_layer=None, **layers.get(layer_number, {})) if layers else self
+
+    @functools.lru_cache(maxsize=1024)
+    def at_step(self, iteration: int) -> "MoBAConfig":
+        """The config at a training iteration (0-based): with that one's ``topk``."""
+        if not self.topk_schedule:
+            return self
+        topk = [topk for step, topk in _parse_schedule(self.topk_schedule) if step <= iteration][-1]
+        return replace(self, topk=topk, topk_schedule=None)
 
     def chunks(self, dense: bool, max_seqlen: int) -> tuple[int, int]:
         """Chunk size and topk of a layer: where it is dense, those of one chunk that holds everything."""

@@ -57,6 +57,13 @@ def test_layer_number_is_one_based(number):
     ("deterministic", "false", TypeError, ("bool", "got 'false'")),
     ("backend", "cuda", ValueError, ("auto, triton, torch, reference", "got 'cuda'")),
     ("backend", None, ValueError, ("auto, triton, torch, reference", "got None")),
+    *(("per_layer", text, ValueError, ("1-based layers, each once", f"got {text!r}")) for text in (
+        "", "1", "1:", "0:topk=2", "2-1:topk=2", "1-2:topk=0", "1:chunk=-4", "1:heads=2", "1:topk=2;1:chunk=4",
+        "1-4:topk=2;3:topk=4", "1:topk=2.5", "1:topk=2;", "1:topk=9999999999")),
+    ("per_layer", 8, TypeError, ("str or None", "got 8")),
+    *(("topk_schedule", text, ValueError, ("begin with 0 and grow", f"got {text!r}")) for text in (
+        "", "8", "1:8", "0:0", "0:8,0:4", "0:8,20:4,10:2", "0:8,", "0:8;10:4", "0:8,-1:4")),
+    ("topk_schedule", 8, TypeError, ("str or None", "got 8")),
     ("decode", "sparse", ValueError, ("moba, dense", "got 'sparse'")),
     *(("full_attention_layers", value, ValueError, ("'none', 'all', 'last:N', 'every:N'", "1,2,24", f"got {value!r}"))
       for value in ("last", "last:", "last:0", "last:-1", "last:x", "first:2", "every:0", "every:1.5", "1,,2", "0",
@@ -105,3 +112,24 @@ def test_default_config_is_set_and_forgotten():
         assert get_default_config() is None
     finally:
         set_default_config(before)
+
+
+def test_layers_of_their_own():
+    config = MoBAConfig(512, 8, per_layer="1-2:chunk=128,topk=16; 4:topk=2;5-5:chunk=64")
+    found = [config.for_layer(n, 8) for n in LAYERS]
+    assert [(c.chunk_size, c.topk) for c in found] == [(128, 16), (128, 16), (512, 8), (512, 2), (64, 8),
+                                                       *[(512, 8)] * 3]
+    assert {c.per_layer for c in found} == {None}
+    assert MoBAConfig().for_layer(3, 8) == MoBAConfig()
+    with pytest.raises(ValueError, match="per_layer names layer 5, but the model has 4"):
+        config.for_layer(1, 4)
+
+
+def test_topk_by_iteration():
+    config = MoBAConfig(topk_schedule="0:64, 1000:16,2000:8")
+    assert [config.at_step(i).topk for i in (0, 999, 1000, 1999, 2000, 9999)] == [64, 64, 16, 16, 8, 8]
+    assert MoBAConfig(topk=3).at_step(5).topk == 3
+    both = dataclasses.replace(config, per_layer="2:chunk=64").for_layer(2, 8).at_step(1000)
+    assert (both.chunk_size, both.topk) == (64, 16)
+    with pytest.raises(ValueError, match="topk_schedule must be None where per_layer gives a topk, got '0:8' and"):
+        MoBAConfig(per_layer="1:topk=4", topk_schedule="0:8")

@@ -16,7 +16,7 @@ from moba_megatron.huggingface import attention as huggingface
 
 CHANGED = dict(chunk_size=4, topk=4, full_attention_layers="1", full_attention_from_step=0, deterministic=True,
                backend="reference", cp_head_groups=2, workspace_mib=7, key_conv=3, decode="moba",
-               selection="group")
+               selection="group", per_layer="1:chunk=4,topk=3", topk_schedule="0:3")
 """A value of each field that is not its default."""
 HONOURED = "honoured"
 
@@ -90,6 +90,7 @@ def megatron_call(config, monkeypatch):
 HOSTS = {
     "transformers": (transformers_call, expectations(
         full_attention_from_step="must be None for Transformers, got 0: its models do not know the training step",
+        topk_schedule="must be None for Transformers, got '0:3': its models do not know the training step",
         cp_head_groups="must be None for Transformers, got 2",
         key_conv="must be 0 for Transformers, got 3")),
     "deepspeed": (deepspeed_call, expectations(

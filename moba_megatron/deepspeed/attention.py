@@ -102,7 +102,7 @@ class MoBAAttention(nn.Module):
     def __init__(self, config: MoBAConfig, layer_number: int, num_layers: int,
                  parallel: SequenceParallel | None = None, softmax_scale: float | None = None):
         super().__init__()
-        self.config = config
+        self.config = config.for_layer(layer_number, num_layers)
         self.parallel = parallel or SequenceParallel()
         check_config(config, self.parallel.method)
         self.softmax_scale = softmax_scale
@@ -149,7 +149,7 @@ class MoBAAttention(nn.Module):
 
     def _whole_sequences(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch, length = q.shape[:2]
-        chunk_size, topk = self.config.chunks(self._is_dense(), length)
+        chunk_size, topk = self.config.at_step(self.iteration).chunks(self._is_dense(), length)
         segments = uniform_segments(length, length, batch, chunk_size, q.device)  # of one length: cuDNN may take them
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
         o = moba_attention(q, k, v, segments, topk, softmax_scale=self.softmax_scale, backend=self.config.backend,
@@ -160,7 +160,7 @@ class MoBAAttention(nn.Module):
     def _zigzag(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         parallel, config = self.parallel, self.config
         batch, length = q.shape[0], q.shape[1] * parallel.size
-        chunk_size, topk = config.chunks(self._is_dense(), length)
+        chunk_size, topk = config.at_step(self.iteration).chunks(self._is_dense(), length)
         with CollectiveCheck(parallel.group) as collective:  # a rank with bad input ends all of them, with one message
             packed = tuple(x.flatten(0, 1) for x in (q, k, v))
             check_qkv(*packed)

@@ -61,6 +61,7 @@ def register_moba(config: MoBAConfig | None = None, *, decode: str | None = None
         raise ValueError(f"decode must be MoBAConfig.decode where both are given, got {decode!r} and {config.decode!r}")
     config.refuse("for Transformers", {
         "full_attention_from_step": "its models do not know the training step, train in two runs instead",
+        "topk_schedule": "its models do not know the training step, register other settings between steps",
         "cp_head_groups": "its models know no context parallelism",
         "key_conv": "its models have no place for the convolution's parameters"})
     names = BACKENDS if name is None else (_check_name(name),)
@@ -113,7 +114,7 @@ def moba_attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, 
     if name not in _settings:
         raise RuntimeError(f"attn_implementation={name!r} has no settings in this process: call "
                            "moba_megatron.register_moba(MoBAConfig(...)) before the model runs, in each process")
-    config = _settings[name]
+    config = _settings[name].for_layer(module.layer_idx + 1, module.config.num_hidden_layers)
     refuse(module, attention_mask, dropout, kwargs)
     query, key, value = same_dtype(query, key, value)
     packed = packed_bounds(kwargs, query, key, attention_mask, config.chunk_size)

@@ -71,8 +71,11 @@ def look(args: argparse.Namespace) -> tuple[RoutingTrace, dict, list[str]]:
     with single_process(device):
         description = read_description(checkpoint)
         given = {name: getattr(args, f"moba_{name}") for name in ("chunk_size", "topk", "full_attention_layers")}
-        moba = dataclasses.replace(MoBAConfig(**description["moba"]), full_attention_from_step=None,
-                                   **{name: value for name, value in given.items() if value is not None})
+        given = {name: value for name, value in given.items() if value is not None}
+        if given.keys() & {"chunk_size", "topk"}:  # for all layers
+            given["per_layer"] = None
+        moba = MoBAConfig(**description["moba"]).at_step(description["iteration"])
+        moba = dataclasses.replace(moba, full_attention_from_step=None, **given)
         words = tokenizer(description["tokenizer"], args.tokenizer_model)
         length = args.seq_length or description["gpt"]["max_sequence_length"]
         ids = words.encode(Path(args.text).read_text(encoding="utf-8"))[:length]

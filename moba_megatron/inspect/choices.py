@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..context_parallel import gather_keys
-from ..megatron.core_attention import MoBACoreAttention, set_observer
+from ..megatron.core_attention import MoBACoreAttention, get_iteration, set_observer
 from ..ops import get_stages
 from ..segments import Segments
 
@@ -81,7 +81,7 @@ def look(module: MoBACoreAttention, q: Tensor, k: Tensor, segments: Segments, gr
     Returns:
         None where there is nothing to choose: ``topk`` is 1 or covers every sequence.
     """
-    moba = module.moba_config
+    moba = module.moba_config.at_step(get_iteration())
     if moba.topk == 1 or segments.max_seqlen_k <= moba.topk * segments.chunk_size:
         return None
     q, k = q.detach(), k.detach()

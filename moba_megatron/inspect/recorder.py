@@ -31,9 +31,13 @@ class TraceRecorder:
             raise ValueError(f"a routing trace must be of sequences of one length, got {sequences} packed sequences of "
                              f"at most {length} and together {choices.k.shape[0]} tokens")
         config = module.config
-        self._numbers = {"chunk_size": segments.chunk_size, "topk": choices.topk, "seq_length": length,
-                         "num_heads": config.num_attention_heads, "num_kv_heads": config.num_query_groups,
-                         "sequences": sequences}
+        numbers = {"chunk_size": segments.chunk_size, "topk": choices.topk, "seq_length": length,
+                   "num_heads": config.num_attention_heads, "num_kv_heads": config.num_query_groups,
+                   "sequences": sequences}
+        if self._numbers not in (None, numbers):
+            raise ValueError(f"a routing trace must have one chunk size and topk, got {self._numbers} and, in layer "
+                             f"{layer}, {numbers}")
+        self._numbers = numbers
         self._tables[layer] = _pair_counts(choices)
 
     def trace(self, about: Mapping | None = None) -> RoutingTrace:

@@ -98,12 +98,11 @@ class MoBACoreAttention(MegatronModule):
         super().__init__(config=config)
         refusals.refuse_arguments(kwargs, "")
         refusals.refuse_unsupported(config, attn_mask_type, attention_type, attention_dropout)
-        self.moba_config = _resolve_config(moba_config)
-        self.layer_number = _global_layer_number(config, layer_number)
+        self.layer_number, last = _global_layer_number(config, layer_number), config.num_layers
+        self.moba_config = _resolve_config(moba_config).for_layer(min(self.layer_number, last), last)
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = softmax_scale
         self.deterministic = self.moba_config.deterministic or config.deterministic_mode
-        last = config.num_layers
         self.full_attention = self.moba_config.is_full_attention(min(self.layer_number, last), last)
         if not self.full_attention:
             refusals.refuse_switch_in_graphs(config, self.moba_config)
@@ -158,7 +157,7 @@ class MoBACoreAttention(MegatronModule):
             TypeError, ValueError: unsupported arguments, or tensors that do not fit. Under context parallelism a
                 ValueError with the same text on every rank of the group.
         """
-        group = self._group_for(packed_seq_params)
+        group, moba = self._group_for(packed_seq_params), self.moba_config.at_step(get_iteration())
         packed = packed_seq_params if packed_seq_params is not None and packed_seq_params.qkv_format == "thd" else None
         dense = self.full_attention or self.moba_config.is_full_step(get_iteration())
         check = functools.partial(self._check_call, attn_mask_type or self.attn_mask_type, attention_bias, packed,
@@ -167,26 +166,26 @@ class MoBACoreAttention(MegatronModule):
             check(query, key, value)
             q, k, v = _to_thd(query, key, value)
             v = _apart_from_projection(q, k, v)
-            if self.moba_config.decode == "dense" and packed is None and query.shape[0] == 1 < key.shape[0]:
+            if moba.decode == "dense" and packed is None and query.shape[0] == 1 < key.shape[0]:
                 replay.refuse_new_tokens(dense=True)
                 dense = True
-            segments, topk = self._segments(query, key, packed, dense)
+            segments, topk = self._segments(query, key, packed, dense, moba)
             if self.key_convolution is not None:
                 k = self.key_convolution(k, segments.cu_seqlens_k)
             if _observer is not None and not dense:
                 _observer(self, q, k, segments)
             selected = None
             if replay.is_active() and not dense:
-                given = replay.replayed(self.layer_number, q, k, segments, self.moba_config, self._tensor_part())
-                selected = replay.choose(self.layer_number, q, lambda: k, segments, self.moba_config, given)
+                given = replay.replayed(self.layer_number, q, k, segments, moba, self._tensor_part())
+                selected = replay.choose(self.layer_number, q, lambda: k, segments, moba, given)
             options = dict(softmax_scale=self.softmax_scale, deterministic=self.deterministic,
-                           backend=self.moba_config.backend, workspace_mib=self.moba_config.workspace_mib)
+                           backend=moba.backend, workspace_mib=moba.workspace_mib)
             if selected is None:
-                o = moba_attention(q, k, v, segments, topk, shared=self.moba_config.selection, **options)
+                o = moba_attention(q, k, v, segments, topk, shared=moba.selection, **options)
             else:
                 o = sparse_attention(q, k, v, selected, segments, **options)
         else:
-            o = self._context_parallel(query, key, value, packed, dense, group, check)
+            o = self._context_parallel(query, key, value, packed, dense, group, check, moba)
         if packed is not None:
             return o.flatten(1)
         seqlen, batch = query.shape[:2]
@@ -220,22 +219,22 @@ class MoBACoreAttention(MegatronModule):
         group = getattr(packed_seq_params, "cp_group", None) or (None if alone else self.cp_group)
         return group if group is not None and group.size() > 1 else None
 
-    def _segments(self, query: Tensor, key: Tensor, packed: PackedSeqParams | None,
-                  dense: bool) -> tuple[Segments, int]:
+    def _segments(self, query: Tensor, key: Tensor, packed: PackedSeqParams | None, dense: bool,
+                  moba: MoBAConfig) -> tuple[Segments, int]:
         """Where the queries stand among the keys, and topk."""
         if packed is None:
             seqlen_q, batch, seqlen_k = query.shape[0], query.shape[1], key.shape[0]
             if seqlen_q > seqlen_k:
                 raise ValueError(f"key must have at least query's {seqlen_q} tokens, got {seqlen_k}")
-            chunk_size, topk = self.moba_config.chunks(dense, seqlen_k)
+            chunk_size, topk = moba.chunks(dense, seqlen_k)
             return uniform_segments(seqlen_q, seqlen_k, batch, chunk_size, query.device), topk
         cu_seqlens, max_seqlen = _packed_lengths(packed, query.shape[0], query.device)
-        chunk_size, topk = self.moba_config.chunks(dense, max_seqlen)
+        chunk_size, topk = moba.chunks(dense, max_seqlen)
         return Segments.from_cu_seqlens(cu_seqlens, max_seqlen, chunk_size), topk
 
     def _context_parallel(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams | None, dense: bool,
-                          group: dist.ProcessGroup, check) -> Tensor:
-        size, moba, comm_type, levels = group.size(), self.moba_config, self.cp_comm_type or "all_gather", group
+                          group: dist.ProcessGroup, check, moba: MoBAConfig) -> Tensor:
+        size, comm_type, levels = group.size(), self.cp_comm_type or "all_gather", group
         if comm_type == HIERARCHICAL:  # a group that came with the batch has no levels
             comm_type, levels = (HIERARCHICAL, self.cp_levels) if group is self.cp_group else ("all_gather", group)
         with context_parallel.CollectiveCheck(group) as collective:

@@ -19,15 +19,18 @@ def correction(args, config: MoBAConfig, iteration: int, batch_size: int, seqlen
     seqlen = args.seq_length if seqlen_squared_sum is None else seqlen_squared_sum / max(tokens, 1)
     if config.is_full_step(iteration) or not seqlen:
         return 0
-    layers = sum(not config.is_full_attention(min(layer, args.num_layers), args.num_layers)
-                 for layer in attention_layers(args))
     latent = getattr(args, "multi_latent_attention", False) and not _hybrid_pattern(args)
     sizes = (args.num_attention_heads, *(
         (args.qk_head_dim + args.qk_pos_emb_head_dim, args.v_head_dim) if latent else (args.kv_channels,) * 2))
     groups = getattr(args, "num_query_groups", None) if config.selection == "group" and not latent else None
-    saved = dense_attention_flops(seqlen, *sizes) - attention_flops(seqlen, *sizes, config.chunk_size, config.topk,
-                                                                    groups)
-    return -saved * layers * tokens / seqlen
+    saved = 0.0
+    for layer in attention_layers(args):
+        place = min(layer, args.num_layers), args.num_layers
+        if not config.is_full_attention(*place):
+            moba = config.for_layer(*place).at_step(iteration)
+            saved += dense_attention_flops(seqlen, *sizes) - attention_flops(seqlen, *sizes, moba.chunk_size, moba.topk,
+                                                                             groups)
+    return -saved * tokens / seqlen
 
 
 def attention_layers(args) -> list[int]:

@@ -81,6 +81,10 @@ def refuse_switch_in_graphs(config: TransformerConfig, moba_config: MoBAConfig) 
                              f"--{field.replace('_', '-')}, got {moba_config.full_attention_from_step} and {value!r}: "
                              "a captured graph never becomes dense. Capture nothing, or stop at that step and resume "
                              "with --attention full")
+        if moba_config.topk_schedule and value not in (False, None, "none"):
+            raise ValueError(f"--moba-topk-schedule cannot be used with --{field.replace('_', '-')}, got "
+                             f"{moba_config.topk_schedule!r} and {value!r}: a captured graph keeps its topk. Capture "
+                             "nothing, or stop at each change and resume with --moba-topk")
 
 
 def refuse_layouts(owner: TransformerConfig | PackedSeqParams, name: str) -> None:

@@ -31,6 +31,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--chunk-size", type=int, default=MoBAConfig.chunk_size)
     p.add_argument("--topk", type=int, default=MoBAConfig.topk, help="chunks a query attends to, its own included")
     p.add_argument("--full-attention-layers", default="none", help="none, last:N, every:N or numbers")
+    p.add_argument("--per-layer", help="chunk size and topk of some layers: 1-8:chunk=128,topk=16;9-24:topk=8")
+    p.add_argument("--topk-schedule", help="topk from an iteration on: 0:64,1000:16,2000:8")
+    p.add_argument("--iteration", type=int, default=0, metavar="N", help="of the step that is predicted (0)")
     p.add_argument("--no-distributed-optimizer", action="store_true")
     for name in SIZES:
         p.add_argument("--" + name.replace("_", "-"), type=int, metavar="N", help="instead of the preset's")
@@ -76,10 +79,12 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("--network, --link and --node must be positive")
         card = replace(hardware.find_card(arguments.card), **figures)
         model = replace(MODELS[arguments.model], **{name: given[name] for name in SIZES if name in given})
-        moba = MoBAConfig(arguments.chunk_size, arguments.topk, arguments.full_attention_layers)
+        moba = MoBAConfig(arguments.chunk_size, arguments.topk, arguments.full_attention_layers,
+                          per_layer=arguments.per_layer, topk_schedule=arguments.topk_schedule)
         moba.is_full_attention(model.layers, model.layers)  # a listed layer may be beyond the model
         run = Run(model, arguments.seq, arguments.gpus, given.get("batch", default_batch(arguments.seq)), moba,
-                  not arguments.no_distributed_optimizer, arguments.attention)
+                  not arguments.no_distributed_optimizer, arguments.attention, arguments.iteration)
+        run.layers  # per_layer may name one beyond the model
     except (TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -92,7 +97,9 @@ def _plan(arguments: argparse.Namespace, run: Run, card: hardware.Card, fixed: d
     fit, out = plan(run, card, fitted, fixed)
     m = run.model
     moba = "full attention" if run.attention == "full" else (
-        f"MoBA chunk {run.moba.chunk_size} topk {run.moba.topk}, {run.dense_layers} of {m.layers} layers full")
+        f"MoBA chunk {run.moba.chunk_size} topk {run.moba.at_step(run.iteration).topk}"
+        + f" ({run.moba.per_layer})" * bool(run.moba.per_layer)
+        + f", {m.layers - len(run.sparse_layers)} of {m.layers} layers full")
     print(f"{m.parameters / 1e9:.2f}B parameters, {run.seqlen:,} tokens a sequence, {run.batch} sequences "
           f"({run.tokens:,} tokens) a step, {run.gpus} x {card.name}, {moba}\n"
           f"Predicted, not measured: attention by {fitted.source}, the rest by the card's figures (--cards)\n")

@@ -29,6 +29,7 @@ def flags(run: Run, layout: Layout) -> list[str]:
     if run.attention == "moba":
         layers = run.moba.full_attention_layers
         values |= dict(attention="moba", moba_chunk_size=run.moba.chunk_size, moba_topk=run.moba.topk,
+                       moba_per_layer=run.moba.per_layer, moba_topk_schedule=run.moba.topk_schedule,
                        moba_full_attention_layers=None if layers in ("none", ()) else layers if isinstance(layers, str)
                        else ",".join(map(str, layers)))
     found = []

@@ -48,10 +48,11 @@ def layer_activations(run: Run, layout: Layout) -> float:
     if layout.recompute == "full":
         return tokens * m.hidden * BF16
     per_token = BF16 * (4 * m.hidden + 2 * (m.heads + m.kv_heads) * m.head_dim + 3 * m.ffn)
-    sparse = 1 - run.dense_layers / m.layers
+    sparse = len(run.sparse_layers) / m.layers
     if layout.recompute == "selective":
         return tokens * (per_token + sparse * BF16 * (m.heads + m.kv_heads) * m.head_dim)
-    return tokens * (per_token + m.heads * (FP32 + sparse * 8 * (run.moba.topk - 1)))
+    choices = sum(moba.topk - 1 for moba in run.sparse_layers) / m.layers
+    return tokens * (per_token + m.heads * (FP32 + 8 * choices))
 
 
 def attention_working(run: Run, layout: Layout) -> float:
@@ -65,7 +66,7 @@ def attention_working(run: Run, layout: Layout) -> float:
     kv = tokens * m.kv_heads * m.head_dim * BF16
     if run.attention == "full":
         return 2 * q + 2 * kv
-    choices = tokens * m.heads * (run.moba.topk - 1)
+    choices = tokens * m.heads * max((moba.topk - 1 for moba in run.sparse_layers), default=run.moba.topk - 1)
     partial = choices * (m.head_dim * BF16 + FP32)
     least = partial / max(1, m.kv_heads / layout.tp / layout.heads_split)  # one kv head runs even where it needs more
     return 2 * q + 2 * kv + 8 * choices + min(partial, max(WORKSPACE, least))

@@ -71,6 +71,7 @@ class Run:
     moba: MoBAConfig  # chunk size, topk, dense layers
     distributed_optimizer: bool = True  # optimizer state is spread over data and context parallel ranks
     attention: str = "moba"  # `moba` or `full`
+    iteration: int = 0  # of the step, for a schedule of topk
 
     def __post_init__(self):
         _at_least_one(self, ("seqlen", "gpus", "batch"))
@@ -82,15 +83,20 @@ class Run:
         """Of a step."""
         return self.seqlen * self.batch
 
-    def is_dense(self, layer_number: int) -> bool:
-        """Whether the layer (1-based) costs what full attention costs."""
-        if self.attention == "full" or self.seqlen <= self.moba.chunk_size * self.moba.topk:
-            return True
-        return self.moba.is_full_attention(layer_number, self.model.layers)
+    @cached_property
+    def layers(self) -> list[MoBAConfig | None]:
+        """Chunk size and topk of each layer; None where it costs what full attention costs."""
+        found = []
+        for number in range(1, self.model.layers + 1):
+            moba = self.moba.for_layer(number, self.model.layers).at_step(self.iteration)
+            dense = (self.attention == "full" or self.seqlen <= moba.chunk_size * moba.topk
+                     or moba.is_full_attention(number, self.model.layers))
+            found.append(None if dense else moba)
+        return found
 
     @cached_property
-    def dense_layers(self) -> int:
-        return sum(self.is_dense(number) for number in range(1, self.model.layers + 1))
+    def sparse_layers(self) -> list[MoBAConfig]:
+        return [moba for moba in self.layers if moba is not None]
 
     def step_flops(self, dense: bool) -> float:
         """Operations of a step, forward and backward, without recompute, as Megatron-LM counts them; ``dense``: as if
@@ -98,9 +104,9 @@ class Run:
         m = self.model
         matrices = 6 * self.tokens * (m.layers * m.matrix_parameters + m.hidden * m.padded_vocabulary())
         full = dense_attention_flops(self.seqlen, m.heads, m.head_dim, m.head_dim)
-        sparse = attention_flops(self.seqlen, m.heads, m.head_dim, m.head_dim, self.moba.chunk_size, self.moba.topk)
-        full_layers = m.layers if dense else self.dense_layers
-        return matrices + self.batch * (full_layers * full + (m.layers - full_layers) * sparse)
+        attention = [full if dense or moba is None else attention_flops(
+            self.seqlen, m.heads, m.head_dim, m.head_dim, moba.chunk_size, moba.topk) for moba in self.layers]
+        return matrices + self.batch * sum(attention)
 
 
 def parse_size(text: str) -> int:

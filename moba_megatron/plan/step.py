@@ -1,5 +1,6 @@
 """Time of one training step of a layout: matrix products, attention, collectives, what hides what, the pipeline; and
 every sensible layout of a run, predicted, sorted by cost."""
+from collections import Counter
 from dataclasses import dataclass, replace
 
 from ..context_parallel import COMM_TYPES
@@ -77,12 +78,15 @@ class Prediction:
 def predict(run: Run, layout: Layout, card: Card, calibration: Calibration, optimizer: bool = True) -> Prediction:
     """Memory and time of one step; ``optimizer``: its step and its communication count."""
     micro_batches = run.batch // layout.dp
-    dense, sparse = (_layer(run, layout, card, calibration, is_dense) for is_dense in (True, False))
+    costs = {moba: _layer(run if moba is None else replace(run, moba=moba), layout, card, calibration, moba is None)
+             for moba in dict.fromkeys(run.layers)}
     stages = []
     per_stage = run.model.layers // layout.pp
-    for first in range(1, run.model.layers + 1, per_stage):
-        full = sum(run.is_dense(number) for number in range(first, first + per_stage))
-        stages.append({name: dense[name] * full + sparse[name] * (per_stage - full) for name in dense})
+    for first in range(0, run.model.layers, per_stage):
+        stage: dict[str, Part] = {}
+        for moba, number in Counter(run.layers[first:first + per_stage]).items():
+            stage = {name: stage.get(name, Part()) + part * number for name, part in costs[moba].items()}
+        stages.append(stage)
     logits = run.seqlen / layout.cp * run.model.padded_vocabulary(layout.tp) / layout.tp
     stages[-1]["output"] = Part(
         6 * logits * run.model.hidden / card.flops + logits * LOSS_BYTES / card.bytes_per_second)

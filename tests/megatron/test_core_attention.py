@@ -153,6 +153,21 @@ def test_iteration_switch():
         set_iteration(0)
 
 
+def test_settings_by_layer_and_by_iteration():
+    q, k, v = fused_qkv(150, 1)
+    moba = MoBAConfig(16, 2, per_layer="2:chunk=32", topk_schedule="0:5,10:3,20:2")
+    try:
+        for layer, chunk_size in ((1, 16), (2, 32), (5, 16)):  # 5: multi-token prediction, as the last layer
+            core = make_core(moba, layer)
+            for iteration, topk in ((0, 5), (10, 3), (25, 2)):
+                set_iteration(iteration)
+                assert_same(core(q, k, v), expected(q, k, v, MoBAConfig(chunk_size, topk)))
+    finally:
+        set_iteration(0)
+    with pytest.raises(ValueError, match="per_layer names layer 9, but the model has 4"):
+        make_core(MoBAConfig(per_layer="9:topk=2"))
+
+
 @pytest.mark.parametrize("dense", [False, True], ids=["moba", "dense"])
 def test_static_inference_equals_training(dense):
     q, k, v = fused_qkv(60, 2)
@@ -215,6 +230,8 @@ def test_a_switch_by_iteration_is_refused_in_cuda_graphs(field, value):
     setattr(config, field, value)
     with pytest.raises(ValueError, match=f"--moba-full-attention-from-step .* with --{field.replace('_', '-')}, got 9"):
         make_core(MoBAConfig(full_attention_from_step=9), config=config)
+    with pytest.raises(ValueError, match="--moba-topk-schedule cannot be used with .*'0:9' and .*Capture nothing, or"):
+        make_core(MoBAConfig(topk_schedule="0:9"), config=config)
     make_core(MoBAConfig(full_attention_layers="last:1"), config=config)
     make_core(MoBAConfig(full_attention_layers="last:1", full_attention_from_step=9), 4, config)  # dense at any step
 

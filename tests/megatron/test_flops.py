@@ -49,6 +49,17 @@ def test_correction_ends_with_the_switch_to_full_attention():
     assert correction(gpt_args(), config, 10, 2) == 0
 
 
+def test_correction_is_each_layers_at_each_step():
+    def one(*settings):
+        return dense_attention_flops(8192, 8, 64, 64) - attention_flops(8192, 8, 64, 64, *settings)
+
+    config = MoBAConfig(512, 3, "last:1", per_layer="1:chunk=128,topk=16;4:chunk=64")
+    assert correction(gpt_args(), config, 0, 1) == pytest.approx(-one(128, 16) - 2 * one(512, 3))
+    config = MoBAConfig(512, 3, per_layer="1:chunk=128", topk_schedule="0:8,10:2")
+    for step, topk in ((9, 8), (10, 2)):
+        assert correction(gpt_args(), config, step, 1) == pytest.approx(-one(128, topk) - 3 * one(512, topk))
+
+
 def test_packed_sequences_of_one_length_count_exactly():
     config = MoBAConfig(chunk_size=512, topk=2)
     packed = correction(gpt_args(), config, 0, 1, seqlen_squared_sum=4 * 2048**2, tokens=4 * 2048)

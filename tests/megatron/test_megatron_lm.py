@@ -344,6 +344,20 @@ def test_a_dense_checkpoint_says_nothing(host, capsys):
     assert capsys.readouterr().out == "" and host.moba_topk == 8
 
 
+def test_layers_and_schedules_are_restored_and_compared(host, monkeypatch, capsys):
+    host.num_layers, own = 4, dict(moba_per_layer="1-2:chunk=64", moba_topk_schedule="0:8,10:4")
+    saved = namespace(**{**vars(host), **own})
+    checkpoint_flags.compare_flags(host, saved)
+    assert "> --moba-topk-schedule None: the checkpoint was trained with 0:8,10:4" in capsys.readouterr().out
+    checkpoint_flags.restore_flags(host, saved)
+    assert {name: getattr(host, name) for name in own} == own
+    assert "> --moba-per-layer 1-2:chunk=64, as in the checkpoint" in capsys.readouterr().out
+    host.moba_topk_schedule = None
+    monkeypatch.setattr(sys, "argv", ["x", "--moba-topk", "8"])
+    checkpoint_flags.restore_flags(host, saved)
+    assert host.moba_topk_schedule is None
+
+
 def test_flags_that_are_typed_stay(host, monkeypatch, capsys):
     saved = namespace(**{**vars(host), "moba_full_attention_last_fraction": 0.5, "moba_topk": 2, "moba_chunk_size": 4})
     monkeypatch.setattr(sys, "argv", ["x", "--moba-full-attention-from-step", "7", "--moba-topk=5"])

@@ -51,6 +51,34 @@ def predicted(layout, card=find_card("h100"), **changes):
     return predict(run(**changes), layout, card, stored())
 
 
+def test_layers_of_their_own_and_a_schedule():
+    """Each layer costs what a model of such layers costs; memory holds the choices of all."""
+    layout = Layout(tp=8, cp=8, pp=1, dp=1, comm_type="all_gather", recompute="none")
+    alike = [predicted(layout, moba=MoBAConfig(*settings)) for settings in ((4096, 12), (1024, 32))]
+    own = predicted(layout, moba=MoBAConfig(4096, 12, per_layer="9-16:chunk=1024,topk=32"))
+    for of in (lambda p: p.parts["attention"].seconds, lambda p: p.run.step_flops(False),
+               lambda p: p.memory.activations):
+        assert of(own) == pytest.approx(0.75 * of(alike[0]) + 0.25 * of(alike[1]), rel=1e-9)
+    assert own.memory.working == alike[1].memory.working
+    schedule = MoBAConfig(4096, 99, topk_schedule="0:32,1000:12")
+    for iteration, topk in ((999, 32), (1000, 12)):
+        found, plain = (predicted(layout, moba=moba, iteration=iteration)
+                        for moba in (schedule, MoBAConfig(4096, topk)))
+        assert (found.seconds, found.memory, found.mfu_moba) == (plain.seconds, plain.memory, plain.mfu_moba)
+    words = flags(run(moba=schedule), layout)
+    assert words[words.index("--moba-topk-schedule") + 1] == "0:32,1000:12"
+
+
+def test_the_command_of_a_model_with_layers_of_their_own(capsys):
+    few = ["--seq", "128K", "--model", "1b", "--gpus", "8", "--topk-schedule", "0:12,9:4"]
+    assert main([*few, "--per-layer", "1-8:chunk=256"]) == 0
+    said = capsys.readouterr().out
+    assert "MoBA chunk 512 topk 12 (1-8:chunk=256), 0 of 16" in said and "--moba-per-layer 1-8:chunk=256" in said
+    assert main([*few, "--iteration", "9"]) == 0 and "chunk 512 topk 4," in capsys.readouterr().out
+    assert main([*few, "--per-layer", "17:chunk=256"]) == 2
+    assert "per_layer names layer 17, but the model has 16" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text, tokens", [("4096", 4096), ("128K", 131072), ("1M", 1 << 20), ("0.5m", 1 << 19)])
 def test_sizes(text, tokens):
     assert parse_size(text) == tokens
