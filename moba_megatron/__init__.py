@@ -5,6 +5,7 @@
 | ``moba_attn_varlen`` | the operator: packed sequences, ``[tokens, heads, head_dim]``, with gradients |
 | ``moba_attn_varlen_triton`` | the same by Triton-MoBA's signature |
 | ``select_chunks``, ``sparse_attn_varlen`` | its halves: the gate's choice, attention to given chunks |
+| ``chunk_mass`` | the mass of dense attention on each chunk: what a router of one's own is trained towards |
 | ``record_selection``, ``replay_selection`` | contexts: choices of a run recorded, and attended to in another run |
 | ``RecordedSelection`` | what they record and replay: ``save``, ``load`` |
 | ``MoBAConfig`` | chunk size, topk, which layers and steps are dense |
@@ -25,7 +26,7 @@ for _package, _oldest in {"torch": (2, 9), "triton": (3, 5)}.items():
 
 from .config import MoBAConfig
 from .moba_triton import moba_attn_varlen_triton
-from .ops import moba_attn_varlen, select_chunks, sparse_attn_varlen
+from .ops import chunk_mass, moba_attn_varlen, select_chunks, sparse_attn_varlen
 from .replay import RecordedSelection, record_selection, replay_selection
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ _LAZY_NAMES = {"MoBACoreAttention": "megatron.core_attention", "register_moba": 
                "get_moba_layer_with_transformer_engine_spec": "megatron.layer_specs"}
 
 __version__ = "0.2.0"
-__all__ = ["MoBAConfig", "MoBACoreAttention", "RecordedSelection", "get_moba_layer_local_spec",
+__all__ = ["MoBAConfig", "MoBACoreAttention", "RecordedSelection", "chunk_mass", "get_moba_layer_local_spec",
            "get_moba_layer_with_transformer_engine_spec", "moba_attn_varlen", "moba_attn_varlen_triton",
            "record_selection", "register_moba", "replay_selection", "select_chunks", "sparse_attn_varlen"]
 

@@ -180,7 +180,7 @@ def refuse_new_tokens(dense: bool) -> None:
 
 @torch.compiler.disable
 def replayed(layer: int, q: Tensor, k: Tensor, segments: Segments, moba: MoBAConfig, part: tuple[int, int] = (1, 0),
-             rows: Any = None) -> tuple[Tensor, bool] | None:
+             rows: Any = None, by_gate: bool = True) -> tuple[Tensor, bool] | None:
     """What was recorded of a layer's call, int32 ids ``[T, H or HK, n]``, and whether that was everything; None without
     a replay. ValueError where it does not fit.
 
@@ -188,6 +188,7 @@ def replayed(layer: int, q: Tensor, k: Tensor, segments: Segments, moba: MoBACon
         layer, q, k, segments, moba: of this run.
         part: tensor parallel size, and rank in it.
         rows: the context parallel rank's among all, :class:`.context_parallel.transport.comm.Rows`.
+        by_gate: whether MoBA's gate would choose: for heads or groups as the config says.
     """
     if _replaying is None:
         return None
@@ -199,7 +200,10 @@ def replayed(layer: int, q: Tensor, k: Tensor, segments: Segments, moba: MoBACon
     for name in ("chunk_size", "topk"):
         if getattr(call, name) != getattr(moba, name):
             raise ValueError(f"{where} was recorded with {name} {getattr(call, name)}, got {getattr(moba, name)}")
-    (tokens, heads, _), total, lists = call.numbers.shape, q.shape[0], (k if moba.selection == "group" else q).shape[1]
+    (tokens, heads, _), total, options = call.numbers.shape, q.shape[0], (q.shape[1], k.shape[1])
+    if by_gate:
+        options = options[moba.selection == "group"],
+    lists = next((n for n in options if heads in (n, n * part[0])), options[0])
     if heads not in (lists, lists * part[0]) or tokens not in (total, total if rows is None else rows.total):
         raise ValueError(f"{where} was recorded for {tokens} tokens and {heads} heads, got {total} and {lists} here")
     numbers = call.numbers if heads == lists else call.numbers[:, part[1] * lists:][:, :lists]
@@ -211,13 +215,16 @@ def replayed(layer: int, q: Tensor, k: Tensor, segments: Segments, moba: MoBACon
 
 @torch.compiler.disable
 def choose(layer: int, q: Tensor, k: Callable[[], Tensor], segments: Segments, moba: MoBAConfig,
-           given: tuple[Tensor, bool] | None) -> Tensor | None:
+           given: tuple[Tensor, bool] | None, select: Callable[[], Tensor] | None = None) -> Tensor | None:
     """The chunks that a layer's queries attend to, int32 ids ``[T, H or HK, n]``, or None for all: attention is causal
-    then, as the operator's. A recording has them too. ``given``: of :func:`replayed`.
+    then, as the operator's. A recording has them too. ``given``: of :func:`replayed`; ``select``: chooses in
+    place of MoBA's gate.
     """
-    everything = segments.max_seqlen_k <= moba.topk * segments.chunk_size
-    selected, causal = given or (select_for_segments(q, k(), segments, moba.topk, shared=moba.selection,
-                                                     backend=moba.backend), everything)
+    everything = select is None and segments.max_seqlen_k <= moba.topk * segments.chunk_size
+    if given is None:
+        given = select() if select else select_for_segments(q, k(), segments, moba.topk, shared=moba.selection,
+                                                            backend=moba.backend), everything
+    selected, causal = given
     if _recording is not None:
         bound, numbers = segments.max_seqlen_k // moba.chunk_size + 1, selected - _first_chunks(segments, q.shape[0])
         numbers = torch.where((selected < 0) | (numbers < 0) | (numbers >= bound), -1, numbers)

@@ -139,7 +139,7 @@ def same(a, b):
 
 
 ARGUMENTS = {
-    "register_moba": {"config", "decode", "name"},
+    "register_moba": {"config", "decode", "name", "selector"},
     "MoBAAttention": {"config", "layer_number", "num_layers", "parallel", "softmax_scale"},
     "moba_attention_forward": {"module", "query", "key", "value", "attention_mask", "dropout", "scaling", "name",
                                "kwargs"},

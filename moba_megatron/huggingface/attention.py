@@ -9,6 +9,7 @@ import inspect
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -31,10 +32,12 @@ BACKENDS = {"moba": None, "efficient_moba": None, "triton_moba": None,
 """The names that are registered, and the backend of each; None for the config's."""
 
 _settings: dict[str, MoBAConfig] = {}
+_selectors: dict[str, Callable | None] = {}
 """By name. The registered functions look here at each call, so that whoever holds one has the latest settings."""
 
 
-def register_moba(config: MoBAConfig | None = None, *, decode: str | None = None, name: str | None = None) -> None:
+def register_moba(config: MoBAConfig | None = None, *, decode: str | None = None, name: str | None = None,
+                  selector: Callable | None = None) -> None:
     """Makes MoBA known to Transformers, for models that are built or switched (``set_attn_implementation``) to it.
 
     Names: ``moba`` (also ``efficient_moba``, ``triton_moba``) with the config's backend, ``moba_reference`` (also
@@ -48,6 +51,10 @@ def register_moba(config: MoBAConfig | None = None, *, decode: str | None = None
             several tokens at once over a cache, always attend by MoBA; in ``generate()`` a prompt's last token does so
             where it comes alone, elsewhere that is a new token. None for the config's, ``dense`` unless set.
         name: register this name alone, such as ``moba_512``; None for those above.
+        selector: chooses chunks in place of MoBA's gate. Called as ``selector(module, q, k, segments)``, with the
+            attention layer, q ``[T, H, D]`` and k ``[S, HK, D]`` after rotary embedding, it returns int32
+            ``[T, H or HK, n]``, ids as of :func:`~moba_megatron.sparse_attn_varlen`; of a cache it sees all keys at
+            every step. None for the gate.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or value; the message names it.
@@ -55,6 +62,8 @@ def register_moba(config: MoBAConfig | None = None, *, decode: str | None = None
     config = MoBAConfig() if config is None else config
     if not isinstance(config, MoBAConfig):
         raise TypeError(f"config must be a MoBAConfig, got {type(config).__name__}")
+    if selector is not None and not callable(selector):
+        raise TypeError(f"selector must be a function or None, got {type(selector).__name__}")
     if decode not in (None, *CHOICES["decode"]):
         raise ValueError(f"decode must be one of dense, moba; got {decode!r}")
     if decode and config.decode and decode != config.decode:
@@ -68,12 +77,14 @@ def register_moba(config: MoBAConfig | None = None, *, decode: str | None = None
     config = replace(config, decode=decode or config.decode or "dense")
     follow_caches() if config.decode == "moba" else note_prompts()
     settings = {name: replace(config, backend=BACKENDS.get(name) or config.backend) for name in names}
-    replaced = [name for name in names if _settings.get(name, settings[name]) != settings[name]]
+    replaced = [name for name in names if name in _settings and (
+        (_settings[name], _selectors[name]) != (settings[name], selector))]
     if replaced:
         warnings.warn(f"register_moba: all models with attn_implementation={replaced[0]!r} now attend by "
                       f"{settings[replaced[0]].describe()}: to keep the settings they had, give one of the two a name "
                       "of its own, register_moba(..., name=\"moba_2\")", stacklevel=2)
     _settings.update(settings)
+    _selectors.update(dict.fromkeys(names, selector))
     for name in names:
         _make_known(name)
 
@@ -119,9 +130,11 @@ def moba_attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, 
     query, key, value = same_dtype(query, key, value)
     packed = packed_bounds(kwargs, query, key, attention_mask, config.chunk_size)
     dense = config.is_full_attention(module.layer_idx + 1, module.config.num_hidden_layers)
-    if query.shape[2] == 1 and key.shape[2] > 1 and config.decode == "moba" and not dense:
+    by_gate = dense or _selectors[name] is None
+    if query.shape[2] == 1 and key.shape[2] > 1 and config.decode == "moba" and not dense and by_gate:
         return sparse_decode(query, key, value, attention_mask, scaling, config, module.layer_idx + 1), None
-    if query.shape[2] == 1 and key.shape[2] > 1 and (dense or not is_in_prompt(key, attention_mask)):
+    if query.shape[2] == 1 and key.shape[2] > 1 and (
+            dense or config.decode == "dense" and not is_in_prompt(key, attention_mask)):
         if not dense:
             replay.refuse_new_tokens(dense=True)
         slots = attended_slots(attention_mask, key.shape[2])
@@ -132,13 +145,15 @@ def moba_attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, 
         segments = replace(segments, chunk_size=chunk_size)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     selected, layer = None, module.layer_idx + 1
-    if replay.is_active() and not dense:
-        selected = replay.choose(layer, q, lambda: k, segments, config, replay.replayed(layer, q, k, segments, config))
+    if not dense and (replay.is_active() or not by_gate):
+        given = replay.replayed(layer, q, k, segments, config, by_gate=by_gate)
+        select = None if by_gate else functools.partial(_selectors[name], module, q, k, segments)
+        selected = replay.choose(layer, q, lambda: k, segments, config, given, select)
     options = dict(softmax_scale=scaling, deterministic=config.deterministic, backend=config.backend,
                    workspace_mib=config.workspace_mib)
     o = (moba_attention(q, k, v, segments, topk, shared=config.selection, **options) if selected is None else
          sparse_attention(q, k, v, selected, segments, **options))
-    if config.decode == "moba" and not dense and key.shape[2] > query.shape[2]:
+    if config.decode == "moba" and not dense and by_gate and key.shape[2] > query.shape[2]:
         fill_after_prompt(key, attention_mask, config)
     return o.unflatten(0, (query.shape[0], query.shape[2])), None
 

@@ -85,11 +85,13 @@ def look(module: MoBACoreAttention, q: Tensor, k: Tensor, segments: Segments, gr
     if moba.topk == 1 or segments.max_seqlen_k <= moba.topk * segments.chunk_size:
         return None
     q, k = q.detach(), k.detach()
-    if group is not None:
-        k = gather_keys(k, group, global_rows)
-    stages = get_stages(moba.backend, q.device)
-    scoring = stages.group_queries(q, k.shape[1]) if moba.selection == "group" else q
-    selected = stages.gate(scoring, stages.chunk_means(k, segments), segments, moba.topk)
+    stages, view = get_stages(moba.backend, q.device), () if group is None else (group, global_rows)
+    if module.selector is not None:
+        selected = stages.keep_earlier(module.selector(q, k, segments, *view), segments)
+    k = gather_keys(k, *view) if view else k
+    if module.selector is None:
+        scoring = stages.group_queries(q, k.shape[1]) if moba.selection == "group" else q
+        selected = stages.gate(scoring, stages.chunk_means(k, segments), segments, moba.topk)
     selected = selected.repeat_interleave(q.shape[1] // selected.shape[1], 1)
     scale = q.shape[2] ** -0.5 if module.softmax_scale is None else module.softmax_scale
     fused = hasattr(stages, "INTERPRETED") and segments.num_chunks(k.shape[0]) <= MOST_CHUNKS_FUSED

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..ops import chunk_mass
 from ..segments import Segments
 from .choices import Choices
 
 NAMES = ("first_chunk", "imbalance", "entropy", "recall", "best_recall")
-SCORE_ELEMENTS = 1 << 23  # attention scores held at once: bounds the memory of the recall
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,10 @@ def layer_statistics(total: Tensor, first: Tensor, topk: int, layers: int, num_c
     return torch.stack((first_chunk, load.amax(2) / mean_load, entropy, *(recalled / number).unbind(2)), dim=2)
 
 
-def recalls(choices: Choices, rows: Tensor, own: Tensor, sequence: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention mass on the chosen chunks, and on the best possible ones, for n queries, given their rows, own chunks'
-    ids and where they lie: two ``[n, H]``, in fp32 (fp64 for fp64 queries)."""
-    mass = attention_mass(choices, rows, sequence, position)
+def recalls(choices: Choices, rows: Tensor, own: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention mass on the chosen chunks, and on the best possible ones, for n queries, given their rows and own
+    chunks' ids: two ``[n, H]``, in fp32 (fp64 for fp64 queries)."""
+    mass = chunk_mass(choices.q, choices.k, choices.segments, rows, softmax_scale=choices.softmax_scale)
     own = own[:, None, None].expand(-1, mass.shape[1], 1)
     selected = choices.selected[rows].long()
     taken = torch.cat((mass, torch.zeros_like(mass[..., :1])), dim=2).gather(
@@ -126,30 +126,6 @@ def recalls(choices: Choices, rows: Tensor, own: Tensor, sequence: Tensor, posit
     others = mass.scatter(2, own, 0)
     best = others.topk(min(choices.topk - 1, others.shape[2]), dim=2).values
     return own_mass + taken.sum(2), own_mass + best.sum(2)
-
-
-def attention_mass(choices: Choices, rows: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
-    """Softmax weights of full causal attention, summed over each chunk, of the queries of :func:`recalls`:
-    ``[n, H, num_chunks]``, rows that sum to 1; fp32 (fp64 for fp64 queries)."""
-    q, k, segments = choices.q[rows], choices.k, choices.segments
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    q = (q.to(dtype) * choices.softmax_scale).unflatten(1, (k.shape[1], -1))
-    key_sequence, key_position = segments.key_positions(k.shape[0])
-    chunk = segments.first_chunk()[key_sequence] + key_position // segments.chunk_size
-    n, heads = q.shape[0], choices.q.shape[1]
-    mass = torch.zeros(n, heads, choices.num_chunks, dtype=dtype, device=q.device)
-    largest = torch.full((n, heads, 1), -torch.inf, dtype=dtype, device=q.device)
-    step = max(1, SCORE_ELEMENTS // max(1, n * heads))
-    for begin in range(0, k.shape[0], step):
-        keys = slice(begin, begin + step)
-        seen = (key_sequence[keys] == sequence[:, None]) & (key_position[keys] <= position[:, None])
-        score = torch.einsum("nkgd,skd->nkgs", q, k[keys].to(dtype)).flatten(1, 2)
-        score = score.masked_fill(~seen[:, None], -torch.inf)
-        before, largest = largest, torch.maximum(largest, score.amax(2, keepdim=True))
-        safe = torch.where(largest == -torch.inf, 0, largest)  # no key of this sequence so far
-        mass *= torch.exp(before - safe)
-        mass.index_add_(2, chunk[keys], torch.exp(score - safe))
-    return mass / mass.sum(2, keepdim=True)
 
 
 def _sample(has_choice: Tensor, samples: int) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,8 @@ The module keeps no state between calls, so recompute may rerun it. Without the 
 checkpoints do not change.
 """
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -59,6 +62,19 @@ def get_iteration() -> int:
     return _iteration if _iteration is not None else host_iteration() or 0
 
 
+@dataclass
+class MoBACoreAttentionSubmodules:
+    """``selector``: chooses chunks in place of MoBA's gate; None for the gate.
+
+    A module, built with ``config, layer_number, moba_config``, or a function. Called as ``selector(q, k, segments)``
+    with q ``[T, H, D]`` and k ``[S, HK, D]`` after rotary embedding and key convolution, it returns int32
+    ``[T, H or HK, n]``, ids as of :func:`~moba_megatron.sparse_attn_varlen`. Under context parallelism q and k are this
+    rank's, and two more arguments those of :func:`.context_parallel.gather_keys`. Its gradients are its own affair.
+    """
+
+    selector: ModuleSpec | type | Callable | None = None
+
+
 class MoBACoreAttention(MegatronModule):
     """Softmax attention over each query's own chunk and its best earlier chunks, or dense, by layer and iteration.
 
@@ -82,6 +98,7 @@ class MoBACoreAttention(MegatronModule):
             ``--moba-*`` flags (where it was patched or launched for MoBA), else the ``MOBA_*`` environment variables.
         k_channels: head size of the keys where it is not ``config.kv_channels``, for the key convolution.
         v_channels: not used: head sizes are read off the tensors.
+        submodules: of the spec: a selector of one's own.
         **kwargs: others that a Megatron release may pass: None, False or empty.
 
     Raises:
@@ -94,7 +111,7 @@ class MoBACoreAttention(MegatronModule):
                  attention_dropout: float | None = None, softmax_scale: float | None = None,
                  cp_comm_type: str | list[str] | None = None, pg_collection=None, model_comm_pgs=None,
                  moba_config: MoBAConfig | None = None, k_channels: int | None = None, v_channels: int | None = None,
-                 **kwargs):
+                 submodules: MoBACoreAttentionSubmodules | None = None, **kwargs):
         super().__init__(config=config)
         refusals.refuse_arguments(kwargs, "")
         refusals.refuse_unsupported(config, attn_mask_type, attention_type, attention_dropout)
@@ -126,6 +143,10 @@ class MoBACoreAttention(MegatronModule):
         if self.moba_config.key_conv and not self.full_attention:
             self.key_convolution = KeyConvolution(config, self.moba_config.key_conv, k_channels,
                                                   self.moba_config.backend, getattr(groups, "tp", None))
+        self.selector = None
+        if submodules is not None and submodules.selector is not None and not self.full_attention:
+            self.selector = build_module(submodules.selector, config=config, layer_number=self.layer_number,
+                                         moba_config=self.moba_config)
         guard_layers()
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
@@ -175,9 +196,8 @@ class MoBACoreAttention(MegatronModule):
             if _observer is not None and not dense:
                 _observer(self, q, k, segments)
             selected = None
-            if replay.is_active() and not dense:
-                given = replay.replayed(self.layer_number, q, k, segments, moba, self._tensor_part())
-                selected = replay.choose(self.layer_number, q, lambda: k, segments, moba, given)
+            if not dense and (self.selector is not None or replay.is_active()):
+                selected = self._choose(q, k, segments, moba, self._replayed(q, k, segments, moba))
             options = dict(softmax_scale=self.softmax_scale, deterministic=self.deterministic,
                            backend=moba.backend, workspace_mib=moba.workspace_mib)
             if selected is None:
@@ -265,10 +285,10 @@ class MoBACoreAttention(MegatronModule):
                 collective.compare_lengths(cu_seqlens, seqlen, q.shape[0] * size)
                 sequences = context_parallel.Sequences.packed(cu_seqlens, seqlen, q.shape[0] * size)
             layout = given = None
-            if not dense and (replay.is_active() or _observer is not None):
+            chooses = not dense and (self.selector is not None or replay.is_active())
+            if chooses or not dense and _observer is not None:
                 layout = sequences.zigzag(size, dist.get_rank(group), moba.chunk_size)
-                given = replay.replayed(self.layer_number, q, k, layout.segments, moba, self._tensor_part(),
-                                        layout.rows)
+                given = self._replayed(q, k, layout.segments, moba, layout.rows)
                 if replay.is_active():
                     collective.signature += ", recorded" if given is None else ", replayed"
         if self.key_convolution is not None:
@@ -276,19 +296,26 @@ class MoBACoreAttention(MegatronModule):
         if layout is not None and _observer is not None and seqlen > moba.topk * moba.chunk_size:
             _observer(self, q, k, layout.segments, group, layout.rows.global_rows)
         selected = None
-        if layout is not None and replay.is_active():
-            selected = replay.choose(self.layer_number, q, lambda: context_parallel.gather_keys(
-                k.detach(), group, layout.rows.global_rows), layout.segments, moba, given)
+        if chooses:
+            selected = self._choose(q, k, layout.segments, moba, given, group, layout.rows.global_rows)
         return context_parallel.context_parallel_attention(
             q, k, v, sequences, *moba.chunks(dense, seqlen), levels, comm_type=comm_type,
             head_groups=moba.cp_head_groups, softmax_scale=self.softmax_scale,
             deterministic=self.deterministic, backend=moba.backend, workspace_mib=moba.workspace_mib,
             shared=moba.selection, selected=selected)
 
-    def _tensor_part(self) -> tuple[int, int]:
-        """Tensor parallel size, and rank in it."""
-        size = self.config.tensor_model_parallel_size
-        return size, dist.get_rank(self.tp_group or parallel_state.get_tensor_model_parallel_group()) if size > 1 else 0
+    def _replayed(self, q: Tensor, k: Tensor, segments: Segments, moba: MoBAConfig, rows=None):
+        """As of :func:`.replay.replayed`."""
+        size, rank = self.config.tensor_model_parallel_size, 0
+        if size > 1 and replay.is_active():
+            rank = dist.get_rank(self.tp_group or parallel_state.get_tensor_model_parallel_group())
+        return replay.replayed(self.layer_number, q, k, segments, moba, (size, rank), rows, self.selector is None)
+
+    def _choose(self, q: Tensor, k: Tensor, segments: Segments, moba: MoBAConfig, given, *view) -> Tensor | None:
+        """As of :func:`.replay.choose`; ``view``: the group, and global rows."""
+        select = None if self.selector is None else functools.partial(self.selector, q, k, segments, *view)
+        return replay.choose(self.layer_number, q, lambda: context_parallel.gather_keys(k.detach(), *view) if view
+                             else k, segments, moba, given, select)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         state_dict.pop(f"{prefix}_extra_state", None)  # of Transformer Engine's attention, in all its checkpoints
@@ -309,6 +336,7 @@ class MoBAOrTEDotProductAttention:
         moba_config, last = _resolve_config(moba_config), config.num_layers
         if not moba_config.is_full_attention(min(_global_layer_number(config, layer_number), last), last):
             return MoBACoreAttention(config, layer_number, *args, moba_config=moba_config, **kwargs)
+        kwargs.pop("submodules", None)  # of MoBACoreAttention
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
         return TEDotProductAttention(config, layer_number, *args, **kwargs)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.gpu
 
 def seen(case, device):
     q, k, *_ = (x.to(device) for x in case.tensors(torch.bfloat16))
-    module = SimpleNamespace(layer_number=1, softmax_scale=None,
+    module = SimpleNamespace(layer_number=1, selector=None, softmax_scale=None,
                              moba_config=MoBAConfig(chunk_size=case.chunk_size, topk=case.topk))
     segments = type(case.segments()).from_cu_seqlens(case.cu_seqlens().to(device), case.max_seqlen, case.chunk_size)
 

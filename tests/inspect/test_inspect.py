@@ -35,7 +35,7 @@ CASES = [
 
 def choices_of(case, dtype=torch.float64):
     q, k, *_ = case.tensors(dtype)
-    module = SimpleNamespace(layer_number=1, softmax_scale=case.scale,
+    module = SimpleNamespace(layer_number=1, selector=None, softmax_scale=case.scale,
                              moba_config=MoBAConfig(chunk_size=case.chunk_size, topk=case.topk))
     return look(module, q, k, case.segments())
 
@@ -128,7 +128,7 @@ class TestStatistics:
         case = Case((64,), 8, 2, heads=1)
         q, k = torch.ones(64, 1, 4), -30 * torch.ones(64, 1, 4)
         k[:8] = 30
-        module = SimpleNamespace(layer_number=1, softmax_scale=None, moba_config=MoBAConfig(chunk_size=8, topk=2))
+        module = SimpleNamespace(layer_number=1, selector=None, softmax_scale=None, moba_config=MoBAConfig(8, 2))
         seen = values_of(look(module, q, k, case.segments()), 64)
         values = dict(zip(statistics.NAMES, seen[0].tolist()))
         assert values["recall"] == values["best_recall"] == pytest.approx(1, abs=1e-6)
@@ -144,7 +144,7 @@ class TestStatistics:
         case = Case((16, 16), 8, 3)
         q, k, *_ = case.tensors()
         segments = type(case.segments()).from_cu_seqlens(case.cu_seqlens(), 100, 8)
-        module = SimpleNamespace(layer_number=1, softmax_scale=None, moba_config=MoBAConfig(chunk_size=8, topk=3))
+        module = SimpleNamespace(layer_number=1, selector=None, softmax_scale=None, moba_config=MoBAConfig(8, 3))
         values = values_of(look(module, q, k, segments), 8)
         assert values.isnan().all()
 
@@ -215,7 +215,7 @@ class TestWatching:
         with log.watch(1):
             Layers()(q, k, v)
         case = Case((80,), 8, 3, heads=4, kv_heads=2, head_dim=8)
-        module = SimpleNamespace(layer_number=1, softmax_scale=None, moba_config=MoBAConfig(chunk_size=8, topk=3))
+        module = SimpleNamespace(layer_number=1, selector=None, softmax_scale=None, moba_config=MoBAConfig(8, 3))
         choices = look(module, q[:, 0], k[:, 0], case.segments())
         expected = brute_force(case, choices)
         for name in statistics.NAMES:
@@ -232,7 +232,7 @@ class TestWatching:
             for layer, case, places in ((1, long, segments[0]), (2, long, again), (3, short, segments[1]),
                                         (4, long, segments[0])):
                 q, k, *_ = dataclasses.replace(case, seed=layer).tensors(torch.float64)
-                module = SimpleNamespace(layer_number=layer, softmax_scale=case.scale,
+                module = SimpleNamespace(layer_number=layer, selector=None, softmax_scale=case.scale,
                                          moba_config=MoBAConfig(chunk_size=8, topk=3))
                 core_attention._observer(module, q, k, places)
                 expected[layer] = brute_force(case, look(module, q, k, places))
@@ -352,7 +352,7 @@ class TestTrace:
             Layers()(q, k, v)
             Layers()(*fused_qkv(75, 2, seed=2))  # a second micro batch is not recorded
         trace = recorder.trace()
-        module = SimpleNamespace(layer_number=1, softmax_scale=None, moba_config=MoBAConfig(chunk_size=8, topk=3))
+        module = SimpleNamespace(layer_number=1, selector=None, softmax_scale=None, moba_config=MoBAConfig(8, 3))
         choices = look(module, *(x.transpose(0, 1).flatten(0, 1) for x in (q, k)), case.segments())
         expected = np.zeros((4, 10, 10), dtype=int)
         for rows in case.chunk_numbers(choices.selected, own=False):

@@ -29,7 +29,7 @@ def test_kernels_agree_with_torch(case):
     q, k = (torch.randn(n, sum(lengths), 2 * dim).to(dtype)[:, :, :dim].transpose(0, 1) for n in (heads, 2))
     if not case.get("strided"):
         q, k = q.contiguous(), k.contiguous()
-    module = SimpleNamespace(layer_number=1, softmax_scale=0.3,
+    module = SimpleNamespace(layer_number=1, selector=None, softmax_scale=0.3,
                              moba_config=MoBAConfig(chunk_size=chunk, topk=topk, backend="triton"))
     choices = look(module, q, k, segments)
     assert choices.fused

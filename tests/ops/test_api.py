@@ -430,7 +430,7 @@ def test_triton_moba_usage():
 
 def test_public_names_resolve():
     for name in ("MoBAConfig", "moba_attn_varlen", "moba_attn_varlen_triton", "select_chunks", "sparse_attn_varlen",
-                 "RecordedSelection", "record_selection", "replay_selection"):
+                 "chunk_mass", "RecordedSelection", "record_selection", "replay_selection"):
         assert name in moba_megatron.__all__ and getattr(moba_megatron, name)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         moba_megatron.nonsense
