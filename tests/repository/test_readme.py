@@ -169,6 +169,41 @@ def test_router_block():
     assert names["chosen"].shape == (3000, 2, 15) and names["o"].shape == (3000, 8, 64)
 
 
+def test_megatron_selector_block(tmp_path):
+    """Its layer attends to what it chooses, and its weights are the layer's."""
+    pytest.importorskip("megatron.core")
+    [block] = [block for _, block in BLOCKS if "class LowRank" in block]
+    script = tmp_path / "block.py"
+    script.write_text(MEGATRON[:MEGATRON.index("{block}")] + block + """
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import build_module
+core = build_module(spec.submodules.self_attention.submodules.core_attention, config=config, layer_number=1,
+                    attn_mask_type=AttnMaskType.causal, attention_type="self")
+q = torch.randn(3000, 1, 2, 16)
+chosen = core.selector(q[:, 0], q[:, 0], core._segments(q, q, None, False, core.moba_config)[0])
+assert chosen.shape == (3000, 2, 15) and core(q, q, q).isfinite().all()
+assert [name for name, _ in core.named_parameters()] == ["selector.down"]
+""")
+    done = run_program([script], {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'examples'}"})
+    assert done.returncode == 0, done.stderr
+
+
+def test_transformers_selector_block(monkeypatch):
+    """The first chunk counts."""
+    pytest.importorskip("transformers")
+    import huggingface_models as hf
+
+    [block] = [block for _, block in BLOCKS if "def with_first" in block]
+    small = block.replace("chunk_size=128, topk=16", "chunk_size=8, topk=3").replace("topk=15", "topk=2")
+    names, ids = {}, hf.tokens(1, 90)
+    exec(small, names)
+    logits = hf.model()(ids).logits
+    assert logits.isfinite().all()
+    names["register_moba"](MoBAConfig(8, 3))
+    assert not torch.equal(hf.model()(ids).logits, logits)
+    exec(block, names)  # as it stands
+
+
 def test_replay_block(tmp_path, monkeypatch):
     """A step of a small model of Transformers, in a folder of its own."""
     pytest.importorskip("transformers")
@@ -221,9 +256,9 @@ def test_blocks_of_hosts(tmp_path, package, program, word, here):
 
 
 def test_every_python_block_is_run_by_a_test():
-    assert all(any(word in block for word in ("moba_attn_varlen", "select_chunks", "from_pretrained", "GPTModel",
-                                              "SequenceParallel", "record_selection"))
-               for _, block in BLOCKS)
+    words = ("moba_attn_varlen", "select_chunks", "from_pretrained", "GPTModel", "SequenceParallel",
+             "record_selection", "class LowRank", "def with_first")
+    assert all(any(word in block for word in words) for _, block in BLOCKS)
 
 
 BENCHMARKS = [(page, line.split("#")[0].split()[3:]) for page in PAGES
