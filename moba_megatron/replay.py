@@ -207,7 +207,7 @@ def replayed(layer: int, q: Tensor, k: Tensor, segments: Segments, moba: MoBACon
     if heads not in (lists, lists * part[0]) or tokens not in (total, total if rows is None else rows.total):
         raise ValueError(f"{where} was recorded for {tokens} tokens and {heads} heads, got {total} and {lists} here")
     numbers = call.numbers if heads == lists else call.numbers[:, part[1] * lists:][:, :lists]
-    numbers = numbers.to(q.device).int()
+    numbers = numbers.to(q.device, non_blocking=True).int()
     if tokens > total:
         numbers = numbers[rows.own_rows]
     return torch.where(numbers < 0, -1, numbers + _first_chunks(segments, total)), call.causal

@@ -22,7 +22,7 @@ from moba_megatron.context_parallel import (
 from moba_megatron.context_parallel.all_gather import MOST_BYTES, MUCH_BYTES, number_of_groups, split_heads
 from moba_megatron.context_parallel.all_to_all import LocalAttention
 from moba_megatron.context_parallel.transport.comm import copy_rows
-from moba_megatron.ops import moba_attention, pipeline
+from moba_megatron.ops import moba_attention, pipeline, sparse_attention
 from moba_megatron.segments import Segments
 
 # (name, lengths, uniform, chunk size, topk, heads, kv heads, D, DV, head groups, dtype)
@@ -248,12 +248,50 @@ def compare(case, expected, comm_type, group, rows):
             for a, b in zip((got, *got_grads), (o[rows], *(g[rows] for g in grads)))]
 
 
+def given_chunks(case):
+    """Lists of heads and of kv heads with whatever numbers, and what one rank makes of them: o and gradients."""
+    _, lengths, _, chunk_size, _, heads, kv_heads, *_ = case
+    q, k, v, do = whole_inputs(case)
+    segments = Segments.from_cu_seqlens(cu_seqlens_of(lengths), max(lengths), chunk_size)
+    results = {}
+    for lists in {heads, kv_heads}:
+        selected = torch.randint(-2, segments.num_chunks(sum(lengths)) + 1, (sum(lengths), lists, 3), dtype=torch.int32,
+                                 generator=torch.Generator().manual_seed(lists))
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        o = sparse_attention(*leaves, selected, segments, backend="reference")
+        results[lists] = selected, o.detach(), torch.autograd.grad(o, leaves, do)
+    return results
+
+
+def compare_given(case, expected, comm_type, group, rows):
+    """As :func:`compare`, of given chunks, by how many lists there are; the gate does not run."""
+    _, lengths, uniform, chunk_size, topk, heads, kv_heads, *_, head_groups, _ = case
+    q, k, v, do = whole_inputs(case)
+    errors = {}
+    for lists, (selected, o, grads) in expected.items():
+        try:
+            check_groups(group, comm_type, heads, kv_heads, "head" if lists == heads else "group")
+        except ValueError:
+            continue
+        leaves = [x[rows].requires_grad_() for x in (q, k, v)]
+        with RecordedGate() as recorded:
+            got = context_parallel_attention(*leaves, make_sequences(lengths, uniform), chunk_size, topk, group,
+                                             comm_type=comm_type, head_groups=head_groups, backend="reference",
+                                             selected=selected[rows])
+        got_grads = torch.autograd.grad(got, leaves, do[rows])
+        assert not recorded.selected, "the gate ran"
+        errors[lists] = [((a - b).double().norm() / b.double().norm()).item()
+                         for a, b in zip((got, *got_grads), (o[rows], *(g[rows] for g in grads)))]
+    return errors
+
+
 def compare_with_single_rank(rank, size):
     """Runs every case on groups of 2, 3 and 4 ranks; returns errors by (case, P, communication type)."""
     errors = {}
     selective.GATHER_SHARE = 2  # rows are picked out although nearly all are chosen
     torch.use_deterministic_algorithms(True)  # fills what is not written with NaN
     expected = {case[0]: single_rank(case) for case in CASES}
+    given = {case[0]: given_chunks(case) for case in CASES}
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     strided = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     three, four = dist.new_group([0, 1, 2]), dist.new_group([0, 1, 2, 3])
@@ -271,7 +309,10 @@ def compare_with_single_rank(rank, size):
                     continue
                 if comm_type == "selective" and not case[2]:
                     continue
-                errors[case[0], flat.size(), comm_type] = compare(case, expected[case[0]], comm_type, group, rows)
+                key = case[0], flat.size(), comm_type
+                errors[key] = compare(case, expected[case[0]], comm_type, group, rows)
+                for lists, found in compare_given(case, given[case[0]], comm_type, group, rows).items():
+                    errors[(*key, lists)] = found
     return errors
 
 
@@ -377,7 +418,8 @@ def test_equals_single_rank(results, case):
     errors = {key: value for result, *_ in results for key, value in result.items() if key[0] == case[0]}
     ran = {key[1:] for key in errors}
     assert ran >= {(size, "all_gather") for size in (2, 3, 4)} | {(2, "a2a")}
-    assert not case[2] or (3, "selective") in ran
+    assert ran >= {(size, "all_gather", lists) for size in (2, 3, 4) for lists in case[5:7]} | {(2, "a2a", case[5])}
+    assert not case[2] or {(3, "selective"), (3, "selective", case[5])} <= ran
     if case[6] in (1, 12):
         assert ran >= {(3, "a2a"), (4, "a2a"), (4, "a2a+all_gather")}
     for key, values in errors.items():

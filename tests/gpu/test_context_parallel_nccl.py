@@ -19,7 +19,7 @@ from moba_megatron.context_parallel import (
     record_waits,
     selective,
 )
-from moba_megatron.ops import moba_attention
+from moba_megatron.ops import moba_attention, select_for_segments
 from moba_megatron.segments import Segments
 from tests.context_parallel.test_context_parallel import (
     RecordedGate,
@@ -116,6 +116,14 @@ def compare(comm_type, group, size, rank, lengths, uniform, chunk_size, topk, he
         kv_part = sorted({h * kv_heads // lists for h in range(lists)[chosen_heads]})
         got_means = torch.cat(recorded.means, 1)  # without the row of no chunk, where means travel
         same = same and torch.equal(got_means, means[:got_means.shape[0], kv_part])
+    if topk > 1:  # the same choices, given: what a selector or a replay does
+        given = select_for_segments(q, k, segments, topk, shared=shared)[rows]
+        with RecordedGate(kernels) as recorded:
+            got = context_parallel_attention(*local, sequences, chunk_size, topk, group, comm_type=comm_type,
+                                             head_groups=head_groups, deterministic=dtype != torch.bfloat16,
+                                             selected=given)
+        grads = torch.autograd.grad(got, local, do[rows]) if dtype != torch.bfloat16 else ()
+        same = same and not recorded.selected and all(map(torch.equal, (got, *grads), runs[1]))
     reproducible = dtype == torch.bfloat16 or all(torch.equal(a, b) for a, b in zip(*runs))
     return same, reproducible, [((a - b).float().norm() / b.float().norm()).item() for a, b in zip(runs[1], expected)]
 
