@@ -1,5 +1,4 @@
 """MoBAConfig: the hyper-parameters of MoBA, validated in one place, and the default that a launcher may set."""
-import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -57,7 +56,7 @@ def _parse_layers(value: str | Iterable[int]) -> tuple[str, Any]:
     return "set", frozenset(numbers)
 
 
-def _parse_per_layer(text: str) -> dict[int, dict[str, int]]:
+def parse_per_layer(text: str) -> dict[int, dict[str, int]]:
     """Fields by layer number."""
     layers: dict[int, dict[str, int]] = {}
     for part in text.replace(" ", "").split(";"):
@@ -142,7 +141,7 @@ class MoBAConfig:
             if getattr(self, name) not in (*choices, getattr(type(self), name)):
                 raise ValueError(f"MoBAConfig.{name} must be one of {', '.join(map(str, choices))}; got "
                                  f"{getattr(self, name)!r}")
-        for name, parse in (("per_layer", _parse_per_layer), ("topk_schedule", _parse_schedule)):
+        for name, parse in (("per_layer", parse_per_layer), ("topk_schedule", _parse_schedule)):
             text = getattr(self, name)
             if not isinstance(text, (str, type(None))):
                 raise TypeError(f"MoBAConfig.{name} must be a str or None, got {text!r}")
@@ -173,22 +172,22 @@ class MoBAConfig:
         """Whether every layer attends densely at this training iteration (0-based)."""
         return self.full_attention_from_step is not None and iteration >= self.full_attention_from_step
 
-    @functools.lru_cache(maxsize=1024)
     def for_layer(self, layer_number: int, num_layers: int) -> "MoBAConfig":
         """The config of a layer, by its global 1-based number: with its own ``chunk_size`` and ``topk``.
 
         Raises:
             ValueError: per_layer names a layer beyond num_layers.
         """
-        layers = _parse_per_layer(self.per_layer) if self.per_layer else {}
-        if max(layers, default=0) > num_layers:
+        if self.per_layer is None:
+            return self
+        layers = parse_per_layer(self.per_layer)
+        if max(layers) > num_layers:
             raise ValueError(f"MoBAConfig.per_layer names layer {max(layers)}, but the model has {num_layers}")
-        return replace(self, per_layer=None, **layers.get(layer_number, {})) if layers else self
+        return replace(self, per_layer=None, **layers.get(layer_number, {}))
 
-    @functools.lru_cache(maxsize=1024)
     def at_step(self, iteration: int) -> "MoBAConfig":
         """The config at a training iteration (0-based): with that one's ``topk``."""
-        if not self.topk_schedule:
+        if self.topk_schedule is None:
             return self
         topk = [topk for step, topk in _parse_schedule(self.topk_schedule) if step <= iteration][-1]
         return replace(self, topk=topk, topk_schedule=None)

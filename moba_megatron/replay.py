@@ -182,13 +182,10 @@ def refuse_new_tokens(dense: bool) -> None:
 def replayed(layer: int, q: Tensor, k: Tensor, segments: Segments, moba: MoBAConfig, part: tuple[int, int] = (1, 0),
              rows: Any = None, by_gate: bool = True) -> tuple[Tensor, bool] | None:
     """What was recorded of a layer's call, int32 ids ``[T, H or HK, n]``, and whether that was everything; None without
-    a replay. ValueError where it does not fit.
+    a replay. ValueError where it does not fit this run.
 
-    Args:
-        layer, q, k, segments, moba: of this run.
-        part: tensor parallel size, and rank in it.
-        rows: the context parallel rank's among all, :class:`.context_parallel.transport.comm.Rows`.
-        by_gate: whether MoBA's gate would choose: for heads or groups as the config says.
+    ``part``: tensor parallel size, and rank in it; ``rows``: the context parallel rank's among all; ``by_gate``: lists
+    are of heads or groups as the config says.
     """
     if _replaying is None:
         return None
@@ -200,10 +197,9 @@ def replayed(layer: int, q: Tensor, k: Tensor, segments: Segments, moba: MoBACon
     for name in ("chunk_size", "topk"):
         if getattr(call, name) != getattr(moba, name):
             raise ValueError(f"{where} was recorded with {name} {getattr(call, name)}, got {getattr(moba, name)}")
-    (tokens, heads, _), total, options = call.numbers.shape, q.shape[0], (q.shape[1], k.shape[1])
-    if by_gate:
-        options = options[moba.selection == "group"],
-    lists = next((n for n in options if heads in (n, n * part[0])), options[0])
+    (tokens, heads, _), total, either = call.numbers.shape, q.shape[0], (q.shape[1], k.shape[1])
+    either = (either[moba.selection == "group"],) if by_gate else either
+    lists = next((n for n in either if heads in (n, n * part[0])), either[0])
     if heads not in (lists, lists * part[0]) or tokens not in (total, total if rows is None else rows.total):
         raise ValueError(f"{where} was recorded for {tokens} tokens and {heads} heads, got {total} and {lists} here")
     numbers = call.numbers if heads == lists else call.numbers[:, part[1] * lists:][:, :lists]
@@ -213,19 +209,16 @@ def replayed(layer: int, q: Tensor, k: Tensor, segments: Segments, moba: MoBACon
     return torch.where(numbers < 0, -1, numbers + _first_chunks(segments, total)), call.causal
 
 
-@torch.compiler.disable
 def choose(layer: int, q: Tensor, k: Callable[[], Tensor], segments: Segments, moba: MoBAConfig,
            given: tuple[Tensor, bool] | None, select: Callable[[], Tensor] | None = None) -> Tensor | None:
     """The chunks that a layer's queries attend to, int32 ids ``[T, H or HK, n]``, or None for all: attention is causal
-    then, as the operator's. A recording has them too. ``given``: of :func:`replayed`; ``select``: chooses in
-    place of MoBA's gate.
-    """
+    then, as the operator's. ``given``: of :func:`replayed`; ``select``: chooses in place of MoBA's gate."""
     everything = select is None and segments.max_seqlen_k <= moba.topk * segments.chunk_size
     if given is None:
         given = select() if select else select_for_segments(q, k(), segments, moba.topk, shared=moba.selection,
                                                             backend=moba.backend), everything
     selected, causal = given
-    if _recording is not None:
+    if _recording is not None:  # which may be of a selector, and other sequences' chunks
         bound, numbers = segments.max_seqlen_k // moba.chunk_size + 1, selected - _first_chunks(segments, q.shape[0])
         numbers = torch.where((selected < 0) | (numbers < 0) | (numbers >= bound), -1, numbers)
         record(layer, numbers, bound, moba, causal)

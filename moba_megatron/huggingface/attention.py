@@ -21,7 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import TransformersKwargs
 
 from .. import replay
-from ..config import CHOICES, MoBAConfig
+from ..config import CHOICES, MoBAConfig, parse_per_layer
 from ..ops import moba_attention, sparse_attention
 from ..ops.validation import same_dtype
 from .cache import fill_after_prompt, follow_caches, is_in_prompt, note_prompts, sparse_decode
@@ -32,6 +32,7 @@ BACKENDS = {"moba": None, "efficient_moba": None, "triton_moba": None,
 """The names that are registered, and the backend of each; None for the config's."""
 
 _settings: dict[str, MoBAConfig] = {}
+_by_layer: dict[str, dict[int, MoBAConfig]] = {}  # layers that per_layer names
 _selectors: dict[str, Callable | None] = {}
 """By name. The registered functions look here at each call, so that whoever holds one has the latest settings."""
 
@@ -84,6 +85,8 @@ def register_moba(config: MoBAConfig | None = None, *, decode: str | None = None
                       f"{settings[replaced[0]].describe()}: to keep the settings they had, give one of the two a name "
                       "of its own, register_moba(..., name=\"moba_2\")", stacklevel=2)
     _settings.update(settings)
+    layers = parse_per_layer(config.per_layer) if config.per_layer else {}
+    _by_layer.update((name, {n: settings[name].for_layer(n, max(layers)) for n in layers}) for name in names)
     _selectors.update(dict.fromkeys(names, selector))
     for name in names:
         _make_known(name)
@@ -125,14 +128,17 @@ def moba_attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, 
     if name not in _settings:
         raise RuntimeError(f"attn_implementation={name!r} has no settings in this process: call "
                            "moba_megatron.register_moba(MoBAConfig(...)) before the model runs, in each process")
-    config = _settings[name].for_layer(module.layer_idx + 1, module.config.num_hidden_layers)
+    layer, last = module.layer_idx + 1, module.config.num_hidden_layers
+    config = _by_layer[name].get(layer, _settings[name])
+    if max(_by_layer[name], default=0) > last:
+        _settings[name].for_layer(layer, last)  # says so
     refuse(module, attention_mask, dropout, kwargs)
     query, key, value = same_dtype(query, key, value)
     packed = packed_bounds(kwargs, query, key, attention_mask, config.chunk_size)
-    dense = config.is_full_attention(module.layer_idx + 1, module.config.num_hidden_layers)
+    dense = config.is_full_attention(layer, last)
     by_gate = dense or _selectors[name] is None
     if query.shape[2] == 1 and key.shape[2] > 1 and config.decode == "moba" and not dense and by_gate:
-        return sparse_decode(query, key, value, attention_mask, scaling, config, module.layer_idx + 1), None
+        return sparse_decode(query, key, value, attention_mask, scaling, config, layer), None
     if query.shape[2] == 1 and key.shape[2] > 1 and (
             dense or config.decode == "dense" and not is_in_prompt(key, attention_mask)):
         if not dense:
@@ -144,9 +150,9 @@ def moba_attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, 
     if dense:
         segments = replace(segments, chunk_size=chunk_size)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    selected, layer = None, module.layer_idx + 1
+    selected = None
     if not dense and (replay.is_active() or not by_gate):
-        given = replay.replayed(layer, q, k, segments, config, by_gate=by_gate)
+        given = replay.replayed(layer, q, k, segments, config, by_gate=by_gate) if replay.is_active() else None
         select = None if by_gate else functools.partial(_selectors[name], module, q, k, segments)
         selected = replay.choose(layer, q, lambda: k, segments, config, given, select)
     options = dict(softmax_scale=scaling, deterministic=config.deterministic, backend=config.backend,

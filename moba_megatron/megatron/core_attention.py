@@ -306,10 +306,11 @@ class MoBACoreAttention(MegatronModule):
 
     def _replayed(self, q: Tensor, k: Tensor, segments: Segments, moba: MoBAConfig, rows=None):
         """As of :func:`.replay.replayed`."""
-        size, rank = self.config.tensor_model_parallel_size, 0
-        if size > 1 and replay.is_active():
-            rank = dist.get_rank(self.tp_group or parallel_state.get_tensor_model_parallel_group())
-        return replay.replayed(self.layer_number, q, k, segments, moba, (size, rank), rows, self.selector is None)
+        if not replay.is_active():
+            return None
+        size = self.config.tensor_model_parallel_size
+        part = size, dist.get_rank(self.tp_group or parallel_state.get_tensor_model_parallel_group()) if size > 1 else 0
+        return replay.replayed(self.layer_number, q, k, segments, moba, part, rows, self.selector is None)
 
     def _choose(self, q: Tensor, k: Tensor, segments: Segments, moba: MoBAConfig, given, *view) -> Tensor | None:
         """As of :func:`.replay.choose`; ``view``: the group, and global rows."""

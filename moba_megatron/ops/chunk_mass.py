@@ -15,15 +15,11 @@ def chunk_mass(q: Tensor, k: Tensor, segments: Segments, rows: Tensor | None = N
     """Softmax weights of full causal attention, summed over each chunk; in blocks, never the whole matrix. No gradient.
 
     Args:
-        q: ``[T, H, D]``.
-        k: ``[S, HK, D]``, H a multiple of HK; all keys of the sequences.
-        segments: places the queries among the keys and holds the chunk size.
+        q, k, segments, softmax_scale: as :func:`moba_attention`.
         rows: int64 ``[n]``, queries to look at; None for all.
-        softmax_scale: multiplies the scores; None for ``1/sqrt(D)``.
 
     Returns:
-        ``[n, H, chunks]``, fp32 (fp64 for fp64), rows that sum to 1; columns are ids of chunks, as of
-        :func:`select_chunks`.
+        ``[n, H, chunks]``, fp32 (fp64 for fp64), rows that sum to 1; columns are ids of chunks.
 
     Raises:
         TypeError, ValueError: as :func:`moba_attention`.

@@ -87,3 +87,30 @@ def test_record_and_replay():
         logits = made(tokens[:, :-1]).logits
     register_moba(CONFIG, decode="moba")
     assert torch.allclose(logits, made(tokens[:, :-1]).logits, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("options", [dict(selector=gate), {}], ids=["selector", "per layer"])
+def test_compiled(options):
+    """In one graph, selectors and layers of their own too; and eager, though compiled, while choices are recorded."""
+    config = CONFIG if options else MoBAConfig(64, 2, per_layer=f"1-2:chunk={hf.CHUNK},topk={hf.TOPK}")
+    register_moba(config, **options)
+    made, ids = hf.model(), hf.tokens(1, 50)
+    with torch.no_grad():
+        expected = made(ids, use_cache=False).logits
+        graph = torch.compile(made, fullgraph=True, backend="eager")
+        assert torch.allclose(graph(ids, use_cache=False).logits, expected, rtol=1e-9, atol=1e-11)
+        with record_selection() as choices:
+            torch.compile(made, backend="eager")(ids, use_cache=False)
+    assert [len(calls) for calls in choices.layers.values()] == [1, 1]
+
+
+def test_layers_of_their_own():
+    """The first layer's settings are its own; a layer beyond the model is an error."""
+    ids = hf.tokens(1, 50)
+    register_moba(MoBAConfig(hf.CHUNK, hf.TOPK, per_layer="2:chunk=16,topk=4"))
+    dense_later = hf.model()(ids).logits
+    register_moba(MoBAConfig(hf.CHUNK, hf.TOPK, full_attention_layers="2"))
+    assert torch.allclose(hf.model()(ids).logits, dense_later, rtol=1e-9, atol=1e-11)  # 4 chunks of 16 are everything
+    register_moba(MoBAConfig(per_layer="3:topk=2"))
+    with pytest.raises(ValueError, match="per_layer names layer 3, but the model has 2"):
+        hf.model()(ids)
