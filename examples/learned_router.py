@@ -227,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda" if args.cuda else "cpu")
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group(megatron_on_cpu.distributed_backend(), store=store, rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
+    parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
     text = Text(args.data, device)
     seeds = [run(args, seed, text) for seed in range(1, args.seeds + 1)]
     differences = [seed["difference"] for seed in seeds]

@@ -11,7 +11,7 @@ import huggingface_models as hf
 import pytest
 import torch
 
-from moba_megatron import MoBAConfig, MoBACoreAttention, register_moba
+from moba_megatron import MoBAConfig, MoBACoreAttention, record_selection, register_moba
 from moba_megatron.huggingface import attention as huggingface
 
 CHANGED = dict(chunk_size=4, topk=4, full_attention_layers="1", full_attention_from_step=0, deterministic=True,
@@ -190,3 +190,13 @@ def test_softmax_scale_under_deepspeed():
     given, default, as_default = (MoBAAttention(MoBAConfig(8, 2), 1, 1, softmax_scale=scale)(q, k, v)
                                   for scale in (1.0, None, 8 ** -0.5))
     assert torch.equal(default, as_default) and not torch.allclose(given, default)
+
+
+def test_deepspeed_does_not_record():
+    pytest.importorskip("deepspeed")
+    from moba_megatron.deepspeed import MoBAAttention
+
+    x = torch.randn(1, 30, 2, 8)
+    with pytest.raises(ValueError, match="record_selection and replay_selection are not for MoBAAttention"), (
+            record_selection()):
+        MoBAAttention(MoBAConfig(8, 2), 1, 1)(x, x, x)

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .. import replay
 from ..config import MoBAConfig
 from ..context_parallel import CollectiveCheck, Sequences, check_zigzag, context_parallel_attention
 from ..ops import moba_attention
@@ -129,6 +130,9 @@ class MoBAAttention(nn.Module):
             ValueError: heads or lengths that the method cannot split.
         """
         q, k, v = same_dtype(q, k, v)
+        if replay.is_active():
+            raise ValueError("record_selection and replay_selection are not for MoBAAttention, under DeepSpeed: "
+                             "Megatron-Core and Transformers have them")
         if self.parallel.method == "zigzag":
             return self._zigzag(q, k, v)
         if self.ulysses is None:

@@ -1,4 +1,5 @@
 """Recorded choices in Megatron: the same GPT on every layout records, and replays bit for bit, without its gate."""
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -80,6 +81,60 @@ def of_layout(layout, weights, batch, whole, path):
                          numbers=sorted({x.numbers.dtype for calls in choices.layers.values() for x in calls}, key=str))
 
 
+def one_rank_differs(weights, batch):
+    """The errors of this rank where rank 1 has a record that does not fit, and where it alone has none."""
+    import gpt
+
+    layout, texts = gpt.Layout("cp2", cp=2), []
+    model = gpt.build(layout)
+    gpt.load(model, weights, layout)
+    with record_selection() as choices:
+        train(model, batch, layout)
+    wrong = gpt.parallel_state.get_context_parallel_rank() == 1
+    first, second = choices.layers[1]
+    short = replace(first, numbers=first.numbers[:-1] if wrong else first.numbers)
+    for context in (lambda: replay_selection(RecordedSelection({**choices.layers, 1: [short, second]})),
+                    lambda: contextlib.nullcontext() if wrong else replay_selection(choices)):
+        with pytest.raises(ValueError) as raised, context():
+            train(model, batch, layout)
+        texts.append(str(raised.value))
+    with replay_selection(choices):  # the group is still usable
+        train(model, batch, layout)
+    return texts
+
+
+def packed(weights):
+    """Packed sequences: what this rank records are its rows of what one rank records, and give the same bits."""
+    from gpt import VOCAB, Layout, build, load, local_positions, parallel_state
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    lengths = [8 * 12, 8 * 2, 8 * 9]
+    stream = torch.randint(0, VOCAB, (1, sum(lengths)), generator=torch.Generator().manual_seed(4))
+    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+    params = PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens,
+                             max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths))
+    whole, same = None, []
+    for layout in (Layout("one"), Layout("cp2", cp=2), Layout("cp4", cp=4), Layout("a2a", cp=2, comm="a2a")):
+        model = build(layout)
+        load(model, weights, layout)
+        rows = local_positions(lengths, layout.cp, parallel_state.get_context_parallel_rank())
+
+        def run():
+            with torch.no_grad():
+                return model(stream[:, rows], rows[None], None, packed_seq_params=params)
+
+        plain = run()
+        with record_selection() as choices:
+            same.append(torch.equal(run(), plain))
+        whole = whole or choices
+        for record in (choices, whole):
+            with replay_selection(record):
+                same.append(torch.equal(run(), plain))
+        same += [torch.equal(call.numbers, whole.layers[layer][0].numbers[rows])
+                 for layer, (call,) in choices.layers.items()]
+    return same
+
+
 def everything(rank, size, directory):
     from gpt import BATCH, SEQLEN, VOCAB, Layout, common_weights
 
@@ -95,6 +150,8 @@ def everything(rank, size, directory):
     for layout in layouts:
         choices, results[layout.name] = of_layout(layout, weights, batch, whole, f"{directory}/{layout.name}{rank}.npz")
         whole = whole or choices
+    results["packed"] = packed(weights)
+    results["errors"] = one_rank_differs(weights, batch)
     return results
 
 
@@ -112,3 +169,15 @@ def test_replays(results, name):
         assert result["whole"], "a replay of what one process recorded gives other bits"
         assert set(result["calls"]) in stages and set(result["calls"].values()) == {2}  # once a micro batch
         assert result["numbers"] == [torch.int16]
+
+
+def test_packed_sequences(results):
+    for same in (result["packed"] for result in results):
+        assert len(same) == 4 * 6 and all(same)
+
+
+def test_ranks_that_do_not_fit_raise_everywhere(results):
+    for does_not_fit, alone in (result["errors"] for result in results):
+        assert does_not_fit == ("context parallel rank 1: replay_selection: call 1 of layer 1 was recorded for 75 "
+                                "tokens and 4 heads, got 76 and 4 here")
+        assert "rank 0: " in alone and ", replayed; rank 1: " in alone

@@ -10,7 +10,6 @@ from torch.utils.checkpoint import checkpoint
 pytest.importorskip("megatron.core")
 
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel.random import CheckpointFunction
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -47,24 +46,19 @@ def not_reentrant(function, *args):
     return checkpoint(function, *args, use_reentrant=False)
 
 
-def megatrons(function, *args):
-    return CheckpointFunction.apply(function, False, *args)
-
-
 def nested(function, *args):
     return reentrant(lambda *inner: not_reentrant(function, *inner), *args)
 
 
-WAYS = {f.__name__: f for f in (reentrant, not_reentrant, megatrons, nested)}
+WAYS = {f.__name__: f for f in (reentrant, not_reentrant, nested)}
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("together", [False, True], ids=["backward each", "one backward"])
 def test_recomputed_calls_are_the_same_calls(way, together, monkeypatch):
-    """Whatever the order in which a backward pass recomputes them: a call that got another's choice would differ."""
-    import megatron_on_cpu
+    """Whatever the order in which a backward pass recomputes them: a call that got another's choice would differ.
 
-    megatron_on_cpu.enable()
+    Megatron's own checkpoints, which are reentrant, are in test_replay.py."""
     core, batches = layer(), [inputs(seed=seed) for seed in range(3)]
 
     def run(way):
