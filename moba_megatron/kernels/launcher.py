@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from triton import AsyncCompileMode
 from triton.runtime import driver
+from triton.runtime._async_compile import FutureKernel
 from triton.runtime.jit import JITFunction
 
 from .tuning import forced_settings
@@ -279,6 +280,8 @@ class _Launch:
         """Compiles where it is the first time; what is not interpreted can be started by :meth:`prepared` then."""
         args, named, made = self._arguments(tensor)
         compiled = self.kernel[self.grid](*args, **named)
+        if isinstance(compiled, FutureKernel):  # of another thread, or a mode around this call; by now it is there
+            compiled = compiled.result()
         if self.compiled is None and hasattr(compiled, "__getitem__"):
             values = [*self.args, *(self.named.get(p.name, p.default) for p in self.kernel.params[len(self.args):])]
             pointers, descriptors = [], []
@@ -419,6 +422,10 @@ class Plan:
                     launch.compile(tensor)
         except Exception as error:
             logger.debug("moba_megatron: kernels were not compiled side by side: %r", error)
+            for launch in self.launches:  # Triton would keep the error
+                kept = launch.kernel.device_caches[driver.active.get_current_device()][0]
+                for key in [key for key, kernel in list(kept.items()) if isinstance(kernel, FutureKernel)]:
+                    kept.pop(key, None)
 
     def _start(self, event: torch.cuda.Event | None, start: Callable, *args) -> None:
         for launch in self.launches[:self.event_at]:

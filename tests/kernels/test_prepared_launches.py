@@ -8,6 +8,8 @@ import functools
 import importlib
 import os
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -264,6 +266,58 @@ def test_an_error_of_the_compiler_is_the_launchs(driver, monkeypatch):
         with pytest.raises(RuntimeError, match="no register is left"):
             call(*tensors)
     assert _async_compile.active_mode.get() is None
+
+
+def test_what_the_compiler_meets_once_is_not_kept(driver, monkeypatch):
+    """A full disk, say: the next call compiles again."""
+    compile, full = driver.compile, [True]
+
+    def faulty(src, **options):
+        if full[0] and src.fn.fn.__name__ == "_gate_kernel":
+            raise OSError("no space is left")
+        return compile(src, **options)
+
+    monkeypatch.setattr(triton.compiler, "compile", faulty)
+    tensors, call = make(**CASES["gqa"])
+    with pytest.raises(OSError, match="no space is left"):
+        call(*tensors)
+    full[0] = False
+    call(*tensors)
+    call(*tensors)
+    assert driver.prepared
+
+
+def test_a_kernel_that_another_thread_compiles_is_prepared(driver, monkeypatch, caplog):
+    """Two first calls at once: the second one finds kernels that are not there yet."""
+    compile, begun = driver.compile, threading.Event()
+
+    def slow(src, **options):
+        if src.fn.fn.__name__ == "_gate_kernel":
+            begun.set()
+            time.sleep(0.5)
+        return compile(src, **options)
+
+    monkeypatch.setattr(triton.compiler, "compile", slow)
+    tensors, call = make(**CASES["gqa"])
+    first = threading.Thread(target=call, args=tensors)
+    first.start()
+    assert begun.wait(30)
+    call(*cloned(tensors))
+    first.join()
+    for _ in range(2):
+        driver.launches, driver.prepared = [], 0
+        call(*tensors)
+    assert driver.prepared == len(driver.launches) and not caplog.text
+
+
+def test_within_a_users_own_mode_of_compiling(driver, caplog):
+    tensors, call = make(**CASES["gqa"])
+    with ThreadPoolExecutor(2) as pool, triton.AsyncCompileMode(pool) as mode:
+        call(*tensors)
+        assert _async_compile.active_mode.get() is mode
+    driver.launches = []
+    call(*cloned(tensors))
+    assert driver.prepared == len(driver.launches) > 0 and not caplog.text
 
 
 def check_scratch():
