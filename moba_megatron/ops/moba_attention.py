@@ -359,6 +359,25 @@ def _(q, k, *arguments):
     return q.new_empty(q.shape[0], lists, arguments[9] - 1, dtype=torch.int32)
 
 
+@_selection.register_vmap
+def _(info, in_dims, *args):
+    (selected,), (dim,) = _looped(lambda *x: (_selection(*x),), info, in_dims, args)
+    return selected, dim
+
+
+def _looped(call, info, in_dims, args) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """What ``vmap`` makes of a function that returns several tensors: one call after the other."""
+    def at(i):
+        return (x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims))
+
+    if info.batch_size == 0:  # the shapes come from a call on zeros
+        one = (x if dim is None else x.new_zeros(x.movedim(dim, 0).shape[1:]) for x, dim in zip(args, in_dims))
+        results = tuple(x.new_empty(0, *x.shape) for x in call(*one))
+    else:
+        results = tuple(map(torch.stack, zip(*(call(*at(i)) for i in range(info.batch_size)))))
+    return results, (0,) * len(results)
+
+
 def _setup_context(ctx, inputs, output):
     """Saves what :func:`_gradients` wants."""
     q, k, v, *arguments = inputs
@@ -411,16 +430,7 @@ class _Transformed(torch.autograd.Function):
 
     @classmethod
     def vmap(cls, info, in_dims, *args):
-        """One call after the other."""
-        def at(i):
-            return (x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims))
-
-        if info.batch_size == 0:  # the shapes come from a call on zeros
-            one = (x if dim is None else x.new_zeros(x.movedim(dim, 0).shape[1:]) for x, dim in zip(args, in_dims))
-            results = tuple(x.new_empty(0, *x.shape) for x in cls.apply(*one))
-        else:
-            results = tuple(map(torch.stack, zip(*(cls.apply(*at(i)) for i in range(info.batch_size)))))
-        return results, (0,) * len(results)
+        return _looped(cls.apply, info, in_dims, args)
 
     jvp = staticmethod(_Attention.jvp)
 

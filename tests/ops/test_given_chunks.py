@@ -1,5 +1,6 @@
 """Selection and attention as two operators, and heads that choose together: against the fp64 oracle, on the CPU."""
 import argparse
+import warnings
 
 import oracle
 import pytest
@@ -212,6 +213,13 @@ def test_compiled_fake_and_transformed(shared):
         assert (o.shape, lse.shape, o.dtype) == (want[0].shape, want[1].shape, q.dtype)
     inputs = (q.detach().requires_grad_(), k, v, *places[:1], *places[:1], *places_of(case), real)
     torch.library.opcheck(torch.ops.moba_megatron.attention_fwd, inputs, test_utils=("test_schema", "test_faketensor"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch's own loop says that it is slow
+        select = torch.func.vmap(lambda k: select_chunks(q, k, *places, case.topk, shared=shared), 2)
+        both, none = select(torch.stack((k, -k), 2)), select(k[:, :, None][:, :, :0])
+    assert torch.equal(both[0], real)
+    assert torch.equal(both[1], select_chunks(q, -k, *places, case.topk, shared=shared))
+    assert (none.shape, none.dtype) == ((0, *real.shape), torch.int32)
     doubled = torch.func.vmap(lambda q, s: sparse_attn_varlen(q, k, v, s, *places), randomness="error")(
         torch.stack((q, q + 1)), torch.stack((real, real.flip(2))))
     assert torch.equal(doubled[0], sparse_attn_varlen(q, k, v, real, *places))
