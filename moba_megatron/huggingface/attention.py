@@ -137,6 +137,8 @@ def moba_attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, 
     packed = packed_bounds(kwargs, query, key, attention_mask, config.chunk_size)
     dense = config.is_full_attention(layer, last)
     by_gate = dense or _selectors[name] is None
+    if config.selection == "group" and by_gate and not dense:
+        refuse_split_groups(module, query.shape[1], key.shape[1])
     if query.shape[2] == 1 and key.shape[2] > 1 and config.decode == "moba" and not dense and by_gate:
         return sparse_decode(query, key, value, attention_mask, scaling, config, layer), None
     if query.shape[2] == 1 and key.shape[2] > 1 and (
@@ -217,6 +219,15 @@ UNDERSTOOD = {
 """What this attention reads, or causal decoders' attention has no use for: their masks come from the models."""
 MEANINGS = {"sliding_window": "sliding_window (or attention_chunk_size)", "s_aux": "s_aux (attention sinks)",
             "cache": "cache (paged, continuous batching)"}
+
+
+def refuse_split_groups(module: torch.nn.Module, heads: int, kv_heads: int) -> None:
+    """Raises ValueError where heads are dealt out to ranks, and this one got a part of those that choose together."""
+    of_all = module.config.num_attention_heads
+    kv_of_all = getattr(module.config, "num_key_value_heads", None) or of_all
+    if heads < of_all and heads * kv_of_all < of_all * kv_heads:
+        raise ValueError(f"MoBAConfig.selection must be 'head' where a rank has {heads} of {of_all} query heads for "
+                         f"{kv_heads} of {kv_of_all} key/value heads, got 'group': no rank has a whole group's queries")
 
 
 def refuse(module: torch.nn.Module, attention_mask: Tensor | None, dropout: float, kwargs: dict) -> None:

@@ -460,6 +460,20 @@ def test_refused_layers():
         model(hf.tokens(1, 9))
 
 
+@pytest.mark.parametrize("heads, kv_heads, refused", [(4, 2, False), (2, 1, False), (1, 1, True)])
+def test_ranks_that_share_the_heads_of_a_group_are_refused(heads, kv_heads, refused):
+    """A layer of 4:2 heads is called with those of one rank, as DeepSpeed's ALST calls it."""
+    register_moba(MoBAConfig(hf.CHUNK, hf.TOPK, selection="group"))
+    layer = hf.model().model.layers[0].self_attn
+    q, k, v = (torch.randn(1, number, 20, 8) for number in (heads, kv_heads, kv_heads))
+    attend = AttentionInterface()["moba"]
+    if refused:
+        with pytest.raises(ValueError, match="selection must be 'head' where a rank has 1 of 4 query heads for 1 of"):
+            attend(layer, q, k, v, None, scaling=1.0)
+        register_moba(CONFIG)
+    assert attend(layer, q, k, v, None, scaling=1.0)[0].shape == (1, 20, heads, 8)
+
+
 @pytest.mark.parametrize("given, message", [
     (dict(attention_mask=torch.tensor([[1, 1, 0, 1, 1]])), "attention_mask must be 1 in one run .* in row 0"),
     (dict(attention_mask=torch.tensor([[1, 1, 0, 0, 1]])), "PEFT's prefix and prompt tuning .* pad on the right"),
