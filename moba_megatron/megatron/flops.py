@@ -22,7 +22,9 @@ def correction(args, config: MoBAConfig, iteration: int, batch_size: int, seqlen
     latent = getattr(args, "multi_latent_attention", False) and not _hybrid_pattern(args)
     sizes = (args.num_attention_heads, *(
         (args.qk_head_dim + args.qk_pos_emb_head_dim, args.v_head_dim) if latent else (args.kv_channels,) * 2))
-    groups = getattr(args, "num_query_groups", None) if config.selection == "group" and not latent else None
+    # without GQA num_query_groups is Megatron-LM's default, 1, and no number of groups
+    grouped = config.selection == "group" and not latent and getattr(args, "group_query_attention", False)
+    groups = args.num_query_groups if grouped else None
     saved = 0.0
     for layer in attention_layers(args):
         place = min(layer, args.num_layers), args.num_layers

@@ -73,6 +73,14 @@ def test_multi_latent_attention_has_its_own_head_sizes():
     assert correction(args, MoBAConfig(512, 3), 0, 1) == pytest.approx(-4 * saved)
 
 
+@pytest.mark.parametrize("gqa, groups, choosing", [(True, 2, 2), (False, 1, 8), (False, None, 8)])
+def test_groups_that_choose_together_score_once(gqa, groups, choosing):
+    """1 is Megatron-LM's default where heads have their own keys."""
+    args = gpt_args(group_query_attention=gqa, num_query_groups=groups)
+    saved = dense_attention_flops(8192, 8, 64, 64) - attention_flops(8192, 8, 64, 64, 512, 3, choosing)
+    assert correction(args, MoBAConfig(512, 3, selection="group"), 0, 1) == pytest.approx(-4 * saved, rel=1e-12)
+
+
 @pytest.mark.parametrize("changes, layers", [
     ({}, [1, 2, 3, 4]),
     ({"mtp_num_layers": 2}, [1, 2, 3, 4, 5, 6]),
