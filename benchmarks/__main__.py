@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         add(subcommands)
     arguments = parser.parse_args(argv)
     if not getattr(arguments, "show", None):
-        environment.need_device(parser, getattr(arguments, "device", "cpu"))
+        environment.need_device(parser, getattr(arguments, "device", "cpu"), getattr(arguments, "only_cuda", False))
     return arguments.run(arguments)
 
 

@@ -54,7 +54,7 @@ def add_first_call(subcommands) -> None:
     p.add_argument("--rows", nargs="+", default=["128K-512-8"], metavar="NAME", help="rows by their whole name")
     p.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)  # of a child, which measures one row
     p.add_argument("--json", type=Path, metavar="PATH", help="write everything measured")
-    p.set_defaults(run=run_first_call, device="cuda")
+    p.set_defaults(run=run_first_call, device="cuda", only_cuda=True)
 
 
 def run_first_call(arguments: argparse.Namespace) -> int:

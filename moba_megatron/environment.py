@@ -22,10 +22,11 @@ def use_device(name: str) -> torch.device:
     return device
 
 
-def need_device(parser: argparse.ArgumentParser, device: str) -> None:
+def need_device(parser: argparse.ArgumentParser, device: str, only_cuda: bool = False) -> None:
     """Ends with status 2 and one line where a measurement's device is not here, rather than run for hours elsewhere."""
     if device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("it measures on a CUDA device, and torch sees none here; --device cpu tries it out all the same")
+        parser.error("it measures on a CUDA device, and torch sees none here"
+                     + "; --device cpu tries it out all the same" * (not only_cuda))
 
 
 def describe(device: torch.device) -> dict[str, str | int | None]:

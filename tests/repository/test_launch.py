@@ -304,6 +304,17 @@ def test_a_measurement_without_a_gpu_ends_at_once(monkeypatch, capsys, command):
     assert ("error: it measures on a CUDA device, and torch sees none here") in said[-1]
 
 
+@pytest.mark.parametrize("command", ["kernels", "cliffs", "selection", "first-call"])
+def test_what_that_error_advises_is_possible(monkeypatch, capsys, command):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        bench([command])
+    advised = "; --device cpu tries it out all the same" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench([command, "--help"])
+    assert advised == ("--device" in capsys.readouterr().out)
+
+
 class TestMissionSmoke:
     CHECKOUTS = {"MEGATRON_LM": "/there/Megatron-LM", "MEGATRON_LM_ALL": "/there/0.13 /there/main"}
 
