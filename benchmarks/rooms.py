@@ -6,7 +6,7 @@ import argparse
 from . import ROOT, report
 
 PACKAGE = "moba_megatron"
-LIMIT = 15_650
+LIMIT = 15_700
 """Lines that the package may have in all."""
 
 
