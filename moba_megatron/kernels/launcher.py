@@ -405,27 +405,15 @@ class Plan:
                 return torch.empty(x.shape, dtype=x.dtype, device=tensors[0].device)
             return _view(workspace[begin:begin + whole.nbytes].view(whole.dtype).view(whole.shape), x)
 
-        if len(self.launches) > 1 and not self._compiled and isinstance(self.launches[0].kernel, JITFunction):
+        compiled = [launch for launch in self.launches if isinstance(launch.kernel, JITFunction)]  # not interpreted
+        if len(compiled) > 1 and not self._compiled:
             self._compiled = True
-            contextvars.copy_context().run(self._compile, tensor)
+            contextvars.copy_context().run(_compile, compiled, tensor)
         self._start(event, _Launch.through_triton, tensor)
         for launch in self.launches:
             if launch.compiled is None:  # it is interpreted
                 return
         self.is_prepared = bool(self.launches) and not self._faulty
-
-    def _compile(self, tensor: Callable[[Buffer], Tensor]) -> None:
-        """Compiles the launches' kernels side by side, in threads; an error is left to the launch that meets it."""
-        try:
-            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, AsyncCompileMode(pool):
-                for launch in self.launches:
-                    launch.compile(tensor)
-        except Exception as error:
-            logger.debug("moba_megatron: kernels were not compiled side by side: %r", error)
-            for launch in self.launches:  # Triton would keep the error
-                kept = launch.kernel.device_caches[driver.active.get_current_device()][0]
-                for key in [key for key, kernel in list(kept.items()) if isinstance(kernel, FutureKernel)]:
-                    kept.pop(key, None)
 
     def _start(self, event: torch.cuda.Event | None, start: Callable, *args) -> None:
         for launch in self.launches[:self.event_at]:
@@ -441,3 +429,17 @@ def _view(base: Tensor, x: Buffer) -> Tensor:
     if x.offset == 0 and base.shape == x.shape:
         return base
     return base.as_strided(x.shape, x.strides, base.storage_offset() + x.offset)
+
+
+def _compile(launches: list[_Launch], tensor: Callable[[Buffer], Tensor]) -> None:
+    """Compiles their kernels side by side, in threads; an error is left to the launch that meets it."""
+    try:
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, AsyncCompileMode(pool):
+            for launch in launches:
+                launch.compile(tensor)
+    except Exception as error:
+        logger.debug("moba_megatron: kernels were not compiled side by side: %r", error)
+        for launch in launches:  # Triton would keep the error
+            kept = launch.kernel.device_caches[driver.active.get_current_device()][0]
+            for key in [key for key, kernel in list(kept.items()) if isinstance(kernel, FutureKernel)]:
+                kept.pop(key, None)

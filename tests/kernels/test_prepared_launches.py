@@ -20,7 +20,7 @@ from triton.runtime import _async_compile
 from triton.runtime.jit import JITFunction
 
 from moba_megatron import kernels, moba_attn_varlen
-from moba_megatron.kernels import launcher, tuning
+from moba_megatron.kernels import gating, launcher, tuning
 from moba_megatron.kernels.workspace import ALIGNMENT, plan_workspace, workspace_limit
 from moba_megatron.ops import backend, moba_attention
 from moba_megatron.ops.decode import moba_decode
@@ -250,6 +250,28 @@ def test_a_first_call_compiles_its_kernels_side_by_side(driver, monkeypatch):
     before = len(names)
     call(*tensors)
     assert driver.prepared and len(names) == before
+
+
+def test_what_is_no_function_of_tritons_is_launched_as_it_is(driver, monkeypatch):
+    """As an autotuner around a kernel: the others are compiled side by side, and nothing is prepared."""
+    started = []
+
+    class Around:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            def run(*args, **named):
+                started.append(self.kernel[grid](*args, **named))
+
+            return run
+
+    tensors, call = make(**CASES["gqa"])
+    with monkeypatch.context() as patch:
+        patch.setattr(gating, "_gate_kernel", Around(gating._gate_kernel))
+        call(*tensors)
+        call(*cloned(tensors))
+    assert len(started) == 2 and all(started)
 
 
 def test_an_error_of_the_compiler_is_the_launchs(driver, monkeypatch):
