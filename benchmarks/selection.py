@@ -81,6 +81,13 @@ TABLE = report.Table({
     "error o, dq, dk, dv": report.errors("o", "dq", "dk", "dv")}, failed={**WHICH, "floor": report.why},
     below=lambda result: f"Same bits as halves and as one operator. {report.measured_at(result)}")
 
+LEARNED = report.Table({
+    "seed": lambda item: str(item[0]), **{name: lambda item, name=name: f"{item[1][name]:.4f}" for name in (
+        "indexer", "gate", "best", "difference")}}, lambda result: enumerate(result["seeds"], 1),
+    below=lambda result: f"Indexer over gate {result['difference']:.4f}, 95 % interval {result['interval'][0]:.4f} to "
+                         f"{result['interval'][1]:.4f}. {report.measured_at(result)}")
+"""What examples/learned_router.py measures: dense attention's mass inside the choices."""
+
 
 def add_selection(subcommands) -> None:
     p = subcommands.add_parser("selection", help="heads that choose alone or together, whole and with given chunks")

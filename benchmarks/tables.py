@@ -47,7 +47,8 @@ TABLES = {
     "host": Stored("h200/host.json", gate.TABLE.markdown),
     "cliffs": Stored("h200/cliffs.json", cliffs.TABLE.markdown),
     "first-call": Stored("h200/first_call.json", first_call.TABLE.markdown),
-    "selection": Stored("h200/selection.json", selection.TABLE.markdown, "docs/router.md"),
+    "selection": Stored("h200/selection.json", selection.TABLE.markdown, "docs/own_router.md"),
+    "learned-router": Stored("h200/learned_router.json", selection.LEARNED.markdown, "docs/own_router.md"),
     "triton": Stored("h200/gate_triton.json", gate.TABLE.markdown),
     "comparison": Stored("h200/comparison.json", comparison.PAGE.markdown),
     "training-speed": Stored("h200/training_speed.json", training.SPEED.markdown),
@@ -67,6 +68,8 @@ TABLES = {
     "layouts-newest": Stored("cpu/layouts_0.19.json", layouts.summary, "docs/megatron.md"),
     "layouts-main": Stored("cpu/layouts_main.json", layouts.summary, "docs/megatron.md"),
     "packed": Stored("cpu/packed.json", packed.TABLE.markdown, "docs/megatron.md"),
+    "layouts-fp32": Stored("h200/layouts_float32.json", layouts.TABLE.markdown, "docs/megatron.md"),
+    "layouts-bf16": Stored("h200/layouts_bfloat16.json", layouts.summary, "docs/megatron.md"),
     "mla": Stored("h200/mla.json", options.MLA.markdown),
 }
 

@@ -60,7 +60,8 @@ def held():
 
 def attend(rank, ranks):
     """Errors of every kind of batch; what was held after each round of them; how often in each layer the host waited
-    for the other ranks' message, on GPUs in the first round, since in later ones any wait for the GPU is an error."""
+    for the other ranks' message, on GPUs in the first two rounds (the change from the last kind to the first is new in
+    the second), since in later ones any wait for the GPU is an error."""
     import gpt
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -98,7 +99,7 @@ def attend(rank, ranks):
         o, *kv = x = [y.requires_grad_() for y in x]
         if gpt.GPU:
             torch.cuda.synchronize()
-            torch.cuda.set_sync_debug_mode("default" if number < len(kinds) else "error")
+            torch.cuda.set_sync_debug_mode("default" if number < 2 * len(kinds) else "error")
         for i, layer in enumerate(layers[comm]):
             with CountedWaits() as counted:
                 o = layer(o, *kv, None, packed_seq_params=packed).view_as(do)
