@@ -32,7 +32,8 @@ PACKAGES = (  # distribution, module, what it is for
     ("transformers", "transformers", "the Hugging Face integration"),
 )
 SWITCHES = ("MOBA_CP_COPY_ENGINES", "MOBA_PREPARED_LAUNCHES", "MOBA_CHECK_INPUTS")  # 0 or 1
-OTHER_VARIABLES = {*SWITCHES, "MOBA_WORKSPACE_MIB", "MOBA_TUNING_FILE", "MOBA_TUNING_ARCH", "MOBA_COMMIT", "MOBA_DENSE"}
+OTHER_VARIABLES = {*SWITCHES, "MOBA_WORKSPACE_MIB", "MOBA_TUNING_FILE", "MOBA_TUNING_ARCH", "MOBA_COMMIT", "MOBA_DENSE",
+                   "MOBA_FP32_PRODUCTS"}
 STAGES = {  # of the tuning table
     "chunk_means": "chunk means", "gate": "gate and top-k", "route": "route", "attention_fwd": "sparse forward",
     "attention_fwd_diagonal": "diagonal and merge, forward", "attention_bwd_delta": "delta, backward",

@@ -104,6 +104,8 @@ def _checkpoints() -> Iterator[Any]:
         frame = frame.f_back
 
 
+in_use = False
+"""Whether this process has recorded or replayed anything: where not, nobody need ask :func:`is_active`."""
 _recording: _Run | None = None
 _replaying: _Run | None = None
 _has_replayed = False
@@ -120,10 +122,10 @@ def record_selection() -> Iterator[RecordedSelection]:
     Raises:
         RuntimeError: inside another recording, or in a CUDA graph.
     """
-    global _recording
+    global _recording, in_use
     if _recording is not None:
         raise RuntimeError("record_selection is not for use inside of another record_selection")
-    _recording = _Run(RecordedSelection())
+    _recording, in_use = _Run(RecordedSelection()), True
     try:
         yield _recording.recorded
     finally:
@@ -144,11 +146,11 @@ def replay_selection(choices: RecordedSelection) -> Iterator[None]:
         ValueError: in the block, where a layer was not recorded, or with another chunk size, topk, number of tokens or
             heads, or where it is called more often than it was; at the block's end, where it was called less often.
     """
-    global _replaying, _has_replayed
+    global _replaying, _has_replayed, in_use
     if not isinstance(choices, RecordedSelection):
         raise TypeError(f"choices must be a RecordedSelection, got {type(choices).__name__}")
     before, run = _replaying, _Run(choices)
-    _replaying, _has_replayed = run, True
+    _replaying, _has_replayed, in_use = run, True, True
     try:
         yield
         for layer, number in run.calls.items():

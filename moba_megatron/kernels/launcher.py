@@ -26,6 +26,7 @@ from triton.runtime import driver
 from triton.runtime._async_compile import FutureKernel
 from triton.runtime.jit import JITFunction
 
+from .host import INTERPRETED
 from .tuning import forced_settings
 from .workspace import plan_workspace, workspace_limit
 
@@ -405,10 +406,9 @@ class Plan:
                 return torch.empty(x.shape, dtype=x.dtype, device=tensors[0].device)
             return _view(workspace[begin:begin + whole.nbytes].view(whole.dtype).view(whole.shape), x)
 
-        compiled = [launch for launch in self.launches if isinstance(launch.kernel, JITFunction)]  # not interpreted
-        if len(compiled) > 1 and not self._compiled:
+        if len(self.launches) > 1 and not self._compiled and not INTERPRETED:
             self._compiled = True
-            contextvars.copy_context().run(_compile, compiled, tensor)
+            contextvars.copy_context().run(_compile, self.launches, tensor)
         self._start(event, _Launch.through_triton, tensor)
         for launch in self.launches:
             if launch.compiled is None:  # it is interpreted
@@ -433,6 +433,7 @@ def _view(base: Tensor, x: Buffer) -> Tensor:
 
 def _compile(launches: list[_Launch], tensor: Callable[[Buffer], Tensor]) -> None:
     """Compiles their kernels side by side, in threads; an error is left to the launch that meets it."""
+    launches = [launch for launch in launches if isinstance(launch.kernel, JITFunction)]  # nothing around one
     try:
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, AsyncCompileMode(pool):
             for launch in launches:
