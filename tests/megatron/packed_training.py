@@ -215,12 +215,12 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--budget", type=float, default=3600, metavar="S", help="seconds for everything (3600)")
     args = p.parse_args(argv)
     deadline = time.monotonic() + args.budget
-    about = environment.describe(torch.device("cuda" if GPU else "cpu")) | {
-        "command": environment.command("PYTHONPATH=. python tests/megatron/packed_training.py")}
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(args.parallel) as pool:
         folder, logs = Path(temporary), args.logs or Path(temporary)
         logs.mkdir(parents=True, exist_ok=True)
-        make_data(folder)
+        make_data(folder)  # imports Transformer Engine: it must load cuDNN before torch is asked for its version
+        about = environment.describe(torch.device("cuda" if GPU else "cpu")) | {
+            "command": environment.command("PYTHONPATH=. python tests/megatron/packed_training.py")}
         for checkout in args.checkouts:  # each rank 0 would
             subprocess.run(["make", "-s", "-C", str(checkout / "megatron/core/datasets"),
                             f"LIBEXT={sysconfig.get_config_var('EXT_SUFFIX')}"], check=True)
