@@ -99,6 +99,10 @@ def context_parallel_attention(q: Tensor, k: Tensor, v: Tensor, sequences: Seque
     if comm_type not in COMM_TYPES:
         comm_type = canonical_comm_type(comm_type)
     check_groups(group, comm_type, q.shape[1], k.shape[1], shared if topk > 1 else "head")
+    ranks = group[0].size() * group[1].size() if isinstance(group, Sequence) else group.size()
+    rows, wanted = (q.shape[0], k.shape[0], v.shape[0]), sequences.total // ranks
+    if rows != (wanted, wanted, wanted):
+        raise ValueError(f"q, k and v must have the {wanted} rows of one of {ranks} ranks, got {rows}")
     schedule = make_schedule(comm_type, pipeline, sequences, chunk_size, group, head_groups)
     return _ContextParallelAttention.apply(q, k, v, schedule, group, selected)
 

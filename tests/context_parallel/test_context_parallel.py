@@ -345,6 +345,8 @@ def properties(rank, size):
         check_groups(group, "a2a+all_gather", 8, 4)
     with pytest.raises(TypeError, match="group must be one group for cp_comm_type 'all_gather', got 2"):
         check_groups([group, group], "all_gather", 8, 4)
+    with pytest.raises(ValueError, match=r"q, k and v must have the 16 rows of one of 4 ranks, got \(15, 16, 16\)"):
+        context_parallel_attention(q[1:], k, v, sequences, 8, 3, group)
     with pytest.raises(ValueError, match="head_groups must be at least 1, got 0"):
         context_parallel_attention(q, k, v, sequences, 8, 3, group, head_groups=0)
     return results
