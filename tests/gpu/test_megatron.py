@@ -1,11 +1,11 @@
 """MoBA in Megatron-Core on one GPU: memory over many steps, recompute, offloading, lifetimes in graphs, inference."""
 import pytest
 import torch
+from megatron_rank import one_rank  # noqa: F401
 
 import comparison
 
 pytest.importorskip("megatron.core")
-from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
@@ -18,16 +18,6 @@ pytestmark = pytest.mark.gpu
 MOBA = MoBAConfig(chunk_size=512, topk=8, backend="triton")
 LONG, SHORT = 1 << 17, 1 << 13
 MIB = 1 << 20
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank():
-    torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
-    yield
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
 
 
 def build(tokens, moba=MOBA, **options):
@@ -97,7 +87,7 @@ def gradients(**options):
 
 
 @pytest.fixture(scope="module")
-def plain(one_rank):
+def plain():
     return gradients()
 
 

@@ -1,9 +1,9 @@
 """Recorded choices, a selector and chunk masses on one GPU: the same bits, without waits, against fp64."""
 import pytest
 import torch
+from megatron_rank import one_rank  # noqa: F401
 
 pytest.importorskip("megatron.core")
-from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 
@@ -23,16 +23,6 @@ pytestmark = pytest.mark.gpu
 DEVICE, TOKENS = "cuda", 4096
 RECOMPUTE = {"kept": {}, "selective": dict(recompute_granularity="selective", recompute_modules=["core_attn"]),
              "full": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank():
-    torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
-    yield
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
 
 
 def build(selection="head", selector=None, **options):
