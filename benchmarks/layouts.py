@@ -21,3 +21,11 @@ def summary(result: dict) -> str:
         [abs(row["loss"] / row["expected"] - 1) for row in rows], [row["gradients"] for row in rows]))
     return (f"Megatron-Core {core}, {len(rows)} of these runs: losses differ by at most {loss}, gradients by at most "
             f"{gradients}. {report.measured_at(result)}")
+
+
+GROUPS = report.Table(
+    {"ranks of a sequence": lambda item: item[0].split()[0], "by": lambda item: item[0].split()[1],
+     "rows": lambda item: {"thd": "packed", "sbhd": "one sequence"}[item[0].split()[2]],
+     **{name: (lambda item, i=i: f"{item[1][i]:.1e}") for i, name in enumerate(("o", "dq", "dk", "dv"))}},
+    items=lambda result: result["groups"]["errors"].items(), below=report.measured_at)
+"""Groups that come with the batch: errors of norms against fp64, the largest of a rank's."""
