@@ -17,7 +17,7 @@ from torch import Tensor
 from ..ops.pipeline import Pipeline
 from ..segments import Segments
 from .all_gather import AllGatherAttention, Grads, HeadGroups, State, head_groups, most_heads, prefetch, transport_for
-from .transport.comm import Library, Pending, Rows, arrived, sum_dtype
+from .transport.comm import Library, Pending, Rows, arrived, copy_rows, sum_dtype
 
 QUERIES, KEYS, OUT, MEANS = LANES = range(4)
 """Lanes of the transport."""
@@ -157,9 +157,12 @@ class AllToAllAttention:
                 self.inner.backward(do_part, rest, grad_dtype))
             del do_part, rest
             outs = [self._parts(dq, heads), *(self._parts(x, kv_heads) for x in (dk, dv))]
-            if event is not None and grads is memory:
+            after = event if grads is memory else None
+            if memory and grads is not memory:  # other ranks, which may have other kernels, look for them there
+                grads = [copy_rows(x, grad) for x, grad in zip(memory, grads)]
+            if memory and event is not None:
                 # dk and dv at the event already: where they go to was allocated before the first group
-                started = [transport.deliver(grads[1:], outs[1:], stage, (OUT, i), event),
+                started = [transport.deliver(grads[1:], outs[1:], stage, (OUT, i), after),
                            transport.deliver(grads[:1], outs[:1], stage, (OUT, i))]
             else:
                 started = [transport.deliver(grads, outs, stage, (OUT, i))]

@@ -9,6 +9,7 @@ from .. import replay
 from ..config import MoBAConfig
 from ..context_parallel import CollectiveCheck, Sequences, check_zigzag, context_parallel_attention
 from ..ops import moba_attention
+from ..ops.dense import dense_kernels
 from ..ops.validation import check_qkv, same_dtype
 from ..segments import uniform_segments
 
@@ -172,7 +173,8 @@ class MoBAAttention(nn.Module):
             collective.signature = (f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, {q.dtype}, "
                                    f"chunk_size {chunk_size}, topk {topk}, selection {config.selection}, "
                                    f"cp_head_groups {config.cp_head_groups}"
-                                   + ", deterministic" * config.deterministic)
+                                   + ", deterministic" * config.deterministic
+                                   + (f", {dense_kernels()}" if length <= topk * chunk_size else ""))
         sequences = Sequences.uniform(length, batch, q.device)
         o = context_parallel_attention(
             *packed, sequences, chunk_size, topk, parallel.group, head_groups=config.cp_head_groups,

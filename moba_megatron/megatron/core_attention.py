@@ -22,6 +22,7 @@ from torch import Tensor
 from .. import context_parallel, replay
 from ..config import MoBAConfig, get_default_config
 from ..ops import moba_attention, sparse_attention
+from ..ops.dense import dense_kernels
 from ..ops.validation import cast_under_autocast, check_cu_seqlens, check_qkv
 from ..segments import Segments, uniform_segments
 from . import refusals
@@ -286,6 +287,8 @@ class MoBACoreAttention(MegatronModule):
                     collective.signature += f" halos of {cu_seqlens.numel() - 1}"
                 collective.compare_lengths(cu_seqlens, seqlen, q.shape[0] * size)
                 sequences = context_parallel.Sequences.packed(cu_seqlens, seqlen, q.shape[0] * size)
+            if dense or seqlen <= moba.topk * moba.chunk_size:
+                collective.signature += f", {dense_kernels()}"
             layout = given = None
             chooses = not dense and (self.selector is not None or replay.in_use and replay.is_active())
             if chooses or not dense and _observer is not None:

@@ -111,6 +111,17 @@ def dense_setting() -> str:
     return setting
 
 
+def dense_kernels() -> str:
+    """What is to be alike on ranks that attend densely together: MOBA_DENSE, and whether flash-attn 4 is there.
+
+    Raises:
+        ValueError: MOBA_DENSE is none of its values.
+    """
+    setting = dense_setting()
+    there = FLASH_4 in CHOICES[setting] and flash_attn_4.module() is not None
+    return f"MOBA_DENSE={setting} {'with' if there else 'without'} flash-attn 4"
+
+
 def _choose(setting: str, variant: Variant, q: Tensor, k: Tensor, v: Tensor, batch: int, max_seqlen: int,
             exact: bool) -> str | None:
     capability = _capability(q.device)

@@ -2,14 +2,15 @@
 
 Messages are read late, as NCCL's are: the stand-in looks whether gloo has them. Copy engines are simulated.
 """
-import collections
 import gc
+import importlib.util
 import logging
 import os
 import socket
 import time
 import weakref
 from pathlib import Path
+from queue import SimpleQueue
 from types import SimpleNamespace
 from unittest import mock
 
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
+from moba_megatron import MoBAConfig
 from moba_megatron.context_parallel import (
     CollectiveCheck,
     Sequences,
@@ -27,6 +29,8 @@ from moba_megatron.context_parallel import (
 )
 from moba_megatron.context_parallel.all_gather import transport_for
 from moba_megatron.context_parallel.transport import collective_check, symmetric_memory
+from moba_megatron.deepspeed import MoBAAttention, SequenceParallel
+from moba_megatron.ops import flash_attn_4, pipeline
 from tests.context_parallel.test_context_parallel_peers import EagerEngines, Event, mapped
 
 CPU = torch.device("cpu")
@@ -178,8 +182,9 @@ class Stand:
 
     def __init__(self, folder, rank):
         self.folder, self.rank = folder, rank
-        self.patches = [mock.patch.object(symmetric_memory, name, getattr(self, name))
-                        for name in ("CopyEngines", "new_arena", "addresses_of_all")]
+        self.patches = [mock.patch.object(symmetric_memory, "CopyEngines", self.CopyEngines),
+                        mock.patch.object(symmetric_memory, "new_arena", self.new_arena),
+                        mock.patch("torch.distributed._symmetric_memory.rendezvous", self.rendezvous)]
 
     def __enter__(self):
         for patch in self.patches:
@@ -199,11 +204,12 @@ class Stand:
         self.path.write_bytes(b"\1" * nbytes)
         return mapped(self.path)
 
-    def addresses_of_all(self, arena, group):
+    def rendezvous(self, arena, name):
+        group = dist.distributed_c10d._resolve_process_group(name)
         paths = [None] * group.size()
         dist.all_gather_object(paths, self.path, group)
         arenas = [arena if path == self.path else mapped(path) for path in paths]
-        return [x.data_ptr() for x in arenas], arenas
+        return SimpleNamespace(buffer_ptrs=[x.data_ptr() for x in arenas], arenas=arenas)
 
 
 def failing(error):
@@ -342,13 +348,52 @@ def one_fails(rank, folder):
     return texts
 
 
+def dense_kernels_differ(rank):
+    """By host and by what rank 1 alone has, what this rank raised in a layer that attends densely."""
+    layers, texts = {"DeepSpeed": MoBAAttention(MoBAConfig(8, 12), 1, 2, SequenceParallel(
+        "zigzag", 3, rank, dist.group.WORLD))}, {}
+    if importlib.util.find_spec("megatron") is not None:
+        from megatron.core.transformer import TransformerConfig
+        from megatron.core.transformer.enums import AttnMaskType
+
+        from moba_megatron.megatron.core_attention import MoBACoreAttention
+
+        config = TransformerConfig(num_layers=2, hidden_size=48, num_attention_heads=6, context_parallel_size=3,
+                                   attention_dropout=0.0)
+        layers["Megatron"] = MoBACoreAttention(config, 1, AttnMaskType.causal, "self", moba_config=MoBAConfig(8, 12),
+                                               pg_collection=SimpleNamespace(cp=dist.group.WORLD))
+    there = mock.patch.object(flash_attn_4, "module", SimpleNamespace)
+    for name, patch in (("MOBA_DENSE", mock.patch.dict(os.environ, MOBA_DENSE="own")), ("flash-attn 4", there)):
+        for host, layer in layers.items():
+            x = torch.randn((1, 24, 6, 8) if host == "DeepSpeed" else (24, 1, 6, 8))
+            with patch if rank == 1 else mock.MagicMock():
+                texts[host, name] = raised(layer, x, x, x)
+    return texts
+
+
+def kernels_differ(rank, folder):
+    """By communication type, whether gradients are right where rank 1's kernels alone return memory of their own."""
+    group, right, backward = dist.new_group(), {}, pipeline.Pipeline.backward
+
+    def elsewhere(*args):
+        return backward(*args[:-1], None)
+
+    with InSymmetricMemory(folder, rank):
+        for comm_type in ("all_gather", "a2a"):
+            expected = attend(group, comm_type)
+            with mock.patch.object(pipeline.Pipeline, "backward", elsewhere) if rank == 1 else mock.MagicMock():
+                right[comm_type] = all(map(torch.equal, attend(group, comm_type), expected))
+    return right
+
+
 def everything(rank, size, folder):
     folder = Path(folder)
     collective_check.READ_LATER = "cpu",
     collective_check._read_later = lambda headers, device: (LateMessage(headers), headers._output)
     return dict(waits=waits_of_steps(), kept=kept_after(300), apart=disagreements(rank),
                 waiting=raised_while_waiting(rank),
-                set_up=set_up(rank, folder), groups=groups_come_and_go(rank, folder), fails=one_fails(rank, folder))
+                set_up=set_up(rank, folder), groups=groups_come_and_go(rank, folder), fails=one_fails(rank, folder),
+                kernels=kernels_differ(rank, folder), dense=dense_kernels_differ(rank))
 
 
 @pytest.fixture(scope="module")
@@ -437,15 +482,32 @@ def test_a_rank_that_fails_in_mid_schedule(results):
         assert all(right for *_, right in said)
 
 
+def test_ranks_whose_kernels_differ_read_the_right_gradients(results):
+    """Whether a rank's kernels write dk and dv where they are sent from, or elsewhere."""
+    assert [result["kernels"] for result in results] == [{"all_gather": True, "a2a": True}] * 3
+
+
+def test_ranks_whose_dense_kernels_differ_raise(results):
+    """In both hosts that have context parallelism, whatever differs, all ranks the same."""
+    first, *others = (result["dense"] for result in results)
+    assert others == [first] * 2
+    for (_, name), text in first.items():
+        own = {"MOBA_DENSE": "MOBA_DENSE=own without", "flash-attn 4": "MOBA_DENSE=auto with"}[name]
+        said = [part.rsplit(", MOBA_", 1)[-1] for part in text.split(" flash-attn 4")]
+        assert said[:2] == ["DENSE=auto without", own.removeprefix("MOBA_")], text
+    assert len(first) >= 2
+
+
 def test_late_exchanges_end_the_process(monkeypatch, capfd):
-    """Done ones are forgotten, others are kept until their time has passed."""
-    left = []
-    monkeypatch.setattr(os, "_exit", left.append)
-    done, late = (SimpleNamespace(query=lambda value=value: value) for value in (True, False))
-    now = time.monotonic()
-    exchanges = collections.deque([(now - 1, done, "one", None), (now + 60, late, "two", None)])
-    symmetric_memory.look(exchanges)
-    assert [what for _, _, what, _ in exchanges] == ["two"] and not left
-    exchanges.append((now - 1, late, "three", None))
-    symmetric_memory.look(exchanges)
-    assert left == [1] and "moba_megatron: three was not done in time" in capfd.readouterr().err
+    """One that is done is let go of, whenever; one that is not is waited for until its time has passed."""
+    monkeypatch.setattr(os, "_exit", mock.Mock(side_effect=SystemExit))
+    answers, exchanges, now = [False, True], SimpleQueue(), time.monotonic()
+    for deadline, what, query in ((-1, "one", lambda: True), (60, "two", lambda: answers.pop(0)),
+                                  (1, "three", lambda: False), (60, "four", lambda: True)):
+        exchanges.put((now + deadline, SimpleNamespace(query=query), what, None))
+    modules = {name: mock.MagicMock() for name in ("cuda", "cuda.bindings")}
+    with mock.patch.dict("sys.modules", modules), pytest.raises(SystemExit):
+        symmetric_memory.watch(exchanges)
+    os._exit.assert_called_once_with(1)
+    assert not answers and exchanges.qsize() == 1
+    assert "moba_megatron: three was not done in time" in capfd.readouterr().err

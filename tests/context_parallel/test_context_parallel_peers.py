@@ -9,6 +9,7 @@ import mmap
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,7 +120,8 @@ def in_process(size, one_queue=False, slots=1 << 16):
     peers, engines = [], [HostEngines(places, r, one_queue) for r in range(size)]
     for r, arena in enumerate(arenas):
         arena[:first_slot(size)] = 0
-        peers.append(Peers(r, arena[:nbytes], [x for x, _ in places], engines[r], arena))
+        handle = SimpleNamespace(buffer_ptrs=[x for x, _ in places], whole=arena)
+        peers.append(Peers(r, arena[:nbytes], handle, engines[r]))
     return peers, engines
 
 
@@ -210,7 +212,7 @@ def test_bytes_go_where_they_belong(size, parts, batch, one_queue):
                 torch.testing.assert_close(a, b, rtol=0.05 if dtype == torch.bfloat16 else 1e-6, atol=1e-2)
     for p in peers:
         assert p.exchanges == 3 * len(checks[0]) - (parts < size) * 2
-        assert bool((p._keep[p.arena.nbytes:] == 7).all()), "written behind the arena"
+        assert bool((p._handle.whole[p.arena.nbytes:] == 7).all()), "written behind the arena"
 
 
 def test_nothing_is_read_before_the_sender_is_ready():
@@ -355,8 +357,7 @@ class SharedPeers:
         before = self.peers.get(group)
         if before is not None:
             engines.early = before._engines.early
-        peers = Peers(rank, maps[rank], addresses, engines, maps)
-        return peers
+        return Peers(rank, maps[rank], SimpleNamespace(buffer_ptrs=addresses, maps=maps), engines)
 
 
 def with_peers(rank, size, folder):

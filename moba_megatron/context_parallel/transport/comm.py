@@ -265,7 +265,11 @@ class Library:
             works, outs = [work for x in gathered for work in x._works], [x._output for x in gathered]
             return Pending(works, outs, gathered, stage, finish)
         runs = rows.rank_major if permuted else rows.runs
-        views, outs = self._ends(views, rows, slot, lasting)
+        kinds = [((rows.total, *x.shape[2:]), x.dtype) for x in views]
+        outs = (self.tensors(slot, *kinds) if to_all and not lasting else None) or (
+            [views[0].new_empty(shape, dtype=dtype) for shape, dtype in kinds])
+        if not (to_all or self.early):
+            views = [copy_rows(torch.empty(x.shape, dtype=x.dtype, device=x.device), x) for x in views]
         return self._exchange(fetched, runs, views, outs, outs, stage, slot, finish=finish)
 
     @staticmethod
@@ -274,8 +278,8 @@ class Library:
         return torch.cuda.Event()
 
     def tensors(self, slot: Slot, *kinds: tuple[tuple[int, ...], torch.dtype]) -> list[Tensor] | None:
-        """Tensors of such shapes and dtypes for :meth:`deliver` to send without a copy in between, if there are any, or
-        all of them for :meth:`reduce`, which receives behind them."""
+        """Memory of such tensors in a slot, None without room: :meth:`deliver` and :meth:`reduce` send what is there
+        without a copy, and the latter receives behind."""
 
     def deliver(self, tensors: Sequence[Tensor], outs: Sequence[Tensor], stage: str, slot: Slot,
                 after: torch.cuda.Event | None = None) -> Pending:
@@ -284,6 +288,8 @@ class Library:
         What several ranks computed for a part is added. ``after``: recorded when the tensors are complete, where the
         transport is ``early``; None: they are now.
         """
+        if self.early and all(x.dtype == out.dtype and out.shape[0] == self.rows.size for x, out in zip(tensors, outs)):
+            return self._exchange(collected, self.rows.runs, tensors, outs, outs, stage, slot, after)
         return self._collect(tensors, outs, stage, slot, lambda arrived: put(arrived, outs, self.rows), after)
 
     def reduce(self, tensors: Sequence[Tensor], outs: Sequence[Tensor], stage: str, slot: Slot,
@@ -305,27 +311,16 @@ class Library:
         rows, runs = self.rows, self.rows.runs or self.rows.rank_major
         if rows.runs is None:
             tensors = [x.index_select(0, rows.rank_rows) for x in tensors]
-        others = self._received(tensors, slot)
+        shapes = [(rows.size - 1, rows.local, *x.shape[1:]) for x in tensors]
+        # behind what is sent, where there is room: memory allocated now may be in use at ``after``
+        made = self.tensors(slot, *((x.shape, x.dtype) for x in tensors), *zip(shapes, (x.dtype for x in tensors)))
+        others = made[len(tensors):] if made else [x.new_empty(shape) for x, shape in zip(tensors, shapes)]
         length, arriving = rows.local // len(runs), []
         for x, received in zip(tensors, others):
             own = [(slice(i * length, (i + 1) * length), x[firsts[rows.rank]:][:length])
                    for i, firsts in enumerate(runs)]
             arriving.append((received, own))
         return self._exchange(collected, runs, tensors, others, outs, stage, slot, after, lambda _: finish(arriving))
-
-    def _ends(self, views: Sequence[Tensor], rows: Rows, slot: Slot, lasting: bool
-              ) -> tuple[Sequence[Tensor], list[Tensor]]:
-        """Each ``[parts, T, h, D]``, or a copy whose parts can be sent; and where the whole ``[S, h, D]`` arrives."""
-        outs = []
-        for x in views:
-            outs.append(x.new_empty(rows.total, *x.shape[2:]))
-        if views[0].shape[0] > 1:
-            views = [copy_rows(torch.empty(x.shape, dtype=x.dtype, device=x.device), x) for x in views]
-        return views, outs
-
-    def _received(self, tensors: Sequence[Tensor], slot: Slot) -> list[Tensor]:
-        """Memory for others' rows of each ``[S, h, D]``: ``[P - 1, T, h, D]``."""
-        return [x.new_empty(self.rows.size - 1, self.rows.local, *x.shape[1:]) for x in tensors]
 
     def _exchange(self, messages: ListMessages, runs: Runs, sources: Sequence[Tensor], targets: Sequence[Tensor],
                   outs: Sequence[Tensor], stage: str, slot: Slot, after: torch.cuda.Event | None = None,

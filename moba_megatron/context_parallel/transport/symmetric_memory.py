@@ -12,6 +12,7 @@ Safety. Of other ranks' memory a rank writes these numbers alone. One that fails
 pass (:func:`.comm.abandon`), all raise by their next call but one, and nothing uses those arenas again.
 """
 import functools
+import itertools
 import logging
 import math
 import os
@@ -19,9 +20,10 @@ import socket
 import sys
 import threading
 import time
-from collections import deque, namedtuple
+from collections import namedtuple
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -29,13 +31,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .collective_check import CollectiveCheck
-from .comm import MAX_RUNS, Library, ListMessages, Pending, Rows, Runs, Slot, collected, fetched, met
+from .comm import Library, ListMessages, Pending, Rows, Runs, Slot, fetched, met
 
 GRAIN = 32 << 20  # an arena is a multiple of this, bytes
 FLAG_STEP = 128  # bytes between the numbers that ranks write to each other
 FOR_EVER = 1 << 30  # exchanges ahead that a rank which gives up says are done
-MOST_PLANS = 512  # of a group
-OFF, NOT_CHOSEN = "MOBA_CP_COPY_ENGINES=0", "more than two ranks: MOBA_CP_COPY_ENGINES=1 chooses copy engines"
+NOT_CHOSEN = {"0": "MOBA_CP_COPY_ENGINES=0", "": "more than two ranks: MOBA_CP_COPY_ENGINES=1 chooses copy engines"}
 Copy = namedtuple("Copy", "bases offsets pitches rows width")
 """Rows of ``width`` bytes, of a target and a source: the numbers of their bases, bytes from there, from row to row."""
 Plan = namedtuple("Plan", "staged own read sent")
@@ -46,13 +47,6 @@ def new_arena(nbytes: int, device: torch.device) -> Tensor:
     """uint8; not from a pool, which would hand it out again while others have it mapped."""
     from torch._C._distributed_c10d import _SymmetricMemory
     return _SymmetricMemory.empty_strided_p2p((nbytes,), (1,), torch.uint8, device)
-
-
-def addresses_of_all(arena: Tensor, group: dist.ProcessGroup) -> tuple[list[int], Any]:
-    """Where this process sees every rank's arena, and what must be kept for that; collective."""
-    from torch.distributed._symmetric_memory import rendezvous
-    handle = rendezvous(arena, group.group_name)
-    return list(handle.buffer_ptrs), handle
 
 
 class CopyEngines:
@@ -80,8 +74,8 @@ class CopyEngines:
             current.wait_stream(self._current)
         self._current = current
         ready = current.record_event() if after is None else after
-        self.remote.wait_event(ready)
-        self.local.wait_event(ready)
+        for stream in (self.remote, self.local):
+            stream.wait_event(ready)
 
     def end(self, what: str, finish: Callable[[], None] | None = None, keep: Any = None) -> torch.cuda.Event:
         """After everything issued so far, and ``finish``; watched by the name ``what``, keeps ``keep`` until then."""
@@ -90,7 +84,7 @@ class CopyEngines:
             with torch.cuda.stream(self.local):
                 finish()
         done = self.local.record_event()
-        _unfinished().append((time.monotonic() + self._timeout_s, done, what, keep))
+        _unfinished().put((time.monotonic() + self._timeout_s, done, what, keep))
         return done
 
     def copy(self, stream: torch.cuda.Stream, copy: Copy, bases: Sequence[int], here: bool) -> None:
@@ -119,46 +113,37 @@ def _call(function: Callable, *args) -> None:
 
 
 @functools.lru_cache(maxsize=None)
-def _unfinished() -> deque:
+def _unfinished() -> SimpleQueue:
     """(deadline, event, what it is the end of, what to keep until then) of exchanges, which a thread watches."""
-    from cuda.bindings import runtime
-    exchanges: deque = deque()
-
-    def watch() -> None:  # its queries must not spoil a CUDA graph that another thread captures
-        runtime.cudaThreadExchangeStreamCaptureMode(runtime.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed)
-        while True:
-            look(exchanges)
-            time.sleep(0.5)
-
-    threading.Thread(target=watch, daemon=True, name="moba context parallel watch").start()
+    exchanges = SimpleQueue()
+    threading.Thread(target=watch, args=(exchanges,), daemon=True, name="moba context parallel watch").start()
     return exchanges
 
 
-def look(exchanges: deque) -> None:
-    """Forgets those that are done; ends the process where one is late, as NCCL would: streams would wait for ever."""
-    for _ in range(len(exchanges)):
-        deadline, done, what, _ = exchange = exchanges.popleft()
-        if done.query():
-            continue
-        if time.monotonic() > deadline:
-            print(f"moba_megatron: {what} was not done in time: another rank failed, hangs or is slower than the "
-                  "process group's timeout. This process ends", file=sys.stderr, flush=True)
-            os._exit(1)
-        exchanges.append(exchange)
+def watch(exchanges: SimpleQueue) -> None:
+    """Lets go of what is done; ends the process where something is late, as NCCL would: streams would wait for ever."""
+    from cuda.bindings import runtime  # what this thread asks must not spoil a CUDA graph that another one captures
+    runtime.cudaThreadExchangeStreamCaptureMode(runtime.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed)
+    while True:
+        deadline, done, what, keep = exchanges.get()
+        while not done.query():
+            if time.monotonic() > deadline:
+                print(f"moba_megatron: {what} was not done in time: another rank failed, hangs or is slower than the "
+                      "process group's timeout. This process ends", file=sys.stderr, flush=True)
+                os._exit(1)
+            time.sleep(0.5)
+        del done, keep  # nothing is kept while there is nothing to watch
 
 
 class Peers:
     """The ranks of a group, one host's, with their arenas.
 
-    Args:
-        arena: this rank's, uint8.
-        arenas: addresses of every rank's as this rank sees them; zeros up to :func:`first_slot` at first.
-        keep: what the addresses belong to.
+    ``arena``: this rank's, uint8, at first zeros up to :func:`first_slot`; ``handle``: has all ranks' mapped.
     """
 
-    def __init__(self, rank: int, arena: Tensor, arenas: list[int], engines: CopyEngines, keep: Any = None):
-        self.arena, self.arenas, self.exchanges, self._engines, self._keep = arena, arenas, 0, engines, keep
-        self.plans: dict[tuple, Plan] = {}
+    def __init__(self, rank: int, arena: Tensor, handle: Any, engines: CopyEngines):
+        self.arena, self.exchanges, self._engines, self._handle = arena, 0, engines, handle
+        self.arenas = arenas = list(handle.buffer_ptrs)
         # the next one first: no two ranks begin with the same
         self.others = [(rank + i) % len(arenas) for i in range(1, len(arenas))]
         # "ready" and "done" of this rank, where each other one reads them; of each other one, where this one does
@@ -167,10 +152,7 @@ class Peers:
 
     def run(self, plan: Plan, bases: Sequence[int], after: torch.cuda.Event | None, what: str,
             finish: Callable[[], None] | None) -> torch.cuda.Event:
-        """Issues copies; the event of the end. ``after``: when the first may begin, None: now.
-
-        ``finish`` launches what is to be done with what was read.
-        """
+        """Issues copies, the first after ``after`` if given, then ``finish``, for what was read; the end's event."""
         engines, self.exchanges = self._engines, self.exchanges + 1
         engines.begin(after)
         for copy in plan.staged:
@@ -179,9 +161,9 @@ class Peers:
             engines.signal(ready, self.exchanges)
         for copy in plan.own:
             engines.copy(engines.local, copy, bases, True)
-        for r, copies in plan.read.items():
+        for r in self.others:
             engines.wait(engines.remote, self._hear[r][0], self.exchanges)
-            for copy in copies:
+            for copy in plan.read[r]:
                 engines.copy(engines.remote, copy, bases, False)
             engines.signal(self._tell[r][1], self.exchanges)
         for _, done in self._hear.values():
@@ -191,8 +173,8 @@ class Peers:
     def attempt(self, rank: int) -> None:
         """Exchange 0, in which nobody waits for another: what this driver, GPU or Triton refuses is refused here."""
         place, self.exchanges = first_slot(len(self.arenas)) - 32, -1
-        mine, *others = ([Copy((rank, r), (place, place + 16), (16, 16), 1, 16)] for r in (rank, *self.others))
-        self.run(Plan(mine, mine, dict(zip(self.others, others)), 0), self.arenas, None, "attempt", None).synchronize()
+        copies = [[Copy((rank, r), (place, place + 16), (16, 16), 1, 16)] for r in range(len(self.arenas))]
+        self.run(Plan(copies[rank], copies[rank], copies, 0), self.arenas, None, "attempt", None).synchronize()
 
     def give_up(self) -> None:
         """Lets all waits for this rank pass, and the current stream await what was issued so far."""
@@ -212,90 +194,72 @@ class SymmetricMemory(Library):
 
     def tensors(self, slot: Slot, *kinds: tuple[tuple[int, ...], torch.dtype]) -> list[Tensor] | None:
         """None where the slot has no room for them."""
-        made, place = [], self._offset(slot)
-        end = place + self._lanes[slot[0]]
-        for shape, dtype in kinds:
-            begin, nbytes = place, math.prod(shape) * dtype.itemsize
-            place += aligned(nbytes)
-            if place > end:
-                return None
-            made.append(self._peers.arena[begin:begin + nbytes].view(dtype).view(shape))
-        return made
-
-    def deliver(self, tensors: Sequence[Tensor], outs: Sequence[Tensor], stage: str, slot: Slot,
-                after: torch.cuda.Event | None = None) -> Pending:
-        if any(x.dtype != out.dtype or out.shape[0] != self.rows.size for x, out in zip(tensors, outs)):
-            return super().deliver(tensors, outs, stage, slot, after)
-        return self._exchange(collected, self.rows.runs, tensors, outs, outs, stage, slot, after)
-
-    def _ends(self, views: Sequence[Tensor], rows: Rows, slot: Slot, lasting: bool
-              ) -> tuple[Sequence[Tensor], list[Tensor]]:
-        views = [x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous() for x in views]
-        kinds = [((rows.total, *x.shape[2:]), x.dtype) for x in views]
-        outs = None if lasting or views[0].shape[0] > 1 else self.tensors(slot, *kinds)
-        return views, outs or [views[0].new_empty(shape, dtype=dtype) for shape, dtype in kinds]
-
-    def _received(self, tensors: Sequence[Tensor], slot: Slot) -> list[Tensor]:
-        """Behind the tensors in their slot, where it has room: memory allocated now may be in use at ``after``."""
-        shape, sent = (self.rows.size - 1, self.rows.local), [(x.shape, x.dtype) for x in tensors]
-        made = self.tensors(slot, *sent, *(((*shape, *x.shape[1:]), x.dtype) for x in tensors))
-        return super()._received(tensors, slot) if made is None else made[len(sent):]
+        room, sizes = self._room(slot), [aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in kinds]
+        if sum(sizes) > len(room):
+            return None
+        parts = self._peers.arena[room.start:room.start + sum(sizes)].split(sizes)
+        return [x.view(dtype)[:math.prod(shape)].view(shape) for x, (shape, dtype) in zip(parts, kinds)]
 
     def _exchange(self, messages: ListMessages, runs: Runs, sources: Sequence[Tensor], targets: Sequence[Tensor],
                   outs: Sequence[Tensor], stage: str, slot: Slot, after: torch.cuda.Event | None = None,
                   finish: Callable[[Sequence[Tensor]], Any] | None = None) -> Pending:
-        peers, begin, lane = self._peers, self._offset(slot), self._lanes[slot[0]]
-        arena, key, bases = peers.arenas[self.rows.rank], [messages, runs, begin, lane], []
+        peers, room, bases, layouts = self._peers, self._room(slot), [], []
+        sources = [x if x.stride()[-2:] == (x.shape[-1], 1) else x.contiguous() for x in sources]
         for x in (*sources, *targets):
-            address = x.data_ptr()
-            bases.append(address)
-            place = address - arena
-            key.append((x.shape, x.stride(), x.dtype, place if 0 <= place - begin < lane else None))
-        key = tuple(key)
-        plan = peers.plans.get(key)
-        if plan is None:
-            if len(peers.plans) >= MOST_PLANS:
-                peers.plans.clear()
-            plan = peers.plans[key] = self._plan(messages, runs, sources, targets, stage, slot)
+            bases.append(x.data_ptr())
+            place = bases[-1] - peers.arenas[self.rows.rank]
+            layouts.append((x.shape, x.stride(), x.dtype, place if place in room else None))
+        plan = _plan(messages, runs, self.rows.rank, room, stage, *layouts)
         done = peers.run(plan, bases + peers.arenas, after, stage, finish and functools.partial(finish, outs))
         return Pending([done], outs, (sources, targets, outs), stage, sent=plan.sent)
 
-    def _plan(self, messages: ListMessages, runs: Runs, sources: Sequence[Tensor], targets: Sequence[Tensor],
-              stage: str, slot: Slot) -> Plan:
-        """Copies for messages, which are read where they lie in the slot: sources, targets, or copies of sources."""
-        peers, me, tensors, lane = self._peers, self.rows.rank, (*sources, *targets), self._lanes[slot[0]]
-        arena, begin, other = peers.arenas[me], self._offset(slot), peers.others[0]
-        staged, read, own = {r: [] for r in peers.others}, {r: [] for r in peers.others}, []
-        sends, receives = (all(0 <= x.data_ptr() - arena - begin < lane for x in xs) for xs in (sources, targets))
-        receives = receives and messages is fetched
-        sent = sources if sends or receives else self.tensors(slot, *((x.shape, x.dtype) for x in sources))
-        if sent is None:
-            raise ValueError(f"{stage} must fit its {lane} bytes, got {sum(x.nbytes for x in sources)}")
+    def _room(self, slot: Slot) -> range:
+        """A slot's bytes in every arena."""
+        lane = self._lanes[slot[0]]
+        begin = first_slot(self.rows.size) + 2 * sum(self._lanes[:slot[0]]) + slot[1] % 2 * lane
+        return range(begin, begin + lane)
 
-        def add(copies: list[Copy], *ends: tuple[Tensor, int]) -> None:
-            """``ends``: rows of target and source, each with its tensor's number, or behind these an arena's."""
-            bases = [tensors[i].data_ptr() if i < len(tensors) else arena for _, i in ends]
-            places = [(i, x.data_ptr() - at, x.stride(0) * x.element_size()) for (x, i), at in zip(ends, bases)]
-            copies.append(_in_one(Copy(*zip(*places), len(ends[0][0]), ends[0][0][0].nbytes)))
 
-        # copies of sources lie rank after rank
-        order = runs if sends else [range(i * self.rows.local // len(runs), self.rows.total, self.rows.local)
-                                    for i in range(len(runs))]
-        listed = zip(messages(runs, me, sources, targets), messages(order, me, sent, targets))
-        for n, ((outputs, inputs), (_, leaving)) in enumerate(listed):
-            source, target = n // len(runs), len(sources) + n // len(runs)
-            for r in peers.others:
-                if not (sends or receives):
-                    add(staged[r], (leaving[r], len(tensors) + me), (inputs[r], source))
-                add(read[r], (outputs[r], target), (outputs[r] if receives else leaving[me], len(tensors) + r))
-            if outputs[me] is not None:
-                add(staged[other] if receives else own, (outputs[me], target), (inputs[me], source))
-        read = {r: _joined(copies, apart=True) for r, copies in read.items()}
-        return Plan(dict.fromkeys(x for copies in staged.values() for x in _joined(copies)), _joined(own), read,
-                    sum(x.rows * x.width for copies in read.values() for x in copies))
+@functools.lru_cache(maxsize=512)
+def _plan(messages: ListMessages, runs: Runs, me: int, room: range, stage: str, *layouts: tuple) -> Plan:
+    """Copies for messages, which are read where they lie in the slot: in targets, in sources, or in copies of these.
 
-    def _offset(self, slot: Slot) -> int:
-        return first_slot(self.rows.size) + 2 * sum(self._lanes[:slot[0]]) + slot[1] % 2 * self._lanes[slot[0]]
+    ``layouts``: shape, strides and dtype of each source, then of each target, and its place if that is in the slot.
+    """
+    number, size = len(layouts) // 2, len(runs[0])
+    tensors = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype, _ in layouts]
+    sources, targets = tensors[:number], tensors[number:]
+    sent, places, placed = sources, [x[-1] for x in layouts[:number]], [x[-1] for x in layouts[number:]]
+    receives = messages is fetched and None not in placed
+    stages = not receives and None in places
+    if receives:
+        places = placed
+    elif stages:
+        sent = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in sources]
+        *places, end = itertools.accumulate((aligned(x.nbytes) for x in sent), initial=room.start)
+        if end > room.stop:
+            raise ValueError(f"{stage} must fit its {len(room)} bytes, got {end - room.start}")
+    staged, own, read = [], [], [[] for _ in range(size)]
+
+    def add(copies: list[Copy], *ends: tuple[Tensor, int, int]) -> None:
+        """``ends``: rows of target and source, each with the number of its base and its tensor's place from there."""
+        where = [(base, place + x.storage_offset() * x.itemsize, x.stride(0) * x.itemsize) for x, base, place in ends]
+        copies.append(_in_one(Copy(*zip(*where), len(ends[0][0]), ends[0][0][0].nbytes)))
+
+    arenas = len(layouts)  # the first one's number
+    listed = zip(messages(runs, me, sources, targets), messages(runs, me, sent, targets))
+    for n, ((outputs, inputs), (_, leaving)) in enumerate(listed):
+        i = n // len(runs)
+        for r in range(size):
+            target, source = (outputs[r], number + i, 0), (inputs[r], i, 0)
+            if r != me:
+                add(read[r], target, (outputs[r] if receives else leaving[me], arenas + r, places[i]))
+            elif outputs[me] is not None:
+                add(staged if receives else own, target, source)
+            if r != me and stages:
+                add(staged, (leaving[r], arenas + me, places[i]), source)
+    read = [_joined(copies, apart=True) for copies in read]
+    return Plan(_joined(sorted(set(staged))), _joined(own), read, sum(x.rows * x.width for x in itertools.chain(*read)))
 
 
 def _joined(copies: Sequence[Copy], apart: bool = False) -> list[Copy]:
@@ -304,11 +268,10 @@ def _joined(copies: Sequence[Copy], apart: bool = False) -> list[Copy]:
     for copy in copies:
         last = joined[-1] if joined else copy
         steps = tuple(b - a for a, b in zip(last.offsets, copy.offsets))
-        alike = (last.bases, last.width) == (copy.bases, copy.width)
-        if alike and last.pitches == copy.pitches and steps == tuple(last.rows * pitch for pitch in last.pitches):
-            joined[-1] = _in_one(last._replace(rows=last.rows + copy.rows))
-        elif alike and apart and last.rows == copy.rows == 1 and copy.width <= min(steps) and max(steps) < 1 << 31:
-            joined[-1] = last._replace(pitches=steps, rows=2)
+        pitches = steps if apart and last.rows == copy.rows == 1 else last.pitches
+        alike = last._replace(offsets=copy.offsets, rows=copy.rows) == copy and copy.width <= min(steps)
+        if alike and steps == tuple(last.rows * x for x in pitches) and max(steps) < 1 << 31:
+            joined[-1] = _in_one(last._replace(pitches=pitches, rows=last.rows + copy.rows))
         else:
             joined.append(copy)
     return joined
@@ -322,7 +285,7 @@ def _in_one(copy: Copy) -> Copy:
 
 
 def aligned(nbytes: int) -> int:
-    """Bytes that a tensor, or messages to all ranks, take in an arena."""
+    """Bytes that a tensor takes in an arena."""
     return -(-nbytes // 512) * 512
 
 
@@ -334,7 +297,7 @@ def first_slot(size: int) -> int:
 def through_arenas(rows: Rows, group: dist.ProcessGroup, device: torch.device,
                    lanes: Sequence[Sequence[int]]) -> SymmetricMemory | None:
     """As :func:`..all_gather.transport_for` says; None where the group's library moves rows."""
-    sizes = [sum(aligned(x) + MAX_RUNS * aligned(1) for x in lane) for lane in lanes]  # a message each run
+    sizes = [sum(aligned(x) + 2048 for x in lane) for lane in lanes]  # means of several groups are a tensor each
     nbytes, peers = first_slot(rows.size) + 2 * sum(sizes), met.get(group)
     if group not in met or peers is not None and peers.arena.nbytes < nbytes:
         CollectiveCheck.look(group, wait=True)  # a rank that has raised would not come
@@ -345,34 +308,30 @@ def through_arenas(rows: Rows, group: dist.ProcessGroup, device: torch.device,
 
 def meet(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> Peers | None:
     """Makes arenas and maps everybody's; None on all ranks if that fails on one, whatever the failure."""
-    rank, size, host, problem = dist.get_rank(group), group.size(), "", _choice(group.size())
+    rank, size, host = dist.get_rank(group), group.size(), ""
+    choice = os.environ.get("MOBA_CP_COPY_ENGINES") or ("1" if size == 2 else "")
+    problem = {**NOT_CHOSEN, "1": None}.get(choice, f"MOBA_CP_COPY_ENGINES must be 0 or 1, got {choice!r}")
     for step in (0, 1):
         try:
             if problem is None and step == 0:
                 engines = CopyEngines(device, group._get_backend(device).options._timeout.total_seconds())
+                from torch.distributed._symmetric_memory import rendezvous
                 arena = new_arena(nbytes, device)
                 arena[:first_slot(size)] = 0
                 host = socket.gethostname() + Path("/proc/sys/kernel/random/boot_id").read_text()
             elif problem is None:
-                arenas, keep = addresses_of_all(arena, group)
-                peers = Peers(rank, arena, arenas, engines, keep)
+                peers = Peers(rank, arena, rendezvous(arena, group.group_name), engines)
                 peers.attempt(rank)
         except Exception as error:  # whatever it is, the others wait to hear of it
             problem = f"{type(error).__name__}: {error}"
         everyone = [None] * size
         dist.all_gather_object(everyone, (problem, host), group)
         problems = [f"rank {r}: {x}" for r, (x, _) in enumerate(everyone) if x]
-        if not problems and len(set(everyone)) > 1:
-            problems = ["its ranks are on several hosts"]
+        if len(set(everyone)) > 1:
+            problems = problems or ["its ranks are on several hosts"]
         if problems:
-            if rank == 0 and {x for x, _ in everyone} not in ({OFF}, {NOT_CHOSEN}):
+            if rank == 0 and {x for x, _ in everyone} not in [{x} for x in NOT_CHOSEN.values()]:
                 logging.getLogger(__name__).warning("context parallel group of %d exchanges through its library: %s",
                                                     size, "; ".join(problems))
             return None
     return peers
-
-
-def _choice(size: int) -> str | None:
-    """Why this rank does not want copy engines; None where it does. Never seen on hardware beyond two ranks."""
-    value = os.environ.get("MOBA_CP_COPY_ENGINES") or ("1" if size == 2 else "")
-    return {"1": None, "0": OFF, "": NOT_CHOSEN}.get(value, f"MOBA_CP_COPY_ENGINES must be 0 or 1, got {value!r}")
