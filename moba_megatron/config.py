@@ -59,13 +59,14 @@ def _parse_layers(value: str | Iterable[int]) -> tuple[str, Any]:
 def parse_per_layer(text: str) -> dict[int, dict[str, int]]:
     """Fields by layer number."""
     layers: dict[int, dict[str, int]] = {}
-    for part in text.replace(" ", "").split(";"):
-        found = re.fullmatch(r"([1-9]\d{0,3})(?:-(\d{1,4}))?:((?:(?:chunk|topk)=[1-9]\d{0,8},?)+)", part)
+    for part in re.sub(r" *([-:;,=]) *", r"\1", text.strip()).split(";"):
+        found = re.fullmatch(r"([1-9]\d{0,3})(?:-(\d{1,4}))?:((chunk|topk)=[1-9]\d{0,8}(?:,(?!\4)(?:chunk|topk)="
+                             r"[1-9]\d{0,8})?)", part)
         numbers = range(int(found[1]), int(found[2] or found[1]) + 1) if found else ()
         if not numbers or not layers.keys().isdisjoint(numbers):
             raise ValueError("MoBAConfig.per_layer must be 1-based layers, each once, with chunk=, topk= or both, such "
                              f"as '1-8:chunk=128,topk=16;9-24:topk=8', got {text!r}")
-        values = dict(pair.split("=") for pair in found[3].strip(",").split(","))
+        values = dict(pair.split("=") for pair in found[3].split(","))
         given = {{"chunk": "chunk_size"}.get(name, name): int(value) for name, value in values.items()}
         layers.update(dict.fromkeys(numbers, given))
     return layers
@@ -73,7 +74,7 @@ def parse_per_layer(text: str) -> dict[int, dict[str, int]]:
 
 def _parse_schedule(text: str) -> list[tuple[int, int]]:
     """Iterations and the topk from each on."""
-    is_list = re.fullmatch(r"(\d+:[1-9]\d{0,8},)+", text.replace(" ", "") + ",")
+    is_list = re.fullmatch(r"( *\d{1,9} *: *[1-9]\d{0,8} *,)+", text + ",")
     steps = [tuple(map(int, part.split(":"))) for part in text.split(",")] if is_list else []
     iterations = [step for step, _ in steps]
     if not steps or iterations[0] or iterations != sorted(set(iterations)):

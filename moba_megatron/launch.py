@@ -45,12 +45,9 @@ def check_flags(flags: list[str]) -> str:
     """What ``--attention`` says, or ``--use-checkpoint-args`` may yet say; the ``--moba-*`` flags are checked."""
     parser = ArgumentParser(prog="moba_megatron.launch", usage=USAGE, add_help=False, allow_abbrev=False)
     parser.add_argument("--train-iters", type=int)
-    parser.add_argument("--yaml-cfg")
     args = add_moba_arguments(parser, default="full", full_meaning=patching.FULL_MEANING).parse_known_args(flags)[0]
     if args.attention == "moba":
         config_from_args(args)
-        if args.yaml_cfg is not None:
-            raise ValueError("--yaml-cfg replaces all flags, --attention moba too: give the settings as flags")
     elif "--use-checkpoint-args" in flags:
         return "moba"
     elif any(flag.startswith("--moba-") for flag in flags):

@@ -59,10 +59,12 @@ def test_layer_number_is_one_based(number):
     ("backend", None, ValueError, ("auto, triton, torch, reference", "got None")),
     *(("per_layer", text, ValueError, ("1-based layers, each once", f"got {text!r}")) for text in (
         "", "1", "1:", "0:topk=2", "2-1:topk=2", "1-2:topk=0", "1:chunk=-4", "1:heads=2", "1:topk=2;1:chunk=4",
-        "1-4:topk=2;3:topk=4", "1:topk=2.5", "1:topk=2;", "1:topk=9999999999")),
+        "1-4:topk=2;3:topk=4", "1:topk=2.5", "1:topk=2;", "1:topk=9999999999", "1 2:topk=2", "1:topk=1 6",
+        "1:topk=2,topk=4", "1:chunk=4topk=2", "1:topk=2,")),
     ("per_layer", 8, TypeError, ("str or None", "got 8")),
     *(("topk_schedule", text, ValueError, ("begin with 0 and grow", f"got {text!r}")) for text in (
-        "", "8", "1:8", "0:0", "0:8,0:4", "0:8,20:4,10:2", "0:8,", "0:8;10:4", "0:8,-1:4")),
+        "", "8", "1:8", "0:0", "0:8,0:4", "0:8,20:4,10:2", "0:8,", "0:8;10:4", "0:8,-1:4", "0:1 6",
+        "0:8,1 0:4", "0:8,9999999999:4")),
     ("topk_schedule", 8, TypeError, ("str or None", "got 8")),
     ("decode", "sparse", ValueError, ("moba, dense", "got 'sparse'")),
     *(("full_attention_layers", value, ValueError, ("'none', 'all', 'last:N', 'every:N'", "1,2,24", f"got {value!r}"))

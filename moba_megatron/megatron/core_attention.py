@@ -238,8 +238,10 @@ class MoBACoreAttention(MegatronModule):
 
     def _group_for(self, packed_seq_params) -> dist.ProcessGroup | None:
         """The context parallel group of this call (dynamic context parallelism brings its own), None for one rank."""
-        alone = getattr(packed_seq_params, "local_cp_size", None) == 1
-        group = getattr(packed_seq_params, "cp_group", None) or (None if alone else self.cp_group)
+        size, group = (getattr(packed_seq_params, name, None) for name in ("local_cp_size", "cp_group"))
+        if group is None and size not in (None, 1):
+            raise ValueError(f"packed_seq_params.cp_group must be given with local_cp_size {size}, got None")
+        group = group or (None if size == 1 else self.cp_group)
         return group if group is not None and group.size() > 1 else None
 
     def _segments(self, query: Tensor, key: Tensor, packed: PackedSeqParams | None, dense: bool,

@@ -155,6 +155,8 @@ def moba_arguments(original, parser):
 
     def parse_known_args(*args, **kwargs):
         parsed = parse(*args, **kwargs)
+        if parsed[0].attention == "moba" and getattr(parsed[0], "yaml_cfg", None) is not None:
+            parser.error("--yaml-cfg replaces all flags, --attention moba too: give the settings as flags")
         _unsaid.clear()
         _unsaid.update((name, value) for name, value in usual.items() if getattr(parsed[0], name) is unsaid)
         choose_unsaid(parsed[0])

@@ -135,6 +135,15 @@ def packed_params(**kwargs):
                                      max_seqlen_q=25, max_seqlen_kv=25), **kwargs})
 
 
+def test_ranks_of_a_sequence_without_their_group():
+    core, inputs, packed = make_core(), [x[:, 0] for x in qkv(batch=1)], packed_params()
+    packed.local_cp_size = 1
+    core(*inputs, packed_seq_params=packed)
+    packed.local_cp_size = 2
+    with pytest.raises(ValueError, match="packed_seq_params.cp_group must be given with local_cp_size 2, got None"):
+        core(*inputs, packed_seq_params=packed)
+
+
 def test_unknown_arguments():
     core, inputs = make_core(), qkv()
     assert torch.equal(core(*inputs, x=None, flags=[], more=False, none=torch.empty(0)), core(*inputs))
