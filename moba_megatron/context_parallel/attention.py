@@ -10,6 +10,7 @@ from ..ops.pipeline import Choice, Pipeline, Saved
 from ..ops.validation import (
     cast_under_autocast,
     check_flag,
+    check_qkv,
     check_scale,
     check_selected,
     check_shared,
@@ -78,6 +79,7 @@ def context_parallel_attention(q: Tensor, k: Tensor, v: Tensor, sequences: Seque
         TypeError, ValueError: an argument is of the wrong type or out of range, or heads cannot be dealt out.
     """
     q, k, v = cast_under_autocast(q, k, v)
+    check_qkv(q, k, v)
     check_whole("chunk_size", chunk_size, 1)
     check_whole("topk", topk, 1)
     check_flag("deterministic", deterministic)

@@ -153,6 +153,8 @@ def _check_caches(k_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor, c
     check_whole("chunk_size", chunk_size, 1)
     for name, x in (("k_cache", k_cache), ("means_cache", means_cache)):
         _check_4d(name, x)
+    if k_cache.shape[2] < 1:
+        raise ValueError(f"k_cache must have at least one head, got shape {tuple(k_cache.shape)}")
     batch = means_cache.shape[0]
     _check_ints("cache_seqlens", cache_seqlens, (batch,), k_cache.device)
     if cache_starts is not None:

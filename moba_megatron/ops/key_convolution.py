@@ -36,6 +36,8 @@ def key_convolution(k: Tensor, weight: Tensor, cu_seqlens: Tensor, halo: Tensor 
         k, halo = cast_under_autocast(k, halo)
     for name, x, dims in (("k", k, 3), ("weight", weight, 3), *([] if halo is None else [("halo", halo, 4)])):
         check_tensor(name, x, dims, device=getattr(k, "device", None), of="k")
+    if 0 in k.shape[1:]:
+        raise ValueError(f"k must have at least one head, and head_dim 1, got shape {tuple(k.shape)}")
     if weight.shape[1] not in WIDTHS or weight.shape[::2] != k.shape[1:]:
         raise ValueError(f"weight must have shape [{k.shape[1]}, W, {k.shape[2]}] (k's heads and head_dim) with W of "
                          f"{' or '.join(map(str, WIDTHS))}, got {tuple(weight.shape)}")
