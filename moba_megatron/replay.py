@@ -3,7 +3,7 @@ import contextlib
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any
 
@@ -60,11 +60,11 @@ class RecordedSelection:
 
     def joined(self, batch: int = 1) -> "RecordedSelection":
         """A layer's calls as one, for a forward over a prompt and the new tokens after it; ``batch``: sequences."""
-        def join(calls: list[LayerSelection]) -> LayerSelection:
+        joined = RecordedSelection()
+        for layer, calls in self.layers.items():
             numbers = torch.cat([call.numbers.unflatten(0, (batch, -1)) for call in calls], 1).flatten(0, 1)
-            return LayerSelection(numbers, calls[-1].chunk_size, calls[-1].topk, calls[-1].causal)
-
-        return RecordedSelection({layer: [join(calls)] for layer, calls in self.layers.items()})
+            joined.layers[layer] = [replace(calls[-1], numbers=numbers)]
+        return joined
 
 
 class _Run:
@@ -104,11 +104,9 @@ def _checkpoints() -> Iterator[Any]:
         frame = frame.f_back
 
 
-in_use = False
-"""Whether this process has recorded or replayed anything: where not, nobody need ask :func:`is_active`."""
+in_use = False  # whether this process has recorded or replayed anything
 _recording: _Run | None = None
 _replaying: _Run | None = None
-_has_replayed = False
 
 
 @contextlib.contextmanager
@@ -146,11 +144,11 @@ def replay_selection(choices: RecordedSelection) -> Iterator[None]:
         ValueError: in the block, where a layer was not recorded, or with another chunk size, topk, number of tokens or
             heads, or where it is called more often than it was; at the block's end, where it was called less often.
     """
-    global _replaying, _has_replayed, in_use
+    global _replaying, in_use
     if not isinstance(choices, RecordedSelection):
         raise TypeError(f"choices must be a RecordedSelection, got {type(choices).__name__}")
     before, run = _replaying, _Run(choices)
-    _replaying, _has_replayed, in_use = run, True, True
+    _replaying, in_use = run, True
     try:
         yield
         for layer, number in run.calls.items():
@@ -164,7 +162,7 @@ def replay_selection(choices: RecordedSelection) -> Iterator[None]:
 def is_active() -> bool:
     """Whether a recording or a replay is under way; RuntimeError where a backward pass recomputes a replay's layer
     after the replay."""
-    if _has_replayed and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1 and any(
+    if in_use and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1 and any(
             run.is_over for x in _checkpoints() for run, _ in vars(x).get("moba_calls", ())):
         raise RuntimeError("replay_selection must surround the backward passes that recompute what ran in it")
     return _recording is not None or _replaying is not None
@@ -173,11 +171,10 @@ def is_active() -> bool:
 def refuse_new_tokens(dense: bool) -> None:
     """Raises ValueError for a single new token over a cache, where it attends densely while others are recorded, or
     would need the kernels of decoding for a replay."""
-    if dense and _recording is not None:
-        raise ValueError("decode must be moba for record_selection, got dense: new tokens would choose nothing")
-    if not dense and _replaying is not None:
-        raise ValueError("replay_selection is not for single new tokens over a cache in Transformers: run whole "
-                         "sequences, by RecordedSelection.joined")
+    if (_recording if dense else _replaying) is not None:
+        raise ValueError("decode must be moba for record_selection, got dense: new tokens would choose nothing" if dense
+                         else "replay_selection is not for single new tokens over a cache in Transformers: run whole "
+                              "sequences, by RecordedSelection.joined")
 
 
 @torch.compiler.disable

@@ -94,8 +94,7 @@ def context_parallel_attention(q: Tensor, k: Tensor, v: Tensor, sequences: Seque
         chunk_size, topk = max(chunk_size, sequences.max_seqlen), 1
     if topk == 1:
         selected = None
-    if shared != "head":
-        check_shared(shared)
+    check_shared(shared)
     pipeline = Pipeline(get_stages(backend, q.device, deterministic), topk, check_scale(softmax_scale, q.shape[2]),
                     deterministic, backend == "auto", workspace_mib, shared=shared)
     if comm_type not in COMM_TYPES:

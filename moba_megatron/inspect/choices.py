@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..context_parallel import gather_keys
 from ..megatron.core_attention import MoBACoreAttention, get_iteration, set_observer
-from ..ops import get_stages
+from ..ops import get_stages, select_for_segments
 from ..segments import Segments
 
 MOST_CHUNKS_FUSED = 1 << 14  # bound of the chunk ids for the kernels: a program holds a query's masses of all chunks
@@ -90,8 +90,7 @@ def look(module: MoBACoreAttention, q: Tensor, k: Tensor, segments: Segments, gr
         selected = stages.keep_earlier(module.selector(q, k, segments, *view), segments)
     k = gather_keys(k, *view) if view else k
     if module.selector is None:
-        scoring = stages.group_queries(q, k.shape[1]) if moba.selection == "group" else q
-        selected = stages.gate(scoring, stages.chunk_means(k, segments), segments, moba.topk)
+        selected = select_for_segments(q, k, segments, moba.topk, shared=moba.selection, backend=moba.backend)
     selected = selected.repeat_interleave(q.shape[1] // selected.shape[1], 1)
     scale = q.shape[2] ** -0.5 if module.softmax_scale is None else module.softmax_scale
     fused = hasattr(stages, "INTERPRETED") and segments.num_chunks(k.shape[0]) <= MOST_CHUNKS_FUSED

@@ -179,9 +179,7 @@ class MoBACoreAttention(MegatronModule):
             TypeError, ValueError: unsupported arguments, or tensors that do not fit. Under context parallelism a
                 ValueError with the same text on every rank of the group.
         """
-        group, moba = self._group_for(packed_seq_params), self.moba_config
-        if moba.topk_schedule is not None:
-            moba = moba.at_step(get_iteration())
+        group, moba = self._group_for(packed_seq_params), self.moba_config.at_step(get_iteration())
         packed = packed_seq_params if packed_seq_params is not None and packed_seq_params.qkv_format == "thd" else None
         dense = self.full_attention or self.moba_config.is_full_step(get_iteration())
         check = functools.partial(self._check_call, attn_mask_type or self.attn_mask_type, attention_bias, packed,
@@ -199,7 +197,7 @@ class MoBACoreAttention(MegatronModule):
             if _observer is not None and not dense:
                 _observer(self, q, k, segments)
             selected = None
-            if not dense and (self.selector is not None or replay.in_use and replay.is_active()):
+            if not dense and (self.selector is not None or replay.is_active()):
                 selected = self._choose(q, k, segments, moba, self._replayed(q, k, segments, moba))
             options = dict(softmax_scale=self.softmax_scale, deterministic=self.deterministic,
                            backend=moba.backend, workspace_mib=moba.workspace_mib)
@@ -292,7 +290,7 @@ class MoBACoreAttention(MegatronModule):
             if dense or seqlen <= moba.topk * moba.chunk_size:
                 collective.signature += f", {dense_kernels()}"
             layout = given = None
-            chooses = not dense and (self.selector is not None or replay.in_use and replay.is_active())
+            chooses = not dense and (self.selector is not None or replay.is_active())
             if chooses or not dense and _observer is not None:
                 layout = sequences.zigzag(size, dist.get_rank(group), moba.chunk_size)
                 given = self._replayed(q, k, layout.segments, moba, layout.rows)

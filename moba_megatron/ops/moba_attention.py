@@ -144,7 +144,8 @@ def sparse_attn_varlen(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, cu_seq
     """
     q, k, v = validation.cast_under_autocast(q, k, v)
     segments = _check_packed(q, k, v, cu_seqlens, max_seqlen, chunk_size, "chunk_size")
-    return _attend_given(q, k, v, selected, segments, softmax_scale, deterministic, backend, return_lse, workspace_mib)
+    return sparse_attention(q, k, v, selected, segments, softmax_scale=softmax_scale, deterministic=deterministic,
+                            backend=backend, return_lse=return_lse, workspace_mib=workspace_mib)
 
 
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: Segments, *,
@@ -158,14 +159,10 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments
     q, k, v = validation.cast_under_autocast(q, k, v)
     validation.check_qkv(q, k, v)
     segments = validation.check_segments(segments, q.shape[0], k.shape[0], q.device)
-    return _attend_given(q, k, v, selected, segments, softmax_scale, deterministic, backend, return_lse, workspace_mib)
-
-
-def _attend_given(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: Segments, *options):
     validation.check_selected(selected, q, k, segments)
-    if segments.max_seqlen_k <= segments.chunk_size or not selected.shape[2]:
-        return _attend(q, k, v, segments, 1, *options, "head")  # there is nothing earlier
-    return _attend(q, k, v, segments, selected.shape[2] + 1, *options, "head", selected)
+    chosen = selected if segments.max_seqlen_k > segments.chunk_size and selected.shape[2] else None  # nothing earlier
+    return _attend(q, k, v, segments, 1 if chosen is None else selected.shape[2] + 1, softmax_scale, deterministic,
+                   backend, return_lse, workspace_mib, "head", chosen)
 
 
 def select_chunks(q: Tensor, k: Tensor, cu_seqlens: Tensor, max_seqlen: int, chunk_size: int, topk: int, *,
@@ -187,7 +184,7 @@ def select_chunks(q: Tensor, k: Tensor, cu_seqlens: Tensor, max_seqlen: int, chu
     """
     q, k = validation.cast_under_autocast(q, k)
     segments = _check_packed(q, k, k, cu_seqlens, max_seqlen, chunk_size, "chunk_size")
-    return _select(q, k, segments, topk, shared, backend)
+    return select_for_segments(q, k, segments, topk, shared=shared, backend=backend)
 
 
 def select_for_segments(q: Tensor, k: Tensor, segments: Segments, topk: int, *, shared: str = "head",
@@ -196,10 +193,6 @@ def select_for_segments(q: Tensor, k: Tensor, segments: Segments, topk: int, *, 
     q, k = validation.cast_under_autocast(q, k)
     validation.check_qkv(q, k, k)
     segments = validation.check_segments(segments, q.shape[0], k.shape[0], q.device)
-    return _select(q, k, segments, topk, shared, backend)
-
-
-def _select(q: Tensor, k: Tensor, segments: Segments, topk: int, shared: str, backend: str) -> Tensor:
     q, k = q.detach(), k.detach()
     validation.check_whole("topk", topk, 1)
     check_backend(backend)

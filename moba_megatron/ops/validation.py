@@ -192,10 +192,9 @@ def check_selected(selected: Tensor, q: Tensor, k: Tensor, segments: Segments | 
     ignored = (selected != keep_earlier(selected, segments))[:int(segments.cu_seqlens_q[-1])].nonzero().tolist()
     for token, head, j in ignored:
         chunk, (first, own) = int(selected[token, head, j]), (int(x[token]) for x in bounds)
-        if chunk != -1:
-            raise ValueError("selected must hold earlier chunks of the query's sequence, each once, or -1: token "
-                             f"{token} has those from {first} to {own - 1}, got {chunk} at index {[token, head, j]}"
-                             + " again" * (first <= chunk < own))
+        raise ValueError("selected must hold earlier chunks of the query's sequence, each once, or -1: token "
+                         f"{token} has those from {first} to {own - 1}, got {chunk} at index {[token, head, j]}"
+                         + " again" * (first <= chunk < own))
 
 
 def _values_readable(x: Tensor) -> bool:
