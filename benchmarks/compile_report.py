@@ -183,7 +183,7 @@ def compiling(capability: int, dry: bool = False, only: Callable[[str], bool] = 
     try:
         with (mock.patch.object(JITFunction, "run", compile_only),
               mock.patch.object(JITFunction, "_do_compile", compile_what_is_new),
-              mock.patch.object(launcher, "_compile", lambda launches, tensor: None),  # the processes are enough
+              mock.patch.object(launcher, "_compile", lambda plan: None),  # the processes are enough
               mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (major, minor)),
               mock.patch.object(torch.cuda, "get_device_properties", lambda device=None: card)):
             yield compiled

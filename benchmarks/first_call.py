@@ -25,7 +25,7 @@ def first_call(name: str, way: str) -> dict:
     from moba_megatron.kernels import launcher
 
     if way == "one by one":
-        launcher._compile = lambda launches, tensor: None
+        launcher._compile = lambda plan: None
     (case,), device = find_cases([name]), environment.use_device("cuda")
     *leaves, do = make_inputs(case, device, seed=1)
     for x in leaves:

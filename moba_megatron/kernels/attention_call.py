@@ -10,7 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..segments import Routing, Segments
 from . import sm90, tuning
 from .host import INTERPRETED, head_block, next_power_of_2
-from .launcher import Buffer, Descriptor, misalignment
+from .launcher import Buffer, Descriptor
 from .routing import Tiles
 
 MAX_HEAD_DIM = 256
@@ -150,7 +150,7 @@ def tma_available(device: torch.device) -> bool:
 def _describable(x: Buffer) -> bool:
     """Whether the hardware takes a descriptor of it; the stride of a single head does not matter."""
     strides = x.stride()[:2] if x.shape[1] > 1 else x.stride()[:1]
-    return (x.dtype.itemsize == 2 and misalignment(x) == 0 and x.stride(0) > 0 and x.shape[0] > 0
+    return (x.dtype.itemsize == 2 and x.data_ptr() % 16 == 0 and x.stride(0) > 0 and x.shape[0] > 0
             and all(s * x.dtype.itemsize % 16 == 0 for s in strides))
 
 

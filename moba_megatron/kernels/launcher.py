@@ -12,7 +12,9 @@ import itertools
 import logging
 import math
 import os
+import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, is_dataclass
@@ -37,8 +39,8 @@ MAX_PLANS = 512
 MAX_ADDRESSES = 32
 """Descriptors of one argument that are kept: a caching allocator soon gives the same addresses again."""
 _plans: dict[tuple, "Plan"] = {}
-_compiled: set[tuple] = set()
-"""Of each launch that was compiled beside others: kernel, device and constexprs."""
+_compiled: dict[tuple, list] = {}
+"""What threads compile or have compiled, by kernel, device and constexprs."""
 _building = threading.local()  # .plan: the plan that this thread is making; .limit: its scratch memory, bytes
 
 
@@ -65,6 +67,10 @@ class Buffer:
 
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    def data_ptr(self) -> int:
+        """The address modulo 16, bytes: all that kernels are compiled for."""
+        return self.misaligned
 
     @property
     def source(self) -> tuple[int, int]:
@@ -104,11 +110,6 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> B
     plan = _building.plan
     plan._allocated.append(Buffer(plan.inputs + len(plan._allocated), tuple(shape), strides, dtype, device))
     return plan._allocated[-1]
-
-
-def misalignment(x: Buffer | Tensor) -> int:
-    """The address modulo 16, bytes."""
-    return x.misaligned if isinstance(x, Buffer) else x.data_ptr() % 16
 
 
 def rows(x: Tensor) -> Tensor:
@@ -159,7 +160,8 @@ def call(function: Callable, *args, workspace_mib: float | None = None, event: t
 
     Args:
         function: calls :func:`empty` and :func:`launch`, and other stages; nothing but the layouts of tensors and the
-            other arguments decides what it does.
+            other arguments decides what it does. ``function.later(what it returns, *args, **named)``, where it has
+            that, is the call expected next if a tensor requires grad: its kernels are compiled beside this one's.
         args, named: tensors of one device, ``None``, dataclasses of tensors and numbers
             (:class:`..segments.Segments`), and whatever is hashable.
         workspace_mib: limit of scratch memory, MiB; None for the environment's.
@@ -181,8 +183,15 @@ def call(function: Callable, *args, workspace_mib: float | None = None, event: t
     device = key[0] = tensors[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):  # launches go to the current device's stream, wherever the tensors are
-            return _run(tuple(key), function, args, named, tensors, addresses, limit, event, out)
-    return _run(tuple(key), function, args, named, tensors, addresses, limit, event, out)
+            return call(function, *args, workspace_mib=workspace_mib, event=event, out=out, **named)
+    plan = _plans.get(key := tuple(key))
+    if plan is None or forced_settings:
+        plan = _make_plan(function, args, named, tensors, limit)
+        if not forced_settings:
+            if len(_plans) >= MAX_PLANS:
+                _plans.clear()
+            _plans[key] = plan
+    return plan.run(tensors, addresses, event, out)
 
 
 def _note(args, key: list, tensors: list[Tensor]) -> None:
@@ -214,20 +223,8 @@ def _mapped(of: Callable, kind: type, x):
     return type(x)(*map(inner, vars(x).values())) if _has_tensors(type(x)) else x
 
 
-def _run(key: tuple, function: Callable, args: tuple, named: dict[str, Any], tensors: list[Tensor],
-         addresses: list[int], limit: int, event: torch.cuda.Event | None, out: Sequence[Tensor] | None):
-    plan = _plans.get(key)
-    if plan is None or forced_settings:
-        plan = _make_plan(function, args, named, tensors, limit)
-        if not forced_settings:
-            if len(_plans) >= MAX_PLANS:
-                _plans.clear()
-            _plans[key] = plan
-    return plan.run(tensors, addresses, event, out)
-
-
 def _make_plan(function: Callable, args: tuple, named: dict[str, Any], tensors: list[Tensor], limit: int) -> "Plan":
-    plan = Plan(tensors)
+    plan = Plan(len(tensors))
     places = itertools.count()
 
     def buffer(x: Tensor) -> Buffer:
@@ -237,6 +234,8 @@ def _make_plan(function: Callable, args: tuple, named: dict[str, Any], tensors: 
     try:
         _building.plan, _building.limit = plan, limit
         plan.finish(function(*args, **named))
+        if any(x.requires_grad for x in tensors) and hasattr(function, "later"):
+            plan.later = functools.partial(function.later, plan._returned, *args, **named)
     finally:
         _building.plan = None
     return plan
@@ -257,14 +256,9 @@ class _Launch:
         found = (x.base if isinstance(x, Descriptor) else x for x in (*self.args, *self.named.values()))
         return [x for x in found if isinstance(x, Buffer)]
 
-    def compile(self, tensor: Callable[[Buffer], Tensor]) -> None:
-        """Compiles and starts nothing, unless it was done before."""
-        key = self.kernel, driver.active.get_current_device(), *(
+    def key(self) -> tuple:
+        return self.kernel, driver.active.get_current_device(), *(
             self.named.get(p.name) for p in self.kernel.params if p.is_constexpr)
-        if key not in _compiled:
-            args, named, _ = self._arguments(tensor)
-            self.kernel.warmup(*args, grid=self.grid, **named)
-            _compiled.add(key)
 
     def _arguments(self, tensor: Callable[[Buffer], Tensor]) -> tuple[list, dict[str, Any], dict[int, Any]]:
         """What ``kernel[grid]`` takes, and the descriptors in it, by the identity of what stood for them."""
@@ -325,12 +319,12 @@ def _moved(at_address: dict[int, Any], address: int) -> Any:
 class Plan:
     """The launches of a call with one signature."""
 
-    def __init__(self, tensors: list[Tensor]):
-        self.inputs = len(tensors)
+    def __init__(self, inputs: int):
+        self.inputs = inputs
         self.launches: list[_Launch] = []
         self.event_at: int | None = None
         self.is_prepared, self._faulty = False, False  # every launch has its compiled kernel; one has failed
-        self._compiled = False
+        self._compiled, self.later = False, lambda: None
         self._allocated: list[Buffer] = []
 
     def finish(self, returned) -> None:
@@ -408,7 +402,7 @@ class Plan:
 
         if len(self.launches) > 1 and not self._compiled and not INTERPRETED:
             self._compiled = True
-            contextvars.copy_context().run(_compile, self.launches, tensor)
+            contextvars.Context().run(_compile, self)
         self._start(event, _Launch.through_triton, tensor)
         for launch in self.launches:
             if launch.compiled is None:  # it is interpreted
@@ -431,16 +425,49 @@ def _view(base: Tensor, x: Buffer) -> Tensor:
     return base.as_strided(x.shape, x.strides, base.storage_offset() + x.offset)
 
 
-def _compile(launches: list[_Launch], tensor: Callable[[Buffer], Tensor]) -> None:
-    """Compiles their kernels side by side, in threads; an error is left to the launch that meets it."""
-    launches = [launch for launch in launches if isinstance(launch.kernel, JITFunction)]  # nothing around one
+def _compile(plan: Plan) -> None:
+    """Compiles its kernels side by side, in threads that go on with those of the call expected next; an error is left
+    to the launch that meets it."""
+    launches = [launch for launch in plan.launches if isinstance(launch.kernel, JITFunction)]  # nothing around one
     try:
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, AsyncCompileMode(pool):
-            for launch in launches:
-                launch.compile(tensor)
+        if not all(launch.key() in _compiled for launch in launches):
+            _building.plan = later = Plan(0)
+            plan.later()
+            wanted = launches + [launch for launch in later.launches if isinstance(launch.kernel, JITFunction)]
+            # of torchrun's ranks on this host each takes its part of the cores
+            pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) or 1)
+            submit = functools.partial(pool.submit, _compile_with_launcher)
+            AsyncCompileMode(SimpleNamespace(submit=submit)).__enter__()  # for good: the context is this function's
+            patience = time.monotonic() + 3
+            for launch in sorted(wanted, key=lambda launch: -len(launch.kernel.params)):  # which take longer
+                args, named, _ = launch._arguments(lambda x: x)
+                kernel = launch.kernel.warmup(*args, grid=launch.grid, **named)
+                _compiled.setdefault(launch.key(), []).append(kernel)
+                while _python_runs() and time.monotonic() < patience:
+                    pass  # all of Python has one core: the longest first
+            pool.shutdown(wait=False)
+        for kernel in (kernel for launch in launches for kernel in _compiled[launch.key()]):
+            if isinstance(kernel, FutureKernel):
+                kernel.result()
     except Exception as error:
         logger.debug("moba_megatron: kernels were not compiled side by side: %r", error)
         for launch in launches:  # Triton would keep the error
-            kept = launch.kernel.device_caches[driver.active.get_current_device()][0]
-            for key in [key for key, kernel in list(kept.items()) if isinstance(kernel, FutureKernel)]:
-                kept.pop(key, None)
+            _compiled.pop(launch.key(), None)
+            launch.kernel.device_caches.pop(driver.active.get_current_device(), None)
+    finally:
+        _building.plan = None
+
+
+def _compile_with_launcher(compile: Callable):
+    """What it returns, with what starts it in Triton's cache: up to Triton 3.6 a C compiler makes that, in 0.3 s."""
+    kernel = compile()
+    driver.active.launcher_cls(kernel.src, kernel.metadata)
+    return kernel
+
+
+def _python_runs() -> bool:
+    """Whether another thread holds the interpreter, as Triton's do until a kernel's code has become its IR."""
+    begin = time.monotonic()
+    for _ in range(5):
+        time.sleep(0.001)
+    return time.monotonic() - begin > 0.005 + sys.getswitchinterval() / 2

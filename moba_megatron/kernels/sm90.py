@@ -13,7 +13,7 @@ import torch
 import triton
 
 from .host import INTERPRETED, next_power_of_2
-from .launcher import Buffer, Descriptor, misalignment
+from .launcher import Buffer, Descriptor
 
 logger = logging.getLogger("moba_megatron")
 
@@ -29,7 +29,7 @@ def takes(*tensors: Buffer | torch.Tensor) -> bool:
     """Whether the kernels can take q, k, v (and do): same 16-bit dtype, D = DV = 64 or 128, rows aligned."""
     q = tensors[0]
     return (q.dtype.itemsize == 2 and q.shape[2] in (64, 128)
-            and all(x.dtype == q.dtype and x.shape[2] == q.shape[2] and misalignment(x) == 0
+            and all(x.dtype == q.dtype and x.shape[2] == q.shape[2] and x.data_ptr() % 16 == 0
                     and all(s % 8 == 0 for s in _strides(x)) for x in tensors)
             and not INTERPRETED and torch.cuda.get_device_capability(q.device) == (9, 0) and _importable())
 

@@ -182,3 +182,13 @@ def _backward(pipeline: Pipeline, do, q, k, v, o, dlse, lse, choice: Choice, seg
     return pipeline.stages.attention_bwd(do, dlse, q, k, v, o, lse, choice.selected, segments, pipeline.softmax_scale,
                                          deterministic=pipeline.deterministic, kv_grad_dtype=kv_grad_dtype,
                                          routing=choice.routing)
+
+
+def _backward_of_forward(results, pipeline: Pipeline, q, k, v, scaled, segments: Segments, selected):
+    """What :func:`_forward` is followed by, for a gradient laid out as o and none of lse."""
+    o, lse, chosen, *lists = results
+    choice = Choice(chosen, Routing(*lists, q.shape[1] // chosen.shape[1]))
+    _backward(pipeline, o, q, k, v, o, None, lse, choice, segments, None)
+
+
+_forward.later = _backward_of_forward

@@ -35,12 +35,15 @@ class Driver:
     """Notes launches by ``kernel[grid](...)`` and by ``compiled[grid](...)`` in the same form."""
 
     def __init__(self):
-        self.launches, self.prepared, self.stream, self.fault = [], 0, 5, None
+        self.launches, self.prepared, self.stream, self.fault, self.launchers = [], 0, 5, None, []
         self.get_current_device = lambda: CARD
         self.get_current_stream = lambda device: self.stream
 
     def get_current_target(self):
         return GPUTarget("cuda", 90, 32)
+
+    def launcher_cls(self, src, metadata):
+        self.launchers.append(src.fn.fn.__name__)
 
     def compile(self, src, **_):
         name = src.fn.fn.__name__
@@ -84,7 +87,7 @@ def driver(monkeypatch):
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
     monkeypatch.setattr(triton.compiler, "compile", driver.compile)
     monkeypatch.setattr(launcher, "_plans", {})
-    monkeypatch.setattr(launcher, "_compiled", set())
+    monkeypatch.setattr(launcher, "_compiled", {})
     monkeypatch.setattr(backend, "_stages", lambda name, device_type: kernels)
     monkeypatch.setattr(tuning, "_arch_of_device", lambda device: "sm_90")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
@@ -250,6 +253,117 @@ def test_a_first_call_compiles_its_kernels_side_by_side(driver, monkeypatch):
     before = len(names)
     call(*tensors)
     assert driver.prepared and len(names) == before
+
+
+def forward_and_backward(tensors, **case):
+    """o of ``make(**case)``'s call, and a function that gives the gradients."""
+    q, k, v = (x.detach().requires_grad_() for x in tensors[:3])
+    length = case["lengths"][0]
+    cu = torch.tensor([0, length], dtype=torch.int32)
+    o = moba_attn_varlen(q, k, v, cu, length, case["chunk"], 3, backend="triton")
+    return o, lambda: torch.autograd.grad(o, (q, k, v), tensors[3])
+
+
+def test_a_first_forward_has_backwards_kernels_compiled(driver, monkeypatch):
+    """Forward does not wait for them, backward does; what starts each is made in the threads too, once."""
+    compile, names, let = driver.compile, [], threading.Event()
+
+    def noted(src, **options):
+        assert threading.current_thread() is not threading.main_thread()
+        names.append(src.fn.fn.__name__)
+        if "bwd" in names[-1]:
+            assert let.wait(30)
+        return compile(src, **options)
+
+    monkeypatch.setattr(triton.compiler, "compile", noted)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)))
+    o, backward = forward_and_backward(make(**CASES["gqa"])[0], **CASES["gqa"])
+    assert names[0].startswith("_attention_bwd_dkdv_"), "it takes the longest"
+    begun = len(names)
+    threading.Timer(0.2, let.set).start()
+    backward()
+    assert let.is_set() and len(names) == begun and sorted(driver.launchers) == sorted(names)
+
+
+def test_a_forward_without_gradient_has_its_own_kernels_compiled_alone(driver, monkeypatch):
+    compile, names = driver.compile, []
+    monkeypatch.setattr(triton.compiler, "compile", lambda src, **options: (
+        names.append(src.fn.fn.__name__), compile(src, **options))[1])
+    q, k, v = make(**CASES["gqa"])[0][:3]
+    moba_attn_varlen(q, k, v, torch.tensor([0, 2048], dtype=torch.int32), 2048, 512, 3, backend="triton")
+    assert names and not any("bwd" in name for name in names)
+
+
+def test_an_error_of_a_kernel_compiled_early_is_backwards(driver, monkeypatch):
+    """Each time, until there is none; then nothing is compiled again."""
+    compile, full, names = driver.compile, [True], []
+
+    def faulty(src, **options):
+        names.append(src.fn.fn.__name__)
+        if full[0] and src.fn.fn.__name__ == "_attention_bwd_delta_kernel":
+            raise OSError("no space is left")
+        return compile(src, **options)
+
+    monkeypatch.setattr(triton.compiler, "compile", faulty)
+    for full[0] in (True, True, False, False):
+        o, backward = forward_and_backward(make(**CASES["gqa"])[0], **CASES["gqa"])
+        if full[0]:
+            with pytest.raises(OSError, match="no space is left"):
+                backward()
+        else:
+            backward()
+    assert driver.prepared
+    for _ in range(2):
+        names.clear()
+        launcher._plans.clear()
+        forward_and_backward(make(**CASES["gqa"])[0], **CASES["gqa"])[1]()
+    assert not names
+
+
+def test_a_backward_that_cannot_be_planned_early_leaves_forward_alone(driver, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "attention_bwd", lambda *_, **__: 1 / 0)
+        o, backward = forward_and_backward(make(**CASES["gqa"])[0], **CASES["gqa"])
+        assert o.shape == (2048, 8, 128) and launcher._building.plan is None
+    backward()
+
+
+def test_what_is_python_of_compiling_comes_one_by_one(driver, monkeypatch):
+    """The longest first: it does not share its core with the others."""
+    compile, running, most = driver.compile, [], []
+
+    def busy(src, **options):
+        running.append(src)
+        most.append(len(running))
+        end = time.thread_time() + 0.05
+        while time.thread_time() < end:
+            pass
+        running.remove(src)
+        time.sleep(0.3)  # other threads' turn
+        return compile(src, **options)
+
+    monkeypatch.setattr(triton.compiler, "compile", busy)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)))
+    forward_and_backward(make(**CASES["gqa"])[0], **CASES["gqa"])[1]()
+    assert most[:3] == [1, 1, 1]
+
+
+def test_ranks_of_a_host_share_its_cores(driver, monkeypatch):
+    compile, running, most = driver.compile, [], []
+
+    def slow(src, **options):
+        running.append(src)
+        most.append(len(running))
+        time.sleep(0.1)
+        running.remove(src)
+        return compile(src, **options)
+
+    monkeypatch.setattr(triton.compiler, "compile", slow)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    tensors, call = make(**CASES["gqa"])
+    call(*tensors)
+    assert max(most) == 2
 
 
 def test_what_is_no_function_of_tritons_is_launched_as_it_is(driver, monkeypatch):
