@@ -128,8 +128,8 @@ class MoBAConfig:
     decode: str | None = _flag(None, "attention of generated tokens, moba or dense; unset: moba in Megatron-Core's "
                                      "static inference")
     selection: str = _flag("head", "who chooses chunks: each query head, or the group of a kv head together")
-    per_layer: str | None = _flag(None, "chunk size and topk of some layers, such as 1-8:chunk=128,topk=16;9-24:topk=8")
-    topk_schedule: str | None = _flag(None, "topk from an iteration on, such as 0:64,1000:16,2000:8")
+    per_layer: str | None = _flag(None, "chunk size, topk of some layers: 1-8:chunk=128,topk=16;9-24:topk=8, or none")
+    topk_schedule: str | None = _flag(None, "topk from an iteration on, such as 0:64,1000:16,2000:8, or none")
 
     def __post_init__(self):
         for name, minimum in (("chunk_size", 1), ("topk", 1), ("full_attention_from_step", 0), ("cp_head_groups", 1),
@@ -146,7 +146,9 @@ class MoBAConfig:
             text = getattr(self, name)
             if not isinstance(text, (str, type(None))):
                 raise TypeError(f"MoBAConfig.{name} must be a str or None, got {text!r}")
-            if text is not None:
+            if text == "none":  # a flag that unsets what a checkpoint says
+                object.__setattr__(self, name, None)
+            elif text is not None:
                 parse(text)
         if self.topk_schedule and "topk" in (self.per_layer or ""):
             raise ValueError("MoBAConfig.topk_schedule must be None where per_layer gives a topk, got "

@@ -127,6 +127,10 @@ def test_layers_of_their_own():
         config.for_layer(1, 4)
 
 
+def test_none_unsets():
+    assert MoBAConfig(per_layer="none", topk_schedule="none") == MoBAConfig()
+
+
 def test_topk_by_iteration():
     config = MoBAConfig(topk_schedule="0:64, 1000:16,2000:8")
     assert [config.at_step(i).topk for i in (0, 999, 1000, 1999, 2000, 9999)] == [64, 64, 16, 16, 8, 8]

@@ -8,7 +8,7 @@ from .arguments import config_from_args
 from .host import print_once
 
 _SWITCHES = ("moba_full_attention_from_step", "moba_full_attention_last_fraction")
-_TOGETHER = (_SWITCHES, ("moba_topk", "moba_topk_schedule"))  # typing one, a user has decided on both
+_TOGETHER = (_SWITCHES, ("moba_topk", "moba_topk_schedule"), ("moba_per_layer", "moba_topk_schedule"))  # typed together
 MODEL_FLAGS = ("attention", "moba_chunk_size", "moba_topk", "moba_full_attention_layers", *_SWITCHES, "moba_key_conv",
                "moba_selection", "moba_per_layer", "moba_topk_schedule")
 """What a model was trained with; the other flags say how and where a run computes it."""
@@ -18,7 +18,7 @@ def restore_flags(args: argparse.Namespace, saved: argparse.Namespace) -> None:
     """Sets the flags that were not typed to the checkpoint's, and says so."""
     typed = {word.partition("=")[0] for word in sys.argv}
     for name, value, own in _differences(args, saved):
-        names = next((names for names in _TOGETHER if name in names), (name,))
+        names = {name}.union(*(names for names in _TOGETHER if name in names))
         if not typed.isdisjoint(map(_flag, names)):
             print_once(f"> {_flag(name)} {own}, as given: the checkpoint was trained with {value}")
         else:

@@ -47,6 +47,9 @@ def host_args() -> argparse.Namespace | None:
 def host_config() -> MoBAConfig | None:
     """The MoBAConfig of Megatron-LM's ``--moba-*`` flags; None where it does not know them. Rank 0 prints it once."""
     args = host_args()
+    if getattr(args, "yaml_cfg", None) is not None and (
+            said := [name for name in vars(args) if name == "attention" or name.startswith("moba_")]):
+        raise ValueError(f"--yaml-cfg {args.yaml_cfg} must not say {said[0]}: give a flag, or with --spec MOBA_*")
     if not hasattr(args, "moba_chunk_size"):
         return None
     config = config_from_args(argparse.Namespace(**{**vars(args), "attention": "moba"}))

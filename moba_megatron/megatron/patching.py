@@ -10,7 +10,9 @@ import copy
 import functools
 import importlib
 import inspect
+import re
 import warnings
+from pathlib import Path
 
 from ..config import MoBAConfig
 from . import host
@@ -155,8 +157,9 @@ def moba_arguments(original, parser):
 
     def parse_known_args(*args, **kwargs):
         parsed = parse(*args, **kwargs)
-        if parsed[0].attention == "moba" and getattr(parsed[0], "yaml_cfg", None) is not None:
-            parser.error("--yaml-cfg replaces all flags, --attention moba too: give the settings as flags")
+        file, said = getattr(parsed[0], "yaml_cfg", None), r"""^([^#\n]*[{,])?\s*["']?(attention|moba_\w+)["']?\s*:"""
+        if file is not None and (parsed[0].attention == "moba" or re.search(said, Path(file).read_text(), re.M)):
+            parser.error("--yaml-cfg replaces all flags, and its file cannot say attention or moba_*: give flags")
         _unsaid.clear()
         _unsaid.update((name, value) for name, value in usual.items() if getattr(parsed[0], name) is unsaid)
         choose_unsaid(parsed[0])
@@ -185,7 +188,8 @@ def choose_unsaid(args: argparse.Namespace, model: argparse.Namespace | None = N
             groups = getattr(sizes, "group_query_attention", False)
             heads = sizes.num_query_groups if groups else sizes.num_attention_heads
             each = max(1, (heads or 1) // getattr(args, "tensor_model_parallel_size", 1))
-            values["cp_comm_type"] = ["all_gather" if each % ranks else "a2a"]
+            hierarchical = getattr(args, "hierarchical_context_parallel_sizes", None) and "a2a+all_gather"
+            values["cp_comm_type"] = [hierarchical or ("all_gather" if each % ranks else "a2a")]
         chosen = [f"{name} {values[name]} for {value}" for name, value in _unsaid.items() if values[name] != value]
         if chosen:
             host.print_once(f"> --attention moba sets what no flag said: {', '.join(chosen)}")

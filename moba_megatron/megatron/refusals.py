@@ -142,18 +142,19 @@ def check_attention_mask(mask: Tensor, query: Tensor, key: Tensor, group: dist.P
 
 
 def check_packed(packed: PackedSeqParams, group: dist.ProcessGroup | None) -> None:
-    """Raises ValueError for packed keys of other lengths than the queries', on a GPU a call later, and for layouts."""
+    """Raises ValueError for lengths of keys or places that do not fit, on a GPU a call later, and for layouts."""
     if group is not None:
         refuse_layouts(packed, "PackedSeqParams")
-    for suffix in ("", "_padded"):
-        name = f"cu_seqlens_kv{suffix}"
-        q, kv = getattr(packed, f"cu_seqlens_q{suffix}"), getattr(packed, name)
-        if kv is None or kv is q or (q is None and not suffix):
+    for name, other in (("cu_seqlens_kv", "cu_seqlens_q"), ("cu_seqlens_kv_padded", "cu_seqlens_q_padded"),
+                        ("cu_seqlens_q_padded", "cu_seqlens_q")):
+        x, q, room = getattr(packed, name), getattr(packed, other), name.startswith(other)
+        if x is None or x is q or (q is None and other == "cu_seqlens_q"):
             continue
-        text = f"packed_seq_params.{name} must equal cu_seqlens_q{suffix}: MoBA is self attention, a key for each query"
-        if q is None or q.shape != kv.shape:
-            raise ValueError(f"{text}; got shapes {tuple(kv.shape)} and {None if q is None else tuple(q.shape)}")
-        remembered(kv, name, lambda: _raise_unless((q == kv).all(), kv, text), (q,))
+        text = f"packed_seq_params.{name} must " + (f"leave room for each sequence of {other}" if room else
+                                                    f"equal {other}: MoBA is self attention, a key for each query")
+        if q is None or q.shape != x.shape:
+            raise ValueError(f"{text}; got shapes {tuple(x.shape)} and {None if q is None else tuple(q.shape)}")
+        remembered(x, name, lambda: _raise_unless((x.diff() >= q.diff() if room else x == q).all(), x, text), (q,))
 
 
 def _raise_unless(ok: Tensor, of: Tensor, text: str) -> None:

@@ -37,6 +37,7 @@ ARGUMENTS = """
                             dest="create_attention_mask_in_dataloader")
         parser.add_argument("--cp-comm-type", nargs="+", default=["p2p"])
         parser.add_argument("--context-parallel-size", type=int, default=1)
+        parser.add_argument("--hierarchical-context-parallel-sizes", nargs="+", type=int)
         parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
         parser.add_argument("--group-query-attention", action="store_true")
         parser.add_argument("--num-query-groups", type=int, default=1)
@@ -225,9 +226,11 @@ CP = ["--context-parallel-size", "2"]
     (CP, [0.0, False, ["a2a"]], "cp_comm_type ['a2a'] for ['p2p']"),
     ([*CP, "--group-query-attention"], [0.0, False, ["all_gather"]], "cp_comm_type ['all_gather'] for ['p2p']"),
     ([*CP, "--tensor-model-parallel-size", "4"], [0.0, False, ["all_gather"]], "['all_gather'] for ['p2p']"),
+    (["--context-parallel-size", "4", "--hierarchical-context-parallel-sizes", "2", "2"],
+     [0.0, False, ["a2a+all_gather"]], "cp_comm_type ['a2a+all_gather'] for ['p2p']"),
     ([*CP, "--cp-comm-type", "p2p", "--attention-dropout", "0.1"], [0.1, False, ["p2p"]],
      "sets what no flag said: create_attention_mask_in_dataloader False for True"),
-], ids=["one rank", "a2a", "one kv head", "fewer heads than ranks", "said"])
+], ids=["one rank", "a2a", "one kv head", "fewer heads than ranks", "two levels", "said"])
 def test_one_flag_is_enough(tmp_path, flags, chosen, said):
     """What Megatron-LM would have set, and MoBA cannot take; what was said stays, for MoBA's layers to refuse."""
     done = run(make_host(tmp_path, "0.13"), "--attention", "moba", "--moba-chunk-size", "8", *flags)
@@ -244,6 +247,23 @@ def test_what_a_dense_checkpoint_says(tmp_path, flags, dropout):
     done = run(make_host(tmp_path, "0.18"), "--load", tmp_path / "saved.json", "--use-checkpoint-args", "--attention",
                "moba", *CP, *flags)
     assert report_of(done)["chosen"] == [dropout, False, ["all_gather"]]
+
+
+def test_launch_does_not_train_densely_what_a_file_calls_moba(tmp_path):
+    (tmp_path / "it.yaml").write_text("attention: moba\n")
+    done = run(make_host(tmp_path, "0.13"), "--yaml-cfg", tmp_path / "it.yaml")
+    assert done.returncode == 2 and "--yaml-cfg replaces all flags" in done.stderr
+
+
+@pytest.mark.parametrize("said", [dict(attention="moba"), dict(moba_chunk_size=8)], ids=repr)
+def test_layers_of_a_spec_refuse_what_a_file_says(monkeypatch, said):
+    """With --spec alone nothing is hooked: the file's namespace is what layers find, with few of MoBA's settings."""
+    args = SimpleNamespace(yaml_cfg="it.yaml", **said)
+    monkeypatch.setitem(sys.modules, "megatron.training.global_vars", SimpleNamespace(_GLOBAL_ARGS=args))
+    with pytest.raises(ValueError, match=f"--yaml-cfg it.yaml must not say {next(iter(said))}: .*MOBA_"):
+        megatron_host.host_config()
+    vars(args).pop(next(iter(said)))
+    assert megatron_host.host_config() is None
 
 
 def test_launch_without_moba_leaves_megatron_alone(tmp_path):
@@ -358,6 +378,22 @@ def test_layers_and_schedules_are_restored_and_compared(host, monkeypatch, capsy
     assert host.moba_topk_schedule is None
 
 
+@pytest.mark.parametrize("typed, value, saved_name, saved_value", [
+    ("--moba-topk-schedule", "0:8,10:4", "moba_per_layer", "1-2:chunk=64,topk=4"),
+    ("--moba-per-layer", "1-2:topk=4", "moba_topk_schedule", "0:6,10:4"),
+    ("--moba-per-layer", "none", "moba_per_layer", "1-2:topk=4"),
+])
+def test_a_typed_flag_ends_what_the_checkpoint_says_of_the_other(host, monkeypatch, capsys, typed, value, saved_name,
+                                                                 saved_value):
+    saved = namespace(**{**vars(host), saved_name: saved_value})
+    monkeypatch.setattr(sys, "argv", ["x", typed, value])
+    setattr(host, typed[2:].replace("-", "_"), value)
+    checkpoint_flags.restore_flags(host, saved)
+    config = config_from_args(host)
+    assert [config.per_layer, config.topk_schedule].count(None) == 1 + (value == "none")
+    assert f"as given: the checkpoint was trained with {saved_value}" in capsys.readouterr().out
+
+
 def test_flags_that_are_typed_stay(host, monkeypatch, capsys):
     saved = namespace(**{**vars(host), "moba_full_attention_last_fraction": 0.5, "moba_topk": 2, "moba_chunk_size": 4})
     monkeypatch.setattr(sys, "argv", ["x", "--moba-full-attention-from-step", "7", "--moba-topk=5"])
@@ -383,12 +419,19 @@ def test_restored_flags_that_come_too_late_are_an_error(monkeypatch):
     (["--moba-log-router-interval", "0"],
      "argument --moba-log-router-interval: must be a whole number of at least 1, got 0"),
     (["--moba-log-router-file", "x"], "--moba-log-router-file needs --moba-log-router-interval N"),
-    (["--attention", "moba", "--yaml-cfg", "x.yaml"], "--yaml-cfg replaces all flags"),
+    (["--attention", "moba", "--yaml-cfg", "none.yaml"], "--yaml-cfg replaces all flags"),
+    *((["--yaml-cfg", name], "its file cannot say attention or moba_*") for name in ("1.yaml", "2.yaml", "3.yaml")),
 ])
-def test_flags_are_checked_when_they_are_read(capsys, flags, message):
+def test_flags_are_checked_when_they_are_read(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("0", "seq_length: 64  # attention: moba\nattention_backend: auto\n"),
+                       ("1", "attention: moba\n"), ("2", "language_model:\n  moba_topk: 3\n"),
+                       ("3", '{"num_layers": 3, "attention": "moba"}')):
+        (tmp_path / f"{name}.yaml").write_text(text)
     parser = patching.moba_arguments(lambda parser: parser)(argparse.ArgumentParser())
     parser.add_argument("--yaml-cfg")
     assert parser.parse_args(["--moba-log-router-interval", "1", "--moba-log-router-file", "x"])
+    assert parser.parse_args(["--yaml-cfg", "0.yaml"]).attention == "full"
     with pytest.raises(SystemExit):
         parser.parse_args(flags)
     assert message in capsys.readouterr().err

@@ -160,6 +160,8 @@ def test_unknown_arguments():
     (dict(cu_seqlens_kv=[0, 10, 20, 40]), r"cu_seqlens_kv must equal .*got shapes \(4,\) and \(3,\)"),
     (dict(cu_seqlens_q_padded=[0, 25, 40], cu_seqlens_kv_padded=[0, 26, 40]), "cu_seqlens_kv_padded must equal"),
     (dict(cu_seqlens_kv_padded=[0, 25, 40]), "cu_seqlens_kv_padded must equal .*None"),
+    (dict(cu_seqlens_q_padded=[0, 24, 40]), "cu_seqlens_q_padded must leave room for .* of cu_seqlens_q$"),
+    (dict(cu_seqlens_q_padded=[0, 25, 30, 40]), r"cu_seqlens_q_padded must leave .*got shapes \(4,\) and \(3,\)"),
 ])
 def test_keys_of_other_lengths(change, text):
     core, inputs = make_core(), [x[:, 0] for x in qkv()]
