@@ -75,7 +75,8 @@ RUNS = {
     "--hybrid-context-parallel": Run("instructions", 2, "--micro-batch-size 1 --hybrid-context-parallel "
                                      f"--rerun-mode disabled --max-seqlen-per-dp-cp-rank {ROW // 2}"),
 }
-FEW = ["instructions, one by one", "instructions", "instructions, all_gather", "instructions, a2a"]
+FEW = ["instructions, one by one", "instructions, not told apart", "instructions", "instructions, all_gather",
+       "instructions, a2a"]
 """What runs in fp32 on GPUs, and there with further checkouts; everything does in bf16 with the first."""
 
 
