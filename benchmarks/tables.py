@@ -68,6 +68,7 @@ TABLES = {
     "layouts-newest": Stored("cpu/layouts_0.19.json", layouts.summary, "docs/megatron.md"),
     "layouts-main": Stored("cpu/layouts_main.json", layouts.summary, "docs/megatron.md"),
     "packed": Stored("cpu/packed.json", packed.TABLE.markdown, "docs/megatron.md"),
+    "packed-hybrid": Stored("cpu/packed_hybrid.json", packed.TABLE.markdown, "docs/megatron.md"),
     "packed-gpu": Stored("h200/packed.json", packed.TABLE.markdown, "docs/megatron.md"),
     "groups": Stored("h200/layouts_float32.json", layouts.GROUPS.markdown, "docs/megatron.md"),
     "layouts-fp32": Stored("h200/layouts_float32.json", layouts.TABLE.markdown, "docs/megatron.md"),

@@ -3,7 +3,8 @@ and their sequences one by one. By hand, in this repository:
 
     PYTHONPATH=. python tests/megatron/packed_training.py --json packed.json path/to/Megatron-LM ...
 
-Checkouts from 0.19 on, which need Transformers, on GPUs Transformer Engine too. On a CPU gloo, Megatron-Core's own
+Checkouts from 0.19 on, which need Transformers, on GPUs Transformer Engine too; of 0.16, the only line whose own
+``--hybrid-context-parallel`` trains, that run, which needs six. On a CPU gloo, Megatron-Core's own
 layers, fp32, and what Megatron-LM takes from a GPU, Transformer Engine or Python 3.12 for granted (``on_the_cpu``).
 """
 import argparse
@@ -49,6 +50,8 @@ ON = {True: "--transformer-impl transformer_engine", False: """--transformer-imp
     --no-persist-layer-norm --no-masked-softmax-fusion --no-bias-swiglu-fusion --no-rope-fusion"""}
 DATA = {
     "instructions": "--sft --data-path instructions.jsonl --tokenizer-type SFTTokenizer --tokenizer-model tokenizer",
+    "multiples": "--sft --data-path multiples.jsonl --tokenizer-type SFTTokenizer --tokenizer-model tokenizer "
+                 "--legacy-tokenizer",
     "documents": f"--dataloader-inter-document-masking --data-path documents --data-cache-path cache "
                  f"--tokenizer-type NullTokenizer --vocab-size {WORDS}"}
 
@@ -63,6 +66,7 @@ class Run:
     cut: str = ""
 
 
+HYBRID = f"--micro-batch-size 1 --hybrid-context-parallel --rerun-mode disabled --max-seqlen-per-dp-cp-rank {ROW // 2}"
 RUNS = {
     "instructions, one by one": Run("instructions", cut="sequences"),
     "instructions, not told apart": Run("instructions", cut="nowhere"),
@@ -72,12 +76,21 @@ RUNS = {
                                     f"{comm}") for comm in ("all_gather", "a2a")},
     "documents, one by one": Run("documents", cut="sequences"),
     "documents": Run("documents"),
-    "--hybrid-context-parallel": Run("instructions", 2, "--micro-batch-size 1 --hybrid-context-parallel "
-                                     f"--rerun-mode disabled --max-seqlen-per-dp-cp-rank {ROW // 2}"),
+    "--hybrid-context-parallel": Run("instructions", 2, HYBRID),
 }
+OLD = {f"multiples of 4{all_chunks}, {how}": Run("multiples", ranks, f"{flags} {topk}", cut)
+       for all_chunks, topk in (("", ""), (" and all chunks", f"--moba-topk {ROW // CHUNK}"))
+       for how, ranks, flags, cut in (("one by one", 1, "--micro-batch-size 1", "sequences"),
+                                      ("--hybrid-context-parallel", 2, HYBRID, ""))}
+"""What 0.16 runs: its data set does not pad conversations, to which it adds a token, nor cut rows that are too long."""
 FEW = ["instructions, one by one", "instructions, not told apart", "instructions", "instructions, all_gather",
        "instructions, a2a"]
 """What runs in fp32 on GPUs, and there with further checkouts; everything does in bf16 with the first."""
+
+
+def is_old(checkout: Path) -> bool:
+    """Whether it is of the line 0.16 or before."""
+    return (checkout / "megatron/legacy/fused_kernels").exists()
 
 
 def rows_of_lengths() -> list[list[int]]:
@@ -96,6 +109,14 @@ def conversation(length: int, random) -> list[dict]:
             {"role": "assistant", "content": " ".join(words[::-1] + more)}]
 
 
+def write_rows(path: Path, rows: list[list[int]], random) -> None:
+    """Conversations of these lengths, a row a line."""
+    with path.open("w") as file:
+        for lengths in rows:
+            messages = [message for length in lengths for message in conversation(length, random)]
+            file.write(json.dumps({"messages": messages}) + "\n")
+
+
 def make_data(folder: Path) -> None:
     """An instruction set and its tokenizer, and documents of 2 tokens to two rows."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -103,10 +124,10 @@ def make_data(folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     draw = random.Random(1)
-    with (folder / "instructions.jsonl").open("w") as file:
-        for lengths in rows_of_lengths():
-            messages = [message for length in lengths for message in conversation(length, draw)]
-            file.write(json.dumps({"messages": messages}) + "\n")
+    rows = rows_of_lengths()
+    write_rows(folder / "instructions.jsonl", rows, draw)
+    write_rows(folder / "multiples.jsonl", [[min(n // 4 * 4 + 3, ROW - 9) for n in row] for row in rows],
+               random.Random(1))
     special = ["<SPECIAL_233>", "<SPECIAL_10>", "<SPECIAL_11>", "</s>"]  # of the format nemotron-h-aligned
     vocabulary = {word: number for number, word in enumerate([*special, *(f"w{n}" for n in range(WORDS))])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, "<SPECIAL_233>"))
@@ -143,6 +164,12 @@ def on_the_cpu() -> None:
             return gpt.local_positions(cu_seqlens.diff().tolist(), size, rank)
 
     megatron.core.utils.tex = tex
+    if importlib.util.find_spec("megatron.legacy"):  # 0.16 compiles kernels
+        from megatron.legacy import fused_kernels
+        fused_kernels.load = lambda args: None
+        from transformers import PreTrainedTokenizerFast  # it takes lists for granted, which Transformers 4 gave
+        PreTrainedTokenizerFast.apply_chat_template = functools.partialmethod(
+            PreTrainedTokenizerFast.apply_chat_template, return_dict=False)
 
 
 def cut_rows(where: str) -> None:
@@ -153,7 +180,7 @@ def cut_rows(where: str) -> None:
     whole = GPTModel.forward
 
     def forward(self, input_ids, position_ids, attention_mask, *args, labels=None, packed_seq_params=None, **kwargs):
-        cuts = packed_seq_params.cu_seqlens_q.tolist() if where == "sequences" else [0, input_ids.shape[1]]
+        cuts = packed_seq_params.cu_seqlens_q.flatten().tolist() if where == "sequences" else [0, input_ids.shape[1]]
         kwargs.pop("loss_mask", None)  # of multi-token prediction
         return torch.cat([whole(self, input_ids[:, a:b], position_ids[:, a:b], None, *args, labels=labels[:, a:b],
                                 **kwargs) for a, b in itertools.pairwise(cuts)], 1)
@@ -177,7 +204,7 @@ def rank(argv: list[str]) -> int:
 
 def train(checkout: Path, name: str, dtype: str, folder: Path, logs: Path, seconds: float) -> dict:
     """Runs one; its row of the result."""
-    run, begin = RUNS[name], time.monotonic()
+    run, begin = (RUNS | OLD)[name], time.monotonic()
     log = logs / f"{checkout.name}-{dtype}-{re.sub('[^a-z]+', '_', name)}.log"
     flags = " ".join((LAYERS, ON[GPU], DATA[run.data], run.flags, "--bf16" if dtype == "bf16" else "")).split()
     environ = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [
@@ -226,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
             subprocess.run(["make", "-s", "-C", str(checkout / "megatron/core/datasets"),
                             f"LIBEXT={sysconfig.get_config_var('EXT_SUFFIX')}"], check=True)
         first, *others = checkouts = [checkout.resolve() for checkout in args.checkouts]
-        jobs = [(checkout, name, "fp32") for checkout in checkouts for name in RUNS]
+        jobs = [(checkout, name, "fp32") for checkout in checkouts for name in (OLD if is_old(checkout) else RUNS)]
         if GPU:
             jobs = [*((first, name, "fp32") for name in FEW), *((first, name, "bf16") for name in RUNS),
                     *((checkout, name, "bf16") for checkout in others for name in (*FEW, *list(RUNS)[-1:]))]
