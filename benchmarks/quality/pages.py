@@ -241,6 +241,11 @@ def _lines(axes, lines: dict[str, list[tuple[float, float, float | None]]]) -> N
     plotting.label_ends(axes, labels)
 
 
+def _narrow(item: dict) -> str:
+    """The label in lines, for a picture."""
+    return _label(item).replace("), ", "),\n")
+
+
 def plot_positions(result: dict, path: Path) -> Path:
     """Loss minus full attention's by position, mean over seeds with its interval."""
     items = [item for item in by_variant(result) if item["pairs"]]
@@ -294,8 +299,8 @@ def plot_retrieval(result: dict, path: Path) -> Path:
     scale = {"vmin": 0, "vmax": 100}
     with plotting.figure(path, rows=1 + len(items), height=1.6 + 1.35 * len(items)) as (_, axes):
         heat(axes[0], [[mean(item, "copying", d) for d in about["copying"]] for item in items],
-             [_label(item) for item in items], list(about["copying"]), ".0f", **scale)
-        axes[0].set_title("Copied, % of tokens, by distance")
+             [_narrow(item) for item in items], list(about["copying"]), ".0f", **scale)
+        axes[0].set_title("Copied, %, by distance")
         for item, at in zip(items, axes[1:]):
             heat(at, [[mean(item, "recall", f"{n}@{depth}") for depth in depths] for n in pairs], pairs, depths, ".0f",
                  **scale)
