@@ -22,7 +22,7 @@ GIB = 1 << 30
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m moba_megatron.plan", description=__doc__)
-    p.add_argument("--seq", type=_size, metavar="N", help="tokens of a sequence, such as 131072, 128K or 1M")
+    p.add_argument("--seq", metavar="N", help="tokens of a sequence, such as 131072, 128K or 1M")
     p.add_argument("--model", choices=list(MODELS), default="8b", help="a preset; its sizes can be changed below")
     p.add_argument("--gpus", type=int, default=8)
     p.add_argument("--card", default="h100", help=", ".join(hardware.CARDS))
@@ -52,13 +52,6 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
 def main(argv: list[str] | None = None) -> int:
     """0; 1 where nothing fits; 2 for a wrong argument."""
     p = parser()
@@ -82,26 +75,22 @@ def main(argv: list[str] | None = None) -> int:
         moba = MoBAConfig(arguments.chunk_size, arguments.topk, arguments.full_attention_layers,
                           per_layer=arguments.per_layer, topk_schedule=arguments.topk_schedule)
         moba.is_full_attention(model.layers, model.layers)  # a listed layer may be beyond the model
-        run = Run(model, arguments.seq, arguments.gpus, given.get("batch", default_batch(arguments.seq)), moba,
+        seqlen = parse_size(arguments.seq)
+        run = Run(model, seqlen, arguments.gpus, given.get("batch", default_batch(seqlen)), moba,
                   not arguments.no_distributed_optimizer, arguments.attention, arguments.iteration)
         run.layers  # per_layer may name one beyond the model
     except (TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     fixed = {name: given[name] for name in ("tp", "cp", "pp", "dp", "comm_type", "recompute") if name in given}
-    return _plan(arguments, run, card, fixed)
-
-
-def _plan(arguments: argparse.Namespace, run: Run, card: hardware.Card, fixed: dict[str, int | str]) -> int:
     fitted = stored()
     fit, out = plan(run, card, fitted, fixed)
-    m = run.model
-    moba = "full attention" if run.attention == "full" else (
+    attention = "full attention" if run.attention == "full" else (
         f"MoBA chunk {run.moba.chunk_size} topk {run.moba.at_step(run.iteration).topk}"
         + f" ({run.moba.per_layer})" * bool(run.moba.per_layer)
-        + f", {m.layers - len(run.sparse_layers)} of {m.layers} layers full")
-    print(f"{m.parameters / 1e9:.2f}B parameters, {run.seqlen:,} tokens a sequence, {run.batch} sequences "
-          f"({run.tokens:,} tokens) a step, {run.gpus} x {card.name}, {moba}\n"
+        + f", {model.layers - len(run.sparse_layers)} of {model.layers} layers full")
+    print(f"{model.parameters / 1e9:.2f}B parameters, {run.seqlen:,} tokens a sequence, {run.batch} sequences "
+          f"({run.tokens:,} tokens) a step, {run.gpus} x {card.name}, {attention}\n"
           f"Predicted, not measured: attention by {fitted.source}, the rest by the card's figures (--cards)\n")
     if fit:
         print(as_text([row_of(p) for p in fit[:arguments.top]]), end="\n\n")

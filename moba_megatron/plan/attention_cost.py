@@ -35,7 +35,7 @@ LAUNCH_SECONDS = 10e-6  # what one kernel takes before and after its work, at be
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """One call: ``batch`` sequences; under context parallelism the queries of one rank."""
+    """One call over one sequence; under context parallelism the queries of one rank."""
 
     seqlen: int  # keys of the sequence, tokens
     chunk_size: int  # as in MoBAConfig, like
@@ -69,6 +69,21 @@ class AttentionShape:
     def row_bytes(self) -> int:
         """Of one head of one token."""
         return self.head_dim * BF16
+
+    @property
+    def tokens(self) -> int:
+        """Queries of this GPU."""
+        return round(self.seqlen * self.share)
+
+    @property
+    def q_bytes(self) -> float:
+        """One tensor of q's shape."""
+        return self.tokens * self.heads * self.row_bytes
+
+    @property
+    def kv_bytes(self) -> float:
+        """K and V of as many tokens."""
+        return 2 * self.tokens * self.kv_heads * self.row_bytes
 
 
 def term_seconds(shape: AttentionShape, card: Card) -> dict[str, float]:

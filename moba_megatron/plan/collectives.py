@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ..context_parallel import COMM_TYPES
 from ..context_parallel.all_gather import number_of_groups, split_heads
-from .attention_cost import BF16, FP32, LINK_SHARE
+from .attention_cost import BF16, FP32, LINK_SHARE, AttentionShape
 from .hardware import Card
 
 LATENCY = 20e-6  # seconds of a collective that carries nothing, inside a machine; the network's is twice that (assumed)
@@ -90,29 +90,6 @@ def _traffic(link: float, network: float, card: Card) -> Traffic:
     return Traffic(max(inside, outside) + LATENCY * (2 if network else 1), link, network)
 
 
-@dataclass(frozen=True)
-class LocalShape:
-    """What one rank brings to an attention layer."""
-
-    tokens: int  # queries of this rank
-    seqlen: int  # tokens of the whole sequence
-    heads: int  # after tensor parallelism, like
-    kv_heads: int
-    head_dim: int  # of q, k and v
-    chunk_size: int  # as in MoBAConfig, like
-    topk: int
-
-    @property
-    def kv_bytes(self) -> int:
-        """K and V of this rank's tokens in bf16."""
-        return 2 * self.tokens * self.kv_heads * self.head_dim * BF16
-
-    @property
-    def q_bytes(self) -> int:
-        """One tensor of q's shape in bf16."""
-        return self.tokens * self.heads * self.head_dim * BF16
-
-
 class Pass(NamedTuple):
     """Collectives of a pass through one layer's attention."""
 
@@ -133,7 +110,7 @@ class Exchange(NamedTuple):
     nccl: bool = False  # all of it goes by NCCL, also inside a machine
 
 
-def exchange(comm_type: str, x: LocalShape, size: int, stride: int, inner: int, card: Card,
+def exchange(comm_type: str, x: AttentionShape, size: int, stride: int, inner: int, card: Card,
              head_groups: int | None = None) -> Exchange:
     """Collectives of a layer over a context parallel group of ``size`` ranks, ``stride`` apart.
 
@@ -166,7 +143,7 @@ def _by_head_groups(group: Group, kv_bytes: float, kv_heads: int, card: Card) ->
     return Exchange(Pass(one, one * (kv_heads - 1)), Pass(one, (one + back) * (kv_heads - 1), back))
 
 
-def _heads_for_sequence(group: Group, x: LocalShape, card: Card, asked: int | None) -> Exchange:
+def _heads_for_sequence(group: Group, x: AttentionShape, card: Card, asked: int | None) -> Exchange:
     """q, k, v out and o back; backward do out, dq, dk, dv back. Fewer kv heads than ranks are repeated.
 
     Groups of heads are sent while others are computed: what waits is the first group, and the last on its way back.
@@ -180,7 +157,7 @@ def _heads_for_sequence(group: Group, x: LocalShape, card: Card, asked: int | No
                       for there, back in ((inputs, output), (output, inputs))))
 
 
-def union_share(x: LocalShape) -> float:
+def union_share(x: AttentionShape) -> float:
     """Part of a kv head's chunks that some query of the rank chooses, if all choose uniformly and independently."""
     chunks = max(1, x.seqlen // x.chunk_size)
     choices = x.tokens * (x.heads / x.kv_heads) * (x.topk - 1)

@@ -50,19 +50,13 @@ def candidates(run: Run, node: int) -> Iterator[Layout]:
     for tp in divisors(run.gpus, node):
         for pp in divisors(run.gpus // tp, run.model.layers):
             for cp in divisors(run.gpus // tp // pp):
-                for comm_type, inner in _comm_types(run, tp, cp, node):
-                    yield Layout(tp, cp, pp, run.gpus // tp // pp // cp, comm_type, inner)
-
-
-def _comm_types(run: Run, tp: int, cp: int, node: int) -> Iterator[tuple[str, int]]:
-    for comm_type in COMM_TYPES if cp > 1 else ("-",):
-        if comm_type == "a2a+all_gather":
-            # heads inside a machine as far as they go, sequences across
-            inner = [d for d in divisors(cp) if 1 < d < cp and tp * d <= node and _heads_fit(run, tp, d)]
-            if inner:
-                yield comm_type, max(inner)
-        elif comm_type != "selective" or run.attention == "moba":
-            yield comm_type, 1
+                # heads inside a machine as far as they go, sequences across
+                fitting = (d for d in divisors(cp) if 1 < d < cp and tp * d <= node and _heads_fit(run, tp, d))
+                inner = max(fitting, default=0)
+                for comm_type in COMM_TYPES if cp > 1 else ("-",):
+                    places = inner if comm_type == "a2a+all_gather" else 1
+                    if places and (comm_type != "selective" or run.attention == "moba"):
+                        yield Layout(tp, cp, pp, run.gpus // tp // pp // cp, comm_type, places)
 
 
 def _heads_fit(run: Run, tp: int, ranks: int) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from ..context_parallel import COMM_TYPES
 from . import collectives
 from .attention_cost import BF16, FP32, AttentionShape, Calibration
-from .collectives import NOTHING, Amounts, Exchange, Group, LocalShape, Traffic, exchange
+from .collectives import NOTHING, Amounts, Exchange, Group, Traffic, exchange
 from .hardware import Card
 from .layout import RECOMPUTE, Layout, candidates, refusals
 from .memory import Memory, estimate, rank_parameters
@@ -140,7 +140,9 @@ def _layer(run: Run, layout: Layout, card: Card, calibration: Calibration, dense
     forward, backward = _attention(run, layout, card, calibration, dense)
     moved = Exchange()
     if layout.comm_type in COMM_TYPES:  # the ring of p2p is part of the time of attention
-        moved = exchange(layout.comm_type, local_shape(run, layout), layout.cp, layout.tp, layout.inner, card,
+        brought = AttentionShape(run.seqlen, run.moba.chunk_size, run.moba.topk, model.heads // layout.tp,
+                                 model.kv_heads // layout.tp, model.head_dim, 1 / layout.cp)
+        moved = exchange(layout.comm_type, brought, layout.cp, layout.tp, layout.inner, card,
                          1 if dense else None)  # dense layers are Transformer Engine's own
     context = _hide(moved, forward, backward, attention_again, card)
     passes = 4 if again else 3
@@ -156,13 +158,6 @@ def _layer(run: Run, layout: Layout, card: Card, calibration: Calibration, dense
         "tensor": Part(tensor.seconds * (12 if again else 8), tensor.seconds * 2, tensor * (14 if again else 10)),
         "host": Part(max(0.0, waiting - passes * (matrices + elementwise) - attention)),
     }
-
-
-def local_shape(run: Run, layout: Layout) -> LocalShape:
-    """A rank's part of an attention layer."""
-    m = run.model
-    return LocalShape(run.seqlen // layout.cp, run.seqlen, m.heads // layout.tp, m.kv_heads // layout.tp, m.head_dim,
-                      run.moba.chunk_size, run.moba.topk)
 
 
 def _attention(run: Run, layout: Layout, card: Card, calibration: Calibration, dense: bool) -> tuple[float, float]:

@@ -24,7 +24,6 @@ from moba_megatron.plan.__main__ import main
 from moba_megatron.plan.attention_cost import LINK_SHARE, STAGES, TERMS, AttentionShape, stored, term_seconds
 from moba_megatron.plan.collectives import (
     Group,
-    LocalShape,
     all_gather,
     all_to_all,
     exchange,
@@ -35,7 +34,6 @@ from moba_megatron.plan.command import as_text, flags, torchrun
 from moba_megatron.plan.hardware import ASSUMED, DERIVED, MEASURED, VENDOR, Figure
 from moba_megatron.plan.layout import RECOMPUTE, Layout, candidates, refusals
 from moba_megatron.plan.memory import estimate
-from moba_megatron.plan.step import local_shape
 
 CARD = replace(find_card("h200"), name="round numbers", reached=Figure(1e12, MEASURED, "test"),
                reached_bandwidth=Figure(1e9, MEASURED, "test"), issue=Figure(1e9, VENDOR, "test"))
@@ -178,7 +176,7 @@ def test_a_slower_network_costs_time_only_where_it_is_used():
     assert all_gather(Group(16), 1e9, slow).seconds > 10 * all_gather(Group(16), 1e9, CARD).seconds
 
 
-LOCAL = LocalShape(tokens=1024, seqlen=4096, heads=8, kv_heads=4, head_dim=16, chunk_size=128, topk=4)
+LOCAL = AttentionShape(seqlen=4096, chunk_size=128, topk=4, heads=8, kv_heads=4, head_dim=16, share=1 / 4)
 
 
 def test_bytes_of_the_comm_types_by_hand():
@@ -199,9 +197,9 @@ def test_bytes_of_the_comm_types_by_hand():
 
 def test_selective_moves_what_the_cheaper_way_moves():
     assert union_share(LOCAL) == pytest.approx(1)  # 6144 choices of 32 chunks
-    assert union_share(replace(LOCAL, tokens=1, kv_heads=8)) == pytest.approx(1 - numpy.exp(-3 / 32))
-    few = replace(LOCAL, tokens=256, seqlen=1 << 20, chunk_size=128, kv_heads=8)  # 768 choices of 8192 chunks
-    for local, ranks, ratio in ((replace(LOCAL, tokens=1 << 18, seqlen=64 << 18), 64, 1.0),
+    assert union_share(replace(LOCAL, share=1 / 4096, kv_heads=8)) == pytest.approx(1 - numpy.exp(-3 / 32))
+    few = replace(LOCAL, seqlen=1 << 20, share=256 / (1 << 20), kv_heads=8)  # 768 choices of 8192 chunks
+    for local, ranks, ratio in ((replace(LOCAL, seqlen=64 << 18, share=1 / 64), 64, 1.0),
                                 (few, 4096, 1 - numpy.exp(-768 / 8192))):
         selective, gather = (exchange(name, local, ranks, 1, 1, CARD) for name in ("selective", "all_gather"))
         received = [e.forward.total.link + e.forward.total.network for e in (selective, gather)]
@@ -397,11 +395,6 @@ def test_what_moved_says_where(capsys):
 def test_nothing_fits_is_said(capsys):
     assert main(["--seq", "1M", "--model", "70b", "--gpus", "1", "--card", "a6000"]) == 1
     assert "0 layouts fit" in capsys.readouterr().out
-
-
-def test_local_shape_is_a_ranks_part():
-    x = local_shape(run(), Layout(2, 8, 1, 4, "all_gather"))
-    assert (x.tokens, x.heads, x.kv_heads) == ((1 << 18) // 8, 16, 4)
 
 
 def test_the_page_says_what_the_check_says():
