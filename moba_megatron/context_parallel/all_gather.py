@@ -118,7 +118,6 @@ def transport_for(rows: Rows, group: dist.ProcessGroup, x: Tensor, lanes: Sequen
     return through_arenas(rows, group, x.device, lanes) or Library(rows, group)
 
 
-
 @dataclass(frozen=True)
 class AllGatherAttention:
     """Attention of a rank's queries over the keys of all ranks of ``group``."""

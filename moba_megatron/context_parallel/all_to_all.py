@@ -31,19 +31,13 @@ class LocalAttention:
     segments: Segments
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, selected: Tensor | None = None) -> tuple[Tensor, State]:
-        """q ``[S, H, D]``, k ``[S, HK, D]``, v ``[S, HK, DV]`` in global order: o and what backward needs.
-
-        ``selected``: given chunks, int32 ``[S, H or HK, n]``.
-        """
+        """As :meth:`.Pipeline.forward`, of rows in global order: o and what backward needs."""
         o, saved = self.pipeline.forward(q, k, v, self.segments, selected)
         return o, [q, k, v, saved]
 
     def backward(self, do: Tensor, saved: State, kv_grad_dtype: torch.dtype, event: torch.cuda.Event | None = None,
                  out: Sequence[Tensor] | None = None) -> Grads:
-        """dq, dk, dv; dk and dv in ``kv_grad_dtype``. As soon as these two are complete, ``event`` is recorded.
-
-        ``out``: memory for the three, which is what is returned where it could be used.
-        """
+        """As :meth:`.Pipeline.backward`."""
         q, k, v, saved = saved
         return self.pipeline.backward(do, None, q, k, v, saved, self.segments, kv_grad_dtype, event, out)
 
@@ -60,10 +54,7 @@ class AllToAllAttention:
     chunks: tuple[Segments, Rows] | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, selected: Tensor | None = None) -> tuple[Tensor, State]:
-        """q ``[T, H, D]``, k ``[T, HK, D]``, v ``[T, HK, DV]``, the rank's rows: o and what backward needs.
-
-        ``selected``: given chunks, int32 ``[T, H or HK, n]``; they travel first.
-        """
+        """As :meth:`.AllGatherAttention.forward`; given chunks travel first."""
         size, replicated = self.rows.size, k.shape[1] < self.rows.size
         kv_heads = max(1, k.shape[1] // size)  # that one rank gets
         groups = head_groups(self.head_groups, q.shape[1] // size, kv_heads, q.nbytes, q.nbytes + k.nbytes + v.nbytes)

@@ -5,18 +5,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..ops import get_stages
+from ..ops import get_stages, validation
 from ..ops.pipeline import Choice, Pipeline, Saved
-from ..ops.validation import (
-    cast_under_autocast,
-    check_flag,
-    check_qkv,
-    check_scale,
-    check_selected,
-    check_shared,
-    check_whole,
-    check_workspace,
-)
 from ..segments import Routing
 from .all_gather import AllGatherAttention
 from .all_to_all import AllToAllAttention, LocalAttention
@@ -31,11 +21,7 @@ Groups = dist.ProcessGroup | Sequence[dist.ProcessGroup]
 
 
 def canonical_comm_type(name: str) -> str:
-    """One of COMM_TYPES.
-
-    Raises:
-        ValueError: a type that is not supported; the message lists those that are.
-    """
+    """One of COMM_TYPES; ValueError, which lists them, where the type is not supported."""
     canonical = name.replace("allgather", "all_gather") if isinstance(name, str) else name
     if canonical not in COMM_TYPES:
         raise ValueError(f"cp_comm_type must be one of {', '.join(COMM_TYPES)} for MoBA attention, got {name!r}")
@@ -57,18 +43,13 @@ def context_parallel_attention(q: Tensor, k: Tensor, v: Tensor, sequences: Seque
         k: ``[T, HK, D]``.
         v: ``[T, HK, DV]``.
         sequences: the whole sequences, ``T * P`` rows, each a multiple of ``2 P`` long.
-        chunk_size: keys in a chunk.
-        topk: chunks a query attends to, its own included.
+        chunk_size, topk: as ``moba_chunk_size`` and ``moba_topk`` of :func:`moba_megatron.moba_attn_varlen`.
         group: the context parallel group; for ``a2a+all_gather`` two groups: of ranks in a row (heads are exchanged
             among them), and of the ranks with the same place in each of those (keys are gathered among them).
         comm_type: one of COMM_TYPES.
         head_groups: groups of kv heads that travel and are computed one after the other; None: by size.
-        softmax_scale: None for ``1/sqrt(D)``.
-        deterministic: bitwise reproducible gradients.
-        backend: ``auto``, ``triton``, ``torch`` or ``reference``.
-        workspace_mib: limit of the Triton kernels' scratch memory, MiB; None for the environment's.
-        shared: ``head`` or ``group``, as of :func:`moba_megatron.moba_attn_varlen`; group: not by ``selective``, and
-            by ``a2a`` where ranks get whole groups of heads.
+        softmax_scale, deterministic, backend, workspace_mib: as there.
+        shared: as there; ``group``: not by ``selective``, and by ``a2a`` where ranks get whole groups of heads.
         selected: given chunks, as of :func:`moba_megatron.ops.sparse_attention`, in place of the gate's; ``topk`` and
             ``shared`` have no meaning then.
 
@@ -78,25 +59,26 @@ def context_parallel_attention(q: Tensor, k: Tensor, v: Tensor, sequences: Seque
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range, or heads cannot be dealt out.
     """
-    q, k, v = cast_under_autocast(q, k, v)
-    check_qkv(q, k, v)
-    check_whole("chunk_size", chunk_size, 1)
-    check_whole("topk", topk, 1)
-    check_flag("deterministic", deterministic)
-    check_workspace(workspace_mib)
+    q, k, v = validation.cast_under_autocast(q, k, v)
+    validation.check_qkv(q, k, v)
+    validation.check_whole("chunk_size", chunk_size, 1)
+    validation.check_whole("topk", topk, 1)
+    validation.check_flag("deterministic", deterministic)
+    validation.check_workspace(workspace_mib)
     if head_groups is not None:
-        check_whole("head_groups", head_groups, 1)
+        validation.check_whole("head_groups", head_groups, 1)
     if selected is not None:
-        check_selected(selected, q, k, None)
+        validation.check_selected(selected, q, k, None)
         topk, shared = selected.shape[2] + 1, "head" if selected.shape[1] == q.shape[1] else "group"
     if sequences.max_seqlen <= (topk if selected is None else 1) * chunk_size:
         # every earlier chunk is chosen, or there is none: causal attention, one chunk
         chunk_size, topk = max(chunk_size, sequences.max_seqlen), 1
     if topk == 1:
         selected = None
-    check_shared(shared)
-    pipeline = Pipeline(get_stages(backend, q.device, deterministic), topk, check_scale(softmax_scale, q.shape[2]),
-                    deterministic, backend == "auto", workspace_mib, shared=shared)
+    validation.check_shared(shared)
+    scale = validation.check_scale(softmax_scale, q.shape[2])
+    pipeline = Pipeline(get_stages(backend, q.device, deterministic), topk, scale, deterministic, backend == "auto",
+                        workspace_mib, shared=shared)
     if comm_type not in COMM_TYPES:
         comm_type = canonical_comm_type(comm_type)
     check_groups(group, comm_type, q.shape[1], k.shape[1], shared if topk > 1 else "head")
@@ -134,11 +116,8 @@ def check_groups(group: Groups, comm_type: str, heads: int, kv_heads: int, share
 
 def make_schedule(comm_type: str, pipeline: Pipeline, sequences: Sequences, chunk_size: int, group: Groups,
                   head_groups: int | None) -> AllGatherAttention | AllToAllAttention:
-    """The schedule of a communication type: ``forward(q, k, v)`` and ``backward(do, saved, kv_grad_dtype)``.
-
-    Raises:
-        ValueError: the communication type cannot serve such sequences.
-    """
+    """The schedule of a communication type: ``forward(q, k, v)`` and ``backward(do, saved, kv_grad_dtype)``; ValueError
+    where the type cannot serve such sequences."""
     if comm_type == "selective" and sequences.batch is None:
         raise ValueError("cp_comm_type 'selective' needs sequences of one length, got packed sequences: which chunks a "
                          "rank holds would be known on the device only. Use all_gather or a2a")
