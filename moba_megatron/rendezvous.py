@@ -15,10 +15,6 @@ def init_process_group(backend: str, timeout: timedelta) -> None:
     ``torchrun --max-restarts`` lets all starts of a job share one key-value store (torch 2.13), where the ranks of the
     second would find the addresses of the first and fail to connect. A prefix with the number of the restart keeps them
     apart. Started without a launcher, the job is one process.
-
-    Args:
-        backend: ``nccl``, ``gloo``, ...
-        timeout: after which a collective that a rank does not join fails.
     """
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
     for name, value in defaults.items():

@@ -1,14 +1,5 @@
 """MoBA for DeepSpeed: attention whose sequence is spread over ranks, by Ulysses or by the package's own schedule.
 
-| name | what it is |
-|---|---|
-| ``init_distributed`` | joins the ranks of torchrun or the deepspeed launcher; compiles nothing |
-| ``SequenceParallel`` | the ranks that share a sequence, how, and which part of it this rank reads |
-| ``MoBAAttention`` | attention on ``[b, s, h, d]`` for a model of one's own |
-| ``mean_over_ranks`` | the loss whose gradients DeepSpeed averages into those of the mean over all tokens |
-| ``load_checkpoint`` | ``engine.load_checkpoint``, right for universal checkpoints under ZeRO-3 too |
-| ``set_iteration`` | for ``MoBAConfig.full_attention_from_step`` |
-
 ZeRO of every stage works unchanged: MoBA has no parameters. ZeRO should shard over *all* ranks, those of a sequence
 included, so ``deepspeed.initialize`` gets neither ``mpu`` nor ``mesh_param``. With ``mpu`` stages 0 to 2 add gradients
 over the ranks of a sequence and stage 3 averages them, so no loss suits both; with ``mesh_param`` stages 0 to 2 do not

@@ -23,18 +23,12 @@ class SequenceParallel:
     ``ulysses`` is DeepSpeed's: a rank holds one run of positions, and an all-to-all gives it whole sequences for a part
     of the heads. ``zigzag`` is the package's context parallelism: rank r of P holds pieces r and 2P-1-r of 2P with all
     heads, and gathers keys and values, so heads need not divide by the ranks.
-
-    Args:
-        method: ``none``, ``ulysses`` or ``zigzag``.
-        size: ranks that share a sequence.
-        rank: this one's number among them.
-        group: theirs; None for a size of 1.
     """
 
-    method: str = "none"
-    size: int = 1
-    rank: int = 0
-    group: dist.ProcessGroup | None = None
+    method: str = "none"  # one of METHODS
+    size: int = 1  # ranks that share a sequence
+    rank: int = 0  # this one's number among them
+    group: dist.ProcessGroup | None = None  # theirs; None for a size of 1
 
     @classmethod
     def over_ranks(cls, method: str, size: int) -> "SequenceParallel":
@@ -62,12 +56,8 @@ class SequenceParallel:
         return dist.get_world_size() // self.size
 
     def part(self, x: Tensor, dim: int = 1) -> Tensor:
-        """This rank's part of whole sequences, for tokens, labels, masks and position ids alike.
-
-        Args:
-            x: the sequences, on every rank of the group.
-            dim: the dimension of positions, divisible by ``size`` (``2 * size`` for zigzag).
-        """
+        """This rank's part of whole sequences, for tokens, labels, masks and position ids alike; ``dim``: of positions,
+        divisible by ``size`` (``2 * size`` for zigzag)."""
         if self.method == "zigzag":
             check_zigzag(x.shape[dim], self.size, "the sequence length")
             pieces = x.chunk(2 * self.size, dim)

@@ -52,11 +52,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def look(args: argparse.Namespace) -> tuple[RoutingTrace, dict, list[str]]:
-    """The trace, the statistics and each chunk's first characters of a checkpoint's model that reads the text.
-
-    Raises:
-        ValueError: a flag, the checkpoint or the text does not serve; the message says why.
-    """
+    """The trace, the statistics and each chunk's first characters of a checkpoint's model that reads the text;
+    ValueError where a flag, the checkpoint or the text does not serve."""
     import torch
 
     from ..config import MoBAConfig

@@ -50,11 +50,8 @@ def single_process(device: torch.device):
 
 
 def find_checkpoint(directory: str | Path) -> Path:
-    """The checkpoint in a directory of checkpoints (the last complete one), or the directory itself where it is one.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The checkpoint in a directory of checkpoints (the last complete one), or the directory itself where it is one;
+    ValueError where there is none."""
     directory = Path(directory)
     latest = directory / LATEST
     if latest.is_file():
@@ -66,11 +63,8 @@ def find_checkpoint(directory: str | Path) -> Path:
 
 
 def read_common(checkpoint: str | Path) -> dict:
-    """The part of a checkpoint that is no tensor. It is unpickled: the checkpoint must be trusted.
-
-    Raises:
-        ValueError: the installed Megatron-Core cannot read it, as one that a later release wrote.
-    """
+    """The part of a checkpoint that is no tensor; ValueError where the installed Megatron-Core cannot read it, as one
+    that a later release wrote. It is unpickled: the checkpoint must be trusted."""
     try:
         return dist_checkpointing.load_common_state_dict(str(checkpoint))
     except (CheckpointingException, CheckpointException, RuntimeError, KeyError, OSError, AttributeError) as error:
@@ -82,11 +76,8 @@ def read_common(checkpoint: str | Path) -> dict:
 
 
 def read_description(checkpoint: Path) -> dict:
-    """The description of the checkpoint's model, and under ``iteration`` the steps it was trained.
-
-    Raises:
-        ValueError: the checkpoint holds none.
-    """
+    """The description of the checkpoint's model, and under ``iteration`` the steps it was trained; ValueError where the
+    checkpoint holds none."""
     common = read_common(checkpoint)
     if DESCRIPTION not in common:
         raise ValueError(f"{checkpoint} does not say what its model is (its common part has no {DESCRIPTION!r}): it "
@@ -122,11 +113,8 @@ def load_model(checkpoint: Path, description: dict, moba: MoBAConfig, device: to
 
 
 def tokenizer(name: str, path: str | None):
-    """Something with ``encode`` and ``decode``: the text's UTF-8 bytes, or the Hugging Face tokenizer in a directory.
-
-    Raises:
-        ValueError: the name is unknown, or a Hugging Face tokenizer cannot be had.
-    """
+    """Something with ``encode`` and ``decode``: the text's UTF-8 bytes, or the Hugging Face tokenizer in a directory;
+    ValueError where there is no such."""
     if name == "ByteLevel":  # half a character, and ids that are no bytes, become a replacement character
         return SimpleNamespace(encode=lambda text: list(text.encode("utf-8")), decode=lambda ids: bytes(
             min(i, 255) for i in ids).decode("utf-8", errors="replace"))

@@ -41,11 +41,8 @@ class TraceRecorder:
         self._tables[layer] = _pair_counts(choices)
 
     def trace(self, about: Mapping | None = None) -> RoutingTrace:
-        """The trace of all layers, heads and sequences; called by all ranks of the world, the same on all.
-
-        Raises:
-            ValueError: no layer had a choice, on any rank.
-        """
+        """The trace of all layers, heads and sequences; called by all ranks of the world, the same on all. ValueError
+        where no layer had a choice, on any rank."""
         data_parallel, tensor_rank = 1, 0
         if parallel_state.model_parallel_is_initialized():
             data_parallel = parallel_state.get_data_parallel_world_size()

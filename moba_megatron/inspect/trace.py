@@ -57,10 +57,8 @@ class RoutingTrace:
                     counts: Mapping[int, np.ndarray], sequences: int = 1, about: Mapping | None = None,
                     ) -> "RoutingTrace":
         """A trace of dense tables: for each layer integers ``[num_heads, N, N]``, N the number of chunks, ``[h, i, j]``
-        the queries of chunk i whose head h chose chunk j.
-
-        Raises:
-            ValueError: there is no layer, or tables differ in shape or do not fit the numbers.
+        the queries of chunk i whose head h chose chunk j. ValueError where there is no layer, or tables differ in shape
+        or do not fit the numbers.
         """
         shapes = {np.shape(table) for table in counts.values()}
         n = -(-seq_length // chunk_size)
@@ -124,11 +122,7 @@ def save_trace(trace: RoutingTrace, path: str | Path) -> None:
 
 
 def load_trace(path: str | Path) -> RoutingTrace:
-    """Reads what :func:`save_trace` wrote.
-
-    Raises:
-        ValueError: there is no such file, or it is none of these; the message says why.
-    """
+    """Reads what :func:`save_trace` wrote; ValueError where there is no such file, or it is none of these."""
     if not Path(path).is_file():
         raise ValueError(f"there is no routing trace {path}; make one with python -m moba_megatron.inspect --trace")
     try:
