@@ -48,11 +48,7 @@ class Segments:
     def from_cu_seqlens(cls, cu_seqlens: Tensor, max_seqlen: int, chunk_size: int, exact: bool = False) -> "Segments":
         """Self-attention over packed sequences: segment ``b`` is the whole of sequence ``b``.
 
-        Args:
-            cu_seqlens: int32 ``[B + 1]``, non-decreasing, from 0 to the number of tokens; or to less, where not exact.
-            max_seqlen: upper bound of a sequence's length, tokens.
-            chunk_size: keys in a chunk.
-            exact: as of the class.
+        ``cu_seqlens``: int32 ``[B + 1]``, non-decreasing, from 0 to the number of tokens; or to less, where not exact.
         """
         if is_unobserved(cu_seqlens):
             seq_ids, offsets = _counted(cu_seqlens.numel() - 1, cu_seqlens.device)

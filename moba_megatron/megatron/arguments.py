@@ -64,9 +64,6 @@ def config_from_args(args: argparse.Namespace) -> MoBAConfig:
 def config_from_environment(environment: Mapping[str, str] | None = None) -> MoBAConfig:
     """The MoBAConfig of ``MOBA_CHUNK_SIZE``, ``MOBA_TOPK`` and so on; fields without a variable keep their default.
 
-    Args:
-        environment: None for ``os.environ``.
-
     Raises:
         ValueError: a variable cannot be read; the message names it.
     """

@@ -27,11 +27,7 @@ def restore_flags(args: argparse.Namespace, saved: argparse.Namespace) -> None:
 
 
 def compare_flags(args: argparse.Namespace, saved: argparse.Namespace) -> None:
-    """Says which flags are not the checkpoint's.
-
-    Raises:
-        ValueError: trained key convolutions would be dropped.
-    """
+    """Says which flags are not the checkpoint's; ValueError where trained key convolutions would be dropped."""
     trained, present = _filters(saved), _filters(args)
     differences = _differences(args, saved)
     dropped = sorted(trained.items() - present.items())

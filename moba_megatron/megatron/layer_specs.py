@@ -43,9 +43,7 @@ def with_moba_core_attention(layer_spec: ModuleSpec, moba_config: MoBAConfig | N
     """Replaces the core attention of a transformer layer's spec, in place, and returns the spec.
 
     Where that is Transformer Engine's, layers that ``moba_config`` names dense keep it.
-
-    Raises:
-        ValueError: the spec has no self attention with a core attention.
+    ValueError where the spec has no self attention with a core attention.
     """
     attention = getattr(layer_spec.submodules, "self_attention", None)
     submodules = getattr(attention, "submodules", None) or getattr(attention, "keywords", {}).get("submodules")

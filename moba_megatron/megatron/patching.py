@@ -30,13 +30,9 @@ _hooked: list[tuple] = []  # module or class, attribute, what was there, what wa
 
 
 def apply(attention: str = "moba") -> list[str]:
-    """Hooks MoBA into the Megatron-LM that ``import megatron`` finds. Calling it again changes nothing.
+    """Hooks MoBA into the Megatron-LM that ``import megatron`` finds; returns what is hooked, as ``module.name``.
 
-    Args:
-        attention: ``moba``; with ``full`` only the argument parser is extended.
-
-    Returns:
-        what is hooked, as ``module.name``.
+    Calling it again changes nothing. With ``attention="full"`` only the argument parser is extended.
 
     Raises:
         ImportError: there is no megatron.training, or it lacks a function that must be hooked.
@@ -62,8 +58,7 @@ def apply(attention: str = "moba") -> list[str]:
 def undo() -> list[str]:
     """Puts back what Megatron had before :func:`apply`, and before MoBA layers were built; they are unguarded then.
 
-    Returns:
-        what was put back. What another package has wrapped since stays, with a warning.
+    Returns what was put back. What another package has wrapped since stays, with a warning.
     """
     global only_flags
     only_flags, restored = False, []

@@ -15,14 +15,11 @@ def chunk_mass(q: Tensor, k: Tensor, segments: Segments, rows: Tensor | None = N
     """Softmax weights of full causal attention, summed over each chunk; in blocks, never the whole matrix. No gradient.
 
     Args:
-        q, k, segments, softmax_scale: as :func:`moba_attention`.
+        q, k, segments, softmax_scale: as :func:`moba_attention`, and what it raises.
         rows: int64 ``[n]``, queries to look at; None for all.
 
     Returns:
         ``[n, H, chunks]``, fp32 (fp64 for fp64), rows that sum to 1; columns are ids of chunks.
-
-    Raises:
-        TypeError, ValueError: as :func:`moba_attention`.
     """
     validation.check_qkv(q, k, k)
     segments = validation.check_segments(segments, q.shape[0], k.shape[0], q.device)

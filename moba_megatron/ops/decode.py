@@ -36,10 +36,7 @@ def moba_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, means_cache: Tensor
             page_size]``.
         cache_starts: int32 ``[B]``, the row of each sequence's first key (left padding); None for 0. Chunks are counted
             from there.
-        softmax_scale: multiplies the scores; None for ``1/sqrt(D)``.
-        backend: ``auto`` (Triton on CUDA, plain torch elsewhere), ``triton``, ``torch`` or ``reference``.
-        return_lse: also return the log-sum-exp of the attended scores.
-        shared: ``head`` or ``group``, as of :func:`moba_megatron.moba_attn_varlen`.
+        softmax_scale, backend, return_lse, shared: as of :func:`moba_megatron.moba_attn_varlen`.
 
     Returns:
         o ``[B, H, DV]`` in q's dtype, 0 where a sequence has no key; with return_lse also lse ``[B, H]``, natural log.

@@ -100,11 +100,7 @@ def dense_kernel(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen
 
 
 def dense_setting() -> str:
-    """MOBA_DENSE, ``auto`` where unset.
-
-    Raises:
-        ValueError: it is none of its values.
-    """
+    """MOBA_DENSE, ``auto`` where unset; ValueError where it is none of its values."""
     setting = os.environ.get("MOBA_DENSE") or "auto"
     if setting not in CHOICES:
         raise ValueError(f"environment variable MOBA_DENSE must be one of {', '.join(CHOICES)}; got {setting!r}")
@@ -112,11 +108,7 @@ def dense_setting() -> str:
 
 
 def dense_kernels() -> str:
-    """What is to be alike on ranks that attend densely together: MOBA_DENSE, and whether flash-attn 4 is there.
-
-    Raises:
-        ValueError: MOBA_DENSE is none of its values.
-    """
+    """What is to be alike on ranks that attend densely together: MOBA_DENSE, and whether flash-attn 4 is there."""
     setting = dense_setting()
     there = FLASH_4 in CHOICES[setting] and flash_attn_4.module() is not None
     return f"MOBA_DENSE={setting} {'with' if there else 'without'} flash-attn 4"

@@ -136,10 +136,8 @@ def check_cu_seqlens(cu_seqlens: Tensor, max_seqlen: int, total: int, device: to
 
 
 def check_segments(segments: Segments, total_q: int, total_k: int, device: torch.device) -> Segments:
-    """Segments that place ``total_q`` queries among ``total_k`` keys; values are checked as in check_cu_seqlens.
-
-    Returns them with contiguous tensors.
-    """
+    """Segments that place ``total_q`` queries among ``total_k`` keys, with contiguous tensors; values are checked as in
+    check_cu_seqlens."""
     if not isinstance(segments, Segments):
         raise TypeError(f"segments must be a moba_megatron.segments.Segments, got {type(segments).__name__}")
     strided = {}

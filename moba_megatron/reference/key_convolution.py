@@ -5,17 +5,7 @@ from torch import Tensor
 
 
 def key_convolution(k: Tensor, weight: Tensor, cu_seqlens: Tensor, halo: Tensor | None) -> Tensor:
-    """``k[t] + silu(sum_l weight[l] * k[t - l])`` within each run of rows, computed in at least fp32, rounded once.
-
-    Args:
-        k: ``[S, HK, D]``.
-        weight: ``[HK, W, D]``; tap l meets the key l rows before.
-        cu_seqlens: int32 ``[N + 1]``, the rows at which runs begin, and the last one's end; rows behind it give 0.
-        halo: ``[N, W - 1, HK, D]``, the keys before each run; None for zeros.
-
-    Returns:
-        ``[S, HK, D]`` in k's dtype.
-    """
+    """As :func:`moba_megatron.ops.key_convolution`, of what that has checked; in at least fp32, rounded once."""
     total, taps = k.shape[0], weight.shape[1]
     wide = torch.promote_types(k.dtype, torch.float32)
     row = cu_seqlens.new_ones(total, dtype=torch.int64).cumsum(0) - 1  # a fake where cu_seqlens is one
