@@ -31,8 +31,8 @@ def figure(path: str | Path, rows: int = 1, columns: int = 1, width: float = WID
            theme: Theme = LIGHT, **options):
     """A figure (inches) in a theme's colours, written to ``path`` when the block ends; yields (figure, axes).
 
-    The path's folder is made; an .svg has neither date nor random ids. ``options``: of ``pyplot.subplots``. ImportError,
-    which says how, where matplotlib is not installed.
+    The path's folder is made; an .svg has neither date nor random ids. ``options``: of ``pyplot.subplots``. Without
+    matplotlib: ImportError, which says how to install it.
     """
     try:
         import matplotlib
