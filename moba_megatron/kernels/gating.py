@@ -4,13 +4,15 @@ Nothing of the size queries x chunks is stored. Tiles of chunks are walked from 
 the later chunk is met first and stays. What makes it fast:
 - the k-th best of column maxima over the latest WARM tiles is a lower bound of the k-th best score, so hardly anything
   that is not chosen in the end passes the comparison;
-- what passes is packed into bits, and the most crowded row of a tile says how often the insertion runs: no thread waits
-  for another in between;
 - columns are dealt to LANES lists a row, as the matrix unit deals them to threads (8 columns: 0 0 1 1 2 2 3 3), so that
-  neither packing nor insertion leaves a thread's registers; lists are merged once, at the end;
+  no insertion leaves a thread's registers; lists are merged once, at the end;
+- the comparison and the insertion are PTX, in which each warp branches for itself; what passes waits in a register
+  until a second one comes to one of the warp's lists, so that a round of insertion serves many of them;
 - many choices do not fit registers so: PASS of them at a time are chosen, among the chunks behind those of the pass
   before, whose scores are the same bits again.
 """
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +21,7 @@ from torch import Tensor
 from ..segments import Segments
 from . import tuning
 from .bounds import clear_rows
-from .host import head_block, next_power_of_2
+from .host import INTERPRETED, head_block, next_power_of_2
 from .jit_helpers import _offset, _query_tile
 from .launcher import Buffer, empty, launch, rows, stage
 
@@ -51,43 +53,75 @@ def _gate(q: Buffer, means: Buffer, segments: Segments, choices: int) -> Buffer:
                               for dtype in (torch.float32, torch.int32))
     for place in range(0, choices, most):
         number = min(most, choices - place)
+        ptx = ("", "") if INTERPRETED or q.dtype.itemsize == 4 else insertion(
+            options["BLOCK_N"] // options["LANES"], number, options["LANES"], place > 0)
         launch(_gate_kernel, (num_tiles * num_heads,), q, means, selected, last_score, last_chunk,
                segments.cu_seqlens_q, segments.cu_seqlens_k, segments.seq_ids, segments.offsets,
                segments.num_segments, num_tiles, segments.chunk_size, place, choices, q.stride(0), q.stride(1),
                H=num_heads, HK=means.shape[1], D=head_dim, KS=number, BLOCK_KS=next_power_of_2(number),
                BLOCK_D=head_block(head_dim), PRECISION="ieee", BEHIND=place > 0, GOES_ON=place + number < choices,
-               **options)
+               PTX=ptx[0], CONSTRAINTS=ptx[1], **options)
     return selected
 
 
+@functools.cache
+def insertion(width: int, number: int, lanes: int, behind: bool) -> tuple[str, str]:
+    """PTX that offers a tile's scores of a (row, lane) to its list, and the constraints of its operands.
+
+    Arguments: ``number`` values ``v``, from the best down, and the one that waits (-inf: none); their chunks ``c``;
+    ``width`` scores ``x``, the last is offered first; a score ``t`` that what is chosen surpasses; the
+    ``first`` chunk of the tile and lane; score and chunk ``last`` and ``until``: if ``behind``, only what comes behind
+    these. Results: the first ``2 * number + 2``. Votes keep a warp together. What passes waits, until one comes to a
+    list in which one waits: all that wait are inserted then, behind equals, as far as what moves reaches ``t``.
+    """
+    state = [f"{x}{k}" for x in "vc" for k in (*range(number), "")]
+    names = state + [f"x{j}" for j in range(width)] + ["t", "first", "last", "until"]
+    lines = [f".reg .pred p<4>, q, r; .reg .b32 bar, low, new, y, {', '.join(names)};"]
+    lines += [f"mov.b32 {name}, ${len(state) + i};" for i, name in enumerate(names)]
+    lines.append(f"max.f32 low, t, 0fFF7FFFFF; max.f32 bar, t, v{number - 1};")
+    for end in range(width, 0, -4):
+        for j in range(end - 4, end):
+            p = f"p{j % 4}"
+            lines.append(f"setp.gt.f32 {p}, x{j}, bar;" + f" setp.le.and.f32 {p}, x{j}, last, {p};" * behind)
+        lines.append(f"AGAIN{end}: or.pred q, p0, p1; or.pred r, p2, p3; or.pred q, q, r; "
+                     f"vote.sync.any.pred q, q, -1; @!q bra.uni NEXT{end};")
+        for j in reversed(range(end - 4, end)):
+            p = f"p{j % 4}"
+            lines.append(f"vote.sync.any.pred q, {p}, -1; @!q bra.uni PASSED{j}; "
+                         f"add.s32 y, first, {j // 2 * 2 * lanes + j % 2};")
+            if behind:
+                lines.append(f"setp.neu.f32 r, x{j}, last; setp.lt.or.s32 r, y, until, r; and.pred {p}, {p}, r;")
+            lines.append(f"setp.gt.and.f32 r, v, 0fFF800000, {p}; vote.sync.any.pred r, r, -1; @r bra.uni INSERT{end}; "
+                         f"@{p} mov.b32 v, x{j}; @{p} mov.b32 c, y; xor.pred {p}, {p}, {p}; PASSED{j}:")
+        lines.append(f"bra.uni NEXT{end}; INSERT{end}: mov.b32 new, v;")
+        for k in range(number):
+            if k % 4 == 0 < k:
+                lines.append(f"setp.ge.f32 r, v, low; vote.sync.any.pred r, r, -1; @!r bra.uni INSERTED{end};")
+            lines.append(f"setp.gt.f32 r, new, v{k};")
+            lines += [f"selp.b32 y, {x}{k}, {x}, r; selp.b32 {x}{k}, {x}, {x}{k}, r; mov.b32 {x}, y;" for x in "vc"]
+        lines.append(f"INSERTED{end}: mov.b32 v, 0fFF800000; max.f32 bar, t, v{number - 1}; "
+                     f"bra.uni AGAIN{end}; NEXT{end}:")
+    lines += [f"mov.b32 ${i}, {name};" for i, name in enumerate(state)]
+    kinds = ["r" if name[0] in "cu" or name == "first" else "f" for name in names]
+    return "{ " + "\n".join(lines) + " }", ",".join(["=" + kind for kind in kinds[:len(state)]] + kinds)
+
+
 @triton.jit
-def _mean_rows(means, first, limit, HK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Means ``[BLOCK_N, BLOCK_D]`` of the chunks from ``first``; beyond ``limit`` the last one again (0 if none)."""
-    chunk = tl.maximum(tl.minimum(first + tl.arange(0, BLOCK_N), limit - 1), 0)
+def _scores(q_rows, means, tile, limit, earlier, MASKED: tl.constexpr, HK: tl.constexpr, D: tl.constexpr,
+            BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
+    """Scores ``[BLOCK_M, BLOCK_N]`` of a tile of chunks. MASKED: -inf from ``earlier`` on, which is up to ``limit``."""
+    chunk = tl.arange(0, BLOCK_N)
     col = tl.arange(0, BLOCK_D)
-    pointers = means + chunk[:, None] * (HK * D) + col[None, :]
-    if D < BLOCK_D:
-        rows = tl.load(pointers, mask=(col < D)[None, :], other=0.0)
+    if MASKED:
+        chunk += tile * BLOCK_N
+        pointers = means + tl.minimum(chunk, limit - 1)[:, None] * (HK * D) + col[None, :]
     else:
-        rows = tl.load(pointers)
-    return rows
-
-
-@triton.jit
-def _column_maxima(best, q_rows, means, earlier, last, limit, begin, end, MASKED: tl.constexpr, BEHIND: tl.constexpr,
-                   HK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-                   PRECISION: tl.constexpr):
-    """Raises ``best`` ``[BLOCK_M, BLOCK_N]`` to the scores, BEHIND: those below ``last``, of the tiles from chunk
-    ``begin`` to ``end``."""
-    for first in range(begin, end, BLOCK_N):
-        rows = _mean_rows(means, first, limit, HK, D, BLOCK_D, BLOCK_N)
-        s = tl.dot(q_rows, tl.trans(rows), input_precision=PRECISION)
-        if MASKED:
-            s = tl.where((first + tl.arange(0, BLOCK_N))[None, :] < earlier[:, None], s, -float("inf"))
-        if BEHIND:
-            s = tl.where(s < last[:, None], s, -float("inf"))
-        best = tl.maximum(best, s)
-    return best
+        pointers = means + tile * BLOCK_N * (HK * D) + chunk[:, None] * (HK * D) + col[None, :]
+    rows = tl.load(pointers) if D == BLOCK_D else tl.load(pointers, mask=(col < D)[None, :], other=0.0)
+    s = tl.dot(q_rows, tl.trans(rows), input_precision=PRECISION)
+    if MASKED:
+        s = tl.where(chunk[None, :] < earlier[:, None], s, -float("inf"))
+    return s
 
 
 @triton.jit
@@ -100,13 +134,15 @@ def _warm_threshold(q_rows, means, earlier, last, every, limit, BEHIND: tl.const
     Each column's maximum over the tiles is the score of another chunk, so KS chunks reach the KS-th of them.
     """
     best = tl.full([BLOCK_M, BLOCK_N], -float("inf"), tl.float32)
-    end = tl.cdiv(limit, BLOCK_N) * BLOCK_N
-    begin = tl.maximum(end - WARM * BLOCK_N, 0)
-    middle = tl.maximum(every // BLOCK_N * BLOCK_N, begin)  # up to here every row may choose every chunk
-    best = _column_maxima(best, q_rows, means, earlier, last, limit, begin, middle, False, BEHIND, HK, D, BLOCK_D,
-                          BLOCK_N, PRECISION)
-    best = _column_maxima(best, q_rows, means, earlier, last, limit, middle, end, True, BEHIND, HK, D, BLOCK_D, BLOCK_N,
-                          PRECISION)
+    end = tl.cdiv(limit, BLOCK_N)
+    begin = tl.maximum(end - WARM, 0)
+    middle = tl.maximum(every // BLOCK_N, begin)  # up to here every row may choose every chunk
+    for masked in tl.static_range(2):
+        for tile in range(middle if masked else begin, end if masked else middle):
+            s = _scores(q_rows, means, tile, limit, earlier, masked, HK, D, BLOCK_D, BLOCK_N, PRECISION)
+            if BEHIND:
+                s = tl.where(s < last[:, None], s, -float("inf"))
+            best = tl.maximum(best, s)
     if BLOCK_N > 2 * BLOCK_KS:  # fewer columns: a slightly lower bound at half the work
         best = tl.max(tl.reshape(best, [BLOCK_M, 2, BLOCK_N // 2]), 1)
     bound = tl.max(best, 1)
@@ -125,85 +161,48 @@ def _deal(s, LANES: tl.constexpr):
 
 
 @triton.jit
-def _pack(hits, WIDTH: tl.constexpr):
-    """Hits ``[BLOCK_M, LANES, WIDTH]`` as bits, the first column in the top one, and their number: ``[.., LANES]``."""
-    bits = (tl.full([WIDTH], 1, tl.int32) << (WIDTH - 1 - tl.arange(0, WIDTH)))[None, None, :]
-    if WIDTH <= 16:  # one sum yields both, exactly, on the units for fp32 products, which have nothing else to do
-        both = tl.sum(hits.to(tl.float32) * (bits + 65536).to(tl.float32), 2).to(tl.int32)
-        word, count = both & 65535, both >> 16
-    else:
-        word = tl.sum(tl.where(hits, bits, 0), 2)
-        count = tl.sum(hits.to(tl.int32), 2)
-    return word, count
-
-
-@triton.jit
-def _count_bits(word):
-    """Number of bits that are set."""
-    pairs = word - ((word >> 1) & 0x55555555)
-    fours = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
-    return (((fours + (fours >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24
-
-
-@triton.jit
-def _allowed(count, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    """Bits ``[BLOCK_M, LANES]`` of dealt columns below ``count`` ``[BLOCK_M]``; the first column has the top bit."""
-    count = tl.maximum(count, 0)[:, None]
-    rest = count % (2 * LANES) - 2 * tl.arange(0, LANES)[None, :]
-    below = tl.minimum(count // (2 * LANES) * 2 + tl.minimum(tl.maximum(rest, 0), 2), WIDTH)
-    return tl.where(below > 0, tl.full(below.shape, -1, tl.int32) << (WIDTH - tl.maximum(below, 1)), 0)
-
-
-@triton.jit
-def _lowest_bit(word):
-    """Number of the lowest set bit, from the exponent of that bit as a float; anything for 0."""
-    bit = (word & -word).to(tl.float32)
-    return ((bit.to(tl.int32, bitcast=True) >> 23) & 255) - 127
-
-
-@triton.jit
-def _pick(x, index, WIDTH: tl.constexpr):
-    """``x[..., index]``: halves are chosen from the lowest bit of the index up, so that no thread needs another's."""
+def _columns(x, WIDTH: tl.constexpr):
+    """The columns of ``x`` ``[.., LANES, WIDTH]``, each ``[.., LANES]``; split from the lowest bit of their number up,
+    so that no thread needs another's."""
     if WIDTH == 1:
-        picked = tl.reshape(x, index.shape)
+        columns = (tl.reshape(x, [x.shape[0], x.shape[1]]),)
     else:
         even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], WIDTH // 2, 2]))
-        picked = _pick(tl.where(((index & 1) != 0)[:, :, None], odd, even), index >> 1, WIDTH // 2)
-    return picked
+        evens = _columns(even, WIDTH // 2)
+        odds = _columns(odd, WIDTH // 2)
+        columns = ()
+        for i in tl.static_range(WIDTH // 2):
+            columns = columns + (evens[i], odds[i])
+    return columns
 
 
 @triton.jit
-def _insert(values, chunks, value, chunk, KS: tl.constexpr):
-    """Inserts into lists sorted from the best down, behind equals; the last falls out."""
-    new_values = ()
-    new_chunks = ()
-    next_value = value
-    next_chunk = chunk
+def _insert(state, value, chunk, KS: tl.constexpr):
+    """Inserts behind equals into lists of KS values from the best down and their chunks; what falls out waits."""
+    values = ()
+    chunks = ()
+    moved = value
     for j in tl.static_range(KS):
-        behind = value > values[j]  # once true, true for all that follow: equals keep their order
-        new_values = new_values + (tl.where(behind, next_value, values[j]),)
-        new_chunks = new_chunks + (tl.where(behind, next_chunk, chunks[j]),)
-        next_value = tl.where(behind, values[j], value)
-        next_chunk = tl.where(behind, chunks[j], chunk)
-    return new_values, new_chunks
+        better = value > state[j]  # once true, true for all that follow: equals keep their order
+        values = values + (tl.where(better, moved, state[j]),)
+        chunks = chunks + (tl.where(better, chunk, state[KS + 1 + j]),)
+        moved = tl.where(better, state[j], moved)
+        chunk = tl.where(better, state[KS + 1 + j], chunk)
+    return values + (moved,) + chunks + (chunk,)
 
 
 @triton.jit
-def _take_best(values, chunks, KS: tl.constexpr):
+def _take_best(state, KS: tl.constexpr):
     """The best chunk of each row ``[BLOCK_M]`` (-1: none), and the lists ``[BLOCK_M, LANES]`` without it."""
-    best = tl.max(values[0], 1)[:, None]
-    chunk = tl.max(tl.where(values[0] == best, chunks[0], -1), 1)
-    taken = (values[0] == best) & (chunks[0] == chunk[:, None])
-    new_values = ()
-    new_chunks = ()
+    best = tl.max(state[0], 1)[:, None]
+    chunk = tl.max(tl.where(state[0] == best, state[KS + 1], -1), 1)
+    taken = (state[0] == best) & (state[KS + 1] == chunk[:, None])
+    values = ()
+    chunks = ()
     for j in tl.static_range(KS):
-        if j + 1 < KS:
-            new_values = new_values + (tl.where(taken, values[j + 1], values[j]),)
-            new_chunks = new_chunks + (tl.where(taken, chunks[j + 1], chunks[j]),)
-        else:
-            new_values = new_values + (tl.where(taken, -float("inf"), values[j]),)
-            new_chunks = new_chunks + (tl.where(taken, -1, chunks[j]),)
-    return chunk, new_values, new_chunks
+        values = values + (tl.where(taken, state[j + 1], state[j]),)
+        chunks = chunks + (tl.where(taken, state[KS + 2 + j], state[KS + 1 + j]),)
+    return chunk, values + (state[KS],) + chunks + (state[2 * KS + 1],)
 
 
 @triton.jit(do_not_specialize=["num_segments", "num_tiles", "place", "choices"])
@@ -213,6 +212,7 @@ def _gate_kernel(
     H: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, KS: tl.constexpr,
     BLOCK_KS: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, BEHIND: tl.constexpr,
     GOES_ON: tl.constexpr, WARM: tl.constexpr, LANES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PTX: tl.constexpr, CONSTRAINTS: tl.constexpr, REFRESH: tl.constexpr = 4,
 ):
     """BLOCK_M queries of one segment and head against the earlier chunks of their sequence.
 
@@ -236,47 +236,46 @@ def _gate_kernel(
                      mask=valid[:, None] & (col < D)[None, :], other=0.0)
     means += (first_chunk.to(tl.int64) * HK + head // (H // HK)) * D
 
-    WIDTH: tl.constexpr = BLOCK_N // LANES
     threshold = tl.full([BLOCK_M], -float("inf"), tl.float32)
     last = threshold
     until = tl.zeros([BLOCK_M], tl.int32)
+    WIDTH: tl.constexpr = BLOCK_N // LANES
     if BEHIND:
         last = tl.load(last_score + rows * H + head, mask=valid, other=-float("inf"))
         until = tl.load(last_chunk + rows * H + head, mask=valid, other=0)
     if WARM > 0:
         threshold = _warm_threshold(q_rows, means, earlier, last, every, limit, BEHIND, KS, BLOCK_KS, HK, D, BLOCK_D,
                                     BLOCK_M, BLOCK_N, PRECISION, WARM)
-    values = (tl.full([BLOCK_M, LANES], -float("inf"), tl.float32),) * KS
-    chunks = (tl.full([BLOCK_M, LANES], -1, tl.int32),) * KS
-    num_steps = tl.cdiv(limit, BLOCK_N)
-    first = (num_steps - 1) * BLOCK_N
-    mean_rows = _mean_rows(means, first, limit, HK, D, BLOCK_D, BLOCK_N)
-    for step in range(0, num_steps):
-        s = tl.dot(q_rows, tl.trans(mean_rows), input_precision=PRECISION)
-        mean_rows = _mean_rows(means, tl.maximum(first - BLOCK_N, 0), limit, HK, D, BLOCK_D, BLOCK_N)
-        x = _deal(s, LANES)
-        hits = x > threshold[:, None, None]
-        if BEHIND:
-            hits &= x <= last[:, None, None]
-        word, count = _pack(hits, WIDTH)  # [BLOCK_M, LANES]
-        if first + BLOCK_N > every:
-            word &= _allowed(earlier - first, LANES, WIDTH)
-            count = _count_bits(word)
-        for _ in range(tl.max(tl.max(count, 1), 0)):
-            index = WIDTH - 1 - _lowest_bit(word)
-            value = tl.where(word != 0, _pick(x, index, WIDTH), -float("inf"))
-            word = word & (word - 1)
-            chunk = first_chunk + first + (index >> 1) * (2 * LANES) + 2 * tl.arange(0, LANES)[None, :] + (index & 1)
-            if BEHIND:
-                value = tl.where((value == last[:, None]) & (chunk >= until[:, None]), -float("inf"), value)
-            values, chunks = _insert(values, chunks, value, chunk, KS)
-        threshold = tl.maximum(threshold, tl.max(values[KS - 1], 1))
-        first -= BLOCK_N
+    state = (tl.full([BLOCK_M, LANES], -float("inf"), tl.float32),) * (KS + 1) + (
+        tl.full([BLOCK_M, LANES], -1, tl.int32),) * (KS + 1)
+    for unmasked in tl.static_range(2):
+        begin = 0 if unmasked else every // BLOCK_N  # up to here every row may choose every chunk
+        end = every // BLOCK_N if unmasked else tl.cdiv(limit, BLOCK_N)
+        for step in range(begin, end):
+            tile = begin + end - 1 - step
+            s = _scores(q_rows, means, tile, limit, earlier, not unmasked, HK, D, BLOCK_D, BLOCK_N, PRECISION)
+            x = _columns(_deal(s, LANES), WIDTH)
+            lane_chunk = first_chunk + tile * BLOCK_N + 2 * tl.arange(0, LANES)[None, :]
+            if PTX != "":
+                operands = state + x + (threshold[:, None], lane_chunk, last[:, None], until[:, None])
+                kinds: tl.constexpr = (tl.float32,) * (KS + 1) + (tl.int32,) * (KS + 1)
+                state = tl.inline_asm_elementwise(PTX, CONSTRAINTS, operands, kinds, is_pure=False, pack=1)
+            else:
+                for i in tl.static_range(WIDTH - 1, -1, -1):
+                    chunk = lane_chunk + (i // 2 * 2 * LANES + i % 2)
+                    hit = x[i] > threshold[:, None]
+                    if BEHIND:
+                        hit &= (x[i] < last[:, None]) | ((x[i] == last[:, None]) & (chunk < until[:, None]))
+                    state = _insert(state, tl.where(hit, x[i], -float("inf")), chunk, KS)
+            if tile % REFRESH == 0 or not unmasked:  # KS chunks reach each of these
+                threshold = tl.maximum(threshold, tl.max(state[KS - 1], 1))
+                threshold = tl.maximum(threshold, tl.min(state[(KS - 1) // LANES], 1))
+    state = _insert(state, state[KS], state[2 * KS + 1], KS)
 
     to = selected + (rows * H + head) * choices + place
     for j in range(KS):
-        last = tl.max(values[0], 1)
-        until, values, chunks = _take_best(values, chunks, KS)
+        last = tl.max(state[0], 1)
+        until, state = _take_best(state, KS)
         tl.store(to + j, until, mask=valid)
     if GOES_ON:
         tl.store(last_score + rows * H + head, last, mask=valid)
