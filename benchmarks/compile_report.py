@@ -46,7 +46,7 @@ MULTIPROCESSORS = 132
 """Of the card that launchers are told they run on, where they ask; an H200's."""
 ONE_OF_EACH_CLASS = (80, 86, 90, 100)
 """One card of each class of the tuning tables; 89 and 120 share 86's rows."""
-BEYOND = {"chunk_size": 4096, "choices": 63, "ragged": 1}
+BEYOND = {"chunk_size": 4096, "choices": 63}
 """Values that exceed every bound of a row's key in the tables."""
 MORE_SHAPES = (86, 90)
 """The card with the least shared memory, and the one the kernels are tuned on."""
@@ -330,11 +330,12 @@ def problems_for(capability: int, head_dims: list[int] | None = None) -> list[Pr
                 Problem(128, 512, decode=True, shared=True),
                 Problem(256, 100, heads=4, kv_heads=2, dtype=torch.float32, beside=True)]
     if capability in MORE_SHAPES:
-        problems += [Problem(80, 512), Problem(192, 512, head_dim_v=128), Problem(64, 128, topk=16),
+        problems += [Problem(80, 512), Problem(96, 128), Problem(96, 512), Problem(192, 512, head_dim_v=128),
+                     Problem(64, 128, topk=16),
                      Problem(128, 500, topk=3, heads=16, kv_heads=16, dtype=torch.float16),
                      Problem(128, 512, topk=64, deterministic=True, lse_gradient=True)]
     if capability == LEAST_SHARED_MEMORY:
-        problems += [Problem(32, 512), Problem(96, 512), Problem(256, 512, dtype=torch.float32, decode=True)]
+        problems += [Problem(32, 512), Problem(256, 512, dtype=torch.float32, decode=True)]
     if capability in ONE_OF_EACH_CLASS:
         problems.append(Problem(192, 512, topk=64, heads=4, kv_heads=4, head_dim_v=128, dtype=torch.float16,
                                 decode=True))
@@ -369,9 +370,9 @@ def stage_of(kernel: str) -> str:
 def launches(problem: Problem, capability: int) -> set[tuple[str, str, str]]:
     """What a problem launches: (kernel, repr of its row of the tuning table, what else changes it); compiles nothing.
 
-    A Gluon kernel is another program for chunks of one block of keys, of several, and where the last is ragged, and
-    for rows of q that lie apart, which those beside the stages do; that of delta, with the gradient of lse; what
-    runs beside the stages, for each dtype; and what reads choices, where heads share them.
+    A Gluon kernel is another program for each head dim, for chunks of one block of keys, of several, and where the last
+    is ragged, and for rows of q that lie apart, which those beside the stages do; that of delta, with the gradient of
+    lse; what runs beside the stages, for each dtype; and what reads choices, where heads share them.
     """
     record: list = []
     with (tuning.forced(tuning.arch_of_capability(*divmod(capability, 10)), record=record),
@@ -382,7 +383,8 @@ def launches(problem: Problem, capability: int) -> set[tuple[str, str, str]]:
     for kernel in {name for name, _ in launched}:
         row, change = rows.get(stage_of(kernel)), ""
         if row and is_gluon(row.config):
-            change = f"{min(blocks, 2)} blocks" + ", ragged" * bool(rest) + ", apart" * problem.beside
+            change = (f"D {problem.head_dim}, {min(blocks, 2)} blocks" + ", ragged" * bool(rest)
+                      + ", apart" * problem.beside)
         elif stage_of(kernel) == "attention_bwd_delta" and problem.lse_gradient:
             change = "dlse"
         elif problem.beside and not row:

@@ -130,7 +130,7 @@ def _kernel_of(stage: str, config: MoBAConfig) -> str:
     q = torch.empty(16, 1, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
     gluon = sm90.takes(q, q, q, q)
     options = tuning.config(stage, q.device, head_dim=HEAD_DIM, itemsize=2, chunk_size=config.chunk_size,
-                            choices=config.topk - 1, ragged=config.chunk_size % 64, gluon=gluon)
+                            choices=config.topk - 1, gluon=gluon)
     arch = tuning.arch_of(q.device)
     if is_gluon(options):
         return f"Hopper (Gluon), by the tuning table's rows for {arch}"

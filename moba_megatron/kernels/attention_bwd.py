@@ -266,7 +266,7 @@ def _attention_bwd_dq(call: AttentionCall, routing: Routing, tiles: Tiles, dq_pa
         return
     grid, lists = call.over_lists(routing, tiles, group)
     launch(_attention_bwd_dq_kernel, grid, **call.arguments(
-        _attention_bwd_dq_kernel, **call.key_tiles(options["BLOCK_N"]), **lists, dq_partial=dq_partial, one=1.0,
+        _attention_bwd_dq_kernel, **call.key_tiles(options["BLOCK_N"]), **lists, dq_partial=dq_partial,
         RAGGED=call.segments.chunk_size % options["BLOCK_N"] != 0, **options))
 
 

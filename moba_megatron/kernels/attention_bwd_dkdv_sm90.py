@@ -3,7 +3,7 @@
 A program owns 128 keys of one (chunk, kv head), 64 for each of two groups of warps. The loader gathers the rows of the
 chunk's list, then those whose diagonal chunk it is; long lists are cut as in ``attention_bwd_dkdv.py``. While one group
 computes weights, the other's products run. Where the keys are the whole chunk, the groups hand each other their halves
-of ds through shared memory and write the partial dq of every other block of rows.
+of ds through shared memory and write the partial dq of every other block of rows, a block late: no one waits for it.
 """
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -19,6 +19,7 @@ from . import sm90
 from .attention_call import AttentionCall
 from .jit_helpers_sm90 import (
     LOADER_WARPS,
+    _allocate,
     _barriers,
     _choice_row,
     _copy_listed,
@@ -30,6 +31,11 @@ from .jit_helpers_sm90 import (
     _partial_row,
     _piece_items,
     _piece_of_list,
+    _row_layout,
+    _start_scores,
+    _start_sums,
+    _tile,
+    _zeros,
     async_load,
 )
 from .launcher import Buffer, launch
@@ -75,7 +81,7 @@ def _copy_terms(smem, full, stage, terms, row):
 
 @gluon.jit
 def _loader(pointers, spans, smem, kv_smem, bars, ints, strides, H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr,
-            SHARED: gl.constexpr, EVEN: gl.constexpr, STAGES: gl.constexpr):
+            SHARED: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, EVEN: gl.constexpr, STAGES: gl.constexpr):
     q, k, v, do, terms, indices = pointers
     segment_begin, segment_end, offsets, first_segment, end_segment = spans
     q_smem, do_smem, lse_smem, delta_smem = smem
@@ -83,17 +89,16 @@ def _loader(pointers, spans, smem, kv_smem, bars, ints, strides, H: gl.constexpr
     full, empty, kv_full = bars
     count, kv_head, first_row, chunk_end, first_position, chunk_end_position, num_rows = ints
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh = strides
-    BLOCK_M: gl.constexpr = q_smem.shape[1]
-    D: gl.constexpr = q_smem.shape[2]
-    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [LOADER_WARPS, 1], [1, 0])
+    BLOCK_M: gl.constexpr = q_smem[0].shape[1]
+    ROWS: gl.constexpr = _row_layout(D)
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [LOADER_WARPS], [0])
     half = gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS))
     wide_head = kv_head.to(gl.int64)
     for part in gl.static_range(2):
         key = first_row + part * 64 + half
-        keep = key < chunk_end
-        _copy_rows(k_smem.index(part), k, key.to(gl.int64), wide_head, stride_kt, stride_kh, ROWS, keep)
-        _copy_rows(v_smem.index(part), v, key.to(gl.int64), wide_head, stride_vt, stride_vh, ROWS, keep)
+        exists = key < chunk_end
+        _copy_rows(_tile(k_smem, part), k, key.to(gl.int64), wide_head, stride_kt, stride_kh, ROWS, exists)
+        _copy_rows(_tile(v_smem, part), v, key.to(gl.int64), wide_head, stride_vt, stride_vh, ROWS, exists)
     async_copy.mbarrier_arrive(kv_full, increment_count=False)
 
     lane = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, ROWS))
@@ -110,8 +115,9 @@ def _loader(pointers, spans, smem, kv_smem, bars, ints, strides, H: gl.constexpr
             line_choice = _listed(indices, gl.minimum(first + BLOCK_M + line, count - 1), None, KS, SHARED)
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-            _copy_listed(q_smem.index(stage), q, this_choice, kv_head, stride_qt, stride_qh, H, G, KS, EVEN, ROWS)
-            _copy_listed(do_smem.index(stage), do, this_choice, kv_head, stride_dot, stride_doh, H, G, KS, EVEN, ROWS)
+            _copy_listed(_tile(q_smem, stage), q, this_choice, kv_head, stride_qt, stride_qh, H, G, KS, D, EVEN, ROWS)
+            _copy_listed(_tile(do_smem, stage), do, this_choice, kv_head, stride_dot, stride_doh, H, G, KS, DV, EVEN,
+                         ROWS)
             _copy_terms(smem, full, stage, terms, row)
             step += 1
     for segment in range(first_segment, end_segment):
@@ -126,76 +132,101 @@ def _loader(pointers, spans, smem, kv_smem, bars, ints, strides, H: gl.constexpr
             keep = position < high
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-            _copy_rows(q_smem.index(stage), q, token, head, stride_qt, stride_qh, ROWS, keep)
-            _copy_rows(do_smem.index(stage), do, token, head, stride_dot, stride_doh, ROWS, keep)
+            _copy_rows(_tile(q_smem, stage), q, token, head, stride_qt, stride_qh, ROWS, keep)
+            _copy_rows(_tile(do_smem, stage), do, token, head, stride_dot, stride_doh, ROWS, keep)
             _copy_terms(smem, full, stage, terms, row)
             step += 1
 
 
 @gluon.jit
-def _add_rows(k, v, smem, full, empty, step, dk, dv, qk_scale, key_position, query_position, key_end, ds_half,
+def _add_rows(k, v, smem, full, empty, step, dk, dv, qk_scale, key_position, query_position, key_end, ds_to,
               CAUSAL: gl.constexpr, STAGES: gl.constexpr):
-    """Adds one block of rows to dk and dv ``[64, D]``, and frees its buffers; leaves ds in ``ds_half``, if given.
+    """Adds one block of rows to dk and dv of 64 keys, and frees its buffers; ``ds_to``, if given: a place for ds, and
+    its barriers.
 
     Keys from ``key_end`` on, if given, get no weight: zeros add nothing, unless their weight overflows.
     """
     q_smem, do_smem, lse_smem, delta_smem = smem
-    BLOCK_M: gl.constexpr = q_smem.shape[1]
+    BLOCK_M: gl.constexpr = q_smem[0].shape[1]
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16])
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
     stage = step % STAGES
     mbarrier.wait(full.index(stage), (step // STAGES) & 1)
     fence_async_shared()
-    q = q_smem.index(stage)
-    do = do_smem.index(stage)
+    q = _tile(q_smem, stage)
+    do = _tile(do_smem, stage)
     zero = gl.zeros([64, BLOCK_M], gl.float32, layout=S)
-    s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
-    dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
+    s = _start_scores(k, q, zero)
+    dp = _start_scores(v, do, zero)
     lse = lse_smem.index(stage).load(gl.SliceLayout(0, S))
-    s = warpgroup_mma_wait(1, deps=(s,))
+    s = warpgroup_mma_wait(len(do), deps=(s,))
     p = gl.exp2(s * qk_scale - lse[None, :])
     if CAUSAL:
         p = gl.where(key_position[:, None] <= query_position[None, :], p, 0.0)
     if key_end is not None:
         p = gl.where((key_position < key_end)[:, None], p, 0.0)
-    dv = warpgroup_mma(gl.convert_layout(p.to(do.dtype), OPERAND), do, dv, is_async=True)
-    dp = warpgroup_mma_wait(1, deps=(dp,))
+    dv = _start_sums(p.to(do[0].dtype), do, dv)
+    dp = warpgroup_mma_wait(len(do), deps=(dp,))
     delta = delta_smem.index(stage).load(gl.SliceLayout(0, S))
-    ds = (p * (dp - delta[None, :])).to(q.dtype)
-    if ds_half is not None:
-        ds_half.store(ds)
+    ds = (p * (dp - delta[None, :])).to(q[0].dtype)
+    if ds_to is not None:
+        mbarrier.wait(ds_to[2], ((step >> 1) & 1) ^ 1)
+        ds_to[0].store(ds)
         fence_async_shared()
-    dk = warpgroup_mma(gl.convert_layout(ds, OPERAND), q, dk, is_async=True)
-    dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
+        mbarrier.arrive(ds_to[1], count=1)
+    both = warpgroup_mma_wait(0, deps=_start_sums(ds, q, dk) + dv)
     mbarrier.arrive(empty.index(stage), count=1)
-    return dk, dv
+    return both[:len(q)], both[len(q):]
 
 
 @gluon.jit
-def _write_dq_partial(k_smem, ds_smem, out_smem, turn, indices, first, count, places, softmax_scale, kv_head,
-                 H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, SHARED: gl.constexpr):
-    """dq of one block of rows against both halves of the keys, into their partial dq."""
+def _write_columns(ds_smem, k_smem, out_smem, turn: gl.constexpr, to, keep, softmax_scale):
+    """Those columns of a block's dq that k's tiles have, 64 at a time: registers hold no more beside dk and dv."""
+    COLUMNS: gl.constexpr = k_smem.shape[2]
+    out = out_smem.index(turn)
+    for first in gl.static_range(0, COLUMNS, 64):
+        dq = _zeros(ds_smem.shape[2], out_smem)
+        for half in gl.static_range(2):
+            keys = k_smem.index(half).slice(first, out.shape[1], dim=1)
+            weights = ds_smem.index(turn * 2 + half).permute((1, 0))
+            dq = warpgroup_mma(weights, keys, dq, use_acc=half > 0, is_async=True)
+        dq = warpgroup_mma_wait(0, deps=(dq,))
+        out.store((dq * softmax_scale).to(out.dtype))  # whole lines are stored from here
+        cols = first + gl.arange(0, out.shape[1], layout=gl.SliceLayout(0, to.type.layout.parent))
+        gl.store(to[:, None] + cols[None, :], out.load(to.type.layout.parent), mask=keep[:, None])
+
+
+@gluon.jit
+def _write_dq_partial(k_smem, dq_smem, turn: gl.constexpr, step, indices, first, count, places, softmax_scale, kv_head,
+                      H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, SHARED: gl.constexpr, D: gl.constexpr):
+    """dq of a step's block of rows against both halves of the keys, into their partial dq."""
+    ds_smem, out_smem, ds_full, ds_empty = dq_smem
     dq_partial, first_head, group_heads = places
-    BLOCK_M: gl.constexpr = out_smem.shape[0]
-    D: gl.constexpr = out_smem.shape[1]
-    ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
-    OUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    BLOCK_M: gl.constexpr = ds_smem.shape[2]
+    OUT: gl.constexpr = _row_layout(D if D % 64 else 64)
     index = first + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, OUT))
-    cols = gl.arange(0, D, layout=gl.SliceLayout(0, OUT))
     choice = _listed(indices, gl.minimum(index, count - 1), None, KS, SHARED)
-    dq = gl.zeros([BLOCK_M, D], gl.float32, layout=ACC)
-    dq = warpgroup_mma(ds_smem.index(turn * 2).permute((1, 0)), k_smem.index(0), dq, use_acc=False, is_async=True)
-    dq = warpgroup_mma(ds_smem.index(turn * 2 + 1).permute((1, 0)), k_smem.index(1), dq, is_async=True)
-    dq = warpgroup_mma_wait(0, deps=(dq,))
-    out_smem.store((dq * softmax_scale).to(out_smem.dtype))  # whole lines are stored from here
-    partial_row = _partial_row(choice, kv_head, first_head, group_heads, H, G, KS)
-    gl.store(dq_partial + partial_row[:, None] * D + cols[None, :], out_smem.load(OUT), mask=(index < count)[:, None])
+    to = dq_partial + _partial_row(choice, kv_head, first_head, group_heads, H, G, KS) * D
+    mbarrier.wait(ds_full.index(turn), (step >> 1) & 1)
+    for i in gl.static_range(len(k_smem)):
+        _write_columns(ds_smem, k_smem[i], out_smem[i], turn, to + i * k_smem[0].shape[2], index < count, softmax_scale)
+    mbarrier.arrive(ds_empty.index(turn), count=1)
+
+
+@gluon.jit
+def _write_sums(pointer, sums, keys, stride: gl.constexpr):
+    """Writes dk or dv of the first ``keys`` of 64 keys to rows so many elements apart."""
+    for i in gl.static_range(len(sums)):
+        x = sums[i]
+        cols = i * sums[0].shape[1] + gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, x.type.layout))
+        rows = gl.arange(0, 64, layout=gl.SliceLayout(1, x.type.layout))
+        gl.store(pointer + rows[:, None] * stride + cols[None, :], x.to(pointer.dtype.element_ty),
+                 mask=(rows < keys)[:, None])
 
 
 @gluon.jit
 def _consumer(part: gl.constexpr, spans, smem, kv_smem, dq_smem, bars, ints, outs, dq_outs, scales, H: gl.constexpr,
-              HK: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, SHARED: gl.constexpr, CUT: gl.constexpr,
-              HAS_DQ: gl.constexpr, RAGGED: gl.constexpr, STAGES: gl.constexpr):
+              HK: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, SHARED: gl.constexpr, D: gl.constexpr,
+              DV: gl.constexpr, CUT: gl.constexpr, HAS_DQ: gl.constexpr, RAGGED: gl.constexpr, STAGES: gl.constexpr):
     """64 of the 128 keys, by one group of four warps."""
     segment_begin, segment_end, offsets, first_segment, end_segment = spans
     q_smem, do_smem, lse_smem, delta_smem = smem
@@ -204,16 +235,14 @@ def _consumer(part: gl.constexpr, spans, smem, kv_smem, dq_smem, bars, ints, out
     count, kv_head, first_row, chunk_end, first_position, chunk_end_position, num_rows = ints
     dk_out, dv_out, dkdv_partial, partial_index, chunk_row, chunk_size = outs
     qk_scale, softmax_scale = scales
-    BLOCK_M: gl.constexpr = q_smem.shape[1]
-    D: gl.constexpr = q_smem.shape[2]
+    BLOCK_M: gl.constexpr = q_smem[0].shape[1]
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16])
-    ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
-    k = k_smem.index(part)
-    v = v_smem.index(part)
+    k = _tile(k_smem, part)
+    v = _tile(v_smem, part)
     key_position = first_position + part * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
     lane = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, S))
-    dk = gl.zeros([64, D], gl.float32, layout=ACC)
-    dv = gl.zeros([64, D], gl.float32, layout=ACC)
+    dk = [_zeros(64, it) for it in k_smem]
+    dv = [_zeros(64, it) for it in v_smem]
     mbarrier.wait(kv_full, 0)
     fence_async_shared()
     step = 0
@@ -222,17 +251,17 @@ def _consumer(part: gl.constexpr, spans, smem, kv_smem, dq_smem, bars, ints, out
         ds_smem, out_smem, ds_full, ds_empty = dq_smem
         for first in range(0, count, BLOCK_M):
             turn = step & 1
-            phase = (step >> 1) & 1
-            mbarrier.wait(ds_empty.index(turn), phase ^ 1)
             dk, dv = _add_rows(k, v, smem, full, empty, step, dk, dv, qk_scale, key_position, lane,
-                               chunk_end_position if RAGGED else None, ds_smem.index(turn * 2 + part), False, STAGES)
-            mbarrier.arrive(ds_full.index(turn), count=1)
-            if turn == part:
-                mbarrier.wait(ds_full.index(turn), phase)
-                _write_dq_partial(k_smem, ds_smem, out_smem.index(part), turn, indices, first, count, places,
-                                  softmax_scale, kv_head, H, G, KS, SHARED)
-                mbarrier.arrive(ds_empty.index(turn), count=1)
+                               chunk_end_position if RAGGED else None,
+                               (ds_smem.index(turn * 2 + part), ds_full.index(turn), ds_empty.index(turn)), False,
+                               STAGES)
+            if (turn != part) & (step > 0):
+                _write_dq_partial(k_smem, dq_smem, part, step - 1, indices, first - BLOCK_M, count, places,
+                                  softmax_scale, kv_head, H, G, KS, SHARED, D)
             step += 1
+        if (step & 1 != part) & (step > 0):
+            _write_dq_partial(k_smem, dq_smem, part, step - 1, indices, (step - 1) * BLOCK_M, count, places,
+                              softmax_scale, kv_head, H, G, KS, SHARED, D)
     elif KS > 0:
         for first in range(0, count, BLOCK_M):
             dk, dv = _add_rows(k, v, smem, full, empty, step, dk, dv, qk_scale, key_position, lane, None, None, False,
@@ -244,19 +273,18 @@ def _consumer(part: gl.constexpr, spans, smem, kv_smem, dq_smem, bars, ints, out
             dk, dv = _add_rows(k, v, smem, full, empty, step, dk, dv, qk_scale, key_position,
                                low + i % blocks * BLOCK_M + lane, None, None, True, STAGES)
             step += 1
-    dk *= softmax_scale
-    cols = gl.arange(0, D, layout=gl.SliceLayout(0, ACC))
-    rows = first_row + part * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, ACC))
-    keep = (rows < chunk_end)[:, None]
+    dk = [x * softmax_scale for x in dk]
+    first_row += part * 64
+    keys = chunk_end - first_row
     if CUT:
         if partial_index >= 0:
-            to = dkdv_partial + (partial_index * chunk_size + rows - chunk_row)[:, None] * (2 * D)
-            gl.store(to + cols[None, :], dk, mask=keep)
-            gl.store(to + D + cols[None, :], dv, mask=keep)
-        keep = keep & (partial_index < 0)
-    at = (rows.to(gl.int64) * HK + kv_head)[:, None] * D + cols[None, :]
-    gl.store(dk_out + at, dk.to(dk_out.dtype.element_ty), mask=keep)
-    gl.store(dv_out + at, dv.to(dv_out.dtype.element_ty), mask=keep)
+            to = dkdv_partial + (partial_index * chunk_size + first_row - chunk_row) * (D + DV)
+            _write_sums(to, dk, keys, D + DV)
+            _write_sums(to + D, dv, keys, D + DV)
+            keys = 0
+    at = first_row.to(gl.int64) * HK + kv_head
+    _write_sums(dk_out + at * D, dk, keys, HK * D)
+    _write_sums(dv_out + at * DV, dv, keys, HK * DV)
 
 
 # Shared memory      written by           read by                                           full      empty (arrivals)
@@ -275,8 +303,9 @@ def _attention_bwd_dkdv_sm90_kernel(
     num_extra, split, kv_head_begin, kv_head_end,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,
     H: gl.constexpr, HK: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, SHARED: gl.constexpr, D: gl.constexpr,
-    PACKED: gl.constexpr, EVEN: gl.constexpr, HAS_DQ: gl.constexpr, RAGGED: gl.constexpr, BLOCK_M: gl.constexpr,
-    STAGES: gl.constexpr, LOADER_REGS: gl.constexpr, CONSUMER_REGS: gl.constexpr, num_warps: gl.constexpr,
+    DV: gl.constexpr, PACKED: gl.constexpr, EVEN: gl.constexpr, HAS_DQ: gl.constexpr, RAGGED: gl.constexpr,
+    BLOCK_M: gl.constexpr, STAGES: gl.constexpr, LOADER_REGS: gl.constexpr, CONSUMER_REGS: gl.constexpr,
+    num_warps: gl.constexpr,
 ):
     """The first ``num_extra * num_key_tiles`` programs take the extra pieces of long lists."""
     tile = gl.program_id(0) % num_key_tiles
@@ -310,15 +339,13 @@ def _attention_bwd_dkdv_sm90_kernel(
     end_segment = gl.where(piece > 0, first_segment, end_segment)
 
     dtype: gl.constexpr = q.dtype.element_ty
-    ROWS_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, D], dtype)
-    KEYS_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], dtype)
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
-    q_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, D], ROWS_SMEM)
-    do_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, D], ROWS_SMEM)
+    q_smem = _allocate(dtype, STAGES, BLOCK_M, D)
+    do_smem = _allocate(dtype, STAGES, BLOCK_M, DV)
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], PLAIN)
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], PLAIN)
-    k_smem = gl.allocate_shared_memory(dtype, [2, 64, D], KEYS_SMEM)
-    v_smem = gl.allocate_shared_memory(dtype, [2, 64, D], KEYS_SMEM)
+    k_smem = _allocate(dtype, 2, 64, D)
+    v_smem = _allocate(dtype, 2, 64, DV)
     full = _barriers(STAGES, 32 * LOADER_WARPS)
     empty = _barriers(STAGES, 2)
     kv_full = _barriers(1, 32 * LOADER_WARPS).index(0)
@@ -326,7 +353,7 @@ def _attention_bwd_dkdv_sm90_kernel(
     if HAS_DQ:
         HALF: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_M], dtype)
         ds_smem = gl.allocate_shared_memory(dtype, [4, 64, BLOCK_M], HALF)
-        out_smem = gl.allocate_shared_memory(dtype, [2, BLOCK_M, D], ROWS_SMEM)
+        out_smem = _allocate(dtype, 2, BLOCK_M, D if D % 64 else 64)
         ds_full = _barriers(2, 2)
         ds_empty = _barriers(2, 1)
         dq_smem = (ds_smem, out_smem, ds_full, ds_empty)
@@ -344,9 +371,10 @@ def _attention_bwd_dkdv_sm90_kernel(
     strides = (stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh)
     scales = (qk_scale, softmax_scale)
     gl.warp_specialize([
-        (_consumer, (0, spans, smem, kv_smem, dq_smem, bars, ints, outs, dq_outs, scales, H, HK, G, KS, SHARED, CUT,
-                     HAS_DQ, RAGGED, STAGES)),
-        (_consumer, (1, spans, smem, kv_smem, dq_smem, bars, ints, outs, dq_outs, scales, H, HK, G, KS, SHARED, CUT,
-                     HAS_DQ, RAGGED, STAGES)),
-        (_loader, (pointers, spans, smem, kv_smem, bars, ints, strides, H, G, KS, SHARED, EVEN, STAGES)),
+        (_consumer, (0, spans, smem, kv_smem, dq_smem, bars, ints, outs, dq_outs, scales, H, HK, G, KS, SHARED, D, DV,
+                     CUT, HAS_DQ, RAGGED, STAGES)),
+        (_consumer, (1, spans, smem, kv_smem, dq_smem, bars, ints, outs, dq_outs, scales, H, HK, G, KS, SHARED, D, DV,
+                     CUT, HAS_DQ, RAGGED, STAGES)),
+        (_loader, (pointers, spans, smem, kv_smem, bars, ints, strides, H, G, KS, SHARED, D, DV, EVEN,
+                   STAGES)),
     ], [4, LOADER_WARPS], [CONSUMER_REGS, LOADER_REGS])

@@ -10,11 +10,11 @@ from .jit_helpers import _choice_row, _chunk_keys, _listed, _offset, _query_tile
 @triton.jit(do_not_specialize=["num_chunks", "num_sequences", "kv_head_begin", "kv_head_end"])
 def _attention_bwd_dq_kernel(
     q, k, v, do, terms, indices, tile_csr_row, tile_begin, tile_end, tile_indptr, cu_seqlens_k, dq_partial,
-    qk_scale, softmax_scale, one, chunk_size, num_chunks, num_sequences, kv_head_begin, kv_head_end,
+    qk_scale, softmax_scale, chunk_size, num_chunks, num_sequences, kv_head_begin, kv_head_end,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,
     H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, SHARED: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, USE_TMA: tl.constexpr, RAGGED: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IN_REGISTERS: tl.constexpr = False,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """BLOCK_M indices of one (chunk, kv head): the rows stay, the chunk's keys and values stream past."""
     tile = tl.program_id(0) + tl.load(tile_indptr + kv_head_begin * num_chunks)
@@ -33,9 +33,6 @@ def _attention_bwd_dq_kernel(
     row, token, head = _choice_row(choice, kv_head, H, G, KS)
     q_rows = _gather_rows(q, token, head, stride_qt, stride_qh, G, D, BLOCK_D)  # choice 0 stands in beyond the end
     do_rows = _gather_rows(do, token, head, stride_dot, stride_doh, G, DV, BLOCK_DV)
-    if IN_REGISTERS:  # what was just loaded would be multiplied out of shared memory, again for every tile of keys
-        q_rows = (q_rows.to(tl.float32) * one).to(q_rows.dtype)
-        do_rows = (do_rows.to(tl.float32) * one).to(do_rows.dtype)
     row_lse = tl.load(terms + row.to(tl.int64) * 4, mask=valid, other=float("inf"))
     row_delta = tl.load(terms + row.to(tl.int64) * 4 + 1, mask=valid, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)

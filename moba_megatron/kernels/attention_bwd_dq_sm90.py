@@ -9,7 +9,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
@@ -18,12 +17,22 @@ from . import sm90
 from .attention_call import AttentionCall
 from .jit_helpers_sm90 import (
     LOADER_WARPS,
+    _allocate,
     _barriers,
     _choice_row,
     _chunk_keys,
+    _kept,
     _listed,
     _load_list,
     _partial_row,
+    _row_layout,
+    _start_scores,
+    _start_sums,
+    _store_rows,
+    _through_tile,
+    _tile,
+    _wait,
+    _zeros,
 )
 from .launcher import Buffer, launch
 from .routing import Tiles
@@ -50,40 +59,37 @@ def _load_terms(terms, choice, kv_head, H: gl.constexpr, G: gl.constexpr, KS: gl
 @gluon.jit
 def _add_tile(dq, q, do, lse, delta, smem, bars, step, key, chunk_size, qk_scale, USE_TMA: gl.constexpr,
               RAGGED: gl.constexpr):
-    """Adds one tile of keys to dq ``[64, D]``, and frees the tile's buffers."""
+    """Adds one tile of keys to dq, and frees the tile's buffers."""
     q_smem, do_smem, k_smem, v_smem = smem
     row_full, row_empty, k_full, v_full, kv_empty = bars
-    STAGES: gl.constexpr = k_smem.shape[0]
-    BLOCK_N: gl.constexpr = k_smem.shape[1]
+    STAGES: gl.constexpr = k_smem[0].shape[0]
+    BLOCK_N: gl.constexpr = k_smem[0].shape[1]
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
     zero = gl.zeros([64, BLOCK_N], gl.float32, layout=S)
     stage = step % STAGES
     phase = (step // STAGES) & 1
-    k = k_smem.index(stage)
+    k = _tile(k_smem, stage)
     mbarrier.wait(k_full.index(stage), phase)
     if not USE_TMA:
         fence_async_shared()
-    s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+    s = _start_scores(q, k, zero)
     mbarrier.wait(v_full.index(stage), phase)
     if not USE_TMA:
         fence_async_shared()
-    dp = warpgroup_mma(do, v_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(1, deps=(s,))
+    dp = _start_scores(do, _tile(v_smem, stage), zero)
+    s = warpgroup_mma_wait(len(v_smem), deps=(s,))
     p = gl.exp2(s * qk_scale - lse[:, None])
     if RAGGED:
-        index = key + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S))
-        p = gl.where((index < chunk_size)[None, :], p, 0.0)
+        p = gl.where(_kept(key, chunk_size, BLOCK_N, gl.SliceLayout(0, S))[None, :], p, 0.0)
     dp = warpgroup_mma_wait(0, deps=(dp,))
-    ds = gl.convert_layout((p * (dp - delta[:, None])).to(k.dtype), gl.DotOperandLayout(0, dq.type.layout, 2))
-    dq = warpgroup_mma(ds, k, dq, is_async=True)
-    dq = warpgroup_mma_wait(0, deps=(dq,))
+    dq = _wait(0, _start_sums((p * (dp - delta[:, None])).to(k[0].dtype), k, dq))
     mbarrier.arrive(kv_empty.index(stage), count=1)
     return dq
 
 
 @gluon.jit
 def _consumer(part: gl.constexpr, terms, indices, outs, smem, bars, ints, scales, H: gl.constexpr, G: gl.constexpr,
-              KS: gl.constexpr, SHARED: gl.constexpr, BUFFERS: gl.constexpr, USE_TMA: gl.constexpr,
+              KS: gl.constexpr, SHARED: gl.constexpr, D: gl.constexpr, BUFFERS: gl.constexpr, USE_TMA: gl.constexpr,
               RAGGED: gl.constexpr):
     """64 rows of every 128, by one group of four warps."""
     q_smem, do_smem, k_smem, v_smem = smem
@@ -91,14 +97,11 @@ def _consumer(part: gl.constexpr, terms, indices, outs, smem, bars, ints, scales
     dq_partial, first_head, group_heads = outs
     count, kv_head, first_key, chunk_size = ints
     qk_scale, softmax_scale = scales
-    D: gl.constexpr = q_smem.shape[2]
-    BLOCK_N: gl.constexpr = k_smem.shape[1]
+    BLOCK_N: gl.constexpr = k_smem[0].shape[1]
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
-    ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
-    OUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    OUT: gl.constexpr = _row_layout(D)
     lane = part * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
     at = part * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, OUT))
-    cols = gl.arange(0, D, layout=gl.SliceLayout(0, OUT))
     choice = _listed(indices, gl.minimum(lane, count - 1), None, KS, SHARED)
     next_lse, next_delta = _load_terms(terms, choice, kv_head, H, G, KS)
     choice = _listed(indices, gl.minimum(lane + 128, count - 1), None, KS, SHARED)
@@ -112,19 +115,18 @@ def _consumer(part: gl.constexpr, terms, indices, outs, smem, bars, ints, scales
         buffer = tile % BUFFERS
         mbarrier.wait(row_full.index(buffer), (tile // BUFFERS) & 1)
         fence_async_shared()
-        q = q_smem.index(buffer * 2 + part)
-        do = do_smem.index(buffer * 2 + part)
-        dq = gl.zeros([64, D], gl.float32, layout=ACC)
+        q = _tile(q_smem, buffer * 2 + part)
+        do = _tile(do_smem, buffer * 2 + part)
+        dq = [_zeros(64, it) for it in q_smem]
         for key in range(0, chunk_size, BLOCK_N):
             dq = _add_tile(dq, q, do, lse, delta, smem, bars, step, key, chunk_size, qk_scale, USE_TMA, RAGGED)
             step += 1
-        q.store((dq * softmax_scale).to(q_smem.dtype))  # the rows have been used: whole lines are stored from here
         index = first + at
         this = _listed(indices, gl.minimum(index, count - 1), None, KS, SHARED)
         partial_row = _partial_row(this, kv_head, first_head, group_heads, H, G, KS)
-        x = q.load(OUT)
+        x = _through_tile(q, [x * softmax_scale for x in dq], OUT)
         mbarrier.arrive(row_empty.index(buffer), count=1)
-        gl.store(dq_partial + partial_row[:, None] * D + cols[None, :], x, mask=(index < count)[:, None])
+        _store_rows(dq_partial, partial_row, x, index < count, D, OUT)
         tile += 1
 
 
@@ -135,12 +137,12 @@ def _consumer(part: gl.constexpr, terms, indices, outs, smem, bars, ints, scales
 # v                  loader, TMA or cp.async   both groups: dp                           v_full     kv_empty (2)
 @gluon.jit(do_not_specialize=["chunk_size", "num_chunks", "num_sequences", "kv_head_begin", "kv_head_end"])
 def _attention_bwd_dq_sm90_kernel(
-    q, k, v, do, terms, indices, tile_csr_row, tile_begin, tile_end, tile_indptr, cu_seqlens_k, dq_partial,
-    qk_scale, softmax_scale, chunk_size, num_chunks, num_sequences, kv_head_begin, kv_head_end,
+    q, k, k_rest, v, v_rest, do, terms, indices, tile_csr_row, tile_begin, tile_end, tile_indptr, cu_seqlens_k,
+    dq_partial, qk_scale, softmax_scale, chunk_size, num_chunks, num_sequences, kv_head_begin, kv_head_end,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,
-    H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, SHARED: gl.constexpr, D: gl.constexpr, EVEN: gl.constexpr,
-    USE_TMA: gl.constexpr, RAGGED: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
-    LOADER_REGS: gl.constexpr, CONSUMER_REGS: gl.constexpr, num_warps: gl.constexpr,
+    H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, SHARED: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
+    EVEN: gl.constexpr, USE_TMA: gl.constexpr, RAGGED: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    BUFFERS: gl.constexpr, LOADER_REGS: gl.constexpr, CONSUMER_REGS: gl.constexpr, num_warps: gl.constexpr,
 ):
     """A piece of the list of one (chunk, kv head)."""
     tile = gl.program_id(0) + gl.load(tile_indptr + kv_head_begin * num_chunks)
@@ -154,13 +156,11 @@ def _attention_bwd_dq_sm90_kernel(
     kv_head = csr_row // num_chunks
     first_key, _ = _chunk_keys(cu_seqlens_k, num_sequences, chunk_size, csr_row % num_chunks)
     dtype: gl.constexpr = q.dtype.element_ty
-    ROWS_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], dtype)
-    KEYS_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, D], dtype)
     KEY_ARRIVALS: gl.constexpr = 1 if USE_TMA else 32 * LOADER_WARPS
-    q_smem = gl.allocate_shared_memory(dtype, [BUFFERS * 2, 64, D], ROWS_SMEM)
-    do_smem = gl.allocate_shared_memory(dtype, [BUFFERS * 2, 64, D], ROWS_SMEM)
-    k_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], KEYS_SMEM)
-    v_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], KEYS_SMEM)
+    q_smem = _allocate(dtype, BUFFERS * 2, 64, D)
+    do_smem = _allocate(dtype, BUFFERS * 2, 64, DV)
+    k_smem = _allocate(dtype, STAGES, BLOCK_N, D)
+    v_smem = _allocate(dtype, STAGES, BLOCK_N, DV)
     row_full = _barriers(BUFFERS, 32 * LOADER_WARPS)
     row_empty = _barriers(BUFFERS, 2)
     k_full = _barriers(STAGES, KEY_ARRIVALS)
@@ -175,9 +175,11 @@ def _attention_bwd_dq_sm90_kernel(
     scales = (qk_scale, softmax_scale)
     strides = ((stride_qt, stride_qh, stride_dot, stride_doh), (stride_kt, stride_kh, stride_vt, stride_vh))
     gl.warp_specialize([
-        (_consumer, (0, terms, indices, outs, smem, bars, ints, scales, H, G, KS, SHARED, BUFFERS, USE_TMA, RAGGED)),
-        (_consumer, (1, terms, indices, outs, smem, bars, ints, scales, H, G, KS, SHARED, BUFFERS, USE_TMA, RAGGED)),
-        (_load_list, ((q, do), (k, v), indices, ((q_smem, do_smem), k_smem, v_smem),
-                      (row_full, row_empty, k_full, v_full, kv_empty, kv_empty), ints, strides, H, G, KS, SHARED, EVEN,
-                      BUFFERS, USE_TMA, True)),
+        (_consumer, (0, terms, indices, outs, smem, bars, ints, scales, H, G, KS, SHARED, D, BUFFERS, USE_TMA,
+                     RAGGED)),
+        (_consumer, (1, terms, indices, outs, smem, bars, ints, scales, H, G, KS, SHARED, D, BUFFERS, USE_TMA,
+                     RAGGED)),
+        (_load_list, ((q, do), ((k, k_rest), (v, v_rest)), indices, ((q_smem, do_smem), k_smem, v_smem),
+                      (row_full, row_empty, k_full, v_full, kv_empty, kv_empty), ints, strides, H, G, KS, SHARED,
+                      (D, DV), EVEN, BUFFERS, USE_TMA, True)),
     ], [4, LOADER_WARPS], [CONSUMER_REGS, LOADER_REGS])

@@ -84,7 +84,7 @@ def _attention_fwd(q: Buffer, k: Buffer, v: Buffer, selected: Buffer, segments: 
 def _sparse_config(call: AttentionCall) -> dict[str, int]:
     """The sparse pass's configuration with SPLIT, rows of a tile of a list; ROW_STAGES where a chunk fits one tile."""
     size = call.segments.chunk_size
-    options = call.config("attention_fwd", ragged=size % 64, gluon=call.gluon)
+    options = call.config("attention_fwd", gluon=call.gluon)
     if is_gluon(options):
         return {**options, "SPLIT": sm90.rows_per_program(options, call.selected.numel() * call.shared, call.shared)}
     if options["BLOCK_N"] >= size:

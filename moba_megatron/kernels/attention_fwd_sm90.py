@@ -9,14 +9,30 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from ..segments import Routing
 from . import sm90
 from .attention_call import AttentionCall
-from .jit_helpers_sm90 import LOADER_WARPS, _barriers, _chunk_keys, _listed, _load_list, _partial_row
+from .jit_helpers_sm90 import (
+    LOADER_WARPS,
+    _allocate,
+    _barriers,
+    _chunk_keys,
+    _kept,
+    _listed,
+    _load_list,
+    _partial_row,
+    _row_layout,
+    _start_scores,
+    _start_sums,
+    _store_rows,
+    _through_tile,
+    _tile,
+    _wait,
+    _zeros,
+)
 from .launcher import Buffer, launch
 from .routing import Tiles
 
@@ -34,55 +50,51 @@ def attention_fwd_sparse(call: AttentionCall, routing: Routing, tiles: Tiles, o_
 @gluon.jit
 def _issue_scores(q, k_smem, k_full, step, zero, USE_TMA: gl.constexpr):
     """Starts the scores of 64 rows against the tile of a step."""
-    STAGES: gl.constexpr = k_smem.shape[0]
+    STAGES: gl.constexpr = k_smem[0].shape[0]
     stage = step % STAGES
     mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
     if not USE_TMA:
         fence_async_shared()
-    return warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+    return _start_scores(q, _tile(k_smem, stage), zero)
 
 
 @gluon.jit
 def _issue_values(weights, v_smem, v_full, step, acc, USE_TMA: gl.constexpr):
     """Starts the product of weights with the values of a step's tile."""
-    STAGES: gl.constexpr = v_smem.shape[0]
+    STAGES: gl.constexpr = v_smem[0].shape[0]
     stage = step % STAGES
     mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
     if not USE_TMA:
         fence_async_shared()
-    return warpgroup_mma(weights, v_smem.index(stage), acc, is_async=True)
+    return _start_sums(weights, _tile(v_smem, stage), acc)
 
 
 @gluon.jit
 def _keep_chunk(s, key, chunk_size, RAGGED: gl.constexpr):
-    """Scores of keys ``key .. key + BLOCK_N``, -inf beyond the chunk."""
+    """Scores of keys from ``key`` on, -inf where they are not to be counted."""
     if RAGGED:
-        index = key + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout))
-        s = gl.where((index < chunk_size)[None, :], s, -float("inf"))
+        kept = _kept(key, chunk_size, s.shape[1], gl.SliceLayout(0, s.type.layout))
+        s = gl.where(kept[None, :], s, -float("inf"))
     return s
 
 
 @gluon.jit
 def _consumer(part: gl.constexpr, indices, outs, smem, bars, ints, qk_scale, H: gl.constexpr, G: gl.constexpr,
-              KS: gl.constexpr, SHARED: gl.constexpr, BUFFERS: gl.constexpr, USE_TMA: gl.constexpr,
+              KS: gl.constexpr, SHARED: gl.constexpr, DV: gl.constexpr, BUFFERS: gl.constexpr, USE_TMA: gl.constexpr,
               RAGGED: gl.constexpr):
     """64 rows of every 128, by one group of four warps."""
     q_smem, k_smem, v_smem = smem
     row_full, row_empty, k_full, v_full, k_empty, v_empty = bars
     o_partial, lse_partial, first_head, group_heads = outs
     count, kv_head, first_key, chunk_size = ints
-    D: gl.constexpr = q_smem.shape[2]
-    STAGES: gl.constexpr = k_smem.shape[0]
-    BLOCK_N: gl.constexpr = k_smem.shape[1]
-    dtype: gl.constexpr = q_smem.dtype
+    STAGES: gl.constexpr = k_smem[0].shape[0]
+    BLOCK_N: gl.constexpr = k_smem[0].shape[1]
+    dtype: gl.constexpr = q_smem[0].dtype
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
-    ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
-    OUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    OUT: gl.constexpr = _row_layout(DV)
     zero = gl.zeros([64, BLOCK_N], gl.float32, layout=S)
     at = gl.arange(0, 64, layout=gl.SliceLayout(1, OUT))
     lane = gl.arange(0, 64, layout=gl.SliceLayout(1, S))
-    cols = gl.arange(0, D, layout=gl.SliceLayout(0, OUT))
     step = 0
     tile = 0
     for first in range(0, count, 128):
@@ -93,8 +105,8 @@ def _consumer(part: gl.constexpr, indices, outs, smem, bars, ints, qk_scale, H: 
         lse_choice = _listed(indices, gl.minimum(lse_index, count - 1), None, KS, SHARED)
         mbarrier.wait(row_full.index(buffer), (tile // BUFFERS) & 1)
         fence_async_shared()
-        q = q_smem.index(buffer * 2 + part)
-        acc = gl.zeros([64, D], gl.float32, layout=ACC)
+        q = _tile(q_smem, buffer * 2 + part)
+        acc = [_zeros(64, it) for it in v_smem]
         s = _issue_scores(q, k_smem, k_full, step, zero, USE_TMA)
         s = warpgroup_mma_wait(0, deps=(s,))
         mbarrier.arrive(k_empty.index(step % STAGES), count=1)
@@ -102,11 +114,11 @@ def _consumer(part: gl.constexpr, indices, outs, smem, bars, ints, qk_scale, H: 
         m = gl.max(s, 1) * qk_scale
         p = gl.exp2(s * qk_scale - m[:, None])
         l = gl.sum(p, 1)
-        weights = gl.convert_layout(p.to(dtype), OPERAND)
+        weights = p.to(dtype)
         for key in range(BLOCK_N, chunk_size, BLOCK_N):
             s = _issue_scores(q, k_smem, k_full, step + 1, zero, USE_TMA)
             acc = _issue_values(weights, v_smem, v_full, step, acc, USE_TMA)
-            s = warpgroup_mma_wait(1, deps=(s,))
+            s = warpgroup_mma_wait(len(v_smem), deps=(s,))
             mbarrier.arrive(k_empty.index((step + 1) % STAGES), count=1)
             s = _keep_chunk(s, key, chunk_size, RAGGED)
             m_new = gl.maximum(m, gl.max(s, 1) * qk_scale)
@@ -114,22 +126,23 @@ def _consumer(part: gl.constexpr, indices, outs, smem, bars, ints, qk_scale, H: 
             alpha = gl.exp2(m - m_new)
             l = l * alpha + gl.sum(p, 1)
             m = m_new
-            acc, p = warpgroup_mma_wait(0, deps=(acc, p))  # p: the weights are computed before the wait
+            waited = _wait(0, acc + (p,))  # p: the weights are computed before the wait
+            acc = waited[:len(v_smem)]
+            p = waited[len(v_smem)]
             mbarrier.arrive(v_empty.index(step % STAGES), count=1)
-            weights = gl.convert_layout(p.to(dtype), OPERAND)
-            acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, ACC))[:, None]
+            weights = p.to(dtype)
+            acc = [x * gl.convert_layout(alpha, gl.SliceLayout(1, x.type.layout))[:, None] for x in acc]
             step += 1
         acc = _issue_values(weights, v_smem, v_full, step, acc, USE_TMA)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
+        acc = _wait(0, acc)
         mbarrier.arrive(v_empty.index(step % STAGES), count=1)
         step += 1
-        o = acc * gl.convert_layout(1.0 / l, gl.SliceLayout(1, ACC))[:, None]
-        q.store(o.to(dtype))  # the rows have been used: whole lines are stored from here
+        acc = [x * gl.convert_layout(1.0 / l, gl.SliceLayout(1, x.type.layout))[:, None] for x in acc]
         o_row = _partial_row(o_choice, kv_head, first_head, group_heads, H, G, KS)
         lse_row = _partial_row(lse_choice, kv_head, first_head, group_heads, H, G, KS)
-        x = q.load(OUT)
+        o = _through_tile(q, acc, OUT)
         mbarrier.arrive(row_empty.index(buffer), count=1)
-        gl.store(o_partial + o_row[:, None] * D + cols[None, :], x, mask=(o_index < count)[:, None])
+        _store_rows(o_partial, o_row, o, o_index < count, DV, OUT)
         gl.store(lse_partial + lse_row, m + gl.log2(l), mask=lse_index < count)
         tile += 1
 
@@ -141,12 +154,12 @@ def _consumer(part: gl.constexpr, indices, outs, smem, bars, ints, qk_scale, H: 
 # v               loader, TMA or cp.async  both groups: values                       v_full     v_empty (2)
 @gluon.jit(do_not_specialize=["chunk_size", "num_chunks", "num_sequences", "kv_head_begin", "kv_head_end"])
 def _attention_fwd_sm90_kernel(
-    q, k, v, indices, tile_csr_row, tile_begin, tile_end, tile_indptr, cu_seqlens_k, o_partial, lse_partial,
-    qk_scale, chunk_size, num_chunks, num_sequences, kv_head_begin, kv_head_end,
+    q, k, k_rest, v, v_rest, indices, tile_csr_row, tile_begin, tile_end, tile_indptr, cu_seqlens_k, o_partial,
+    lse_partial, qk_scale, chunk_size, num_chunks, num_sequences, kv_head_begin, kv_head_end,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-    H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, SHARED: gl.constexpr, D: gl.constexpr, EVEN: gl.constexpr,
-    USE_TMA: gl.constexpr, RAGGED: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
-    LOADER_REGS: gl.constexpr, CONSUMER_REGS: gl.constexpr, num_warps: gl.constexpr,
+    H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, SHARED: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
+    EVEN: gl.constexpr, USE_TMA: gl.constexpr, RAGGED: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    BUFFERS: gl.constexpr, LOADER_REGS: gl.constexpr, CONSUMER_REGS: gl.constexpr, num_warps: gl.constexpr,
 ):
     """A piece of the list of one (chunk, kv head)."""
     tile = gl.program_id(0) + gl.load(tile_indptr + kv_head_begin * num_chunks)
@@ -160,12 +173,10 @@ def _attention_fwd_sm90_kernel(
     kv_head = csr_row // num_chunks
     first_key, _ = _chunk_keys(cu_seqlens_k, num_sequences, chunk_size, csr_row % num_chunks)
     dtype: gl.constexpr = q.dtype.element_ty
-    ROWS_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], dtype)
-    KEYS_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, D], dtype)
     KEY_ARRIVALS: gl.constexpr = 1 if USE_TMA else 32 * LOADER_WARPS
-    q_smem = gl.allocate_shared_memory(dtype, [BUFFERS * 2, 64, D], ROWS_SMEM)
-    k_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], KEYS_SMEM)
-    v_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], KEYS_SMEM)
+    q_smem = _allocate(dtype, BUFFERS * 2, 64, D)
+    k_smem = _allocate(dtype, STAGES, BLOCK_N, D)
+    v_smem = _allocate(dtype, STAGES, BLOCK_N, DV)
     row_full = _barriers(BUFFERS, 32 * LOADER_WARPS)
     row_empty = _barriers(BUFFERS, 2)
     k_full = _barriers(STAGES, KEY_ARRIVALS)
@@ -180,8 +191,8 @@ def _attention_fwd_sm90_kernel(
     outs = (o_partial, lse_partial, kv_head_begin * G, (kv_head_end - kv_head_begin) * G)
     strides = ((stride_qt, stride_qh), (stride_kt, stride_kh, stride_vt, stride_vh))
     gl.warp_specialize([
-        (_consumer, (0, indices, outs, smem, bars, ints, qk_scale, H, G, KS, SHARED, BUFFERS, USE_TMA, RAGGED)),
-        (_consumer, (1, indices, outs, smem, bars, ints, qk_scale, H, G, KS, SHARED, BUFFERS, USE_TMA, RAGGED)),
-        (_load_list, ((q,), (k, v), indices, ((q_smem,), k_smem, v_smem), bars, ints, strides, H, G, KS, SHARED,
-                      EVEN, BUFFERS, USE_TMA, False)),
+        (_consumer, (0, indices, outs, smem, bars, ints, qk_scale, H, G, KS, SHARED, DV, BUFFERS, USE_TMA, RAGGED)),
+        (_consumer, (1, indices, outs, smem, bars, ints, qk_scale, H, G, KS, SHARED, DV, BUFFERS, USE_TMA, RAGGED)),
+        (_load_list, ((q,), ((k, k_rest), (v, v_rest)), indices, ((q_smem,), k_smem, v_smem), bars, ints, strides, H, G,
+                      KS, SHARED, (D, DV), EVEN, BUFFERS, USE_TMA, False)),
     ], [4, LOADER_WARPS], [CONSUMER_REGS, LOADER_REGS])

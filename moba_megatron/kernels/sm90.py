@@ -1,7 +1,7 @@
 """Kernels for Hopper, written in Gluon: when an operator's call can use them, and what their launchers share.
 
-They hold D = DV = 64 or 128 in 16 bits, on sm_90 alone. The tuning table chooses them, by the key ``gluon``;
-everything else runs the Triton kernels.
+They hold HEAD_DIMS in 16 bits, on sm_90 alone. The tuning table chooses them, by the key ``gluon``; everything else
+runs the Triton kernels. Rows that are no power of two wide lie in two parts that are (:func:`widths`).
 """
 import functools
 import importlib
@@ -17,6 +17,8 @@ from .launcher import Buffer, Descriptor
 
 logger = logging.getLogger("moba_megatron")
 
+HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128))
+"""D and DV that the kernels take, where the tuning table has rows for them."""
 ROWS = 128
 """Gathered rows of a step: 64 for each of the two groups of warps that multiply."""
 KEYS = 128
@@ -26,10 +28,10 @@ PROGRAMS = 1056
 
 
 def takes(*tensors: Buffer | torch.Tensor) -> bool:
-    """Whether the kernels can take q, k, v (and do): same 16-bit dtype, D = DV = 64 or 128, rows aligned."""
+    """Whether the kernels can take q, k, v (and do): same 16-bit dtype, of HEAD_DIMS, rows aligned."""
     q = tensors[0]
-    return (q.dtype.itemsize == 2 and q.shape[2] in (64, 128)
-            and all(x.dtype == q.dtype and x.shape[2] == q.shape[2] and x.data_ptr() % 16 == 0
+    return (q.dtype.itemsize == 2 and (q.shape[2], tensors[-1].shape[2]) in HEAD_DIMS
+            and all(x.dtype == q.dtype and x.data_ptr() % 16 == 0
                     and all(s % 8 == 0 for s in _strides(x)) for x in tensors)
             and not INTERPRETED and torch.cuda.get_device_capability(q.device) == (9, 0) and _importable())
 
@@ -65,9 +67,19 @@ def key_tiles(k: Buffer, v: Buffer, chunk_size: int, options: dict[str, int]) ->
     if chunk_size % options["BLOCK_N"] and chunk_size % 64 == 0:
         block_n = 64
     ragged = chunk_size % block_n != 0
-    use_tma = not ragged and _describable(k) and _describable(v)
-    k, v = (_described(x, block_n) if use_tma else x for x in (k, v))
-    return {**options, "k": k, "v": v, "BLOCK_N": block_n, "USE_TMA": use_tma, "RAGGED": ragged}
+    use_tma = chunk_size >= block_n and _describable(k) and _describable(v)
+    sources = {}
+    for name, x in (("k", k), ("v", v)):
+        parts = [_described(x, block_n, width) for width in widths(x.shape[2])] if use_tma else [x]
+        sources |= {name: parts[0], f"{name}_rest": parts[1] if len(parts) > 1 else None}
+    return {**options, **sources, "BLOCK_N": block_n, "USE_TMA": use_tma, "RAGGED": ragged}
+
+
+@triton.constexpr_function
+def widths(dim: int) -> tuple[int, ...]:
+    """Columns of the tiles that rows of a head are kept in: the largest power of two within D, and the rest."""
+    first = 1 << dim.bit_length() - 1
+    return (first, dim - first) if first < dim else (first,)
 
 
 def _describable(x: Buffer) -> bool:
@@ -77,12 +89,12 @@ def _describable(x: Buffer) -> bool:
     return 0 < width < 2 ** 31 and (width <= row or x.shape[0] == 1) and x.shape[0] > 0
 
 
-def _described(x: Buffer, block: int) -> Descriptor:
-    """A descriptor of ``[tokens, heads * dim]`` with tiles of ``block`` rows of one head."""
+def _described(x: Buffer, block: int, width: int) -> Descriptor:
+    """A descriptor of ``[tokens, heads * dim]`` with tiles of ``block`` rows and ``width`` columns of one head."""
     total, heads, dim = x.shape
     row, head = _strides(x)
-    make, layout = _descriptor_and_layout(block, dim, x.dtype)
-    return Descriptor(make, x, ([total, (heads - 1) * head + dim], [row, 1], [block, dim], layout))
+    make, layout = _descriptor_and_layout(block, width, x.dtype)
+    return Descriptor(make, x, ([total, (heads - 1) * head + dim], [row, 1], [block, width], layout))
 
 
 def _descriptor_and_layout(block: int, dim: int, dtype: torch.dtype) -> tuple[type, object]:

@@ -56,6 +56,8 @@ RESIDENT = _c(64, 128, 4, 3, SPLIT=2048)
 WITH_SLOTS = _c(64, 128, 8, 2, SPLIT=4096)
 """dk and dv where one tile holds a chunk of up to 128 keys, and partial dq is written too."""
 
+D64 = "H200, 128K/512/8, 32:8 heads of 64"
+D96 = "H200, 128K/512/8, 32 heads of 96"
 MLA = "H200, 64K/512/8, 16 heads of 192 and 128"
 D256 = "H200, 64K/512/8, 16:4 heads of 256"
 FP32 = "H200, 16K/512/8, 8:2 heads, fp32"
@@ -83,23 +85,28 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "route": (Row("*", {}, {"BLOCK": 64, "num_warps": 1, "num_stages": 1}),),
     # BLOCK_M gathered (query, head) rows of one (chunk, kv head) against the chunk, BLOCK_N keys at a time; a chunk
     # that BLOCK_N covers stays in shared memory while a program's SPLIT rows stream past it. CONSUMER_REGS: for the
-    # kernels of sm90.py, which have BUFFERS for rows and STAGES for keys; ragged: keys beyond the last 64 of a chunk
+    # kernels of sm90.py, which have BUFFERS for rows and STAGES for keys
     "attention_fwd": (
         Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2, "chunk_size": 64}, _c(64, 64, 4, 3, SPLIT=2048)),
         Row("sm_90", {"head_dim": 64, "itemsize": 2, "chunk_size": 128}, RESIDENT),
         Row("sm_100", {"head_dim": 128, "itemsize": 2, "chunk_size": 128}, RESIDENT),
+        Row("sm_90", {"head_dim": 64, "itemsize": 2}, _sm90(4, BLOCK_N=128, BUFFERS=2, SPLIT=1024),
+            f"{D64}: 10.5 ms, Triton's 11.0"),
         Row("sm_90 sm_100", {"head_dim": 64, "itemsize": 2}, _c(64, 128, 4, 2),
             "H200, 8 heads of 64, 128K/512/3: 0.91 ms; 64x64 at 3 stages 0.94, 128x64 1.12, at 3 stages 0.96"),
-        Row("sm_90", {"head_dim": 128, "itemsize": 2, "ragged": 0},
+        Row("sm_90", {"head_dim": 128, "itemsize": 2, "chunk_size": 127}, RESIDENT),
+        Row("sm_90", {"head_dim": 128, "itemsize": 2},
             _sm90(2, BLOCK_N=128, BUFFERS=2, SPLIT=1024),
             "H200, 128K/512/8: 7.1 to 7.4 ms, Triton's 9.0; 64 keys, 4 stages 8.6; SPLIT 512 8.1; chunk 256: 4.65, "
-            "6.13; chunk 128: 3.52, 3.64; chunk 500, 12.3 and 11.1, is for Triton's"),
+            "6.13; chunk 128: 3.52, 3.64; chunk 500 at 32:8 heads 17.8, 24.7"),
         Row("sm_90", {"head_dim": 128, "itemsize": 2, "chunk_size": 128}, RESIDENT,
             "H200, 128K/128/8: 3.8 ms; SPLIT 1024 3.9, 512 4.0; 2 stages 4.2; 128x128, 8 warps 4.8; keys streamed 4.6"),
         Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2}, _c(128, 64, 4, 2),
             "H200, 128K/512/8: 9.2 ms; 3 stages, 8 warps 12.4; 64x64, 128x32 10.7; 128K/2048/3: 8.3 (515 TFLOP/s)"),
         Row("sm_90", {"head_dim": 128, "ieee": 0}, _c(128, 64, 8, 1),
             f"{FP32}: forward 0.8 ms less than 64x32, 4 warps, of 4.9"),
+        Row("sm_90", {"head_dim": 192, "itemsize": 2}, _sm90(3, BLOCK_N=64, BUFFERS=2, SPLIT=1024),
+            f"{MLA}: 4.2 ms, 2 stages 4.3, 128 keys 4.8, Triton's 7.1"),
         Row("sm_90", {"head_dim": 192, "itemsize": 2}, _c(128, 32, 4, 2),
             f"{MLA}: forward 12.3 ms, 64x32, 3 stages 12.8, 128x64, 8 warps 13.3, 64x64 16.8"),
         Row("sm_90", {"itemsize": 2}, _c(128, 64, 8, 2),
@@ -135,12 +142,20 @@ TABLE: dict[str, tuple[Row, ...]] = {
             "H200, 64K/32/32: backward 14.1 ms, 64 keys 14.6, 128 keys, 8 warps 19.3"),
         Row("sm_90", {"head_dim": 128, "itemsize": 2, "chunk_size": 64}, _c(64, 64, 4, 2, SPLIT=4096),
             "H200, 128K/64/16: backward 20.3 ms, 128 keys, 8 warps 22.3, 128 rows 25.3"),
+        Row("sm_90", {"head_dim": 64, "itemsize": 2, "chunk_size": 64}, WITH_SLOTS),
+        Row("sm_90", {"head_dim": 64, "itemsize": 2, "chunk_size": 128}, _sm90(3, BLOCK_M=64, SPLIT=4096),
+            "H200, 128K/128/8, 32:8 heads of 64: 6.7 ms, Triton's 10.4"),
+        Row("sm_90", {"head_dim": 64, "itemsize": 2}, _sm90(5, BLOCK_M=64, SPLIT=4096),
+            f"{D64}: 15.8 ms, 3 stages 16.1, Triton's 21.5"),
         Row("sm_90", {"head_dim": 64, "itemsize": 2, "chunk_size": 128}, WITH_SLOTS),
         Row("sm_90 sm_100", {"head_dim": 64, "itemsize": 2}, _c(64, 64, 4, 2, SPLIT=4096),
             "H200, 8 heads of 64, 32K/512/3: 0.58 ms"),
+        Row("sm_90", {"head_dim": 96, "itemsize": 2, "chunk_size": 128}, _sm90(3, BLOCK_M=64, SPLIT=4096)),
+        Row("sm_90", {"head_dim": 96, "itemsize": 2}, _sm90(5, BLOCK_M=64, SPLIT=4096),
+            f"{D96}: 23.1 ms, 4 stages 23.7, 3 24.4, Triton's 35.3; heads of 80 at 32K 5.8, 5.7, 5.7, 8.1"),
         Row("sm_90", {"head_dim": 128, "itemsize": 2}, _sm90(3, BLOCK_M=64, SPLIT=4096),
             "H200, 128K/512/8: 15.1 ms, Triton's 17.4; 2 stages 16.6; SPLIT 8192 15.5; 56 and 224 registers 16.1; "
-            "chunk 128, partial dq included: 8.45, 9.41"),
+            "chunk 128, partial dq included: 8.45, 9.41, before dq was written a block late, which takes a tenth less"),
         Row("sm_90", {"head_dim": 128, "itemsize": 2, "chunk_size": 128}, WITH_SLOTS,
             "H200: 9.0 ms at 128K, chunk 128, topk 8, partial dq included; 64 keys and a dq kernel of its own 11.2"),
         Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2}, _c(64, 64, 4, 2, SPLIT=4096),
@@ -148,6 +163,9 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("sm_90", {"head_dim": 128, "chunk_size": 128, "ieee": 0}, _c(16, 64, 8, 1, SPLIT=4096)),
         Row("sm_90", {"head_dim": 128, "ieee": 0}, _c(16, 128, 8, 1, SPLIT=4096),
             f"{FP32}: backward 25.7 ms, 16x64, 4 warps 26.3, 8 warps 40.8"),
+        Row("sm_90", {"head_dim": 192, "itemsize": 2, "chunk_size": 128}, _c(16, 64, 4, 2, SPLIT=4096)),
+        Row("sm_90", {"head_dim": 192, "itemsize": 2}, _sm90(4, BLOCK_M=32, SPLIT=4096),
+            f"{MLA}: 9.3 ms, 3 stages 9.5, 6 9.4, Triton's 20.1"),
         Row("sm_90", {"head_dim": 192, "itemsize": 2}, _c(16, 64, 4, 2, SPLIT=4096),
             f"{MLA}: backward 58.1 ms, 64x64, 8 warps 59.6, 64x128 63.0, 32x32 79.1"),
         Row("sm_90", {"itemsize": 2}, _c(64, 64, 8, 2, SPLIT=4096),
@@ -156,14 +174,20 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     # BLOCK_M gathered rows against the chunk, BLOCK_N keys at a time, into partial dq
     "attention_bwd_dq": (
+        Row("sm_90", {"head_dim": 64, "itemsize": 2}, _sm90(2, BLOCK_N=128, BUFFERS=2, SPLIT=1024),
+            f"{D64}: 11.3 ms, 64 keys, 3 stages 12.2, Triton's 11.5"),
         Row("sm_90 sm_100", {"head_dim": 64, "itemsize": 2}, _c(128, 32, 4, 3),
             "H200, 8 heads of 64, 32K/512/3: 0.33 ms"),
+        Row("sm_90", {"head_dim": 96, "itemsize": 2}, _sm90(2, BLOCK_N=128, BUFFERS=2, SPLIT=1024),
+            f"{D96}: 15.2 ms, 64 keys, 3 or 4 stages 16.4, Triton's 22.4; heads of 80 at 32K 3.6, 3.5, 5.1"),
         Row("sm_90", {"head_dim": 128, "itemsize": 2}, _sm90(3, BLOCK_N=64, BUFFERS=2, SPLIT=1024),
             "H200, 128K/512/8: 9.5 ms, Triton's 11.9; SPLIT 512 10.0, 2048 10.3; 128 keys, 1 stage 13.3"),
         Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2}, _c(128, 32, 4, 3),
             "H200: 12.1 ms at 128K, chunk 512, topk 8; 64 rows 13.7, 2 stages 13.6, 128x64 at 8 warps 13.8"),
         Row("sm_90", {"head_dim": 128, "ieee": 0}, _c(128, 32, 8, 1),
             f"{FP32}: backward 38.1 ms, 64x32, 4 warps 40.8"),
+        Row("sm_90", {"head_dim": 192, "itemsize": 2}, _sm90(2, BLOCK_N=32, BUFFERS=2, SPLIT=1024),
+            f"{MLA}: 7.1 ms, 3 stages 7.4, 64 keys, 1 stage 8.8, Triton's 9.9"),
         Row("sm_90", {"head_dim": 192, "itemsize": 2}, _c(64, 32, 4, 2),
             f"{MLA}: backward 56.9 ms, 128x32, 8 warps, 3 stages 57.2, 64x64 58.3, 32x32 79.1"),
         Row("sm_90", {"itemsize": 2}, _c(128, 32, 8, 3),

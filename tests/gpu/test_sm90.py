@@ -13,7 +13,8 @@ from moba_megatron.segments import Routing
 from tests.gpu import test_attention_bwd, test_attention_fwd, test_op
 
 pytestmark = pytest.mark.gpu
-CONFIGS = {stage: row.config for stage, rows in TABLE.items() for row in rows if is_gluon(row.config)}
+CONFIGS, WIDE = ({stage: row.config for stage, rows in TABLE.items() for row in rows[::-1]
+                  if is_gluon(row.config) and row.upto["head_dim"] >= dim} for dim in (64, 192))
 ALL = {"attention_fwd", "attention_bwd_dq", "attention_bwd_dkdv"}
 WHOLE_CHUNK = {"attention_fwd", "attention_bwd_dkdv"}  # the latter holds all keys of a chunk, and writes partial dq
 CASES = {name: case for name, case in test_op.CASES.items()
@@ -70,12 +71,13 @@ def kernels_for(chunk):
 
 
 def operator_cases():
-    """Every case at D = 128 in bf16; some in fp16 and at D = 64."""
+    """Every case at D = 128 in bf16; some in fp16 and at D = 64, and at D = 80 and 96, rows of which lie in parts."""
     for name, case in CASES.items():
         yield pytest.param({**case, "dim": 128, "dtype": torch.bfloat16}, id=name)
     for name in ("packed, ragged, empty", "D 128", "chunk 320, packed, gqa", "D 128, chunk 512"):
         yield pytest.param({**CASES[name], "dim": 128, "dtype": torch.float16}, id=f"{name}, fp16")
-        yield pytest.param({**CASES[name], "dim": 64, "dtype": torch.bfloat16}, id=f"{name}, D 64")
+        for dim in (64, 80, 96):
+            yield pytest.param({**CASES[name], "dim": dim, "dtype": torch.bfloat16}, id=f"{name}, D {dim}")
 
 
 @pytest.mark.parametrize("case", list(operator_cases()))
@@ -83,6 +85,26 @@ def test_operator(case, always):
     comparison.check_operator(*test_op.make(**case))
     some_left_out = case["topk"] > 1 and max(case["lengths"]) > case["topk"] * case["chunk"]  # else: one chunk
     assert set(always) == (kernels_for(case["chunk"]) if some_left_out else {"attention_bwd_dkdv"})
+
+
+@pytest.mark.parametrize("name", ["large chunk", "chunk 192", "chunk 320, packed, gqa", "D 128, chunk 512",
+                                  "chunk 1000"])
+def test_heads_of_192_and_128(name, launched):
+    with tuning.forced(configs={stage: {**config, "SPLIT": 256} for stage, config in WIDE.items()}):
+        comparison.check_operator(*test_op.make(**{**CASES[name], "dim": 192, "dim_v": 128}))
+    assert set(launched) == ALL
+
+
+@pytest.mark.parametrize("dim, dim_v, chunk", [(80, 80, 512), (96, 96, 512), (96, 96, 128), (192, 128, 512)])
+def test_nan_of_another_head_stays_there(dim, dim_v, chunk, launched):
+    """Parts of a row are copied apart from each other, and end where the next head begins."""
+    q, k, v, selected, segments = test_attention_fwd.problem([3000], chunk, 3, dim=dim, dim_v=dim_v)
+    q, k, v = (x.clone() for x in (q, k, v))
+    for x in (q, k, v):
+        x[:, 1::2] = float("nan")
+    o, lse, dq, dk, dv = run(q, k, v, selected, segments)
+    assert all(x[:, ::2].isfinite().all() for x in (o, lse, dq, dk, dv))
+    assert set(launched) == kernels_for(chunk)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -192,9 +214,12 @@ def test_what_they_cannot_take(change, launched):
     assert not launched
 
 
-@pytest.mark.parametrize("chunk, names", [(64, set()), (100, {"attention_bwd_dkdv"}), (128, WHOLE_CHUNK),
-                                           (500, {"attention_bwd_dq", "attention_bwd_dkdv"}), (512, ALL)])
-def test_the_table_chooses_them(chunk, names, launched):
-    q, k, v, do, _, arguments = test_op.make([4000], chunk, 3, heads=4, kv_heads=2, dim=128)
+@pytest.mark.parametrize("dims, chunk, names", [
+    ((128, 128), 64, set()), ((128, 128), 100, {"attention_bwd_dkdv"}), ((128, 128), 128, WHOLE_CHUNK),
+    ((128, 128), 500, ALL), ((128, 128), 512, ALL), ((64, 64), 128, {"attention_bwd_dkdv"}), ((64, 64), 512, ALL),
+    ((80, 80), 512, ALL), ((96, 96), 512, ALL), ((192, 128), 512, ALL), ((192, 128), 64, {"attention_fwd"}),
+    ((192, 192), 512, set()), ((112, 112), 512, set())])
+def test_the_table_chooses_them(dims, chunk, names, launched):
+    q, k, v, do, _, arguments = test_op.make([4000], chunk, 3, heads=4, kv_heads=2, dim=dims[0], dim_v=dims[1])
     test_op.gradients(q, k, v, do, arguments)
     assert set(launched) == names

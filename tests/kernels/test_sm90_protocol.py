@@ -96,16 +96,17 @@ def threads_for_dk_dv(blocks, listed, broken, arrivals):
             turn, parity, writes_dq = n % 2, n // 2 % 2, n < listed
             announce = [("arrive", f"ds full {turn}")] * writes_dq
             half = f"ds {turn} {part}"
-            steps += [("wait", f"ds empty {turn}", 1 - parity)] * writes_dq
-            steps += announce * (broken == "ds announced")
+            free = [("wait", f"ds empty {turn}", 1 - parity)] * writes_dq
             steps += [rows.wait("full", n), *[rows.free(n)] * (broken == "rows given back"), rows.read(n)]
-            steps += [("fill", half, n), ("filled", half, n)] * writes_dq
-            steps += [rows.read(n, "done"), *[rows.free(n)] * (broken != "rows given back")]
+            steps += free + announce * (broken == "ds announced") + [("fill", half, n), ("filled", half, n)] * writes_dq
             steps += announce * (broken != "ds announced")
-            if writes_dq and turn == part:
-                halves = [f"ds {turn} {i}" for i in range(2)]
-                steps += [("wait", f"ds full {turn}", parity), *(("read", x, n) for x in halves),
-                          *(("done", x, n) for x in halves), ("arrive", f"ds empty {turn}")]
+            steps += [rows.read(n, "done"), *[rows.free(n)] * (broken != "rows given back")]
+            late = [n - 1] * writes_dq + [n] * (n + 1 == listed)  # partial dq follows the next block
+            for m in late:
+                if m >= 0 and m % 2 == part:
+                    halves = [f"ds {part} {i}" for i in range(2)]
+                    steps += [("wait", f"ds full {part}", m // 2 % 2), *(("read", x, m) for x in halves),
+                              *(("done", x, m) for x in halves), ("arrive", f"ds empty {part}")]
     return [loader, *rows.landing, *groups]
 
 
