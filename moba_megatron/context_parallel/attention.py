@@ -75,7 +75,8 @@ def context_parallel_attention(q: Tensor, k: Tensor, v: Tensor, sequences: Seque
         chunk_size, topk = max(chunk_size, sequences.max_seqlen), 1
     if topk == 1:
         selected = None
-    validation.check_shared(shared)
+    if shared != "head":
+        validation.check_shared(shared)
     scale = validation.check_scale(softmax_scale, q.shape[2])
     pipeline = Pipeline(get_stages(backend, q.device, deterministic), topk, scale, deterministic, backend == "auto",
                         workspace_mib, shared=shared)

@@ -351,6 +351,7 @@ def _attention_bwd_dkdv_sm90_kernel(
     kv_full = _barriers(1, 32 * LOADER_WARPS).index(0)
     dq_smem = ()
     if HAS_DQ:
+        gl.static_assert(BLOCK_M == 64, "partial dq is of 64 rows")
         HALF: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_M], dtype)
         ds_smem = gl.allocate_shared_memory(dtype, [4, 64, BLOCK_M], HALF)
         out_smem = _allocate(dtype, 2, BLOCK_M, D if D % 64 else 64)

@@ -106,6 +106,11 @@ def insertion(width: int, number: int, lanes: int, behind: bool) -> tuple[str, s
     return "{ " + "\n".join(lines) + " }", ",".join(["=" + kind for kind in kinds[:len(state)]] + kinds)
 
 
+@triton.constexpr_function
+def _kinds(number):
+    return (tl.float32,) * number + (tl.int32,) * number
+
+
 @triton.jit
 def _scores(q_rows, means, tile, limit, earlier, MASKED: tl.constexpr, HK: tl.constexpr, D: tl.constexpr,
             BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
@@ -258,8 +263,7 @@ def _gate_kernel(
             lane_chunk = first_chunk + tile * BLOCK_N + 2 * tl.arange(0, LANES)[None, :]
             if PTX != "":
                 operands = state + x + (threshold[:, None], lane_chunk, last[:, None], until[:, None])
-                kinds: tl.constexpr = (tl.float32,) * (KS + 1) + (tl.int32,) * (KS + 1)
-                state = tl.inline_asm_elementwise(PTX, CONSTRAINTS, operands, kinds, is_pure=False, pack=1)
+                state = tl.inline_asm_elementwise(PTX, CONSTRAINTS, operands, _kinds(KS + 1), is_pure=False, pack=1)
             else:
                 for i in tl.static_range(WIDTH - 1, -1, -1):
                     chunk = lane_chunk + (i // 2 * 2 * LANES + i % 2)

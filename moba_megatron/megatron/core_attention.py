@@ -179,7 +179,9 @@ class MoBACoreAttention(MegatronModule):
             TypeError, ValueError: unsupported arguments, or tensors that do not fit. Under context parallelism a
                 ValueError with the same text on every rank of the group.
         """
-        group, moba = self._group_for(packed_seq_params), self.moba_config.at_step(get_iteration())
+        group, moba = self._group_for(packed_seq_params), self.moba_config
+        if moba.topk_schedule is not None:
+            moba = moba.at_step(get_iteration())
         packed = packed_seq_params if packed_seq_params is not None and packed_seq_params.qkv_format == "thd" else None
         dense = self.full_attention or self.moba_config.is_full_step(get_iteration())
         check = functools.partial(self._check_call, attn_mask_type or self.attn_mask_type, attention_bias, packed,
@@ -197,7 +199,7 @@ class MoBACoreAttention(MegatronModule):
             if _observer is not None and not dense:
                 _observer(self, q, k, segments)
             selected = None
-            if not dense and (self.selector is not None or replay.is_active()):
+            if not dense and (self.selector is not None or replay.in_use and replay.is_active()):
                 selected = self._choose(q, k, segments, moba, self._replayed(q, k, segments, moba))
             options = dict(softmax_scale=self.softmax_scale, deterministic=self.deterministic,
                            backend=moba.backend, workspace_mib=moba.workspace_mib)
@@ -236,7 +238,7 @@ class MoBACoreAttention(MegatronModule):
 
     def _group_for(self, packed_seq_params) -> dist.ProcessGroup | None:
         """The context parallel group of this call (dynamic context parallelism brings its own), None for one rank."""
-        size, group = (getattr(packed_seq_params, name, None) for name in ("local_cp_size", "cp_group"))
+        size, group = getattr(packed_seq_params, "local_cp_size", None), getattr(packed_seq_params, "cp_group", None)
         if group is None and size not in (None, 1):
             raise ValueError(f"packed_seq_params.cp_group must be given with local_cp_size {size}, got None")
         group = group or (None if size == 1 else self.cp_group)
@@ -290,7 +292,7 @@ class MoBACoreAttention(MegatronModule):
             if dense or seqlen <= moba.topk * moba.chunk_size:
                 collective.signature += f", {dense_kernels()}"
             layout = given = None
-            chooses = not dense and (self.selector is not None or replay.is_active())
+            chooses = not dense and (self.selector is not None or replay.in_use and replay.is_active())
             if chooses or not dense and _observer is not None:
                 layout = sequences.zigzag(size, dist.get_rank(group), moba.chunk_size)
                 given = self._replayed(q, k, layout.segments, moba, layout.rows)

@@ -14,7 +14,7 @@ from tests.gpu import test_attention_bwd, test_attention_fwd, test_op
 
 pytestmark = pytest.mark.gpu
 CONFIGS, WIDE = ({stage: row.config for stage, rows in TABLE.items() for row in rows[::-1]
-                  if is_gluon(row.config) and row.upto["head_dim"] >= dim} for dim in (64, 192))
+                  if is_gluon(row.config) and row.upto["head_dim"] >= dim} for dim in (128, 192))
 ALL = {"attention_fwd", "attention_bwd_dq", "attention_bwd_dkdv"}
 WHOLE_CHUNK = {"attention_fwd", "attention_bwd_dkdv"}  # the latter holds all keys of a chunk, and writes partial dq
 CASES = {name: case for name, case in test_op.CASES.items()

@@ -207,7 +207,7 @@ class Modules(dict):
     def __init__(self, folder: Path):
         self.folder, self.launched = folder, Counter()
         rows = build("jit_helpers_sm90", folder)
-        self.copies = {name: getattr(rows, name) for name in ("_copy_rows", "_copy_listed", "_load_list")}
+        self.copies = {name: getattr(rows, name) for name in ("_copy_rows", "_copy_listed", "_load_list", "_wait")}
         for name in sorted(test_sm90.ALL):
             self.build(name)
 

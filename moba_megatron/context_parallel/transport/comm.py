@@ -265,9 +265,9 @@ class Library:
             works, outs = [work for x in gathered for work in x._works], [x._output for x in gathered]
             return Pending(works, outs, gathered, stage, finish)
         runs = rows.rank_major if permuted else rows.runs
-        kinds = [((rows.total, *x.shape[2:]), x.dtype) for x in views]
-        outs = (self.tensors(slot, *kinds) if to_all and not lasting else None) or (
-            [views[0].new_empty(shape, dtype=dtype) for shape, dtype in kinds])
+        memory = to_all and self.early and not lasting and self.tensors(
+            slot, *[((rows.total, *x.shape[2:]), x.dtype) for x in views])
+        outs = memory or [x.new_empty(rows.total, *x.shape[2:]) for x in views]
         if not (to_all or self.early):
             views = [copy_rows(torch.empty(x.shape, dtype=x.dtype, device=x.device), x) for x in views]
         return self._exchange(fetched, runs, views, outs, outs, stage, slot, finish=finish)
