@@ -213,13 +213,13 @@ def _write_dq_partial(k_smem, dq_smem, turn: gl.constexpr, step, indices, first,
 
 
 @gluon.jit
-def _write_sums(pointer, sums, keys, stride: gl.constexpr):
+def _write_sums(pointer, sums, keys, apart: gl.constexpr):
     """Writes dk or dv of the first ``keys`` of 64 keys to rows so many elements apart."""
     for i in gl.static_range(len(sums)):
         x = sums[i]
         cols = i * sums[0].shape[1] + gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, x.type.layout))
         rows = gl.arange(0, 64, layout=gl.SliceLayout(1, x.type.layout))
-        gl.store(pointer + rows[:, None] * stride + cols[None, :], x.to(pointer.dtype.element_ty),
+        gl.store(pointer + rows[:, None] * apart + cols[None, :], x.to(pointer.dtype.element_ty),
                  mask=(rows < keys)[:, None])
 
 
