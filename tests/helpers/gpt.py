@@ -10,8 +10,9 @@ import torch
 
 megatron_on_cpu.enable()
 
+import model_parallel  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules  # noqa: E402
@@ -58,12 +59,10 @@ class RMSNorm(torch.nn.Module):
 
 def build(layout, **options):
     """Initialises Megatron's process groups and builds this rank's part of the model; options: more of its config."""
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(layout.tp, layout.pp, context_parallel_size=layout.cp,
-                                             expert_model_parallel_size=layout.ep,
-                                             hierarchical_context_parallel_sizes=layout.levels,
-                                             **({"hybrid_context_parallel": True} if layout.hybrid else {}))
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    model_parallel.initialize(layout.tp, layout.pp, context_parallel_size=layout.cp,
+                              expert_model_parallel_size=layout.ep,
+                              hierarchical_context_parallel_sizes=layout.levels,
+                              **({"hybrid_context_parallel": True} if layout.hybrid else {}))
     recompute = {"full": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
                  "selective": dict(recompute_granularity="selective", recompute_modules=["core_attn"])}
     config = TransformerConfig(

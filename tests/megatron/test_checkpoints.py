@@ -19,16 +19,15 @@ def build(kind, tp=1, pp=1, dense="none"):
     import megatron_on_cpu
 
     megatron_on_cpu.enable()
-    from megatron.core import parallel_state, tensor_parallel
+    import model_parallel
+    from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer import TransformerConfig
 
     from moba_megatron import MoBAConfig, get_moba_layer_local_spec
 
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tp, pp)
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    model_parallel.initialize(tp, pp)
     torch.manual_seed(3 if kind == "moba" else 4)
     config = TransformerConfig(num_layers=4, hidden_size=32, num_attention_heads=4, num_query_groups=2,
                                attention_dropout=0.0, use_cpu_initialization=True, pipeline_dtype=torch.float32,

@@ -32,7 +32,7 @@ class Dense(torch.nn.Module):
 
 def build(tp, moba, recompute=()):
     """One attention module of Megatron's local spec: 4 heads, keys 8 + 4 wide, values 6. Dense without ``moba``."""
-    from gpt import parallel_state, tensor_parallel
+    import model_parallel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.spec_utils import build_module
@@ -42,9 +42,7 @@ def build(tp, moba, recompute=()):
 
     if not isinstance(multi_latent_attention.TELinear, type):
         multi_latent_attention.HAVE_TE = False  # 0.16 believes in it without Transformer Engine
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tp)
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    model_parallel.initialize(tp)
     selective = dict(recompute_granularity="selective", recompute_modules=list(recompute)) if recompute else {}
     config = MLATransformerConfig(
         num_layers=1, hidden_size=WIDTH, num_attention_heads=HEADS, q_lora_rank=16, kv_lora_rank=12, qk_head_dim=8,
