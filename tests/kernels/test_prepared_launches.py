@@ -3,149 +3,29 @@
 Nothing is compiled and nothing runs: the operator goes through its launches on CPU tensors as for Hopper.
 """
 import contextlib
-import ctypes
 import functools
-import importlib
-import os
 import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import _async_compile
-from triton.runtime.jit import JITFunction
+from stand_in_driver import CASES, cloned, installed, make
 
-from moba_megatron import kernels, moba_attn_varlen
-from moba_megatron.kernels import gating, launcher, tuning
+from moba_megatron import kernels
+from moba_megatron.kernels import launcher, tuning
 from moba_megatron.kernels.workspace import ALIGNMENT, plan_workspace, workspace_limit
-from moba_megatron.ops import backend, moba_attention
 from moba_megatron.ops.decode import moba_decode
 from moba_megatron.ops.pipeline import Pipeline
 from moba_megatron.segments import Segments
-
-CARD = 77
-"""Number of the device that Triton takes the stand-in for: nothing compiled here is used elsewhere."""
-
-
-class Driver:
-    """Notes launches by ``kernel[grid](...)`` and by ``compiled[grid](...)`` in the same form."""
-
-    def __init__(self):
-        self.launches, self.prepared, self.stream, self.fault, self.launchers = [], 0, 5, None, []
-        self.get_current_device = lambda: CARD
-        self.get_current_stream = lambda device: self.stream
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def launcher_cls(self, src, metadata):
-        self.launchers.append(src.fn.fn.__name__)
-
-    def compile(self, src, **_):
-        name = src.fn.fn.__name__
-        kinds = list(src.signature.values())
-
-        class Compiled(SimpleNamespace):
-            def __getitem__(compiled, grid):  # noqa: N805
-                def start(*args, stream):
-                    if self.fault:
-                        self.fault()
-                    self.prepared += 1
-                    assert not any(isinstance(x, torch.Tensor) for x in args)
-                    self.note(name, kinds, grid, stream, args)
-
-                return start
-
-        return Compiled(src=src, metadata=SimpleNamespace(name=name), packed_metadata=None, function=None,
-                        launch_metadata=lambda *_: None,
-                        run=lambda x, y, z, stream, function, packed, *rest: self.note(
-                            name, kinds, (x, y, z), stream, rest[3:]))
-
-    def note(self, name, kinds, grid, stream, args):
-        values = []
-        for kind, arg in zip(kinds, args, strict=True):
-            if kind == "constexpr":
-                continue
-            if kind.startswith("*"):
-                values.append(("pointer", arg if isinstance(arg, int) else arg.data_ptr()))
-            elif kind.startswith("tensordesc"):
-                values += [("pointer", arg.base.data_ptr()), *map(int, (*arg.shape, *arg.strides))]
-            else:
-                values.append(ctypes.c_float(arg).value if kind == "fp32" else arg)
-        self.launches.append((name, tuple(grid), stream, values))
 
 
 @pytest.fixture(autouse=True)
 def driver(monkeypatch):
     if kernels.INTERPRETED:
         pytest.skip("interpreted kernels are not launched")
-    driver = Driver()
-    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
-    monkeypatch.setattr(triton.compiler, "compile", driver.compile)
-    monkeypatch.setattr(launcher, "_plans", {})
-    monkeypatch.setattr(launcher, "_compiled", {})
-    monkeypatch.setattr(backend, "_stages", lambda name, device_type: kernels)
-    monkeypatch.setattr(tuning, "_arch_of_device", lambda device: "sm_90")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
-    yield driver
-    for module in ("attention_bwd", "attention_bwd_dkdv", "attention_bwd_dq", "attention_fwd", "bounds", "chunk_means",
-                   "gating", "routing", "attention_fwd_sm90", "attention_bwd_dq_sm90", "attention_bwd_dkdv_sm90",
-                   "decode"):
-        for kernel in vars(importlib.import_module(f"moba_megatron.kernels.{module}")).values():
-            if isinstance(kernel, JITFunction):
-                kernel.device_caches.pop(CARD, None)
-
-
-CASES = {
-    "1 head": dict(lengths=[2048], heads=1, chunk=512),
-    "gqa": dict(lengths=[2048], heads=8, kv_heads=2, chunk=512),
-    "chunk 128: fused": dict(lengths=[2048], chunk=128),
-    "cut lists": dict(lengths=[65536], heads=1, chunk=512),
-    "groups of heads": dict(lengths=[2048], heads=8, kv_heads=4, chunk=512, workspace_mib=0.5),
-    "groups of heads, fused": dict(lengths=[2048], heads=8, kv_heads=4, chunk=128, workspace_mib=0.5),
-    "packed": dict(lengths=[700, 0, 1300, 48], chunk=128),
-    "ragged chunk, portable": dict(lengths=[900], chunk=100, dim=80),
-    "fp32": dict(lengths=[900], chunk=64, dtype=torch.float32),
-    "gradient of lse": dict(lengths=[2048], chunk=512, return_lse=True),
-    "parts of sequences": dict(lengths=[2048, 1024], chunk=256, parts=[(0, 256, 256), (1, 512, 128), (0, 1792, 256)]),
-    "a negative scale": dict(lengths=[2048], chunk=512, softmax_scale=-1.0),
-    "views of one projection": dict(lengths=[2048], chunk=512, projection=True),
-}
-
-
-def make(lengths, chunk, heads=4, kv_heads=None, dim=128, dtype=torch.bfloat16, parts=None, projection=False,
-         **options):
-    """A call's tensors, and the call: it takes them and gives results and gradients."""
-    kv_heads = kv_heads or heads
-    cu = torch.tensor([0, *lengths]).cumsum(0).int()
-    total = sum(lengths)
-    place = (cu, max(lengths), chunk)
-    if parts:
-        ids, offsets, sizes = (torch.tensor(x, dtype=torch.int32) for x in zip(*parts))
-        cu_q = torch.cat((torch.zeros(1, dtype=torch.int32), sizes.cumsum(0).int()))
-        place = Segments(cu_q, cu, ids, offsets, int(sizes.max()), max(lengths), chunk)
-    rows = int(place.cu_seqlens_q[-1]) if parts else total
-    q, do = (torch.zeros(rows, heads, dim, dtype=dtype) for _ in range(2))
-    k, v = (torch.zeros(total, kv_heads, dim, dtype=dtype) for _ in range(2))
-    if projection:
-        q, k, v = torch.zeros(rows, 3, heads, dim, dtype=dtype).unbind(1)
-    dlse = torch.zeros(rows, heads)
-
-    def call(q, k, v, do, dlse):
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        if parts:
-            got = moba_attention(*leaves, place, 3, backend="triton", **options)
-        else:
-            got = moba_attn_varlen(*leaves, *place, 3, backend="triton", **options)
-        outs, douts = (got, (do, dlse)) if options.get("return_lse") else ((got,), (do,))
-        return [*(x.detach() for x in outs), *torch.autograd.grad(outs, leaves, douts)]
-
-    return (q, k, v, do, dlse), call
+    with installed(monkeypatch) as driver:
+        yield driver
 
 
 def make_decode(paged=False):
@@ -176,11 +56,6 @@ def make_rank():
                 *pipeline.backward(do, None, q, k, v, saved, segments, torch.float32))
 
     return (q[:1024], k, v, do[:1024]), call
-
-
-def cloned(tensors):
-    """Copies elsewhere in memory, with the same strides."""
-    return [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x) for x in tensors]
 
 
 def assert_same(launches, ordinary, moved: dict[int, int]):
@@ -231,229 +106,6 @@ def test_prepared_launches_are_what_triton_launches(made, driver, monkeypatch):
     assert_same(prepared, driver.launches, moved)
     check_scratch()
     assert kept
-
-
-def test_a_first_call_compiles_its_kernels_side_by_side(driver, monkeypatch):
-    """Each once, and as many at a time as there are cores."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(4)))
-    together, compile, names = threading.Barrier(4), driver.compile, []
-
-    def at_once(src, **options):
-        names.append(src.hash())
-        if len(names) <= 4:  # of the forward pass's kernels
-            together.wait(30)  # raises BrokenBarrierError where they come one by one
-        return compile(src, **options)
-
-    monkeypatch.setattr(triton.compiler, "compile", at_once)
-    tensors, call = make(**CASES["gqa"])
-    call(*tensors)
-    assert len(names) == len(set(names)) > 8
-    call(*cloned(tensors))
-    launcher._plans.clear()
-    before = len(names)
-    call(*tensors)
-    assert driver.prepared and len(names) == before
-
-
-def forward_and_backward(tensors, **case):
-    """o of ``make(**case)``'s call, and a function that gives the gradients."""
-    q, k, v = (x.detach().requires_grad_() for x in tensors[:3])
-    length = case["lengths"][0]
-    cu = torch.tensor([0, length], dtype=torch.int32)
-    o = moba_attn_varlen(q, k, v, cu, length, case["chunk"], 3, backend="triton")
-    return o, lambda: torch.autograd.grad(o, (q, k, v), tensors[3])
-
-
-def test_a_first_forward_has_backwards_kernels_compiled(driver, monkeypatch):
-    """Forward does not wait for them, backward does; what starts each is made in the threads too, once."""
-    compile, names, let = driver.compile, [], threading.Event()
-
-    def noted(src, **options):
-        assert threading.current_thread() is not threading.main_thread()
-        names.append(src.fn.fn.__name__)
-        if "bwd" in names[-1]:
-            assert let.wait(30)
-        return compile(src, **options)
-
-    monkeypatch.setattr(triton.compiler, "compile", noted)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)))
-    o, backward = forward_and_backward(make(**CASES["gqa"])[0], **CASES["gqa"])
-    assert names[0].startswith("_attention_bwd_dkdv_"), "it takes the longest"
-    begun = len(names)
-    threading.Timer(0.2, let.set).start()
-    backward()
-    assert let.is_set() and len(names) == begun and sorted(driver.launchers) == sorted(names)
-
-
-def test_a_forward_without_gradient_has_its_own_kernels_compiled_alone(driver, monkeypatch):
-    compile, names = driver.compile, []
-    monkeypatch.setattr(triton.compiler, "compile", lambda src, **options: (
-        names.append(src.fn.fn.__name__), compile(src, **options))[1])
-    q, k, v = make(**CASES["gqa"])[0][:3]
-    moba_attn_varlen(q, k, v, torch.tensor([0, 2048], dtype=torch.int32), 2048, 512, 3, backend="triton")
-    assert names and not any("bwd" in name for name in names)
-
-
-def test_an_error_of_a_kernel_compiled_early_is_backwards(driver, monkeypatch):
-    """Each time, until there is none; then nothing is compiled again."""
-    compile, full, names = driver.compile, [True], []
-
-    def faulty(src, **options):
-        names.append(src.fn.fn.__name__)
-        if full[0] and src.fn.fn.__name__ == "_attention_bwd_delta_kernel":
-            raise OSError("no space is left")
-        return compile(src, **options)
-
-    monkeypatch.setattr(triton.compiler, "compile", faulty)
-    for full[0] in (True, True, False, False):
-        o, backward = forward_and_backward(make(**CASES["gqa"])[0], **CASES["gqa"])
-        if full[0]:
-            with pytest.raises(OSError, match="no space is left"):
-                backward()
-        else:
-            backward()
-    assert driver.prepared
-    for _ in range(2):
-        names.clear()
-        launcher._plans.clear()
-        forward_and_backward(make(**CASES["gqa"])[0], **CASES["gqa"])[1]()
-    assert not names
-
-
-def test_a_backward_that_cannot_be_planned_early_leaves_forward_alone(driver, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(kernels, "attention_bwd", lambda *_, **__: 1 / 0)
-        o, backward = forward_and_backward(make(**CASES["gqa"])[0], **CASES["gqa"])
-        assert o.shape == (2048, 8, 128) and launcher._building.plan is None
-    backward()
-
-
-def test_what_is_python_of_compiling_comes_one_by_one(driver, monkeypatch):
-    """The longest first: it does not share its core with the others."""
-    compile, running, most = driver.compile, [], []
-
-    def busy(src, **options):
-        running.append(src)
-        most.append(len(running))
-        end = time.thread_time() + 0.05
-        while time.thread_time() < end:
-            pass
-        running.remove(src)
-        time.sleep(0.3)  # other threads' turn
-        return compile(src, **options)
-
-    monkeypatch.setattr(triton.compiler, "compile", busy)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)))
-    forward_and_backward(make(**CASES["gqa"])[0], **CASES["gqa"])[1]()
-    assert most[:3] == [1, 1, 1]
-
-
-def test_ranks_of_a_host_share_its_cores(driver, monkeypatch):
-    compile, running, most = driver.compile, [], []
-
-    def slow(src, **options):
-        running.append(src)
-        most.append(len(running))
-        time.sleep(0.1)
-        running.remove(src)
-        return compile(src, **options)
-
-    monkeypatch.setattr(triton.compiler, "compile", slow)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    tensors, call = make(**CASES["gqa"])
-    call(*tensors)
-    assert max(most) == 2
-
-
-def test_what_is_no_function_of_tritons_is_launched_as_it_is(driver, monkeypatch):
-    """As an autotuner around a kernel: the others are compiled side by side, and nothing is prepared."""
-    started = []
-
-    class Around:
-        def __init__(self, kernel):
-            self.kernel = kernel
-
-        def __getitem__(self, grid):
-            def run(*args, **named):
-                started.append(self.kernel[grid](*args, **named))
-
-            return run
-
-    tensors, call = make(**CASES["gqa"])
-    with monkeypatch.context() as patch:
-        patch.setattr(gating, "_gate_kernel", Around(gating._gate_kernel))
-        call(*tensors)
-        call(*cloned(tensors))
-    assert len(started) == 2 and all(started)
-
-
-def test_an_error_of_the_compiler_is_the_launchs(driver, monkeypatch):
-    compile = driver.compile
-
-    def faulty(src, **options):
-        if src.fn.fn.__name__ == "_gate_kernel":
-            raise RuntimeError("no register is left")
-        return compile(src, **options)
-
-    monkeypatch.setattr(triton.compiler, "compile", faulty)
-    tensors, call = make(**CASES["gqa"])
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match="no register is left"):
-            call(*tensors)
-    assert _async_compile.active_mode.get() is None
-
-
-def test_what_the_compiler_meets_once_is_not_kept(driver, monkeypatch):
-    """A full disk, say: the next call compiles again."""
-    compile, full = driver.compile, [True]
-
-    def faulty(src, **options):
-        if full[0] and src.fn.fn.__name__ == "_gate_kernel":
-            raise OSError("no space is left")
-        return compile(src, **options)
-
-    monkeypatch.setattr(triton.compiler, "compile", faulty)
-    tensors, call = make(**CASES["gqa"])
-    with pytest.raises(OSError, match="no space is left"):
-        call(*tensors)
-    full[0] = False
-    call(*tensors)
-    call(*tensors)
-    assert driver.prepared
-
-
-def test_a_kernel_that_another_thread_compiles_is_prepared(driver, monkeypatch, caplog):
-    """Two first calls at once: the second one finds kernels that are not there yet."""
-    compile, begun = driver.compile, threading.Event()
-
-    def slow(src, **options):
-        if src.fn.fn.__name__ == "_gate_kernel":
-            begun.set()
-            time.sleep(0.5)
-        return compile(src, **options)
-
-    monkeypatch.setattr(triton.compiler, "compile", slow)
-    tensors, call = make(**CASES["gqa"])
-    first = threading.Thread(target=call, args=tensors)
-    first.start()
-    assert begun.wait(30)
-    call(*cloned(tensors))
-    first.join()
-    for _ in range(2):
-        driver.launches, driver.prepared = [], 0
-        call(*tensors)
-    assert driver.prepared == len(driver.launches) and not caplog.text
-
-
-def test_within_a_users_own_mode_of_compiling(driver, caplog):
-    tensors, call = make(**CASES["gqa"])
-    with ThreadPoolExecutor(2) as pool, triton.AsyncCompileMode(pool) as mode:
-        call(*tensors)
-        assert _async_compile.active_mode.get() is mode
-    driver.launches = []
-    call(*cloned(tensors))
-    assert driver.prepared == len(driver.launches) > 0 and not caplog.text
 
 
 def check_scratch():

@@ -1,0 +1,139 @@
+"""A stand-in for Triton's driver that notes what is started, and calls of the operator to start it with."""
+import contextlib
+import ctypes
+import importlib
+from types import SimpleNamespace
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from moba_megatron import kernels, moba_attn_varlen
+from moba_megatron.kernels import launcher, tuning
+from moba_megatron.ops import backend, moba_attention
+from moba_megatron.segments import Segments
+
+CARD = 77
+"""Number of the device that Triton takes the stand-in for: nothing compiled here is used elsewhere."""
+
+
+class Driver:
+    """Notes launches by ``kernel[grid](...)`` and by ``compiled[grid](...)`` in the same form."""
+
+    def __init__(self):
+        self.launches, self.prepared, self.stream, self.fault, self.launchers = [], 0, 5, None, []
+        self.get_current_device = lambda: CARD
+        self.get_current_stream = lambda device: self.stream
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def launcher_cls(self, src, metadata):
+        self.launchers.append(src.fn.fn.__name__)
+
+    def compile(self, src, **_):
+        name = src.fn.fn.__name__
+        kinds = list(src.signature.values())
+
+        class Compiled(SimpleNamespace):
+            def __getitem__(compiled, grid):  # noqa: N805
+                def start(*args, stream):
+                    if self.fault:
+                        self.fault()
+                    self.prepared += 1
+                    assert not any(isinstance(x, torch.Tensor) for x in args)
+                    self.note(name, kinds, grid, stream, args)
+
+                return start
+
+        return Compiled(src=src, metadata=SimpleNamespace(name=name), packed_metadata=None, function=None,
+                        launch_metadata=lambda *_: None,
+                        run=lambda x, y, z, stream, function, packed, *rest: self.note(
+                            name, kinds, (x, y, z), stream, rest[3:]))
+
+    def note(self, name, kinds, grid, stream, args):
+        values = []
+        for kind, arg in zip(kinds, args, strict=True):
+            if kind == "constexpr":
+                continue
+            if kind.startswith("*"):
+                values.append(("pointer", arg if isinstance(arg, int) else arg.data_ptr()))
+            elif kind.startswith("tensordesc"):
+                values += [("pointer", arg.base.data_ptr()), *map(int, (*arg.shape, *arg.strides))]
+            else:
+                values.append(ctypes.c_float(arg).value if kind == "fp32" else arg)
+        self.launches.append((name, tuple(grid), stream, values))
+
+
+@contextlib.contextmanager
+def installed(monkeypatch):
+    """In Triton's driver's place, as for Hopper; a :class:`Driver`."""
+    driver = Driver()
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    monkeypatch.setattr(triton.compiler, "compile", driver.compile)
+    monkeypatch.setattr(launcher, "_plans", {})
+    monkeypatch.setattr(launcher, "_compiled", {})
+    monkeypatch.setattr(backend, "_stages", lambda name, device_type: kernels)
+    monkeypatch.setattr(tuning, "_arch_of_device", lambda device: "sm_90")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    yield driver
+    for module in ("attention_bwd", "attention_bwd_dkdv", "attention_bwd_dq", "attention_fwd", "bounds", "chunk_means",
+                   "gating", "routing", "attention_fwd_sm90", "attention_bwd_dq_sm90", "attention_bwd_dkdv_sm90",
+                   "decode"):
+        for kernel in vars(importlib.import_module(f"moba_megatron.kernels.{module}")).values():
+            if isinstance(kernel, JITFunction):
+                kernel.device_caches.pop(CARD, None)
+
+
+CASES = {
+    "1 head": dict(lengths=[2048], heads=1, chunk=512),
+    "gqa": dict(lengths=[2048], heads=8, kv_heads=2, chunk=512),
+    "chunk 128: fused": dict(lengths=[2048], chunk=128),
+    "cut lists": dict(lengths=[65536], heads=1, chunk=512),
+    "groups of heads": dict(lengths=[2048], heads=8, kv_heads=4, chunk=512, workspace_mib=0.5),
+    "groups of heads, fused": dict(lengths=[2048], heads=8, kv_heads=4, chunk=128, workspace_mib=0.5),
+    "packed": dict(lengths=[700, 0, 1300, 48], chunk=128),
+    "ragged chunk, portable": dict(lengths=[900], chunk=100, dim=80),
+    "fp32": dict(lengths=[900], chunk=64, dtype=torch.float32),
+    "gradient of lse": dict(lengths=[2048], chunk=512, return_lse=True),
+    "parts of sequences": dict(lengths=[2048, 1024], chunk=256, parts=[(0, 256, 256), (1, 512, 128), (0, 1792, 256)]),
+    "a negative scale": dict(lengths=[2048], chunk=512, softmax_scale=-1.0),
+    "views of one projection": dict(lengths=[2048], chunk=512, projection=True),
+}
+
+
+def make(lengths, chunk, heads=4, kv_heads=None, dim=128, dtype=torch.bfloat16, parts=None, projection=False,
+         **options):
+    """A call's tensors, and the call: it takes them and gives results and gradients."""
+    kv_heads = kv_heads or heads
+    cu = torch.tensor([0, *lengths]).cumsum(0).int()
+    total = sum(lengths)
+    place = (cu, max(lengths), chunk)
+    if parts:
+        ids, offsets, sizes = (torch.tensor(x, dtype=torch.int32) for x in zip(*parts))
+        cu_q = torch.cat((torch.zeros(1, dtype=torch.int32), sizes.cumsum(0).int()))
+        place = Segments(cu_q, cu, ids, offsets, int(sizes.max()), max(lengths), chunk)
+    rows = int(place.cu_seqlens_q[-1]) if parts else total
+    q, do = (torch.zeros(rows, heads, dim, dtype=dtype) for _ in range(2))
+    k, v = (torch.zeros(total, kv_heads, dim, dtype=dtype) for _ in range(2))
+    if projection:
+        q, k, v = torch.zeros(rows, 3, heads, dim, dtype=dtype).unbind(1)
+    dlse = torch.zeros(rows, heads)
+
+    def call(q, k, v, do, dlse):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        if parts:
+            got = moba_attention(*leaves, place, 3, backend="triton", **options)
+        else:
+            got = moba_attn_varlen(*leaves, *place, 3, backend="triton", **options)
+        outs, douts = (got, (do, dlse)) if options.get("return_lse") else ((got,), (do,))
+        return [*(x.detach() for x in outs), *torch.autograd.grad(outs, leaves, douts)]
+
+    return (q, k, v, do, dlse), call
+
+
+def cloned(tensors):
+    """Copies elsewhere in memory, with the same strides."""
+    return [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x) for x in tensors]
