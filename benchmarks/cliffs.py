@@ -213,6 +213,7 @@ def _times(cliff: Cliff, device: torch.device, backend: str, repeats: int) -> di
     result = {"ms": timing.summary(timing.measure(both, device, repeats, 2))}
     with torch.no_grad():
         result["forward_ms"] = timing.summary(timing.measure(forward, device, repeats, 1))
+    result["kernels_ms"] = timing.kernel_times(both, device, 2)
     gc.collect()
     return result | {"extra_peak_bytes": timing.extra_peak_bytes(both, device)}
 
