@@ -49,14 +49,15 @@ def trailing(run: dict) -> float:
 
 
 def by_variant(result: dict) -> list[dict]:
-    """An item a variant: its runs that ended, and those of full attention at the same seeds, in the same order."""
+    """An item a variant: its runs that ended, and pairs of them and full attention's of the same seed and text."""
     found: dict[str, dict[int, dict]] = {}
     for row in result["rows"]:
         if row["status"] == "ok":
             found.setdefault(row["variant"], {})[row["seed"]] = row
     full = found.get("full", {})
     return [{"variant": name, "runs": list(runs.values()),
-             "pairs": [(run, full[seed]) for seed, run in runs.items() if seed in full and name != "full"]}
+             "pairs": [(run, full[seed]) for seed, run in runs.items()
+                       if seed in full and name != "full" and run["text"] == full[seed]["text"]]}
             for name, runs in found.items()]
 
 
@@ -85,14 +86,16 @@ _RUNS = {
 
 
 def _runs_below(result: dict) -> str:
-    row = next(row for row in result["rows"] if row["status"] == "ok")
+    ended = [row for row in result["rows"] if row["status"] == "ok"]
+    row, texts = ended[0], {row["text"]["train"]["sha256"]: row["text"] for row in ended}.values()
+    which = ", ".join(f"{text['train']['tokens']:,} tokens, sha256 {text['train']['sha256'][:16]}, validation "
+                      f"{text['validation']['sha256'][:16]}" for text in texts)
     left = ", ".join(f"{row['variant']}, seed {row['seed']} ({row['status']})" for row in result["rows"]
                      if row["status"] != "ok")
     return (f"Nats a token, sequences of {row['seq_length']:,} tokens, {row['tokens_per_step']:,} a step; "
             f"{100 * row['task_share']:g} % of the sequences hold a task. ±: 95 % t-interval over seeds; `minus full` "
-            f"pairs runs of a seed.{f' Not ended: {left}.' if left else ''} Training text "
-            f"{row['text']['train']['tokens']:,} tokens, sha256 {row['text']['train']['sha256'][:16]}, validation "
-            f"{row['text']['validation']['sha256'][:16]}. {report.measured_at(result)}")
+            f"pairs runs of a seed and text.{f' Not ended: {left}.' if left else ''} Training text {which}. "
+            f"{report.measured_at(result)}")
 
 
 SCRATCH = report.Table({**_RUNS, "tokens/s": lambda item: f"{item['runs'][0]['tokens_per_s']:,.0f}"}, by_variant,

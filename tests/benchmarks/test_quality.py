@@ -182,6 +182,11 @@ def test_runs_are_stored_with_intervals_and_drawn(tmp_path):
         assert pages.markdown(name, result).startswith("| ")
     pytest.importorskip("matplotlib")
     assert all(path.stat().st_size > 5000 for path in pages.PICTURES["scratch"](result, tmp_path))
+    text = result["rows"][-1]["text"]  # of another machine: no pair
+    result["rows"][-1]["text"] = text | {"train": text["train"] | {"sha256": "another"}}
+    assert pages.SCRATCH.lines(result)[1]["minus full"] == f"{difference:+.4f}"
+    assert pages.markdown("quality-scratch", result).count(f"tokens, sha256 {text['train']['sha256'][:16]}") == 1
+    assert "sha256 another" in pages.markdown("quality-scratch", result)
 
 
 def test_interval_is_students():
