@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from ..tensor_cache import is_unobserved
+from . import validation
 from .backend import check_backend, get_stages
-from .validation import FLOAT_DTYPES, autocast_dtype, check_flag, check_scale, check_shared, check_whole
 
 
+@torch.no_grad()
 def moba_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor,
                 chunk_size: int, topk: int, *, block_table: Tensor | None = None, cache_starts: Tensor | None = None,
                 softmax_scale: float | None = None, backend: str = "auto", return_lse: bool = False,
@@ -29,7 +30,7 @@ def moba_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, means_cache: Tensor
             of a sequence // chunk_size. Must hold the means of all full chunks but the one that may have ended with the
             key before the query's: that one is written here. So after :func:`fill_chunk_means` every next step finds
             what it needs.
-        cache_seqlens: int32 ``[B]``, keys of each sequence, the query's own included.
+        cache_seqlens: int32 ``[B]``, keys of each sequence, the query's own included; checked where reading is free.
         chunk_size: keys in a chunk (Triton: any).
         topk: chunks a query attends to, its own included, at least 1.
         block_table: int32 ``[B, pages a sequence]``: row ``r`` of a sequence is in page ``block_table[b, r //
@@ -41,24 +42,22 @@ def moba_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, means_cache: Tensor
     Returns:
         o ``[B, H, DV]`` in q's dtype, 0 where a sequence has no key; with return_lse also lse ``[B, H]``, natural log.
 
-    Raises:
-        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.
-
-    Source: arXiv 2502.13189, section 2.2, for one query.
+    Raises: as :func:`moba_megatron.moba_attn_varlen`.
     """
     _check_caches(k_cache, means_cache, cache_seqlens, chunk_size, block_table, cache_starts)
     q = _checked_query(q, k_cache, v_cache, means_cache.shape[0])
-    check_whole("topk", topk, 1)
-    check_flag("return_lse", return_lse)
+    validation.check_whole("topk", topk, 1)
+    validation.check_flag("return_lse", return_lse)
     check_backend(backend)
-    scale = check_scale(softmax_scale, q.shape[2])
+    scale = validation.check_scale(softmax_scale, q.shape[2])
     _refuse_tangents(q, k_cache, v_cache, means_cache)
     run = _decode if is_unobserved(q, k_cache, cache_seqlens) else _decode_op
     o, lse = run(q, k_cache, v_cache, means_cache, cache_seqlens, chunk_size, topk, block_table, cache_starts, scale,
-                 backend, check_shared(shared))
+                 backend, validation.check_shared(shared))
     return (o, lse) if return_lse else o
 
 
+@torch.no_grad()
 def decode_selection(q: Tensor, k_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor, chunk_size: int,
                      topk: int, *, block_table: Tensor | None = None, cache_starts: Tensor | None = None,
                      backend: str = "auto", shared: str = "head") -> Tensor:
@@ -72,9 +71,9 @@ def decode_selection(q: Tensor, k_cache: Tensor, means_cache: Tensor, cache_seql
     """
     _check_caches(k_cache, means_cache, cache_seqlens, chunk_size, block_table, cache_starts)
     q = _checked_query(q, k_cache, k_cache, means_cache.shape[0])
-    check_whole("topk", topk, 1)
+    validation.check_whole("topk", topk, 1)
     check_backend(backend)
-    q = _scoring(get_stages(backend, q.device), q, k_cache, check_shared(shared))
+    q = _scoring(get_stages(backend, q.device), q, k_cache, validation.check_shared(shared))
     return _stages(backend, q.device).decode_gate(q, k_cache, means_cache, cache_seqlens, chunk_size, topk,
                                                   block_table=block_table, cache_starts=cache_starts)
 
@@ -84,6 +83,7 @@ def _scoring(stages: ModuleType, q: Tensor, k_cache: Tensor, shared: str) -> Ten
     return stages.group_queries(q, k_cache.shape[2]) if shared == "group" else q
 
 
+@torch.no_grad()
 def fill_chunk_means(k_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor, chunk_size: int, *,
                      block_table: Tensor | None = None, cache_starts: Tensor | None = None,
                      backend: str = "auto") -> None:
@@ -147,11 +147,11 @@ def _(q, k_cache, v_cache, means_cache, cache_seqlens, chunk_size, topk, block_t
 
 def _check_caches(k_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor, chunk_size: int,
                   block_table: Tensor | None, cache_starts: Tensor | None) -> None:
-    check_whole("chunk_size", chunk_size, 1)
+    validation.check_whole("chunk_size", chunk_size, 1)
     for name, x in (("k_cache", k_cache), ("means_cache", means_cache)):
-        _check_4d(name, x)
-    if k_cache.shape[2] < 1:
-        raise ValueError(f"k_cache must have at least one head, got shape {tuple(k_cache.shape)}")
+        validation.check_tensor(name, x, 4, words=" [sequences, rows or chunks, heads, head_dim]")
+    if 0 in k_cache.shape[2:]:
+        raise ValueError(f"k_cache must have at least one head, and head_dim 1, got shape {tuple(k_cache.shape)}")
     batch = means_cache.shape[0]
     _check_ints("cache_seqlens", cache_seqlens, (batch,), k_cache.device)
     if cache_starts is not None:
@@ -171,11 +171,22 @@ def _check_caches(k_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor, c
                          f"on {means_cache.device}")
     if means_cache.stride(3) != 1:
         raise ValueError(f"means_cache must be contiguous in its last dimension, got strides {means_cache.stride()}")
+    if all(validation.values_readable(x) for x in (cache_seqlens, cache_starts, block_table) if x is not None):
+        starts = [0] * batch if cache_starts is None else cache_starts.tolist()
+        for b, (start, length) in enumerate(zip(starts, cache_seqlens.tolist())):
+            if min(start, length) < 0 or length and start + length > rows:
+                raise ValueError(f"cache_seqlens and cache_starts must lie within the {rows} rows of a sequence, got "
+                                 f"{length} keys from row {start} on in sequence {b}")
+            pages, size = k_cache.shape[:2]
+            if block_table is not None and length:
+                used = block_table[b, start // size:-(-(start + length) // size)].tolist()
+                if not 0 <= min(used) <= max(used) < pages:
+                    raise ValueError(f"block_table must name pages from 0 to {pages - 1}, got {used} in sequence {b}")
 
 
 def _checked_query(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: int) -> Tensor:
     """q; under autocast in the caches' dtype, since caches are not copied."""
-    _check_4d("v_cache", v_cache)
+    validation.check_tensor("v_cache", v_cache, 4, words=" [sequences, rows, heads, head_dim]")
     if v_cache.shape[:3] != k_cache.shape[:3]:
         raise ValueError(f"v_cache must have k_cache's first dimensions {tuple(k_cache.shape[:3])}, got "
                          f"{tuple(v_cache.shape[:3])}")
@@ -185,7 +196,7 @@ def _checked_query(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: int) -> T
     if q.shape[2] != k_cache.shape[3] or q.shape[1] % k_cache.shape[2] or q.shape[1] == 0:
         raise ValueError(f"q must have k_cache's head_dim {k_cache.shape[3]} and a positive multiple of its "
                          f"{k_cache.shape[2]} heads, got {q.shape[1]} heads of {q.shape[2]}")
-    if all(x.dtype in FLOAT_DTYPES[:3] for x in (q, k_cache)) and autocast_dtype(k_cache.device.type):
+    if {q.dtype, k_cache.dtype} <= {*validation.FLOAT_DTYPES[:3]} and validation.autocast_dtype(k_cache.device.type):
         q = q.to(k_cache.dtype)
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
         if x.dtype != q.dtype or x.device != q.device:
@@ -193,20 +204,9 @@ def _checked_query(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: int) -> T
     return q
 
 
-def _check_4d(name: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor) or x.dim() != 4:
-        raise ValueError(f"{name} must be a tensor of 4 dimensions (sequences, rows, heads, head_dim), got "
-                         f"{tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}")
-    if x.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name} must be bfloat16, float16, float32 or float64, got {x.dtype}")
-
-
 def _check_ints(name: str, x: Tensor, shape: tuple[int | None, ...], device: torch.device) -> None:
-    if not isinstance(x, Tensor) or x.dtype != torch.int32:
-        raise TypeError(f"{name} must be an int32 tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
-    if x.dim() != len(shape) or any(n is not None and n != m for n, m in zip(shape, x.shape)):
+    validation.check_tensor(name, x, len(shape), (torch.int32,), device=device, of="k_cache")
+    if any(n not in (None, m) for n, m in zip(shape, x.shape)):
         raise ValueError(f"{name} must have shape {list(shape)}, got {tuple(x.shape)}")
     if x.numel() > 1 and x.shape[-1] > 1 and x.stride(-1) != 1:
         raise ValueError(f"{name} must be contiguous in its last dimension, got strides {x.stride()}")
-    if x.device != device:
-        raise ValueError(f"{name} must be on the caches' device {device}, got {x.device}")

@@ -120,7 +120,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, max_seqlen: int, total: int, device: to
     check_whole(max_name, max_seqlen, 0)
     if total >= 2 ** 31:
         raise ValueError(f"at most 2^31 - 1 packed tokens are supported, got {total}")
-    if _values_readable(cu_seqlens):
+    if values_readable(cu_seqlens):
         values = cu_seqlens.tolist()
         if values[0] != 0 or values[-1] > total:
             raise ValueError(f"{name} must run from 0 to the number of tokens {total} at most, got {values[0]} to "
@@ -159,7 +159,7 @@ def check_segments(segments: Segments, total_q: int, total_k: int, device: torch
     if segments.packed and number != segments.num_sequences:
         raise ValueError(f"segments.packed must be False unless every segment is a whole sequence, got True with "
                          f"{number} segments of {segments.num_sequences} sequences")
-    if all(map(_values_readable, (segments.cu_seqlens_q, segments.cu_seqlens_k, segments.seq_ids, segments.offsets))):
+    if all(map(values_readable, (segments.cu_seqlens_q, segments.cu_seqlens_k, segments.seq_ids, segments.offsets))):
         _check_segments_values(segments, total_q, total_k)
     if segments.packed and total_q != total_k:
         raise ValueError(f"segments.packed must be False unless q and k have as many rows, got True with {total_q}, "
@@ -181,7 +181,7 @@ def check_selected(selected: Tensor, q: Tensor, k: Tensor, segments: Segments | 
         raise ValueError(f"selected must have q's {q.shape[0]} tokens, and a list for each of q's {q.shape[1]} heads "
                          f"or of k's {k.shape[1]}, got shape {tuple(selected.shape)}")
     if segments is None or not (
-            CHECK_CUDA_VALUES and selected.numel() and all(map(_values_readable, (selected, segments.cu_seqlens_q)))):
+            CHECK_CUDA_VALUES and selected.numel() and all(map(values_readable, (selected, segments.cu_seqlens_q)))):
         return
     from ..reference.gating import earlier_chunks
     from ..reference.selection import keep_earlier
@@ -195,7 +195,7 @@ def check_selected(selected: Tensor, q: Tensor, k: Tensor, segments: Segments | 
                          + " again" * (first <= chunk < own))
 
 
-def _values_readable(x: Tensor) -> bool:
+def values_readable(x: Tensor) -> bool:
     """Whether reading costs no wait that nobody asked for, and there are values: not of fakes, nor in a transform."""
     return (not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter)
             and not torch._C._are_functorch_transforms_active()

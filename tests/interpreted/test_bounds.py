@@ -18,7 +18,7 @@ CASES = {"sparse": (16, 2), "sparse, cut short": (40, 2), "dense": (64, 1), "own
 
 @pytest.fixture(autouse=True)
 def values_not_read(monkeypatch):
-    monkeypatch.setattr(validation, "_values_readable", lambda x: False)
+    monkeypatch.setattr(validation, "values_readable", lambda x: False)
 
 
 def ints(*values):

@@ -63,20 +63,29 @@ def arguments(**changed):
     (dict(q=torch.zeros(1, 4, 16)), "q must be a tensor .* of the caches' 2 sequences, got .1, 4, 16."),
     (dict(q=torch.zeros(3, 4, 16)), "q must be a tensor .* of the caches' 2 sequences, got .3, 4, 16."),
     (dict(q=torch.zeros(2, 4, 16).half()), "k_cache must be torch.float16 on cpu as q, got torch.float32"),
-    (dict(k_cache=torch.zeros(32, 2, 16)), "k_cache must be a tensor of 4 dimensions"),
+    (dict(k_cache=torch.zeros(32, 2, 16)), "k_cache must have 4 dimensions"),
     (dict(k_cache=torch.zeros(2, 32, 2, 16).int()), "k_cache must be bfloat16, float16, float32 or float64, got"),
     (dict(k_cache=torch.zeros(3, 32, 2, 16)), "k_cache must have the 2 sequences of means_cache, got 3: for a paged"),
     (dict(v_cache=torch.zeros(2, 31, 2, 8)), "v_cache must have k_cache's first dimensions"),
     (dict(means_cache=torch.zeros(2, 3, 2, 16)), "means_cache must have shape .B, at least 4, 2, 16."),
     (dict(means_cache=torch.zeros(2, 4, 2, 16).double()), "means_cache must be torch.float32 on cpu as k_cache"),
     (dict(means_cache=torch.zeros(2, 4, 2, 32)[..., ::2]), "means_cache must be contiguous in its last dimension"),
-    (dict(cache_seqlens=torch.tensor([32, 5])), "cache_seqlens must be an int32 tensor, got torch.int64"),
+    (dict(cache_seqlens=torch.tensor([32, 5])), "cache_seqlens must be int32, got torch.int64"),
     (dict(cache_seqlens=torch.tensor([32], dtype=torch.int32)), "cache_seqlens must have shape .2., got .1,."),
-    (dict(cache_starts=[0, 1]), "cache_starts must be an int32 tensor, got list"),
+    (dict(cache_starts=[0, 1]), "cache_starts must be a torch.Tensor, got list"),
     (dict(cache_seqlens=torch.ones(4, dtype=torch.int32)[::2]),
      "cache_seqlens must be contiguous in its last dimension"),
     (dict(block_table=torch.zeros(2, 8, dtype=torch.int32)[:, ::2]), "block_table must be contiguous in its last dim"),
-    (dict(block_table=torch.zeros(2, dtype=torch.int32)), "block_table must have shape .2, None., got .2,."),
+    (dict(block_table=torch.zeros(2, dtype=torch.int32)), "block_table must have 2 dimensions, got shape .2,."),
+    (dict(cache_seqlens=torch.tensor([33, 5], dtype=torch.int32)),
+     "must lie within the 32 rows .*, got 33 keys from row 0 on in sequence 0"),
+    (dict(cache_seqlens=torch.tensor([32, -1], dtype=torch.int32)), "got -1 keys from row 0 on in sequence 1"),
+    (dict(cache_starts=torch.tensor([0, 28], dtype=torch.int32)), "got 5 keys from row 28 on in sequence 1"),
+    (dict(cache_starts=torch.tensor([0, -4], dtype=torch.int32)), "got 5 keys from row -4 on in sequence 1"),
+    (dict(cache_seqlens=torch.tensor([32, 33], dtype=torch.int32), block_table=torch.tensor([[0, 7], [1, -1]]).int(),
+          means_cache=torch.zeros(2, 8, 2, 16)), "block_table must name pages from 0 to 1, got .1, -1. in sequence 1"),
+    (dict(q=torch.zeros(2, 4, 0), k_cache=torch.zeros(2, 32, 2, 0), means_cache=torch.zeros(2, 4, 2, 0)),
+     "k_cache must have at least one head, and head_dim 1, got shape .2, 32, 2, 0."),
     (dict(topk=0), "topk must be at least 1, got 0"),
     (dict(chunk_size=0), "chunk_size must be at least 1, got 0"),
     (dict(chunk_size=2 ** 70), "chunk_size must be below 2\\^31, got"),
@@ -86,3 +95,11 @@ def arguments(**changed):
 def test_refusals(changed, message):
     with pytest.raises((TypeError, ValueError), match=message):
         moba_decode(**arguments(**changed))
+
+
+def test_no_gradient():
+    """Nor a graph that grows with the steps, in the means."""
+    given = {name: x.requires_grad_(x.is_floating_point()) if name in ("q", "k_cache", "v_cache") else x
+             for name, x in arguments().items()}
+    fill_chunk_means(*(given[name] for name in ("k_cache", "means_cache", "cache_seqlens", "chunk_size")))
+    assert not moba_decode(**given).requires_grad and not given["means_cache"].requires_grad
