@@ -70,3 +70,21 @@ def test_refused():
         chunk_mass(q, q, 3)
     with pytest.raises(ValueError, match="k must have q's head_dim 4"):
         chunk_mass(q, q[..., :3], uniform_segments(6, 6, 1, 2, q.device))
+
+
+def test_rows_behind_the_last_sequence():
+    """As the operator: cu_seqlens may end before the tensors."""
+    q, k = (torch.randn(40, n, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (4, 2))
+    segments = Segments.from_cu_seqlens(torch.tensor([0, 12, 30], dtype=torch.int32), 18, 5)
+    got = chunk_mass(q, k, segments)
+    torch.testing.assert_close(got[:30, :, :8], whole(q[:30], k[:30], [12, 18], 5, 0.25), rtol=1e-11, atol=1e-13)
+    assert got.shape == (40, 4, 10) and not got[30:].any() and not got[..., 8:].any()
+
+
+def test_in_its_own_precision_under_autocast():
+    q, k = (8 * torch.randn(40, n, 16, generator=torch.Generator().manual_seed(n)) for n in (4, 2))
+    segments = uniform_segments(40, 40, 1, 8, q.device)
+    expected = chunk_mass(q, k, segments), chunk_mass(q.bfloat16(), k.bfloat16(), segments)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(chunk_mass(q, k, segments), expected[0])
+        assert torch.equal(chunk_mass(q.bfloat16(), k, segments), expected[1])  # both in autocast's, as for attention
