@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ class RecordedSelection:
                 for layer, _, chunk_size, topk, causal, name in sorted((*map(int, x.split(".")), x) for x in file):
                     call = LayerSelection(torch.from_numpy(file[name]), chunk_size, topk, bool(causal))
                     recorded.layers.setdefault(layer, []).append(call)
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, TypeError, EOFError, BadZipFile) as error:
             raise ValueError(f"path must be a file that RecordedSelection.save wrote, got {path}: {error}") from None
         return recorded
 
@@ -117,8 +118,7 @@ def record_selection() -> Iterator[RecordedSelection]:
     run changes. Under context parallelism keys are gathered once more; nothing waits for a GPU before the block's end.
     New tokens of a generation are recorded where they choose (``decode="moba"``).
 
-    Raises:
-        RuntimeError: inside another recording, or in a CUDA graph.
+    RuntimeError inside another recording, or in a CUDA graph.
     """
     global _recording, in_use
     if _recording is not None:
@@ -139,10 +139,8 @@ def replay_selection(choices: RecordedSelection) -> Iterator[None]:
     What the same layout recorded gives the same bits. Under tensor, pipeline and context parallelism a rank takes its
     layers, heads and rows of what one process recorded.
 
-    Raises:
-        TypeError: choices is something else.
-        ValueError: in the block, where a layer was not recorded, or with another chunk size, topk, number of tokens or
-            heads, or where it is called more often than it was; at the block's end, where it was called less often.
+    ValueError in the block, where a layer was not recorded, or with another chunk size, topk, number of tokens or
+    heads, or where it is called more often than it was; at the block's end, where it was called less often.
     """
     global _replaying, in_use
     if not isinstance(choices, RecordedSelection):
@@ -152,9 +150,9 @@ def replay_selection(choices: RecordedSelection) -> Iterator[None]:
     try:
         yield
         for layer, number in run.calls.items():
-            if number < len(choices.layers[layer]):
-                raise ValueError(f"replay_selection: layer {layer} was recorded in {len(choices.layers[layer])} calls, "
-                                 f"and replayed in {number}")
+            if number < (recorded := len(choices.layers.get(layer, ()))):
+                raise ValueError(f"replay_selection: layer {layer} was recorded in {recorded} calls, and replayed in "
+                                 f"{number}")
     finally:
         _replaying, run.is_over = before, True
 

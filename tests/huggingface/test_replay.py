@@ -1,11 +1,13 @@
 """What a generation chose, prompt and new tokens, is what training attends to: Transformers' models, in fp64."""
 import huggingface_models as hf
+import numpy
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
 from moba_megatron import MoBAConfig, RecordedSelection, record_selection, register_moba, replay_selection, torch_stages
+from moba_megatron.replay import LayerSelection
 
 NEW = 24
 
@@ -93,3 +95,21 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="was recorded for 33 tokens and 4 heads, got 34"), \
             replay_selection(choices.joined()):
         made(hf.tokens(1, 34))
+    del choices.layers[2]
+    with replay_selection(choices.joined()), pytest.raises(ValueError, match="call 1 of layer 2 was not recorded"):
+        made(hf.tokens(1, 33))  # and nothing else is raised at the end
+
+
+@pytest.mark.parametrize("kind", ["empty", "cut off", "damaged", "an array"])
+def test_other_files_are_refused(kind, tmp_path):
+    path = tmp_path / "choices"
+    RecordedSelection({1: [LayerSelection(torch.zeros(4, 2, 1, dtype=torch.int16), 8, 2, False)]}).save(path)
+    saved = bytearray(path.read_bytes())
+    saved[150] ^= 255
+    if kind == "an array":
+        with path.open("wb") as file:
+            numpy.save(file, numpy.zeros(3))
+    else:
+        path.write_bytes({"empty": b"", "cut off": saved[:200], "damaged": saved}[kind])
+    with pytest.raises(ValueError, match="path must be a file that RecordedSelection.save wrote"):
+        RecordedSelection.load(path)
