@@ -15,6 +15,7 @@ from torch.utils.checkpoint import _CheckpointFrame
 
 from .config import MoBAConfig
 from .ops import select_for_segments
+from .ops.validation import check_tensor
 from .segments import Segments
 from .tensor_cache import is_capturing
 
@@ -214,6 +215,7 @@ def choose(layer: int, q: Tensor, k: Callable[[], Tensor], segments: Segments, m
     if given is None:
         given = select() if select else select_for_segments(q, k(), segments, moba.topk, shared=moba.selection,
                                                             backend=moba.backend), everything
+        check_tensor("what the selector returns", given[0], 3, (torch.int32,))  # None would be MoBA's gate
     selected, causal = given
     if _recording is not None:  # which may be of a selector, and other sequences' chunks
         bound, numbers = segments.max_seqlen_k // moba.chunk_size + 1, selected - _first_chunks(segments, q.shape[0])

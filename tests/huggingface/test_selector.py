@@ -68,6 +68,9 @@ def test_names_have_selectors_of_their_own():
 def test_what_is_refused():
     with pytest.raises(TypeError, match="selector must be a function or None, got str"):
         register_moba(CONFIG, selector="indexer")
+    register_moba(CONFIG, name="moba_own", selector=lambda module, q, k, segments: None)  # a forgotten return
+    with pytest.raises(TypeError, match="what the selector returns must be a torch.Tensor, got NoneType"):
+        hf.model(attention="moba_own")(hf.tokens(1, 30))
 
 
 def test_record_and_replay():
