@@ -67,6 +67,9 @@ def decode_attention(q: Buffer, k_cache: Buffer, v_cache: Buffer, selected: Buff
                      chunk_size: int, softmax_scale: float, *, block_table: Buffer | None = None,
                      cache_starts: Buffer | None = None) -> tuple[Buffer, Buffer]:
     """As :func:`moba_megatron.reference.decode.decode_attention`; products of fp32 are in tf32x3."""
+    if q.dtype == torch.float64:
+        raise TypeError("q must be bfloat16, float16 or float32 for the Triton kernels, got float64: "
+                        "use backend='torch'")
     batch, num_heads, head_dim = q.shape
     num_kv_heads, dim_v, choices = k_cache.shape[2], v_cache.shape[3], selected.shape[2]
     o = empty((batch, num_heads, dim_v), q.dtype, q.device)

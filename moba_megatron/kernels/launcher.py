@@ -224,6 +224,9 @@ def _mapped(of: Callable, kind: type, x):
 
 
 def _make_plan(function: Callable, args: tuple, named: dict[str, Any], tensors: list[Tensor], limit: int) -> "Plan":
+    if INTERPRETED and any(x.dtype == torch.bfloat16 for x in tensors):
+        raise TypeError("Triton's interpreter (TRITON_INTERPRET=1) computes bfloat16 wrongly: use float16 or float32, "
+                        "or backend='torch'")
     plan = Plan(len(tensors))
     places = itertools.count()
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import comparison
-from moba_megatron import kernels
+from moba_megatron import kernels, moba_attn_varlen
 from moba_megatron.kernels import attention_call, launcher, tuning
 from moba_megatron.kernels.workspace import head_groups, workspace_limit
 from moba_megatron.segments import Segments
@@ -134,6 +134,8 @@ def test_refuses():
     q, k, v, selected, segments = problem([40], 32, 2)
     with pytest.raises(TypeError, match="q must be bfloat16"):
         kernels.attention_fwd(q.double(), k.double(), v.double(), selected, segments, 0.2)
+    with pytest.raises(TypeError, match="interpreter .* computes bfloat16 wrongly: use float16 or float32"):
+        moba_attn_varlen(*(x.bfloat16() for x in (q, k, v)), segments.cu_seqlens_q, 40, 32, 2, backend="triton")
     with pytest.raises(ValueError, match="head_dim must be at most 256"):
         kernels.attention_fwd(*(torch.randn(40, 2, 272) for _ in range(3)), selected, segments, 0.2)
     with pytest.raises(ValueError, match="chunk_size must be at least 16"):

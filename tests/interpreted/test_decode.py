@@ -62,3 +62,9 @@ def test_steps_complete_the_means():
 def test_means_are_those_of_training(chunk, dtype):
     _, k, _, lengths, _ = decoding.make([300, 140], chunk, 3, dtype=dtype, integers=False)
     decoding.assert_means_of_training(k, lengths, chunk)
+
+
+def test_refuses_fp64():
+    q, k, v, lengths, _ = decoding.make([40], 16, 2, dtype=torch.float64)
+    with pytest.raises(TypeError, match="q must be bfloat16, float16 or float32 for the Triton kernels, got float64"):
+        moba_decode(q, k, v, decoding.empty_means(k, lengths, 16, {}), lengths, 16, 2, backend="triton")
