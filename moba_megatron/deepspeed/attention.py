@@ -87,8 +87,7 @@ class MoBAAttention(nn.Module):
         parallel: who shares a sequence; None for whole sequences.
         softmax_scale: None for ``1/sqrt(head_dim)``.
 
-    Raises:
-        ValueError: ``layer_number`` is out of range, or the config has a field that cannot be honoured here.
+    Raises: ValueError where ``layer_number`` is out of range, or a field of the config cannot be honoured here.
     """
 
     def __init__(self, config: MoBAConfig, layer_number: int, num_layers: int,
@@ -117,8 +116,7 @@ class MoBAAttention(nn.Module):
         Returns:
             ``[b, s, h, dv]``.
 
-        Raises:
-            ValueError: heads or lengths that the method cannot split.
+        Raises: ValueError for shapes that do not fit each other, heads or lengths that the method cannot split.
         """
         q, k, v = same_dtype(q, k, v)
         if replay.is_active():
@@ -146,10 +144,9 @@ class MoBAAttention(nn.Module):
         batch, length = q.shape[:2]
         chunk_size, topk = self.config.at_step(self.iteration).chunks(self._is_dense(), length)
         segments = uniform_segments(length, length, batch, chunk_size, q.device)  # of one length: cuDNN may take them
-        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        o = moba_attention(q, k, v, segments, topk, softmax_scale=self.softmax_scale, backend=self.config.backend,
-                           deterministic=self.config.deterministic, workspace_mib=self.config.workspace_mib,
-                           shared=self.config.selection)
+        o = moba_attention(*_packed(q, k, v), segments, topk, softmax_scale=self.softmax_scale,
+                           backend=self.config.backend, deterministic=self.config.deterministic,
+                           workspace_mib=self.config.workspace_mib, shared=self.config.selection)
         return o.unflatten(0, (batch, length))
 
     def _zigzag(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -157,7 +154,7 @@ class MoBAAttention(nn.Module):
         batch, length = q.shape[0], q.shape[1] * parallel.size
         chunk_size, topk = config.at_step(self.iteration).chunks(self._is_dense(), length)
         with CollectiveCheck(parallel.group) as collective:  # a rank with bad input ends all of them, with one message
-            packed = tuple(x.flatten(0, 1) for x in (q, k, v))
+            packed = _packed(q, k, v)
             check_qkv(*packed)
             check_zigzag(length, parallel.size, "the sequence length")
             collective.signature = (f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, {q.dtype}, "
@@ -175,6 +172,15 @@ class MoBAAttention(nn.Module):
     def extra_repr(self) -> str:
         what = "dense" if self.full_attention else self.config.describe()
         return f"{what}, sequence parallel: {self.parallel.method} over {self.parallel.size}"
+
+
+def _packed(*qkv: Tensor) -> list[Tensor]:
+    """``[b, s, ...]`` as ``[b * s, ...]``; ValueError where k or v has other b or s than q."""
+    for name, x in zip("qkv", qkv):
+        if x.shape[:2] != qkv[0].shape[:2]:
+            raise ValueError(f"{name} must have q's batch and sequence {tuple(qkv[0].shape[:2])}, got "
+                             f"{tuple(x.shape[:2])}")
+    return [x.flatten(0, 1) for x in qkv]
 
 
 def set_iteration(model: nn.Module, iteration: int) -> None:

@@ -383,6 +383,12 @@ class TestBadInput:
         with pytest.raises(ValueError, match="got 3 and 3: use zigzag"):
             module(*(torch.randn(1, 8, 3, 4) for _ in range(3)))
 
+    @pytest.mark.parametrize("name", ["k", "v"])
+    def test_batch_and_sequence_that_change_places(self, name):
+        shapes = {"q": (2, 8, 4, 16), "k": (2, 8, 2, 16), "v": (2, 8, 2, 16), name: (8, 2, 2, 16)}
+        with pytest.raises(ValueError, match=name + " must have q's batch and sequence .2, 8., got .8, 2."):
+            MoBAAttention(MoBAConfig(4, 2), 1, 1)(*map(torch.randn, shapes.values()))
+
     @pytest.mark.parametrize("method, length, message", [
         pytest.param("ulysses", 9, "multiple of the 2 ranks", id="ulysses"),
         pytest.param("zigzag", 10, "multiple of 2 \\* context_parallel_size", id="zigzag")])
