@@ -11,8 +11,8 @@ from ..segments import Segments
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 CHECK_CUDA_VALUES = os.environ.get("MOBA_CHECK_INPUTS", "0") == "1"
-"""Also read cu_seqlens back from the GPU to check its values, and on any device look at given chunks, which are made
-harmless otherwise. Off by default: it stops the host at every call."""
+"""Also read cu_seqlens and places in caches back from the GPU to check their values, and on any device look at given
+chunks, which are made harmless otherwise. Off by default: it stops the host at every call."""
 
 
 def check_tensor(name: str, x: Tensor, dims: int, dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES, words: str = "",
