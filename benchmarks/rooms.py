@@ -6,7 +6,7 @@ import argparse
 from . import ROOT, report
 
 PACKAGE = "moba_megatron"
-LIMIT = 15_700
+LIMIT = 16_000
 """Lines that the package may have in all."""
 
 

@@ -109,7 +109,8 @@ class MoBAConfig:
             1-based global numbers; others have those above.
         topk_schedule: ``topk`` by training iteration, such as ``"0:64,1000:16,2000:8"``, in place of the field.
 
-    Raises: TypeError, ValueError where an argument is of the wrong type or out of range; the message names it.
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range; the message names it.
     """
 
     chunk_size: int = _flag(512, "keys in a chunk")
@@ -159,7 +160,8 @@ class MoBAConfig:
     def is_full_attention(self, layer_number: int, num_layers: int) -> bool:
         """Whether a layer, by its global 1-based number, attends densely.
 
-        Raises: ValueError where layer_number is not in 1..num_layers, or a listed layer is beyond num_layers.
+        Raises:
+            ValueError: layer_number is not in 1..num_layers, or a listed layer is beyond num_layers.
         """
         if not 1 <= layer_number <= num_layers:
             raise ValueError(f"layer_number must be in 1..{num_layers} (num_layers), got {layer_number}")
@@ -176,7 +178,8 @@ class MoBAConfig:
     def for_layer(self, layer_number: int, num_layers: int) -> "MoBAConfig":
         """The config of a layer, by its global 1-based number: with its own ``chunk_size`` and ``topk``.
 
-        Raises: ValueError where per_layer names a layer beyond num_layers.
+        Raises:
+            ValueError: per_layer names a layer beyond num_layers.
         """
         if self.per_layer is None:
             return self

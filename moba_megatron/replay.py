@@ -119,7 +119,8 @@ def record_selection() -> Iterator[RecordedSelection]:
     run changes. Under context parallelism keys are gathered once more; nothing waits for a GPU before the block's end.
     New tokens of a generation are recorded where they choose (``decode="moba"``).
 
-    RuntimeError inside another recording, or in a CUDA graph.
+    Raises:
+        RuntimeError: inside another recording, or in a CUDA graph.
     """
     global _recording, in_use
     if _recording is not None:
@@ -140,8 +141,10 @@ def replay_selection(choices: RecordedSelection) -> Iterator[None]:
     What the same layout recorded gives the same bits. Under tensor, pipeline and context parallelism a rank takes its
     layers, heads and rows of what one process recorded.
 
-    ValueError in the block, where a layer was not recorded, or with another chunk size, topk, number of tokens or
-    heads, or where it is called more often than it was; at the block's end, where it was called less often.
+    Raises:
+        TypeError: choices is something else.
+        ValueError: in the block, where a layer was not recorded, or with another chunk size, topk, number of tokens or
+            heads, or where it is called more often than it was; at the block's end, where it was called less often.
     """
     global _replaying, in_use
     if not isinstance(choices, RecordedSelection):

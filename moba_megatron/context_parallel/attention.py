@@ -56,7 +56,8 @@ def context_parallel_attention(q: Tensor, k: Tensor, v: Tensor, sequences: Seque
     Returns:
         o ``[T, H, DV]``, what a single rank would compute for these rows.
 
-    Raises: TypeError, ValueError where an argument is of the wrong type or out of range, or heads cannot be dealt out.
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range, or heads cannot be dealt out.
     """
     q, k, v = validation.cast_under_autocast(q, k, v)
     validation.check_qkv(q, k, v)

@@ -23,12 +23,18 @@ class SequenceParallel:
     ``ulysses`` is DeepSpeed's: a rank holds one run of positions, and an all-to-all gives it whole sequences for a part
     of the heads. ``zigzag`` is the package's context parallelism: rank r of P holds pieces r and 2P-1-r of 2P with all
     heads, and gathers keys and values, so heads need not divide by the ranks.
+
+    Args:
+        method: one of METHODS.
+        size: ranks that share a sequence.
+        rank: this one's number among them.
+        group: theirs; None for a size of 1.
     """
 
-    method: str = "none"  # one of METHODS
-    size: int = 1  # ranks that share a sequence
-    rank: int = 0  # this one's number among them
-    group: dist.ProcessGroup | None = None  # theirs; None for a size of 1
+    method: str = "none"
+    size: int = 1
+    rank: int = 0
+    group: dist.ProcessGroup | None = None
 
     @classmethod
     def over_ranks(cls, method: str, size: int) -> "SequenceParallel":
@@ -56,8 +62,15 @@ class SequenceParallel:
         return dist.get_world_size() // self.size
 
     def part(self, x: Tensor, dim: int = 1) -> Tensor:
-        """This rank's part of whole sequences, for tokens, labels, masks and position ids alike; ``dim``: of positions,
-        divisible by ``size`` (``2 * size`` for zigzag)."""
+        """This rank's part of whole sequences, for tokens, labels, masks and position ids alike.
+
+        Args:
+            x: the sequences, on every rank of the group.
+            dim: the dimension of positions, divisible by ``size`` (``2 * size`` for zigzag).
+
+        Raises:
+            ValueError: it is not.
+        """
         if self.method == "zigzag":
             check_zigzag(x.shape[dim], self.size, "the sequence length")
             pieces = x.chunk(2 * self.size, dim)
@@ -87,7 +100,8 @@ class MoBAAttention(nn.Module):
         parallel: who shares a sequence; None for whole sequences.
         softmax_scale: None for ``1/sqrt(head_dim)``.
 
-    Raises: ValueError where ``layer_number`` is out of range, or a field of the config cannot be honoured here.
+    Raises:
+        ValueError: ``layer_number`` is out of range, or the config has a field that cannot be honoured here.
     """
 
     def __init__(self, config: MoBAConfig, layer_number: int, num_layers: int,
@@ -116,7 +130,8 @@ class MoBAAttention(nn.Module):
         Returns:
             ``[b, s, h, dv]``.
 
-        Raises: ValueError for shapes that do not fit each other, heads or lengths that the method cannot split.
+        Raises:
+            ValueError: shapes that do not fit each other, heads or lengths that the method cannot split.
         """
         q, k, v = same_dtype(q, k, v)
         if replay.is_active():

@@ -36,8 +36,14 @@ def mean_over_ranks(losses: Tensor, mask: Tensor) -> Tensor:
     """This rank's share of the mean loss of a micro batch, for ``engine.backward``.
 
     The sum of this rank's losses, times the number of ranks, over the number of tokens of all ranks: DeepSpeed averages
-    gradients over all ranks, which makes it the mean over tokens, however many each rank has. Losses are ``[b, s]`` or
-    of any shape, the mask of the same, 1 where a token counts; the result is a scalar in fp32.
+    gradients over all ranks, which makes it the mean over tokens, however many each rank has.
+
+    Args:
+        losses: ``[b, s]`` or any shape, of this rank's tokens.
+        mask: the same shape, 1 where a token counts.
+
+    Returns:
+        A scalar in fp32 whose average over the ranks is the mean loss.
     """
     count = mask.sum().float()
     dist.all_reduce(count)
@@ -48,8 +54,15 @@ def load_checkpoint(engine, directory: str, tag: str | None = None) -> dict | No
     """``engine.load_checkpoint``, and what it leaves wrong with a universal checkpoint under ZeRO-3 (DeepSpeed 0.19.8).
 
     There all parts of the model get one tensor for Adam's count of steps, which each of them then advances, and the
-    first parameter group's settings, its weight decay among them. Returns the client state, or None where the directory
-    holds no checkpoint.
+    first parameter group's settings, its weight decay among them.
+
+    Args:
+        engine: of ``deepspeed.initialize``.
+        directory: that ``engine.save_checkpoint`` or DeepSpeed's converter wrote to.
+        tag: of the checkpoint; None for the last.
+
+    Returns:
+        The client state, or None where the directory holds no checkpoint.
     """
     universal = engine.load_universal_checkpoint() and engine.zero_optimization_stage() == 3
     settings = [dict(group) for group in engine.optimizer.param_groups] if universal else []

@@ -57,7 +57,8 @@ def register_moba(config: MoBAConfig | None = None, *, decode: str | None = None
             ``[T, H or HK, n]``, ids as of :func:`~moba_megatron.sparse_attn_varlen`; of a cache it sees all keys at
             every step. None for the gate.
 
-    Raises: TypeError, ValueError where an argument is of the wrong type or value; the message names it.
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or value; the message names it.
     """
     config = MoBAConfig() if config is None else config
     if not isinstance(config, MoBAConfig):

@@ -36,7 +36,8 @@ def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tens
     Args, Returns: as :func:`moba_megatron.reference.attention_bwd`; every sum has a fixed order, deterministic or not;
         routing: of ``selected``, as forward used it, None to make it again.
 
-    Raises: TypeError for fp64, ValueError for a head dim above 256, or chunks below 16.
+    Raises:
+        TypeError: fp64. ValueError: a head dim above 256, or chunks below 16.
     """
     check(q, v, selected, segments)
     dlse, lse = (x if x is None else x.contiguous() for x in (dlse, lse))

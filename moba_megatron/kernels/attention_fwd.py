@@ -31,7 +31,8 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: S
 
     Args, Returns: as :func:`moba_megatron.reference.attention_fwd`; routing: of ``selected``, None to make it here.
 
-    Raises: TypeError for fp64, ValueError for a head dim above 256, chunks below 16, or 2^31 rows (token, head).
+    Raises:
+        TypeError: fp64. ValueError: a head dim above 256, chunks below 16, or 2^31 rows (token, head).
     """
     check(q, v, selected, segments)
     if softmax_scale < 0:  # the running maximum is taken before the scale

@@ -40,7 +40,8 @@ def config(stage: str, device: torch.device | None = None, **key: int) -> dict[s
     Returns:
         A fresh dict such as ``{"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}``.
 
-    Raises: KeyError where the stage is unknown, LookupError where no row fits.
+    Raises:
+        KeyError: the stage is unknown. LookupError: no row fits.
     """
     key["ieee"] = int(FP32_PRODUCTS == "ieee")
     return dict(_lookup(stage, arch_of(device), tuple(sorted(key.items()))))

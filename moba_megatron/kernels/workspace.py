@@ -8,7 +8,11 @@ ALIGNMENT = 512
 
 
 def workspace_limit() -> int:
-    """The environment's limit in bytes: MOBA_WORKSPACE_MIB, else 1024 MiB; ValueError unless it is positive."""
+    """The environment's limit in bytes: MOBA_WORKSPACE_MIB, else 1024 MiB.
+
+    Raises:
+        ValueError: MOBA_WORKSPACE_MIB is not a positive number.
+    """
     text = os.environ.get("MOBA_WORKSPACE_MIB", "")
     if not text:
         return DEFAULT_MIB << 20

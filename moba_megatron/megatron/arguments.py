@@ -41,7 +41,8 @@ def add_moba_arguments(parser: argparse.ArgumentParser, default: str = "moba",
 def config_from_args(args: argparse.Namespace) -> MoBAConfig:
     """The MoBAConfig of parsed flags; ``--attention full`` makes every layer dense.
 
-    Raises: TypeError, ValueError where a value is out of range; the message names the field.
+    Raises:
+        TypeError, ValueError: a value is out of range; the message names the field.
     """
     values = {field.name: getattr(args, "moba_" + field.name) for field, _ in _fields()}
     flag, fraction = "--moba-full-attention-last-fraction", getattr(args, "moba_full_attention_last_fraction", None)
@@ -63,7 +64,8 @@ def config_from_args(args: argparse.Namespace) -> MoBAConfig:
 def config_from_environment(environment: Mapping[str, str] | None = None) -> MoBAConfig:
     """The MoBAConfig of ``MOBA_CHUNK_SIZE``, ``MOBA_TOPK`` and so on; fields without a variable keep their default.
 
-    Raises: ValueError where a variable cannot be read; the message names it.
+    Raises:
+        ValueError: a variable cannot be read; the message names it.
     """
     environment = os.environ if environment is None else environment
     values: dict[str, Any] = {}

@@ -27,7 +27,8 @@ def get_moba_layer_with_transformer_engine_spec(moba_config: MoBAConfig | None =
         moba_config, selector: as :func:`get_moba_layer_local_spec`.
         **kwargs: of ``get_gpt_layer_with_transformer_engine_spec``.
 
-    Raises: ImportError where Transformer Engine is not installed.
+    Raises:
+        ImportError: Transformer Engine is not installed.
     """
     if importlib.util.find_spec("transformer_engine") is None:
         raise ImportError("the Transformer Engine spec needs transformer-engine (pip install moba-megatron[te], CUDA "

@@ -34,7 +34,8 @@ def apply(attention: str = "moba") -> list[str]:
 
     Calling it again changes nothing. With ``attention="full"`` only the argument parser is extended.
 
-    Raises: ImportError where there is no megatron.training, or it lacks a function that must be hooked.
+    Raises:
+        ImportError: there is no megatron.training, or it lacks a function that must be hooked.
     """
     try:
         importlib.import_module("megatron.training")

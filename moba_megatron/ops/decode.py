@@ -42,7 +42,10 @@ def moba_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, means_cache: Tensor
     Returns:
         o ``[B, H, DV]`` in q's dtype, 0 where a sequence has no key; with return_lse also lse ``[B, H]``, natural log.
 
-    Raises: as :func:`moba_megatron.moba_attn_varlen`.
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.
+
+    Source: arXiv 2502.13189, section 2.2, for one query.
     """
     _check_caches(k_cache, means_cache, cache_seqlens, chunk_size, block_table, cache_starts)
     q = _checked_query(q, k_cache, v_cache, means_cache.shape[0])

@@ -27,7 +27,8 @@ def key_convolution(k: Tensor, weight: Tensor, cu_seqlens: Tensor, halo: Tensor 
     Returns:
         ``[S, HK, D]`` in k's dtype; differentiable in k, weight and halo.
 
-    Raises: as :func:`moba_megatron.moba_attn_varlen`.
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or device; the message names it.
 
     Source: arXiv 2511.11571, section on key convolution.
     """

@@ -105,7 +105,11 @@ def moba_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, topk: in
         topk: chunks a query attends to, its own included.
         softmax_scale, deterministic, backend, return_lse, workspace_mib, shared: as :func:`moba_attn_varlen`.
 
-    Returns, Raises: as :func:`moba_attn_varlen`.
+    Returns:
+        o ``[T, H, DV]`` in q's dtype; with return_lse also lse ``[T, H]``, natural log.
+
+    Raises:
+        TypeError, ValueError: as :func:`moba_attn_varlen`.
     """
     q, k, v = validation.cast_under_autocast(q, k, v)
     validation.check_qkv(q, k, v)
@@ -132,7 +136,11 @@ def sparse_attn_varlen(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, cu_seq
         chunk_size: keys in a chunk, at least 1 (Triton: at least 16).
         softmax_scale, deterministic, backend, return_lse, workspace_mib: as :func:`moba_attn_varlen`.
 
-    Returns, Raises: as :func:`moba_attn_varlen`.
+    Returns:
+        o ``[T, H, DV]`` in q's dtype; with return_lse also lse ``[T, H]``, natural log.
+
+    Raises:
+        TypeError, ValueError: as :func:`moba_attn_varlen`.
     """
     q, k, v = validation.cast_under_autocast(q, k, v)
     segments = _check_packed(q, k, v, cu_seqlens, max_seqlen, chunk_size, "chunk_size")
@@ -162,12 +170,16 @@ def select_chunks(q: Tensor, k: Tensor, cu_seqlens: Tensor, max_seqlen: int, chu
     """The earlier chunks that :func:`moba_attn_varlen` attends to, for :func:`sparse_attn_varlen`. No gradient.
 
     Args:
-        q, k, cu_seqlens, max_seqlen, backend, shared: as :func:`moba_attn_varlen`, and what it raises.
-        chunk_size, topk: its ``moba_chunk_size`` and ``moba_topk``.
+        q, k, cu_seqlens, max_seqlen, backend, shared: as :func:`moba_attn_varlen`.
+        chunk_size: keys in a chunk, at least 1.
+        topk: chunks a query attends to, its own included, at least 1.
 
     Returns:
         int32 ``[T, H, topk - 1]``, with ``shared="group"`` ``[T, HK, topk - 1]``: ids of chunks as of
         :func:`sparse_attn_varlen`, best first, of equals the later first, -1 where fewer exist.
+
+    Raises:
+        TypeError, ValueError: as :func:`moba_attn_varlen`.
     """
     q, k = validation.cast_under_autocast(q, k)
     segments = _check_packed(q, k, k, cu_seqlens, max_seqlen, chunk_size, "chunk_size")
