@@ -90,8 +90,8 @@ class MoBACoreAttention(MegatronModule):
         attention_type: ``"self"``.
         attention_dropout: None for ``config.attention_dropout``, which must be 0.
         softmax_scale: None for ``1/sqrt(head_dim)``.
-        cp_comm_type: ``"all_gather"`` (or ``"allgather"``, or None), ``"a2a"``, ``"a2a+all_gather"`` or
-            ``"selective"``, or a list with one for each layer.
+        cp_comm_type: ``"all_gather"`` (or ``"allgather"``), ``"a2a"``, ``"a2a+all_gather"`` or ``"selective"``, or a
+            list with one for each layer; None for ``config.cp_comm_type``, and where that is None all_gather.
         pg_collection: process groups (0.15 and later); ``tp`` is not used, ``cp`` is the context parallel group and
             ``hcp`` its two levels for ``"a2a+all_gather"`` (``--hierarchical-context-parallel-sizes``).
         model_comm_pgs: the same for 0.13 and 0.14. Without either, Megatron's ``parallel_state``.
@@ -128,7 +128,7 @@ class MoBACoreAttention(MegatronModule):
         groups = pg_collection or model_comm_pgs
         self.tp_group = getattr(groups, "tp", None)
         self.cp_group, self.cp_comm_type, self.cp_levels = None, None, None
-        if config.context_parallel_size > 1:
+        if config.context_parallel_size > 1 or getattr(config, "hybrid_context_parallel", False):
             self.cp_comm_type = resolve_cp_comm_type(cp_comm_type, config, layer_number)
             self.cp_group = getattr(groups, "cp", None) or parallel_state.get_context_parallel_group()
             if self.cp_comm_type == HIERARCHICAL:
@@ -368,8 +368,10 @@ def resolve_cp_comm_type(cp_comm_type: str | list[str] | None, config: Transform
     """How this layer's context parallel ranks communicate: one of ``context_parallel.COMM_TYPES``.
 
     A per-layer list is read from ``config`` by ``layer_number - 1``: Megatron up to 0.16 passes its neighbour's entry.
+    So is one type where Megatron passes none: with a static size of 1, though groups may come with batches.
     """
-    listed = config.cp_comm_type if isinstance(config.cp_comm_type, (list, tuple)) else cp_comm_type
+    from_config = cp_comm_type is None or isinstance(config.cp_comm_type, (list, tuple))
+    listed = cp_comm_type = config.cp_comm_type if from_config else cp_comm_type
     if isinstance(listed, (list, tuple)):
         if len(listed) != 1 and not 1 <= layer_number <= len(listed):
             raise ValueError(f"--cp-comm-type must name one type, or one for each layer, got {len(listed)} for layer "
@@ -411,12 +413,7 @@ def _packed_lengths(packed: PackedSeqParams, total: int, device: torch.device) -
 
 def _to_thd(*tensors: Tensor) -> list[Tensor]:
     """``[s, b, h, d]`` as ``[b * s, h, d]``, sequence after sequence (a view where b is 1); THD as it is."""
-    packed = []
-    for x in tensors:
-        if x.dim() == 4:
-            x = x[:, 0] if x.shape[1] == 1 else x.transpose(0, 1).flatten(0, 1)
-        packed.append(x)
-    return packed
+    return [x if x.dim() != 4 else x[:, 0] if x.shape[1] == 1 else x.transpose(0, 1).flatten(0, 1) for x in tensors]
 
 
 def _apart_from_projection(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

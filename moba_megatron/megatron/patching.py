@@ -177,14 +177,15 @@ def choose_unsaid(args: argparse.Namespace, model: argparse.Namespace | None = N
     values = dict(_unsaid)
     if args.attention == "moba":
         values.update((name, type(value)()) for name, value in _unsaid.items() if name != "cp_comm_type")  # 0.0, False
-        ranks = getattr(args, "context_parallel_size", 1)
-        if "cp_comm_type" in _unsaid and ranks > 1:
+        ranks, dynamic = getattr(args, "context_parallel_size", 1), getattr(args, "hybrid_context_parallel", False)
+        if "cp_comm_type" in _unsaid and (dynamic or ranks > 1):
             sizes = argparse.Namespace(**(vars(args) | vars(model or args)))
             groups = getattr(sizes, "group_query_attention", False)
             heads = sizes.num_query_groups if groups else sizes.num_attention_heads
             each = max(1, (heads or 1) // getattr(args, "tensor_model_parallel_size", 1))
             hierarchical = getattr(args, "hierarchical_context_parallel_sizes", None) and "a2a+all_gather"
-            values["cp_comm_type"] = [hierarchical or ("all_gather" if each % ranks else "a2a")]
+            # a group that comes with a batch may have any size: heads need not divide it
+            values["cp_comm_type"] = [hierarchical or ("all_gather" if dynamic or each % ranks else "a2a")]
         chosen = [f"{name} {values[name]} for {value}" for name, value in _unsaid.items() if values[name] != value]
         if chosen:
             host.print_once(f"> --attention moba sets what no flag said: {', '.join(chosen)}")

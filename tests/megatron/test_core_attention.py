@@ -270,6 +270,17 @@ def test_cp_comm_type_accepted():
         resolve_cp_comm_type("allgather", config, 5)
 
 
+def test_groups_that_come_with_the_batch_have_the_type_that_was_said():
+    config = make_config()
+    config.hybrid_context_parallel, groups = True, SimpleNamespace(cp="group")
+    assert make_core(config=config, cp_comm_type="a2a", pg_collection=groups).cp_comm_type == "a2a"
+    config.cp_comm_type = "selective"  # Megatron's layers pass none where the static size is 1
+    assert make_core(config=config, pg_collection=groups).cp_comm_type == "selective"
+    config.cp_comm_type = "p2p"
+    with pytest.raises(ValueError, match="--cp-comm-type, layer 1: .* got 'p2p'"):
+        make_core(config=config, pg_collection=groups)
+
+
 @pytest.mark.parametrize("levels", [None, ["one"], ["one", "two", "three"]])
 def test_hierarchy_needs_two_levels(levels):
     config = make_config()

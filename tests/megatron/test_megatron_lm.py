@@ -38,6 +38,7 @@ ARGUMENTS = """
         parser.add_argument("--cp-comm-type", nargs="+", default=["p2p"])
         parser.add_argument("--context-parallel-size", type=int, default=1)
         parser.add_argument("--hierarchical-context-parallel-sizes", nargs="+", type=int)
+        parser.add_argument("--hybrid-context-parallel", action="store_true")
         parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
         parser.add_argument("--group-query-attention", action="store_true")
         parser.add_argument("--num-query-groups", type=int, default=1)
@@ -228,9 +229,12 @@ CP = ["--context-parallel-size", "2"]
     ([*CP, "--tensor-model-parallel-size", "4"], [0.0, False, ["all_gather"]], "['all_gather'] for ['p2p']"),
     (["--context-parallel-size", "4", "--hierarchical-context-parallel-sizes", "2", "2"],
      [0.0, False, ["a2a+all_gather"]], "cp_comm_type ['a2a+all_gather'] for ['p2p']"),
+    (["--hybrid-context-parallel"], [0.0, False, ["all_gather"]], "cp_comm_type ['all_gather'] for ['p2p']"),
+    ([*CP, "--hybrid-context-parallel"], [0.0, False, ["all_gather"]], "cp_comm_type ['all_gather'] for ['p2p']"),
     ([*CP, "--cp-comm-type", "p2p", "--attention-dropout", "0.1"], [0.1, False, ["p2p"]],
      "sets what no flag said: create_attention_mask_in_dataloader False for True"),
-], ids=["one rank", "a2a", "one kv head", "fewer heads than ranks", "two levels", "said"])
+], ids=["one rank", "a2a", "one kv head", "fewer heads than ranks", "two levels", "groups of any size",
+        "and a static one", "said"])
 def test_one_flag_is_enough(tmp_path, flags, chosen, said):
     """What Megatron-LM would have set, and MoBA cannot take; what was said stays, for MoBA's layers to refuse."""
     done = run(make_host(tmp_path, "0.13"), "--attention", "moba", "--moba-chunk-size", "8", *flags)
