@@ -203,10 +203,8 @@ class MoBACoreAttention(MegatronModule):
                 selected = self._choose(q, k, segments, moba, self._replayed(q, k, segments, moba))
             options = dict(softmax_scale=self.softmax_scale, deterministic=self.deterministic,
                            backend=moba.backend, workspace_mib=moba.workspace_mib)
-            if selected is None:
-                o = moba_attention(q, k, v, segments, topk, shared=moba.selection, **options)
-            else:
-                o = sparse_attention(q, k, v, selected, segments, **options)
+            o = (moba_attention(q, k, v, segments, topk, shared=moba.selection, **options) if selected is None
+                 else sparse_attention(q, k, v, selected, segments, **options))
         else:
             o = self._context_parallel(query, key, value, packed, dense, group, check, moba)
         if packed is not None:

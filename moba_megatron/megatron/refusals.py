@@ -48,6 +48,12 @@ def refuse_unsupported(config: TransformerConfig, attn_mask_type: AttnMaskType, 
         raise ValueError("--dataloader-inter-document-masking must not be given with --context-parallel-size "
                          f"{config.context_parallel_size}, got True: Megatron-LM cuts the pack as one sequence there, "
                          "and MoBA reads each document's own zigzag pieces, whatever the documents' lengths")
+    ignored = [(field, value) for field in _NOT_IN_PLAIN_LAYERS if (value := getattr(config, field, None))]
+    if ignored and (getattr(args, "spec", None) or [""])[0] == "moba_megatron.layer_specs":
+        field, value = ignored[0]
+        raise ValueError(f"--{field.replace('_moe', '').replace('_', '-')} must not be given with --spec "
+                         f"moba_megatron.layer_specs, got {value!r}: its layers are plain and would ignore that. Use "
+                         "--attention moba (launch or patch), or a spec of your own (with_moba_core_attention)")
 
 
 def refuse_split_groups(config: TransformerConfig, moba: MoBAConfig) -> None:
@@ -70,21 +76,21 @@ _UNSUPPORTED_FIELDS = (
     ("flash_decode", False, "decoding with it bypasses core attention and would be dense"),
 )
 """Fields of TransformerConfig, where this version has them, with the value that MoBA works with and why no other."""
+_NOT_IN_PLAIN_LAYERS = ("num_moe_experts", "qk_layernorm", "qk_l2_norm", "multi_latent_attention",
+                        "experimental_attention_variant")
 
 
 def refuse_switch_in_graphs(config: TransformerConfig, moba_config: MoBAConfig) -> None:
     """Raises ValueError where a CUDA graph would go on replaying sparse attention beyond the step that ends it."""
+    switches = ((moba_config.full_attention_from_step, "full-attention-from-step (or -last-fraction)",
+                 "never becomes dense. Capture nothing, or stop at that step and resume with --attention full"),
+                (moba_config.topk_schedule, "topk-schedule",
+                 "keeps its topk. Capture nothing, or stop at each change and resume with --moba-topk"))
     for field in ("cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph"):
-        value = getattr(config, field, None)
-        if moba_config.full_attention_from_step is not None and value not in (False, None, "none"):
-            raise ValueError("--moba-full-attention-from-step (or -last-fraction) cannot be used with "
-                             f"--{field.replace('_', '-')}, got {moba_config.full_attention_from_step} and {value!r}: "
-                             "a captured graph never becomes dense. Capture nothing, or stop at that step and resume "
-                             "with --attention full")
-        if moba_config.topk_schedule and value not in (False, None, "none"):
-            raise ValueError(f"--moba-topk-schedule cannot be used with --{field.replace('_', '-')}, got "
-                             f"{moba_config.topk_schedule!r} and {value!r}: a captured graph keeps its topk. Capture "
-                             "nothing, or stop at each change and resume with --moba-topk")
+        for given, name, reason in switches:
+            if given is not None and (value := getattr(config, field, None)) not in (False, None, "none"):
+                raise ValueError(f"--moba-{name} cannot be used with --{field.replace('_', '-')}, got {given!r} and "
+                                 f"{value!r}: a captured graph {reason}")
 
 
 def refuse_layouts(owner: TransformerConfig | PackedSeqParams, name: str) -> None:

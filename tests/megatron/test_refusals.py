@@ -116,6 +116,24 @@ def test_flags_of_the_data_loader(monkeypatch, flag, size, text):
         make_core(1)
 
 
+@pytest.mark.parametrize("flag, field, value", [
+    ("--num-experts", "num_moe_experts", 4), ("--qk-layernorm", "qk_layernorm", True),
+    ("--qk-l2-norm", "qk_l2_norm", True), ("--multi-latent-attention", "multi_latent_attention", True),
+    ("--experimental-attention-variant", "experimental_attention_variant", "dsa"),
+])
+def test_what_a_plain_layer_would_ignore(monkeypatch, flag, field, value):
+    """Megatron-LM looks at none of these with --spec: the model would be another one, without a word."""
+    args = SimpleNamespace(spec=["moba_megatron.layer_specs", "moba_layer_spec"])
+    monkeypatch.setitem(sys.modules, "megatron.training.global_vars", SimpleNamespace(_GLOBAL_ARGS=args))
+    config = TransformerConfig(num_layers=2, hidden_size=16, num_attention_heads=2, attention_dropout=0.0)
+    refusals.refuse_unsupported(config, AttnMaskType.causal, "self", None)
+    setattr(config, field, value)
+    with pytest.raises(ValueError, match=f"^{flag} must not be given with --spec moba_megatron.layer_specs, got"):
+        refusals.refuse_unsupported(config, AttnMaskType.causal, "self", None)
+    args.spec = ["a.spec", "of_ones_own"]
+    refusals.refuse_unsupported(config, AttnMaskType.causal, "self", None)
+
+
 @pytest.mark.parametrize("field", refusals.LAYOUT_FIELDS)
 def test_layouts_other_than_zigzag(field):
     make_core(2, **{field: "zigzag"})
