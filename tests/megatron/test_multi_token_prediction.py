@@ -100,7 +100,8 @@ def numbers(route, moba):
 
 
 def models(rank, size):
-    from gpt import parallel_state, tensor_parallel
+    from gpt import parallel_state
+    from megatron.core import tensor_parallel
 
     from moba_megatron import MoBAConfig
 
