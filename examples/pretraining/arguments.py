@@ -159,6 +159,9 @@ def _derive_and_validate(args):
     if levels and (min(levels) < 1 or math.prod(levels) != args.context_parallel_size):
         raise ValueError("--hierarchical-context-parallel-sizes must be positive, their product --context-parallel-size"
                          f" ({args.context_parallel_size}), got {levels[0]} {levels[1]}")
+    if levels and args.cp_comm_type.replace("allgather", "all_gather") != "a2a+all_gather":
+        raise ValueError("--hierarchical-context-parallel-sizes needs --cp-comm-type a2a+all_gather, got "
+                         f"{args.cp_comm_type}: no other has two levels")
     if args.sequence_parallel:
         if args.tensor_model_parallel_size == 1:
             raise ValueError("--sequence-parallel splits over tensor parallel ranks, "

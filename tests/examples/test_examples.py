@@ -317,6 +317,8 @@ class TestBadInput:
                      id="sequence does not divide"),
         pytest.param(4, ["--context-parallel-size", "4", "--hierarchical-context-parallel-sizes", "2", "1"],
                      "--context-parallel-size (4), got 2 1", id="two levels"),
+        pytest.param(4, ["--context-parallel-size", "4", "--hierarchical-context-parallel-sizes", "2", "2"],
+                     "needs --cp-comm-type a2a+all_gather, got all_gather", id="levels that nothing uses"),
         pytest.param(1, ["--hidden-size", "65"], "--hidden-size must be a multiple", id="hidden size"),
         pytest.param(1, ["--num-query-groups", "3"], "--num-query-groups must divide", id="groups"),
         pytest.param(4, ["--tensor-model-parallel-size", "4"], "key/value heads (2)", id="more ranks than kv heads"),
