@@ -400,8 +400,7 @@ def _environment_config() -> MoBAConfig:
 def _packed_lengths(packed: PackedSeqParams, total: int, device: torch.device) -> tuple[Tensor, int]:
     """cu_seqlens of all tokens as they lie in memory, and a bound of a sequence's length; without a host sync."""
     padded = packed.cu_seqlens_q_padded is not None
-    cu_seqlens = packed.cu_seqlens_q_padded if padded else packed.cu_seqlens_q
-    max_seqlen = packed.max_seqlen_q
+    cu_seqlens, max_seqlen = packed.cu_seqlens_q_padded if padded else packed.cu_seqlens_q, packed.max_seqlen_q
     if isinstance(max_seqlen, Tensor):
         max_seqlen = int(max_seqlen.max()) if max_seqlen.device.type == "cpu" else None
     if padded or max_seqlen is None:  # max_seqlen_q speaks of the lengths without padding

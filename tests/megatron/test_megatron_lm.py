@@ -508,9 +508,19 @@ def test_iteration_comes_from_the_host_until_it_is_set(host):
     assert core_attention.get_iteration() == 3
 
 
-def test_host_config_serves_a_moba_spec_whatever_attention_says(host):
+def test_host_config_serves_a_moba_spec_whatever_attention_says(host, monkeypatch):
     host.attention, host.moba_chunk_size = "full", 64
+    monkeypatch.setenv("MOBA_WORKSPACE_MIB", "9")  # the operators' own
     assert megatron_host.host_config() == MoBAConfig(chunk_size=64)
+    monkeypatch.setenv("MOBA_TOPK", "3")  # as for --spec in a Megatron-LM without the flags
+    with pytest.raises(ValueError, match="variable MOBA_TOPK must not be set beside Megatron-LM's --moba-"):
+        megatron_host.host_config()
+
+
+def test_launch_says_nothing_of_flags_that_a_spec_reads(capsys):
+    megatron_host.print_once.cache_clear()
+    launch.check_flags(["--moba-topk", "3", "--spec", "moba_megatron.layer_specs", "moba_layer_spec"])
+    assert "no effect" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("fraction, step", [(0.1, 90), (0.0, 100), (1.0, 0), (0.333, 67)])
