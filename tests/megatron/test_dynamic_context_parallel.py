@@ -42,11 +42,15 @@ def exact(x, lengths, moba):
 
 
 def held():
-    """What may not grow: groups, what is remembered of them, kept results, live tensors, their bytes, and a GPU's."""
+    """What may not grow: groups, what is remembered of them, kept results, live tensors, their bytes, and a GPU's.
+
+    Messages are read first: how many are on their way is a matter of time.
+    """
     import torch.distributed as dist
 
     from moba_megatron.context_parallel.transport import collective_check
     from moba_megatron.tensor_cache import cached_tensors
+    collective_check.CollectiveCheck.look(wait=True)
     gc.collect()
     on_gpu = 0
     if torch.cuda.is_available():
