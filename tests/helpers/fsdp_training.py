@@ -68,7 +68,7 @@ def train(wrapper, rank, dtype=torch.float32, backend="aot_eager", head_dim=8, l
         lr: of Adam.
     """
     import megatron_on_cpu
-    import model_parallel
+    from megatron.core import parallel_state, tensor_parallel
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer import TransformerConfig
 
@@ -78,7 +78,9 @@ def train(wrapper, rank, dtype=torch.float32, backend="aot_eager", head_dim=8, l
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model_parallel.initialize()
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
     torch.manual_seed(1)
     config = TransformerConfig(
         num_layers=2, hidden_size=4 * head_dim, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=48,

@@ -70,7 +70,8 @@ def losses_and_gradients(model):
 
 def models(rank, size):
     """Of full attention, of MoBA that chooses everything, and of MoBA: results, and numbers of MoBA's layers."""
-    from gpt import parallel_state, tensor_parallel
+    from gpt import parallel_state
+    from megatron.core import tensor_parallel
 
     from moba_megatron import MoBAConfig, MoBACoreAttention
     from moba_megatron.megatron import patching
