@@ -1,0 +1,88 @@
+"""The Gluon kernels for Hopper, emulated: o and gradients against fp64, whatever the order in which things happen.
+
+tests/helpers/gluon_emulator.py says what that shows. tests/gpu has the same kernels on a card.
+"""
+import pytest
+import torch
+from gluon_emulator import emulated
+
+import comparison
+from moba_megatron import kernels
+from moba_megatron.kernels import tuning
+from tests.gpu.test_sm90_delays import BROKEN
+from tests.interpreted.test_attention_fwd import problem
+
+pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
+FORWARD, DQ, DKDV = (f"_attention_{name}_sm90_kernel" for name in ("fwd", "bwd_dq", "bwd_dkdv"))
+CASES = {
+    "chunk 128": dict(lengths=[700], chunk=128, topk=3),
+    "chunk 128, gqa, packed": dict(lengths=[300, 0, 129, 1], chunk=128, topk=2, heads=4),
+    "chunk 100: one ragged tile": dict(lengths=[450], chunk=100, topk=4, kv_heads=1),
+    "chunk 256": dict(lengths=[900], chunk=256, topk=3),
+    "chunk 320: 64 keys a tile": dict(lengths=[500, 330], chunk=320, topk=2, heads=4),
+    "chunk 200: the last tile begins early": dict(lengths=[700], chunk=200, topk=3),
+    "parts of sequences": dict(lengths=[600, 400], chunk=128, topk=3,
+                               parts=[(0, 128, 200), (1, 130, 70), (0, 500, 60)]),
+    "D 64": dict(lengths=[700], chunk=256, topk=2, dim=64),
+    "D 80": dict(lengths=[500], chunk=128, topk=2, dim=80),
+    "D 96": dict(lengths=[600], chunk=256, topk=2, dim=96),
+    "D 192, DV 128": dict(lengths=[600], chunk=256, topk=2, dim=192, dim_v=128),
+}
+
+
+def check(q, k, v, selected, segments):
+    q, do = q.contiguous(), torch.randn(*q.shape[:2], v.shape[2]).to(q.dtype)
+    scale = q.shape[2] ** -0.5
+    o, lse = kernels.attention_fwd(q, k, v, selected, segments, scale)
+    gradients = kernels.attention_bwd(do, None, q, k, v, o, lse, selected, segments, scale)
+    mask = comparison.dense_mask(selected.repeat_interleave(q.shape[1] // selected.shape[1], 1), segments, q.shape[0],
+                                 k.shape[0])
+    exact, eager = (comparison.attend(q, k, v, do, None, mask, scale, dtype) for dtype in (torch.float64, q.dtype))
+    comparison.assert_as_good_as_eager(dict(zip(("o", "lse", "dq", "dk", "dv"), (o, lse, *gradients))), exact, eager,
+                                       q.dtype)
+
+
+def run(case, seed=0, changes=(), shared=1):
+    """The kernels that ran. shared: query heads that have one choice."""
+    q, k, v, selected, segments = problem(**{"dtype": torch.float16, "dim": 128, **case})
+    with tuning.forced("sm_90"), emulated(seed, changes) as ran:
+        check(q, k, v, selected[:, ::shared].contiguous(), segments)
+    return set(ran)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_against_fp64(name):
+    chunk = CASES[name]["chunk"]
+    assert run(CASES[name]) == {DKDV} | ({FORWARD} if chunk >= 128 else set()) | ({DQ} if chunk > 128 else set())
+
+
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_other_orders(seed):
+    run(CASES["chunk 200: the last tile begins early"], seed)
+
+
+def test_heads_that_choose_together():
+    run(CASES["chunk 128, gqa, packed"], shared=2)
+
+
+def test_long_lists_are_cut():
+    options = {"STAGES": 3, "LOADER_REGS": 40, "CONSUMER_REGS": 232, "num_warps": 4, "num_stages": 1, "BLOCK_M": 64}
+    with tuning.forced(configs={"attention_bwd_dkdv": {**options, "SPLIT": 128}}):
+        run(CASES["chunk 128"])
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_broken_is_seen(name):
+    """A buffer that is announced before it is filled, or given back before it is read."""
+    kernel, case, changes = BROKEN[name]
+    case = CASES["chunk 128" if "128" in case else "chunk 256"]
+    changes = [(f"{kernel}_sm90", *change) for change in changes]
+
+    def goes_wrong(seed):
+        try:
+            run(case, seed, changes)
+        except AssertionError:
+            return True
+        return False
+
+    assert any(goes_wrong(seed) for seed in range(4))
