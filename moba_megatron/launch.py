@@ -50,7 +50,8 @@ def check_flags(flags: list[str]) -> str:
         config_from_args(args)
     elif "--use-checkpoint-args" in flags:
         return "moba"
-    elif "--spec" not in flags and any(flag.startswith("--moba-") for flag in flags):
+    elif "--spec" not in (names := {flag.split("=")[0] for flag in flags}) and any(
+            name.startswith("--moba-") for name in names):
         print_once("> --moba-* flags have no effect without --attention moba")
     return args.attention
 

@@ -3,6 +3,7 @@ import argparse
 import math
 import os
 
+from moba_megatron.context_parallel import canonical_comm_type
 from moba_megatron.megatron.arguments import add_moba_arguments, config_from_args
 from moba_megatron.rendezvous import ArgumentParser
 
@@ -159,7 +160,7 @@ def _derive_and_validate(args):
     if levels and (min(levels) < 1 or math.prod(levels) != args.context_parallel_size):
         raise ValueError("--hierarchical-context-parallel-sizes must be positive, their product --context-parallel-size"
                          f" ({args.context_parallel_size}), got {levels[0]} {levels[1]}")
-    if levels and args.cp_comm_type.replace("allgather", "all_gather") != "a2a+all_gather":
+    if levels and canonical_comm_type(args.cp_comm_type) != "a2a+all_gather":
         raise ValueError("--hierarchical-context-parallel-sizes needs --cp-comm-type a2a+all_gather, got "
                          f"{args.cp_comm_type}: no other has two levels")
     if args.sequence_parallel:

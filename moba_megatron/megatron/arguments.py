@@ -31,8 +31,10 @@ def add_moba_arguments(parser: argparse.ArgumentParser, default: str = "moba",
     for field, kind in _fields():
         flag = "--moba-" + field.name.replace("_", "-")
         help = f"{field.metadata['help']} (default: {field.default})"
-        reading = dict(action="store_true") if kind is bool else dict(type=kind, choices=CHOICES.get(field.name))
-        group.add_argument(flag, default=field.default, help=help, **reading)
+        if kind is bool:
+            group.add_argument(flag, action="store_true", default=field.default, help=help)
+        else:
+            group.add_argument(flag, type=kind, default=field.default, choices=CHOICES.get(field.name), help=help)
     return parser
 
 

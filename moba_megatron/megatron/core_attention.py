@@ -203,8 +203,10 @@ class MoBACoreAttention(MegatronModule):
                 selected = self._choose(q, k, segments, moba, self._replayed(q, k, segments, moba))
             options = dict(softmax_scale=self.softmax_scale, deterministic=self.deterministic,
                            backend=moba.backend, workspace_mib=moba.workspace_mib)
-            o = (moba_attention(q, k, v, segments, topk, shared=moba.selection, **options) if selected is None
-                 else sparse_attention(q, k, v, selected, segments, **options))
+            if selected is None:
+                o = moba_attention(q, k, v, segments, topk, shared=moba.selection, **options)
+            else:
+                o = sparse_attention(q, k, v, selected, segments, **options)
         else:
             o = self._context_parallel(query, key, value, packed, dense, group, check, moba)
         if packed is not None:
@@ -400,7 +402,8 @@ def _environment_config() -> MoBAConfig:
 def _packed_lengths(packed: PackedSeqParams, total: int, device: torch.device) -> tuple[Tensor, int]:
     """cu_seqlens of all tokens as they lie in memory, and a bound of a sequence's length; without a host sync."""
     padded = packed.cu_seqlens_q_padded is not None
-    cu_seqlens, max_seqlen = packed.cu_seqlens_q_padded if padded else packed.cu_seqlens_q, packed.max_seqlen_q
+    cu_seqlens = packed.cu_seqlens_q_padded if padded else packed.cu_seqlens_q
+    max_seqlen = packed.max_seqlen_q
     if isinstance(max_seqlen, Tensor):
         max_seqlen = int(max_seqlen.max()) if max_seqlen.device.type == "cpu" else None
     if padded or max_seqlen is None:  # max_seqlen_q speaks of the lengths without padding
@@ -410,7 +413,12 @@ def _packed_lengths(packed: PackedSeqParams, total: int, device: torch.device) -
 
 def _to_thd(*tensors: Tensor) -> list[Tensor]:
     """``[s, b, h, d]`` as ``[b * s, h, d]``, sequence after sequence (a view where b is 1); THD as it is."""
-    return [x if x.dim() != 4 else x[:, 0] if x.shape[1] == 1 else x.transpose(0, 1).flatten(0, 1) for x in tensors]
+    packed = []
+    for x in tensors:
+        if x.dim() == 4:
+            x = x[:, 0] if x.shape[1] == 1 else x.transpose(0, 1).flatten(0, 1)
+        packed.append(x)
+    return packed
 
 
 def _apart_from_projection(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -52,9 +52,10 @@ def host_config() -> MoBAConfig | None:
         raise ValueError(f"--yaml-cfg {args.yaml_cfg} must not say {said[0]}: give a flag, or with --spec MOBA_*")
     if not hasattr(args, "moba_chunk_size"):
         return None
-    said = {name.upper() for name in vars(args) if os.environ.get(name.upper())} - {"MOBA_WORKSPACE_MIB"}
-    if not is_active() and (said := sorted(name for name in said if name.startswith("MOBA_"))):
-        raise ValueError(f"environment variable {said[0]} must not be set beside Megatron-LM's --moba-* flags, which "
+    unread = [name.upper() for name in sorted(vars(args)) if name.startswith("moba_")
+              and name != "moba_workspace_mib" and os.environ.get(name.upper())]
+    if unread and not is_active():
+        raise ValueError(f"environment variable {unread[0]} must not be set beside Megatron-LM's --moba-* flags, which "
                          "count where it has them (launch, patch): give the flag")
     config = config_from_args(argparse.Namespace(**{**vars(args), "attention": "moba"}))
     print_once(f"> {config.describe()} (from --moba-* flags)")

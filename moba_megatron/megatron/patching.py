@@ -179,8 +179,9 @@ def choose_unsaid(args: argparse.Namespace, model: argparse.Namespace | None = N
         values.update((name, type(value)()) for name, value in _unsaid.items() if name != "cp_comm_type")  # 0.0, False
         ranks, any_size = getattr(args, "context_parallel_size", 1), getattr(args, "hybrid_context_parallel", False)
         if "cp_comm_type" in _unsaid and (any_size or ranks > 1):
-            size = argparse.Namespace(**(vars(args) | vars(model or args)))
-            heads = size.num_query_groups if getattr(size, "group_query_attention", False) else size.num_attention_heads
+            sizes = argparse.Namespace(**(vars(args) | vars(model or args)))
+            groups = getattr(sizes, "group_query_attention", False)
+            heads = sizes.num_query_groups if groups else sizes.num_attention_heads
             each = max(1, (heads or 1) // getattr(args, "tensor_model_parallel_size", 1))
             hierarchical = getattr(args, "hierarchical_context_parallel_sizes", None) and "a2a+all_gather"
             values["cp_comm_type"] = [hierarchical or ("all_gather" if any_size or each % ranks else "a2a")]
@@ -286,12 +287,13 @@ def check_model(model, config: MoBAConfig) -> None:
     for layer in layers:
         core, last = layer.core_attention, layer.config.num_layers
         number = last if id(layer) in behind else min(layer.layer_number, last)
-        if not (isinstance(core, MoBACoreAttention) or config.is_full_attention(number, last)):
-            raise ValueError(
-                f"--attention moba: layer {layer.layer_number} attends through {type(core).__name__}. Its spec names "
-                "its core attention itself, past the spec providers (encoders, T5, heterogeneous layers, "
-                "--transformer-impl inference_optimized, --attention-backend local do). Build the spec with "
-                "moba_megatron.layer_specs.with_moba_core_attention, or name the layer in --moba-full-attention-layers")
+        if isinstance(core, MoBACoreAttention) or config.is_full_attention(number, last):
+            continue
+        raise ValueError(
+            f"--attention moba: layer {layer.layer_number} attends through {type(core).__name__}. Its spec names its "
+            "core attention itself, past the spec providers (encoders, T5, heterogeneous layers, --transformer-impl "
+            "inference_optimized, --attention-backend local do). Build the spec with moba_megatron.layer_specs."
+            "with_moba_core_attention, or name the layer in --moba-full-attention-layers")
     sparse = sum(isinstance(layer.core_attention, MoBACoreAttention) and not layer.core_attention.full_attention
                  for layer in layers)
     host.print_once(f"> MoBA attention in {sparse} of {len(layers)} attention layers of rank 0")
