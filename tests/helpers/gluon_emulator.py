@@ -12,6 +12,7 @@ import importlib
 import random
 import sys
 import threading
+from collections import Counter
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from unittest import mock
@@ -31,8 +32,8 @@ class Value:
 
     type = SimpleNamespace(layout=SimpleNamespace(parent=None))
 
-    def __init__(self, data, unsigned=False):
-        self.data, self.unsigned = torch.as_tensor(data), unsigned
+    def __init__(self, data):
+        self.data = torch.as_tensor(data)
 
     @property
     def shape(self):
@@ -44,7 +45,7 @@ class Value:
 
     def to(self, dtype):
         if dtype in UNSIGNED:
-            return Value(self.data.long() & UNSIGNED[dtype], True)
+            return Value(self.data.long() & UNSIGNED[dtype])
         return Value(self.data.to(dtype))
 
     def __getitem__(self, at):
@@ -413,7 +414,7 @@ class Kernel:
 
     def __getitem__(self, grid):
         def start(**named):
-            self.ran.append(self.__name__)
+            self.ran[self.__name__] += grid[0]
             for program in self.chance.sample(range(grid[0]), grid[0]):
                 arguments = {p.name: _argument(named[p.name]) if not p.is_constexpr else named[p.name]
                              for p in self.params}
@@ -457,10 +458,10 @@ class _Tuples(ast.NodeTransformer):
 def emulated(seed=0, changes=()):
     """Within the block the Gluon kernels run here, in whatever order ``seed`` says.
 
-    ``changes``: replacements of text, (module, old, new), for kernels that are broken on purpose. Yields a list that
-    grows by the name of each kernel that runs.
+    ``changes``: replacements of text, (module, old, new), for kernels that are broken on purpose. Yields how many
+    programs of each kernel ran, by its name.
     """
-    ran: list[str] = []
+    ran: Counter[str] = Counter()
     language, hopper, triton_language = (ModuleType(name) for name in ("language", "hopper", "tl"))
     vars(language).update(LANGUAGE)
     vars(hopper).update(HOPPER)

@@ -1,17 +1,12 @@
 """A stand-in for Triton's driver that notes what is started, and calls of the operator to start it with."""
-import contextlib
 import ctypes
-import importlib
 from types import SimpleNamespace
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
 
-from moba_megatron import kernels, moba_attn_varlen
-from moba_megatron.kernels import launcher, tuning
-from moba_megatron.ops import backend, moba_attention
+from moba_megatron import moba_attn_varlen
+from moba_megatron.ops import moba_attention
 from moba_megatron.segments import Segments
 
 CARD = 77
@@ -64,27 +59,6 @@ class Driver:
             else:
                 values.append(ctypes.c_float(arg).value if kind == "fp32" else arg)
         self.launches.append((name, tuple(grid), stream, values))
-
-
-@contextlib.contextmanager
-def installed(monkeypatch):
-    """In Triton's driver's place, as for Hopper; a :class:`Driver`."""
-    driver = Driver()
-    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
-    monkeypatch.setattr(triton.compiler, "compile", driver.compile)
-    monkeypatch.setattr(launcher, "_plans", {})
-    monkeypatch.setattr(launcher, "_compiled", {})
-    monkeypatch.setattr(backend, "_stages", lambda name, device_type: kernels)
-    monkeypatch.setattr(tuning, "_arch_of_device", lambda device: "sm_90")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
-    yield driver
-    for module in ("attention_bwd", "attention_bwd_dkdv", "attention_bwd_dq", "attention_fwd", "bounds", "chunk_means",
-                   "gating", "routing", "attention_fwd_sm90", "attention_bwd_dq_sm90", "attention_bwd_dkdv_sm90",
-                   "decode"):
-        for kernel in vars(importlib.import_module(f"moba_megatron.kernels.{module}")).values():
-            if isinstance(kernel, JITFunction):
-                kernel.device_caches.pop(CARD, None)
 
 
 CASES = {

@@ -7,19 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import triton
-from stand_in_driver import CASES, cloned, installed, make
+from stand_in_driver import CASES, cloned, make
 from triton.runtime import _async_compile
 
 from moba_megatron import kernels, moba_attn_varlen
 from moba_megatron.kernels import gating, launcher
 
-
-@pytest.fixture(autouse=True)
-def driver(monkeypatch):
-    if kernels.INTERPRETED:
-        pytest.skip("interpreted kernels are not launched")
-    with installed(monkeypatch) as driver:
-        yield driver
+pytestmark = pytest.mark.usefixtures("driver")
 
 
 def test_a_first_call_compiles_its_kernels_side_by_side(driver, monkeypatch):

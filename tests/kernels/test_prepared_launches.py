@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton
-from stand_in_driver import CASES, cloned, installed, make
+from stand_in_driver import CASES, cloned, make
 
 from moba_megatron import kernels
 from moba_megatron.kernels import launcher, tuning
@@ -19,13 +19,7 @@ from moba_megatron.ops.decode import moba_decode
 from moba_megatron.ops.pipeline import Pipeline
 from moba_megatron.segments import Segments
 
-
-@pytest.fixture(autouse=True)
-def driver(monkeypatch):
-    if kernels.INTERPRETED:
-        pytest.skip("interpreted kernels are not launched")
-    with installed(monkeypatch) as driver:
-        yield driver
+pytestmark = pytest.mark.usefixtures("driver")
 
 
 def make_decode(paged=False):
