@@ -19,7 +19,7 @@ from torch.distributed.checkpoint import CheckpointException
 from moba_megatron.inspect.checkpoint import DESCRIPTION, read_common
 from moba_megatron.megatron.checkpoint_flags import MODEL_FLAGS, compare_flags
 
-from .agreement import RunError, SharedError, gather, on_all_ranks, on_first_rank
+from .agreement import RunError, SharedError, gather, lost_rank, on_all_ranks, on_first_rank
 
 # What must agree between a checkpoint and the run that loads it, or the weights mean something else.
 _ARCHITECTURE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
@@ -43,6 +43,7 @@ def save_checkpoint(args, iteration: int, model, optimizer=None, scheduler=None)
 
     Raises:
         RunError: it could not be written; earlier checkpoints are as they were.
+        RuntimeError: another rank is lost.
     """
     directory = Path(args.save) / f"iter_{iteration:07d}"
     partial = directory.with_suffix(".partial")
@@ -59,6 +60,8 @@ def save_checkpoint(args, iteration: int, model, optimizer=None, scheduler=None)
     try:
         dist_checkpointing.save(state, str(partial))
     except (OSError, RuntimeError, CheckpointException) as error:
+        if isinstance(error, RuntimeError) and lost_rank(error, args.distributed_timeout_minutes):
+            raise
         free = shutil.disk_usage(args.save).free / 2 ** 30
         raise RunError(f"the checkpoint of step {iteration} could not be saved in {args.save}, where {free:.1f} GiB "
                        f"are free: {_reason(error)}. Checkpoints before it are whole: resume with --load") from error

@@ -3,9 +3,11 @@ import argparse
 import contextlib
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import prepare_data
@@ -15,7 +17,7 @@ from check_run import check
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from plot_run import main as plot_run
 from pretraining import checkpointing
-from pretraining.agreement import SharedError
+from pretraining.agreement import RunError, SharedError
 from pretraining.arguments import parse_args
 from pretraining.data import build_datasets, read_tokenizer
 from pretraining.monitor import Monitor, read_log
@@ -407,3 +409,17 @@ class TestLogs:
         records = {"step": [{"iteration": i, "loss": 5.0} for i in range(1, 41)], "start": [{"iteration": 20}],
                    "validation": []}
         assert any("fell too little" in p for p in check(records))
+
+
+@pytest.mark.parametrize("reason, kind", [("[unbound_buffer.cc:78] Timed out waiting 12000ms", RuntimeError),
+                                          ("no space left", RunError)])
+def test_a_save_whose_other_ranks_are_lost_does_not_speak_of_the_disk(reason, kind, tmp_path, monkeypatch):
+    def save(*_):
+        raise RuntimeError(reason)
+
+    monkeypatch.setattr(checkpointing, "on_first_rank", lambda *_: None)
+    monkeypatch.setattr(checkpointing.dist_checkpointing, "save", save)
+    args = mock.MagicMock(save=str(tmp_path), distributed_timeout_minutes=0.2)
+    with pytest.raises(kind, match=re.escape(reason)) as raised:
+        checkpointing.save_checkpoint(args, 4, SimpleNamespace(sharded_state_dict=dict))
+    assert type(raised.value) is kind
