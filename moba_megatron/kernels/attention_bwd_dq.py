@@ -82,7 +82,7 @@ def _attention_bwd_dq_diagonal_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """BLOCK_M queries of one segment and head: their diagonal chunks, then their partial dq in order."""
+    """BLOCK_M queries of one segment and head: their partial dq in order, then their diagonal chunks."""
     tile = num_tiles - 1 - tl.program_id(0) // group_heads  # later tiles may have more keys: they start first
     head_in_group = tl.program_id(0) % group_heads
     head = first_head + head_in_group
@@ -106,7 +106,20 @@ def _attention_bwd_dq_diagonal_kernel(
     one_chunk = last_position // chunk_size == first_position // chunk_size
     clear = tl.where(one_chunk, (first_position + 1 - key_begin) // BLOCK_N * BLOCK_N, 0)  # keys that every row sees
     k_end = k_row + last_position + 1
+    cols = tl.arange(0, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if KS > 0:  # first: two sums at once would not fit in registers
+        group_row = row * group_heads + head_in_group
+        for j in tl.range(0, KS, num_stages=3):  # without a count of stages only loads for a dot are pipelined
+            chosen = tl.load(selected + (row * H + head) // SHARED * KS + j, mask=valid, other=-1) >= 0
+            if USE_TMA:
+                part = dq_partial.load([first_row, head_in_group, j * D]).reshape(BLOCK_M, BLOCK_D)
+                part = tl.where(chosen[:, None], part, 0.0)  # what nobody wrote may be anything
+            else:
+                part = tl.load(dq_partial + (group_row * KS + j)[:, None] * D + cols[None, :],
+                               mask=chosen[:, None] & (cols[None, :] < D), other=0.0)
+            acc += part.to(tl.float32)
+        acc *= tl.where(softmax_scale == 0, 0.0, 1 / softmax_scale)
     for first in range(key_begin, key_begin + clear, BLOCK_N):
         acc = _diagonal_dq_step(acc, q_rows, do_rows, row_lse, row_delta, k, v, k_row, k_end, head // G, chunk_begin,
                                 position, first, qk_scale, stride_kt, stride_kh, stride_vt, stride_vh, D, DV, BLOCK_N,
@@ -116,19 +129,5 @@ def _attention_bwd_dq_diagonal_kernel(
                                 position, first, qk_scale, stride_kt, stride_kh, stride_vt, stride_vh, D, DV, BLOCK_N,
                                 BLOCK_D, BLOCK_DV, PRECISION, MASKED=True)
     acc *= softmax_scale
-    cols = tl.arange(0, BLOCK_D)
-    if KS > 0:
-        group_row = row * group_heads + head_in_group
-        total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # apart from acc, which lies in registers as the products do
-        for j in tl.range(0, KS, num_stages=3):  # without a count of stages only loads for a dot are pipelined
-            chosen = tl.load(selected + (row * H + head) // SHARED * KS + j, mask=valid, other=-1) >= 0
-            if USE_TMA:
-                part = dq_partial.load([first_row, head_in_group, j * D]).reshape(BLOCK_M, BLOCK_D)
-                part = tl.where(chosen[:, None], part, 0.0)  # what nobody wrote may be anything
-            else:
-                part = tl.load(dq_partial + (group_row * KS + j)[:, None] * D + cols[None, :],
-                               mask=chosen[:, None] & (cols[None, :] < D), other=0.0)
-            total += part.to(tl.float32)
-        acc += total
     tl.store(dq + (row * H + head)[:, None] * D + cols[None, :], acc.to(dq.dtype.element_ty),
              mask=valid[:, None] & (cols[None, :] < D))

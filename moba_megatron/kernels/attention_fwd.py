@@ -283,17 +283,18 @@ def _diagonal_step(acc, m, l, q_rows, k, v, k_row, k_end, kv_head, keep_from, ke
 
 
 @triton.jit
-def _merge_partial(acc, m, l, selected, o_partial, lse_partial, first_row, head_in_group, list_row, group_row, valid,
+def _merge_partial(selected, o_partial, lse_partial, first_row, head_in_group, list_row, group_row, valid,
                    KS: tl.constexpr, BLOCK_KS: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
                    BLOCK_M: tl.constexpr, USE_TMA: tl.constexpr):
-    """Adds each row's partial results, reading all log-sum-exps first: then loads of o do not wait for each other."""
+    """Each row's partial results together, as a step leaves them: sums, maximum, and the weights' sum. All log-sum-exps
+    are read first: then loads of o do not wait for each other."""
     j = tl.arange(0, BLOCK_KS)
     listed = valid[:, None] & (j[None, :] < KS)
     chosen = tl.load(selected + list_row[:, None] * KS + j[None, :], mask=listed, other=-1) >= 0
     partial_lse = tl.load(lse_partial + group_row[:, None] * KS + j[None, :], mask=chosen, other=-float("inf"))
-    m_new = tl.maximum(m, tl.max(partial_lse, 1))
-    alpha = tl.exp2(m - m_new)
-    l = l * alpha + tl.sum(tl.exp2(partial_lse - m_new[:, None]), 1)
+    m = tl.max(partial_lse, 1)
+    shift = tl.where(m == -float("inf"), 0.0, m)  # a row may have chosen nothing
+    l = tl.sum(tl.exp2(partial_lse - shift[:, None]), 1)
     cols = tl.arange(0, BLOCK_DV)
     merged = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for i in tl.range(0, KS, num_stages=3):  # without a count of stages only loads for a dot are pipelined
@@ -305,8 +306,8 @@ def _merge_partial(acc, m, l, selected, o_partial, lse_partial, first_row, head_
         else:
             o_i = tl.load(o_partial + (group_row * KS + i)[:, None] * DV + cols[None, :],
                           mask=chosen_i[:, None] & (cols[None, :] < DV), other=0.0)
-        merged += tl.exp2(lse_i - m_new)[:, None] * o_i.to(tl.float32)
-    return acc * alpha[:, None] + merged, m_new, l
+        merged += tl.exp2(lse_i - shift)[:, None] * o_i.to(tl.float32)
+    return merged, m, l
 
 
 @triton.jit(do_not_specialize=["num_tiles", "num_segments", "chunk_size", "first_head", "group_heads"])
@@ -319,7 +320,7 @@ def _attention_fwd_diagonal_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """BLOCK_M queries of one segment and head: their diagonal chunks, then the merge with their partial results."""
+    """BLOCK_M queries of one segment and head: their partial results together, then their diagonal chunks."""
     tile = num_tiles - 1 - tl.program_id(0) // group_heads  # later tiles may have more keys: they start first
     head_in_group = tl.program_id(0) % group_heads
     head = first_head + head_in_group
@@ -341,9 +342,14 @@ def _attention_fwd_diagonal_kernel(
     one_chunk = last_position // chunk_size == first_position // chunk_size
     clear = tl.where(one_chunk, (first_position + 1 - key_begin) // BLOCK_N * BLOCK_N, 0)  # keys that every row sees
 
-    m = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    if KS > 0:  # first: two sums at once would not fit in registers
+        acc, m, l = _merge_partial(selected, o_partial, lse_partial, first_row, head_in_group,
+                                   (row * H + head) // SHARED, row * group_heads + head_in_group, valid, KS, BLOCK_KS,
+                                   DV, BLOCK_DV, BLOCK_M, USE_TMA)
+    else:
+        m = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        l = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     k_end = k_row + last_position + 1
     for first in range(key_begin, key_begin + clear, BLOCK_N):
         acc, m, l = _diagonal_step(acc, m, l, q_rows, k, v, k_row, k_end, head // G, chunk_begin, position, first,
@@ -353,10 +359,6 @@ def _attention_fwd_diagonal_kernel(
         acc, m, l = _diagonal_step(acc, m, l, q_rows, k, v, k_row, k_end, head // G, chunk_begin, position, first,
                                    qk_scale, stride_kt, stride_kh, stride_vt, stride_vh, D, DV, BLOCK_N, BLOCK_D,
                                    BLOCK_DV, PRECISION, MASKED=True)
-    if KS > 0:
-        acc, m, l = _merge_partial(acc, m, l, selected, o_partial, lse_partial, first_row, head_in_group,
-                                   (row * H + head) // SHARED, row * group_heads + head_in_group, valid, KS, BLOCK_KS,
-                                   DV, BLOCK_DV, BLOCK_M, USE_TMA)
     cols_v = tl.arange(0, BLOCK_DV)
     tl.store(o + (row * H + head)[:, None] * DV + cols_v[None, :], (acc * (1.0 / l)[:, None]).to(o.dtype.element_ty),
              mask=valid[:, None] & (cols_v[None, :] < DV))
