@@ -35,6 +35,7 @@ from .jit_helpers_sm90 import (
     _start_scores,
     _start_sums,
     _tile,
+    _wait,
     _zeros,
     async_load,
 )
@@ -94,7 +95,8 @@ def _loader(pointers, spans, smem, kv_smem, bars, ints, strides, H: gl.constexpr
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [LOADER_WARPS], [0])
     half = gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS))
     wide_head = kv_head.to(gl.int64)
-    for part in gl.static_range(2):
+    PARTS: gl.constexpr = k_smem[0].shape[0]
+    for part in gl.static_range(PARTS):
         key = first_row + part * 64 + half
         exists = key < chunk_end
         _copy_rows(_tile(k_smem, part), k, key.to(gl.int64), wide_head, stride_kt, stride_kh, ROWS, exists)
@@ -139,14 +141,15 @@ def _loader(pointers, spans, smem, kv_smem, bars, ints, strides, H: gl.constexpr
 
 
 @gluon.jit
-def _add_rows(k, v, smem, full, empty, step, dk, dv, qk_scale, key_position, query_position, key_end, ds_to,
-              CAUSAL: gl.constexpr, STAGES: gl.constexpr):
+def _add_rows(part: gl.constexpr, kv_smem, smem, full, empty, step, dk, dv, qk_scale, key_position, query_position,
+              key_end, ds_to, CAUSAL: gl.constexpr, STAGES: gl.constexpr):
     """Adds one block of rows to dk and dv of 64 keys, and frees its buffers; ``ds_to``, if given: a place for ds, and
     its barriers.
 
     Keys from ``key_end`` on, if given, get no weight: zeros add nothing, unless their weight overflows.
     """
     q_smem, do_smem, lse_smem, delta_smem = smem
+    k_smem, v_smem = kv_smem
     BLOCK_M: gl.constexpr = q_smem[0].shape[1]
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16])
     stage = step % STAGES
@@ -155,8 +158,9 @@ def _add_rows(k, v, smem, full, empty, step, dk, dv, qk_scale, key_position, que
     q = _tile(q_smem, stage)
     do = _tile(do_smem, stage)
     zero = gl.zeros([64, BLOCK_M], gl.float32, layout=S)
-    s = _start_scores(k, q, zero)
-    dp = _start_scores(v, do, zero)
+    here = part + (step >> 30)  # is part: descriptors that no loop could keep are not spilled either
+    s = _start_scores(_tile(k_smem, here), q, zero)
+    dp = _start_scores(_tile(v_smem, here), do, zero)
     lse = lse_smem.index(stage).load(gl.SliceLayout(0, S))
     s = warpgroup_mma_wait(len(do), deps=(s,))
     p = gl.exp2(s * qk_scale - lse[None, :])
@@ -168,26 +172,27 @@ def _add_rows(k, v, smem, full, empty, step, dk, dv, qk_scale, key_position, que
     dp = warpgroup_mma_wait(len(do), deps=(dp,))
     delta = delta_smem.index(stage).load(gl.SliceLayout(0, S))
     ds = (p * (dp - delta[None, :])).to(q[0].dtype)
-    if ds_to is not None:
+    dk = _start_sums(ds, q, dk)
+    if ds_to is not None:  # beside the products
         mbarrier.wait(ds_to[2], ((step >> 1) & 1) ^ 1)
         ds_to[0].store(ds)
         fence_async_shared()
         mbarrier.arrive(ds_to[1], count=1)
-    both = warpgroup_mma_wait(0, deps=_start_sums(ds, q, dk) + dv)
+    both = warpgroup_mma_wait(0, deps=dk + dv)
     mbarrier.arrive(empty.index(stage), count=1)
     return both[:len(q)], both[len(q):]
 
 
 @gluon.jit
-def _write_columns(ds_smem, k_smem, out_smem, turn: gl.constexpr, to, keep, softmax_scale):
+def _write_columns(ds_smem, k_smem, out_smem, turn: gl.constexpr, step, to, keep, softmax_scale):
     """Those columns of a block's dq that k's tiles have, 64 at a time: registers hold no more beside dk and dv."""
     COLUMNS: gl.constexpr = k_smem.shape[2]
     out = out_smem.index(turn)
     for first in gl.static_range(0, COLUMNS, 64):
         dq = _zeros(ds_smem.shape[2], out_smem)
         for half in gl.static_range(2):
-            keys = k_smem.index(half).slice(first, out.shape[1], dim=1)
-            weights = ds_smem.index(turn * 2 + half).permute((1, 0))
+            keys = k_smem.index(half + (step >> 30)).slice(first, out.shape[1], dim=1)
+            weights = ds_smem.index(turn * 2 + half + (step >> 30)).permute((1, 0))
             dq = warpgroup_mma(weights, keys, dq, use_acc=half > 0, is_async=True)
         dq = warpgroup_mma_wait(0, deps=(dq,))
         out.store((dq * softmax_scale).to(out.dtype))  # whole lines are stored from here
@@ -208,7 +213,8 @@ def _write_dq_partial(k_smem, dq_smem, turn: gl.constexpr, step, indices, first,
     to = dq_partial + _partial_row(choice, kv_head, first_head, group_heads, H, G, KS) * D
     mbarrier.wait(ds_full.index(turn), (step >> 1) & 1)
     for i in gl.static_range(len(k_smem)):
-        _write_columns(ds_smem, k_smem[i], out_smem[i], turn, to + i * k_smem[0].shape[2], index < count, softmax_scale)
+        _write_columns(ds_smem, k_smem[i], out_smem[i], turn, step, to + i * k_smem[0].shape[2], index < count,
+                       softmax_scale)
     mbarrier.arrive(ds_empty.index(turn), count=1)
 
 
@@ -237,8 +243,6 @@ def _consumer(part: gl.constexpr, spans, smem, kv_smem, dq_smem, bars, ints, out
     qk_scale, softmax_scale = scales
     BLOCK_M: gl.constexpr = q_smem[0].shape[1]
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16])
-    k = _tile(k_smem, part)
-    v = _tile(v_smem, part)
     key_position = first_position + part * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
     lane = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, S))
     dk = [_zeros(64, it) for it in k_smem]
@@ -251,7 +255,7 @@ def _consumer(part: gl.constexpr, spans, smem, kv_smem, dq_smem, bars, ints, out
         ds_smem, out_smem, ds_full, ds_empty = dq_smem
         for first in range(0, count, BLOCK_M):
             turn = step & 1
-            dk, dv = _add_rows(k, v, smem, full, empty, step, dk, dv, qk_scale, key_position, lane,
+            dk, dv = _add_rows(part, kv_smem, smem, full, empty, step, dk, dv, qk_scale, key_position, lane,
                                chunk_end_position if RAGGED else None,
                                (ds_smem.index(turn * 2 + part), ds_full.index(turn), ds_empty.index(turn)), False,
                                STAGES)
@@ -264,13 +268,13 @@ def _consumer(part: gl.constexpr, spans, smem, kv_smem, dq_smem, bars, ints, out
                               softmax_scale, kv_head, H, G, KS, SHARED, D)
     elif KS > 0:
         for first in range(0, count, BLOCK_M):
-            dk, dv = _add_rows(k, v, smem, full, empty, step, dk, dv, qk_scale, key_position, lane, None, None, False,
-                               STAGES)
+            dk, dv = _add_rows(part, kv_smem, smem, full, empty, step, dk, dv, qk_scale, key_position, lane, None, None,
+                               False, STAGES)
             step += 1
     for segment in range(first_segment, end_segment):
         _, low, _, blocks = _diagonal_rows(spans, segment, first_position, chunk_end_position, BLOCK_M)
         for i in range(0, blocks * G):
-            dk, dv = _add_rows(k, v, smem, full, empty, step, dk, dv, qk_scale, key_position,
+            dk, dv = _add_rows(part, kv_smem, smem, full, empty, step, dk, dv, qk_scale, key_position,
                                low + i % blocks * BLOCK_M + lane, None, None, True, STAGES)
             step += 1
     dk = [x * softmax_scale for x in dk]
@@ -287,12 +291,117 @@ def _consumer(part: gl.constexpr, spans, smem, kv_smem, dq_smem, bars, ints, out
     _write_sums(dv_out + at * DV, dv, keys, HK * DV)
 
 
+@gluon.jit
+def _values_step(smem, kv_smem, bars, step, dv, qk_scale, key_position, query_position, CAUSAL: gl.constexpr,
+                 STAGES: gl.constexpr):
+    """Adds one block of rows to dv of all keys, and hands its weights to the other group."""
+    q_smem, do_smem, lse_smem, delta_smem = smem
+    k_smem, v_smem = kv_smem
+    full, empty, kv_full, p_smem, p_full, p_empty = bars
+    BLOCK_M: gl.constexpr = q_smem[0].shape[1]
+    S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16])
+    stage = step % STAGES
+    turn = step & 1
+    phase = (step // STAGES) & 1
+    mbarrier.wait(full.index(stage), phase)
+    fence_async_shared()
+    do = _tile(do_smem, stage)
+    s = _start_scores(_tile(k_smem, step >> 30), _tile(q_smem, stage), gl.zeros([64, BLOCK_M], gl.float32, layout=S))
+    lse = lse_smem.index(stage).load(gl.SliceLayout(0, S))
+    s = warpgroup_mma_wait(0, deps=(s,))
+    p = gl.exp2(s * qk_scale - lse[None, :])
+    if CAUSAL:
+        p = gl.where(key_position[:, None] <= query_position[None, :], p, 0.0)
+    dv = _start_sums(p.to(do[0].dtype), do, dv)
+    mbarrier.wait(p_empty.index(turn), ((step >> 1) & 1) ^ 1)
+    p_smem.index(turn).store(p.to(gl.float16))
+    mbarrier.arrive(p_full.index(turn), count=1)
+    dv = _wait(0, dv)
+    mbarrier.arrive(empty.index(step % STAGES), count=1)
+    return dv
+
+
+@gluon.jit
+def _keys_step(smem, kv_smem, bars, step, dk, STAGES: gl.constexpr):
+    """Adds one block of rows to dk of all keys, with the other group's weights."""
+    q_smem, do_smem, lse_smem, delta_smem = smem
+    k_smem, v_smem = kv_smem
+    full, empty, kv_full, p_smem, p_full, p_empty = bars
+    BLOCK_M: gl.constexpr = q_smem[0].shape[1]
+    S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16])
+    stage = step % STAGES
+    turn = step & 1
+    phase = (step // STAGES) & 1
+    mbarrier.wait(full.index(stage), phase)
+    fence_async_shared()
+    q = _tile(q_smem, stage)
+    dp = _start_scores(_tile(v_smem, step >> 30), _tile(do_smem, stage), gl.zeros([64, BLOCK_M], gl.float32, layout=S))
+    delta = delta_smem.index(stage).load(gl.SliceLayout(0, S))
+    mbarrier.wait(p_full.index(turn), (step >> 1) & 1)
+    p = p_smem.index(turn).load(S).to(gl.float32)
+    mbarrier.arrive(p_empty.index(turn), count=1)
+    dp = warpgroup_mma_wait(0, deps=(dp,))
+    dk = _wait(0, _start_sums((p * (dp - delta[None, :])).to(q[0].dtype), q, dk))
+    mbarrier.arrive(empty.index(step % STAGES), count=1)
+    return dk
+
+
+@gluon.jit
+def _half(part: gl.constexpr, spans, smem, kv_smem, bars, ints, outs, scales, HK: gl.constexpr, G: gl.constexpr,
+          KS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, CUT: gl.constexpr, STAGES: gl.constexpr):
+    """One of two groups where 64 keys' dk and dv are as many sums as two groups hold: dv (0), dk (1)."""
+    segment_begin, segment_end, offsets, first_segment, end_segment = spans
+    q_smem, do_smem, lse_smem, delta_smem = smem
+    k_smem, v_smem = kv_smem
+    count, kv_head, first_row, chunk_end, first_position, chunk_end_position, num_rows = ints
+    dk_out, dv_out, dkdv_partial, partial_index, chunk_row, chunk_size = outs
+    qk_scale, softmax_scale = scales
+    BLOCK_M: gl.constexpr = q_smem[0].shape[1]
+    S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16])
+    key_position = first_position + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
+    lane = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, S))
+    sums = [_zeros(64, it) for it in k_smem]
+    mbarrier.wait(bars[2], 0)
+    fence_async_shared()
+    step = 0
+    if KS > 0:
+        for first in range(0, count, BLOCK_M):
+            if part == 0:
+                sums = _values_step(smem, kv_smem, bars, step, sums, qk_scale, key_position, lane, False, STAGES)
+            else:
+                sums = _keys_step(smem, kv_smem, bars, step, sums, STAGES)
+            step += 1
+    for segment in range(first_segment, end_segment):
+        _, low, _, blocks = _diagonal_rows(spans, segment, first_position, chunk_end_position, BLOCK_M)
+        for i in range(0, blocks * G):
+            if part == 0:
+                sums = _values_step(smem, kv_smem, bars, step, sums, qk_scale, key_position,
+                                    low + i % blocks * BLOCK_M + lane, True, STAGES)
+            else:
+                sums = _keys_step(smem, kv_smem, bars, step, sums, STAGES)
+            step += 1
+    if part == 1:
+        sums = [x * softmax_scale for x in sums]
+    keys = chunk_end - first_row
+    if CUT:
+        if partial_index >= 0:
+            to = dkdv_partial + (partial_index * chunk_size + first_row - chunk_row) * (D + DV)
+            _write_sums(to + (1 - part) * D, sums, keys, D + DV)
+            keys = 0
+    at = first_row.to(gl.int64) * HK + kv_head
+    if part == 0:
+        _write_sums(dv_out + at * DV, sums, keys, HK * DV)
+    else:
+        _write_sums(dk_out + at * D, sums, keys, HK * D)
+
+
 # Shared memory      written by           read by                                           full      empty (arrivals)
 # q, do              loader, cp.async     both groups: products                             full      empty (2)
 # lse, delta         loader, cp.async     both groups: loads                                full      empty (2)
 # k, v               loader, cp.async     both groups: products; k both halves (dq)         kv_full   never filled again
 # ds, half by half   each group its half  the group of the step's turn, both halves: dq     ds_full   ds_empty (1)
 # out                the group of a turn  the same, in other lines (own barrier)            -         -
+# p, head dim 256    the group of dv      the group of dk: loads                            p_full    p_empty (1)
 # ds_full has two arrivals, after the stores and their fence; a group stores again two steps later, after ds_empty.
 @gluon.jit(do_not_specialize=["num_rows", "chunk_size", "num_key_tiles", "num_chunks", "num_sequences", "num_segments",
                                "num_extra", "split", "kv_head_begin", "kv_head_end"])
@@ -321,7 +430,7 @@ def _attention_bwd_dkdv_sm90_kernel(
     kv_head = csr_row // num_chunks
     sequence = _find_piece(cu_seqlens_k, num_sequences, chunk_size, csr_row % num_chunks)
     chunk_row, chunk_end = _piece_items(cu_seqlens_k, sequence, chunk_size, csr_row % num_chunks)
-    first_row = chunk_row + tile * KEYS
+    first_row = chunk_row + tile * (64 if D == 256 else KEYS)
     if first_row >= chunk_end:
         return
     CUT: gl.constexpr = extra_csr_rows is not None
@@ -344,8 +453,8 @@ def _attention_bwd_dkdv_sm90_kernel(
     do_smem = _allocate(dtype, STAGES, BLOCK_M, DV)
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], PLAIN)
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], PLAIN)
-    k_smem = _allocate(dtype, 2, 64, D)
-    v_smem = _allocate(dtype, 2, 64, DV)
+    k_smem = _allocate(dtype, 1 if D == 256 else 2, 64, D)
+    v_smem = _allocate(dtype, 1 if D == 256 else 2, 64, DV)
     full = _barriers(STAGES, 32 * LOADER_WARPS)
     empty = _barriers(STAGES, 2)
     kv_full = _barriers(1, 32 * LOADER_WARPS).index(0)
@@ -371,11 +480,23 @@ def _attention_bwd_dkdv_sm90_kernel(
     dq_outs = (indices, (dq_partial, kv_head_begin * G, (kv_head_end - kv_head_begin) * G))
     strides = (stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh)
     scales = (qk_scale, softmax_scale)
-    gl.warp_specialize([
-        (_consumer, (0, spans, smem, kv_smem, dq_smem, bars, ints, outs, dq_outs, scales, H, HK, G, KS, SHARED, D, DV,
-                     CUT, HAS_DQ, RAGGED, STAGES)),
-        (_consumer, (1, spans, smem, kv_smem, dq_smem, bars, ints, outs, dq_outs, scales, H, HK, G, KS, SHARED, D, DV,
-                     CUT, HAS_DQ, RAGGED, STAGES)),
-        (_loader, (pointers, spans, smem, kv_smem, bars, ints, strides, H, G, KS, SHARED, D, DV, EVEN,
-                   STAGES)),
-    ], [4, LOADER_WARPS], [CONSUMER_REGS, LOADER_REGS])
+    if D == 256:
+        P: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_M], gl.float16)
+        p_smem = gl.allocate_shared_memory(gl.float16, [2, 64, BLOCK_M], P)
+        p_full = _barriers(2, 1)
+        p_empty = _barriers(2, 1)
+        fence_async_shared()
+        more_bars = (full, empty, kv_full, p_smem, p_full, p_empty)
+        gl.warp_specialize([
+            (_half, (0, spans, smem, kv_smem, more_bars, ints, outs, scales, HK, G, KS, D, DV, CUT, STAGES)),
+            (_half, (1, spans, smem, kv_smem, more_bars, ints, outs, scales, HK, G, KS, D, DV, CUT, STAGES)),
+            (_loader, (pointers, spans, smem, kv_smem, bars, ints, strides, H, G, KS, SHARED, D, DV, EVEN, STAGES)),
+        ], [4, LOADER_WARPS], [CONSUMER_REGS, LOADER_REGS])
+    else:
+        gl.warp_specialize([
+            (_consumer, (0, spans, smem, kv_smem, dq_smem, bars, ints, outs, dq_outs, scales, H, HK, G, KS, SHARED, D,
+                         DV, CUT, HAS_DQ, RAGGED, STAGES)),
+            (_consumer, (1, spans, smem, kv_smem, dq_smem, bars, ints, outs, dq_outs, scales, H, HK, G, KS, SHARED, D,
+                         DV, CUT, HAS_DQ, RAGGED, STAGES)),
+            (_loader, (pointers, spans, smem, kv_smem, bars, ints, strides, H, G, KS, SHARED, D, DV, EVEN, STAGES)),
+        ], [4, LOADER_WARPS], [CONSUMER_REGS, LOADER_REGS])

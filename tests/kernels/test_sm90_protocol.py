@@ -110,6 +110,22 @@ def threads_for_dk_dv(blocks, listed, broken, arrivals):
     return [loader, *rows.landing, *groups]
 
 
+def threads_for_dk_dv_256(blocks, _, broken, arrivals):
+    """Head dim 256: one group has dv of all keys, and hands its weights to the group of dk."""
+    rows, p = Ring("rows", 2, arrivals), Ring("p", 2, arrivals)
+    arrivals |= {"p empty 0": 1, "p empty 1": 1}
+    loader = [step for n in range(blocks) for step in (rows.wait("empty", n), *rows.copy(n))]
+    values, keys = [], []
+    for n in range(blocks):
+        announce, fill = [("arrive", p.at("full", n))], [p.read(n, "fill"), p.read(n, "filled")]
+        values += [rows.wait("full", n), rows.read(n), p.wait("empty", n),
+                   *(announce + fill if broken == "p announced" else fill + announce), rows.read(n, "done"),
+                   rows.free(n)]
+        keys += [rows.wait("full", n), rows.read(n), p.wait("full", n), p.read(n), p.read(n, "done"), p.free(n),
+                 rows.read(n, "done"), rows.free(n)]
+    return [loader, *rows.landing, values, keys]
+
+
 def loads(rows, k, v, tiles, keys, wait_for_v):
     """The loader of the forward's and of dq's kernel: ``tiles`` of rows, each against ``keys`` tiles of keys."""
     steps = rows.copy(0)
@@ -152,10 +168,12 @@ def threads_for_dq(tiles, keys, broken, arrivals):
 
 
 SIZES = [(threads_for_dk_dv, n, listed) for n in range(8) for listed in {0, n // 2, n}]
+SIZES += [(threads_for_dk_dv_256, n, 0) for n in range(8)]
 SIZES += [(threads_for_forward, *size) for size in ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (3, 1))]
 SIZES += [(threads_for_dq, *size) for size in ((1, 1), (1, 2), (2, 1), (1, 4))]
 BROKEN = [(threads_for_dk_dv, 6, 0, "rows announced"), (threads_for_dk_dv, 6, 0, "rows given back"),
-          (threads_for_dk_dv, 5, 5, "ds announced"), (threads_for_dq, 1, 4, "keys given back"),
+          (threads_for_dk_dv, 5, 5, "ds announced"), (threads_for_dk_dv_256, 3, 0, "p announced"),
+          (threads_for_dq, 1, 4, "keys given back"),
           (threads_for_forward, 2, 1, "rows announced"), (threads_for_forward, 3, 1, "rows given back")]
 
 
