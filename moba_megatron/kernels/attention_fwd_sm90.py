@@ -79,10 +79,10 @@ def _keep_chunk(s, key, chunk_size, RAGGED: gl.constexpr):
 
 
 @gluon.jit
-def _consumer(part: gl.constexpr, indices, outs, smem, bars, ints, qk_scale, H: gl.constexpr, G: gl.constexpr,
-              KS: gl.constexpr, SHARED: gl.constexpr, DV: gl.constexpr, BUFFERS: gl.constexpr, USE_TMA: gl.constexpr,
-              RAGGED: gl.constexpr):
-    """64 rows of every 128, by one group of four warps."""
+def _attend(s, indices, outs, smem, bars, ints, qk_scale, part: gl.constexpr, step, tile, H: gl.constexpr,
+            G: gl.constexpr, KS: gl.constexpr, SHARED: gl.constexpr, DV: gl.constexpr, BUFFERS: gl.constexpr,
+            USE_TMA: gl.constexpr, RAGGED: gl.constexpr, GOES_ON: gl.constexpr):
+    """Writes the results of 64 rows, whose scores against their first keys are ``s``; returns those of the next 64."""
     q_smem, k_smem, v_smem = smem
     row_full, row_empty, k_full, v_full, k_empty, v_empty = bars
     o_partial, lse_partial, first_head, group_heads = outs
@@ -90,61 +90,89 @@ def _consumer(part: gl.constexpr, indices, outs, smem, bars, ints, qk_scale, H: 
     STAGES: gl.constexpr = k_smem[0].shape[0]
     BLOCK_N: gl.constexpr = k_smem[0].shape[1]
     dtype: gl.constexpr = q_smem[0].dtype
-    S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
+    S: gl.constexpr = s.type.layout
     OUT: gl.constexpr = _row_layout(DV)
     zero = gl.zeros([64, BLOCK_N], gl.float32, layout=S)
-    at = gl.arange(0, 64, layout=gl.SliceLayout(1, OUT))
-    lane = gl.arange(0, 64, layout=gl.SliceLayout(1, S))
+    buffer = tile % BUFFERS
+    q = _tile(q_smem, buffer * 2 + part)
+    o_index = tile * 128 + part * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, OUT))
+    o_choice = _listed(indices, gl.minimum(o_index, count - 1), None, KS, SHARED)
+    lse_index = tile * 128 + part * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
+    lse_choice = _listed(indices, gl.minimum(lse_index, count - 1), None, KS, SHARED)
+    acc = [_zeros(64, it) for it in v_smem]
+    s = _keep_chunk(s, 0, chunk_size, RAGGED)
+    m = gl.max(s, 1) * qk_scale
+    p = gl.exp2(s * qk_scale - m[:, None])
+    l = gl.sum(p, 1)
+    weights = p.to(dtype)
+    for key in range(BLOCK_N, chunk_size, BLOCK_N):
+        s = _issue_scores(q, k_smem, k_full, step + 1, zero, USE_TMA)
+        acc = _issue_values(weights, v_smem, v_full, step, acc, USE_TMA)
+        s = warpgroup_mma_wait(len(v_smem), deps=(s,))
+        mbarrier.arrive(k_empty.index((step + 1) % STAGES), count=1)
+        s = _keep_chunk(s, key, chunk_size, RAGGED)
+        m_new = gl.maximum(m, gl.max(s, 1) * qk_scale)
+        p = gl.exp2(s * qk_scale - m_new[:, None])
+        alpha = gl.exp2(m - m_new)
+        l = l * alpha + gl.sum(p, 1)
+        m = m_new
+        waited = _wait(0, acc + (p,))  # p: the weights are computed before the wait
+        acc = waited[:len(v_smem)]
+        p = waited[len(v_smem)]
+        mbarrier.arrive(v_empty.index(step % STAGES), count=1)
+        weights = p.to(dtype)
+        acc = [x * gl.convert_layout(alpha, gl.SliceLayout(1, x.type.layout))[:, None] for x in acc]
+        step += 1
+    acc = _issue_values(weights, v_smem, v_full, step, acc, USE_TMA)
+    if GOES_ON:
+        s = _begin(part, smem, bars, step + 1, tile + 1, BUFFERS, USE_TMA)
+        acc = _wait(len(q), acc)
+    else:
+        acc = _wait(0, acc)
+    mbarrier.arrive(v_empty.index(step % STAGES), count=1)
+    acc = [x * gl.convert_layout(1.0 / l, gl.SliceLayout(1, x.type.layout))[:, None] for x in acc]
+    o_row = _partial_row(o_choice, kv_head, first_head, group_heads, H, G, KS)
+    lse_row = _partial_row(lse_choice, kv_head, first_head, group_heads, H, G, KS)
+    o = _through_tile(q, acc, OUT)
+    mbarrier.arrive(row_empty.index(buffer), count=1)
+    _store_rows(o_partial, o_row, o, o_index < count, DV, OUT)
+    gl.store(lse_partial + lse_row, m + gl.log2(l), mask=lse_index < count)
+    if GOES_ON:
+        s = warpgroup_mma_wait(0, deps=(s,))
+        mbarrier.arrive(k_empty.index((step + 1) % STAGES), count=1)
+    return s, step + 1
+
+
+@gluon.jit
+def _begin(part: gl.constexpr, smem, bars, step, tile, BUFFERS: gl.constexpr, USE_TMA: gl.constexpr):
+    """Starts the scores of 64 rows of a tile against their first keys."""
+    q_smem, k_smem, v_smem = smem
+    row_full, row_empty, k_full, v_full, k_empty, v_empty = bars
+    BLOCK_N: gl.constexpr = k_smem[0].shape[1]
+    S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
+    buffer = tile % BUFFERS
+    mbarrier.wait(row_full.index(buffer), (tile // BUFFERS) & 1)
+    fence_async_shared()
+    return _issue_scores(_tile(q_smem, buffer * 2 + part), k_smem, k_full, step,
+                         gl.zeros([64, BLOCK_N], gl.float32, layout=S), USE_TMA)
+
+
+@gluon.jit
+def _consumer(part: gl.constexpr, indices, outs, smem, bars, ints, qk_scale, H: gl.constexpr, G: gl.constexpr,
+              KS: gl.constexpr, SHARED: gl.constexpr, DV: gl.constexpr, BUFFERS: gl.constexpr, USE_TMA: gl.constexpr,
+              RAGGED: gl.constexpr):
+    """64 rows of every 128, by one group of four warps."""
+    k_empty = bars[4]
     step = 0
     tile = 0
-    for first in range(0, count, 128):
-        buffer = tile % BUFFERS
-        o_index = first + part * 64 + at
-        o_choice = _listed(indices, gl.minimum(o_index, count - 1), None, KS, SHARED)
-        lse_index = first + part * 64 + lane
-        lse_choice = _listed(indices, gl.minimum(lse_index, count - 1), None, KS, SHARED)
-        mbarrier.wait(row_full.index(buffer), (tile // BUFFERS) & 1)
-        fence_async_shared()
-        q = _tile(q_smem, buffer * 2 + part)
-        acc = [_zeros(64, it) for it in v_smem]
-        s = _issue_scores(q, k_smem, k_full, step, zero, USE_TMA)
-        s = warpgroup_mma_wait(0, deps=(s,))
-        mbarrier.arrive(k_empty.index(step % STAGES), count=1)
-        s = _keep_chunk(s, 0, chunk_size, RAGGED)
-        m = gl.max(s, 1) * qk_scale
-        p = gl.exp2(s * qk_scale - m[:, None])
-        l = gl.sum(p, 1)
-        weights = p.to(dtype)
-        for key in range(BLOCK_N, chunk_size, BLOCK_N):
-            s = _issue_scores(q, k_smem, k_full, step + 1, zero, USE_TMA)
-            acc = _issue_values(weights, v_smem, v_full, step, acc, USE_TMA)
-            s = warpgroup_mma_wait(len(v_smem), deps=(s,))
-            mbarrier.arrive(k_empty.index((step + 1) % STAGES), count=1)
-            s = _keep_chunk(s, key, chunk_size, RAGGED)
-            m_new = gl.maximum(m, gl.max(s, 1) * qk_scale)
-            p = gl.exp2(s * qk_scale - m_new[:, None])
-            alpha = gl.exp2(m - m_new)
-            l = l * alpha + gl.sum(p, 1)
-            m = m_new
-            waited = _wait(0, acc + (p,))  # p: the weights are computed before the wait
-            acc = waited[:len(v_smem)]
-            p = waited[len(v_smem)]
-            mbarrier.arrive(v_empty.index(step % STAGES), count=1)
-            weights = p.to(dtype)
-            acc = [x * gl.convert_layout(alpha, gl.SliceLayout(1, x.type.layout))[:, None] for x in acc]
-            step += 1
-        acc = _issue_values(weights, v_smem, v_full, step, acc, USE_TMA)
-        acc = _wait(0, acc)
-        mbarrier.arrive(v_empty.index(step % STAGES), count=1)
-        step += 1
-        acc = [x * gl.convert_layout(1.0 / l, gl.SliceLayout(1, x.type.layout))[:, None] for x in acc]
-        o_row = _partial_row(o_choice, kv_head, first_head, group_heads, H, G, KS)
-        lse_row = _partial_row(lse_choice, kv_head, first_head, group_heads, H, G, KS)
-        o = _through_tile(q, acc, OUT)
-        mbarrier.arrive(row_empty.index(buffer), count=1)
-        _store_rows(o_partial, o_row, o, o_index < count, DV, OUT)
-        gl.store(lse_partial + lse_row, m + gl.log2(l), mask=lse_index < count)
+    s = warpgroup_mma_wait(0, deps=(_begin(part, smem, bars, step, tile, BUFFERS, USE_TMA),))
+    mbarrier.arrive(k_empty.index(0), count=1)
+    for _ in range(128, ints[0], 128):
+        s, step = _attend(s, indices, outs, smem, bars, ints, qk_scale, part, step, tile, H, G, KS, SHARED, DV, BUFFERS,
+                          USE_TMA, RAGGED, True)
         tile += 1
+    _attend(s, indices, outs, smem, bars, ints, qk_scale, part, step, tile, H, G, KS, SHARED, DV, BUFFERS, USE_TMA,
+            RAGGED, False)
 
 
 # Shared memory   written by               read by                                   full       empty (arrivals)
