@@ -57,34 +57,86 @@ def _load_terms(terms, choice, kv_head, H: gl.constexpr, G: gl.constexpr, KS: gl
 
 
 @gluon.jit
-def _add_tile(dq, q, do, lse, delta, smem, bars, step, key, chunk_size, qk_scale, USE_TMA: gl.constexpr,
-              RAGGED: gl.constexpr):
-    """Adds one tile of keys to dq, and frees the tile's buffers."""
+def _start_tile(rows, smem, bars, step, USE_TMA: gl.constexpr):
+    """Starts the scores of 64 rows, by number, and do's products with values, against the tile of keys of a step."""
     q_smem, do_smem, k_smem, v_smem = smem
     row_full, row_empty, k_full, v_full, kv_empty = bars
     STAGES: gl.constexpr = k_smem[0].shape[0]
     BLOCK_N: gl.constexpr = k_smem[0].shape[1]
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
     zero = gl.zeros([64, BLOCK_N], gl.float32, layout=S)
+    here = rows + (step >> 30)  # is rows: descriptors are made here, and not kept in registers
     stage = step % STAGES
     phase = (step // STAGES) & 1
-    k = _tile(k_smem, stage)
     mbarrier.wait(k_full.index(stage), phase)
     if not USE_TMA:
         fence_async_shared()
-    s = _start_scores(q, k, zero)
+    s = _start_scores(_tile(q_smem, here), _tile(k_smem, stage), zero)
     mbarrier.wait(v_full.index(stage), phase)
     if not USE_TMA:
         fence_async_shared()
-    dp = _start_scores(do, _tile(v_smem, stage), zero)
+    return s, _start_scores(_tile(do_smem, here), _tile(v_smem, stage), zero)
+
+
+@gluon.jit
+def _add_tile(dq, s, dp, lse, delta, smem, bars, step, key, chunk_size, qk_scale, RAGGED: gl.constexpr):
+    """Adds one tile of keys, whose first two products are started, to dq, and frees the tile's buffers."""
+    q_smem, do_smem, k_smem, v_smem = smem
+    kv_empty = bars[4]
+    STAGES: gl.constexpr = k_smem[0].shape[0]
+    BLOCK_N: gl.constexpr = k_smem[0].shape[1]
     s = warpgroup_mma_wait(len(v_smem), deps=(s,))
     p = gl.exp2(s * qk_scale - lse[:, None])
     if RAGGED:
-        p = gl.where(_kept(key, chunk_size, BLOCK_N, gl.SliceLayout(0, S))[None, :], p, 0.0)
+        p = gl.where(_kept(key, chunk_size, BLOCK_N, gl.SliceLayout(0, s.type.layout))[None, :], p, 0.0)
     dp = warpgroup_mma_wait(0, deps=(dp,))
-    dq = _wait(0, _start_sums((p * (dp - delta[:, None])).to(k[0].dtype), k, dq))
-    mbarrier.arrive(kv_empty.index(stage), count=1)
+    ds = (p * (dp - delta[:, None])).to(k_smem[0].dtype)
+    dq = _wait(0, _start_sums(ds, _tile(k_smem, step % STAGES), dq))
+    mbarrier.arrive(kv_empty.index(step % STAGES), count=1)
     return dq
+
+
+@gluon.jit
+def _rows(row_full, tile, part: gl.constexpr, BUFFERS: gl.constexpr):
+    """The number of this group's 64 rows of a tile, as soon as they are there."""
+    buffer = tile % BUFFERS
+    mbarrier.wait(row_full.index(buffer), (tile // BUFFERS) & 1)
+    fence_async_shared()
+    return buffer * 2 + part
+
+
+@gluon.jit
+def _write_rows(s, dp, lse, delta, indices, outs, smem, bars, ints, scales, part: gl.constexpr, step, tile,
+                H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, SHARED: gl.constexpr, D: gl.constexpr,
+                BUFFERS: gl.constexpr, USE_TMA: gl.constexpr, RAGGED: gl.constexpr, GOES_ON: gl.constexpr):
+    """Writes partial dq of 64 rows, whose first products are ``s`` and ``dp``; returns those of the next 64."""
+    q_smem, do_smem, k_smem, v_smem = smem
+    row_full, row_empty, k_full, v_full, kv_empty = bars
+    dq_partial, first_head, group_heads = outs
+    count, kv_head, first_key, chunk_size = ints
+    qk_scale, softmax_scale = scales
+    BLOCK_N: gl.constexpr = k_smem[0].shape[1]
+    OUT: gl.constexpr = _row_layout(D)
+    buffer = tile % BUFFERS
+    rows = buffer * 2 + part
+    dq = [_zeros(64, it) for it in q_smem]
+    dq = _add_tile(dq, s, dp, lse, delta, smem, bars, step, 0, chunk_size, qk_scale, RAGGED)
+    step += 1
+    for key in range(BLOCK_N, chunk_size, BLOCK_N):
+        started = _start_tile(rows, smem, bars, step, USE_TMA)
+        dq = _add_tile(dq, started[0], started[1], lse, delta, smem, bars, step, key, chunk_size, qk_scale, RAGGED)
+        step += 1
+    if GOES_ON:
+        next_s, next_dp = _start_tile(_rows(row_full, tile + 1, part, BUFFERS), smem, bars, step, USE_TMA)
+    index = tile * 128 + part * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, OUT))
+    this = _listed(indices, gl.minimum(index, count - 1), None, KS, SHARED)
+    partial_row = _partial_row(this, kv_head, first_head, group_heads, H, G, KS)
+    x = _through_tile(_tile(q_smem, rows), [x * softmax_scale for x in dq], OUT)
+    mbarrier.arrive(row_empty.index(buffer), count=1)
+    _store_rows(dq_partial, partial_row, x, index < count, D, OUT)
+    if GOES_ON:
+        s, dp = warpgroup_mma_wait(0, deps=(next_s, next_dp))
+    return s, dp, step
 
 
 @gluon.jit
@@ -93,41 +145,28 @@ def _consumer(part: gl.constexpr, terms, indices, outs, smem, bars, ints, scales
               RAGGED: gl.constexpr):
     """64 rows of every 128, by one group of four warps."""
     q_smem, do_smem, k_smem, v_smem = smem
-    row_full, row_empty, k_full, v_full, kv_empty = bars
-    dq_partial, first_head, group_heads = outs
-    count, kv_head, first_key, chunk_size = ints
-    qk_scale, softmax_scale = scales
+    row_full = bars[0]
+    count = ints[0]
+    kv_head = ints[1]
     BLOCK_N: gl.constexpr = k_smem[0].shape[1]
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
-    OUT: gl.constexpr = _row_layout(D)
     lane = part * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
-    at = part * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, OUT))
     choice = _listed(indices, gl.minimum(lane, count - 1), None, KS, SHARED)
     next_lse, next_delta = _load_terms(terms, choice, kv_head, H, G, KS)
     choice = _listed(indices, gl.minimum(lane + 128, count - 1), None, KS, SHARED)
     step = 0
     tile = 0
-    for first in range(0, count, 128):
+    s, dp = warpgroup_mma_wait(0, deps=_start_tile(_rows(row_full, tile, part, BUFFERS), smem, bars, step, USE_TMA))
+    for first in range(128, count, 128):
         lse = next_lse
         delta = next_delta
         next_lse, next_delta = _load_terms(terms, choice, kv_head, H, G, KS)
-        choice = _listed(indices, gl.minimum(first + 256 + lane, count - 1), None, KS, SHARED)
-        buffer = tile % BUFFERS
-        mbarrier.wait(row_full.index(buffer), (tile // BUFFERS) & 1)
-        fence_async_shared()
-        q = _tile(q_smem, buffer * 2 + part)
-        do = _tile(do_smem, buffer * 2 + part)
-        dq = [_zeros(64, it) for it in q_smem]
-        for key in range(0, chunk_size, BLOCK_N):
-            dq = _add_tile(dq, q, do, lse, delta, smem, bars, step, key, chunk_size, qk_scale, USE_TMA, RAGGED)
-            step += 1
-        index = first + at
-        this = _listed(indices, gl.minimum(index, count - 1), None, KS, SHARED)
-        partial_row = _partial_row(this, kv_head, first_head, group_heads, H, G, KS)
-        x = _through_tile(q, [x * softmax_scale for x in dq], OUT)
-        mbarrier.arrive(row_empty.index(buffer), count=1)
-        _store_rows(dq_partial, partial_row, x, index < count, D, OUT)
+        choice = _listed(indices, gl.minimum(first + 128 + lane, count - 1), None, KS, SHARED)
+        s, dp, step = _write_rows(s, dp, lse, delta, indices, outs, smem, bars, ints, scales, part, step, tile, H, G,
+                                  KS, SHARED, D, BUFFERS, USE_TMA, RAGGED, True)
         tile += 1
+    _write_rows(s, dp, next_lse, next_delta, indices, outs, smem, bars, ints, scales, part, step, tile, H, G, KS,
+                SHARED, D, BUFFERS, USE_TMA, RAGGED, False)
 
 
 # Shared memory      written by                read by                                   full       empty (arrivals)
