@@ -175,14 +175,14 @@ BROKEN = {
         ("        mbarrier.arrive(ds_to[1], count=1)\n", ""),
         ("        ds_to[0].store(ds)\n", "        mbarrier.arrive(ds_to[1], count=1)\n        ds_to[0].store(ds)\n")]),
     "dq: keys are given back before they are read": ("attention_bwd_dq", "chunk 512", [
-        ("    mbarrier.arrive(kv_empty.index(stage), count=1)\n", ""),
+        ("    mbarrier.arrive(kv_empty.index(step % STAGES), count=1)\n", ""),
         ("    mbarrier.wait(v_full.index(stage), phase)\n",
          "    mbarrier.wait(v_full.index(stage), phase)\n    mbarrier.arrive(kv_empty.index(stage), count=1)\n")]),
     "forward: rows are given back before they are read": ("attention_fwd", "chunk 512", [
-        ("        mbarrier.arrive(row_empty.index(buffer), count=1)\n", ""),
-        ("        mbarrier.wait(row_full.index(buffer), (tile // BUFFERS) & 1)\n",
-         "        mbarrier.wait(row_full.index(buffer), (tile // BUFFERS) & 1)\n"
-         "        mbarrier.arrive(row_empty.index(buffer), count=1)\n")]),
+        ("    mbarrier.arrive(row_empty.index(buffer), count=1)\n", ""),
+        ("    mbarrier.wait(row_full.index(buffer), (tile // BUFFERS) & 1)\n",
+         "    mbarrier.wait(row_full.index(buffer), (tile // BUFFERS) & 1)\n"
+         "    mbarrier.arrive(row_empty.index(buffer), count=1)\n")]),
 }
 
 

@@ -139,38 +139,52 @@ def loads(rows, k, v, tiles, keys, wait_for_v):
 
 def threads_for_forward(tiles, keys, broken, arrivals, buffers=2):
     rows, k, v = Ring("rows", buffers, arrivals, broken == "rows announced"), *(Ring(x, 2, arrivals) for x in "kv")
-    group = []
+
+    def begin(tile):
+        n = tile * keys
+        return [rows.wait("full", tile), *[rows.free(tile)] * (broken == "rows given back"), rows.read(tile),
+                k.wait("full", n), k.read(n)]
+
+    def begun(tile):
+        return [k.read(tile * keys, "done"), k.free(tile * keys)]
+
+    group = begin(0) + begun(0)
     for tile in range(tiles):
-        group += [rows.wait("full", tile), *[rows.free(tile)] * (broken == "rows given back"), rows.read(tile)]
+        another = tile + 1 < tiles
         for n in range(tile * keys, (tile + 1) * keys):
-            if n == tile * keys:
-                group += [k.wait("full", n), k.read(n), k.read(n, "done"), k.free(n)]
             if n + 1 < (tile + 1) * keys:
                 group += [k.wait("full", n + 1), k.read(n + 1), v.wait("full", n), v.read(n), k.read(n + 1, "done"),
                           k.free(n + 1)]
             else:
-                group += [v.wait("full", n), v.read(n)]
+                group += [v.wait("full", n), v.read(n), *(begin(tile + 1) if another else ())]
             group += [v.read(n, "done"), v.free(n)]
         group += [rows.read(tile, "done"), *[rows.free(tile)] * (broken != "rows given back")]
+        group += begun(tile + 1) if another else []
     return [loads(rows, k, v, tiles, keys, True), *rows.landing, *k.landing, *v.landing, group, group]
 
 
 def threads_for_dq(tiles, keys, broken, arrivals):
     rows, k, v = Ring("rows", 2, arrivals), *(Ring(x, 3, arrivals) for x in "kv")
-    group = []
+
+    def start(n):
+        return [k.wait("full", n), k.read(n), v.wait("full", n), *[k.free(n)] * (broken == "keys given back"),
+                v.read(n)]
+
+    group = [rows.wait("full", 0), rows.read(0), *start(0)]
     for tile in range(tiles):
-        group += [rows.wait("full", tile), rows.read(tile)]
         for n in range(tile * keys, (tile + 1) * keys):
-            group += [k.wait("full", n), k.read(n), v.wait("full", n), *[k.free(n)] * (broken == "keys given back"),
-                      v.read(n), v.read(n, "done"), k.read(n, "done"), *[k.free(n)] * (broken != "keys given back")]
+            group += start(n) if n % keys else []
+            group += [v.read(n, "done"), k.read(n, "done"), *[k.free(n)] * (broken != "keys given back")]
+        if tile + 1 < tiles:
+            group += [rows.wait("full", tile + 1), rows.read(tile + 1), *start((tile + 1) * keys)]
         group += [rows.read(tile, "done"), rows.free(tile)]
     return [loads(rows, k, v, tiles, keys, False), *rows.landing, *k.landing, *v.landing, group, group]
 
 
 SIZES = [(threads_for_dk_dv, n, listed) for n in range(8) for listed in {0, n // 2, n}]
 SIZES += [(threads_for_dk_dv_256, n, 0) for n in range(8)]
-SIZES += [(threads_for_forward, *size) for size in ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (3, 1))]
-SIZES += [(threads_for_dq, *size) for size in ((1, 1), (1, 2), (2, 1), (1, 4))]
+SIZES += [(threads_for_forward, *size) for size in ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1))]
+SIZES += [(threads_for_dq, *size) for size in ((1, 1), (1, 2), (2, 1), (2, 2), (1, 4))]
 BROKEN = [(threads_for_dk_dv, 6, 0, "rows announced"), (threads_for_dk_dv, 6, 0, "rows given back"),
           (threads_for_dk_dv, 5, 5, "ds announced"), (threads_for_dk_dv_256, 3, 0, "p announced"),
           (threads_for_dq, 1, 4, "keys given back"),
