@@ -76,7 +76,7 @@ def _attention_bwd(do: Buffer, q: Buffer, k: Buffer, v: Buffer, o: Buffer, dlse:
     together = groups[0][1] - groups[0][0]
     # one tile holds the chunk: its program writes the partial dq too, and traffic is what it saves
     options = call.config("attention_bwd_dkdv", gluon=call.gluon)
-    fused = segments.chunk_size <= (sm90.KEYS if is_gluon(options) else options["BLOCK_N"])
+    fused = segments.chunk_size <= options["BLOCK_N"]
     cuts = _cuts(call, routing, together if fused else call.kv_heads)
     tiles = None
     if not fused:
@@ -234,7 +234,7 @@ def _attention_bwd_dkdv(call: AttentionCall, routing: Routing | None, dk: Buffer
     size, gluon = call.segments.chunk_size, is_gluon(options)
     if dq_partial is not None and not gluon:
         options["BLOCK_N"] = max(16, next_power_of_2(size))
-    block_n = (sm90.KEYS_256 if call.q.shape[2] == 256 else sm90.KEYS) if gluon else options["BLOCK_N"]
+    block_n = options["BLOCK_N"]
     kv_heads = group[1] - group[0]
     num_extra, num_key_tiles = cuts.num_extra(kv_heads), cdiv(min(size, call.segments.max_seqlen_k), block_n)
     if num_key_tiles == 0:

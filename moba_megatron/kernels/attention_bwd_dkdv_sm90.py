@@ -41,8 +41,6 @@ from .jit_helpers_sm90 import (
 )
 from .launcher import Buffer, launch
 
-KEYS = gl.constexpr(sm90.KEYS)
-
 
 def attention_bwd_dkdv(call: AttentionCall, grid: tuple[int], dkdv_partial: Buffer | None, dq_partial: Buffer | None,
                        arguments: dict[str, object]) -> None:
@@ -184,15 +182,16 @@ def _add_rows(part: gl.constexpr, kv_smem, smem, full, empty, step, dk, dv, qk_s
 
 
 @gluon.jit
-def _write_columns(ds_smem, k_smem, out_smem, turn: gl.constexpr, step, to, keep, softmax_scale):
+def _write_columns(ds_smem, k_smem, out_smem, part: gl.constexpr, turn, step, to, keep, softmax_scale):
     """Those columns of a block's dq that k's tiles have, 64 at a time: registers hold no more beside dk and dv."""
     COLUMNS: gl.constexpr = k_smem.shape[2]
-    out = out_smem.index(turn)
+    TILES: gl.constexpr = k_smem.shape[0]
+    out = out_smem.index(part)
     for first in gl.static_range(0, COLUMNS, 64):
         dq = _zeros(ds_smem.shape[2], out_smem)
-        for half in gl.static_range(2):
+        for half in gl.static_range(TILES):
             keys = k_smem.index(half + (step >> 30)).slice(first, out.shape[1], dim=1)
-            weights = ds_smem.index(turn * 2 + half + (step >> 30)).permute((1, 0))
+            weights = ds_smem.index(turn * TILES + half + (step >> 30)).permute((1, 0))
             dq = warpgroup_mma(weights, keys, dq, use_acc=half > 0, is_async=True)
         dq = warpgroup_mma_wait(0, deps=(dq,))
         out.store((dq * softmax_scale).to(out.dtype))  # whole lines are stored from here
@@ -201,9 +200,9 @@ def _write_columns(ds_smem, k_smem, out_smem, turn: gl.constexpr, step, to, keep
 
 
 @gluon.jit
-def _write_dq_partial(k_smem, dq_smem, turn: gl.constexpr, step, indices, first, count, places, softmax_scale, kv_head,
-                      H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, SHARED: gl.constexpr, D: gl.constexpr):
-    """dq of a step's block of rows against both halves of the keys, into their partial dq."""
+def _write_dq_partial(k_smem, dq_smem, part: gl.constexpr, turn, step, indices, first, count, places, softmax_scale,
+                      kv_head, H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, SHARED: gl.constexpr, D: gl.constexpr):
+    """dq of a step's block of rows against all keys, into their partial dq."""
     ds_smem, out_smem, ds_full, ds_empty = dq_smem
     dq_partial, first_head, group_heads = places
     BLOCK_M: gl.constexpr = ds_smem.shape[2]
@@ -213,7 +212,7 @@ def _write_dq_partial(k_smem, dq_smem, turn: gl.constexpr, step, indices, first,
     to = dq_partial + _partial_row(choice, kv_head, first_head, group_heads, H, G, KS) * D
     mbarrier.wait(ds_full.index(turn), (step >> 1) & 1)
     for i in gl.static_range(len(k_smem)):
-        _write_columns(ds_smem, k_smem[i], out_smem[i], turn, step, to + i * k_smem[0].shape[2], index < count,
+        _write_columns(ds_smem, k_smem[i], out_smem[i], part, turn, step, to + i * k_smem[0].shape[2], index < count,
                        softmax_scale)
     mbarrier.arrive(ds_empty.index(turn), count=1)
 
@@ -260,11 +259,11 @@ def _consumer(part: gl.constexpr, spans, smem, kv_smem, dq_smem, bars, ints, out
                                (ds_smem.index(turn * 2 + part), ds_full.index(turn), ds_empty.index(turn)), False,
                                STAGES)
             if (turn != part) & (step > 0):
-                _write_dq_partial(k_smem, dq_smem, part, step - 1, indices, first - BLOCK_M, count, places,
+                _write_dq_partial(k_smem, dq_smem, part, part, step - 1, indices, first - BLOCK_M, count, places,
                                   softmax_scale, kv_head, H, G, KS, SHARED, D)
             step += 1
         if (step & 1 != part) & (step > 0):
-            _write_dq_partial(k_smem, dq_smem, part, step - 1, indices, (step - 1) * BLOCK_M, count, places,
+            _write_dq_partial(k_smem, dq_smem, part, part, step - 1, indices, (step - 1) * BLOCK_M, count, places,
                               softmax_scale, kv_head, H, G, KS, SHARED, D)
     elif KS > 0:
         for first in range(0, count, BLOCK_M):
@@ -292,9 +291,9 @@ def _consumer(part: gl.constexpr, spans, smem, kv_smem, dq_smem, bars, ints, out
 
 
 @gluon.jit
-def _values_step(smem, kv_smem, bars, step, dv, qk_scale, key_position, query_position, CAUSAL: gl.constexpr,
+def _values_step(smem, kv_smem, bars, step, dv, qk_scale, key_position, query_position, key_end, CAUSAL: gl.constexpr,
                  STAGES: gl.constexpr):
-    """Adds one block of rows to dv of all keys, and hands its weights to the other group."""
+    """Adds one block of rows to dv of all keys, and hands its weights to the other group; none from ``key_end`` on."""
     q_smem, do_smem, lse_smem, delta_smem = smem
     k_smem, v_smem = kv_smem
     full, empty, kv_full, p_smem, p_full, p_empty = bars
@@ -312,6 +311,8 @@ def _values_step(smem, kv_smem, bars, step, dv, qk_scale, key_position, query_po
     p = gl.exp2(s * qk_scale - lse[None, :])
     if CAUSAL:
         p = gl.where(key_position[:, None] <= query_position[None, :], p, 0.0)
+    if key_end is not None:
+        p = gl.where((key_position < key_end)[:, None], p, 0.0)
     dv = _start_sums(p.to(do[0].dtype), do, dv)
     mbarrier.wait(p_empty.index(turn), ((step >> 1) & 1) ^ 1)
     p_smem.index(turn).store(p.to(gl.float16))
@@ -322,8 +323,8 @@ def _values_step(smem, kv_smem, bars, step, dv, qk_scale, key_position, query_po
 
 
 @gluon.jit
-def _keys_step(smem, kv_smem, bars, step, dk, STAGES: gl.constexpr):
-    """Adds one block of rows to dk of all keys, with the other group's weights."""
+def _keys_step(smem, kv_smem, bars, step, dk, ds_to, STAGES: gl.constexpr):
+    """Adds one block of rows to dk of all keys, with the other group's weights; ``ds_to`` as of :func:`_add_rows`."""
     q_smem, do_smem, lse_smem, delta_smem = smem
     k_smem, v_smem = kv_smem
     full, empty, kv_full, p_smem, p_full, p_empty = bars
@@ -341,15 +342,24 @@ def _keys_step(smem, kv_smem, bars, step, dk, STAGES: gl.constexpr):
     p = p_smem.index(turn).load(S).to(gl.float32)
     mbarrier.arrive(p_empty.index(turn), count=1)
     dp = warpgroup_mma_wait(0, deps=(dp,))
-    dk = _wait(0, _start_sums((p * (dp - delta[None, :])).to(q[0].dtype), q, dk))
+    ds = (p * (dp - delta[None, :])).to(q[0].dtype)
+    dk = _start_sums(ds, q, dk)
+    if ds_to is not None:
+        mbarrier.wait(ds_to[2], ((step >> 1) & 1) ^ 1)
+        ds_to[0].store(ds)
+        fence_async_shared()
+        mbarrier.arrive(ds_to[1], count=1)
+    dk = _wait(0, dk)
     mbarrier.arrive(empty.index(step % STAGES), count=1)
     return dk
 
 
 @gluon.jit
-def _half(part: gl.constexpr, spans, smem, kv_smem, bars, ints, outs, scales, HK: gl.constexpr, G: gl.constexpr,
-          KS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, CUT: gl.constexpr, STAGES: gl.constexpr):
-    """One of two groups where 64 keys' dk and dv are as many sums as two groups hold: dv (0), dk (1)."""
+def _consumer_of_64(part: gl.constexpr, spans, smem, kv_smem, dq_smem, bars, ints, outs, dq_outs, scales,
+                    H: gl.constexpr, HK: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, SHARED: gl.constexpr,
+                    D: gl.constexpr, DV: gl.constexpr, CUT: gl.constexpr, HAS_DQ: gl.constexpr, RAGGED: gl.constexpr,
+                    STAGES: gl.constexpr):
+    """One of the two groups that share 64 keys: dv and partial dq (0), dk (1)."""
     segment_begin, segment_end, offsets, first_segment, end_segment = spans
     q_smem, do_smem, lse_smem, delta_smem = smem
     k_smem, v_smem = kv_smem
@@ -360,25 +370,38 @@ def _half(part: gl.constexpr, spans, smem, kv_smem, bars, ints, outs, scales, HK
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16])
     key_position = first_position + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
     lane = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, S))
-    sums = [_zeros(64, it) for it in k_smem]
+    sums = [_zeros(64, it) for it in (v_smem if part == 0 else k_smem)]
     mbarrier.wait(bars[2], 0)
     fence_async_shared()
+    indices, places = dq_outs
     step = 0
     if KS > 0:
         for first in range(0, count, BLOCK_M):
             if part == 0:
-                sums = _values_step(smem, kv_smem, bars, step, sums, qk_scale, key_position, lane, False, STAGES)
+                sums = _values_step(smem, kv_smem, bars, step, sums, qk_scale, key_position, lane,
+                                    chunk_end_position if HAS_DQ and RAGGED else None, False, STAGES)
+                if HAS_DQ:
+                    if step > 0:
+                        _write_dq_partial(k_smem, dq_smem, 0, (step - 1) & 1, step - 1, indices, first - BLOCK_M, count,
+                                          places, softmax_scale, kv_head, H, G, KS, SHARED, D)
+            elif HAS_DQ:
+                ds_to = (dq_smem[0].index(step & 1), dq_smem[2].index(step & 1), dq_smem[3].index(step & 1))
+                sums = _keys_step(smem, kv_smem, bars, step, sums, ds_to, STAGES)
             else:
-                sums = _keys_step(smem, kv_smem, bars, step, sums, STAGES)
+                sums = _keys_step(smem, kv_smem, bars, step, sums, None, STAGES)
             step += 1
+        if HAS_DQ and part == 0:
+            if step > 0:
+                _write_dq_partial(k_smem, dq_smem, 0, (step - 1) & 1, step - 1, indices, (step - 1) * BLOCK_M, count,
+                                  places, softmax_scale, kv_head, H, G, KS, SHARED, D)
     for segment in range(first_segment, end_segment):
         _, low, _, blocks = _diagonal_rows(spans, segment, first_position, chunk_end_position, BLOCK_M)
         for i in range(0, blocks * G):
             if part == 0:
                 sums = _values_step(smem, kv_smem, bars, step, sums, qk_scale, key_position,
-                                    low + i % blocks * BLOCK_M + lane, True, STAGES)
+                                    low + i % blocks * BLOCK_M + lane, None, True, STAGES)
             else:
-                sums = _keys_step(smem, kv_smem, bars, step, sums, STAGES)
+                sums = _keys_step(smem, kv_smem, bars, step, sums, None, STAGES)
             step += 1
     if part == 1:
         sums = [x * softmax_scale for x in sums]
@@ -401,8 +424,9 @@ def _half(part: gl.constexpr, spans, smem, kv_smem, bars, ints, outs, scales, HK
 # k, v               loader, cp.async     both groups: products; k both halves (dq)         kv_full   never filled again
 # ds, half by half   each group its half  the group of the step's turn, both halves: dq     ds_full   ds_empty (1)
 # out                the group of a turn  the same, in other lines (own barrier)            -         -
-# p, head dim 256    the group of dv      the group of dk: loads                            p_full    p_empty (1)
-# ds_full has two arrivals, after the stores and their fence; a group stores again two steps later, after ds_empty.
+# p, with 64 keys    the group of dv      the group of dk: loads                            p_full    p_empty (1)
+# ds, with 64 keys   the group of dk      the group of dv: dq                               ds_full   ds_empty (1)
+# ds_full has an arrival of each group that stores, after the stores and their fence; a group stores again two steps later, after ds_empty.
 @gluon.jit(do_not_specialize=["num_rows", "chunk_size", "num_key_tiles", "num_chunks", "num_sequences", "num_segments",
                                "num_extra", "split", "kv_head_begin", "kv_head_end"])
 def _attention_bwd_dkdv_sm90_kernel(
@@ -413,8 +437,8 @@ def _attention_bwd_dkdv_sm90_kernel(
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,
     H: gl.constexpr, HK: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, SHARED: gl.constexpr, D: gl.constexpr,
     DV: gl.constexpr, PACKED: gl.constexpr, EVEN: gl.constexpr, HAS_DQ: gl.constexpr, RAGGED: gl.constexpr,
-    BLOCK_M: gl.constexpr, STAGES: gl.constexpr, LOADER_REGS: gl.constexpr, CONSUMER_REGS: gl.constexpr,
-    num_warps: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, LOADER_REGS: gl.constexpr,
+    CONSUMER_REGS: gl.constexpr, num_warps: gl.constexpr,
 ):
     """The first ``num_extra * num_key_tiles`` programs take the extra pieces of long lists."""
     tile = gl.program_id(0) % num_key_tiles
@@ -430,7 +454,7 @@ def _attention_bwd_dkdv_sm90_kernel(
     kv_head = csr_row // num_chunks
     sequence = _find_piece(cu_seqlens_k, num_sequences, chunk_size, csr_row % num_chunks)
     chunk_row, chunk_end = _piece_items(cu_seqlens_k, sequence, chunk_size, csr_row % num_chunks)
-    first_row = chunk_row + tile * (64 if D == 256 else KEYS)
+    first_row = chunk_row + tile * BLOCK_N
     if first_row >= chunk_end:
         return
     CUT: gl.constexpr = extra_csr_rows is not None
@@ -453,8 +477,8 @@ def _attention_bwd_dkdv_sm90_kernel(
     do_smem = _allocate(dtype, STAGES, BLOCK_M, DV)
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], PLAIN)
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], PLAIN)
-    k_smem = _allocate(dtype, 1 if D == 256 else 2, 64, D)
-    v_smem = _allocate(dtype, 1 if D == 256 else 2, 64, DV)
+    k_smem = _allocate(dtype, BLOCK_N // 64, 64, D)
+    v_smem = _allocate(dtype, BLOCK_N // 64, 64, DV)
     full = _barriers(STAGES, 32 * LOADER_WARPS)
     empty = _barriers(STAGES, 2)
     kv_full = _barriers(1, 32 * LOADER_WARPS).index(0)
@@ -462,9 +486,9 @@ def _attention_bwd_dkdv_sm90_kernel(
     if HAS_DQ:
         gl.static_assert(BLOCK_M == 64, "partial dq is of 64 rows")
         HALF: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_M], dtype)
-        ds_smem = gl.allocate_shared_memory(dtype, [4, 64, BLOCK_M], HALF)
-        out_smem = _allocate(dtype, 2, BLOCK_M, D if D % 64 else 64)
-        ds_full = _barriers(2, 2)
+        ds_smem = gl.allocate_shared_memory(dtype, [2 * (BLOCK_N // 64), 64, BLOCK_M], HALF)
+        out_smem = _allocate(dtype, BLOCK_N // 64, BLOCK_M, D if D % 64 else 64)
+        ds_full = _barriers(2, BLOCK_N // 64)
         ds_empty = _barriers(2, 1)
         dq_smem = (ds_smem, out_smem, ds_full, ds_empty)
     fence_async_shared()
@@ -480,7 +504,7 @@ def _attention_bwd_dkdv_sm90_kernel(
     dq_outs = (indices, (dq_partial, kv_head_begin * G, (kv_head_end - kv_head_begin) * G))
     strides = (stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh)
     scales = (qk_scale, softmax_scale)
-    if D == 256:
+    if BLOCK_N == 64:
         P: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_M], gl.float16)
         p_smem = gl.allocate_shared_memory(gl.float16, [2, 64, BLOCK_M], P)
         p_full = _barriers(2, 1)
@@ -488,8 +512,10 @@ def _attention_bwd_dkdv_sm90_kernel(
         fence_async_shared()
         more_bars = (full, empty, kv_full, p_smem, p_full, p_empty)
         gl.warp_specialize([
-            (_half, (0, spans, smem, kv_smem, more_bars, ints, outs, scales, HK, G, KS, D, DV, CUT, STAGES)),
-            (_half, (1, spans, smem, kv_smem, more_bars, ints, outs, scales, HK, G, KS, D, DV, CUT, STAGES)),
+            (_consumer_of_64, (0, spans, smem, kv_smem, dq_smem, more_bars, ints, outs, dq_outs, scales, H, HK, G, KS,
+                               SHARED, D, DV, CUT, HAS_DQ, RAGGED, STAGES)),
+            (_consumer_of_64, (1, spans, smem, kv_smem, dq_smem, more_bars, ints, outs, dq_outs, scales, H, HK, G, KS,
+                               SHARED, D, DV, CUT, HAS_DQ, RAGGED, STAGES)),
             (_loader, (pointers, spans, smem, kv_smem, bars, ints, strides, H, G, KS, SHARED, D, DV, EVEN, STAGES)),
         ], [4, LOADER_WARPS], [CONSUMER_REGS, LOADER_REGS])
     else:

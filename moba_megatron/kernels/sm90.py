@@ -21,10 +21,6 @@ HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256))
 """D and DV that the kernels take, where the tuning table has rows for them."""
 ROWS = 128
 """Gathered rows of a step: 64 for each of the two groups of warps that multiply."""
-KEYS = 128
-"""Keys of a program for dk and dv, 64 for each group: where they are the chunk, it writes partial dq too."""
-KEYS_256 = 64
-"""The same at head dim 256: one group has dv of all of them, the other dk."""
 PROGRAMS = 1056
 """Lists are cut into pieces until there are so many, eight for each processor of an H200."""
 

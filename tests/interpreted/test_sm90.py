@@ -17,6 +17,8 @@ FORWARD, DQ, DKDV = (f"_attention_{name}_sm90_kernel" for name in ("fwd", "bwd_d
 CASES = {
     "chunk 128": dict(lengths=[700], chunk=128, topk=3),
     "chunk 128, gqa, packed": dict(lengths=[300, 0, 129, 1], chunk=128, topk=2, heads=4),
+    "chunk 64": dict(lengths=[300, 100], chunk=64, topk=4, heads=4),
+    "chunk 48": dict(lengths=[400], chunk=48, topk=4),
     "chunk 100: one ragged tile": dict(lengths=[450], chunk=100, topk=4, kv_heads=1),
     "chunk 256": dict(lengths=[900], chunk=256, topk=3),
     "chunk 320: 64 keys a tile": dict(lengths=[500, 330], chunk=320, topk=2, heads=4),
@@ -67,7 +69,8 @@ def test_heads_that_choose_together():
 
 
 def test_long_lists_are_cut():
-    options = {"STAGES": 3, "LOADER_REGS": 40, "CONSUMER_REGS": 232, "num_warps": 4, "num_stages": 1, "BLOCK_M": 64}
+    options = {"STAGES": 3, "LOADER_REGS": 40, "CONSUMER_REGS": 232, "num_warps": 4, "num_stages": 1, "BLOCK_M": 64,
+               "BLOCK_N": 128}
     with tuning.forced(configs={"attention_bwd_dkdv": {**options, "SPLIT": 128}}):
         cut = run(CASES["chunk 128"])
     assert cut[DKDV] > run(CASES["chunk 128"])[DKDV]

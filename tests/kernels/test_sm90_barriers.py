@@ -13,7 +13,7 @@ from tests.gpu import test_sm90_delays as delays
 
 pytestmark = pytest.mark.skipif(kernels.INTERPRETED, reason="nothing is compiled under TRITON_INTERPRET=1")
 PROBLEMS = [compile_report.Problem(128, 128), compile_report.Problem(128, 512), compile_report.Problem(128, 320),
-            compile_report.Problem(256, 512, heads=16, kv_heads=4)]
+            compile_report.Problem(256, 512, heads=16, kv_heads=4), compile_report.Problem(128, 64, 16)]
 READS_AND_WRITES = re.compile(r"\b(ld\.shared|st\.shared|ldmatrix|stmatrix|wgmma)")
 ONE_ARRIVES = re.compile(r"mbarrier\.arrive\.(?!expect_tx)")
 

@@ -110,10 +110,10 @@ def threads_for_dk_dv(blocks, listed, broken, arrivals):
     return [loader, *rows.landing, *groups]
 
 
-def threads_for_dk_dv_256(blocks, _, broken, arrivals):
-    """Head dim 256: one group has dv of all keys, and hands its weights to the group of dk."""
-    rows, p = Ring("rows", 2, arrivals), Ring("p", 2, arrivals)
-    arrivals |= {"p empty 0": 1, "p empty 1": 1}
+def threads_for_64_keys(blocks, listed, broken, arrivals):
+    """One group has dv and partial dq, and hands its weights to the group of dk, which gives back ds."""
+    rows, p, ds = (Ring(name, 2, arrivals) for name in ("rows", "p", "ds"))
+    arrivals |= {f"{name} empty {i}": 1 for name in ("p", "ds") for i in range(2)}
     loader = [step for n in range(blocks) for step in (rows.wait("empty", n), *rows.copy(n))]
     values, keys = [], []
     for n in range(blocks):
@@ -121,8 +121,12 @@ def threads_for_dk_dv_256(blocks, _, broken, arrivals):
         values += [rows.wait("full", n), rows.read(n), p.wait("empty", n),
                    *(announce + fill if broken == "p announced" else fill + announce), rows.read(n, "done"),
                    rows.free(n)]
-        keys += [rows.wait("full", n), rows.read(n), p.wait("full", n), p.read(n), p.read(n, "done"), p.free(n),
-                 rows.read(n, "done"), rows.free(n)]
+        for m in [n - 1] * (0 < n < listed) + [n] * (n + 1 == listed):  # partial dq follows the next block
+            values += [ds.wait("full", m), ds.read(m), ds.read(m, "done"), ds.free(m)]
+        keys += [rows.wait("full", n), rows.read(n), p.wait("full", n), p.read(n), p.read(n, "done"), p.free(n)]
+        if n < listed:
+            keys += [ds.wait("empty", n), ds.read(n, "fill"), ds.read(n, "filled"), ("arrive", ds.at("full", n))]
+        keys += [rows.read(n, "done"), rows.free(n)]
     return [loader, *rows.landing, values, keys]
 
 
@@ -182,11 +186,11 @@ def threads_for_dq(tiles, keys, broken, arrivals):
 
 
 SIZES = [(threads_for_dk_dv, n, listed) for n in range(8) for listed in {0, n // 2, n}]
-SIZES += [(threads_for_dk_dv_256, n, 0) for n in range(8)]
+SIZES += [(threads_for_64_keys, n, listed) for n in range(8) for listed in {0, n // 2, n}]
 SIZES += [(threads_for_forward, *size) for size in ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1))]
 SIZES += [(threads_for_dq, *size) for size in ((1, 1), (1, 2), (2, 1), (2, 2), (1, 4))]
 BROKEN = [(threads_for_dk_dv, 6, 0, "rows announced"), (threads_for_dk_dv, 6, 0, "rows given back"),
-          (threads_for_dk_dv, 5, 5, "ds announced"), (threads_for_dk_dv_256, 3, 0, "p announced"),
+          (threads_for_dk_dv, 5, 5, "ds announced"), (threads_for_64_keys, 3, 0, "p announced"),
           (threads_for_dq, 1, 4, "keys given back"),
           (threads_for_forward, 2, 1, "rows announced"), (threads_for_forward, 3, 1, "rows given back")]
 
