@@ -139,6 +139,15 @@ def _loader(pointers, spans, smem, kv_smem, bars, ints, strides, H: gl.constexpr
 
 
 @gluon.jit
+def _hand_over(ds, ds_to, step):
+    """Stores ds for partial dq, beside the products, as soon as what was there has been read."""
+    mbarrier.wait(ds_to[2], ((step >> 1) & 1) ^ 1)
+    ds_to[0].store(ds)
+    fence_async_shared()
+    mbarrier.arrive(ds_to[1], count=1)
+
+
+@gluon.jit
 def _add_rows(part: gl.constexpr, kv_smem, smem, full, empty, step, dk, dv, qk_scale, key_position, query_position,
               key_end, ds_to, CAUSAL: gl.constexpr, STAGES: gl.constexpr):
     """Adds one block of rows to dk and dv of 64 keys, and frees its buffers; ``ds_to``, if given: a place for ds, and
@@ -171,11 +180,8 @@ def _add_rows(part: gl.constexpr, kv_smem, smem, full, empty, step, dk, dv, qk_s
     delta = delta_smem.index(stage).load(gl.SliceLayout(0, S))
     ds = (p * (dp - delta[None, :])).to(q[0].dtype)
     dk = _start_sums(ds, q, dk)
-    if ds_to is not None:  # beside the products
-        mbarrier.wait(ds_to[2], ((step >> 1) & 1) ^ 1)
-        ds_to[0].store(ds)
-        fence_async_shared()
-        mbarrier.arrive(ds_to[1], count=1)
+    if ds_to is not None:
+        _hand_over(ds, ds_to, step)
     both = warpgroup_mma_wait(0, deps=dk + dv)
     mbarrier.arrive(empty.index(stage), count=1)
     return both[:len(q)], both[len(q):]
@@ -201,7 +207,8 @@ def _write_columns(ds_smem, k_smem, out_smem, part: gl.constexpr, turn, step, to
 
 @gluon.jit
 def _write_dq_partial(k_smem, dq_smem, part: gl.constexpr, turn, step, indices, first, count, places, softmax_scale,
-                      kv_head, H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, SHARED: gl.constexpr, D: gl.constexpr):
+                      kv_head, H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, SHARED: gl.constexpr,
+                      D: gl.constexpr):
     """dq of a step's block of rows against all keys, into their partial dq."""
     ds_smem, out_smem, ds_full, ds_empty = dq_smem
     dq_partial, first_head, group_heads = places
@@ -345,10 +352,7 @@ def _keys_step(smem, kv_smem, bars, step, dk, ds_to, STAGES: gl.constexpr):
     ds = (p * (dp - delta[None, :])).to(q[0].dtype)
     dk = _start_sums(ds, q, dk)
     if ds_to is not None:
-        mbarrier.wait(ds_to[2], ((step >> 1) & 1) ^ 1)
-        ds_to[0].store(ds)
-        fence_async_shared()
-        mbarrier.arrive(ds_to[1], count=1)
+        _hand_over(ds, ds_to, step)
     dk = _wait(0, dk)
     mbarrier.arrive(empty.index(step % STAGES), count=1)
     return dk
@@ -426,7 +430,8 @@ def _consumer_of_64(part: gl.constexpr, spans, smem, kv_smem, dq_smem, bars, int
 # out                the group of a turn  the same, in other lines (own barrier)            -         -
 # p, with 64 keys    the group of dv      the group of dk: loads                            p_full    p_empty (1)
 # ds, with 64 keys   the group of dk      the group of dv: dq                               ds_full   ds_empty (1)
-# ds_full has an arrival of each group that stores, after the stores and their fence; a group stores again two steps later, after ds_empty.
+# ds_full has an arrival of each group that stores, after its stores and their fence; it stores again two steps later,
+# after ds_empty.
 @gluon.jit(do_not_specialize=["num_rows", "chunk_size", "num_key_tiles", "num_chunks", "num_sequences", "num_segments",
                                "num_extra", "split", "kv_head_begin", "kv_head_end"])
 def _attention_bwd_dkdv_sm90_kernel(

@@ -172,8 +172,8 @@ BROKEN = {
          "    mbarrier.wait(full.index(stage), (step // STAGES) & 1)\n"
          "    mbarrier.arrive(empty.index(stage), count=1)\n")]),
     "dk, dv: halves of ds are announced before they are stored": ("attention_bwd_dkdv", "chunk 128, packed, mqa", [
-        ("        mbarrier.arrive(ds_to[1], count=1)\n", ""),
-        ("        ds_to[0].store(ds)\n", "        mbarrier.arrive(ds_to[1], count=1)\n        ds_to[0].store(ds)\n")]),
+        ("    mbarrier.arrive(ds_to[1], count=1)\n", ""),
+        ("    ds_to[0].store(ds)\n", "    mbarrier.arrive(ds_to[1], count=1)\n    ds_to[0].store(ds)\n")]),
     "dq: keys are given back before they are read": ("attention_bwd_dq", "chunk 512", [
         ("    mbarrier.arrive(kv_empty.index(step % STAGES), count=1)\n", ""),
         ("    mbarrier.wait(v_full.index(stage), phase)\n",
