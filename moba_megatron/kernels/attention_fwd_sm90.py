@@ -82,7 +82,10 @@ def _keep_chunk(s, key, chunk_size, RAGGED: gl.constexpr):
 def _attend(s, indices, outs, smem, bars, ints, qk_scale, part: gl.constexpr, step, tile, H: gl.constexpr,
             G: gl.constexpr, KS: gl.constexpr, SHARED: gl.constexpr, DV: gl.constexpr, BUFFERS: gl.constexpr,
             USE_TMA: gl.constexpr, RAGGED: gl.constexpr, GOES_ON: gl.constexpr):
-    """Writes the results of 64 rows, whose scores against their first keys are ``s``; returns those of the next 64."""
+    """Writes the results of 64 rows, whose scores against their first keys are ``s``; returns those of the next 64.
+
+    A chunk that is one tile stays in the first stage: its steps are all step 0.
+    """
     q_smem, k_smem, v_smem = smem
     row_full, row_empty, k_full, v_full, k_empty, v_empty = bars
     o_partial, lse_partial, first_head, group_heads = outs
@@ -124,8 +127,9 @@ def _attend(s, indices, outs, smem, bars, ints, qk_scale, part: gl.constexpr, st
         acc = [x * gl.convert_layout(alpha, gl.SliceLayout(1, x.type.layout))[:, None] for x in acc]
         step += 1
     acc = _issue_values(weights, v_smem, v_full, step, acc, USE_TMA)
+    next_step = gl.where(chunk_size > BLOCK_N, step + 1, step)
     if GOES_ON:
-        s = _begin(part, smem, bars, step + 1, tile + 1, BUFFERS, USE_TMA)
+        s = _begin(part, smem, bars, next_step, tile + 1, BUFFERS, USE_TMA)
         acc = _wait(len(q), acc)
     else:
         acc = _wait(0, acc)
@@ -139,8 +143,8 @@ def _attend(s, indices, outs, smem, bars, ints, qk_scale, part: gl.constexpr, st
     gl.store(lse_partial + lse_row, m + gl.log2(l), mask=lse_index < count)
     if GOES_ON:
         s = warpgroup_mma_wait(0, deps=(s,))
-        mbarrier.arrive(k_empty.index((step + 1) % STAGES), count=1)
-    return s, step + 1
+        mbarrier.arrive(k_empty.index(next_step % STAGES), count=1)
+    return s, next_step
 
 
 @gluon.jit

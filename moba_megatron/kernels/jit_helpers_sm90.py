@@ -228,7 +228,10 @@ def _kept(key, chunk_size, BLOCK_N: gl.constexpr, COLUMNS: gl.constexpr):
 def _load_list(rows, keys, indices, smem, bars, ints, strides, H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr,
                SHARED: gl.constexpr, DIMS: gl.constexpr, EVEN: gl.constexpr, BUFFERS: gl.constexpr,
                USE_TMA: gl.constexpr, ONE_EMPTY: gl.constexpr):
-    """The loader of forward and dq: a list's rows of q (and do), 128 at a time, and for each 128 the chunk's keys."""
+    """The loader of forward and dq: a list's rows of q (and do), 128 at a time, and for each 128 the chunk's keys.
+
+    Forward (not ONE_EMPTY) keeps a chunk that is one tile.
+    """
     row_smem, k_smem, v_smem = smem
     row_full, row_empty, k_full, v_full, k_empty, v_empty = bars
     count, kv_head, first_key, chunk_size = ints
@@ -247,8 +250,9 @@ def _load_list(rows, keys, indices, smem, bars, ints, strides, H: gl.constexpr, 
     for first in range(0, count, 128):
         choice0 = _listed(indices, gl.minimum(first + 128 + lane, count - 1), None, KS, SHARED)
         choice1 = _listed(indices, gl.minimum(first + 192 + lane, count - 1), None, KS, SHARED)
-        step = _load_tile(keys, smem, bars, step, first_key, end, kv_head, key_strides, DIMS, USE_TMA, ONE_EMPTY,
-                          ROWS)
+        if ONE_EMPTY | (first == 0) | (chunk_size > BLOCK_N):
+            step = _load_tile(keys, smem, bars, step, first_key, end, kv_head, key_strides, DIMS, USE_TMA, ONE_EMPTY,
+                              ROWS)
         if first + 128 < count:
             buffer = tile % BUFFERS
             mbarrier.wait(row_empty.index(buffer), ((tile // BUFFERS) & 1) ^ 1)

@@ -134,7 +134,8 @@ def loads(rows, k, v, tiles, keys, wait_for_v):
     """The loader of the forward's and of dq's kernel: ``tiles`` of rows, each against ``keys`` tiles of keys."""
     steps = rows.copy(0)
     for n in range(tiles * keys):
-        steps += [k.wait("empty", n), *k.copy(n), *[v.wait("empty", n)] * wait_for_v, *v.copy(n)]
+        if n == 0 or keys > 1 or not wait_for_v:  # forward keeps a chunk that is one tile
+            steps += [k.wait("empty", n), *k.copy(n), *[v.wait("empty", n)] * wait_for_v, *v.copy(n)]
         tile = n // keys + 1
         if n % keys == 0 and tile < tiles:
             steps += [rows.wait("empty", tile), *rows.copy(tile)]
@@ -145,12 +146,13 @@ def threads_for_forward(tiles, keys, broken, arrivals, buffers=2):
     rows, k, v = Ring("rows", buffers, arrivals, broken == "rows announced"), *(Ring(x, 2, arrivals) for x in "kv")
 
     def begin(tile):
-        n = tile * keys
+        n = tile * keys * (keys > 1)
         return [rows.wait("full", tile), *[rows.free(tile)] * (broken == "rows given back"), rows.read(tile),
                 k.wait("full", n), k.read(n)]
 
     def begun(tile):
-        return [k.read(tile * keys, "done"), k.free(tile * keys)]
+        n = tile * keys * (keys > 1)
+        return [k.read(n, "done"), k.free(n)]
 
     group = begin(0) + begun(0)
     for tile in range(tiles):
@@ -160,6 +162,7 @@ def threads_for_forward(tiles, keys, broken, arrivals, buffers=2):
                 group += [k.wait("full", n + 1), k.read(n + 1), v.wait("full", n), v.read(n), k.read(n + 1, "done"),
                           k.free(n + 1)]
             else:
+                n *= keys > 1
                 group += [v.wait("full", n), v.read(n), *(begin(tile + 1) if another else ())]
             group += [v.read(n, "done"), v.free(n)]
         group += [rows.read(tile, "done"), *[rows.free(tile)] * (broken != "rows given back")]
