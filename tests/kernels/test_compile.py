@@ -109,17 +109,16 @@ def test_nothing_spills_much(report):
 
 @needs_gluon
 def test_kernels_of_sm90_leave_their_loops_to_registers(report):
-    """384 threads have 168 registers each; what does not fit lies outside the loops that multiply, or is read once a
-    block of rows where dk and dv's kernel writes partial dq too (chunk 128; 328 bytes until dq came a block late, which
-    takes a tenth less time with 880). Lists of groups take 8 bytes more."""
+    """384 threads have 168 registers each; what does not fit lies outside the loops that multiply. Lists of groups take
+    16 bytes more."""
     most = {"_attention_fwd_sm90_kernel": 0, "_attention_bwd_dq_sm90_kernel": 16,
             "_attention_bwd_dkdv_sm90_kernel": 256}
     rows = [row for row in report[0] if row.kernel in most]
     assert {row.kernel for row in rows} == set(most) and {row.capability for row in rows} == {90}
     assert all(row.registers <= 168 for row in rows)
     spilled = [row for row in rows if "chunk512" in row.problem
-               and row.spills > most[row.kernel] + 8 * row.problem.endswith("shared")
-               or "chunk128" in row.problem and row.spills > 896]
+               and row.spills > most[row.kernel] + 16 * row.problem.endswith("shared")
+               or "chunk128" in row.problem and row.spills > 160]
     assert not spilled, "\n" + compile_report.as_text(spilled)
 
 
