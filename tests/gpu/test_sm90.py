@@ -14,7 +14,10 @@ from tests.gpu import test_attention_bwd, test_attention_fwd, test_op
 
 pytestmark = pytest.mark.gpu
 CONFIGS, WIDE = ({stage: row.config for stage, rows in TABLE.items() for row in rows[::-1]
-                  if is_gluon(row.config) and row.upto["head_dim"] >= dim} for dim in (128, 192))
+                  if is_gluon(row.config) and row.upto["head_dim"] in (dim, 192) and "chunk_size" not in row.upto}
+                 for dim in (128, 192))
+SHARED_KEYS = next(row.config for row in TABLE["attention_bwd_dkdv"]
+                   if is_gluon(row.config) and row.config["BLOCK_N"] == 64)  # of both groups, not 64 for each
 ALL = {"attention_fwd", "attention_bwd_dq", "attention_bwd_dkdv"}
 WHOLE_CHUNK = {"attention_fwd", "attention_bwd_dkdv"}  # the latter holds all keys of a chunk, and writes partial dq
 CASES = {name: case for name, case in test_op.CASES.items()
@@ -93,6 +96,19 @@ def test_heads_of_192_and_128(name, launched):
     with tuning.forced(configs={stage: {**config, "SPLIT": 256} for stage, config in WIDE.items()}):
         comparison.check_operator(*test_op.make(**{**CASES[name], "dim": 192, "dim_v": 128}))
     assert set(launched) == ALL
+
+
+@pytest.mark.parametrize("dim", [128, 256])
+@pytest.mark.parametrize("name", ["packed, ragged, empty", "gqa", "D 128", "large chunk"])
+def test_groups_that_share_64_keys(name, dim, launched):
+    """Chunks of up to 64 keys of heads of 128, all chunks of heads of 256."""
+    if dim == 128 and CASES[name]["chunk"] > 64:
+        pytest.skip("the groups have 64 keys each there")
+    if dim == 256 and CASES[name]["chunk"] <= 64:
+        pytest.skip("not for partial dq of 256 columns")
+    with tuning.forced(configs={"attention_bwd_dkdv": {**SHARED_KEYS, "SPLIT": 256, "STAGES": 2}}):
+        comparison.check_operator(*test_op.make(**{**CASES[name], "dim": dim, "dtype": torch.bfloat16}))
+    assert set(launched) == {"attention_bwd_dkdv"}
 
 
 @pytest.mark.parametrize("dim, dim_v, chunk", [(80, 80, 512), (96, 96, 512), (96, 96, 128), (192, 128, 512)])
@@ -215,7 +231,8 @@ def test_what_they_cannot_take(change, launched):
 
 
 @pytest.mark.parametrize("dims, chunk, names", [
-    ((128, 128), 64, set()), ((128, 128), 100, {"attention_bwd_dkdv"}), ((128, 128), 128, WHOLE_CHUNK),
+    ((128, 128), 32, set()), ((128, 128), 64, {"attention_bwd_dkdv"}), ((128, 128), 100, {"attention_bwd_dkdv"}),
+    ((128, 128), 128, WHOLE_CHUNK), ((256, 256), 128, set()), ((256, 256), 512, {"attention_bwd_dkdv"}),
     ((128, 128), 500, ALL), ((128, 128), 512, ALL), ((64, 64), 128, {"attention_bwd_dkdv"}), ((64, 64), 512, ALL),
     ((80, 80), 512, ALL), ((96, 96), 512, ALL), ((192, 128), 512, ALL), ((192, 128), 64, {"attention_fwd"}),
     ((192, 192), 512, set()), ((112, 112), 512, set())])

@@ -278,6 +278,18 @@ def test_sleeping_warps_change_no_bits(case, modules, settings):
     assert not differing(expected, tensors, settings)
 
 
+@pytest.mark.parametrize("case", [
+    dict(lengths=[1500, 0, 1, 200], chunk=64, topk=4, heads=8, kv_heads=2),
+    dict(lengths=[2500], chunk=512, topk=3, heads=4, kv_heads=2, dim=256)], ids=["chunk 64", "D 256"])
+def test_sleeping_warps_that_share_keys_change_no_bits(case, modules, settings):
+    tensors = problem(case)
+    with tuning.forced(configs={"attention_bwd_dkdv": {**test_sm90.SHARED_KEYS, "SPLIT": LISTS, "STAGES": 2}}):
+        expected = test_sm90.run(*tensors)
+        assert all(x.isfinite().all() for x in expected)
+        assert set(modules.launched) == {"attention_bwd_dkdv"}
+        assert not differing(expected, tensors, settings)
+
+
 @pytest.mark.parametrize("kernel, case, changes", BROKEN.values(), ids=BROKEN.keys())
 def test_a_broken_barrier_is_seen(kernel, case, changes, modules, settings):
     tensors = problem(CASES[case])
