@@ -31,7 +31,7 @@ from moba_megatron.context_parallel.all_gather import transport_for
 from moba_megatron.context_parallel.transport import collective_check, symmetric_memory
 from moba_megatron.deepspeed import MoBAAttention, SequenceParallel
 from moba_megatron.ops import flash_attn_4, pipeline
-from tests.context_parallel.test_context_parallel_peers import EagerEngines, Event, mapped
+from tests.context_parallel.test_context_parallel_peers import PAD_BYTES, EagerEngines, Event, mapped
 
 CPU = torch.device("cpu")
 
@@ -197,19 +197,23 @@ class Stand:
 
     def CopyEngines(self, device, timeout_s):
         assert timeout_s > 60
-        return EagerEngines([], self.rank)
+        self.engines = EagerEngines([], None, [])
+        return self.engines
 
     def new_arena(self, nbytes, device):
         self.path = self.folder / f"arena{self.rank}_{time.monotonic_ns()}"
-        self.path.write_bytes(b"\1" * nbytes)
-        return mapped(self.path)
+        self.path.write_bytes(b"\1" * nbytes + bytes(PAD_BYTES))
+        self.whole = mapped(self.path)
+        return self.whole[:nbytes]
 
     def rendezvous(self, arena, name):
         group = dist.distributed_c10d._resolve_process_group(name)
         paths = [None] * group.size()
         dist.all_gather_object(paths, self.path, group)
-        arenas = [arena if path == self.path else mapped(path) for path in paths]
-        return SimpleNamespace(buffer_ptrs=[x.data_ptr() for x in arenas], arenas=arenas)
+        wholes = [self.whole if path == self.path else mapped(path) for path in paths]
+        pads = [x.data_ptr() + arena.nbytes for x in wholes]
+        self.engines.rank, self.engines.pads = dist.get_rank(group), pads
+        return SimpleNamespace(buffer_ptrs=[x.data_ptr() for x in wholes], signal_pad_ptrs=pads, wholes=wholes)
 
 
 def failing(error):

@@ -1,7 +1,7 @@
 """Exchanges in symmetric memory without any: engines on host memory, in one process in any order, and among processes.
 
 What is tested is which bytes go where, in what order they may be read, that nothing waits for what comes after it, and
-that nothing but the numbers is written into another rank's arena.
+that a rank writes into no arena but its own, and its numbers alone into others' signal pads.
 """
 import ctypes
 import itertools
@@ -20,9 +20,10 @@ import tests.context_parallel.test_context_parallel as cp
 from moba_megatron.context_parallel import Sequences, all_gather, all_to_all, context_parallel_attention, record_waits
 from moba_megatron.context_parallel.transport import comm
 from moba_megatron.context_parallel.transport.comm import MAX_RUNS
-from moba_megatron.context_parallel.transport.symmetric_memory import Peers, SymmetricMemory, aligned, first_slot
+from moba_megatron.context_parallel.transport.symmetric_memory import Peers, SymmetricMemory, aligned
 
 CPU = torch.device("cpu")
+PAD_BYTES = 2048  # of a signal pad, behind the arena, as torch's are in some versions
 
 
 class Event:
@@ -45,12 +46,14 @@ class HostEngines:
     Args:
         arenas: (address, bytes) of every rank's.
         rank: whose this is.
+        pads: addresses of every rank's signal pad.
     """
 
     remote, local = 0, 1
 
-    def __init__(self, arenas, rank, one_queue=False):
-        self.arenas, self.rank, self.early, self.copies, self.queues = arenas, rank, 0, [], [[], []]
+    def __init__(self, arenas, rank, pads, one_queue=False):
+        self.arenas, self.rank, self.pads = arenas, rank, pads
+        self.early, self.copies, self.queues = 0, [], [[], []]
         if one_queue:
             self.queues[1] = self.queues[0]
 
@@ -76,7 +79,7 @@ class HostEngines:
             for address, pitch in zip(ends, pitches):
                 end = address + (rows - 1) * pitch + width
                 if address < begin + size and end > begin:
-                    assert begin + first_slot(len(self.arenas)) <= address and end <= begin + size
+                    assert begin <= address and end <= begin + size
                     assert r == self.rank or address == source, "written into another rank's arena"
         self.copies.append((stream, rows, width))
 
@@ -87,10 +90,13 @@ class HostEngines:
         self._enqueue(stream, run)
 
     def signal(self, address, number):
+        assert address in [pad + 8 * self.rank + i for pad in self.pads for i in (0, 4)], "not a number of this rank"
         at = ctypes.c_uint32.from_address(address)
         self._enqueue(self.remote, lambda: setattr(at, "value", number & 0xFFFFFFFF))
 
     def wait(self, stream, address, number):
+        first = self.pads[self.rank]
+        assert address in range(first, first + 8 * len(self.pads), 4), "waits for what is elsewhere"
         at = ctypes.c_uint32.from_address(address)
         self._enqueue(stream, lambda: None, lambda: (at.value - number) & 0x80000000 == 0)
 
@@ -114,14 +120,13 @@ class HostTransport(SymmetricMemory):
 
 def in_process(size, one_queue=False, slots=1 << 16):
     """Peers of simulated GPUs and their engines; arenas have a page behind them that nothing may write to."""
-    nbytes = first_slot(size) + slots
-    arenas = [torch.full((nbytes + 4096,), 7, dtype=torch.uint8) for _ in range(size)]
-    places = [(x.data_ptr(), nbytes) for x in arenas]
-    peers, engines = [], [HostEngines(places, r, one_queue) for r in range(size)]
+    arenas = [torch.full((slots + 4096,), 7, dtype=torch.uint8) for _ in range(size)]
+    pads = [torch.zeros(2 * size, dtype=torch.int32) for _ in range(size)]
+    places, pad_ptrs = [(x.data_ptr(), slots) for x in arenas], [x.data_ptr() for x in pads]
+    peers, engines = [], [HostEngines(places, r, pad_ptrs, one_queue) for r in range(size)]
     for r, arena in enumerate(arenas):
-        arena[:first_slot(size)] = 0
-        handle = SimpleNamespace(buffer_ptrs=[x for x, _ in places], whole=arena)
-        peers.append(Peers(r, arena[:nbytes], handle, engines[r]))
+        handle = SimpleNamespace(buffer_ptrs=[x for x, _ in places], signal_pad_ptrs=pad_ptrs, whole=arena, pads=pads)
+        peers.append(Peers(r, arena[:slots], handle, engines[r]))
     return peers, engines
 
 
@@ -296,7 +301,8 @@ def test_numbers_wrap_around():
     peers, engines = in_process(2)
     for p in peers:
         p.exchanges = 2 ** 32 - 3
-        p.arena[:first_slot(2)].view(torch.int32)[:] = -3
+        for pad in p._handle.pads:
+            pad[:] = -3
     rows, x = rows_of(2, pieces=4), torch.randn(16, 2, 64, dtype=torch.float64)
     on_ranks = transports(peers, rows, [x.nbytes])
     results = []
@@ -342,22 +348,23 @@ class SharedPeers:
         if rows.runs is None or rows.size == 1 or x.is_meta:
             return comm.Library(rows, group)
         sizes = list(map(lane_bytes, lanes))
-        nbytes = first_slot(rows.size) + 2 * sum(sizes)
+        nbytes = 2 * sum(sizes)
         if group not in self.peers or self.peers[group].arena.nbytes < nbytes:
             self.peers[group] = self._meet(group, nbytes)
         return HostTransport(rows, group, self.peers[group], sizes)
 
     def _meet(self, group, nbytes):
         path, paths = self._folder / f"arena{self._rank}_{time.monotonic_ns()}", [None] * group.size()
-        path.write_bytes(bytes(nbytes))
+        path.write_bytes(bytes(nbytes + PAD_BYTES))
         dist.all_gather_object(paths, path, group)
-        maps = list(map(mapped, paths))
-        addresses, rank = [x.data_ptr() for x in maps], dist.get_rank(group)
-        engines = EagerEngines([(x, nbytes) for x in addresses], rank)
+        maps, rank = list(map(mapped, paths)), dist.get_rank(group)
+        addresses, pads = [x.data_ptr() for x in maps], [x.data_ptr() + nbytes for x in maps]
+        engines = EagerEngines([(x, nbytes) for x in addresses], rank, pads)
         before = self.peers.get(group)
         if before is not None:
             engines.early = before._engines.early
-        return Peers(rank, maps[rank], SimpleNamespace(buffer_ptrs=addresses, maps=maps), engines)
+        handle = SimpleNamespace(buffer_ptrs=addresses, signal_pad_ptrs=pads, maps=maps)
+        return Peers(rank, maps[rank][:nbytes], handle, engines)
 
 
 def with_peers(rank, size, folder):

@@ -2,14 +2,15 @@
 
 Every rank of a group has an arena that all others have mapped, all of one size. What a rank sends lies in its own, at a
 place that every rank works out alike, and receivers read it from there: no addresses travel, hosts do not wait for each
-other. GPUs tell each other by numbers that only grow: "ready", what I send in exchange n is in my arena; "done", I have
-read yours. An exchange ends when every rank is done: what waits for it may use the memory again.
+other. GPUs tell each other by numbers in the arenas' signal pads, 0 at first, that only grow: "ready", what I send in
+exchange n is in my arena; "done", I have read yours. An exchange ends when every rank is done: what waits for it may
+use the memory again.
 
 Order. A signal is written after everything before it on its stream. A rank signals "ready" before it waits, and reads
 before it waits for "done": even where one queue runs everything, a wait is for what others issued before they waited.
 
-Safety. Of other ranks' memory a rank writes these numbers alone. One that fails in mid-schedule lets the others' waits
-pass (:func:`.comm.abandon`), all raise by their next call but one, and nothing uses those arenas again.
+Safety. A rank writes into no arena but its own. One that fails in mid-schedule lets the others' waits pass
+(:func:`.comm.abandon`), all raise by their next call but one, and nothing uses those arenas again.
 """
 import functools
 import itertools
@@ -34,7 +35,6 @@ from .collective_check import CollectiveCheck
 from .comm import Library, ListMessages, Pending, Rows, Runs, Slot, fetched, met
 
 GRAIN = 32 << 20  # an arena is a multiple of this, bytes
-FLAG_STEP = 128  # bytes between the numbers that ranks write to each other
 FOR_EVER = 1 << 30  # exchanges ahead that a rank which gives up says are done
 NOT_CHOSEN = {"0": "MOBA_CP_COPY_ENGINES=0", "": "more than two ranks: MOBA_CP_COPY_ENGINES=1 chooses copy engines"}
 Copy = namedtuple("Copy", "bases offsets pitches rows width")
@@ -138,17 +138,17 @@ def watch(exchanges: SimpleQueue) -> None:
 class Peers:
     """The ranks of a group, one host's, with their arenas.
 
-    ``arena``: this rank's, uint8, at first zeros up to :func:`first_slot`; ``handle``: has all ranks' mapped.
+    ``arena``: this rank's, uint8; ``handle``: has all ranks' mapped, and their signal pads.
     """
 
     def __init__(self, rank: int, arena: Tensor, handle: Any, engines: CopyEngines):
         self.arena, self.exchanges, self._engines, self._handle = arena, 0, engines, handle
-        self.arenas = arenas = list(handle.buffer_ptrs)
+        self.arenas, pads = list(handle.buffer_ptrs), handle.signal_pad_ptrs
         # the next one first: no two ranks begin with the same
-        self.others = [(rank + i) % len(arenas) for i in range(1, len(arenas))]
+        self.others = [(rank + i) % len(pads) for i in range(1, len(pads))]
         # "ready" and "done" of this rank, where each other one reads them; of each other one, where this one does
-        self._tell = {r: [arenas[r] + (2 * rank + i) * FLAG_STEP for i in (0, 1)] for r in self.others}
-        self._hear = {r: [arenas[rank] + (2 * r + i) * FLAG_STEP for i in (0, 1)] for r in self.others}
+        self._tell = {r: [pads[r] + 4 * (2 * rank + i) for i in (0, 1)] for r in self.others}
+        self._hear = {r: [pads[rank] + 4 * (2 * r + i) for i in (0, 1)] for r in self.others}
 
     def run(self, plan: Plan, bases: Sequence[int], after: torch.cuda.Event | None, what: str,
             finish: Callable[[], None] | None) -> torch.cuda.Event:
@@ -172,8 +172,7 @@ class Peers:
 
     def attempt(self, rank: int) -> None:
         """Exchange 0, in which nobody waits for another: what this driver, GPU or Triton refuses is refused here."""
-        place, self.exchanges = first_slot(len(self.arenas)) - 32, -1
-        copies = [[Copy((rank, r), (place, place + 16), (16, 16), 1, 16)] for r in range(len(self.arenas))]
+        self.exchanges, copies = -1, [[Copy((rank, r), (0, 16), (16, 16), 1, 16)] for r in range(len(self.arenas))]
         self.run(Plan(copies[rank], copies[rank], copies, 0), self.arenas, None, "attempt", None).synchronize()
 
     def give_up(self) -> None:
@@ -216,7 +215,7 @@ class SymmetricMemory(Library):
     def _room(self, slot: Slot) -> range:
         """A slot's bytes in every arena."""
         lane = self._lanes[slot[0]]
-        begin = first_slot(self.rows.size) + 2 * sum(self._lanes[:slot[0]]) + slot[1] % 2 * lane
+        begin = 2 * sum(self._lanes[:slot[0]]) + slot[1] % 2 * lane
         return range(begin, begin + lane)
 
 
@@ -289,16 +288,11 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // 512) * 512
 
 
-def first_slot(size: int) -> int:
-    """Bytes of an arena before its slots: the numbers that ranks tell each other, and 32 for the first exchange."""
-    return aligned(2 * size * FLAG_STEP + 32)
-
-
 def through_arenas(rows: Rows, group: dist.ProcessGroup, device: torch.device,
                    lanes: Sequence[Sequence[int]]) -> SymmetricMemory | None:
     """As :func:`..all_gather.transport_for` says; None where the group's library moves rows."""
     sizes = [sum(aligned(x) + 2048 for x in lane) for lane in lanes]  # means of several groups are a tensor each
-    nbytes, peers = first_slot(rows.size) + 2 * sum(sizes), met.get(group)
+    nbytes, peers = 2 * sum(sizes), met.get(group)
     if group not in met or peers is not None and peers.arena.nbytes < nbytes:
         CollectiveCheck.look(group, wait=True)  # a rank that has raised would not come
         torch.cuda.synchronize(device)  # then the arena before is free everywhere
@@ -317,7 +311,6 @@ def meet(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> Peers |
                 engines = CopyEngines(device, group._get_backend(device).options._timeout.total_seconds())
                 from torch.distributed._symmetric_memory import rendezvous
                 arena = new_arena(nbytes, device)
-                arena[:first_slot(size)] = 0
                 host = socket.gethostname() + Path("/proc/sys/kernel/random/boot_id").read_text()
             elif problem is None:
                 peers = Peers(rank, arena, rendezvous(arena, group.group_name), engines)
