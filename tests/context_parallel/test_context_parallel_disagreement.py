@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from torch.distributed._symmetric_memory import _SymmetricMemory
 
 from moba_megatron import MoBAConfig
 from moba_megatron.context_parallel import (
@@ -183,7 +184,7 @@ class Stand:
     def __init__(self, folder, rank):
         self.folder, self.rank = folder, rank
         self.patches = [mock.patch.object(symmetric_memory, "CopyEngines", self.CopyEngines),
-                        mock.patch.object(symmetric_memory, "new_arena", self.new_arena),
+                        mock.patch.object(_SymmetricMemory, "empty_strided_p2p", self.empty_strided_p2p),
                         mock.patch("torch.distributed._symmetric_memory.rendezvous", self.rendezvous)]
 
     def __enter__(self):
@@ -200,7 +201,9 @@ class Stand:
         self.engines = EagerEngines([], None, [])
         return self.engines
 
-    def new_arena(self, nbytes, device):
+    def empty_strided_p2p(self, shape, strides, dtype, device):
+        nbytes, = shape
+        assert strides == (1,) and dtype == torch.uint8
         self.path = self.folder / f"arena{self.rank}_{time.monotonic_ns()}"
         self.path.write_bytes(b"\1" * nbytes + bytes(PAD_BYTES))
         self.whole = mapped(self.path)
@@ -228,7 +231,7 @@ def variable(value):
 FAILURES = {
     "no cuda.bindings": (lambda: mock.patch.object(symmetric_memory, "CopyEngines", failing(ImportError("no cuda"))),
                          "no cuda"),
-    "any error": (lambda: mock.patch.object(symmetric_memory, "new_arena", failing(KeyError("pool"))),
+    "any error": (lambda: mock.patch.object(_SymmetricMemory, "empty_strided_p2p", failing(KeyError("pool"))),
                   "KeyError: 'pool'"),
     "signals": (lambda: mock.patch.object(EagerEngines, "signal", failing(RuntimeError("error 801"))), "error 801"),
     "boot_id": (lambda: mock.patch.object(Path, "read_text", failing(PermissionError(13, "denied"))), "denied"),

@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from torch.distributed._symmetric_memory import _SymmetricMemory
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.cp_compile import Job, compile_schedules
@@ -199,7 +200,8 @@ def refusing(call):
 FAILURES = {
     "signals": (1, lambda: refusing("cuStreamWriteValue32"), "cuStreamWriteValue32 failed"),
     "copies": (0, lambda: refusing("cudaMemcpy2DAsync"), "cudaMemcpy2DAsync failed"),
-    "no memory": (1, lambda: mock.patch.object(symmetric_memory, "new_arena", failing(MemoryError("full"))), "full"),
+    "no memory": (1, lambda: mock.patch.object(_SymmetricMemory, "empty_strided_p2p", failing(MemoryError("full"))),
+                  "full"),
     "boot_id": (1, lambda: mock.patch.object(symmetric_memory, "Path", failing(PermissionError(13, "denied"))),
                 "denied"),
     "off": (1, lambda: mock.patch.dict(os.environ, MOBA_CP_COPY_ENGINES="0"), "MOBA_CP_COPY_ENGINES=0"),

@@ -36,17 +36,11 @@ from .comm import Library, ListMessages, Pending, Rows, Runs, Slot, fetched, met
 
 GRAIN = 32 << 20  # an arena is a multiple of this, bytes
 FOR_EVER = 1 << 30  # exchanges ahead that a rank which gives up says are done
-NOT_CHOSEN = {"0": "MOBA_CP_COPY_ENGINES=0", "": "more than two ranks: MOBA_CP_COPY_ENGINES=1 chooses copy engines"}
+NOT_CHOSEN = "MOBA_CP_COPY_ENGINES=0, or of more than two ranks not MOBA_CP_COPY_ENGINES=1"
 Copy = namedtuple("Copy", "bases offsets pitches rows width")
 """Rows of ``width`` bytes, of a target and a source: the numbers of their bases, bytes from there, from row to row."""
 Plan = namedtuple("Plan", "staged own read sent")
 """An exchange's copies: to this rank's arena, of its own rows, by rank from the others' arenas; bytes that are sent."""
-
-
-def new_arena(nbytes: int, device: torch.device) -> Tensor:
-    """uint8; not from a pool, which would hand it out again while others have it mapped."""
-    from torch._C._distributed_c10d import _SymmetricMemory
-    return _SymmetricMemory.empty_strided_p2p((nbytes,), (1,), torch.uint8, device)
 
 
 class CopyEngines:
@@ -303,17 +297,18 @@ def through_arenas(rows: Rows, group: dist.ProcessGroup, device: torch.device,
 def meet(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> Peers | None:
     """Makes arenas and maps everybody's; None on all ranks if that fails on one, whatever the failure."""
     rank, size, host = dist.get_rank(group), group.size(), ""
-    choice = os.environ.get("MOBA_CP_COPY_ENGINES") or ("1" if size == 2 else "")
-    problem = {**NOT_CHOSEN, "1": None}.get(choice, f"MOBA_CP_COPY_ENGINES must be 0 or 1, got {choice!r}")
+    choice = os.environ.get("MOBA_CP_COPY_ENGINES") or ("1" if size == 2 else "0")
+    problem = {"0": NOT_CHOSEN, "1": None}.get(choice, f"MOBA_CP_COPY_ENGINES must be 0 or 1, got {choice!r}")
     for step in (0, 1):
         try:
             if problem is None and step == 0:
+                from torch.distributed import _symmetric_memory as symmetric
                 engines = CopyEngines(device, group._get_backend(device).options._timeout.total_seconds())
-                from torch.distributed._symmetric_memory import rendezvous
-                arena = new_arena(nbytes, device)
+                # not from a pool (``empty``), which would hand it out again while others have it mapped
+                arena = symmetric._SymmetricMemory.empty_strided_p2p((nbytes,), (1,), torch.uint8, device)
                 host = socket.gethostname() + Path("/proc/sys/kernel/random/boot_id").read_text()
             elif problem is None:
-                peers = Peers(rank, arena, rendezvous(arena, group.group_name), engines)
+                peers = Peers(rank, arena, symmetric.rendezvous(arena, group.group_name), engines)
                 peers.attempt(rank)
         except Exception as error:  # whatever it is, the others wait to hear of it
             problem = f"{type(error).__name__}: {error}"
@@ -323,7 +318,7 @@ def meet(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> Peers |
         if len(set(everyone)) > 1:
             problems = problems or ["its ranks are on several hosts"]
         if problems:
-            if rank == 0 and {x for x, _ in everyone} not in [{x} for x in NOT_CHOSEN.values()]:
+            if rank == 0 and any(x != NOT_CHOSEN for x, _ in everyone):
                 logging.getLogger(__name__).warning("context parallel group of %d exchanges through its library: %s",
                                                     size, "; ".join(problems))
             return None
