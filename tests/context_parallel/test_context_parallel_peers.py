@@ -71,7 +71,11 @@ class HostEngines:
         self._enqueue(self.local, finish or (lambda: None), lambda: remote.recorded)
         return Event()
 
-    def copy(self, stream, copy, bases, here):
+    def copy(self, stream, copies, bases, here):
+        for copy in copies:
+            self._copy(stream, copy, bases)
+
+    def _copy(self, stream, copy, bases):
         rows, width, pitches = copy.rows, copy.width, copy.pitches
         assert min(pitches) >= width
         ends = target, source = [bases[i] + offset for i, offset in zip(copy.bases, copy.offsets)]

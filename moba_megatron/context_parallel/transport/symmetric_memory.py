@@ -81,15 +81,15 @@ class CopyEngines:
         _unfinished().put((time.monotonic() + self._timeout_s, done, what, keep))
         return done
 
-    def copy(self, stream: torch.cuda.Stream, copy: Copy, bases: Sequence[int], here: bool) -> None:
+    def copy(self, stream: torch.cuda.Stream, copies: Sequence[Copy], bases: Sequence[int], here: bool) -> None:
         """``here``: within this GPU, by a kernel of few blocks where it can: CUDA's own take all of the GPU."""
-        (target, source), (to, by), (to_pitch, by_pitch), rows, width = copy
-        to, by = to + bases[target], by + bases[source]
-        if here and self._kernels.copyable(rows, width, to, by, to_pitch, by_pitch):
-            self._kernels.copy_rows(by, to, rows, width, by_pitch, to_pitch, stream)
-        else:
-            _call(self._runtime.cudaMemcpy2DAsync, to, to_pitch, by, by_pitch, width, rows,
-                  self._runtime.cudaMemcpyKind.cudaMemcpyDefault, stream.cuda_stream)
+        for (target, source), (to, by), (to_pitch, by_pitch), rows, width in copies:
+            to, by = to + bases[target], by + bases[source]
+            if here and self._kernels.copyable(rows, width, to, by, to_pitch, by_pitch):
+                self._kernels.copy_rows(by, to, rows, width, by_pitch, to_pitch, stream)
+            else:
+                _call(self._runtime.cudaMemcpy2DAsync, to, to_pitch, by, by_pitch, width, rows,
+                      self._runtime.cudaMemcpyKind.cudaMemcpyDefault, stream.cuda_stream)
 
     def signal(self, address: int, number: int) -> None:
         """Writes a number, mod 2^32, when everything before on the remote stream is done and seen by all GPUs."""
@@ -149,16 +149,13 @@ class Peers:
         """Issues copies, the first after ``after`` if given, then ``finish``, for what was read; the end's event."""
         engines, self.exchanges = self._engines, self.exchanges + 1
         engines.begin(after)
-        for copy in plan.staged:
-            engines.copy(engines.remote, copy, bases, True)
+        engines.copy(engines.remote, plan.staged, bases, True)
         for ready, _ in self._tell.values():
             engines.signal(ready, self.exchanges)
-        for copy in plan.own:
-            engines.copy(engines.local, copy, bases, True)
+        engines.copy(engines.local, plan.own, bases, True)
         for r in self.others:
             engines.wait(engines.remote, self._hear[r][0], self.exchanges)
-            for copy in plan.read[r]:
-                engines.copy(engines.remote, copy, bases, False)
+            engines.copy(engines.remote, plan.read[r], bases, False)
             engines.signal(self._tell[r][1], self.exchanges)
         for _, done in self._hear.values():
             engines.wait(engines.local, done, self.exchanges)
@@ -219,15 +216,12 @@ def _plan(messages: ListMessages, runs: Runs, me: int, room: range, stage: str, 
 
     ``layouts``: shape, strides and dtype of each source, then of each target, and its place if that is in the slot.
     """
-    number, size = len(layouts) // 2, len(runs[0])
+    number, size, arenas = len(layouts) // 2, len(runs[0]), len(layouts)  # the last is the first arena's number
     tensors = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype, _ in layouts]
-    sources, targets = tensors[:number], tensors[number:]
-    sent, places, placed = sources, [x[-1] for x in layouts[:number]], [x[-1] for x in layouts[number:]]
-    receives = messages is fetched and None not in placed
-    stages = not receives and None in places
-    if receives:
-        places = placed
-    elif stages:
+    sources, targets, placed = tensors[:number], tensors[number:], [x[-1] for x in layouts]
+    receives = messages is fetched and None not in placed[number:]
+    sent, places = sources, placed[number:] if receives else placed[:number]
+    if None in places:
         sent = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in sources]
         *places, end = itertools.accumulate((aligned(x.nbytes) for x in sent), initial=room.start)
         if end > room.stop:
@@ -239,7 +233,6 @@ def _plan(messages: ListMessages, runs: Runs, me: int, room: range, stage: str, 
         where = [(base, place + x.storage_offset() * x.itemsize, x.stride(0) * x.itemsize) for x, base, place in ends]
         copies.append(_in_one(Copy(*zip(*where), len(ends[0][0]), ends[0][0][0].nbytes)))
 
-    arenas = len(layouts)  # the first one's number
     listed = zip(messages(runs, me, sources, targets), messages(runs, me, sent, targets))
     for n, ((outputs, inputs), (_, leaving)) in enumerate(listed):
         i = n // len(runs)
@@ -249,7 +242,7 @@ def _plan(messages: ListMessages, runs: Runs, me: int, room: range, stage: str, 
                 add(read[r], target, (outputs[r] if receives else leaving[me], arenas + r, places[i]))
             elif outputs[me] is not None:
                 add(staged if receives else own, target, source)
-            if r != me and stages:
+            if r != me and sent is not sources:
                 add(staged, (leaving[r], arenas + me, places[i]), source)
     read = [_joined(copies, apart=True) for copies in read]
     return Plan(_joined(sorted(set(staged))), _joined(own), read, sum(x.rows * x.width for x in itertools.chain(*read)))
