@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 import socket
+import threading
 import time
 import weakref
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch.distributed._symmetric_memory import _SymmetricMemory
 
-from moba_megatron import MoBAConfig
+from moba_megatron import MoBAConfig, kernels
 from moba_megatron.context_parallel import (
     CollectiveCheck,
     Sequences,
@@ -518,3 +519,20 @@ def test_late_exchanges_end_the_process(monkeypatch, capfd):
     os._exit.assert_called_once_with(1)
     assert not answers and exchanges.qsize() == 1
     assert "moba_megatron: three was not done in time" in capfd.readouterr().err
+
+
+def test_the_watch_ends_with_its_engines():
+    """Groups come and go, and with each its thread, not before what was issued is done."""
+    fakes = {name: mock.MagicMock() for name in ("cuda", "cuda.bindings", "moba_megatron.kernels.copying")}
+    with (mock.patch.dict("sys.modules", fakes), mock.patch.object(torch.cuda, "current_stream"),
+          mock.patch.object(torch.cuda, "Stream"), mock.patch.object(kernels, "copying", create=True)):
+        before, answers = set(threading.enumerate()), [False, True]
+        engines = symmetric_memory.CopyEngines(CPU, 60)
+        watch, = set(threading.enumerate()) - before
+        engines.local.record_event.return_value = SimpleNamespace(query=lambda: answers.pop(0))
+        engines.end("an exchange")
+        assert watch.is_alive()
+        del engines
+        gc.collect()
+        watch.join(30)
+    assert not watch.is_alive() and not answers

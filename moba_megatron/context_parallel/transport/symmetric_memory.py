@@ -21,6 +21,7 @@ import socket
 import sys
 import threading
 import time
+import weakref
 from collections import namedtuple
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -57,6 +58,9 @@ class CopyEngines:
         self._current = torch.cuda.current_stream(device)
         # of high priority: what they wait for must not stand behind kernels that were launched first
         self.remote, self.local = (torch.cuda.Stream(device, priority=-1) for _ in range(2))
+        self._unfinished = SimpleQueue()  # (deadline, event, what it is the end of, what to keep until then)
+        threading.Thread(target=watch, args=(self._unfinished,), daemon=True, name="moba exchange watch").start()
+        weakref.finalize(self, self._unfinished.put, None)
 
     def begin(self, after: torch.cuda.Event | None) -> None:
         """What follows on both streams comes after ``after``, or else after what is on the current stream now.
@@ -78,7 +82,7 @@ class CopyEngines:
             with torch.cuda.stream(self.local):
                 finish()
         done = self.local.record_event()
-        _unfinished().put((time.monotonic() + self._timeout_s, done, what, keep))
+        self._unfinished.put((time.monotonic() + self._timeout_s, done, what, keep))
         return done
 
     def copy(self, stream: torch.cuda.Stream, copies: Sequence[Copy], bases: Sequence[int], here: bool) -> None:
@@ -106,20 +110,11 @@ def _call(function: Callable, *args) -> None:
         raise RuntimeError(f"{function.__name__} failed with error {int(error)}")
 
 
-@functools.lru_cache(maxsize=None)
-def _unfinished() -> SimpleQueue:
-    """(deadline, event, what it is the end of, what to keep until then) of exchanges, which a thread watches."""
-    exchanges = SimpleQueue()
-    threading.Thread(target=watch, args=(exchanges,), daemon=True, name="moba context parallel watch").start()
-    return exchanges
-
-
 def watch(exchanges: SimpleQueue) -> None:
-    """Lets go of what is done; ends the process where something is late, as NCCL would: streams would wait for ever."""
+    """Lets go of what is done, up to None; ends the process where one is late, as NCCL would: streams wait for ever."""
     from cuda.bindings import runtime  # what this thread asks must not spoil a CUDA graph that another one captures
     runtime.cudaThreadExchangeStreamCaptureMode(runtime.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed)
-    while True:
-        deadline, done, what, keep = exchanges.get()
+    for deadline, done, what, keep in iter(exchanges.get, None):
         while not done.query():
             if time.monotonic() > deadline:
                 print(f"moba_megatron: {what} was not done in time: another rank failed, hangs or is slower than the "
