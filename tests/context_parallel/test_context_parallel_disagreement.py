@@ -33,7 +33,7 @@ from moba_megatron.context_parallel.all_gather import transport_for
 from moba_megatron.context_parallel.transport import collective_check, symmetric_memory
 from moba_megatron.deepspeed import MoBAAttention, SequenceParallel
 from moba_megatron.ops import flash_attn_4, pipeline
-from tests.context_parallel.test_context_parallel_peers import PAD_BYTES, EagerEngines, Event, mapped
+from tests.context_parallel.test_context_parallel_peers import PAD_BYTES, EagerPeers, Event, mapped
 
 CPU = torch.device("cpu")
 
@@ -180,12 +180,11 @@ def raised_while_waiting(rank):
 
 
 class Stand:
-    """Simulated engines of this process, and arenas in files that the others map."""
+    """Simulated copies and signals of this process, and arenas in files that the others map."""
 
     def __init__(self, folder, rank):
         self.folder, self.rank = folder, rank
-        self.patches = [mock.patch.object(symmetric_memory, "CopyEngines", self.CopyEngines),
-                        mock.patch.object(_SymmetricMemory, "empty_strided_p2p", self.empty_strided_p2p),
+        self.patches = [mock.patch.object(symmetric_memory, "Peers", self.Peers),
                         mock.patch("torch.distributed._symmetric_memory.rendezvous", self.rendezvous)]
 
     def __enter__(self):
@@ -197,27 +196,20 @@ class Stand:
         for patch in self.patches:
             patch.stop()
 
-    def CopyEngines(self, device, timeout_s):
+    def Peers(self, device, nbytes, timeout_s):
         assert timeout_s > 60
-        self.engines = EagerEngines([], None, [])
-        return self.engines
-
-    def empty_strided_p2p(self, shape, strides, dtype, device):
-        nbytes, = shape
-        assert strides == (1,) and dtype == torch.uint8
         self.path = self.folder / f"arena{self.rank}_{time.monotonic_ns()}"
         self.path.write_bytes(b"\1" * nbytes + bytes(PAD_BYTES))
         self.whole = mapped(self.path)
-        return self.whole[:nbytes]
+        return EagerPeers(self.whole[:nbytes])
 
     def rendezvous(self, arena, name):
         group = dist.distributed_c10d._resolve_process_group(name)
         paths = [None] * group.size()
         dist.all_gather_object(paths, self.path, group)
         wholes = [self.whole if path == self.path else mapped(path) for path in paths]
-        pads = [x.data_ptr() + arena.nbytes for x in wholes]
-        self.engines.rank, self.engines.pads = dist.get_rank(group), pads
-        return SimpleNamespace(buffer_ptrs=[x.data_ptr() for x in wholes], signal_pad_ptrs=pads, wholes=wholes)
+        return SimpleNamespace(buffer_ptrs=[x.data_ptr() for x in wholes], wholes=wholes,
+                               signal_pad_ptrs=[x.data_ptr() + arena.nbytes for x in wholes])
 
 
 def failing(error):
@@ -230,11 +222,10 @@ def variable(value):
 
 # what fails on one rank: a patch, what the line must say
 FAILURES = {
-    "no cuda.bindings": (lambda: mock.patch.object(symmetric_memory, "CopyEngines", failing(ImportError("no cuda"))),
+    "no cuda.bindings": (lambda: mock.patch.object(symmetric_memory, "Peers", failing(ImportError("no cuda"))),
                          "no cuda"),
-    "any error": (lambda: mock.patch.object(_SymmetricMemory, "empty_strided_p2p", failing(KeyError("pool"))),
-                  "KeyError: 'pool'"),
-    "signals": (lambda: mock.patch.object(EagerEngines, "signal", failing(RuntimeError("error 801"))), "error 801"),
+    "any error": (lambda: mock.patch.object(EagerPeers, "connect", failing(KeyError("map"))), "KeyError: 'map'"),
+    "signals": (lambda: mock.patch.object(EagerPeers, "signal", failing(RuntimeError("error 801"))), "error 801"),
     "boot_id": (lambda: mock.patch.object(Path, "read_text", failing(PermissionError(13, "denied"))), "denied"),
     "host name": (lambda: mock.patch.object(socket, "gethostname", lambda: "elsewhere"), "several hosts"),
     "off": (lambda: variable("0"), "MOBA_CP_COPY_ENGINES=0"),
@@ -336,7 +327,7 @@ def one_fails(rank, folder):
     with InSymmetricMemory(folder, rank):
         for comm_type in ("all_gather", "a2a"):
             expected, texts[comm_type] = attend(group, comm_type), []
-            count, pair = [], symmetric_memory.Peers.run
+            count, pair = [], EagerPeers.run
 
             def fail(*args):
                 count.append(1)
@@ -344,7 +335,7 @@ def one_fails(rank, folder):
                     raise RuntimeError("no good")
                 return pair(*args)
 
-            with mock.patch.object(symmetric_memory.Peers, "run", fail) if rank == 1 else mock.MagicMock():
+            with mock.patch.object(EagerPeers, "run", fail) if rank == 1 else mock.MagicMock():
                 texts[comm_type].append(raised(attend, group, comm_type))
             for _ in range(2):  # what the others begin next they may still end
                 if text := raised(attend, group, comm_type):
@@ -521,18 +512,19 @@ def test_late_exchanges_end_the_process(monkeypatch, capfd):
     assert "moba_megatron: three was not done in time" in capfd.readouterr().err
 
 
-def test_the_watch_ends_with_its_engines():
+def test_the_watch_ends_with_its_peers():
     """Groups come and go, and with each its thread, not before what was issued is done."""
     fakes = {name: mock.MagicMock() for name in ("cuda", "cuda.bindings", "moba_megatron.kernels.copying")}
     with (mock.patch.dict("sys.modules", fakes), mock.patch.object(torch.cuda, "current_stream"),
-          mock.patch.object(torch.cuda, "Stream"), mock.patch.object(kernels, "copying", create=True)):
+          mock.patch.object(torch.cuda, "Stream"), mock.patch.object(kernels, "copying", create=True),
+          mock.patch.object(_SymmetricMemory, "empty_strided_p2p")):
         before, answers = set(threading.enumerate()), [False, True]
-        engines = symmetric_memory.CopyEngines(CPU, 60)
+        peers = symmetric_memory.Peers(CPU, 1 << 16, 60)
         watch, = set(threading.enumerate()) - before
-        engines.local.record_event.return_value = SimpleNamespace(query=lambda: answers.pop(0))
-        engines.end("an exchange")
+        peers.local.record_event.return_value = SimpleNamespace(query=lambda: answers.pop(0))
+        peers.end("an exchange")
         assert watch.is_alive()
-        del engines
+        del peers
         gc.collect()
         watch.join(30)
     assert not watch.is_alive() and not answers

@@ -1,4 +1,4 @@
-"""Exchanges in symmetric memory without any: engines on host memory, in one process in any order, and among processes.
+"""Exchanges in symmetric memory without any: in host memory, in one process in any order, and among processes.
 
 What is tested is which bytes go where, in what order they may be read, that nothing waits for what comes after it, and
 that a rank writes into no arena but its own, and its numbers alone into others' signal pads.
@@ -40,22 +40,24 @@ class Event:
     synchronize = wait
 
 
-class HostEngines:
-    """The engines of a simulated GPU with two queues, or one for everything: operations run once they are ready.
+class HostPeers(Peers):
+    """Peers on a simulated GPU with two queues, or one for everything: operations run once they are ready.
 
     Args:
-        arenas: (address, bytes) of every rank's.
-        rank: whose this is.
-        pads: addresses of every rank's signal pad.
+        arena: this rank's.
+        one_queue: whether there is one.
     """
 
     remote, local = 0, 1
 
-    def __init__(self, arenas, rank, pads, one_queue=False):
-        self.arenas, self.rank, self.pads = arenas, rank, pads
-        self.early, self.copies, self.queues = 0, [], [[], []]
+    def __init__(self, arena, one_queue=False):
+        self.arena, self.early, self.copies, self.queues = arena, 0, [], [[], []]
         if one_queue:
             self.queues[1] = self.queues[0]
+
+    def connect(self, rank, handle):
+        self.rank, self.pads = rank, handle.signal_pad_ptrs
+        super().connect(rank, handle)
 
     def _enqueue(self, stream, run, ready=lambda: True):
         self.queues[stream].append((ready, run))
@@ -79,7 +81,8 @@ class HostEngines:
         rows, width, pitches = copy.rows, copy.width, copy.pitches
         assert min(pitches) >= width
         ends = target, source = [bases[i] + offset for i, offset in zip(copy.bases, copy.offsets)]
-        for r, (begin, size) in enumerate(self.arenas):
+        size = self.arena.nbytes
+        for r, begin in enumerate(self.arenas):
             for address, pitch in zip(ends, pitches):
                 end = address + (rows - 1) * pitch + width
                 if address < begin + size and end > begin:
@@ -105,8 +108,8 @@ class HostEngines:
         self._enqueue(stream, lambda: None, lambda: (at.value - number) & 0x80000000 == 0)
 
 
-class EagerEngines(HostEngines):
-    """Engines of this process that run every call at once and wait for other processes: one queue, no lookahead."""
+class EagerPeers(HostPeers):
+    """Peers of this process that run every call at once and wait for other processes: one queue, no lookahead."""
 
     def _enqueue(self, stream, run, ready=lambda: True):
         deadline = time.monotonic() + 60
@@ -123,15 +126,16 @@ class HostTransport(SymmetricMemory):
 
 
 def in_process(size, one_queue=False, slots=1 << 16):
-    """Peers of simulated GPUs and their engines; arenas have a page behind them that nothing may write to."""
+    """Peers of simulated GPUs, connected; arenas have a page behind them that nothing may write to."""
     arenas = [torch.full((slots + 4096,), 7, dtype=torch.uint8) for _ in range(size)]
     pads = [torch.zeros(2 * size, dtype=torch.int32) for _ in range(size)]
-    places, pad_ptrs = [(x.data_ptr(), slots) for x in arenas], [x.data_ptr() for x in pads]
-    peers, engines = [], [HostEngines(places, r, pad_ptrs, one_queue) for r in range(size)]
-    for r, arena in enumerate(arenas):
-        handle = SimpleNamespace(buffer_ptrs=[x for x, _ in places], signal_pad_ptrs=pad_ptrs, whole=arena, pads=pads)
-        peers.append(Peers(r, arena[:slots], handle, engines[r]))
-    return peers, engines
+    peers = [HostPeers(x[:slots], one_queue) for x in arenas]
+    for r, p in enumerate(peers):
+        p.connect(r, SimpleNamespace(buffer_ptrs=[x.data_ptr() for x in arenas], whole=arenas[r], pads=pads,
+                                     signal_pad_ptrs=[x.data_ptr() for x in pads]))
+        run_in_any_order([p], random.Random(r))  # it waits for nobody
+        p.copies.clear()
+    return peers
 
 
 def lane_bytes(lane):
@@ -148,9 +152,9 @@ def as_hosts(issue, size):
         return list(threads.map(issue, range(size)))
 
 
-def run_in_any_order(all_engines, chance):
+def run_in_any_order(peers, chance):
     """Runs operations of all queues of all GPUs, each queue in order, until there is none."""
-    queues = [queue for engines in all_engines for queue in {id(q): q for q in engines.queues}.values()]
+    queues = [queue for p in peers for queue in {id(q): q for q in p.queues}.values()]
     while any(queues):
         ready = [queue for queue in queues if queue and queue[0][0]()]
         assert ready, "all queues wait: a deadlock"
@@ -182,7 +186,7 @@ def test_bytes_go_where_they_belong(size, parts, batch, one_queue):
                 for _ in range(size)]
         rounds.append((heads, dtype, wholes, made))
     lane = [rows[0].total * 5 * d * 8 for d in dims]
-    peers, engines = in_process(size, one_queue, 12 * lane_bytes(lane))
+    peers = in_process(size, one_queue, 12 * lane_bytes(lane))
     for i, (heads, dtype, wholes, made) in enumerate(rounds):
         on_ranks = transports(peers, rows, *[lane] * 6)
 
@@ -215,7 +219,7 @@ def test_bytes_go_where_they_belong(size, parts, batch, one_queue):
             return checks
 
         checks = as_hosts(issue, size)
-        run_in_any_order(engines, random.Random(size * 10 + parts + i))
+        run_in_any_order(peers, random.Random(size * 10 + parts + i))
         for pending, wanted in itertools.chain(*checks):
             for a, b in zip(pending.wait(), wanted, strict=True):
                 torch.testing.assert_close(a, b, rtol=0.05 if dtype == torch.bfloat16 else 1e-6, atol=1e-2)
@@ -225,48 +229,48 @@ def test_bytes_go_where_they_belong(size, parts, batch, one_queue):
 
 
 def test_nothing_is_read_before_the_sender_is_ready():
-    peers, engines = in_process(2)
+    peers = in_process(2)
     rows = rows_of(2, pieces=4)
     x = torch.randn(16, 2, 8)
     on_ranks = transports(peers, rows, [x.nbytes])
     results = as_hosts(lambda r: on_ranks[r].fetch([x[rows[r].own_rows][None]], "in", (0, 0), lasting=False), 2)
-    held = engines[1].queues[0][:]  # what rank 1 puts into its arena, its "ready" and what it reads
-    engines[1].queues[0].clear()
+    held = peers[1].queues[0][:]  # what rank 1 puts into its arena, its "ready" and what it reads
+    peers[1].queues[0].clear()
     outs = results[0]._output[0]
     outs[rows[1].own_rows] = 7
-    for queue in (engines[0].queues[0], engines[1].queues[1], engines[0].queues[1]):
+    for queue in (peers[0].queues[0], peers[1].queues[1], peers[0].queues[1]):
         while queue and queue[0][0]():
             queue.pop(0)[1]()
     assert bool((outs[rows[1].own_rows] == 7).all()), "rank 0 read before rank 1 was ready"
-    assert engines[0].queues[0], "rank 0 did not wait"
-    engines[1].queues[0] += held
-    run_in_any_order(engines, random.Random(1))
+    assert peers[0].queues[0], "rank 0 did not wait"
+    peers[1].queues[0] += held
+    run_in_any_order(peers, random.Random(1))
     assert all(torch.equal(pending.wait()[0], x) for pending in results)
 
 
 def test_a_slot_is_not_used_again_before_all_have_read():
     """The end of an exchange, whose event later users of the slot await, comes after every rank's "done"."""
-    peers, engines = in_process(3)
+    peers = in_process(3)
     rows = rows_of(3)
     x = torch.randn(rows[0].total, 2, 8)
     on_ranks = transports(peers, rows, [x.nbytes])
     results = as_hosts(lambda r: on_ranks[r].fetch([x[rows[r].own_rows][None]], "in", (0, 0)), 3)
-    queue = engines[2].queues[0]
+    queue = peers[2].queues[0]
     staged, signals = 1, 2  # one copy for both ranks, one signal for each; what follows is what rank 2 reads
     held, queue[staged + signals:] = queue[staged + signals:], []
-    while ready := [q for e in engines for q in e.queues if q and q[0][0]()]:
+    while ready := [q for e in peers for q in e.queues if q and q[0][0]()]:
         ready[0].pop(0)[1]()
-    assert not any(e.queues[0] for e in engines) and all(e.queues[1] for e in engines), "not all wait for rank 2"
+    assert not any(e.queues[0] for e in peers) and all(e.queues[1] for e in peers), "not all wait for rank 2"
     queue += held
-    run_in_any_order(engines, random.Random(1))
+    run_in_any_order(peers, random.Random(1))
     assert all(torch.equal(pending.wait()[0], x) for pending in results)
 
 
 @pytest.mark.parametrize("size, odd", [(2, 0), (2, 1), (3, 2)])
 @pytest.mark.parametrize("what", ["heads", "dtype", "length"])
 def test_ranks_that_differ_stay_within_the_arenas(what, size, odd):
-    """Engines refuse what leaves an arena; larger than a lane is refused before anything is issued."""
-    peers, engines = in_process(size)
+    """Simulated copies refuse what leaves an arena; larger than a lane is refused before anything is issued."""
+    peers = in_process(size)
     rows = rows_of(size)
     wrong = rows_of(size, pieces=90) if what == "length" else rows
     lane = [rows[0].total * 2 * 8 * 4]
@@ -284,25 +288,25 @@ def test_ranks_that_differ_stay_within_the_arenas(what, size, odd):
                 issue(r, lasting)
         else:
             issue(r, lasting)
-    assert not any(engines[odd].queues)
+    assert not any(peers[odd].queues)
 
 
 def test_a_rank_that_gives_up_is_not_waited_for():
     """What it had issued is done; whatever the others issue beyond ends."""
-    peers, engines = in_process(3)
+    peers = in_process(3)
     rows = rows_of(3)
     x = torch.randn(rows[0].total, 2, 8)
     on_ranks = transports(peers, rows, [x.nbytes])
     results = [[on_ranks[r].fetch([x[rows[r].own_rows][None]], "in", (0, i)) for i in range(1 if r == 1 else 5)]
                for r in range(3)]
     peers[1].give_up()
-    run_in_any_order(engines, random.Random(1))
+    run_in_any_order(peers, random.Random(1))
     assert all(torch.equal(of_rank[0].wait()[0], x) for of_rank in results)
 
 
 def test_numbers_wrap_around():
     """Exchange numbers pass 2^32 and the waits still hold."""
-    peers, engines = in_process(2)
+    peers = in_process(2)
     for p in peers:
         p.exchanges = 2 ** 32 - 3
         for pad in p._handle.pads:
@@ -312,28 +316,28 @@ def test_numbers_wrap_around():
     results = []
     for i in range(8):
         results.append(as_hosts(lambda r: on_ranks[r].fetch([x[rows[r].own_rows][None]], "in", (0, i)), 2))
-        run_in_any_order(engines, random.Random(i))
+        run_in_any_order(peers, random.Random(i))
     assert all(torch.equal(pending.wait()[0], x) for both in results for pending in both)
     assert peers[0].exchanges > 2 ** 32 + 4
 
 
 def test_copies_are_long():
     """Rows that are neighbours in both places are one; what is in its place already is not copied again."""
-    peers, engines = in_process(2)
+    peers = in_process(2)
     rows = rows_of(2, pieces=8)
     transport = transports(peers, rows, [1 << 12], [1 << 12])[0]
     transport.fetch([torch.ones(1, 16, 2, 8)], "in", (0, 0), lasting=False)
-    assert engines[0].copies == [(0, 1, 512)] * 2 + [(0, 1, 1024)]  # two runs to the arena; the other's are neighbours
-    engines[1].copies.clear()
+    assert peers[0].copies == [(0, 1, 512)] * 2 + [(0, 1, 1024)]  # two runs to the arena; the other's are neighbours
+    peers[1].copies.clear()
     transports(peers, rows, [1 << 12], [1 << 12])[1].fetch([torch.ones(1, 16, 2, 8)], "in", (0, 0), lasting=False)
-    assert engines[1].copies == [(0, 1, 1024), (0, 2, 512)]  # and here those of the other are not
-    engines[0].copies.clear()
+    assert peers[1].copies == [(0, 1, 1024), (0, 2, 512)]  # and here those of the other are not
+    peers[0].copies.clear()
     transport.fetch([torch.ones(2, 16, 4, 8)[:, :, 1:3]], "in", (0, 1))
-    assert sorted(engines[0].copies) == [(0, 1, 1024), (0, 16, 64), (1, 8, 64), (1, 8, 64)]
-    engines[0].copies.clear()
+    assert sorted(peers[0].copies) == [(0, 1, 1024), (0, 16, 64), (1, 8, 64), (1, 8, 64)]
+    peers[0].copies.clear()
     memory = transport.tensors((1, 0), ((32, 2, 8), torch.float32))
     transport.deliver(memory, [torch.empty(2, 16, 4, 8)[:, :, 1:3]], "out", (1, 0))
-    assert engines[0].copies == [(1, 8, 64)] * 2 + [(0, 8, 64)] * 2
+    assert peers[0].copies == [(1, 8, 64)] * 2 + [(0, 8, 64)] * 2
 
 
 def mapped(path):
@@ -362,13 +366,12 @@ class SharedPeers:
         path.write_bytes(bytes(nbytes + PAD_BYTES))
         dist.all_gather_object(paths, path, group)
         maps, rank = list(map(mapped, paths)), dist.get_rank(group)
-        addresses, pads = [x.data_ptr() for x in maps], [x.data_ptr() + nbytes for x in maps]
-        engines = EagerEngines([(x, nbytes) for x in addresses], rank, pads)
-        before = self.peers.get(group)
-        if before is not None:
-            engines.early = before._engines.early
-        handle = SimpleNamespace(buffer_ptrs=addresses, signal_pad_ptrs=pads, maps=maps)
-        return Peers(rank, maps[rank][:nbytes], handle, engines)
+        addresses, peers = [x.data_ptr() for x in maps], EagerPeers(maps[rank][:nbytes])
+        peers.connect(rank, SimpleNamespace(buffer_ptrs=addresses, signal_pad_ptrs=[x + nbytes for x in addresses],
+                                            maps=maps))
+        if group in self.peers:
+            peers.early = self.peers[group].early
+        return peers
 
 
 def with_peers(rank, size, folder):
@@ -389,7 +392,7 @@ def with_peers(rank, size, folder):
             torch.autograd.grad(o, leaves, local[3])
         sent[comm_type] = {stage: entry["sent_bytes"] for stage, entry in record.summary().items()}
     dist.barrier()
-    return errors, None, sent, sum(p._engines.early for p in shared.peers.values()), len(counts)
+    return errors, None, sent, sum(p.early for p in shared.peers.values()), len(counts)
 
 
 CASES = ("aligned_groups", "blocks_cut", "long_chunks_cut", "bf16", "one_chunk", "packed")

@@ -59,8 +59,8 @@ def on_two_ranks(function, folder, *args, seconds=150):
 
 def _on_its_device(rank, size, function, *args):
     torch.cuda.set_device(rank % CARDS)
-    engines = symmetric_memory.CopyEngines
-    with mock.patch.object(symmetric_memory, "CopyEngines", lambda device, seconds: engines(device, min(seconds, 15))):
+    peers = symmetric_memory.Peers
+    with mock.patch.object(symmetric_memory, "Peers", lambda *arguments: peers(*arguments[:2], min(arguments[2], 15))):
         return function(rank, size, *args)
 
 

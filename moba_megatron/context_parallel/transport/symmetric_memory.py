@@ -44,23 +44,64 @@ Plan = namedtuple("Plan", "staged own read sent")
 """An exchange's copies: to this rank's arena, of its own rows, by rank from the others' arenas; bytes that are sent."""
 
 
-class CopyEngines:
-    """Copies and signals of one GPU, on a stream for what others send and wait for and one for what stays here.
+class Peers:
+    """A rank's exchanges with the others of its group: its arena, uint8, theirs, and this GPU's copies and signals.
 
-    An exchange that is not done ``timeout_s`` after it was issued ends the process.
+    One stream has what others send and wait for, one what stays here. An exchange that is not done ``timeout_s`` after
+    it was issued ends the process.
     """
 
-    def __init__(self, device: torch.device, timeout_s: float):
+    def __init__(self, device: torch.device, nbytes: int, timeout_s: float):
         from cuda.bindings import driver, runtime
+        from torch.distributed._symmetric_memory import _SymmetricMemory
 
         from ...kernels import copying  # needs Triton
         self._driver, self._runtime, self._kernels, self._timeout_s = driver, runtime, copying, timeout_s
+        # not from a pool, which would hand it out again while others have it mapped
+        self.arena = _SymmetricMemory.empty_strided_p2p((nbytes,), (1,), torch.uint8, device)
         self._current = torch.cuda.current_stream(device)
         # of high priority: what they wait for must not stand behind kernels that were launched first
         self.remote, self.local = (torch.cuda.Stream(device, priority=-1) for _ in range(2))
         self._unfinished = SimpleQueue()  # (deadline, event, what it is the end of, what to keep until then)
         threading.Thread(target=watch, args=(self._unfinished,), daemon=True, name="moba exchange watch").start()
         weakref.finalize(self, self._unfinished.put, None)
+
+    def connect(self, rank: int, handle: Any) -> None:
+        """Takes all ranks' arenas and signal pads, which ``handle`` has mapped, and makes exchange 0.
+
+        Nobody waits for another in it: what this driver, GPU or Triton refuses is refused here.
+        """
+        self._handle, self.arenas, pads = handle, list(handle.buffer_ptrs), handle.signal_pad_ptrs
+        # the next one first: no two ranks begin with the same
+        self.others = [(rank + i) % len(pads) for i in range(1, len(pads))]
+        # "ready" and "done" of this rank, where each other one reads them; of each other one, where this one does
+        self._tell = {r: [pads[r] + 4 * (2 * rank + i) for i in (0, 1)] for r in self.others}
+        self._hear = {r: [pads[rank] + 4 * (2 * r + i) for i in (0, 1)] for r in self.others}
+        self.exchanges, copies = -1, [[Copy((rank, r), (0, 16), (16, 16), 1, 16)] for r in range(len(pads))]
+        self.run(Plan(copies[rank], copies[rank], copies, 0), self.arenas, None, "attempt", None).synchronize()
+
+    def run(self, plan: Plan, bases: Sequence[int], after: torch.cuda.Event | None, what: str,
+            finish: Callable[[], None] | None) -> torch.cuda.Event:
+        """Issues copies, the first after ``after`` if given, then ``finish``, for what was read; the end's event."""
+        self.exchanges += 1
+        self.begin(after)
+        self.copy(self.remote, plan.staged, bases, True)
+        for ready, _ in self._tell.values():
+            self.signal(ready, self.exchanges)
+        self.copy(self.local, plan.own, bases, True)
+        for r in self.others:
+            self.wait(self.remote, self._hear[r][0], self.exchanges)
+            self.copy(self.remote, plan.read[r], bases, False)
+            self.signal(self._tell[r][1], self.exchanges)
+        for _, done in self._hear.values():
+            self.wait(self.local, done, self.exchanges)
+        return self.end(f"context parallel exchange {what!r}, number {self.exchanges}", finish)
+
+    def give_up(self) -> None:
+        """Lets all waits for this rank pass, and the current stream await what was issued so far."""
+        for address in (x for both in self._tell.values() for x in both):
+            self.signal(address, self.exchanges + FOR_EVER)
+        self.end("the end of a context parallel group's exchanges", keep=self).wait()
 
     def begin(self, after: torch.cuda.Event | None) -> None:
         """What follows on both streams comes after ``after``, or else after what is on the current stream now.
@@ -122,50 +163,6 @@ def watch(exchanges: SimpleQueue) -> None:
                 os._exit(1)
             time.sleep(0.5)
         del done, keep  # nothing is kept while there is nothing to watch
-
-
-class Peers:
-    """The ranks of a group, one host's, with their arenas.
-
-    ``arena``: this rank's, uint8; ``handle``: has all ranks' mapped, and their signal pads.
-    """
-
-    def __init__(self, rank: int, arena: Tensor, handle: Any, engines: CopyEngines):
-        self.arena, self.exchanges, self._engines, self._handle = arena, 0, engines, handle
-        self.arenas, pads = list(handle.buffer_ptrs), handle.signal_pad_ptrs
-        # the next one first: no two ranks begin with the same
-        self.others = [(rank + i) % len(pads) for i in range(1, len(pads))]
-        # "ready" and "done" of this rank, where each other one reads them; of each other one, where this one does
-        self._tell = {r: [pads[r] + 4 * (2 * rank + i) for i in (0, 1)] for r in self.others}
-        self._hear = {r: [pads[rank] + 4 * (2 * r + i) for i in (0, 1)] for r in self.others}
-
-    def run(self, plan: Plan, bases: Sequence[int], after: torch.cuda.Event | None, what: str,
-            finish: Callable[[], None] | None) -> torch.cuda.Event:
-        """Issues copies, the first after ``after`` if given, then ``finish``, for what was read; the end's event."""
-        engines, self.exchanges = self._engines, self.exchanges + 1
-        engines.begin(after)
-        engines.copy(engines.remote, plan.staged, bases, True)
-        for ready, _ in self._tell.values():
-            engines.signal(ready, self.exchanges)
-        engines.copy(engines.local, plan.own, bases, True)
-        for r in self.others:
-            engines.wait(engines.remote, self._hear[r][0], self.exchanges)
-            engines.copy(engines.remote, plan.read[r], bases, False)
-            engines.signal(self._tell[r][1], self.exchanges)
-        for _, done in self._hear.values():
-            engines.wait(engines.local, done, self.exchanges)
-        return engines.end(f"context parallel exchange {what!r}, number {self.exchanges}", finish)
-
-    def attempt(self, rank: int) -> None:
-        """Exchange 0, in which nobody waits for another: what this driver, GPU or Triton refuses is refused here."""
-        self.exchanges, copies = -1, [[Copy((rank, r), (0, 16), (16, 16), 1, 16)] for r in range(len(self.arenas))]
-        self.run(Plan(copies[rank], copies[rank], copies, 0), self.arenas, None, "attempt", None).synchronize()
-
-    def give_up(self) -> None:
-        """Lets all waits for this rank pass, and the current stream await what was issued so far."""
-        for address in (x for both in self._tell.values() for x in both):
-            self._engines.signal(address, self.exchanges + FOR_EVER)
-        self._engines.end("the end of a context parallel group's exchanges", keep=self).wait()
 
 
 class SymmetricMemory(Library):
@@ -290,14 +287,11 @@ def meet(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> Peers |
     for step in (0, 1):
         try:
             if problem is None and step == 0:
-                from torch.distributed import _symmetric_memory as symmetric
-                engines = CopyEngines(device, group._get_backend(device).options._timeout.total_seconds())
-                # not from a pool (``empty``), which would hand it out again while others have it mapped
-                arena = symmetric._SymmetricMemory.empty_strided_p2p((nbytes,), (1,), torch.uint8, device)
+                peers = Peers(device, nbytes, group._get_backend(device).options._timeout.total_seconds())
                 host = socket.gethostname() + Path("/proc/sys/kernel/random/boot_id").read_text()
             elif problem is None:
-                peers = Peers(rank, arena, symmetric.rendezvous(arena, group.group_name), engines)
-                peers.attempt(rank)
+                from torch.distributed._symmetric_memory import rendezvous
+                peers.connect(rank, rendezvous(peers.arena, group.group_name))
         except Exception as error:  # whatever it is, the others wait to hear of it
             problem = f"{type(error).__name__}: {error}"
         everyone = [None] * size
