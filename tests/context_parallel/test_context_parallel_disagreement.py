@@ -6,7 +6,6 @@ import gc
 import importlib.util
 import logging
 import os
-import socket
 import threading
 import time
 import weakref
@@ -227,7 +226,8 @@ FAILURES = {
     "any error": (lambda: mock.patch.object(EagerPeers, "connect", failing(KeyError("map"))), "KeyError: 'map'"),
     "signals": (lambda: mock.patch.object(EagerPeers, "signal", failing(RuntimeError("error 801"))), "error 801"),
     "boot_id": (lambda: mock.patch.object(Path, "read_text", failing(PermissionError(13, "denied"))), "denied"),
-    "host name": (lambda: mock.patch.object(socket, "gethostname", lambda: "elsewhere"), "several hosts"),
+    "host name": (lambda: mock.patch.object(os, "uname", lambda: SimpleNamespace(nodename="elsewhere")),
+                  "several hosts"),
     "off": (lambda: variable("0"), "MOBA_CP_COPY_ENGINES=0"),
     "nonsense": (lambda: variable("yes"), "MOBA_CP_COPY_ENGINES must be 0 or 1, got 'yes'"),
 }

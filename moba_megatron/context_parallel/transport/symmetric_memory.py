@@ -17,7 +17,6 @@ import itertools
 import logging
 import math
 import os
-import socket
 import sys
 import threading
 import time
@@ -281,17 +280,17 @@ def through_arenas(rows: Rows, group: dist.ProcessGroup, device: torch.device,
 
 def meet(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> Peers | None:
     """Makes arenas and maps everybody's; None on all ranks if that fails on one, whatever the failure."""
-    rank, size, host = dist.get_rank(group), group.size(), ""
+    rank, size, host, peers = dist.get_rank(group), group.size(), "", None
     choice = os.environ.get("MOBA_CP_COPY_ENGINES") or ("1" if size == 2 else "0")
     problem = {"0": NOT_CHOSEN, "1": None}.get(choice, f"MOBA_CP_COPY_ENGINES must be 0 or 1, got {choice!r}")
     for step in (0, 1):
         try:
-            if problem is None and step == 0:
-                peers = Peers(device, nbytes, group._get_backend(device).options._timeout.total_seconds())
-                host = socket.gethostname() + Path("/proc/sys/kernel/random/boot_id").read_text()
-            elif problem is None:
+            if step == 1:
                 from torch.distributed._symmetric_memory import rendezvous
                 peers.connect(rank, rendezvous(peers.arena, group.group_name))
+            elif problem is None:
+                peers = Peers(device, nbytes, group._get_backend(device).options._timeout.total_seconds())
+                host = os.uname().nodename + Path("/proc/sys/kernel/random/boot_id").read_text()
         except Exception as error:  # whatever it is, the others wait to hear of it
             problem = f"{type(error).__name__}: {error}"
         everyone = [None] * size
