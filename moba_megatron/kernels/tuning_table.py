@@ -56,6 +56,7 @@ RESIDENT = _c(64, 128, 4, 3, SPLIT=2048)
 WITH_SLOTS = _c(64, 128, 8, 2, SPLIT=4096)
 """dk and dv where one tile holds a chunk of up to 128 keys, and partial dq is written too."""
 
+GQA = "H200, 128K/512/8, 32:8 heads"
 D64 = "H200, 128K/512/8, 32:8 heads of 64"
 D96 = "H200, 128K/512/8, 32 heads of 96"
 MLA = "H200, 64K/512/8, 16 heads of 192 and 128"
@@ -95,8 +96,9 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("sm_90 sm_100", {"head_dim": 64, "itemsize": 2}, _c(64, 128, 4, 2),
             "H200, 8 heads of 64, 128K/512/3: 0.91 ms; 64x64 at 3 stages 0.94, 128x64 1.12, at 3 stages 0.96"),
         Row("sm_90", {"head_dim": 128, "itemsize": 2, "chunk_size": 127}, RESIDENT),
-        Row("sm_90", {"head_dim": 128, "itemsize": 2},
-            _sm90(2, BLOCK_N=128, BUFFERS=2, SPLIT=1024),
+        Row("sm_90", {"head_dim": 128, "itemsize": 2, "chunk_size": 128}, _sm90(2, BLOCK_N=128, BUFFERS=3, SPLIT=1024),
+            "H200, 128K/128/16: 7.1 ms, 2 buffers 7.3 to 7.6, 1 stage 7.0; documents 6.4, 2 buffers 6.5"),
+        Row("sm_90", {"head_dim": 128, "itemsize": 2}, _sm90(2, BLOCK_N=128, BUFFERS=2, SPLIT=1024),
             "H200, 128K/512/8: 7.1 to 7.4 ms, Triton's 9.0; 64 keys, 4 stages 8.6; SPLIT 512 8.1; chunk 256: 4.65, "
             "6.13; chunk 128: 3.52, 3.64; chunk 500 at 32:8 heads 17.8, 24.7"),
         Row("sm_90", {"head_dim": 128, "itemsize": 2, "chunk_size": 128}, RESIDENT,
@@ -115,12 +117,14 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     # BLOCK_M queries of one head against their diagonal chunk, BLOCK_N keys at a time, then the merge
     "attention_fwd_diagonal": (
-        Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2, "chunk_size": 256}, _c(64, 64, 4, 2),
-            "H200, 128K/128/8: 1.9 ms; 3 stages 1.96; 64x128 2.0; 8 warps 3.1"),
+        Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2, "chunk_size": 64}, _c(64, 64, 4, 2),
+            "4.1 ms at 128K/64/16, 9.1 at 128K/32/32; 64x32 in 128 registers 4.7, 14.9"),
         Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2, "choices": 0}, _c(128, 64, 8, 3),
             "H200, dense 32K: 9.5 ms (462 TFLOP/s); 128x64 at 4 warps 10.3; 128x128 at 8 warps 10.9; 64x64 11.6"),
-        Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2}, _c(64, 64, 4, 3),
-            "H200, 128K/2048/3: 3.3 ms, 2 stages 3.7; 128K/512/8: 2.27, 2 stages 2.33"),
+        Row("sm_90 sm_100", {"head_dim": 64, "itemsize": 2}, _c(64, 64, 4, 3)),
+        Row("sm_90", {"head_dim": 128, "itemsize": 2}, _c(64, 32, 4, 2, maxnreg=128),
+            f"{GQA}: 5.1 ms, 64x64 5.6, in 168 registers 5.2, 3 stages 5.7; documents in chunks of 128 3.8, 64x64 4.1"),
+        Row("sm_100", {"head_dim": 128, "itemsize": 2}, _c(64, 64, 4, 3)),
         Row("*", {"head_dim": 128, "itemsize": 2}, _c(64, 64, 4, 2)),
         Row("sm_90", {"head_dim": 128, "ieee": 0}, _c(64, 32, 4, 1)),
         Row("*", {"head_dim": 128}, _c(32, 32, 4, 1)),
@@ -199,8 +203,10 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     # BLOCK_M queries of one head against their diagonal chunk, BLOCK_N keys at a time, then the sum of partial dq
     "attention_bwd_dq_diagonal": (
-        Row("sm_90 sm_100", {"head_dim": 128, "itemsize": 2}, _c(64, 64, 4, 2),
-            "H200: 2.5 ms at 128K, chunk 512, topk 8; 32 rows 3.2, 8 warps 4.0"),
+        Row("sm_90 sm_100", {"head_dim": 64, "itemsize": 2}, _c(64, 64, 4, 2)),
+        Row("sm_90", {"head_dim": 128, "itemsize": 2}, _c(64, 32, 4, 2, maxnreg=168),
+            f"{GQA}: 4.8 ms, 64x64 5.2, in 128 registers 5.3; 64 short sequences 2.5, 64x64 2.9"),
+        Row("sm_100", {"head_dim": 128, "itemsize": 2}, _c(64, 64, 4, 2)),
         Row("sm_90", {"head_dim": 128, "ieee": 0}, _c(64, 32, 4, 1)),
         Row("sm_90", {"itemsize": 2}, _c(64, 64, 8, 2),
             f"{MLA}: backward 1.0 ms less than 32x32, 4 warps, of 79; 256: 1.6 less of 94"),

@@ -28,6 +28,7 @@ CASES |= {  # on an H200 those of sm90.py
     "D 128, chunk 128, packed, mqa": dict(lengths=[700, 0, 1, 129, 640], chunk=128, topk=4, heads=6, kv_heads=1,
                                           dim=128),
     "D 128, chunk 320, packed, gqa": dict(lengths=[1000, 0, 1, 999], chunk=320, topk=3, heads=6, kv_heads=2, dim=128),
+    "D 256, chunk 320, packed, gqa": dict(lengths=[1000, 0, 1, 999], chunk=320, topk=3, heads=4, kv_heads=2, dim=256),
     "D 128, chunk 500, fp16": dict(lengths=[1800], chunk=500, topk=3, dim=128, dtype=torch.float16),
 }
 CASES["cut lists"] = dict(lengths=[2500], chunk=64, topk=3, heads=16, kv_heads=1, dim=128)
