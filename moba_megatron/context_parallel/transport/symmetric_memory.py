@@ -81,9 +81,15 @@ class Peers:
 
     def run(self, plan: Plan, bases: Sequence[int], after: torch.cuda.Event | None, what: str,
             finish: Callable[[], None] | None) -> torch.cuda.Event:
-        """Issues copies, the first after ``after`` if given, then ``finish``, for what was read; the end's event."""
+        """Issues copies, the first after ``after`` or what is on the current stream now, then ``finish``, for what was
+        read; the end's event."""
+        current = torch.cuda.current_stream()
+        if self._current != current:  # what is still to run on another one may use arenas
+            current.wait_stream(self._current)
+        self._current, first = current, current.record_event() if after is None else after
+        for stream in (self.remote, self.local):
+            stream.wait_event(first)
         self.exchanges += 1
-        self.begin(after)
         self.copy(self.remote, plan.staged, bases, True)
         for ready, _ in self._tell.values():
             self.signal(ready, self.exchanges)
@@ -101,19 +107,6 @@ class Peers:
         for address in (x for both in self._tell.values() for x in both):
             self.signal(address, self.exchanges + FOR_EVER)
         self.end("the end of a context parallel group's exchanges", keep=self).wait()
-
-    def begin(self, after: torch.cuda.Event | None) -> None:
-        """What follows on both streams comes after ``after``, or else after what is on the current stream now.
-
-        Where another stream was the current one before, all that it has to do comes before too: it may use arenas.
-        """
-        current = torch.cuda.current_stream()
-        if self._current != current:
-            current.wait_stream(self._current)
-        self._current = current
-        ready = current.record_event() if after is None else after
-        for stream in (self.remote, self.local):
-            stream.wait_event(ready)
 
     def end(self, what: str, finish: Callable[[], None] | None = None, keep: Any = None) -> torch.cuda.Event:
         """After everything issued so far, and ``finish``; watched by the name ``what``, keeps ``keep`` until then."""
