@@ -35,7 +35,6 @@ from .collective_check import CollectiveCheck
 from .comm import Library, ListMessages, Pending, Rows, Runs, Slot, fetched, met
 
 GRAIN = 32 << 20  # an arena is a multiple of this, bytes
-FOR_EVER = 1 << 30  # exchanges ahead that a rank which gives up says are done
 NOT_CHOSEN = "MOBA_CP_COPY_ENGINES=0, or of more than two ranks not MOBA_CP_COPY_ENGINES=1"
 Copy = namedtuple("Copy", "bases offsets pitches rows width")
 """Rows of ``width`` bytes, of a target and a source: the numbers of their bases, bytes from there, from row to row."""
@@ -81,15 +80,9 @@ class Peers:
 
     def run(self, plan: Plan, bases: Sequence[int], after: torch.cuda.Event | None, what: str,
             finish: Callable[[], None] | None) -> torch.cuda.Event:
-        """Issues copies, the first after ``after`` or what is on the current stream now, then ``finish``, for what was
-        read; the end's event."""
-        current = torch.cuda.current_stream()
-        if self._current != current:  # what is still to run on another one may use arenas
-            current.wait_stream(self._current)
-        self._current, first = current, current.record_event() if after is None else after
-        for stream in (self.remote, self.local):
-            stream.wait_event(first)
+        """Issues copies, the first after ``after`` if given, then ``finish``, for what was read; the end's event."""
         self.exchanges += 1
+        self.begin(after)
         self.copy(self.remote, plan.staged, bases, True)
         for ready, _ in self._tell.values():
             self.signal(ready, self.exchanges)
@@ -105,8 +98,17 @@ class Peers:
     def give_up(self) -> None:
         """Lets all waits for this rank pass, and the current stream await what was issued so far."""
         for address in (x for both in self._tell.values() for x in both):
-            self.signal(address, self.exchanges + FOR_EVER)
+            self.signal(address, self.exchanges + (1 << 30))  # as if so many more exchanges were done
         self.end("the end of a context parallel group's exchanges", keep=self).wait()
+
+    def begin(self, after: torch.cuda.Event | None) -> None:
+        """What follows on both streams comes after ``after``, or else after what is on the current stream now."""
+        current = torch.cuda.current_stream()
+        if self._current != current:  # what that one has still to do may use arenas
+            current.wait_stream(self._current)
+        self._current, ready = current, current.record_event() if after is None else after
+        for stream in (self.remote, self.local):
+            stream.wait_event(ready)
 
     def end(self, what: str, finish: Callable[[], None] | None = None, keep: Any = None) -> torch.cuda.Event:
         """After everything issued so far, and ``finish``; watched by the name ``what``, keeps ``keep`` until then."""
@@ -289,9 +291,8 @@ def meet(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> Peers |
         everyone = [None] * size
         dist.all_gather_object(everyone, (problem, host), group)
         problems = [f"rank {r}: {x}" for r, (x, _) in enumerate(everyone) if x]
-        if len(set(everyone)) > 1:
+        if problems or len(set(everyone)) > 1:
             problems = problems or ["its ranks are on several hosts"]
-        if problems:
             if rank == 0 and any(x != NOT_CHOSEN for x, _ in everyone):
                 logging.getLogger(__name__).warning("context parallel group of %d exchanges through its library: %s",
                                                     size, "; ".join(problems))
