@@ -159,7 +159,8 @@ def finish(path: Path, result: dict, table: Table) -> int:
 def added(stored: dict, more: dict) -> dict:
     """A stored result with the rows that a later run measured in place of its own, or behind them.
 
-    Such rows carry the ``commit`` of their run; ``added`` lists the environments of these runs.
+    Such rows carry the ``commit`` of their run; ``added`` lists the environments of these runs. Where rows carry none,
+    an environment's ``rows`` may name them.
     """
     commit, fresh = more["environment"]["commit"], {_key(r): r for r in more["rows"] if r["status"] == "ok"}
     rows = [{**fresh.pop(_key(row)), "commit": commit} if _key(row) in fresh else row for row in stored["rows"]]
@@ -176,7 +177,8 @@ def made_by(result: dict) -> str:
     """The commands behind a result, as a sentence or two."""
     text = f"Made by `{called(result['environment'])}`."
     for about in result.get("added", []):
-        text += f" Rows of commit {about['commit']} by `{called(about)}`."
+        which = f" ({'; '.join(about['rows'])})" if "rows" in about else ""
+        text += f" Rows of commit {about['commit']}{which} by `{called(about)}`."
     return text
 
 

@@ -156,6 +156,8 @@ def test_a_later_runs_rows_are_added():
     assert [(row["name"], row["status"], row["ms"], row.get("commit")) for row in both["rows"]] == [
         ("a", "ok", "old", None), ("b", "ok", "new", "new"), ("c", "ok", "old", None), ("d", "ok", "new", "new")]
     assert report.made_by(both) == "Made by `run old`. Rows of commit new by `run new`."
+    both["added"][0]["rows"] = ["b", "d"]
+    assert report.made_by(both).endswith("Rows of commit new (b; d) by `run new`.")
 
 
 @pytest.mark.parametrize("name", [name for name, table in tables.TABLES.items() if table.path.exists()])
