@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -44,33 +45,47 @@ def last(run: dict) -> dict:
     return run["validations"][-1]
 
 
-def trailing(run: dict) -> float:
-    return last(run)["by_position"][-1]
+MEASURES: dict[str, tuple[Callable[[dict], float], int]] = {
+    "loss": (lambda validation: validation["loss"], 4),
+    "last 1/16": (lambda validation: validation["by_position"][-1], 4),
+    "copied, %": (lambda validation: 100 * statistics.mean(validation["copying"].values()), 1),
+    "recalled, %": (lambda validation: 100 * statistics.mean(validation["recall"].values()), 1)}
+"""Name -> how it is read off a validation, and its digits in tables."""
 
 
-def by_variant(result: dict) -> list[dict]:
-    """An item a variant: its runs that ended, and pairs of them and full attention's of the same seed and text."""
+def ended(result: dict) -> list[dict]:
+    return [row for row in result["rows"] if row["status"] == "ok"]
+
+
+def by_variant(result: dict, begun: bool = False) -> list[dict]:
+    """An item a variant: its runs that ended, and pairs of them and full attention's of the same seed and text.
+
+    Args:
+        begun: also the runs that stopped, as far as they were validated.
+    """
     found: dict[str, dict[int, dict]] = {}
     for row in result["rows"]:
-        if row["status"] == "ok":
+        if row["status"] == "ok" or begun and row.get("validations"):
             found.setdefault(row["variant"], {})[row["seed"]] = row
-    full = found.get("full", {})
     return [{"variant": name, "runs": list(runs.values()),
-             "pairs": [(run, full[seed]) for seed, run in runs.items()
-                       if seed in full and name != "full" and run["text"] == full[seed]["text"]]}
-            for name, runs in found.items()]
+             "pairs": _pairs(runs, found.get("full", {})) if name != "full" else []} for name, runs in found.items()]
 
 
-def _of(value: Callable[[dict], float], digits: int = 4) -> report.Cell:
-    return lambda item: said([value(run) for run in item["runs"]], digits=digits)
+def _pairs(runs: dict[int, dict], others: dict[int, dict]) -> list[tuple[dict, dict]]:
+    """Runs by seed, each with the other of the same seed and text."""
+    return [(run, others[seed]) for seed, run in runs.items() if seed in others and run["text"] == others[seed]["text"]]
 
 
-def _minus_full(value: Callable[[dict], float]) -> report.Cell:
-    return lambda item: said([value(run) - value(full) for run, full in item["pairs"]], "+")
+def _of(name: str) -> report.Cell:
+    """The column of a measure at the end of the runs."""
+    value, digits = MEASURES[name]
+    return lambda item: said([value(last(run)) for run in item["runs"]], digits=digits)
 
 
-def _mean(task: str) -> Callable[[dict], float]:
-    return lambda run: 100 * statistics.mean(last(run)[task].values())
+def _minus(name: str) -> report.Cell:
+    """The same, of each pair the first minus the second."""
+    value, digits = MEASURES[name]
+    return lambda item: said([value(last(run)) - value(last(other)) for run, other in item["pairs"]], "+", digits)
 
 
 def _label(item: dict) -> str:
@@ -80,26 +95,43 @@ def _label(item: dict) -> str:
 _RUNS = {
     "attention": _label, "seeds": lambda item: str(len(item["runs"])),
     "tokens": lambda item: f"{item['runs'][0]['steps'] * item['runs'][0]['tokens_per_step'] / 1e6:.1f}M",
-    "validation loss": _of(lambda run: last(run)["loss"]), "minus full": _minus_full(lambda run: last(run)["loss"]),
-    "last 1/16": _of(trailing), "minus full, last 1/16": _minus_full(trailing),
-    "copied, %": _of(_mean("copying"), 1), "recalled, %": _of(_mean("recall"), 1)}
+    "validation loss": _of("loss"), "minus full": _minus("loss"),
+    "last 1/16": _of("last 1/16"), "minus full, last 1/16": _minus("last 1/16"),
+    "copied, %": _of("copied, %"), "recalled, %": _of("recalled, %")}
+
+
+def _why_not(row: dict) -> str:
+    """A run that did not end, for the line below a table."""
+    seen = (f", validated to {last(row)['step'] * row['tokens_per_step'] / 1e6:.1f}M tokens"
+            if row.get("validations") else "")
+    return f"{row['variant']}, seed {row['seed']} ({row['status']}{seen})"
 
 
 def _runs_below(result: dict) -> str:
-    ended = [row for row in result["rows"] if row["status"] == "ok"]
-    row, texts = ended[0], {row["text"]["train"]["sha256"]: row["text"] for row in ended}.values()
+    row, texts = ended(result)[0], {row["text"]["train"]["sha256"]: row["text"] for row in ended(result)}.values()
     which = ", ".join(f"{text['train']['tokens']:,} tokens, sha256 {text['train']['sha256'][:16]}, validation "
                       f"{text['validation']['sha256'][:16]}" for text in texts)
-    left = ", ".join(f"{row['variant']}, seed {row['seed']} ({row['status']})" for row in result["rows"]
-                     if row["status"] != "ok")
+    left = ", ".join(_why_not(row) for row in result["rows"] if row["status"] != "ok")
     return (f"Nats a token, sequences of {row['seq_length']:,} tokens, {row['tokens_per_step']:,} a step; "
             f"{100 * row['task_share']:g} % of the sequences hold a task. ±: 95 % t-interval over seeds; `minus full` "
             f"pairs runs of a seed and text.{f' Not ended: {left}.' if left else ''} Training text {which}. "
             f"{report.measured_at(result)}")
 
 
-SCRATCH = report.Table({**_RUNS, "tokens/s": lambda item: f"{item['runs'][0]['tokens_per_s']:,.0f}"}, by_variant,
-                       below=_runs_below)
+SCRATCH = report.Table({**_RUNS, "tokens/s, first seed": lambda item: f"{item['runs'][0]['tokens_per_s']:,.0f}"},
+                       by_variant, below=_runs_below)
+
+
+def _of_two(result: dict) -> list[dict]:
+    """An item for each two variants that have pairs of runs: the later one's, each with the earlier one's."""
+    by_seed = [(item, {run["seed"]: run for run in item["runs"]}) for item in by_variant(result)]
+    found = [{"name": f"{_label(b)} minus {_label(a)}", "pairs": _pairs(of_b, of_a)}
+             for (a, of_a), (b, of_b) in itertools.combinations(by_seed, 2)]
+    return [item for item in found if item["pairs"]]
+
+
+DIFFERENCES = report.Table({"difference": lambda item: item["name"], "seeds": lambda item: str(len(item["pairs"])),
+                            **{name: _minus(name) for name in MEASURES}}, _of_two)
 
 
 def _positions(result: dict) -> report.Columns:
@@ -107,7 +139,7 @@ def _positions(result: dict) -> report.Columns:
         return lambda item: said([run["by_position"][i] - full["by_position"][i] for run, full in (
             tuple(map(last, pair)) for pair in item["pairs"])], "+")
 
-    length = next(row["seq_length"] for row in result["rows"] if row["status"] == "ok")
+    length = ended(result)[0]["seq_length"]
     return {"minus full at": _label, **{f"{i * length // 16:,}-{(i + 1) * length // 16:,}": at(i)
                                         for i in (0, 1, 3, 7, 11, 15)}}
 
@@ -116,45 +148,75 @@ POSITIONS = report.Table(_positions, lambda result: [item for item in by_variant
 
 
 def retrieval(task: str) -> report.Table:
-    """A task's cells by variant, in percent, means over seeds."""
+    """A task by variant, in percent: copying by distance, recall by depth, each the mean over lists of all lengths."""
     def columns(result: dict) -> report.Columns:
-        def at(cell: str) -> report.Cell:
-            return lambda item: f"{100 * statistics.mean(last(run)[task][cell] for run in item['runs']):.0f}"
+        def at(cells: list[str]) -> report.Cell:
+            return lambda item: said([100 * statistics.mean(last(run)[task][cell] for cell in cells)
+                                      for run in item["runs"]], digits=0)
 
-        cells = last(next(row for row in result["rows"] if row["status"] == "ok"))[task]
-        return {"attention": _label, **{cell: at(cell) for cell in cells}}
+        places: dict[str, list[str]] = {}
+        for cell in last(ended(result)[0])[task]:
+            places.setdefault(cell.split("@")[-1], []).append(cell)
+        return {"attention": _label, **{place: at(cells) for place, cells in places.items()}}
 
     return report.Table(columns, by_variant)
 
 
-def _steps_of(result: dict) -> list[int]:
-    return [each["step"] for each in next(row for row in result["rows"] if row["status"] == "ok")["validations"]]
+def _validation(run: dict, step: int) -> dict | None:
+    """What a run was found to be after so many steps, if it was looked at then."""
+    return next((each for each in run["validations"] if each["step"] == step), None)
+
+
+def _after(item: dict, name: str, step: int) -> list[float]:
+    """A measure of full attention's runs after so many steps, or what the others' add to it."""
+    value, _ = MEASURES[name]
+    if item["variant"] == "full":
+        return [value(each) for run in item["runs"] if (each := _validation(run, step))]
+    both = [(_validation(run, step), _validation(full, step)) for run, full in item["pairs"]]
+    return [value(a) - value(b) for a, b in both if a and b]
 
 
 def _recovery(result: dict) -> report.Columns:
-    """Validation loss minus that of the dense run that saw the same tokens, at a few steps."""
-    steps = _steps_of(result)
-    per_step = next(row["tokens_per_step"] for row in result["rows"] if row["status"] == "ok")
+    """A few steps, the last ones of runs that stopped among them."""
+    row = ended(result)[0]
+    steps = [each["step"] for each in row["validations"]]
+    stopped = {last(run)["step"] for item in by_variant(result, begun=True) for run in item["runs"]}
+    chosen = sorted({*steps[:3], steps[len(steps) // 2], steps[-1]} | stopped & set(steps))
 
-    def at(i: int) -> report.Cell:
-        return lambda item: said([run["validations"][i]["loss"] - full["validations"][i]["loss"]
-                                  for run, full in item["pairs"]], "+")
+    def at(step: int) -> report.Cell:
+        return lambda item: said(_after(item, item["measure"], step), "+" * (item["variant"] != "full"),
+                                 MEASURES[item["measure"]][1])
 
-    chosen = sorted({0, 1, 2, len(steps) // 2, len(steps) - 1} & set(range(len(steps))))
-    return {"minus dense after": _label, **{f"{steps[i] * per_step / 1e6:.1f}M": at(i) for i in chosen},
-            "generated, dense decoding": _generated("dense"), "by MoBA": _generated("moba")}
+    return {"after": lambda item: item["measure"],
+            "attention": lambda item: _label(item) + " minus full" * (item["variant"] != "full"),
+            **{f"{step * row['tokens_per_step'] / 1e6:.1f}M": at(step) for step in chosen}}
 
 
-def _generated(decode: str) -> report.Cell:
-    def cell(item: dict) -> str:
-        runs = [run["generation"][decode] for run in item["runs"] if decode in run.get("generation", {})]
-        return f"{sum(x['right'] for x in runs)} of {sum(x['answers'] for x in runs)}" if runs else ""
-
-    return cell
+def _recovery_below(result: dict) -> str:
+    row = ended(result)[0]
+    batch = row["micro_batch_tokens"] // row["seq_length"]
+    return (f"Columns: tokens of training. Retrieval is tested on {batch} sequences a cell, at the end on "
+            f"{-(-row['task_sequences'] // batch) * batch}.")
 
 
 CONTINUED = report.Table(_RUNS, by_variant, below=_runs_below)
-RECOVERY = report.Table(_recovery, by_variant)
+RECOVERY = report.Table(_recovery, lambda result: [
+    item | {"measure": name} for name in ("loss", "last 1/16", "recalled, %")
+    for item in by_variant(result, begun=True) if item["variant"] == "full" or item["pairs"]], below=_recovery_below)
+
+
+def _generated(result: dict) -> list[dict]:
+    """An item an attention and way of decoding: what its runs generated."""
+    return [{"variant": item["variant"], "decode": decode, "found": found} for item in by_variant(result)
+            for decode in ("dense", "moba")
+            if (found := [run["generation"][decode] for run in item["runs"] if decode in run.get("generation", {})])]
+
+
+GENERATION = report.Table({
+    "trained with": _label, "decoding": lambda item: {"dense": "dense", "moba": "by MoBA"}[item["decode"]],
+    "loss of one sequence": lambda item: said([each["loss"] for each in item["found"]]),
+    "right answers": lambda item: (f"{sum(each['right'] for each in item['found'])} of "
+                                   f"{sum(each['answers'] for each in item['found'])}")}, _generated)
 
 
 def _against_dense(result: dict) -> list[dict]:
@@ -192,10 +254,14 @@ UNTRAINED = report.Table({
     "last 1/16": lambda row: f"{statistics.mean(row['trailing']):.3f}", "minus full, last 1/16": _paired("trailing")},
     _against_dense, below=_untrained_below)
 TABLES = {
-    "quality-scratch": ("scratch", SCRATCH), "quality-positions": ("scratch", POSITIONS),
+    "quality-scratch": ("scratch", SCRATCH), "quality-differences": ("scratch", DIFFERENCES),
+    "quality-positions": ("scratch", POSITIONS),
     "quality-copying": ("scratch", retrieval("copying")), "quality-recall": ("scratch", retrieval("recall")),
     "quality-untrained": ("untrained", UNTRAINED),
-    "quality-continued": ("continued", CONTINUED), "quality-recovery": ("continued", RECOVERY)}
+    "quality-continued": ("continued", CONTINUED), "quality-recovery": ("continued", RECOVERY),
+    "quality-continued-positions": ("continued", POSITIONS),
+    "quality-continued-copying": ("continued", retrieval("copying")),
+    "quality-continued-recall": ("continued", retrieval("recall")), "quality-generation": ("continued", GENERATION)}
 """Name -> which stored result, and the table made of it."""
 
 
@@ -235,7 +301,7 @@ def _lines(axes, lines: dict[str, list[tuple[float, float, float | None]]]) -> N
     for (name, points), colour in zip(lines.items(), (LIGHT.accent, *LIGHT.others)):
         x, y, half = zip(*points)
         axes.plot(x, y, color=colour, linewidth=1.5)
-        if half[0] is not None:
+        if None not in half:
             axes.fill_between(x, [a - b for a, b in zip(y, half)], [a + b for a, b in zip(y, half)], color=colour,
                               alpha=0.15, linewidth=0)
         labels.append((y[-1], name, colour))
@@ -249,28 +315,36 @@ def _narrow(item: dict) -> str:
     return _label(item).replace("), ", "),\n")
 
 
+def _settings(item: dict) -> str:
+    """The label without its first word, for a picture of MoBA alone."""
+    stopped = any(run["status"] != "ok" for run in item["runs"])
+    return _label(item).removeprefix("MoBA ") + ", stopped" * stopped
+
+
 def plot_positions(result: dict, path: Path) -> Path:
     """Loss minus full attention's by position, mean over seeds with its interval."""
-    items = [item for item in by_variant(result) if item["pairs"]]
-    length = items[0]["runs"][0]["seq_length"]
-    lines = {_label(item): [((i + 0.5) * length / 16, *interval([last(run)["by_position"][i] - last(
-        full)["by_position"][i] for run, full in item["pairs"]])) for i in range(16)] for item in items}
+    length = ended(result)[0]["seq_length"]
+    lines = {_settings(item): [((i + 0.5) * length / 16, *interval([last(run)["by_position"][i] - last(
+        full)["by_position"][i] for run, full in item["pairs"]])) for i in range(16)]
+        for item in by_variant(result) if item["pairs"]}
     with plotting.figure(path) as (_, axes):
-        axes.set_title("Loss minus full attention's, nats a token")
+        axes.set_title("MoBA's loss minus full attention's, nats a token")
         axes.set_xlabel("position in the sequence; band: 95 %", loc="left")
         _lines(axes, lines)
     return path
 
 
 def plot_recovery(result: dict, path: Path) -> Path:
-    """Validation loss minus full attention's after the same tokens."""
-    lines = {_label(item): [(each["step"] * run["tokens_per_step"] / 1e6, *interval(
-        [run["validations"][i]["loss"] - full["validations"][i]["loss"] for run, full in item["pairs"]]))
-        for i, each in enumerate(run["validations"])] for item in by_variant(result) for run in item["runs"][:1]
-        if item["pairs"]}
+    """Validation loss minus full attention's after the same tokens, of runs that stopped too."""
+    lines = {}
+    for item in by_variant(result, begun=True):
+        steps = sorted({each["step"] for run, _ in item["pairs"] for each in run["validations"]})
+        points = [(step * item["runs"][0]["tokens_per_step"] / 1e6, *interval(values)) for step in steps
+                  if (values := _after(item, "loss", step))]
+        lines |= {_settings(item): points} if points else {}
     with plotting.figure(path) as (_, axes):
-        axes.set_title("Validation loss minus full attention's")
-        axes.set_xlabel("million tokens", loc="left")
+        axes.set_title("MoBA's validation loss minus dense, nats a token")
+        axes.set_xlabel("million tokens of training", loc="left")
         _lines(axes, lines)
     return path
 
@@ -333,4 +407,5 @@ PICTURES = {
     "scratch": lambda result, folder: [plot_positions(result, folder / "quality-positions.png"),
                                        plot_retrieval(result, folder / "quality-retrieval.png")],
     "untrained": lambda result, folder: [plot_untrained(result, folder / "quality-untrained.png")],
-    "continued": lambda result, folder: [plot_recovery(result, folder / "quality-recovery.png")]}
+    "continued": lambda result, folder: [plot_recovery(result, folder / "quality-recovery.png"),
+                                         plot_retrieval(result, folder / "quality-continued-retrieval.png")]}

@@ -178,7 +178,7 @@ def test_runs_are_stored_with_intervals_and_drawn(tmp_path):
     difference = losses[1] - losses[0]
     assert full["minus full"] == ""
     assert moba["minus full"] == f"{(difference + 0.5) / 2:+.4f} ± {12.706 * (0.5 - difference) / 2:.4f}"
-    for name in ("quality-scratch", "quality-positions", "quality-copying", "quality-recall"):
+    for name in (name for name, (part, _) in pages.TABLES.items() if part == "scratch"):
         assert pages.markdown(name, result).startswith("| ")
     pytest.importorskip("matplotlib")
     assert all(path.stat().st_size > 5000 for path in pages.PICTURES["scratch"](result, tmp_path))
@@ -187,6 +187,71 @@ def test_runs_are_stored_with_intervals_and_drawn(tmp_path):
     assert pages.SCRATCH.lines(result)[1]["minus full"] == f"{difference:+.4f}"
     assert pages.markdown("quality-scratch", result).count(f"tokens, sha256 {text['train']['sha256'][:16]}") == 1
     assert "sha256 another" in pages.markdown("quality-scratch", result)
+
+
+def _trained(variant, seed, *losses, copied=0.5, **more):
+    """A stored run of three validations at most; the last sixteenth is 1 above the loss."""
+    validations = [{"step": 100 * i, "loss": loss, "by_position": [loss] * 15 + [loss + 1],
+                    "copying": {"256": copied, "512": 0.0},
+                    "recall": {"8@0": 0.0, "8@1": 1.0, "64@0": 0.0, "64@1": 0.5}}
+                   for i, loss in enumerate(losses)]
+    return {"variant": variant, "seed": seed, "status": "ok" if len(losses) == 3 else "stopped", "steps": 200,
+            "tokens_per_step": 10_000, "micro_batch_tokens": 2048, "seq_length": 1024, "task_share": 0.5,
+            "task_sequences": 5, "tokens_per_s": 1.0, "validations": validations,
+            "text": {name: {"tokens": 9, "sha256": "abc"} for name in ("train", "validation")}} | more
+
+
+def _stored(*rows):
+    about = dict.fromkeys(("driver", "torch", "triton", "cudnn", "commit")) | {
+        "device": "none", "when": "never", "command": "nothing"}
+    return {"environment": about, "rows": list(rows)}
+
+
+def test_a_run_that_stopped_is_compared_as_far_as_it_went(tmp_path):
+    result = _stored(_trained("full", 1, 5.0, 4.0, 3.0), _trained("moba-32-3", 1, 6.0, 4.5, 3.25),
+                     _trained("moba-16-4", 1, 7.0, 4.75), _trained("moba-64-8", 1, status="not run"))
+    lines = pages.RECOVERY.lines(result)
+    assert list(lines[0]) == ["after", "attention", "0.0M", "1.0M", "2.0M"]
+    assert [list(line.values()) for line in lines[:3]] == [
+        ["loss", "full", "5.0000", "4.0000", "3.0000"],
+        ["loss", "MoBA (32, 3) minus full", "+1.0000", "+0.5000", "+0.2500"],
+        ["loss", "MoBA (16, 4) minus full", "+2.0000", "+0.7500", ""]]
+    assert [line["after"] for line in lines[3:]] == ["last 1/16"] * 3 + ["recalled, %"] * 3
+    assert "tested on 2 sequences a cell, at the end on 6." in pages.markdown("quality-recovery", result)
+    assert [line["attention"] for line in pages.CONTINUED.lines(result)] == ["full", "MoBA (32, 3)"]
+    assert ("Not ended: moba-16-4, seed 1 (stopped, validated to 1.0M tokens), moba-64-8, seed 1 (not run)."
+            in pages.markdown("quality-continued", result))
+    pytest.importorskip("matplotlib")
+    assert all(path.stat().st_size > 5000 for path in pages.PICTURES["continued"](result, tmp_path))
+    alone = _stored(*result["rows"][:1], *result["rows"][3:])  # nothing to compare with yet
+    assert all(path.is_file() for part in ("scratch", "continued") for path in pages.PICTURES[part](alone, tmp_path))
+
+
+def test_every_two_attentions_are_paired_by_seed():
+    runs = {"full": (3.0, 3.5, 4.0), "moba-32-3": (3.5, 3.75, 4.0), "moba-16-4": (3.0, 3.25)}
+    result = _stored(*(_trained(name, seed, 9, 9, loss, copied=loss / 10) for name, losses in runs.items()
+                       for seed, loss in enumerate(losses)))
+    lines = {line["difference"]: line for line in pages.DIFFERENCES.lines(result)}
+    assert list(lines) == ["MoBA (32, 3) minus full", "MoBA (16, 4) minus full", "MoBA (16, 4) minus MoBA (32, 3)"]
+    assert lines["MoBA (32, 3) minus full"]["loss"] == f"+0.2500 ± {4.303 * 0.25 / 3 ** 0.5:.4f}"
+    assert list(lines["MoBA (16, 4) minus MoBA (32, 3)"].values())[1:] == [
+        "2", "-0.5000 ± 0.0000", "-0.5000 ± 0.0000", "-2.5 ± 0.0", "+0.0 ± 0.0"]
+
+
+def test_retrieval_is_shown_by_distance_and_depth_with_its_interval():
+    result = _stored(_trained("full", 1, 9, 9, 3.0), _trained("full", 2, 9, 9, 3.0, copied=0.6))
+    copied, recalled = (pages.retrieval(task).lines(result) for task in ("copying", "recall"))
+    assert copied == [{"attention": "full", "256": "55 ± 64", "512": "0 ± 0"}]
+    assert recalled == [{"attention": "full", "0": "0 ± 0", "1": "75 ± 0"}]
+
+
+def test_what_was_generated_is_shown_by_decoding():
+    said = {"loss": 1.5, "right": 3, "answers": 4, "pairs": 8}
+    result = _stored(_trained("full", 1, 9, 9, 3, generation={"dense": said}),
+                     _trained("moba-32-3", 1, 9, 9, 3, generation={"dense": said, "moba": said | {"right": 1}}))
+    assert [list(line.values()) for line in pages.GENERATION.lines(result)] == [
+        ["full", "dense", "1.5000", "3 of 4"], ["MoBA (32, 3)", "dense", "1.5000", "3 of 4"],
+        ["MoBA (32, 3)", "by MoBA", "1.5000", "1 of 4"]]
 
 
 def test_interval_is_students():
