@@ -17,6 +17,8 @@ SEPARATOR = b"\0"
 """Between files; it occurs in no text."""
 VALIDATION_SHARE = 50
 """One file in so many is kept for validation."""
+LEAST_SHARE = 8 * VALIDATION_SHARE
+"""Where these files hold no more than one byte in so many, the end of the text is kept in their place."""
 AT_ONCE = 256
 """Texts that a tokenizer is given at once."""
 
@@ -67,8 +69,8 @@ def prepare(prefix: Path, files: list[Path] | None, most_bytes: int,
         parts[kept].append(text.replace(SEPARATOR, b"") + SEPARATOR)
         total += len(text)
         names.append(f"{'train' if kept is train else 'validation'} {len(text)} {path.name}\n")
-    if not parts[validation]:  # few files: the end of the text is the validation
-        whole = b"".join(parts[train])
+    if sum(map(len, parts[validation])) * LEAST_SHARE <= total:  # few files: the end of the text is the validation
+        whole = b"".join(parts[train] + parts[validation])
         cut = len(whole) - len(whole) // VALIDATION_SHARE
         parts = {train: [whole[:cut]], validation: [whole[cut:]]}
     if not parts[train] or not parts[validation][0]:

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,20 @@ def test_losses_at_the_start_are_those_of_chance_and_every_attention_starts_alik
     assert all(torch.equal(a, b) for other in weights[1:] for a, b in zip(weights[0], other))
     torch.testing.assert_close(losses["moba"][:24], losses["full"][:24])  # 3 chunks: everything is chosen
     assert not torch.allclose(losses["moba"][24:64], losses["full"][24:64], rtol=1e-6, atol=1e-6)
+
+
+def test_positions_that_see_everything_train_as_with_full_attention(windows):
+    weights = []
+    for name, topk in (("full", 3), ("moba", 3), ("moba", 2)):
+        trainer = _toy(name, topk=topk)
+        for number in range(3):  # by the losses of 3 chunks of 8
+            trainer.losses(*windows.batch(2 * number, 2)).view(2, -1)[:, :24].mean().backward()
+            trainer.optimizer.step()
+            trainer.optimizer.zero_grad()
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    full, covered, fewer = weights
+    torch.testing.assert_close(covered, full, rtol=0, atol=1e-5)
+    assert (fewer - full).abs().max() > 1e-3
 
 
 def test_a_token_sees_no_later_one():
@@ -108,6 +123,16 @@ def test_text_is_split_by_file_and_made_once(tmp_path):
     assert text.prepare(tmp_path / "out" / "text", files, 10 ** 6) == (train, validation)
     with pytest.raises(ValueError, match="--text must name files that can be read"):
         text.prepare(tmp_path / "other", files, 10 ** 6)
+
+
+def test_a_validation_of_hardly_anything_is_the_end_of_the_text_instead(tmp_path):
+    names = (tmp_path / f"{i}.py" for i in range(1000))
+    kept = next(path for path in names if zlib.crc32(path.name.encode() + b"x = 1\n") % text.VALIDATION_SHARE == 0)
+    kept.write_text("x = 1\n")
+    (tmp_path / "long.txt").write_text("a b c d e\n" * 1000)
+    train, validation = text.prepare(tmp_path / "out" / "text", [kept, tmp_path / "long.txt"], 10 ** 6)
+    assert validation.stat().st_size == 10008 // text.VALIDATION_SHARE
+    assert train.read_bytes() + validation.read_bytes() == b"a b c d e\n" * 1000 + b"\0x = 1\n\0"
 
 
 @pytest.mark.parametrize("flags, message", [
