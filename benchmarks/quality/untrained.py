@@ -73,7 +73,7 @@ def read(files: list[Path], tokenizer: pretrained.Tokenizer, length: int, most: 
     for path in (inner for path in files for inner in (sorted(path.iterdir()) if path.is_dir() else [path])):
         if len(found) == most:
             break
-        if path.stat().st_size <= length:  # a token is a byte at least, nearly always
+        if path.is_dir() or path.stat().st_size <= length:  # a token is a byte at least, nearly always
             continue
         words = path.read_text(encoding="utf-8", errors="replace")
         ids, = tokenizer.encode([words[:16 * length]])

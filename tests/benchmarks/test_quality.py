@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import report, train_50m
-from benchmarks.gpt_50m import loop, tasks, text
+from benchmarks.gpt_50m import attention, loop, pretrained, tasks, text
 from benchmarks.quality import pages
 from benchmarks.quality.__main__ import main
 from benchmarks.quality.variants import Variant, grid
@@ -300,12 +300,35 @@ def test_a_pretrained_model_goes_on_and_generates(model, tmp_path):
         _run(tmp_path / "other", "--pretrained", "nowhere")
 
 
+def test_a_pretrained_models_positions_that_see_everything_train_as_with_full_attention():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokens, targets = torch.randint(0, 64, (2, 512))
+    weights = []
+    for name, topk in (("full", 4), ("moba", 4), ("moba", 2)):
+        torch.manual_seed(0)
+        inner = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=72, intermediate_size=64, num_hidden_layers=3,
+                                             num_attention_heads=9, num_key_value_heads=3))
+        inner.set_attn_implementation(pretrained.implementation(name, 32, topk))
+        trainer = loop.Trainer(pretrained.Pretrained(inner.train(), 256), attention.Attention((), None, False),
+                               loop.Plan(3, 2, 1, 256), CPU)
+        for _ in range(3):  # by the losses of 4 chunks of 32
+            trainer.losses(tokens, targets).view(2, -1)[:, :128].mean().backward()
+            trainer.optimizer.step()
+            trainer.optimizer.zero_grad()
+        weights.append(torch.cat([p.detach().flatten() for p in inner.parameters()]))
+    full, covered, fewer = weights
+    torch.testing.assert_close(covered, full, rtol=0, atol=1e-5)
+    assert (fewer - full).abs().max() > 1e-3
+
+
 def test_without_training_everything_chosen_costs_nothing(model, tmp_path, capsys):
     texts = []
     (tmp_path / "texts").mkdir()
     for i in range(4):
         texts.append(tmp_path / f"texts/{i}.txt")
         texts[-1].write_text("".join(np.random.default_rng(i).choice(list("abcde fgh\n"), 300 - 200 * (i == 3))))
+    (tmp_path / "texts/within").mkdir()
     command = ["untrained", "--pretrained", str(model), "--text", str(tmp_path / "texts"), "--lengths", "256", "--json",
                str(tmp_path / "untrained.json"), "--variants", "full", "moba-64-4", "moba-32-2", "moba-32-2-last:4"]
     assert main(command) == 0
