@@ -148,6 +148,17 @@ def _hand_over(ds, ds_to, step):
 
 
 @gluon.jit
+def _weights(s, lse, qk_scale, key_position, query_position, key_end, CAUSAL: gl.constexpr):
+    """Of scores ``[keys, rows]``; 0 for later keys if CAUSAL, and from ``key_end`` on, if given."""
+    p = gl.exp2(s * qk_scale - lse[None, :])
+    if CAUSAL:
+        p = gl.where(key_position[:, None] <= query_position[None, :], p, 0.0)
+    if key_end is not None:
+        p = gl.where((key_position < key_end)[:, None], p, 0.0)
+    return p
+
+
+@gluon.jit
 def _add_rows(part: gl.constexpr, kv_smem, smem, full, empty, step, dk, dv, qk_scale, key_position, query_position,
               key_end, ds_to, CAUSAL: gl.constexpr, STAGES: gl.constexpr):
     """Adds one block of rows to dk and dv of 64 keys, and frees its buffers; ``ds_to``, if given: a place for ds, and
@@ -170,11 +181,7 @@ def _add_rows(part: gl.constexpr, kv_smem, smem, full, empty, step, dk, dv, qk_s
     dp = _start_scores(_tile(v_smem, here), do, zero)
     lse = lse_smem.index(stage).load(gl.SliceLayout(0, S))
     s = warpgroup_mma_wait(len(do), deps=(s,))
-    p = gl.exp2(s * qk_scale - lse[None, :])
-    if CAUSAL:
-        p = gl.where(key_position[:, None] <= query_position[None, :], p, 0.0)
-    if key_end is not None:
-        p = gl.where((key_position < key_end)[:, None], p, 0.0)
+    p = _weights(s, lse, qk_scale, key_position, query_position, key_end, CAUSAL)
     dv = _start_sums(p.to(do[0].dtype), do, dv)
     dp = warpgroup_mma_wait(len(do), deps=(dp,))
     delta = delta_smem.index(stage).load(gl.SliceLayout(0, S))
@@ -298,6 +305,16 @@ def _consumer(part: gl.constexpr, spans, smem, kv_smem, dq_smem, bars, ints, out
 
 
 @gluon.jit
+def _start_step(of_keys, of_rows, full, step, S: gl.constexpr, STAGES: gl.constexpr):
+    """Starts the product ``[64, BLOCK_M]`` of all keys' tile with a block of rows, as soon as that is there."""
+    BLOCK_M: gl.constexpr = of_rows[0].shape[1]
+    zero = gl.zeros([64, BLOCK_M], gl.float32, layout=S)
+    mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
+    fence_async_shared()
+    return _start_scores(_tile(of_keys, step >> 30), _tile(of_rows, step % STAGES), zero)
+
+
+@gluon.jit
 def _values_step(smem, kv_smem, bars, step, dv, qk_scale, key_position, query_position, key_end, CAUSAL: gl.constexpr,
                  STAGES: gl.constexpr):
     """Adds one block of rows to dv of all keys, and hands its weights to the other group; none from ``key_end`` on."""
@@ -308,18 +325,11 @@ def _values_step(smem, kv_smem, bars, step, dv, qk_scale, key_position, query_po
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16])
     stage = step % STAGES
     turn = step & 1
-    phase = (step // STAGES) & 1
-    mbarrier.wait(full.index(stage), phase)
-    fence_async_shared()
+    s = _start_step(k_smem, q_smem, full, step, S, STAGES)
     do = _tile(do_smem, stage)
-    s = _start_scores(_tile(k_smem, step >> 30), _tile(q_smem, stage), gl.zeros([64, BLOCK_M], gl.float32, layout=S))
     lse = lse_smem.index(stage).load(gl.SliceLayout(0, S))
     s = warpgroup_mma_wait(0, deps=(s,))
-    p = gl.exp2(s * qk_scale - lse[None, :])
-    if CAUSAL:
-        p = gl.where(key_position[:, None] <= query_position[None, :], p, 0.0)
-    if key_end is not None:
-        p = gl.where((key_position < key_end)[:, None], p, 0.0)
+    p = _weights(s, lse, qk_scale, key_position, query_position, key_end, CAUSAL)
     dv = _start_sums(p.to(do[0].dtype), do, dv)
     mbarrier.wait(p_empty.index(turn), ((step >> 1) & 1) ^ 1)
     p_smem.index(turn).store(p.to(gl.float16))
@@ -339,11 +349,8 @@ def _keys_step(smem, kv_smem, bars, step, dk, ds_to, STAGES: gl.constexpr):
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16])
     stage = step % STAGES
     turn = step & 1
-    phase = (step // STAGES) & 1
-    mbarrier.wait(full.index(stage), phase)
-    fence_async_shared()
+    dp = _start_step(v_smem, do_smem, full, step, S, STAGES)
     q = _tile(q_smem, stage)
-    dp = _start_scores(_tile(v_smem, step >> 30), _tile(do_smem, stage), gl.zeros([64, BLOCK_M], gl.float32, layout=S))
     delta = delta_smem.index(stage).load(gl.SliceLayout(0, S))
     mbarrier.wait(p_full.index(turn), (step >> 1) & 1)
     p = p_smem.index(turn).load(S).to(gl.float32)

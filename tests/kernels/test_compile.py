@@ -110,14 +110,16 @@ def test_nothing_spills_much(report):
 @needs_gluon
 def test_kernels_of_sm90_leave_their_loops_to_registers(report):
     """384 threads have 168 registers each; what does not fit lies outside the loops that multiply. Lists of groups take
-    16 bytes more."""
+    12 bytes more."""
     most = {"_attention_fwd_sm90_kernel": 0, "_attention_bwd_dq_sm90_kernel": 16,
             "_attention_bwd_dkdv_sm90_kernel": 256}
     rows = [row for row in report[0] if row.kernel in most]
     assert {row.kernel for row in rows} == set(most) and {row.capability for row in rows} == {90}
     assert all(row.registers <= 168 for row in rows)
-    spilled = [row for row in rows if re.search("chunk(512|128)", row.problem)
-               and row.spills > most[row.kernel] + 16 * row.problem.endswith("shared")]
+    most_of_one_tile = 240 if triton.__version__.startswith("3.9.") else 160
+    spilled = [row for row in rows if "chunk512" in row.problem
+               and row.spills > most[row.kernel] + 12 * row.problem.endswith("shared")
+               or "chunk128" in row.problem and row.spills > most_of_one_tile]
     assert not spilled, "\n" + compile_report.as_text(spilled)
 
 
