@@ -6,8 +6,9 @@ the later chunk is met first and stays. What makes it fast:
   that is not chosen in the end passes the comparison;
 - columns are dealt to LANES lists a row, as the matrix unit deals them to threads (8 columns: 0 0 1 1 2 2 3 3), so that
   no insertion leaves a thread's registers; lists are merged once, at the end;
-- the comparison and the insertion are PTX, in which each warp branches for itself; what passes waits in a register
-  until a second one comes to one of the warp's lists, so that a round of insertion serves many of them;
+- the comparison and the insertion are PTX, in which each warp branches for itself, once a round: what passes are bits
+  of a register, and of it one a list waits, until a second one comes to one of the warp's lists, so that an insertion
+  serves many of them;
 - many choices do not fit registers so: PASS of them at a time are chosen, among the chunks behind those of the pass
   before, whose scores are the same bits again.
 """
@@ -69,38 +70,43 @@ def insertion(width: int, number: int, lanes: int, behind: bool) -> tuple[str, s
     """PTX that offers a tile's scores of a (row, lane) to its list, and the constraints of its operands.
 
     Arguments: ``number`` values ``v``, from the best down, and the one that waits (-inf: none); their chunks ``c``;
-    ``width`` scores ``x``, the last is offered first; a score ``t`` that what is chosen surpasses; the
+    ``width`` scores ``x``, a power of two, the last is offered first; a score ``t`` that what is chosen surpasses; the
     ``first`` chunk of the tile and lane; score and chunk ``last`` and ``until``: if ``behind``, only what comes behind
-    these. Results: the first ``2 * number + 2``. Votes keep a warp together. What passes waits, until one comes to a
-    list in which one waits: all that wait are inserted then, behind equals, as far as what moves reaches ``t``.
+    these. Results: the first ``2 * number + 2``. Votes keep a warp together. What passes is a bit each, by the sign of
+    a difference; each round every list takes its next one, which waits, until one comes to a list in which one waits:
+    all that wait are inserted then, behind equals, as far as what moves reaches ``t``.
     """
     state = [f"{x}{k}" for x in "vc" for k in (*range(number), "")]
     names = state + [f"x{j}" for j in range(width)] + ["t", "first", "last", "until"]
-    lines = [f".reg .pred p<4>, q, r; .reg .b32 bar, low, new, y, {', '.join(names)};"]
+    lines = [f".reg .pred p, q, has; .reg .b32 bar, low, new, bits, not, j, d, y, z, s<{width}>, {', '.join(names)};"]
     lines += [f"mov.b32 {name}, ${len(state) + i};" for i, name in enumerate(names)]
-    lines.append(f"max.f32 low, t, 0fFF7FFFFF; max.f32 bar, t, v{number - 1};")
-    for end in range(width, 0, -4):
-        for j in range(end - 4, end):
-            p = f"p{j % 4}"
-            lines.append(f"setp.gt.f32 {p}, x{j}, bar;" + f" setp.le.and.f32 {p}, x{j}, last, {p};" * behind)
-        lines.append(f"AGAIN{end}: or.pred q, p0, p1; or.pred r, p2, p3; or.pred q, q, r; "
-                     f"vote.sync.any.pred q, q, -1; @!q bra.uni NEXT{end};")
-        for j in reversed(range(end - 4, end)):
-            p = f"p{j % 4}"
-            lines.append(f"vote.sync.any.pred q, {p}, -1; @!q bra.uni PASSED{j}; "
-                         f"add.s32 y, first, {j // 2 * 2 * lanes + j % 2};")
-            if behind:
-                lines.append(f"setp.neu.f32 r, x{j}, last; setp.lt.or.s32 r, y, until, r; and.pred {p}, {p}, r;")
-            lines.append(f"setp.gt.and.f32 r, v, 0fFF800000, {p}; vote.sync.any.pred r, r, -1; @r bra.uni INSERT{end}; "
-                         f"@{p} mov.b32 v, x{j}; @{p} mov.b32 c, y; xor.pred {p}, {p}, {p}; PASSED{j}:")
-        lines.append(f"bra.uni NEXT{end}; INSERT{end}: mov.b32 new, v;")
-        for k in range(number):
-            if k % 4 == 0 < k:
-                lines.append(f"setp.ge.f32 r, v, low; vote.sync.any.pred r, r, -1; @!r bra.uni INSERTED{end};")
-            lines.append(f"setp.gt.f32 r, new, v{k};")
-            lines += [f"selp.b32 y, {x}{k}, {x}, r; selp.b32 {x}{k}, {x}, {x}{k}, r; mov.b32 {x}, y;" for x in "vc"]
-        lines.append(f"INSERTED{end}: mov.b32 v, 0fFF800000; max.f32 bar, t, v{number - 1}; "
-                     f"bra.uni AGAIN{end}; NEXT{end}:")
+    raised = f"max.f32 bar, t, v{number - 1}; add.f32 bar, bar, 0f00000000;"  # 0 for -0: differences are never -0
+    lines.append(f"max.f32 low, t, 0fFF7FFFFF; {raised} mov.b32 bits, 0;"
+                 + " mov.b32 not, 0; add.f32 y, last, 0f00000000;" * behind)
+    for j in reversed(range(width)):
+        lines.append(f"sub.f32 d, bar, x{j}; shf.l.wrap.b32 bits, d, bits, 1;"
+                     + f" sub.f32 d, y, x{j}; shf.l.wrap.b32 not, d, not, 1;" * behind)
+    lines.append("not.b32 not, not; and.b32 bits, bits, not;" * behind)
+    lines.append("NEXT: setp.ne.s32 has, bits, 0; vote.sync.any.pred q, has, -1; @!q bra.uni DONE; bfind.u32 j, bits;")
+    scores = [f"x{i}" for i in range(width)]
+    for level in range(width.bit_length() - 1):
+        lines.append(f"and.b32 y, j, {1 << level}; setp.ne.s32 q, y, 0;")
+        picked = [f"s{i}" for i in range(len(scores) // 2)]
+        lines += [f"selp.b32 {to}, {odd}, {even}, q;" for to, even, odd in zip(picked, scores[::2], scores[1::2])]
+        scores = picked
+    lines.append(f"mov.b32 y, {scores[0]}; shr.s32 z, j, 1; mad.lo.s32 z, z, {2 * lanes - 2}, j; add.s32 z, z, first; "
+                 "shl.b32 d, 1, j; xor.b32 bits, bits, d;")
+    if behind:
+        lines.append("setp.neu.f32 q, y, last; setp.lt.or.s32 q, z, until, q; and.pred has, has, q;")
+    lines.append("setp.gt.and.f32 has, y, bar, has; setp.gt.and.f32 q, v, 0fFF800000, has; "
+                 "vote.sync.any.pred q, q, -1; @!q bra.uni WAIT; mov.b32 new, v;")
+    for k in range(number):
+        if k % 4 == 0 < k:
+            lines.append("setp.ge.f32 p, v, low; vote.sync.any.pred p, p, -1; @!p bra.uni INSERTED;")
+        lines.append(f"setp.gt.f32 p, new, v{k};")
+        lines += [f"selp.b32 d, {x}{k}, {x}, p; selp.b32 {x}{k}, {x}, {x}{k}, p; mov.b32 {x}, d;" for x in "vc"]
+    lines.append(f"INSERTED: mov.b32 v, 0fFF800000; {raised} setp.gt.and.f32 has, y, bar, has; "
+                 "WAIT: @has mov.b32 v, y; @has mov.b32 c, z; bra.uni NEXT; DONE:")
     lines += [f"mov.b32 ${i}, {name};" for i, name in enumerate(state)]
     kinds = ["r" if name[0] in "cu" or name == "first" else "f" for name in names]
     return "{ " + "\n".join(lines) + " }", ",".join(["=" + kind for kind in kinds[:len(state)]] + kinds)

@@ -8,8 +8,16 @@ from hypothesis import strategies as st
 from moba_megatron.kernels.gating import insertion
 
 ROWS, LANES, WIDTH = 8, 4, 16
-COMPARE = {"gt": np.greater, "ge": np.greater_equal, "le": np.less_equal, "lt": np.less, "neu": np.not_equal}
-JOIN = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
+COMPARE = {"gt": np.greater, "ge": np.greater_equal, "lt": np.less, "ne": np.not_equal, "neu": np.not_equal}
+JOIN = {"and": np.logical_and, "or": np.logical_or}
+NAN = np.uint32(0x7FFFFFFF).view(np.float32)
+TYPE = {"f32": np.float32, "s32": np.int32, "u32": np.uint32, "b32": np.uint32}
+RUN = {"mov": lambda a: a, "selp": lambda a, b, p: np.where(p, a, b), "max": np.fmax, "add": np.add,
+       "sub": np.subtract, "not": np.invert, "and": np.bitwise_and, "xor": np.bitwise_xor, "shr": np.right_shift,
+       "mad": lambda a, b, c: a * b + c,
+       "shl": lambda a, b: np.where(b < 32, a << np.minimum(b, 31), 0).astype(np.uint32),
+       "shf": lambda a, b, c: b << c | a >> 32 - c,  # l.wrap
+       "bfind": lambda a: np.where(a > 0, np.log2(np.maximum(a, 1).astype(float)), -1).astype(np.int32)}
 
 
 def execute(ptx: str, registers: dict[str, np.ndarray]) -> int:
@@ -38,18 +46,24 @@ def execute(ptx: str, registers: dict[str, np.ndarray]) -> int:
             assert kinds == ["uni"] and on.all() == on.any(), step
             at = labels[to] if on.all() else at
             continue
-        a, *rest = map(value, of)
+        read, kind = [value(x) for x in of], kinds[-1]
+        a, *rest = (x if x.dtype == bool else x.view(TYPE.get(kind, x.dtype)) for x in read)
         if name == "setp":
             result = COMPARE[kinds[0]](a, rest[0])
             result = JOIN[kinds[1]](result, rest[1]) if kinds[1] in JOIN else result
         elif name == "vote":
             assert kinds == ["sync", "any", "pred"] and of[1] == "-1"
             result = np.full(threads, a.any())
-        elif name == "selp":
-            result = np.where(rest[1], a, rest[0])
+        elif kind == "pred":
+            result = JOIN[name](a, *rest)
         else:
-            result = {"mov": lambda a: a, "max": np.fmax, "add": np.add, **JOIN}[name](a, *rest)
-        registers[to] = result if guard is None else np.where(on, result, registers[to])
+            with np.errstate(all="ignore"):
+                result = RUN[name](a, *rest)
+            if kind == "f32":  # the one NaN that a GPU makes
+                result[np.isnan(result)] = NAN
+            result = result.view(np.uint32)
+            result = result if guard is None else np.where(on, result, registers[to].view(np.uint32))
+        registers[to] = result
     return number
 
 
@@ -79,7 +93,7 @@ def select(scores, number, last=None, until=None, refreshed=lambda tile: True):
         assert constraints.split(",")[state:] == ["r" if x.dtype == np.int32 else "f" for x in inputs]
         registers = {f"${state + i}": operand for i, operand in enumerate(inputs)}
         counts.append(execute(ptx, registers))
-        threads = [registers[f"${i}"] for i in range(state)]
+        threads = [registers[f"${i}"].view(x.dtype) for i, x in enumerate(threads)]
         if refreshed(tile):
             threshold = np.array([best(rows(threads[:number], i), rows(threads[number + 1:-1], i), number)[0][-1]
                                   for i in range(ROWS)])
