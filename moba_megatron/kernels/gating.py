@@ -78,15 +78,15 @@ def insertion(width: int, number: int, lanes: int, behind: bool) -> tuple[str, s
     """
     state = [f"{x}{k}" for x in "vc" for k in (*range(number), "")]
     names = state + [f"x{j}" for j in range(width)] + ["t", "first", "last", "until"]
-    lines = [f".reg .pred p, q, has; .reg .b32 bar, low, new, bits, not, j, d, y, z, s<{width}>, {', '.join(names)};"]
+    lines = [f".reg .pred p, q, has; .reg .b32 bar, low, new, bits, taken, j, d, y, z, s<{width}>, {', '.join(names)};"]
     lines += [f"mov.b32 {name}, ${len(state) + i};" for i, name in enumerate(names)]
     raised = f"max.f32 bar, t, v{number - 1}; add.f32 bar, bar, 0f00000000;"  # 0 for -0: differences are never -0
     lines.append(f"max.f32 low, t, 0fFF7FFFFF; {raised} mov.b32 bits, 0;"
-                 + " mov.b32 not, 0; add.f32 y, last, 0f00000000;" * behind)
+                 + " mov.b32 taken, 0; add.f32 y, last, 0f00000000;" * behind)
     for j in reversed(range(width)):
         lines.append(f"sub.f32 d, bar, x{j}; shf.l.wrap.b32 bits, d, bits, 1;"
-                     + f" sub.f32 d, y, x{j}; shf.l.wrap.b32 not, d, not, 1;" * behind)
-    lines.append("not.b32 not, not; and.b32 bits, bits, not;" * behind)
+                     + f" sub.f32 d, y, x{j}; shf.l.wrap.b32 taken, d, taken, 1;" * behind)
+    lines.append("not.b32 taken, taken; and.b32 bits, bits, taken;" * behind)
     lines.append("NEXT: setp.ne.s32 has, bits, 0; vote.sync.any.pred q, has, -1; @!q bra.uni DONE; bfind.u32 j, bits;")
     scores = [f"x{i}" for i in range(width)]
     for level in range(width.bit_length() - 1):
@@ -255,8 +255,9 @@ def _gate_kernel(
         last = tl.load(last_score + rows * H + head, mask=valid, other=-float("inf"))
         until = tl.load(last_chunk + rows * H + head, mask=valid, other=0)
     if WARM > 0:
-        threshold = _warm_threshold(q_rows, means, earlier, last, every, limit, BEHIND, KS, BLOCK_KS, HK, D, BLOCK_D,
-                                    BLOCK_M, BLOCK_N, PRECISION, WARM)
+        if limit > BLOCK_N // 4:  # of fewer chunks the lists take as many rounds as they have columns, a few
+            threshold = _warm_threshold(q_rows, means, earlier, last, every, limit, BEHIND, KS, BLOCK_KS, HK, D,
+                                        BLOCK_D, BLOCK_M, BLOCK_N, PRECISION, WARM)
     state = (tl.full([BLOCK_M, LANES], -float("inf"), tl.float32),) * (KS + 1) + (
         tl.full([BLOCK_M, LANES], -1, tl.int32),) * (KS + 1)
     for unmasked in tl.static_range(2):
