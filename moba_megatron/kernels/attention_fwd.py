@@ -285,16 +285,18 @@ def _diagonal_step(acc, m, l, q_rows, k, v, k_row, k_end, kv_head, keep_from, ke
 @triton.jit
 def _merge_partial(selected, o_partial, lse_partial, first_row, head_in_group, list_row, group_row, valid,
                    KS: tl.constexpr, BLOCK_KS: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
-                   BLOCK_M: tl.constexpr, USE_TMA: tl.constexpr):
+                   BLOCK_M: tl.constexpr, USE_TMA: tl.constexpr, BY_ROWS: tl.constexpr):
     """Each row's partial results together, as a step leaves them: sums, maximum, and the weights' sum. All log-sum-exps
-    are read first: then loads of o do not wait for each other."""
-    j = tl.arange(0, BLOCK_KS)
-    listed = valid[:, None] & (j[None, :] < KS)
-    chosen = tl.load(selected + list_row[:, None] * KS + j[None, :], mask=listed, other=-1) >= 0
-    partial_lse = tl.load(lse_partial + group_row[:, None] * KS + j[None, :], mask=chosen, other=-float("inf"))
-    m = tl.max(partial_lse, 1)
+    are read first: then loads of o do not wait for each other. The block of them has rows or columns of choices: its
+    layout decides that of the sums, which read o 16 (rows) or 2 bytes at a time, and so what else fits."""
+    AXIS: tl.constexpr = 0 if BY_ROWS else 1  # of the choices
+    j = tl.expand_dims(tl.arange(0, BLOCK_KS), 1 - AXIS)
+    listed = tl.expand_dims(valid, AXIS) & (j < KS)
+    chosen = tl.load(selected + tl.expand_dims(list_row, AXIS) * KS + j, mask=listed, other=-1) >= 0
+    partial_lse = tl.load(lse_partial + tl.expand_dims(group_row, AXIS) * KS + j, mask=chosen, other=-float("inf"))
+    m = tl.max(partial_lse, AXIS)
     shift = tl.where(m == -float("inf"), 0.0, m)  # a row may have chosen nothing
-    l = tl.sum(tl.exp2(partial_lse - shift[:, None]), 1)
+    l = tl.sum(tl.exp2(partial_lse - tl.expand_dims(shift, AXIS)), AXIS)
     cols = tl.arange(0, BLOCK_DV)
     merged = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for i in tl.range(0, KS, num_stages=3):  # without a count of stages only loads for a dot are pipelined
@@ -318,7 +320,7 @@ def _attention_fwd_diagonal_kernel(
     H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, SHARED: tl.constexpr, BLOCK_KS: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BY_ROWS: tl.constexpr = False,
 ):
     """BLOCK_M queries of one segment and head: their partial results together, then their diagonal chunks."""
     tile = num_tiles - 1 - tl.program_id(0) // group_heads  # later tiles may have more keys: they start first
@@ -345,7 +347,7 @@ def _attention_fwd_diagonal_kernel(
     if KS > 0:  # first: two sums at once would not fit in registers
         acc, m, l = _merge_partial(selected, o_partial, lse_partial, first_row, head_in_group,
                                    (row * H + head) // SHARED, row * group_heads + head_in_group, valid, KS, BLOCK_KS,
-                                   DV, BLOCK_DV, BLOCK_M, USE_TMA)
+                                   DV, BLOCK_DV, BLOCK_M, USE_TMA, BY_ROWS)
     else:
         m = tl.full([BLOCK_M], -float("inf"), tl.float32)
         l = tl.zeros([BLOCK_M], tl.float32)

@@ -89,17 +89,13 @@ def _describable(x: Buffer) -> bool:
 
 def _described(x: Buffer, block: int, width: int) -> Descriptor:
     """A descriptor of ``[tokens, heads * dim]`` with tiles of ``block`` rows and ``width`` columns of one head."""
-    total, heads, dim = x.shape
-    row, head = _strides(x)
-    make, layout = _descriptor_and_layout(block, width, x.dtype)
-    return Descriptor(make, x, ([total, (heads - 1) * head + dim], [row, 1], [block, width], layout))
-
-
-def _descriptor_and_layout(block: int, dim: int, dtype: torch.dtype) -> tuple[type, object]:
     from triton.experimental.gluon import language
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-    element = {torch.bfloat16: language.bfloat16, torch.float16: language.float16}[dtype]
-    return TensorDescriptor, language.NVMMASharedLayout.get_default_for([block, dim], element)
+    total, heads, dim = x.shape
+    row, head = _strides(x)
+    element = {torch.bfloat16: language.bfloat16, torch.float16: language.float16}[x.dtype]
+    layout = language.NVMMASharedLayout.get_default_for([block, width], element)
+    return Descriptor(TensorDescriptor, x, ([total, (heads - 1) * head + dim], [row, 1], [block, width], layout))
 
 
 def kernel_module(name: str) -> ModuleType:
