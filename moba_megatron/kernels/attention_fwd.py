@@ -287,8 +287,8 @@ def _merge_partial(selected, o_partial, lse_partial, first_row, head_in_group, l
                    KS: tl.constexpr, BLOCK_KS: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
                    BLOCK_M: tl.constexpr, USE_TMA: tl.constexpr, BY_ROWS: tl.constexpr):
     """Each row's partial results together, as a step leaves them: sums, maximum, and the weights' sum. All log-sum-exps
-    are read first: then loads of o do not wait for each other. The block of them has rows or columns of choices: its
-    layout decides that of the sums, which read o 16 (rows) or 2 bytes at a time, and so what else fits."""
+    are read first: then loads of o do not wait for each other. Their layout becomes that of these loads: 16 bytes each
+    where a row of theirs is a choice, 2 where a column is."""
     AXIS: tl.constexpr = 0 if BY_ROWS else 1  # of the choices
     j = tl.expand_dims(tl.arange(0, BLOCK_KS), 1 - AXIS)
     listed = tl.expand_dims(valid, AXIS) & (j < KS)

@@ -84,8 +84,7 @@ def _attend(s, indices, outs, smem, bars, ints, qk_scale, part: gl.constexpr, st
             USE_TMA: gl.constexpr, RAGGED: gl.constexpr, ONE_TILE: gl.constexpr, GOES_ON: gl.constexpr):
     """Writes the results of 64 rows, whose scores against their first keys are ``s``; returns those of the next 64.
 
-    A chunk that is one tile stays in the first stage: its steps are all step 0. The next 64 begin beside the end of
-    these then; with several tiles this was slower by 3 to 10 %.
+    A chunk that is one tile stays in the first stage, all its steps are step 0, and the next 64 begin beside the end.
     """
     q_smem, k_smem, v_smem = smem
     row_full, row_empty, k_full, v_full, k_empty, v_empty = bars

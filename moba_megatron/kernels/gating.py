@@ -47,7 +47,8 @@ def _gate(q: Buffer, means: Buffer, segments: Segments, choices: int) -> Buffer:
         return selected
     if not segments.exact:
         clear_rows(segments.cu_seqlens_q, (selected, -1))
-    options = tuning.config("gate", q.device, head_dim=head_dim, itemsize=q.dtype.itemsize, choices=choices)
+    options = tuning.config("gate", q.device, head_dim=head_dim, itemsize=q.dtype.itemsize, choices=choices,
+                            chunks=segments.max_seqlen_k // segments.chunk_size)
     num_tiles = total // options["BLOCK_M"] + segments.num_segments
     most = options.pop("PASS", 8)
     last_score, last_chunk = (empty((total, num_heads), dtype, q.device) if choices > most else selected
