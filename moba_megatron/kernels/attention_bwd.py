@@ -19,8 +19,6 @@ from .routing import TILES, Tiles, _make_tiles, route, tile_arguments
 from .tuning_table import is_gluon
 from .workspace import head_groups
 
-PARTIALS_SHARE = 16
-"""The partial sums of cut lists may take this fraction of the workspace: lists are cut later for that."""
 MIN_PIECES = 32
 """At least so many extra pieces of cut lists are allowed, whatever memory their partial sums take."""
 
@@ -63,7 +61,7 @@ def _attention_bwd(do: Buffer, q: Buffer, k: Buffer, v: Buffer, o: Buffer, dlse:
     call = AttentionCall(q, k, v, selected, segments, softmax_scale, precision(q.dtype), do, terms)
     everything = (0, call.kv_heads)
     if call.choices == 0:
-        cuts = _cuts(call, None, call.kv_heads)
+        cuts = _cuts(call, None, call.kv_heads, 0)
         _preprocess(call, o, dlse, lse, None, cuts, None)
         _attention_bwd_dkdv(call, None, dk, dv, None, cuts, None, everything)
         record_event()
@@ -77,7 +75,9 @@ def _attention_bwd(do: Buffer, q: Buffer, k: Buffer, v: Buffer, o: Buffer, dlse:
     # one tile holds the chunk: its program writes the partial dq too, and traffic is what it saves
     options = call.config("attention_bwd_dkdv", gluon=call.gluon)
     fused = segments.chunk_size <= options["BLOCK_N"]
-    cuts = _cuts(call, routing, together if fused else call.kv_heads)
+    # sums of pieces of lists lie where dq's partial results lie later, or beside those in a sixteenth of the limit
+    room = scratch_limit() // 16 if fused else together * partial_size * q.dtype.itemsize
+    cuts = _cuts(call, routing, together if fused else call.kv_heads, room)
     tiles = None
     if not fused:
         options = call.config("attention_bwd_dq", gluon=call.gluon)
@@ -170,13 +170,13 @@ class _Cuts:
         return 0 if self.extra_csr_rows is None else cdiv(self.indices_per_kv_head * kv_heads, self.split)
 
 
-def _cuts(call: AttentionCall, routing: Routing | None, kv_heads_together: int) -> _Cuts:
+def _cuts(call: AttentionCall, routing: Routing | None, kv_heads_together: int, room: int) -> _Cuts:
     split = call.config("attention_bwd_dkdv", gluon=call.gluon)["SPLIT"]
     if routing is None or call.rows_per_kv_head <= split:  # a row is in a list at most once
         return _Cuts(split, 0, None, 0)
     floats = 2 * call.segments.chunk_size * (call.q.shape[2] + call.v.shape[2])  # of a cut list's first piece too
     indices = call.rows_per_kv_head * call.choices
-    allowed = max(MIN_PIECES, scratch_limit() // PARTIALS_SHARE // (4 * floats))
+    allowed = max(MIN_PIECES, room // (4 * floats))
     split = cdiv(max(split, cdiv(indices * kv_heads_together, allowed)), call.shared) * call.shared
     extra_csr_rows = empty((routing.num_choices // split + 2,), torch.int32, call.q.device)
     return _Cuts(split, indices, extra_csr_rows, cdiv(indices * kv_heads_together, split) * floats)

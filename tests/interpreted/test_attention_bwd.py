@@ -69,7 +69,7 @@ def test_cut_lists(case, limit, monkeypatch):
     row = {"BLOCK_M": 16, "BLOCK_N": 32, "SPLIT": 48, "num_warps": 4, "num_stages": 1}
     with tuning.forced(configs={"attention_bwd_dkdv": row}):
         assert kernels.call(lambda q, k, v, selected, segments, routing: stage._cuts(
-            inputs(q, k, v, selected, segments), routing, 2).num_extra(2),
+            inputs(q, k, v, selected, segments), routing, 2, 1 << 30).num_extra(2),
             q, k, v, selected, segments, kernels_routing(selected, k, segments)) > 0
         check(q, k, v, selected, segments)
 
@@ -83,7 +83,7 @@ def test_pieces_of_every_group_are_numbered(tokens, split, kv_heads, together, m
 
     def compare(q, k, v, selected, segments, routing):
         x = inputs(q, k, v, selected, segments)
-        cuts = stage._cuts(x, routing, together)
+        cuts = stage._cuts(x, routing, together, 1 << 40)
         for begin, end in stage.head_groups(kv_heads, 1, limit=together):
             most_before = x.rows_per_kv_head * x.choices * begin  # choices that are not there are in no list
             last = cuts.num_extra(end - begin) - 1 + most_before // split
