@@ -148,6 +148,12 @@ def _isolated(entry: Entry, arguments: argparse.Namespace, device: torch.device)
                "reason": reason}
 
 
+FLASH_MOBA = report.Table(
+    {"tokens, chunk size, topk": lambda row: f"{length(row['tokens'])}, {row['chunk_size']}, {row['topk']}",
+     "heads": report.same("heads"), "FlashMoBA, ms": lambda row: report.number(row["flash_moba_ms"]),
+     "cuDNN full, ms": lambda row: report.number(row.get("cudnn_ms"))}, below=lambda result: f"{result['about']}.")
+
+
 def _last_line(text: str) -> str:
     return (text.strip().splitlines() or ["no message"])[-1][:300]
 

@@ -51,6 +51,7 @@ TABLES = {
     "learned-router": Stored("h200/learned_router.json", selection.LEARNED.markdown, "docs/own_router.md"),
     "triton": Stored("h200/gate_triton.json", gate.TABLE.markdown),
     "comparison": Stored("h200/comparison.json", comparison.PAGE.markdown),
+    "flash-moba": Stored("h200/flash_moba.json", comparison.FLASH_MOBA.markdown),
     "training-speed": Stored("h200/training_speed.json", training.SPEED.markdown),
     "smoke": Stored("h200/smoke.json", training.smoke_text),
     "deepspeed": Stored("h200/deepspeed.json", zero.TABLE.markdown),

@@ -303,8 +303,8 @@ def test_a_pretrained_model_goes_on_and_generates(model, tmp_path):
 def test_a_pretrained_models_positions_that_see_everything_train_as_with_full_attention():
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokens, targets = torch.randint(0, 64, (2, 512))
-    weights = []
+    tokens, targets = torch.randint(0, 64, (2, 512), generator=torch.Generator().manual_seed(1))
+    grads = []
     for name, topk in (("full", 4), ("moba", 4), ("moba", 2)):
         torch.manual_seed(0)
         inner = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=72, intermediate_size=64, num_hidden_layers=3,
@@ -312,14 +312,17 @@ def test_a_pretrained_models_positions_that_see_everything_train_as_with_full_at
         inner.set_attn_implementation(pretrained.implementation(name, 32, topk))
         trainer = loop.Trainer(pretrained.Pretrained(inner.train(), 256), attention.Attention((), None, False),
                                loop.Plan(3, 2, 1, 256), CPU)
+        steps = []
         for _ in range(3):  # by the losses of 4 chunks of 32
             trainer.losses(tokens, targets).view(2, -1)[:, :128].mean().backward()
+            steps += [p.grad.flatten().clone() for p in inner.parameters()]
             trainer.optimizer.step()
             trainer.optimizer.zero_grad()
-        weights.append(torch.cat([p.detach().flatten() for p in inner.parameters()]))
-    full, covered, fewer = weights
-    torch.testing.assert_close(covered, full, rtol=0, atol=1e-5)
-    assert (fewer - full).abs().max() > 1e-3
+        grads.append(torch.cat(steps))
+    full, covered, fewer = grads
+    # gradients, not weights: Adam makes whole steps of the rounding errors of gradients that are nearly 0
+    assert (covered - full).norm() < 1e-5 * full.norm()
+    assert (fewer - full).norm() > 1e-2 * full.norm()
 
 
 def test_without_training_everything_chosen_costs_nothing(model, tmp_path, capsys):
