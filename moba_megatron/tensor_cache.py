@@ -114,8 +114,7 @@ class TensorCache:
                 with self._lock:
                     self._entries[key] = entry
                     total = self.nbytes
-                    while len(self._entries) > 1 and (
-                            total > self.max_bytes or len(self._entries) > self.max_entries):
+                    while len(self._entries) > 1 and (total > self.max_bytes or len(self._entries) > self.max_entries):
                         total -= self._entries.popitem(last=False)[1].nbytes
             if device.type == "cuda" and not capturing:
                 stream = torch._C._cuda_getCurrentRawStream(device.index)

@@ -37,8 +37,7 @@ LEAST_BYTES = 64 << 20
 """Bytes of a rank's queries in a group, at least: a group costs the host a millisecond or two, there and back, and
 below this the GPU (H200: 128K tokens on 2 ranks, 16 heads, chunks of 128) would wait for it. Reckoned from one run."""
 MUCH_BYTES = 1 << 30
-"""Bytes of a rank's queries from which on a group more is worth it, however few kv heads there are: 96.8 ms in 3
-groups, 96.2 in 4 (98.9 in 2; 2 H200s, a2a, 512K tokens, 32:8 heads, chunks of 128)."""
+"""Bytes of a rank's queries from which on 4 groups beat 3: 96.2 ms, 96.8 (2 H200s, a2a, 512K, 128, 8, 32:8 heads)."""
 MOST_BYTES = 1 << 30
 """Bytes that a rank holds of a group, at most, while groups have several kv heads."""
 
@@ -48,10 +47,8 @@ def number_of_groups(asked: int | None, kv_heads: int, queries: int, held: int) 
 
     Args:
         asked: the user's number, or None: 4 where there is enough work or heads for it, else 3, or fewer. More cost
-            the kernels more than they hide: on 2 H200s, 128K tokens, 16 heads, chunks of 512, 19.6 ms of attention in
-            3 groups, 20.6 in 5.
-        queries: bytes of the rank's queries, a measure of its work.
-        held: bytes of what has travelled, all heads together.
+            the kernels more than they hide: on 2 H200s at 128K, 512, 8, 16 heads, 19.6 ms in 3 groups, 20.6 in 5.
+        queries, held: bytes of the rank's queries, a measure of its work; of what has travelled, all heads together.
     """
     if asked is None:
         usual = 4 if kv_heads >= 8 or queries >= MUCH_BYTES else 3

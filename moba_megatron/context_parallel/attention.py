@@ -92,8 +92,7 @@ def context_parallel_attention(q: Tensor, k: Tensor, v: Tensor, sequences: Seque
 
 
 def check_groups(group: Groups, comm_type: str, heads: int, kv_heads: int, shared: str = "head") -> None:
-    """Raises ValueError or TypeError unless the group or groups fit the communication type, the heads and who shares
-    a choice."""
+    """Raises ValueError or TypeError unless communication type, heads and who shares a choice suit the group(s)."""
     hierarchical = comm_type == "a2a+all_gather"
     if hierarchical and not (isinstance(group, Sequence) and len(group) == 2):
         got = f"{len(group)} groups" if isinstance(group, Sequence) else type(group).__name__

@@ -174,8 +174,7 @@ class MoBAAttention(nn.Module):
             check_zigzag(length, parallel.size, "the sequence length")
             collective.signature = (f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, {q.dtype}, "
                                    f"chunk_size {chunk_size}, topk {topk}, selection {config.selection}, "
-                                   f"cp_head_groups {config.cp_head_groups}"
-                                   + ", deterministic" * config.deterministic
+                                   f"cp_head_groups {config.cp_head_groups}" + ", deterministic" * config.deterministic
                                    + (f", {dense_kernels()}" if length <= topk * chunk_size else ""))
         sequences = Sequences.uniform(length, batch, q.device)
         o = context_parallel_attention(

@@ -211,8 +211,7 @@ REFUSED = {
 }
 """What attention layers ask for that MoBA does not have, and what to do. Names that are in neither are refused too."""
 UNDERSTOOD = {
-    "position_ids", "is_causal",
-    *TransformersKwargs.__annotations__, *inspect.signature(ForCausalLMLoss).parameters,
+    "position_ids", "is_causal", *TransformersKwargs.__annotations__, *inspect.signature(ForCausalLMLoss).parameters,
     # what else a call, a trainer, a tokenizer or a fused loss hands through to all layers, and changes no attention
     "cache_position", "logits_to_keep", "return_dict", "return_predicted_tokens", "return_token_accuracy", "seq_idx",
     "skip_logits", "special_tokens_mask", "token_type_ids", "use_cache", "use_token_scaling"} - REFUSED.keys()

@@ -40,7 +40,8 @@ def sparse_decode(query: Tensor, key: Tensor, value: Tensor, layout: Tensor | No
         chosen = decode_selection(query[:, :, 0], k, means, lengths, config.chunk_size, config.topk,
                                   cache_starts=starts, backend=config.backend, shared=config.selection)
         slots = key.shape[2]
-        replay.record(layer, chosen, slots // config.chunk_size + 1, config, slots <= config.topk * config.chunk_size)
+        replay.record(layer, chosen, slots // config.chunk_size + 1, config, slots <= config.topk * config.chunk_size,
+                      chosen.shape[1] != query.shape[1])
     _keep(key, means, config.chunk_size)
     return o[:, None]
 

@@ -88,8 +88,7 @@ class AttentionCall:
             "num_rows": q.shape[0] * q.shape[1], "num_segments": s.num_segments, "num_sequences": s.num_sequences,
             "num_chunks": self.num_chunks, "chunk_size": s.chunk_size,
             **{f"stride_{name}{dim}": x.stride(i) for name, x in strides.items() for i, dim in enumerate("th")},
-            "H": q.shape[1], "HK": k.shape[1], "G": self.heads_per_kv, "KS": self.choices,
-            "SHARED": self.shared,
+            "H": q.shape[1], "HK": k.shape[1], "G": self.heads_per_kv, "KS": self.choices, "SHARED": self.shared,
             "BLOCK_KS": next_power_of_2(max(1, self.choices)), "D": q.shape[2], "DV": v.shape[2],
             "BLOCK_D": head_block(q.shape[2]), "BLOCK_DV": head_block(v.shape[2]), "PRECISION": self.precision,
         }

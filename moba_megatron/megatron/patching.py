@@ -138,8 +138,7 @@ def _wrapper(wrap):
 
 @_wrapper
 def moba_arguments(original, parser):
-    """On ``add_megatron_arguments``: adds ``--attention`` and ``--moba-*``, chooses what no flag says, and watches
-    checkpoints for them."""
+    """On ``add_megatron_arguments``: ``--attention`` and ``--moba-*``, what no flag says, and checkpoints that know."""
     parser = add_moba_arguments(original(parser), default="full", full_meaning=FULL_MEANING)
     group = parser.add_argument_group("moba logs")
     group.add_argument("--moba-log-router-interval", type=_at_least_one, metavar="N",

@@ -164,8 +164,7 @@ def check_packed(packed: PackedSeqParams, group: dist.ProcessGroup | None) -> No
 
 
 def _raise_unless(ok: Tensor, of: Tensor, text: str) -> None:
-    """Raises ValueError where ok, which says what ``of`` is, is False: now on the CPU, else at a call after the GPU has
-    computed it."""
+    """Raises ValueError where ok, which says what ``of`` is, is False: on a CPU now, else once the GPU has said so."""
     if type(ok) is not Tensor:  # a fake has no value
         return
     if ok.device.type == "cpu":

@@ -249,8 +249,7 @@ _differentiates._dynamo_marked_constant = True  # a compiler asks while it trace
 
 def causal_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *,
                        softmax_scale: float | None = None, deterministic: bool = False, backend: str = "auto",
-                       return_lse: bool = False, workspace_mib: float | None = None
-                       ) -> Tensor | tuple[Tensor, Tensor]:
+                       return_lse: bool = False, workspace_mib: float | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """Dense causal attention over packed sequences: MoBA with one chunk as long as the longest sequence.
 
     On CUDA ``backend="auto"`` takes flash attention where it fits (``ops/dense.py``), as it does wherever MoBA is
@@ -392,8 +391,7 @@ def _gradients(backward, ctx, do, dlse):
     return *backward(do, dlse, q, k, v, o, lse, *integers, *ctx.constants), *(None,) * 16
 
 
-_forward.register_autograd(lambda ctx, do, dlse, *_: _gradients(_backward, ctx, do, dlse),
-                           setup_context=_setup_context)
+_forward.register_autograd(lambda ctx, do, dlse, *_: _gradients(_backward, ctx, do, dlse), setup_context=_setup_context)
 
 
 class _Attention(torch.autograd.Function):

@@ -17,8 +17,7 @@ chunks, which are made harmless otherwise. Off by default: it stops the host at 
 
 def check_tensor(name: str, x: Tensor, dims: int, dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES, words: str = "",
                  device: torch.device | None = None, of: str = "q") -> None:
-    """A tensor of one of the dtypes, of so many dimensions, which ``words`` name, on the device of the argument ``of``,
-    where that is given."""
+    """A tensor of one of the dtypes, of so many dimensions, which ``words`` name, on the device of ``of`` if given."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dim() != dims:
@@ -136,8 +135,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, max_seqlen: int, total: int, device: to
 
 
 def check_segments(segments: Segments, total_q: int, total_k: int, device: torch.device) -> Segments:
-    """Segments that place ``total_q`` queries among ``total_k`` keys, with contiguous tensors; values are checked as in
-    check_cu_seqlens."""
+    """Segments that place ``total_q`` queries among ``total_k`` keys, contiguous; values as in check_cu_seqlens."""
     if not isinstance(segments, Segments):
         raise TypeError(f"segments must be a moba_megatron.segments.Segments, got {type(segments).__name__}")
     strided = {}

@@ -103,7 +103,7 @@ def test_what_is_refused():
 @pytest.mark.parametrize("kind", ["empty", "cut off", "damaged", "an array"])
 def test_other_files_are_refused(kind, tmp_path):
     path = tmp_path / "choices"
-    RecordedSelection({1: [LayerSelection(torch.zeros(4, 2, 1, dtype=torch.int16), 8, 2, False)]}).save(path)
+    RecordedSelection({1: [LayerSelection(torch.zeros(4, 2, 1, dtype=torch.int16), 8, 2, False, False)]}).save(path)
     saved = bytearray(path.read_bytes())
     saved[150] ^= 255
     if kind == "an array":
@@ -111,5 +111,44 @@ def test_other_files_are_refused(kind, tmp_path):
             numpy.save(file, numpy.zeros(3))
     else:
         path.write_bytes({"empty": b"", "cut off": saved[:200], "damaged": saved}[kind])
-    with pytest.raises(ValueError, match="path must be a file that RecordedSelection.save wrote"):
+    with pytest.raises(ValueError, match="path must be what RecordedSelection.save wrote"):
         RecordedSelection.load(path)
+
+
+def test_a_damaged_file_is_refused_or_whole(tmp_path):
+    """Whatever byte is another; and a file that has not all calls of a layer, or has other arrays."""
+    path, random = tmp_path / "choices.npz", numpy.random.default_rng(0)
+    calls = [LayerSelection(torch.full((5, 2, 1), i, dtype=torch.int16), 8, 2, False, False) for i in range(3)]
+    RecordedSelection({1: calls, 2: calls}).save(path)
+    assert [x.name for x in tmp_path.iterdir()] == ["choices.npz"]
+    saved = path.read_bytes()
+    for _ in range(300):
+        damaged = bytearray(saved)
+        damaged[random.integers(len(saved))] ^= 1 << random.integers(8)
+        path.write_bytes(damaged)
+        try:
+            layers = RecordedSelection.load(path).layers
+        except ValueError:
+            continue
+        assert all([torch.equal(a.numbers, b.numbers) for a, b in zip(found, calls)] in ([True] * 3, [True] * 2, [True])
+                   for found in layers.values())
+    for name, array in (("1.5.8.2.0.0", numpy.zeros((5, 2, 1), numpy.int16)), ("1.0.8.2.0.0", numpy.zeros((5, 2, 1))),
+                        ("1.0.8.2.0.0", numpy.zeros((5, 2), numpy.int16))):
+        numpy.savez(path, **{name: array})
+        with pytest.raises(ValueError, match="path must be what RecordedSelection.save wrote"):
+            RecordedSelection.load(path)
+    with pytest.raises(ValueError, match="batch must be the number of sequences in each call, of .5. rows, got 3"):
+        RecordedSelection({1: calls}).joined(3)
+
+
+def test_what_is_not_replayed_at_all():
+    register_moba(MoBAConfig(hf.CHUNK, hf.TOPK))
+    made, ids = hf.model().eval(), hf.tokens(1, 30)
+    with record_selection() as choices:
+        made(ids)
+    refused = pytest.raises(ValueError, match="layer 1 was recorded in 1 calls, and replayed in 0")
+    with refused, replay_selection(choices):
+        pass
+    register_moba(MoBAConfig(hf.CHUNK, hf.TOPK, full_attention_layers="1"))
+    with refused, replay_selection(choices):
+        made(ids)

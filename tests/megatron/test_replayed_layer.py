@@ -1,4 +1,6 @@
 """Recorded choices of one layer: what fits is replayed, by any checkpoint and packing, and what does not is refused."""
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -18,10 +20,12 @@ from moba_megatron import (
     MoBACoreAttention,
     RecordedSelection,
     record_selection,
+    replay,
     replay_selection,
     torch_stages,
 )
 from moba_megatron.replay import LayerSelection
+from moba_megatron.segments import Segments
 
 MOBA = MoBAConfig(chunk_size=8, topk=3)
 
@@ -89,6 +93,64 @@ def test_recomputed_calls_are_the_same_calls(way, together, monkeypatch):
         assert all(map(torch.equal, run(WAYS[way]), expected))
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("within", ["function", "checkpoints"])
+def test_calls_within_one_checkpoint(way, within):
+    """A layer that is called twice in a checkpoint, by itself or in two checkpoints of its own: each has its own, in a
+    second backward pass too."""
+    core, (q, k, v) = layer(), inputs()
+    inner = WAYS[way] if within == "checkpoints" else lambda function, *args: function(*args)
+
+    def twice(q, k, v):
+        back = inner(lambda *x: core(*x, None), q.flip(0), k, v).flip(0)
+        return inner(lambda *x: core(*x, None), q, k, v) + 2 * back
+
+    def grads():
+        o, found, times = WAYS[way](twice, q, k, v), [], 2 if way == "not_reentrant" else 1
+        for i in range(times):
+            o.square().sum().backward(retain_graph=i + 1 < times)
+            found += [x.grad for x in (q, k, v)]
+            q.grad = k.grad = v.grad = None
+        return found
+
+    expected = grads()
+    with record_selection() as choices:
+        grads()
+    assert len(choices.layers[1]) == 2 and not torch.equal(*(call.numbers for call in choices.layers[1]))
+    with replay_selection(choices):
+        assert all(map(torch.equal, grads(), expected))
+
+
+def test_replays_end_in_any_order_and_in_one_thread():
+    core, (q, k, v) = layer(), inputs()
+    with record_selection() as choices:
+        chosen = core(q, k, v, None)
+    nothing = LayerSelection(torch.full_like(choices.layers[1][0].numbers, -1), 8, 3, False, False)
+    first, second = replay_selection(RecordedSelection({1: [nothing]})), replay_selection(choices)
+    first.__enter__()
+    assert not torch.equal(core(q, k, v, None), chosen)
+    second.__enter__()
+    with pytest.raises(RuntimeError, match="replay_selection is under way in another thread"):
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(replay_selection(choices).__enter__).result()
+    first.__exit__(None, None, None)
+    assert torch.equal(core(q, k, v, None), chosen)
+    second.__exit__(None, None, None)
+    assert not replay.is_active()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_lists_of_groups_go_to_their_rank(rank):
+    """What a selector chose for 8 groups of 16 heads, on two tensor parallel ranks: as many groups as heads a rank."""
+    numbers = torch.arange(8, dtype=torch.int16)[None, :, None].repeat(40, 1, 2)
+    recorded = RecordedSelection({1: [LayerSelection(numbers, 4, 3, False, True)]})
+    segments = Segments.from_cu_seqlens(torch.tensor([0, 40], dtype=torch.int32), 40, 4)
+    with replay_selection(recorded):
+        ids, _ = replay.replayed(1, torch.zeros(40, 8, 8), torch.zeros(40, 4, 8), segments, MoBAConfig(4, 3), (2, rank),
+                                 None, False)
+    assert ids[0, :, 0].tolist() == list(range(4 * rank, 4 * rank + 4))
+
+
 def test_backward_outside_of_the_replay():
     core, (q, k, v) = layer(), inputs()
     with record_selection() as choices:
@@ -122,7 +184,8 @@ def test_numbers_are_of_any_packing():
         o = core(q, k, v, None, packed_seq_params=packed)
     torch.testing.assert_close(o, torch.cat(outputs), rtol=1e-12, atol=1e-13)
     assert torch.equal(again.layers[1][0].numbers, alone.joined().layers[1][0].numbers)
-    nothing = RecordedSelection({1: [LayerSelection(torch.full_like(again.layers[1][0].numbers, -1), 8, 3, False)]})
+    nothing = torch.full_like(again.layers[1][0].numbers, -1)
+    nothing = RecordedSelection({1: [LayerSelection(nothing, 8, 3, False, False)]})
     with replay_selection(nothing):
         own = core(q, k, v, None, packed_seq_params=packed)
     assert torch.equal(own, layer(moba=MoBAConfig(8, 1))(q, k, v, None, packed_seq_params=packed))
@@ -190,7 +253,7 @@ def test_refused_arguments(tmp_path):
     np.savez(tmp_path / "other.npz", a=np.zeros(1))
     np.savez(tmp_path / "pickle.npz", **{"1.0.8.3.0": np.array([{}], dtype=object)})
     for name in ("text", "other.npz", "pickle.npz"):
-        with pytest.raises(ValueError, match="path must be a file that RecordedSelection.save wrote"):
+        with pytest.raises(ValueError, match="path must be what RecordedSelection.save wrote"):
             RecordedSelection.load(tmp_path / name)
     with pytest.raises(ValueError, match="decode must be moba for record_selection, got dense"), record_selection():
         q, k, v = inputs()
