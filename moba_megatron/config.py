@@ -19,7 +19,7 @@ def _flag(default, help: str):
 
 
 def check_whole(name: str, value, minimum: int) -> None:
-    """Refuses all but an int of at least ``minimum`` and below 2^31, or what a compiler does not know yet."""
+    """An int of at least ``minimum`` and below 2^31 (no bool, float, tensor), or what a compiler does not know yet."""
     if isinstance(value, torch.SymInt):
         return
     if isinstance(value, bool) or not isinstance(value, int):
@@ -191,7 +191,7 @@ class MoBAConfig:
         """The config at a training iteration (0-based): with that one's ``topk``."""
         if self.topk_schedule is None:
             return self
-        topk = [topk for step, topk in _parse_schedule(self.topk_schedule) if step <= max(0, iteration)][-1]
+        topk = [topk for step, topk in _parse_schedule(self.topk_schedule) if step <= iteration][-1]
         return replace(self, topk=topk, topk_schedule=None)
 
     def chunks(self, dense: bool, max_seqlen: int) -> tuple[int, int]:

@@ -46,8 +46,9 @@ class RecordedSelection:
 
     def save(self, path: str | PathLike) -> None:
         """Writes an .npz file, without pickles; one that is there stays until the new one is whole."""
+        n = sum(map(len, self.layers.values()))
         with open(f"{os.fspath(path)}.part", "wb") as file:
-            np.savez(file, **{f"{layer}.{i}.{x.chunk_size}.{x.topk}.{x.causal:d}.{x.groups:d}": x.numbers.numpy()
+            np.savez(file, **{f"{layer}.{i}.{x.chunk_size}.{x.topk}.{x.causal:d}.{x.groups:d}.{n}": x.numbers.numpy()
                               for layer, calls in self.layers.items() for i, x in enumerate(calls)})
         os.replace(file.name, path)
 
@@ -58,10 +59,11 @@ class RecordedSelection:
         with open(path, "rb") as opened:
             try:
                 file = np.load(opened, allow_pickle=False)
-                for layer, i, size, topk, causal, groups, x in sorted((*map(int, x.split(".")), x) for x in file):
+                for layer, i, size, topk, causal, groups, n, x in sorted((*map(int, x.split(".")), x) for x in file):
                     calls, numbers = recorded.layers.setdefault(layer, []), file[x]
-                    if str(numbers.dtype) not in ("int16", "int32") or numbers.ndim != 3 or i != len(calls):
-                        raise ValueError(f"{numbers.dtype} {numbers.shape} as {x!r}, after {len(calls)} calls")
+                    if str(numbers.dtype) not in ("int16", "int32") or numbers.ndim != 3 or (i, n) != (
+                            len(calls), len(file)):
+                        raise ValueError(f"{numbers.dtype} {numbers.shape} as {x!r}, of {len(file)} calls")
                     calls.append(LayerSelection(torch.from_numpy(numbers), size, topk, bool(causal), bool(groups)))
             except Exception as error:  # a damaged archive raises anything
                 raise ValueError(f"path must be what RecordedSelection.save wrote, got {path}: {error}") from None
@@ -92,8 +94,7 @@ class _Run:
         """
         task, number = torch._C._current_graph_task_id(), self.calls[layer]
         known = [(vars(x).setdefault("moba_calls", {}), reruns) for x, reruns in _checkpoints()]
-        again = task != -1
-        if again:
+        if again := task != -1:
             numbers, place = next((x[self, layer] for x, reruns in known if reruns and (self, layer) in x), ((), {}))
             at = place.get(task, 0)  # each backward pass begins anew
             place[task] = at + 1
@@ -161,8 +162,8 @@ def replay_selection(choices: RecordedSelection) -> Iterator[None]:
     Raises:
         TypeError: choices is something else.
         RuntimeError: another thread is in such a block, which is the process's.
-        ValueError: in the block, where a layer was not recorded, or with another chunk size, topk, number of tokens or
-            heads, or less often; at its end, where it was more often (among ranks: if it, or no layer, was called).
+        ValueError: in the block, where a layer's call was not recorded, or with another chunk size, topk, number of
+            tokens or heads; at its end, where one was not replayed (among several ranks: of a layer that was called).
     """
     global in_use
     if not isinstance(choices, RecordedSelection):

@@ -166,12 +166,11 @@ def _padded_segments(layout: Tensor, queries: int, slots: int, chunk_size: int) 
     bounds = torch.stack((torch.zeros_like(start), start, end), 1)  # first slot of each part
     first_query = torch.clamp(bounds - offset[:, None], 0, queries)
     total = layout.new_full((1,), layout.shape[0])
-    return Segments(
-        cu_seqlens_q=torch.cat(((first_query + row[:, None] * queries).flatten(), total * queries)),
-        cu_seqlens_k=torch.cat(((bounds + row[:, None] * slots).flatten(), total * slots)),
-        seq_ids=torch.arange(3 * layout.shape[0], device=layout.device, dtype=torch.int32),
-        offsets=torch.clamp(offset[:, None] - bounds, min=0).flatten(),
-        max_seqlen_q=queries, max_seqlen_k=slots, chunk_size=chunk_size)
+    return Segments(cu_seqlens_q=torch.cat(((first_query + row[:, None] * queries).flatten(), total * queries)),
+                    cu_seqlens_k=torch.cat(((bounds + row[:, None] * slots).flatten(), total * slots)),
+                    seq_ids=torch.arange(3 * layout.shape[0], device=layout.device, dtype=torch.int32),
+                    offsets=torch.clamp(offset[:, None] - bounds, min=0).flatten(),
+                    max_seqlen_q=queries, max_seqlen_k=slots, chunk_size=chunk_size)
 
 
 def _packed_segments(begins: Tensor, chunk_size: int) -> Segments:

@@ -251,7 +251,7 @@ def test_refused_arguments(tmp_path):
         pass
     (tmp_path / "text").write_text("not a record")
     np.savez(tmp_path / "other.npz", a=np.zeros(1))
-    np.savez(tmp_path / "pickle.npz", **{"1.0.8.3.0": np.array([{}], dtype=object)})
+    np.savez(tmp_path / "pickle.npz", **{"1.0.8.3.0.0.1": np.array([{}], dtype=object)})
     for name in ("text", "other.npz", "pickle.npz"):
         with pytest.raises(ValueError, match="path must be what RecordedSelection.save wrote"):
             RecordedSelection.load(tmp_path / name)
