@@ -140,10 +140,10 @@ def _segments(cu_seqlens: Tensor, max_seqlen: int, size: int, rank: int, chunk_s
     pieces = (cu[1:] - cu[:-1]) // (2 * size)
     local = cu // size
     starts = torch.stack((local[:-1], local[:-1] + pieces), dim=1).flatten()
-    return Segments(cu_seqlens_q=torch.cat((starts, local[-1:])).int(), cu_seqlens_k=cu_seqlens,
+    return Segments(cu_seqlens_q=torch.cat((starts, local[-1:])).int(), cu_seqlens_k=cu_seqlens, exact=exact,
                     seq_ids=torch.arange(pieces.numel(), device=cu.device, dtype=torch.int32).repeat_interleave(2),
                     offsets=torch.stack((rank * pieces, (2 * size - 1 - rank) * pieces), dim=1).flatten().int(),
-                    max_seqlen_q=-(-max_seqlen // (2 * size)), max_seqlen_k=max_seqlen, chunk_size=chunk_size, exact=exact)
+                    max_seqlen_q=-(-max_seqlen // (2 * size)), max_seqlen_k=max_seqlen, chunk_size=chunk_size)
 
 
 def _rows(cu_seqlens: Tensor, total: int, size: int, rank: int, runs: Runs | None) -> Rows:
