@@ -47,8 +47,8 @@ def main(argv=None) -> int:
         abort(f"error: {error}", 2, shared=True)
     except ValueError as error:
         abort(f"error: {error}", 2)
-    except RunError as error:
-        abort(f"error: {error}", 1)
+    except RunError as error:  # rank 0 knows the reasons of all ranks
+        abort(f"error: {error}", 1, patience=3 if torch.distributed.get_rank() else 0)
     except Exception as error:
         lost = lost_rank(error, args.distributed_timeout_minutes)
         if lost:

@@ -1,4 +1,5 @@
 """Errors in a run of many processes: all ranks learn of one rank's, and an error that all have is said once."""
+import contextlib
 import os
 import sys
 import time
@@ -72,7 +73,8 @@ def abort(message: str, status: int, shared: bool = False, patience: float = 0) 
     if shared:
         report_error(message.removeprefix("error: "))
     else:
-        sys.stderr.write(f"[rank {torch.distributed.get_rank()}] {message}\n")  # one write: ranks share stderr
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # a log on a full disk
+            sys.stderr.write(f"[rank {torch.distributed.get_rank()}] {message}\n")  # one write: ranks share stderr
+            sys.stderr.flush()
     time.sleep(patience)
     os._exit(status)

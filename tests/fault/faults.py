@@ -6,6 +6,7 @@ FAULTS is a list, `kind:rank:step kind:rank:step ...`. The first start of the jo
 import os
 import resource
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -84,7 +85,11 @@ def kill_while_writing(save, *args):
 
 
 def fill_disk(save, *args):
-    """No file of this process and its children may grow beyond a limit: write() fails as on a full disk."""
+    """No file of this process and its children may grow beyond a limit: write() fails as on a full disk.
+
+    Its stderr is on that disk, so that what happened is for rank 0 to say.
+    """
+    os.dup2(os.open("/dev/full", os.O_WRONLY), sys.stderr.fileno())
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
     return save(*args)
 
@@ -113,8 +118,14 @@ def next_fault() -> tuple[str, int, int] | None:
 
 
 def main() -> int:
-    """The job, with this start's fault where it is this rank's."""
+    """The job, with this start's fault where it is this rank's.
+
+    Only a start in which a rank stalls has a short timeout: on a busy machine saving takes long, and its processes
+    are not ready at once.
+    """
     fault = next_fault()
+    if fault is not None and fault[0] == "stall":
+        sys.argv += ["--distributed-timeout-minutes", "0.3"]
     if fault is not None and fault[1] == RANK:
         KINDS[fault[0]](fault[2])
     return job.main()

@@ -27,12 +27,12 @@ from prepare_data import main as prepare_data  # noqa: E402
 from pretraining.monitor import read_log  # noqa: E402
 
 STEPS = 8
-LOST = "another rank did not answer for 12 s"
+LOST = "another rank did not answer for 30 s"
 SMALL = ["--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4", "--num-query-groups", "2",
          "--ffn-hidden-size", "64", "--seq-length", "64", "--moba-chunk-size", "8", "--moba-topk", "2",
          "--moba-full-attention-layers", "none", "--train-iters", str(STEPS), "--lr", "1e-2", "--lr-warmup-iters", "1",
          "--global-batch-size", "2", "--log-interval", "1", "--eval-iters", "0", "--split", "1,0,0",
-         "--save-interval", "2", "--distributed-timeout-minutes", "0.2"]
+         "--save-interval", "2", "--distributed-timeout-minutes", "0.5"]
 ROWS, KV_HEADS = 256, 4
 # by hosts: processes on each, how they communicate
 LAYOUTS = {2: (2, ["--cp-comm-type", "a2a+all_gather", "--hierarchical-context-parallel-sizes", "2", "2"]),
