@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..ops.pipeline import Choice, Pipeline, Saved
 from .layout import ZigzagLayout
-from .transport.comm import Library, Pending, Rows, all_gather, arrived, copy_rows, sum_dtype
+from .transport.comm import Library, Pending, Rows, all_gather, arrived, copy_rows
 from .transport.symmetric_memory import through_arenas
 
 T = TypeVar("T")
@@ -185,7 +185,7 @@ class AllGatherAttention:
         reducing = []
         early = transport is not None and transport.early
         for i, ((heads, kv_heads), rest, arriving) in enumerate(zip(groups, saved, gathered)):
-            keys, sums = arrived(arriving), sum_dtype(k.dtype)
+            keys, sums = arrived(arriving), torch.promote_types(k.dtype, torch.float32)
             q_part, do_part = (_gathered_fast(x[:, heads], k.shape[1] < q.shape[1]) for x in (q, do))
             memory = transport and transport.tensors((REDUCED, i), *((x.shape, sums) for x in keys))
             out = memory and [torch.empty(q_part.shape, dtype=q.dtype, device=q.device), *memory]
@@ -209,7 +209,8 @@ class AllGatherAttention:
     def transport(self, k: Tensor, v: Tensor, groups: HeadGroups) -> Library:
         """How keys and values travel, and their gradients."""
         rows, (_, most) = self.layout.rows, most_heads(groups)
-        narrow, wide, others = k.element_size(), sum_dtype(k.dtype).itemsize, rows.total - rows.local
+        narrow, wide = k.element_size(), torch.promote_types(k.dtype, torch.float32).itemsize
+        others = rows.total - rows.local
         of_k, of_v = most * k.shape[2], most * v.shape[2]
         lanes = ((rows.total * of_k * narrow, rows.total * of_v * narrow),
                  # theirs, and what comes of the others'
@@ -252,8 +253,8 @@ class AllGatherAttention:
     def send_sums(self, k: Tensor) -> Pending:
         """Starts the gather of this rank's block sums and of its rows in cut blocks."""
         blocks = self.layout.blocks
-        message = torch.zeros(blocks.send_rows, *k.shape[1:], dtype=sum_dtype(k.dtype), device=k.device)
-        whole = blocks.starts.numel()
+        dtype, whole = torch.promote_types(k.dtype, torch.float32), blocks.starts.numel()
+        message = torch.zeros(blocks.send_rows, *k.shape[1:], dtype=dtype, device=k.device)
         message[:whole] = self.pipeline.stages.block_sums(k, blocks.starts, blocks.counts)
         message[whole:whole + blocks.cut_rows.numel()] = k[blocks.cut_rows]
         return all_gather(message, self.group, "fwd sums")

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..ops.pipeline import Pipeline
 from ..segments import Segments
 from .all_gather import AllGatherAttention, Grads, HeadGroups, State, head_groups, most_heads, prefetch, transport_for
-from .transport.comm import Library, Pending, Rows, arrived, copy_rows, sum_dtype
+from .transport.comm import Library, Pending, Rows, arrived, copy_rows
 
 QUERIES, KEYS, OUT, MEANS = LANES = range(4)
 """Lanes of the transport."""
@@ -124,7 +124,8 @@ class AllToAllAttention:
     def backward(self, do: Tensor, saved: State, kv_grad_dtype: torch.dtype) -> Grads:
         """dq, dk, dv of the rank's rows; dk and dv in ``kv_grad_dtype``, rounded once."""
         q_shape, kv_shapes, replicated, groups, saved = saved
-        stage, grad_dtype = "bwd exchange out", sum_dtype(do.dtype) if replicated else kv_grad_dtype
+        stage = "bwd exchange out"
+        grad_dtype = torch.promote_types(do.dtype, torch.float32) if replicated else kv_grad_dtype
         dq = torch.empty(q_shape, dtype=do.dtype, device=do.device)
         dk, dv = (torch.empty(shape, dtype=kv_grad_dtype, device=do.device) for shape in kv_shapes)
         lanes = {QUERIES: [(do, 0)], KEYS: [(dk, 1), (dv, 1)] if replicated else [],

@@ -105,11 +105,7 @@ def moba_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, topk: in
         topk: chunks a query attends to, its own included.
         softmax_scale, deterministic, backend, return_lse, workspace_mib, shared: as :func:`moba_attn_varlen`.
 
-    Returns:
-        o ``[T, H, DV]`` in q's dtype; with return_lse also lse ``[T, H]``, natural log.
-
-    Raises:
-        TypeError, ValueError: as :func:`moba_attn_varlen`.
+    Returns, Raises: as :func:`moba_attn_varlen`.
     """
     q, k, v = validation.cast_under_autocast(q, k, v)
     validation.check_qkv(q, k, v)
@@ -136,11 +132,7 @@ def sparse_attn_varlen(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, cu_seq
         chunk_size: keys in a chunk, at least 1 (Triton: at least 16).
         softmax_scale, deterministic, backend, return_lse, workspace_mib: as :func:`moba_attn_varlen`.
 
-    Returns:
-        o ``[T, H, DV]`` in q's dtype; with return_lse also lse ``[T, H]``, natural log.
-
-    Raises:
-        TypeError, ValueError: as :func:`moba_attn_varlen`.
+    Returns, Raises: as :func:`moba_attn_varlen`.
     """
     q, k, v = validation.cast_under_autocast(q, k, v)
     segments = _check_packed(q, k, v, cu_seqlens, max_seqlen, chunk_size, "chunk_size")
@@ -445,9 +437,7 @@ class _AttentionBackward(_Transformed):
         shapes = (x.shape if dim is None else x.movedim(dim, 0).shape[1:] for x, dim in zip(args[2:5], in_dims[2:5]))
         return tuple(args[2].new_empty(0, *shape) for shape in shapes), (0, 0, 0)
 
-    @staticmethod
-    def forward(*arguments):
-        return _unobserved_bwd(*arguments)
+    forward = staticmethod(_unobserved_bwd)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -19,7 +19,7 @@ BACKWARD_PRODUCTS = 2.5  # backward over forward: five matrix products against t
 BF16 = 2
 FP32 = 4
 
-STAGES = {
+STAGES = {  # stage -> its terms; `own` includes merging partial o and lse
     "means": ("means bytes", "launch"),
     "gate": ("gate scores", "gate choices", "launch"),
     "route": ("route choices", "launch"),
@@ -27,7 +27,6 @@ STAGES = {
     "own": ("own products", "own bytes", "launch"),
     "bwd": ("bwd products", "bwd own products", "bwd bytes", "bwd launches"),
 }
-"""Stage -> its terms. ``own`` includes merging partial o and lse."""
 FORWARD = ("means", "gate", "route", "sparse", "own")
 TERMS = tuple(dict.fromkeys(term for terms in STAGES.values() for term in terms))
 LAUNCH_SECONDS = 10e-6  # what one kernel takes before and after its work, at best; the backward pass has about ten
@@ -53,8 +52,7 @@ class AttentionShape:
 
     @property
     def own_pairs(self) -> float:
-        full, rest = divmod(self.seqlen, self.chunk_size)
-        return (full * self.chunk_size**2 + rest**2) / 2 * self.share * self.heads
+        return attended_pairs(self.seqlen, self.chunk_size, 1) * self.share * self.heads
 
     @property
     def earlier_pairs(self) -> float:

@@ -18,8 +18,7 @@ from torch import Tensor
 
 MAX_RUNS = 4
 """Runs of a rank that are exchanged in place, a message each; where there are more, rows are permuted instead."""
-Runs = tuple[tuple[int, ...], ...]
-"""[i][r]: first global row of run i of rank r, all of one length."""
+Runs = tuple[tuple[int, ...], ...]  # [i][r]: first global row of run i of rank r, all of one length
 Slot = tuple[int, int]
 """Memory for an exchange: a lane of those that the transport was made with, and a number that counts up in it."""
 
@@ -55,10 +54,9 @@ class Rows:
 
     def own_runs(self) -> list[tuple[slice, slice]]:
         """Rows of each run of this rank: among its own, among all."""
-        length, own = self.local // len(self.runs), []
-        for i, firsts in enumerate(self.runs):
-            own.append((slice(i * length, (i + 1) * length), slice(firsts[self.rank], firsts[self.rank] + length)))
-        return own
+        length = self.local // len(self.runs)
+        return [(slice(i * length, (i + 1) * length), slice(firsts[self.rank], firsts[self.rank] + length))
+                for i, firsts in enumerate(self.runs)]
 
 
 def copy_rows(out: Tensor, x: Tensor) -> Tensor:
@@ -74,11 +72,6 @@ def copy_rows(out: Tensor, x: Tensor) -> Tensor:
             pass
     ends[0].copy_(ends[1])
     return out
-
-
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What is added up over the ranks: fp32, fp64 for fp64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class WaitRecord:
@@ -240,8 +233,7 @@ class Library:
     in place: nothing is permuted. Otherwise messages are whole ranks' rows, permuted by an index before or after.
     """
 
-    early = False
-    """Whether copy engines carry what travels, and :meth:`deliver` can begin at an event."""
+    early = False  # whether copy engines carry what travels, and `deliver` can begin at an event
 
     def __init__(self, rows: Rows, group: dist.ProcessGroup):
         self.rows, self.group = rows, group
