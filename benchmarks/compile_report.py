@@ -33,7 +33,7 @@ from triton.runtime.jit import JITFunction
 from moba_megatron import kernels
 from moba_megatron.inspect import kernels as statistics
 from moba_megatron.kernels import copying, decode, launcher, sm90, tuning
-from moba_megatron.kernels.host import FP32_PRODUCTS, cdiv
+from moba_megatron.kernels.host import cdiv
 from moba_megatron.kernels.tuning_table import TABLE, is_gluon
 from moba_megatron.segments import SUM_BLOCK, Segments
 
@@ -352,7 +352,7 @@ def reachable_rows(arch: str) -> dict[tuple[str, str], dict[str, int]]:
             values.setdefault(name, set()).update((bound, BEYOND.get(name, bound)))
         if any(is_gluon(row.config) for row in rows):
             values["gluon"] = {0, 1} if sm90.unusable() is None else {0}
-        values["ieee"] = {int(FP32_PRODUCTS == "ieee")}
+        values.update({name: {value} for name, value in tuning.FIXED.items()})
         # the largest values first: they need the most of the card
         for chosen in itertools.product(*(sorted(some, reverse=True) for some in values.values())):
             key = dict(zip(values, chosen))

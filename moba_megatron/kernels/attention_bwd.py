@@ -27,7 +27,7 @@ def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tens
                   selected: Tensor, segments: Segments, softmax_scale: float, *, deterministic: bool = False,
                   kv_grad_dtype: torch.dtype | None = None,
                   routing: Routing | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`attention_fwd`; products of fp32 are IEEE: tf32x3 would cost a weight its last three bits.
+    """Gradients of :func:`attention_fwd`; products of fp32 are :data:`.host.FP32_PRODUCTS`.
 
     The event of ``launcher.call`` is where dk and dv are complete.
 

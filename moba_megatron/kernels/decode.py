@@ -66,7 +66,7 @@ def decode_gate(q: Buffer, k_cache: Buffer, means_cache: Buffer, cache_seqlens: 
 def decode_attention(q: Buffer, k_cache: Buffer, v_cache: Buffer, selected: Buffer, cache_seqlens: Buffer,
                      chunk_size: int, softmax_scale: float, *, block_table: Buffer | None = None,
                      cache_starts: Buffer | None = None) -> tuple[Buffer, Buffer]:
-    """As :func:`moba_megatron.reference.decode.decode_attention`; products of fp32 are in tf32x3."""
+    """As :func:`moba_megatron.reference.decode.decode_attention`; products of fp32 are :data:`.host.FP32_PRODUCTS`."""
     if q.dtype == torch.float64:
         raise TypeError("q must be bfloat16, float16 or float32 for the Triton kernels, got float64: "
                         "use backend='torch'")

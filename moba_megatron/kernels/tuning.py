@@ -13,12 +13,15 @@ from dataclasses import replace
 from unittest import mock
 
 import torch
+import triton
 
 from .host import FP32_PRODUCTS, INTERPRETED
 from .tuning_table import TABLE, Row
 
 ARCHS = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227}
 """Architecture classes and a block's shared memory in KiB. sm_86 stands for every card with 99 KiB: 86, 89, 120."""
+FIXED = {"ieee": int(FP32_PRODUCTS == "ieee"), "triton": int("{0}{1:0>2}".format(*triton.__version__.split(".")))}
+"""Keys that are the same in a whole process."""
 RENAMED = {"attention_fwd_own": "attention_fwd_diagonal", "attention_bwd_dkv": "attention_bwd_dkdv",
            "attention_bwd_dq_own": "attention_bwd_dq_diagonal"}
 """Stages in files that version 0.1 wrote."""
@@ -35,7 +38,7 @@ def config(stage: str, device: torch.device | None = None, **key: int) -> dict[s
         device: where the kernel will run; decides the architecture.
         key: what rows may be bounded by: ``head_dim`` (the larger of D and DV), ``chunk_size``, ``itemsize``
             (bytes of q's dtype), and whatever else a stage's rows name; ``ieee``, whether products of fp32 are IEEE's,
-            is added.
+            and ``triton``, its version (306: 3.6), are added.
 
     Returns:
         A fresh dict such as ``{"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}``.
@@ -43,7 +46,7 @@ def config(stage: str, device: torch.device | None = None, **key: int) -> dict[s
     Raises:
         KeyError: the stage is unknown. LookupError: no row fits.
     """
-    key["ieee"] = int(FP32_PRODUCTS == "ieee")
+    key.update(FIXED)
     return dict(_lookup(stage, arch_of(device), tuple(sorted(key.items()))))
 
 
