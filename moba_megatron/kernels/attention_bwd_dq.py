@@ -93,8 +93,10 @@ def _attention_bwd_dq_diagonal_kernel(
     rows = first_row + tl.arange(0, BLOCK_M)
     valid = rows < q_end
     row = rows.to(tl.int64)
-    q_rows = _load_rows_where(q + _offset(head, stride_qh), _offset(rows, stride_qt), valid, D, BLOCK_D)
-    do_rows = _load_rows_where(do + _offset(head, stride_doh), _offset(rows, stride_dot), valid, DV, BLOCK_DV)
+    LATE: tl.constexpr = (q.dtype.element_ty == tl.float32) & (PRECISION == "ieee")  # or they fill the registers
+    if not LATE:
+        q_rows = _load_rows_where(q + _offset(head, stride_qh), _offset(rows, stride_qt), valid, D, BLOCK_D)
+        do_rows = _load_rows_where(do + _offset(head, stride_doh), _offset(rows, stride_dot), valid, DV, BLOCK_DV)
     row_lse = tl.load(terms + (row * H + head) * 4, mask=valid, other=float("inf"))
     row_delta = tl.load(terms + (row * H + head) * 4 + 1, mask=valid, other=0.0)
 
@@ -120,6 +122,9 @@ def _attention_bwd_dq_diagonal_kernel(
                                mask=chosen[:, None] & (cols[None, :] < D), other=0.0)
             acc += part.to(tl.float32)
         acc *= tl.where(softmax_scale == 0, 0.0, 1 / softmax_scale)
+    if LATE:
+        q_rows = _load_rows_where(q + _offset(head, stride_qh), _offset(rows, stride_qt), valid, D, BLOCK_D)
+        do_rows = _load_rows_where(do + _offset(head, stride_doh), _offset(rows, stride_dot), valid, DV, BLOCK_DV)
     for first in range(key_begin, key_begin + clear, BLOCK_N):
         acc = _diagonal_dq_step(acc, q_rows, do_rows, row_lse, row_delta, k, v, k_row, k_end, head // G, chunk_begin,
                                 position, first, qk_scale, stride_kt, stride_kh, stride_vt, stride_vh, D, DV, BLOCK_N,

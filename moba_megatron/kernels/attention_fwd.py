@@ -334,8 +334,10 @@ def _attention_fwd_diagonal_kernel(
     valid = rows < q_end
     row = rows.to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
-    q_rows = tl.load(q + _offset(head, stride_qh) + _offset(rows, stride_qt)[:, None] + cols[None, :],
-                     mask=valid[:, None] & (cols[None, :] < D), other=0.0)
+    LATE: tl.constexpr = (q.dtype.element_ty == tl.float32) & (PRECISION == "ieee")  # or they fill the registers
+    if not LATE:
+        q_rows = tl.load(q + _offset(head, stride_qh) + _offset(rows, stride_qt)[:, None] + cols[None, :],
+                         mask=valid[:, None] & (cols[None, :] < D), other=0.0)
 
     position = first_position + tl.minimum(rows, q_end - 1) - first_row  # in the sequence
     last_position = first_position + q_end - 1 - first_row
@@ -352,6 +354,9 @@ def _attention_fwd_diagonal_kernel(
         m = tl.full([BLOCK_M], -float("inf"), tl.float32)
         l = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    if LATE:
+        q_rows = tl.load(q + _offset(head, stride_qh) + _offset(rows, stride_qt)[:, None] + cols[None, :],
+                         mask=valid[:, None] & (cols[None, :] < D), other=0.0)
     k_end = k_row + last_position + 1
     for first in range(key_begin, key_begin + clear, BLOCK_N):
         acc, m, l = _diagonal_step(acc, m, l, q_rows, k, v, k_row, k_end, head // G, chunk_begin, position, first,
