@@ -70,10 +70,10 @@ def abort(message: str, status: int, shared: bool = False, patience: float = 0) 
     With patience the message comes at once and the end after so many seconds: torchrun calls the first rank to end the
     root cause.
     """
-    if shared:
-        report_error(message.removeprefix("error: "))
-    else:
-        with contextlib.suppress(OSError):  # a log on a full disk
+    with contextlib.suppress(OSError):  # a log on a full disk
+        if shared:
+            report_error(message.removeprefix("error: "))
+        else:
             sys.stderr.write(f"[rank {torch.distributed.get_rank()}] {message}\n")  # one write: ranks share stderr
             sys.stderr.flush()
     time.sleep(patience)

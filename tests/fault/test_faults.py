@@ -8,11 +8,13 @@ writer as it does with ENOSPC.
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from ranks import pretrain_gpt, run_ranks, torchrun
+from ranks import ROOT, pretrain_gpt, run_ranks, torchrun
 
 from tests.fault import on_gpus
 
@@ -121,6 +123,17 @@ def test_damaged_checkpoint_is_passed_over(restarted, flags, uninterrupted, tmp_
     assert re.search(rf"warning: .*iter_0000008 is damaged: {part.name} has \d+ bytes, \d+ were written; going back to "
                      "iter_0000006, the last whole one", said)
     assert curve(run) == uninterrupted and last_checkpoint(run) == 8
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_log_on_a_full_disk_does_not_change_the_status(shared):
+    program = ("import torch.distributed as dist; from pretraining.agreement import abort; "
+               "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1); "
+               f"abort('error: nothing can be written', 7, shared={shared})")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT / "examples", stderr=full,
+                              env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 7
 
 
 def test_stored_drill_on_two_gpus_continued_its_curve():

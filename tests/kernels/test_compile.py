@@ -108,7 +108,6 @@ def test_nothing_spills_much(report):
     assert not spilled, "\n" + compile_report.as_text(spilled)
 
 
-@pytest.mark.skipif(kernels.INTERPRETED, reason="nothing is compiled under TRITON_INTERPRET=1")
 @pytest.mark.parametrize("capability, head_dim, head_dim_v", [(90, 128, 64), (80, 256, 256)])
 def test_ieee_products_spill_no_more(monkeypatch, capability, head_dim, head_dim_v):
     """Operands of IEEE products lie in registers from where they are loaded on."""
