@@ -408,9 +408,11 @@ def _problems_for_other_rows(capability: int, problems: list[Problem]) -> list[P
             continue
         dtype = torch.float32 if key["itemsize"] == 4 else torch.bfloat16
         earlier = key.get("choices", 7)
-        problem = Problem(key["head_dim"], key["chunk_size"], topk=earlier + 1, dtype=dtype,
+        others = key.get("gluon") == 0  # no Gluon kernel takes such heads, and the gate's not such a q
+        problem = Problem(key["head_dim"] - 8 * (others and row[0] == "gate"), key["chunk_size"], topk=earlier + 1,
+                          dtype=dtype,
                           tokens=max(Problem.tokens, Problem.sequences * key.get("chunks", 0) * key["chunk_size"]),
-                          head_dim_v=key["head_dim"] // 2 if "gluon" in key and not key["gluon"] else None)
+                          head_dim_v=key["head_dim"] // 2 if others else None)
         now = used_rows(problem, capability)
         if now - used:
             added.append(problem)

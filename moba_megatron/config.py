@@ -157,11 +157,8 @@ class MoBAConfig:
             object.__setattr__(self, "full_attention_layers", tuple(sorted(numbers)))
 
     def is_full_attention(self, layer_number: int, num_layers: int) -> bool:
-        """Whether a layer, by its global 1-based number, attends densely.
-
-        Raises:
-            ValueError: layer_number is not in 1..num_layers, or a listed layer is beyond num_layers.
-        """
+        """Whether a layer, by its global 1-based number, attends densely; ValueError where that, or a listed layer, is
+        not in 1..num_layers."""
         if not 1 <= layer_number <= num_layers:
             raise ValueError(f"layer_number must be in 1..{num_layers} (num_layers), got {layer_number}")
         rule, n = _parse_layers(self.full_attention_layers)
@@ -175,11 +172,8 @@ class MoBAConfig:
         return self.full_attention_from_step is not None and iteration >= self.full_attention_from_step
 
     def for_layer(self, layer_number: int, num_layers: int) -> "MoBAConfig":
-        """The config of a layer, by its global 1-based number: with its own ``chunk_size`` and ``topk``.
-
-        Raises:
-            ValueError: per_layer names a layer beyond num_layers.
-        """
+        """The config of a layer, by its global 1-based number: with its own ``chunk_size`` and ``topk``. ValueError
+        where per_layer names a layer beyond num_layers."""
         if self.per_layer is None:
             return self
         layers = parse_per_layer(self.per_layer)

@@ -88,10 +88,8 @@ class _Run:
         self.recorded, self.calls, self.is_over, self.thread = recorded, Counter(), False, threading.get_ident()
 
     def call(self, layer: int) -> tuple[int, bool]:
-        """The number of the layer's call, and whether it runs again: a backward pass recomputes it.
-
-        Checkpoints, which are among the callers of both runs, keep the numbers of their calls, in order.
-        """
+        """The number of the layer's call, and whether it runs again: a backward pass recomputes it. Checkpoints, which
+        are among the callers of both runs, keep the numbers of their calls, in order."""
         task, number = torch._C._current_graph_task_id(), self.calls[layer]
         known = [(vars(x).setdefault("moba_calls", {}), reruns) for x, reruns in _checkpoints()]
         if again := task != -1:
@@ -135,10 +133,8 @@ def record_selection() -> Iterator[RecordedSelection]:
 
     Each rank records its own queries, heads and layers; what a backward pass recomputes is recorded once. No bit of the
     run changes. Under context parallelism keys are gathered once more; nothing waits for a GPU before the block's end.
-    New tokens of a generation are recorded where they choose (``decode="moba"``).
-
-    Raises:
-        RuntimeError: inside another recording, or in a CUDA graph.
+    New tokens of a generation are recorded where they choose (``decode="moba"``). RuntimeError inside another
+    recording, or in a CUDA graph.
     """
     global _recording, in_use
     if _recording is not None:

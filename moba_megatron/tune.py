@@ -43,9 +43,7 @@ def neighbours(config: dict[str, int]) -> list[dict[str, int]]:
 def climb(start: dict[str, int], measure: Callable[[dict[str, int]], float | None],
           more: Callable[[], bool]) -> tuple[dict[str, int], float, float]:
     """From a configuration, which must work, to the best one that single steps reach: that one, its ms, the start's ms.
-
-    ``measure``: ms of a configuration, None if it does not work; ``more``: whether there is time to go on.
-    """
+    ``measure``: ms of a configuration, None if it does not work; ``more``: whether there is time to go on."""
     best, first = dict(start), measure(start)
     if first is None:
         raise RuntimeError(f"the packaged configuration {start} does not run on this card")

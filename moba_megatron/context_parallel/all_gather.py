@@ -24,33 +24,24 @@ from .transport.comm import Library, Pending, Rows, all_gather, arrived, copy_ro
 from .transport.symmetric_memory import through_arenas
 
 T = TypeVar("T")
-HeadGroups = tuple[tuple[slice, slice], ...]
-"""Query heads and kv heads of each group."""
-State = list
-"""What a schedule keeps for backward: tensors, what the host knows, and such lists."""
+HeadGroups = tuple[tuple[slice, slice], ...]  # query heads and kv heads of each group
+State = list  # what a schedule keeps for backward: tensors, what the host knows, and such lists
 Grads = tuple[Tensor, Tensor, Tensor]
-Arriving = Iterator[tuple[Pending, ...]]
-"""Keys and values of one group of heads after the other, on their way."""
-GATHERED, REDUCED = 0, 1
-"""Lanes of the transport."""
+Arriving = Iterator[tuple[Pending, ...]]  # keys and values of one group of heads after the other, on their way
+GATHERED, REDUCED = 0, 1  # lanes of the transport
 LEAST_BYTES = 64 << 20
 """Bytes of a rank's queries in a group, at least: a group costs the host a millisecond or two, there and back, and
 below this the GPU (H200: 128K tokens on 2 ranks, 16 heads, chunks of 128) would wait for it. Reckoned from one run."""
 MUCH_BYTES = 1 << 30
 """Bytes of a rank's queries from which on 4 groups beat 3: 96.2 ms, 96.8 (2 H200s, a2a, 512K, 128, 8, 32:8 heads)."""
-MOST_BYTES = 1 << 30
-"""Bytes that a rank holds of a group, at most, while groups have several kv heads."""
+MOST_BYTES = 1 << 30  # that a rank holds of a group, at most, while groups have several kv heads
 
 
 def number_of_groups(asked: int | None, kv_heads: int, queries: int, held: int) -> int:
-    """How many groups to make of ``kv_heads``.
-
-    Args:
-        asked: the user's number, or None: 4 where there is enough work or heads for it, else 3, or fewer. More cost
-            the kernels more than they hide: on 2 H200s at 128K, 512, 8, 16 heads, 19.6 ms in 3 groups, 20.6 in 5.
-        queries: bytes of the rank's queries, a measure of its work.
-        held: bytes of what has travelled, all heads together.
-    """
+    """How many groups to make of ``kv_heads``: as ``asked``, or for None 4 where there is enough work or heads for it,
+    else 3, or fewer. More cost the kernels more than they hide: on 2 H200s at 128K, 512, 8, 16 heads, 19.6 ms in 3
+    groups, 20.6 in 5. ``queries``: bytes of the rank's queries, a measure of its work; ``held``: of what has travelled,
+    all heads together."""
     if asked is None:
         usual = 4 if kv_heads >= 8 or queries >= MUCH_BYTES else 3
         asked = max(min(queries // LEAST_BYTES, usual), -(-held // MOST_BYTES))
@@ -58,10 +49,8 @@ def number_of_groups(asked: int | None, kv_heads: int, queries: int, held: int) 
 
 
 def split_heads(heads: int, kv_heads: int, number: int) -> HeadGroups:
-    """The query heads and kv heads of each group; the first and the last have an eighth of the heads at most.
-
-    What the first one waits for and what the last one leaves behind is all that nothing hides.
-    """
+    """The query heads and kv heads of each group; the first and the last have an eighth of the heads at most: what the
+    first one waits for and what the last one leaves behind is all that nothing hides."""
     end = max(1, kv_heads // max(8, 2 * number - 2)) if number > 2 else -(-kv_heads // number)
     inner, rest = max(0, number - 2), kv_heads - 2 * end
     sizes = [end, *(rest // inner + (i < rest % inner) for i in range(inner)), end] if inner else [end, kv_heads - end]
@@ -87,10 +76,8 @@ def most_heads(groups: HeadGroups) -> tuple[int, int]:
 
 
 def prefetch(start: Callable[[int], T], number: int) -> Iterator[T]:
-    """``start(i)`` for each i: of the first two when the first is asked for, of another when the one before it is.
-
-    What was got from the one before that must have been let go of: memory for two is enough.
-    """
+    """``start(i)`` for each i: of the first two when the first is asked for, of another when the one before it is. What
+    was got from the one before that must have been let go of: memory for two is enough."""
     ahead = []
     for i in range(number):
         while len(ahead) < 2 and i + len(ahead) < number:
@@ -103,12 +90,8 @@ def transport_for(rows: Rows, group: dist.ProcessGroup, x: Tensor, lanes: Sequen
 
     The latter for rows at places that the host does not know, in a CUDA graph under capture; among several hosts,
     without access to each other's memory, and as MOBA_CP_COPY_ENGINES says: 0 never, 1 wherever it can be, unset groups
-    of two ranks. Where arenas must be made or grow the call is collective.
-
-    Args:
-        x: a tensor on their device.
-        lanes: for each kind of exchange the bytes of its tensors ``[S, h, D]``, at most; two of a kind may be under way
-            or in use.
+    of two ranks. Where arenas must be made or grow the call is collective. ``x``: on their device; ``lanes``: for each
+    kind of exchange the bytes of its tensors ``[S, h, D]``, at most; two of a kind may be under way or in use.
     """
     if not x.is_cuda or rows.runs is None or rows.size == 1 or not rows.local or (
             torch.cuda.is_current_stream_capturing()):
@@ -228,12 +211,9 @@ class AllGatherAttention:
 
     def given(self, selected: Tensor, heads: int, groups: HeadGroups) -> list[Choice]:
         """The choice of each group, from given chunks of all heads."""
-        choices, by_group = [], selected.shape[1] != heads
-        for group in groups:
-            numbers = [part.stop - part.start for part in group]
-            choices.append(self.pipeline.given(selected[:, group[by_group]], *numbers, self.layout.segments,
-                                               self.layout.rows.total))
-        return choices
+        by_group = selected.shape[1] != heads
+        return [self.pipeline.given(selected[:, group[by_group]], *(part.stop - part.start for part in group),
+                                    self.layout.segments, self.layout.rows.total) for group in groups]
 
     def choose_by_sums(self, q: Tensor, dtype: torch.dtype, sums: Pending, groups: HeadGroups) -> list[Choice]:
         """The choice of each group, from the sums of all ranks' keys: what every rank sent."""

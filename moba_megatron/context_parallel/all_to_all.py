@@ -19,8 +19,7 @@ from ..segments import Segments
 from .all_gather import AllGatherAttention, Grads, HeadGroups, State, head_groups, most_heads, prefetch, transport_for
 from .transport.comm import Library, Pending, Rows, arrived, copy_rows
 
-QUERIES, KEYS, OUT, MEANS = LANES = range(4)
-"""Lanes of the transport."""
+QUERIES, KEYS, OUT, MEANS = LANES = range(4)  # of the transport
 
 
 @dataclass(frozen=True)

@@ -123,10 +123,8 @@ class RowExchange(NamedTuple):
     take_counts: tuple[int, ...]  # how many come from each rank
 
     def start(self, x: Tensor, group: dist.ProcessGroup, stage: str, place: Callable[[Tensor], Tensor]) -> Pending:
-        """Starts to send rows of ``x`` ``[T, h, D]``; pending, what ``place`` makes of it, with the others' rows.
-
-        That is a ``[R, h, D]`` that has this rank's own rows, and room for the others'.
-        """
+        """Starts to send rows of ``x`` ``[T, h, D]``; pending, what ``place`` makes of it, with the others' rows: a
+        ``[R, h, D]`` that has this rank's own rows, and room for those."""
         heads = x.shape[1]
         message = x[self.send // heads, self.send % heads]
         arrived = message.new_empty(self.take.numel(), x.shape[2])

@@ -23,18 +23,12 @@ class SequenceParallel:
     ``ulysses`` is DeepSpeed's: a rank holds one run of positions, and an all-to-all gives it whole sequences for a part
     of the heads. ``zigzag`` is the package's context parallelism: rank r of P holds pieces r and 2P-1-r of 2P with all
     heads, and gathers keys and values, so heads need not divide by the ranks.
-
-    Args:
-        method: one of METHODS.
-        size: ranks that share a sequence.
-        rank: this one's number among them.
-        group: theirs; None for a size of 1.
     """
 
-    method: str = "none"
-    size: int = 1
-    rank: int = 0
-    group: dist.ProcessGroup | None = None
+    method: str = "none"  # one of METHODS
+    size: int = 1  # ranks that share a sequence
+    rank: int = 0  # this one's number among them
+    group: dist.ProcessGroup | None = None  # theirs; None for a size of 1
 
     @classmethod
     def over_ranks(cls, method: str, size: int) -> "SequenceParallel":
@@ -62,15 +56,8 @@ class SequenceParallel:
         return dist.get_world_size() // self.size
 
     def part(self, x: Tensor, dim: int = 1) -> Tensor:
-        """This rank's part of whole sequences, for tokens, labels, masks and position ids alike.
-
-        Args:
-            x: the sequences, on every rank of the group.
-            dim: the dimension of positions, divisible by ``size`` (``2 * size`` for zigzag).
-
-        Raises:
-            ValueError: it is not.
-        """
+        """This rank's part of whole sequences, which every rank of the group has: of tokens, labels, masks and position
+        ids alike. ValueError where ``dim``, of positions, is not divisible by ``size`` (``2 * size`` for zigzag)."""
         if self.method == "zigzag":
             check_zigzag(x.shape[dim], self.size, "the sequence length")
             pieces = x.chunk(2 * self.size, dim)
@@ -120,15 +107,10 @@ class MoBAAttention(nn.Module):
             self.ulysses = DistributedAttention(self._whole_sequences, self.parallel.group, scatter_idx=2, gather_idx=1)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention after rotary embedding.
+        """Attention after rotary embedding: ``[b, s, h, dv]`` for the s positions of this rank.
 
         Args:
-            q: ``[b, s, h, d]``, s positions of this rank.
-            k: ``[b, s, hk, d]``, h a multiple of hk.
-            v: ``[b, s, hk, dv]``.
-
-        Returns:
-            ``[b, s, h, dv]``.
+            q, k, v: ``[b, s, h, d]``, ``[b, s, hk, d]``, ``[b, s, hk, dv]``, h a multiple of hk.
 
         Raises:
             ValueError: shapes that do not fit each other, heads or lengths that the method cannot split.

@@ -38,12 +38,8 @@ def mean_over_ranks(losses: Tensor, mask: Tensor) -> Tensor:
     The sum of this rank's losses, times the number of ranks, over the number of tokens of all ranks: DeepSpeed averages
     gradients over all ranks, which makes it the mean over tokens, however many each rank has.
 
-    Args:
-        losses: ``[b, s]`` or any shape, of this rank's tokens.
-        mask: the same shape, 1 where a token counts.
-
-    Returns:
-        A scalar in fp32 whose average over the ranks is the mean loss.
+    ``losses``: ``[b, s]`` or any shape, of this rank's tokens; ``mask``: the same shape, 1 where a token counts. The
+    result is a scalar in fp32 whose average over the ranks is the mean loss.
     """
     count = mask.sum().float()
     dist.all_reduce(count)
@@ -56,13 +52,8 @@ def load_checkpoint(engine, directory: str, tag: str | None = None) -> dict | No
     There all parts of the model get one tensor for Adam's count of steps, which each of them then advances, and the
     first parameter group's settings, its weight decay among them.
 
-    Args:
-        engine: of ``deepspeed.initialize``.
-        directory: that ``engine.save_checkpoint`` or DeepSpeed's converter wrote to.
-        tag: of the checkpoint; None for the last.
-
-    Returns:
-        The client state, or None where the directory holds no checkpoint.
+    ``directory``: that ``engine.save_checkpoint`` or DeepSpeed's converter wrote to; ``tag``: of the checkpoint, None
+    for the last. Returns the client state, or None where the directory holds no checkpoint.
     """
     universal = engine.load_universal_checkpoint() and engine.zero_optimization_stage() == 3
     settings = [dict(group) for group in engine.optimizer.param_groups] if universal else []

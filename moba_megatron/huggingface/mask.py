@@ -100,11 +100,9 @@ def row_segments(query: Tensor, key: Tensor, layout: Tensor | None, position_ids
         first = placed[:, 0, :, 0]
         return remembered(layout, ("packed", chunk_size, query.device), lambda: _packed_segments(
             first == torch.arange(queries, device=first.device), chunk_size))
-    if layout is None:
-        segments = uniform_segments(queries, slots, batch, chunk_size, query.device)
-    else:
-        segments = remembered(layout, ("padded", queries, slots, chunk_size, query.device),
-                               lambda: _padded_segments(placed, queries, slots, chunk_size))
+    segments = uniform_segments(queries, slots, batch, chunk_size, query.device) if layout is None else remembered(
+        layout, ("padded", queries, slots, chunk_size, query.device),
+        lambda: _padded_segments(placed, queries, slots, chunk_size))
     if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != queries:
         return segments
 
@@ -244,10 +242,8 @@ def _runs(mask: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _demand(x: Tensor, ok: Tensor, message: str) -> Tensor:
-    """``x``, or ValueError with the first row whose ``ok`` ``[rows]`` is False for ``{row}`` in the message.
-
-    Where the host cannot read, an operator of the graph does it, on CUDA by a device-side assertion.
-    """
+    """``x``, or ValueError with the first row whose ``ok`` ``[rows]`` is False for ``{row}`` in the message. Where the
+    host cannot read, an operator of the graph does it, on CUDA by a device-side assertion."""
     if not is_readable(ok):
         return _demand_op(x, ok, message)
     if not ok.all():

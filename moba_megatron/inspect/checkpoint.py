@@ -36,9 +36,8 @@ LATEST = "latest_checkpointed_iteration.txt"
 @contextlib.contextmanager
 def single_process(device: torch.device):
     """Megatron's process groups for one process; on a machine without a GPU the CPU is the current device."""
-    stands_in = contextlib.nullcontext()
-    if device.type == "cpu":  # rotary embeddings move to the current CUDA device
-        stands_in = mock.patch.object(torch.cuda, "current_device", lambda: torch.device("cpu"))
+    stands_in = contextlib.nullcontext() if device.type != "cpu" else mock.patch.object(
+        torch.cuda, "current_device", lambda: torch.device("cpu"))  # rotary embeddings move to the current CUDA device
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         parallel_state.initialize_model_parallel()
@@ -86,10 +85,8 @@ def read_description(checkpoint: Path) -> dict:
 
 
 def load_model(checkpoint: Path, description: dict, moba: MoBAConfig, device: torch.device) -> GPTModel:
-    """The whole model with the checkpoint's weights, in evaluation mode; inside :func:`single_process`.
-
-    On the CPU it computes in fp32, else in the dtype that it was trained in.
-    """
+    """The whole model with the checkpoint's weights, in evaluation mode; inside :func:`single_process`. On the CPU it
+    computes in fp32, else in the dtype that it was trained in."""
     options = dict(description["transformer"])
     dtype = torch.bfloat16 if options.get("bf16") else torch.float32
     config = TransformerConfig(**{**options, "activation_func": getattr(F, options["activation_func"])},

@@ -16,10 +16,8 @@ MOST_CHUNKS_FUSED = 1 << 14  # bound of the chunk ids for the kernels: a program
 
 @contextlib.contextmanager
 def watching(observer):
-    """Has sparse layers call ``observer`` inside the block, besides one that watches already.
-
-    What it is called with: see :func:`moba_megatron.megatron.core_attention.set_observer`.
-    """
+    """Has sparse layers call ``observer`` inside the block, besides one that watches already, with what
+    :func:`moba_megatron.megatron.core_attention.set_observer` says."""
     before = set_observer(observer)
     if before is not None:
         set_observer(lambda *args: (before(*args), observer(*args)))
@@ -76,10 +74,8 @@ def look(module: MoBACoreAttention, q: Tensor, k: Tensor, segments: Segments, gr
     """The choices of a layer, from what it hands to an observer.
 
     The gate runs once more: its result depends on nothing but q and k, so it is what the layer chooses itself. Under
-    context parallelism K is gathered once more for it, by all ranks of the group. The host does not wait.
-
-    Returns:
-        None where there is nothing to choose: ``topk`` is 1 or covers every sequence.
+    context parallelism K is gathered once more for it, by all ranks of the group. The host does not wait. None where
+    there is nothing to choose: ``topk`` is 1 or covers every sequence.
     """
     moba = module.moba_config.at_step(get_iteration())
     if moba.topk == 1 or segments.max_seqlen_k <= moba.topk * segments.chunk_size:

@@ -36,8 +36,7 @@ class RouterLog:
         if interval < 1:
             raise ValueError(f"interval must be at least 1 step, got {interval}")
         self.interval, self.num_layers, self.num_heads, self.samples = interval, num_layers, num_heads, samples
-        self.report: Report | None = None
-        """Of the last step, if it was watched; empty where no layer had a choice."""
+        self.report: Report | None = None  # of the last step, if it was watched; empty where no layer had a choice
 
     @contextlib.contextmanager
     def watch(self, iteration: int) -> Iterator[None]:

@@ -1,9 +1,7 @@
-"""The stages as Triton kernels, for CUDA tensors (or any tensor under TRITON_INTERPRET=1).
+"""The stages of ``moba_megatron.reference`` as Triton kernels, for CUDA tensors (any tensor under TRITON_INTERPRET=1).
 
-Stages, as in ``moba_megatron.reference``: ``chunk_means`` (and its halves ``block_sums``, ``means_from_block_sums``),
-``gate``, ``route``, ``attention_fwd``, ``attention_bwd``; beside the gate ``group_queries`` and ``keep_earlier``.
-``bounded`` makes lengths safe that nobody has looked at;
-``key_convolution_fwd`` and ``key_convolution_bwd`` may come before them; ``call`` makes one of several.
+``bounded`` makes lengths safe that nobody has looked at; ``key_convolution_fwd`` and ``key_convolution_bwd`` may come
+before the stages; ``call`` makes one of several.
 """
 from .attention_bwd import attention_bwd
 from .attention_fwd import attention_fwd, route_and_attend

@@ -20,11 +20,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..segments import Segments
-from . import tuning
+from . import sm90, tuning
 from .bounds import clear_rows
-from .host import INTERPRETED, head_block, next_power_of_2
+from .host import INTERPRETED, head_block
 from .jit_helpers import _offset, _query_tile
 from .launcher import Buffer, empty, launch, rows, stage
+from .tuning_table import is_gluon
 
 
 def gate(q: Tensor, means: Tensor, segments: Segments, topk: int) -> Tensor:
@@ -48,7 +49,11 @@ def _gate(q: Buffer, means: Buffer, segments: Segments, choices: int) -> Buffer:
     if not segments.exact:
         clear_rows(segments.cu_seqlens_q, (selected, -1))
     options = tuning.config("gate", q.device, head_dim=head_dim, itemsize=q.dtype.itemsize, choices=choices,
-                            chunks=segments.max_seqlen_k // segments.chunk_size)
+                            chunks=segments.max_seqlen_k // segments.chunk_size,
+                            gluon=int(means.shape[0] > 0 and sm90.takes(q, means)))
+    if is_gluon(options):
+        sm90.kernel_module("gating").gate(q, means, segments, selected, options)
+        return selected
     num_tiles = total // options["BLOCK_M"] + segments.num_segments
     most = options.pop("PASS", 8)
     last_score, last_chunk = (empty((total, num_heads), dtype, q.device) if choices > most else selected
@@ -60,9 +65,8 @@ def _gate(q: Buffer, means: Buffer, segments: Segments, choices: int) -> Buffer:
         launch(_gate_kernel, (num_tiles * num_heads,), q, means, selected, last_score, last_chunk,
                segments.cu_seqlens_q, segments.cu_seqlens_k, segments.seq_ids, segments.offsets,
                segments.num_segments, num_tiles, segments.chunk_size, place, choices, q.stride(0), q.stride(1),
-               H=num_heads, HK=means.shape[1], D=head_dim, KS=number, BLOCK_KS=next_power_of_2(number),
-               BLOCK_D=head_block(head_dim), PRECISION="ieee", BEHIND=place > 0, GOES_ON=place + number < choices,
-               PTX=ptx[0], CONSTRAINTS=ptx[1], **options)
+               H=num_heads, HK=means.shape[1], D=head_dim, KS=number, BLOCK_D=head_block(head_dim), PRECISION="ieee",
+               BEHIND=place > 0, GOES_ON=place + number < choices, PTX=ptx[0], CONSTRAINTS=ptx[1], **options)
     return selected
 
 
@@ -82,12 +86,18 @@ def insertion(width: int, number: int, lanes: int, behind: bool) -> tuple[str, s
     lines = [f".reg .pred p, q, has; .reg .b32 bar, low, new, bits, taken, j, d, y, z, s<{width}>, {', '.join(names)};"]
     lines += [f"mov.b32 {name}, ${len(state) + i};" for i, name in enumerate(names)]
     raised = f"max.f32 bar, t, v{number - 1}; add.f32 bar, bar, 0f00000000;"  # 0 for -0: differences are never -0
-    lines.append(f"max.f32 low, t, 0fFF7FFFFF; {raised} mov.b32 bits, 0;"
-                 + " mov.b32 taken, 0; add.f32 y, last, 0f00000000;" * behind)
-    for j in reversed(range(width)):
-        lines.append(f"sub.f32 d, bar, x{j}; shf.l.wrap.b32 bits, d, bits, 1;"
-                     + f" sub.f32 d, y, x{j}; shf.l.wrap.b32 taken, d, taken, 1;" * behind)
-    lines.append("not.b32 taken, taken; and.b32 bits, bits, taken;" * behind)
+    lines.append(f"max.f32 low, t, 0fFF7FFFFF; {raised}")
+    # (score - bar) * 2^64, between 0 and 1; near 0 and beyond 2^60 the bar is lower, so that no difference is lost
+    lines.append("abs.f32 d, bar; mul.f32 y, bar, 0fDF800000; setp.lt.f32 p, d, 0f2C000000; "
+                 "selp.b32 y, 0f4C000000, y, p; setp.le.f32 p, d, 0f5D800000; selp.b32 y, y, 0f7F800000, p; "
+                 "mov.b32 s0, 0f4B000000; mov.b32 s1, 0;")
+    for j in range(width):
+        lines.append(f"fma.rn.sat.f32 d, x{j}, 0f5F800000, y; fma.rn.f32 s{j % 2}, d, 0f{127 + j << 23:08X}, s{j % 2};")
+    lines.append(f"add.f32 s0, s0, s1; and.b32 bits, s0, {(1 << width) - 1};")
+    if behind:
+        lines.append("mov.b32 taken, 0; add.f32 y, last, 0f00000000;")
+        lines += [f"sub.f32 d, y, x{j}; shf.l.wrap.b32 taken, d, taken, 1;" for j in reversed(range(width))]
+        lines.append("not.b32 taken, taken; and.b32 bits, bits, taken;")
     lines.append("NEXT: setp.ne.s32 has, bits, 0; vote.sync.any.pred q, has, -1; @!q bra.uni DONE; bfind.u32 j, bits;")
     scores = [f"x{i}" for i in range(width)]
     for level in range(width.bit_length() - 1):
@@ -138,8 +148,8 @@ def _scores(q_rows, means, tile, limit, earlier, MASKED: tl.constexpr, HK: tl.co
 
 @triton.jit
 def _warm_threshold(q_rows, means, earlier, last, every, limit, BEHIND: tl.constexpr, KS: tl.constexpr,
-                    BLOCK_KS: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, WARM: tl.constexpr):
+                    HK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+                    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, WARM: tl.constexpr):
     """A value below the KS-th best score (BEHIND: of those below ``last``) of each row: from the KS-th best maximum of
     the columns of some tiles.
 
@@ -155,8 +165,14 @@ def _warm_threshold(q_rows, means, earlier, last, every, limit, BEHIND: tl.const
             if BEHIND:
                 s = tl.where(s < last[:, None], s, -float("inf"))
             best = tl.maximum(best, s)
-    if BLOCK_N > 2 * BLOCK_KS:  # fewer columns: a slightly lower bound at half the work
-        best = tl.max(tl.reshape(best, [BLOCK_M, 2, BLOCK_N // 2]), 1)
+    return _below_best(best, KS)
+
+
+@triton.jit
+def _below_best(best, KS: tl.constexpr):
+    """A value below the KS-th best of each row, or a little lower."""
+    if best.shape[1] > 2 * KS:  # fewer columns: a slightly lower bound at half the work
+        best = tl.max(tl.reshape(best, [best.shape[0], 2, best.shape[1] // 2]), 1)
     bound = tl.max(best, 1)
     for _ in range(KS - 1):
         best = tl.where(best == bound[:, None], -float("inf"), best)
@@ -221,10 +237,10 @@ def _take_best(state, KS: tl.constexpr):
 def _gate_kernel(
     q, means, selected, last_score, last_chunk, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets,
     num_segments, num_tiles, chunk_size, place, choices, stride_qt, stride_qh,
-    H: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, KS: tl.constexpr,
-    BLOCK_KS: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, BEHIND: tl.constexpr,
-    GOES_ON: tl.constexpr, WARM: tl.constexpr, LANES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PTX: tl.constexpr, CONSTRAINTS: tl.constexpr, REFRESH: tl.constexpr = 4,
+    H: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, KS: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, BEHIND: tl.constexpr, GOES_ON: tl.constexpr, WARM: tl.constexpr, LANES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PTX: tl.constexpr, CONSTRAINTS: tl.constexpr,
+    REFRESH: tl.constexpr = 4,
 ):
     """BLOCK_M queries of one segment and head against the earlier chunks of their sequence.
 
@@ -257,7 +273,7 @@ def _gate_kernel(
         until = tl.load(last_chunk + rows * H + head, mask=valid, other=0)
     if WARM > 0:
         if limit > BLOCK_N // 4:  # of fewer chunks the lists take as many rounds as they have columns, a few
-            threshold = _warm_threshold(q_rows, means, earlier, last, every, limit, BEHIND, KS, BLOCK_KS, HK, D,
+            threshold = _warm_threshold(q_rows, means, earlier, last, every, limit, BEHIND, KS, HK, D,
                                         BLOCK_D, BLOCK_M, BLOCK_N, PRECISION, WARM)
     state = (tl.full([BLOCK_M, LANES], -float("inf"), tl.float32),) * (KS + 1) + (
         tl.full([BLOCK_M, LANES], -1, tl.int32),) * (KS + 1)

@@ -8,8 +8,7 @@ import torch
 from triton import knobs
 from triton.backends.nvidia.compiler import CUDAOptions
 
-INTERPRETED: bool = knobs.runtime.interpret
-"""TRITON_INTERPRET=1: kernels run in Python, on any tensor."""
+INTERPRETED: bool = knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run in Python, on any tensor
 
 FP32_PRODUCTS = os.environ.get("MOBA_FP32_PRODUCTS") or "bf16x6"
 """How products of fp32 are made: ``bf16x6``, six of bfloat16 on tensor cores, from Triton 3.6 on; or ``ieee``."""

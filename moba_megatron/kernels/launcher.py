@@ -34,25 +34,18 @@ from .workspace import plan_workspace, workspace_limit
 
 logger = logging.getLogger("moba_megatron")
 
-MAX_PLANS = 512
-"""Beyond this all plans are dropped: data whose lengths never repeat must not fill the memory."""
-MAX_ADDRESSES = 32
-"""Descriptors of one argument that are kept: a caching allocator soon gives the same addresses again."""
+MAX_PLANS = 512  # beyond this all plans are dropped: data whose lengths never repeat must not fill the memory
+MAX_ADDRESSES = 32  # descriptors kept of one argument: a caching allocator soon gives the same addresses again
 _plans: dict[tuple, "Plan"] = {}
-_compiled: dict[tuple, list] = {}
-"""What threads compile or have compiled, by kernel, device and constexprs."""
+_compiled: dict[tuple, list] = {}  # what threads compile or have compiled, by kernel, device and constexprs
 _building = threading.local()  # .plan: the plan that this thread is making; .limit: its scratch memory, bytes
 
 
 class Buffer:
     """A tensor to be: an input, or what a stage allocates by :func:`empty`; no operation of torch takes it.
 
-    Args:
-        place: its number among the inputs and allocations of its plan.
-        shape, strides: as of a tensor, in elements.
-        dtype, device: of the tensor.
-        offset: elements from the start of its input or allocation.
-        misaligned: the address modulo 16, bytes.
+    ``place``: its number among the inputs and allocations of its plan; ``offset``: elements from the start of that one;
+    ``misaligned``: the address modulo 16, bytes. The rest is as of a tensor, in elements.
     """
 
     __slots__ = ("device", "dtype", "misaligned", "nbytes", "offset", "place", "shape", "strides")
@@ -119,9 +112,7 @@ def rows(x: Tensor) -> Tensor:
 
 def launch(kernel, grid: tuple[int, ...], *args, **named) -> "_Launch":
     """``kernel[grid](*args, **named)`` as the next launch of the call; constexprs are a kernel's last parameters.
-
-    Products and sums fuse, whatever Triton's default is.
-    """
+    Products and sums fuse, whatever Triton's default is."""
     if any(isinstance(x, Tensor) for x in (*args, *named.values())):
         raise TypeError("a tensor within a prepared call would be that of the first call for ever: make it an argument")
     named.setdefault("enable_fp_fusion", True)

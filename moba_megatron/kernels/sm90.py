@@ -68,7 +68,7 @@ def key_tiles(k: Buffer, v: Buffer, chunk_size: int, options: dict[str, int]) ->
     use_tma = chunk_size >= block_n and _describable(k) and _describable(v)
     sources = {}
     for name, x in (("k", k), ("v", v)):
-        parts = [_described(x, block_n, width) for width in widths(x.shape[2])] if use_tma else [x]
+        parts = [described(x, block_n, width) for width in widths(x.shape[2])] if use_tma else [x]
         sources |= {name: parts[0], f"{name}_rest": parts[1] if len(parts) > 1 else None}
     return {**options, **sources, "BLOCK_N": block_n, "USE_TMA": use_tma, "RAGGED": ragged}
 
@@ -81,13 +81,13 @@ def widths(dim: int) -> tuple[int, ...]:
 
 
 def _describable(x: Buffer) -> bool:
-    """Whether :func:`_described` can: the heads of a token side by side, at coordinates of 32 bits."""
+    """Whether :func:`described` can: the heads of a token side by side, at coordinates of 32 bits."""
     row, head = _strides(x)
     width = (x.shape[1] - 1) * head + x.shape[2]
     return 0 < width < 2 ** 31 and (width <= row or x.shape[0] == 1) and x.shape[0] > 0
 
 
-def _described(x: Buffer, block: int, width: int) -> Descriptor:
+def described(x: Buffer, block: int, width: int) -> Descriptor:
     """A descriptor of ``[tokens, heads * dim]`` with tiles of ``block`` rows and ``width`` columns of one head."""
     from triton.experimental.gluon import language
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -117,7 +117,7 @@ def unusable() -> str | None:
     if not triton.__version__.startswith(("3.6.", "3.7.", "3.8.", "3.9.")):
         return f"they are written for Triton 3.6 to 3.9, this is {triton.__version__}"
     try:
-        for name in ("attention_fwd", "attention_bwd_dq", "attention_bwd_dkdv"):
+        for name in ("attention_fwd", "attention_bwd_dq", "attention_bwd_dkdv", "gating"):
             kernel_module(name)
     except (ImportError, AttributeError) as error:  # Gluon is experimental: names come and go
         return f"{type(error).__name__}: {error}"

@@ -70,12 +70,12 @@ TABLE: dict[str, tuple[Row, ...]] = {
     # BLOCK_M queries of one head against BLOCK_N chunk means, into LANES lists a row, at most PASS choices at a time;
     # the latest WARM tiles give a first threshold
     "gate": (
-        Row("sm_90", {"head_dim": 128, "itemsize": 2, "choices": 8, "chunks": 2048},
+        Row("sm_90", {"head_dim": 128, "itemsize": 2, "choices": 8},
+            {"BLOCK_N": 64, "STAGES": 5, "AHEAD": 3, "WARM": 8, "LANES": 4, "REFRESH": 4, "CONSUMER_REGS": 128,
+             "num_warps": 4, "num_stages": 1, "maxnreg": 128}),
+        Row("sm_90", {"head_dim": 128, "itemsize": 2, "choices": 8},
             _c(64, 64, 4, 2, WARM=8, LANES=4, PASS=8, maxnreg=128),
             "18.8 ms at 512K/128/8; WARM 16 18.4, 4 20.1, 0 25.5; 128 rows, 8 warps 20.3; 3 stages 21.7"),
-        Row("sm_90", {"head_dim": 128, "itemsize": 2, "choices": 8},
-            _c(128, 64, 8, 3, WARM=8, LANES=4, PASS=8, maxnreg=128),
-            "12.0 ms at 1M/128/8, 4:1 heads; 2 stages 13.4, 64 rows 12.9, in 168 registers 14.2, 128 chunks 15.6"),
         Row("sm_90", {"head_dim": 128, "itemsize": 2, "choices": 15},
             _c(64, 64, 4, 2, WARM=8, LANES=4, PASS=15, maxnreg=128),
             "3.1 ms at 128K/128/16; without maxnreg 3.5, two passes of 8 4.1, WARM 4 4.4"),

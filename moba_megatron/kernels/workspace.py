@@ -3,19 +3,12 @@ import os
 
 DEFAULT_MIB = 1024
 """At 128K tokens, 16 heads of 128, topk 8, bf16: four heads' partial results at a time in the forward."""
-ALIGNMENT = 512
-"""Of scratch tensors within the workspace, bytes: that of torch's own allocations."""
+ALIGNMENT = 512  # of scratch tensors within the workspace, bytes: that of torch's own allocations
 
 
 def workspace_limit() -> int:
-    """The environment's limit in bytes: MOBA_WORKSPACE_MIB, else 1024 MiB.
-
-    Raises:
-        ValueError: MOBA_WORKSPACE_MIB is not a positive number.
-    """
-    text = os.environ.get("MOBA_WORKSPACE_MIB", "")
-    if not text:
-        return DEFAULT_MIB << 20
+    """The environment's limit in bytes: MOBA_WORKSPACE_MIB, else 1024 MiB; ValueError for no positive number."""
+    text = os.environ.get("MOBA_WORKSPACE_MIB") or str(DEFAULT_MIB)
     try:
         mib = float(text)
     except ValueError:
@@ -27,10 +20,8 @@ def workspace_limit() -> int:
 
 
 def head_groups(num_kv_heads: int, bytes_per_kv_head: int, limit: int | None = None) -> list[tuple[int, int]]:
-    """Ranges ``[begin, end)`` of kv heads to run one after the other, of nearly equal size, the first the largest.
-
-    ``limit``: bytes for a group; None for the environment's. One head runs even where it needs more.
-    """
+    """Ranges ``[begin, end)`` of kv heads to run one after the other, of nearly equal size, the first the largest; of
+    ``limit`` bytes, None for the environment's. One head runs even where it needs more."""
     limit = workspace_limit() if limit is None else limit
     together = max(1, min(num_kv_heads, limit // max(1, bytes_per_kv_head)))
     groups = -(-num_kv_heads // together)
@@ -40,10 +31,8 @@ def head_groups(num_kv_heads: int, bytes_per_kv_head: int, limit: int | None = N
 
 
 def plan_workspace(sizes: dict[int, int], spans: dict[int, tuple[int, int]]) -> tuple[dict[int, int], int]:
-    """Offsets of tensors in one block of memory, and its size: those in use at the same time do not overlap.
-
-    ``sizes``: bytes of each; ``spans``: first and last step that uses each.
-    """
+    """Offsets of tensors in one block of memory, and its size: those in use at the same time do not overlap. ``sizes``:
+    bytes of each; ``spans``: first and last step that uses each."""
     offsets: dict[int, int] = {}
     for number in sorted(sizes, key=sizes.get, reverse=True):
         first, last = spans[number]

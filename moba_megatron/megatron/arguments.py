@@ -16,12 +16,8 @@ def add_moba_arguments(parser: argparse.ArgumentParser, default: str = "moba",
     """Adds ``--attention {moba,full}``, a ``--moba-*`` flag for each field of MoBAConfig, and
     ``--moba-full-attention-last-fraction``, which sets ``full_attention_from_step`` by ``--train-iters``.
 
-    Args:
-        default: of ``--attention``.
-        full_meaning: what ``full`` does in this program, for ``--help``.
-
-    Returns:
-        The parser, so that the function serves as Megatron-LM's ``extra_args_provider``.
+    ``default``: of ``--attention``; ``full_meaning``: what ``full`` does in this program, for ``--help``. Returns the
+    parser, so that the function serves as Megatron-LM's ``extra_args_provider``.
     """
     group = parser.add_argument_group("moba", "Mixture of Block Attention")
     group.add_argument("--attention", choices=("moba", "full"), default=default,
@@ -39,11 +35,8 @@ def add_moba_arguments(parser: argparse.ArgumentParser, default: str = "moba",
 
 
 def config_from_args(args: argparse.Namespace) -> MoBAConfig:
-    """The MoBAConfig of parsed flags; ``--attention full`` makes every layer dense.
-
-    Raises:
-        TypeError, ValueError: a value is out of range; the message names the field.
-    """
+    """The MoBAConfig of parsed flags; ``--attention full`` makes every layer dense. TypeError or ValueError, which name
+    the field, where a value is out of range."""
     values = {field.name: getattr(args, "moba_" + field.name) for field, _ in _fields()}
     flag, fraction = "--moba-full-attention-last-fraction", getattr(args, "moba_full_attention_last_fraction", None)
     if fraction is not None:
@@ -63,10 +56,7 @@ def config_from_args(args: argparse.Namespace) -> MoBAConfig:
 
 def config_from_environment(environment: Mapping[str, str] | None = None) -> MoBAConfig:
     """The MoBAConfig of ``MOBA_CHUNK_SIZE``, ``MOBA_TOPK`` and so on; fields without a variable keep their default.
-
-    Raises:
-        ValueError: a variable cannot be read; the message names it.
-    """
+    ValueError, which names it, where a variable cannot be read."""
     environment = os.environ if environment is None else environment
     values: dict[str, Any] = {}
     for field, kind in _fields():

@@ -203,10 +203,8 @@ class MoBACoreAttention(MegatronModule):
                 selected = self._choose(q, k, segments, moba, self._replayed(q, k, segments, moba))
             options = dict(softmax_scale=self.softmax_scale, deterministic=self.deterministic,
                            backend=moba.backend, workspace_mib=moba.workspace_mib)
-            if selected is None:
-                o = moba_attention(q, k, v, segments, topk, shared=moba.selection, **options)
-            else:
-                o = sparse_attention(q, k, v, selected, segments, **options)
+            o = (moba_attention(q, k, v, segments, topk, shared=moba.selection, **options) if selected is None else
+                 sparse_attention(q, k, v, selected, segments, **options))
         else:
             o = self._context_parallel(query, key, value, packed, dense, group, check, moba)
         if packed is not None:
@@ -302,9 +300,7 @@ class MoBACoreAttention(MegatronModule):
             k = self.key_convolution(k, sequences.cu_seqlens, group)
         if layout is not None and _observer is not None and seqlen > moba.topk * moba.chunk_size:
             _observer(self, q, k, layout.segments, group, layout.rows.global_rows)
-        selected = None
-        if chooses:
-            selected = self._choose(q, k, layout.segments, moba, given, group, layout.rows.global_rows)
+        selected = self._choose(q, k, layout.segments, moba, given, group, layout.rows.global_rows) if chooses else None
         return context_parallel.context_parallel_attention(
             q, k, v, sequences, *moba.chunks(dense, seqlen), levels, comm_type=comm_type,
             head_groups=moba.cp_head_groups, softmax_scale=self.softmax_scale,
@@ -413,12 +409,7 @@ def _packed_lengths(packed: PackedSeqParams, total: int, device: torch.device) -
 
 def _to_thd(*tensors: Tensor) -> list[Tensor]:
     """``[s, b, h, d]`` as ``[b * s, h, d]``, sequence after sequence (a view where b is 1); THD as it is."""
-    packed = []
-    for x in tensors:
-        if x.dim() == 4:
-            x = x[:, 0] if x.shape[1] == 1 else x.transpose(0, 1).flatten(0, 1)
-        packed.append(x)
-    return packed
+    return [x if x.dim() == 3 else x[:, 0] if x.shape[1] == 1 else x.transpose(0, 1).flatten(0, 1) for x in tensors]
 
 
 def _apart_from_projection(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -9,26 +9,20 @@ from .core_attention import MoBACoreAttentionSubmodules, core_attention_beside
 
 
 def get_moba_layer_local_spec(moba_config: MoBAConfig | None = None, selector=None, **kwargs) -> ModuleSpec:
-    """Megatron's ``get_gpt_layer_local_spec`` with MoBA core attention: no Transformer Engine needed.
+    """Megatron's ``get_gpt_layer_local_spec``, which takes kwargs, with MoBA core attention; no Transformer Engine.
 
     Args:
         moba_config: None for the default at the time the model is built, see :class:`~moba_megatron.MoBACoreAttention`.
         selector: chooses chunks in place of MoBA's gate, see :class:`.core_attention.MoBACoreAttentionSubmodules`.
-        **kwargs: of ``get_gpt_layer_local_spec``.
     """
     return with_moba_core_attention(gpt_layer_specs.get_gpt_layer_local_spec(**kwargs), moba_config, selector)
 
 
 def get_moba_layer_with_transformer_engine_spec(moba_config: MoBAConfig | None = None, selector=None,
                                                 **kwargs) -> ModuleSpec:
-    """Megatron's ``get_gpt_layer_with_transformer_engine_spec`` with MoBA core attention.
+    """Megatron's ``get_gpt_layer_with_transformer_engine_spec``, which takes kwargs, with MoBA core attention.
 
-    Args:
-        moba_config, selector: as :func:`get_moba_layer_local_spec`.
-        **kwargs: of ``get_gpt_layer_with_transformer_engine_spec``.
-
-    Raises:
-        ImportError: Transformer Engine is not installed.
+    ``moba_config``, ``selector``: as :func:`get_moba_layer_local_spec`. ImportError without Transformer Engine.
     """
     if importlib.util.find_spec("transformer_engine") is None:
         raise ImportError("the Transformer Engine spec needs transformer-engine (pip install moba-megatron[te], CUDA "

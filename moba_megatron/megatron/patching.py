@@ -32,10 +32,8 @@ _hooked: list[tuple] = []  # module or class, attribute, what was there, what wa
 def apply(attention: str = "moba") -> list[str]:
     """Hooks MoBA into the Megatron-LM that ``import megatron`` finds; returns what is hooked, as ``module.name``.
 
-    Calling it again changes nothing. With ``attention="full"`` only the argument parser is extended.
-
-    Raises:
-        ImportError: there is no megatron.training, or it lacks a function that must be hooked.
+    Calling it again changes nothing. With ``attention="full"`` only the argument parser is extended. ImportError where
+    there is no megatron.training, or it lacks a function that must be hooked.
     """
     try:
         importlib.import_module("megatron.training")

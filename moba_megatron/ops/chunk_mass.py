@@ -6,8 +6,7 @@ from ..reference.attention import in_own_precision
 from ..segments import Segments
 from . import validation
 
-SCORE_ELEMENTS = 1 << 23
-"""Attention scores held at once."""
+SCORE_ELEMENTS = 1 << 23  # attention scores held at once
 _scores = in_own_precision(lambda q, k: torch.einsum("nkgd,skd->nkgs", q, k).flatten(1, 2))
 
 

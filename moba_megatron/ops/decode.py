@@ -53,7 +53,13 @@ def moba_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, means_cache: Tensor
     validation.check_flag("return_lse", return_lse)
     check_backend(backend)
     scale = validation.check_scale(softmax_scale, q.shape[2])
-    _refuse_tangents(q, k_cache, v_cache, means_cache)
+    # the kernels and the custom operator would drop tangents without a word; compilers and torch.func hide who has one
+    if torch.autograd.forward_ad._current_level >= 0 and (
+            torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+            or any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None
+                   for x in (q, k_cache, v_cache, means_cache))):
+        raise NotImplementedError("forward-mode differentiation (torch.func.jvp, linearize, forward_ad) of moba_decode "
+                                  "is not implemented: it has no gradient")
     run = _decode if is_unobserved(q, k_cache, cache_seqlens) else _decode_op
     o, lse = run(q, k_cache, v_cache, means_cache, cache_seqlens, chunk_size, topk, block_table, cache_starts, scale,
                  backend, validation.check_shared(shared))
@@ -66,11 +72,8 @@ def decode_selection(q: Tensor, k_cache: Tensor, means_cache: Tensor, cache_seql
                      backend: str = "auto", shared: str = "head") -> Tensor:
     """The earlier chunks that :func:`moba_decode` attends to: what the router of a generation did.
 
-    Args, Raises: as :func:`moba_decode`.
-
-    Returns:
-        int32 ``[B, H, topk - 1]``, or ``[B, HK, topk - 1]`` for a group: chunk numbers within each sequence in no
-        particular order, -1 where fewer exist.
+    Args, Raises: as :func:`moba_decode`. Returns int32 ``[B, H, topk - 1]``, or ``[B, HK, topk - 1]`` for a group:
+    chunk numbers within each sequence in no particular order, -1 where fewer exist.
     """
     _check_caches(k_cache, means_cache, cache_seqlens, chunk_size, block_table, cache_starts)
     q = _checked_query(q, k_cache, k_cache, means_cache.shape[0])
@@ -98,15 +101,6 @@ def fill_chunk_means(k_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor
     check_backend(backend)
     run = _means if is_unobserved(k_cache, cache_seqlens) else _means_op
     run(k_cache, means_cache, cache_seqlens, chunk_size, block_table, cache_starts, backend)
-
-
-def _refuse_tangents(*tensors: Tensor) -> None:
-    """The kernels and the custom operator would drop them without a word. Compilers and torch.func hide who has one."""
-    if torch.autograd.forward_ad._current_level >= 0 and (
-            torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-            or any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in tensors)):
-        raise NotImplementedError("forward-mode differentiation (torch.func.jvp, linearize, forward_ad) of moba_decode "
-                                  "is not implemented: it has no gradient")
 
 
 def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor, chunk_size: int,

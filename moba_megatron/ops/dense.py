@@ -24,10 +24,8 @@ CHOICES = {"auto": (CUDNN, FLASH_4, FLASH), "cudnn": (CUDNN,), "flash2": (FLASH,
 
 def dense_causal(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, *,
                  exact: bool = False) -> tuple[Tensor, Tensor] | None:
-    """Causal self-attention over packed sequences: o and lse, or None where no dense kernel fits.
-
-    ``exact``, as of ``Segments``: without it cuDNN, which takes equal lengths only, declines.
-    """
+    """Causal self-attention over packed sequences: o and lse, or None where no dense kernel fits. ``exact``, as of
+    ``Segments``: without it cuDNN, which takes equal lengths only, declines."""
     kernel = dense_kernel(q, k, v, cu_seqlens, max_seqlen, exact=exact)
     if kernel is None:
         return None
@@ -49,10 +47,8 @@ def dense_causal(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen
 def dense_causal_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
                      cu_seqlens: Tensor, max_seqlen: int, scale: float, *, exact: bool = False,
                      deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Gradients of :func:`dense_causal`, whichever kernel o and lse are of; or None.
-
-    Only flash-attn 4 can take a ``dlse`` or be ``deterministic``: declines without it.
-    """
+    """Gradients of :func:`dense_causal`, whichever kernel o and lse are of; or None. Only flash-attn 4 can take a
+    ``dlse`` or be ``deterministic``: declines without it."""
     kernel = dense_kernel(q, k, v, cu_seqlens, max_seqlen, exact=exact, deterministic=deterministic,
                           with_dlse=dlse is not None)
     if kernel is None:
@@ -87,12 +83,8 @@ def _cleared(exact: bool, cu_seqlens: Tensor, *filled: tuple[Tensor, float]) -> 
 
 def dense_kernel(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, exact: bool = False,
                  deterministic: bool = False, with_dlse: bool = False) -> str | None:
-    """Which dense kernel takes these tensors, from what the host knows; None for none. Says its choice once.
-
-    Raises:
-        ValueError: MOBA_DENSE is none of its values.
-        ImportError: MOBA_DENSE asks for flash-attn 4, which is not there.
-    """
+    """Which dense kernel takes these tensors, from what the host knows; None for none. Says its choice once. ValueError
+    where MOBA_DENSE is none of its values, ImportError where it asks for flash-attn 4, which is not there."""
     variant = Variant(q.device, q.dtype, q.shape[2], v.shape[2], q.shape[1] // k.shape[1], deterministic, with_dlse)
     choice = _choose(dense_setting(), variant, q, k, v, cu_seqlens.numel() - 1, max_seqlen, exact)
     _say(choice, variant)

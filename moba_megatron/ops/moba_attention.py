@@ -143,11 +143,8 @@ def sparse_attn_varlen(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, cu_seq
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: Segments, *,
                      softmax_scale: float | None = None, deterministic: bool = False, backend: str = "auto",
                      return_lse: bool = False, workspace_mib: float | None = None) -> Tensor | tuple[Tensor, Tensor]:
-    """As :func:`sparse_attn_varlen`, for query segments over packed keys.
-
-    Args, Returns, Raises: as :func:`sparse_attn_varlen`, with ids by ``segments.cu_seqlens_k``, and
-        :func:`moba_attention`.
-    """
+    """As :func:`sparse_attn_varlen`, for query segments over packed keys as of :func:`moba_attention`; ids are by
+    ``segments.cu_seqlens_k``. Args, Returns, Raises: as these."""
     q, k, v = validation.cast_under_autocast(q, k, v)
     validation.check_qkv(q, k, v)
     segments = validation.check_segments(segments, q.shape[0], k.shape[0], q.device)

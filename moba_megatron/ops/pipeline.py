@@ -163,10 +163,8 @@ def _attend(pipeline: Pipeline, q, k, v, choice: Choice, segments: Segments):
 
 def _forward(pipeline: Pipeline, q, k, v, scaled, segments: Segments, selected):
     stages, segments = pipeline.stages, pipeline.bounded(segments, q.shape[0], k.shape[0])
-    if selected is None:
-        selected = _select(pipeline, q, stages.chunk_means(k, segments), segments)
-    else:
-        selected = stages.keep_earlier(selected, segments)
+    selected = (_select(pipeline, q, stages.chunk_means(k, segments), segments) if selected is None else
+                stages.keep_earlier(selected, segments))
     arguments = q if scaled is None else scaled, k, v, selected, segments, abs(pipeline.softmax_scale)
     if hasattr(stages, "route_and_attend"):
         o, lse, routing = stages.route_and_attend(*arguments)

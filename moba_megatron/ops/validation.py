@@ -98,11 +98,9 @@ def check_flag(name: str, value: bool) -> None:
 
 def check_workspace(workspace_mib: float | None) -> None:
     """A positive number of MiB, or None."""
-    if workspace_mib is None:
-        return
-    if isinstance(workspace_mib, bool) or not isinstance(workspace_mib, (int, float)):
+    if isinstance(workspace_mib, bool) or not isinstance(workspace_mib, (int, float, type(None))):
         raise TypeError(f"workspace_mib must be a number of MiB or None, got {workspace_mib!r}")
-    if not 0 < workspace_mib < 2 ** 40:
+    if workspace_mib is not None and not 0 < workspace_mib < 2 ** 40:
         raise ValueError(f"workspace_mib must be a positive number of MiB, got {workspace_mib}")
 
 

@@ -15,8 +15,7 @@ from .models import MODELS, SIZES, Run, default_batch, parse_size
 from .step import Prediction, plan
 
 MOVED = {"--check": "plan-check", "--results": "plan-check", "--fit": "plan-fit", "--simulate": "plan-simulate",
-         "--trace": "plan-simulate"}
-"""Flags of earlier versions -> the benchmarks' subcommand that does it."""
+         "--trace": "plan-simulate"}  # flags of earlier versions -> the benchmarks' subcommand that does it
 GIB = 1 << 30
 
 
@@ -135,10 +134,8 @@ def as_dict(p: Prediction) -> dict:
 
 
 def time_against_length(run: Run, card: hardware.Card, calibration: Calibration, path: Path) -> None:
-    """Draws GPU seconds a million tokens of the cheapest layout, of MoBA and of full attention, into a .png or .svg.
-
-    Lengths are powers of two from 32K to four times the run's, and its own; batches about four million tokens.
-    """
+    """Draws GPU seconds a million tokens of the cheapest layout, of MoBA and of full attention, into a .png or .svg, by
+    length: powers of two from 32K to four times the run's, and its own, in batches of about four million tokens."""
     from .. import plotting
     lengths = sorted({run.seqlen, *(1 << i for i in range(15, (4 * run.seqlen).bit_length()))})
     runs = [run if n == run.seqlen else replace(run, seqlen=n, batch=default_batch(n)) for n in lengths]

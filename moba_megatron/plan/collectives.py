@@ -144,10 +144,8 @@ def _by_head_groups(group: Group, kv_bytes: float, kv_heads: int, card: Card) ->
 
 
 def _heads_for_sequence(group: Group, x: AttentionShape, card: Card, asked: int | None) -> Exchange:
-    """q, k, v out and o back; backward do out, dq, dk, dv back. Fewer kv heads than ranks are repeated.
-
-    Groups of heads are sent while others are computed: what waits is the first group, and the last on its way back.
-    """
+    """q, k, v out and o back; backward do out, dq, dk, dv back. Fewer kv heads than ranks are repeated. Groups of heads
+    are sent while others are computed: what waits is the first group, and the last on its way back."""
     kv_bytes = x.kv_bytes * max(1, group.size / x.kv_heads)
     inputs, output = all_to_all(group, x.q_bytes + kv_bytes, card), all_to_all(group, x.q_bytes, card)
     kv_heads = max(1, x.kv_heads // group.size)

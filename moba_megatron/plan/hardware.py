@@ -40,9 +40,8 @@ class Card:
     @property
     def bytes_per_second(self) -> float:
         """Bytes/s of memory: measured, or the data sheet's times what the H200 reaches of its own."""
-        if self.reached_bandwidth:
-            return self.reached_bandwidth.value
-        return self.bandwidth.value * REACHED_BANDWIDTH_SHARE.value
+        reached = self.reached_bandwidth
+        return reached.value if reached else self.bandwidth.value * REACHED_BANDWIDTH_SHARE.value
 
     def figures(self) -> dict[str, Figure]:
         """Field name -> figure, those that are set."""
@@ -51,8 +50,7 @@ class Card:
 
 UNITS = {"peak": (TERA, "TFLOP/s"), "memory": (GIGA, "GB"), "bandwidth": (GIGA, "GB/s"), "issue": (GIGA, "SM GHz"),
          "link": (GIGA, "GB/s"), "network": (GIGA, "GB/s"), "node": (1, "GPUs"), "reached": (TERA, "TFLOP/s"),
-         "reached_bandwidth": (GIGA, "GB/s")}
-"""Field -> (divisor, unit) for printing."""
+         "reached_bandwidth": (GIGA, "GB/s")}  # field -> (divisor, unit) for printing
 
 REACHED_SHARE = Figure(790 / 989.5, DERIVED, "H200: 790 TFLOP/s of cuBLAS in bf16 over the data sheet's 989.5")
 REACHED_BANDWIDTH_SHARE = Figure(4.3 / 4.8, DERIVED, "H200: 4.3 TB/s of a large copy over the data sheet's 4.8")

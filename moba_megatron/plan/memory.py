@@ -56,10 +56,8 @@ def layer_activations(run: Run, layout: Layout) -> float:
 
 
 def attention_working(run: Run, layout: Layout) -> float:
-    """Bytes of one attention call beyond q, k, v: results, selection, routing, partial o and lse.
-
-    The largest of the passes is backward: dq, dk, dv, and partial dq for as many kv heads as fit the workspace.
-    """
+    """Bytes of one attention call beyond q, k, v: results, selection, routing, partial o and lse. The largest of the
+    passes is backward: dq, dk, dv, and partial dq for as many kv heads as fit the workspace."""
     m, ranks = run.model, layout.cp * layout.tp
     tokens = run.seqlen / ranks  # times heads; all-to-all trades one for the other
     q = tokens * m.heads * m.head_dim * BF16

@@ -51,13 +51,12 @@ class Model:
         return self.layers * (self.matrix_parameters + 2 * self.hidden) + embeddings + self.hidden
 
 
-MODELS = {
+MODELS = {  # 350m is the byte-level GPT of this project's measurements; the others have the sizes of the Llama 3 family
     "350m": Model(24, 1024, 8, 2, 128, 2816, 256, tied=True),
     "1b": Model(16, 2048, 32, 8, 64, 8192, 128256, tied=True),
     "8b": Model(32, 4096, 32, 8, 128, 14336, 128256),
     "70b": Model(80, 8192, 64, 8, 128, 28672, 128256),
 }
-"""350m is the byte-level GPT of this project's measurements; the others have the sizes of the Llama 3 family."""
 
 
 @dataclass(frozen=True)

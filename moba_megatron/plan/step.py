@@ -175,10 +175,8 @@ def _attention(run: Run, layout: Layout, card: Card, calibration: Calibration, d
 
 
 def _hide(moved: Exchange, forward: float, backward: float, again: bool, card: Card) -> Part:
-    """Exposed and hidden communication of a layer.
-
-    What comes while attention runs is exposed where it takes longer, and slows attention down (HIDDEN_COST).
-    """
+    """Exposed and hidden communication of a layer: what comes while attention runs is exposed where it takes longer,
+    and slows attention down (HIDDEN_COST)."""
     times, part = 2 if again else 1, Part()
     for (first, rest, after), compute in [(moved.forward, forward)] * times + [(moved.backward, backward)]:
         late = max(0.0, rest.seconds - compute)

@@ -8,8 +8,7 @@ from torch import Tensor
 from ..segments import Routing, Segments
 from .chunk_means import accumulate_dtype
 
-SCORE_ELEMENTS = 1 << 24
-"""Attention scores held at once: bounds the memory of a block of queries."""
+SCORE_ELEMENTS = 1 << 24  # attention scores held at once: bounds the memory of a block of queries
 
 
 def in_own_precision(stage):
@@ -28,9 +27,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: S
     """Softmax attention over the diagonal chunk and the selected ones, keys at or before the query.
 
     Args:
-        q: ``[T, H, D]``.
-        k: ``[S, HK, D]``.
-        v: ``[S, HK, DV]``.
+        q, k, v: ``[T, H, D]``, ``[S, HK, D]``, ``[S, HK, DV]``.
         selected: int32 ``[T, H, topk - 1]`` chunk ids, -1 for none; or ``[T, HK, topk - 1]``, for all heads of a group.
         segments: places the queries among the keys.
         softmax_scale: multiplies the scores.
@@ -66,9 +63,8 @@ def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tens
         dlse: ``[T, H]``, gradient of lse, or None.
         q, k, v, selected, segments, softmax_scale: as forward.
         o, lse: forward's results; lse decides the weights.
-        deterministic: no effect here, the reference always is.
         kv_grad_dtype: dtype of dk and dv; k's and v's own by default.
-        routing: of ``selected``; not needed here.
+        deterministic, routing: no effect here, the reference always is, and needs no lists.
 
     Returns:
         dq ``[T, H, D]``, dk ``[S, HK, D]``, dv ``[S, HK, DV]``; 0 for rows of no segment or sequence.
@@ -139,5 +135,4 @@ def _grouped(x: Tensor, k: Tensor) -> Tensor:
 
 def _scores(q: Tensor, k: Tensor, mask: Tensor, softmax_scale: float) -> Tensor:
     """Scaled scores ``[rows, HK, H / HK, keys]`` of grouped queries, -inf outside the mask of the same shape."""
-    score = torch.einsum("tjgd,sjd->tjgs", q, k) * softmax_scale
-    return score.masked_fill(~mask, -torch.inf)
+    return (torch.einsum("tjgd,sjd->tjgs", q, k) * softmax_scale).masked_fill(~mask, -torch.inf)

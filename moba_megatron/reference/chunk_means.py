@@ -26,15 +26,9 @@ def halving_sum(x: Tensor, dim: int) -> Tensor:
 
 
 def block_sums(k: Tensor, starts: Tensor, counts: Tensor) -> Tensor:
-    """Sums of runs of keys.
+    """Sums of runs of keys ``[S, HK, D]``: ``[n, HK, D]``, fp32 (fp64 for fp64 keys).
 
-    Args:
-        k: ``[S, HK, D]``.
-        starts: int32 ``[n]``, first row of each run.
-        counts: int32 ``[n]``, rows of each run, 0 to SUM_BLOCK.
-
-    Returns:
-        ``[n, HK, D]``, fp32 (fp64 for fp64 keys).
+    ``starts``, ``counts``: int32 ``[n]``, the first row of each run, and its rows, 0 to SUM_BLOCK.
     """
     dtype = accumulate_dtype(k.dtype)
     if starts.numel() == 0 or k.shape[0] == 0:
@@ -48,15 +42,9 @@ def block_sums(k: Tensor, starts: Tensor, counts: Tensor) -> Tensor:
 
 
 def means_from_block_sums(sums: Tensor, chunk_size: int, dtype: torch.dtype) -> Tensor:
-    """Adds the block sums of each chunk in order, divides, and rounds once.
+    """Adds the block sums of each chunk in order, divides, and rounds once, to ``dtype``: ``[num_chunks, HK, D]``.
 
-    Args:
-        sums: ``[num_chunks, ceil(chunk_size / SUM_BLOCK), HK, D]``, added in fp32, or fp64.
-        chunk_size: keys in a chunk.
-        dtype: of the result.
-
-    Returns:
-        ``[num_chunks, HK, D]``.
+    ``sums``: ``[num_chunks, ceil(chunk_size / SUM_BLOCK), HK, D]``, added in fp32, or fp64.
     """
     sums = sums.to(accumulate_dtype(sums.dtype))
     total = sums[:, 0]
@@ -81,14 +69,9 @@ def block_rows(segments: Segments, total_k: int) -> tuple[Tensor, Tensor]:
 
 
 def chunk_means(k: Tensor, segments: Segments) -> Tensor:
-    """Mean key of every full chunk (arXiv 2502.13189, equation 6).
+    """Mean key of every full chunk of packed keys ``[S, HK, D]`` (arXiv 2502.13189, equation 6).
 
-    Args:
-        k: ``[S, HK, D]``, packed keys.
-        segments: gives the sequences and the chunk size.
-
-    Returns:
-        ``[num_chunks, HK, D]`` in k's dtype; rows of unused or incomplete chunks are 0.
+    Returns ``[num_chunks, HK, D]`` in k's dtype; rows of unused or incomplete chunks are 0.
     """
     starts, counts = block_rows(segments, k.shape[0])
     sums = block_sums(k, starts.flatten(), counts.flatten())

@@ -26,8 +26,7 @@ def decode_gate(q: Tensor, k_cache: Tensor, means_cache: Tensor, cache_seqlens: 
     The query stands at the last key. Where it opens a chunk, the mean of the chunk before is computed and stored.
     Ties go to the later chunk. A chunk whose score is NaN or -inf is never selected.
 
-    Returns:
-        int32 ``[B, H, topk - 1]``: chunk numbers within the sequence, best first, -1 where fewer exist.
+    Returns int32 ``[B, H, topk - 1]``: chunk numbers within the sequence, best first, -1 where fewer exist.
     """
     selected = torch.full((*q.shape[:2], topk - 1), -1, dtype=torch.int32, device=q.device)
     for b, keys in enumerate(_sequences(k_cache, cache_seqlens, block_table, cache_starts)):
@@ -46,9 +45,8 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, selected: Tens
                      cache_starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Attention of each sequence's last position to its own chunk and the ``selected`` ones of :func:`decode_gate`.
 
-    Returns:
-        o ``[B, H, DV]`` in q's dtype; lse ``[B, H]``, natural log, fp32 (fp64 for fp64); o is 0 and lse -inf where
-        there is no key.
+    Returns o ``[B, H, DV]`` in q's dtype and lse ``[B, H]``, natural log, fp32 (fp64 for fp64): 0 and -inf where there
+    is no key.
     """
     lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     o = q.new_zeros(*q.shape[:2], v_cache.shape[3])

@@ -5,8 +5,7 @@ from torch import Tensor
 from ..segments import Segments
 from .chunk_means import accumulate_dtype, halving_sum
 
-SCORE_ELEMENTS = 1 << 22
-"""Products held at once: bounds the memory of a block of queries."""
+SCORE_ELEMENTS = 1 << 22  # products held at once: bounds the memory of a block of queries
 
 
 def gate(q: Tensor, means: Tensor, segments: Segments, topk: int) -> Tensor:
@@ -14,14 +13,8 @@ def gate(q: Tensor, means: Tensor, segments: Segments, topk: int) -> Tensor:
 
     Ties go to the later chunk. A chunk whose score is NaN or -inf is never selected.
 
-    Args:
-        q: ``[T, H, D]``.
-        means: ``[num_chunks, HK, D]``.
-        segments: places the queries.
-        topk: chunks a query attends to, its own included.
-
-    Returns:
-        int32 ``[T, H, topk - 1]``: chunk ids, best first, -1 where fewer exist.
+    Of q ``[T, H, D]`` and means ``[num_chunks, HK, D]``; ``topk`` counts a query's own chunk too. Returns int32
+    ``[T, H, topk - 1]``: chunk ids, best first, -1 where fewer exist.
     """
     total_q, wanted = q.shape[0], topk - 1
     if 0 in (total_q, wanted, means.shape[0]):

@@ -14,28 +14,16 @@ def group_queries(q: Tensor, num_kv_heads: int) -> Tensor:
 
     It is divided by a power of two, the first that is no less than the number of heads: that keeps the order of the
     scores, and any dtype's range. Heads are added in order in fp32 (fp64 for fp64), and the result is rounded once, as
-    chunk means are.
-
-    Args:
-        q: ``[T, H, D]``.
-        num_kv_heads: HK.
-
-    Returns:
-        ``[T, HK, D]`` in q's dtype.
+    chunk means are. Of ``[T, H, D]`` that is ``[T, HK, D]`` in q's dtype.
     """
     groups = q.unflatten(1, (num_kv_heads, -1)).transpose(1, 2)
     return means_from_block_sums(groups, 1 << (groups.shape[1] - 1).bit_length(), q.dtype)
 
 
 def keep_earlier(selected: Tensor, segments: Segments) -> Tensor:
-    """Given choices with -1 in place of what no gate could have chosen.
+    """Given choices, int32 ``[T, H or HK, n]`` of any values, with -1 in place of what no gate could have chosen.
 
-    Args:
-        selected: int32 ``[T, H or HK, n]``, any values.
-        segments: places the queries.
-
-    Returns:
-        int32, of the same shape: what is a chunk of the query's sequence, before its own, and named for the first time.
+    What stays is a chunk of the query's sequence, before its own, and named for the first time.
     """
     first, own = (x[:, None, None] for x in earlier_chunks(segments, selected.shape[0]))
     ordered, order = selected.sort(dim=2, stable=True)

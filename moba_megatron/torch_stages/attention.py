@@ -16,8 +16,7 @@ from ..reference.attention import in_own_precision
 from ..reference.chunk_means import accumulate_dtype, block_rows
 from ..segments import Routing, Segments
 
-SCORE_ELEMENTS = 1 << 20
-"""Attention scores held at once."""
+SCORE_ELEMENTS = 1 << 20  # attention scores held at once
 KEYS = 512
 """Keys of a batch, at most: so many rows are there for each key, and a dense layer's scores stay in the cache."""
 

@@ -7,8 +7,7 @@ from ..reference.chunk_means import accumulate_dtype
 from ..reference.gating import best_chunks, earlier_chunks
 from ..segments import Segments
 
-SCORE_ELEMENTS = 1 << 22
-"""Scores held at once."""
+SCORE_ELEMENTS = 1 << 22  # scores held at once
 
 
 @in_own_precision

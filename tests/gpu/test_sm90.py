@@ -14,7 +14,8 @@ from tests.gpu import test_attention_bwd, test_attention_fwd, test_op
 
 pytestmark = pytest.mark.gpu
 CONFIGS, WIDE = ({stage: row.config for stage, rows in TABLE.items() for row in rows[::-1]
-                  if is_gluon(row.config) and row.upto["head_dim"] in (dim, 192) and "chunk_size" not in row.upto}
+                  if "SPLIT" in row.config and is_gluon(row.config) and row.upto["head_dim"] in (dim, 192)
+                  and "chunk_size" not in row.upto}
                  for dim in (128, 192))
 SHARED_KEYS = next(row.config for row in TABLE["attention_bwd_dkdv"]
                    if is_gluon(row.config) and row.config["BLOCK_N"] == 64)  # of both groups, not 64 for each

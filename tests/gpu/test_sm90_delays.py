@@ -33,6 +33,7 @@ CASES = {
     "chunk 512": dict(lengths=[3000], chunk=512, topk=3, heads=4, kv_heads=2),
     "chunk 512, D 64": dict(lengths=[2500], chunk=512, topk=3, heads=4, kv_heads=4, dim=64),
 }
+ALL_CASES = {**CASES, "many chunks": dict(lengths=[12000, 0, 1, 5000], chunk=16, topk=8, heads=8, kv_heads=2)}
 LISTS = 640
 """Rows of a piece of a list: five tiles of the forward, ten steps of dk and dv; longer lists are cut."""
 SLOW, QUICK = 6000, 100
@@ -178,6 +179,11 @@ BROKEN = {
         ("    mbarrier.arrive(kv_empty.index(step % STAGES), count=1)\n", ""),
         ("    mbarrier.wait(v_full.index(stage), phase)\n",
          "    mbarrier.wait(v_full.index(stage), phase)\n    mbarrier.arrive(kv_empty.index(stage), count=1)\n")]),
+    "gate: means are given back before they are read": ("gating", "many chunks", [
+        ("    mbarrier.arrive(empty.index(stage), count=1)\n", ""),
+        ("    mbarrier.wait(full.index(stage), (step // STAGES) & 1)\n",
+         "    mbarrier.wait(full.index(stage), (step // STAGES) & 1)\n"
+         "    mbarrier.arrive(empty.index(stage), count=1)\n")]),
     "forward: rows are given back before they are read": ("attention_fwd", "chunk 512", [
         ("    mbarrier.arrive(row_empty.index(buffer), count=1)\n", ""),
         ("    mbarrier.wait(row_full.index(buffer), (tile // BUFFERS) & 1)\n",
@@ -207,8 +213,9 @@ class Modules(dict):
     def __init__(self, folder: Path):
         self.folder, self.launched = folder, Counter()
         rows = build("jit_helpers_sm90", folder)
-        self.copies = {name: getattr(rows, name) for name in ("_copy_rows", "_copy_listed", "_load_list", "_wait")}
-        for name in sorted(test_sm90.ALL):
+        self.copies = {name: getattr(rows, name) for name in ("_copy_rows", "_copy_listed", "_copy_keys", "_load_list",
+                                                                    "_wait")}
+        for name in sorted(test_sm90.ALL | {"gating"}):
             self.build(name)
 
     def build(self, name: str, changes=()) -> None:
@@ -258,12 +265,17 @@ def problem(case):
     return q, k, v, selected, segments, kernels.route(selected, k.shape[1], segments.num_chunks(k.shape[0]))
 
 
-def differing(expected, tensors, settings):
-    """How often o, lse, dq, dk, dv have other bits than expected, by mode and name."""
+def gate(q, k, v, selected, segments, routing):
+    """Choices of the gate alone."""
+    return (kernels.gate(q, kernels.chunk_means(k, segments), segments, selected.shape[2] + 1),)
+
+
+def differing(expected, tensors, settings, run=test_sm90.run):
+    """How often o, lse, dq, dk, dv (or what else ``run`` gives) have other bits than expected, by mode and name."""
     found = Counter()
     for (mode, longest), seed in itertools.product(MODES.items(), range(SEEDS)):
         settings.copy_(torch.tensor([seed * 7919 + 1, *longest], dtype=torch.int32))
-        for name, a, b in zip(("o", "lse", "dq", "dk", "dv"), expected, test_sm90.run(*tensors)):
+        for name, a, b in zip(("o", "lse", "dq", "dk", "dv"), expected, run(*tensors)):
             found[mode, name] += not torch.equal(a, b)
     settings.zero_()
     return +found
@@ -290,9 +302,16 @@ def test_sleeping_warps_that_share_keys_change_no_bits(case, modules, settings):
         assert not differing(expected, tensors, settings)
 
 
+def test_sleeping_warps_choose_the_same_chunks(modules, settings):
+    tensors = problem(ALL_CASES["many chunks"])
+    expected = gate(*tensors)
+    assert set(modules.launched) == {"gating"}
+    assert not differing(expected, tensors, settings, gate)
+
+
 @pytest.mark.parametrize("kernel, case, changes", BROKEN.values(), ids=BROKEN.keys())
 def test_a_broken_barrier_is_seen(kernel, case, changes, modules, settings):
-    tensors = problem(CASES[case])
-    expected = test_sm90.run(*tensors)
+    tensors, run = problem(ALL_CASES[case]), gate if kernel == "gating" else test_sm90.run
+    expected = run(*tensors)
     modules.build(kernel, changes)
-    assert differing(expected, tensors, settings)
+    assert differing(expected, tensors, settings, run)

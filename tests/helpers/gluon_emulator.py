@@ -17,7 +17,9 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import torch
+from ptx import execute
 
 from moba_megatron import kernels
 from moba_megatron.kernels import sm90
@@ -373,6 +375,23 @@ def _where(condition, a, b):
     return Value(torch.where(torch.as_tensor(_data(condition)), a, b))
 
 
+def _split(x):
+    return Value(x.data[..., 0]), Value(x.data[..., 1])
+
+
+def _inline_asm(ptx, constraints, operands, kinds, is_pure, pack):
+    """32 elements, of each operand one, are the threads of a warp."""
+    shape = torch.broadcast_shapes(*(x.shape for x in operands))
+    inputs = [x.data.expand(shape).reshape(-1, 32).numpy() for x in operands]
+    outputs = [np.empty_like(x) for x in inputs[:len(kinds)]]
+    for warp in range(inputs[0].shape[0]):
+        registers = {f"${len(kinds) + i}": x[warp] for i, x in enumerate(inputs)}
+        execute(ptx, registers)
+        for i, output in enumerate(outputs):
+            output[warp] = registers[f"${i}"].view(output.dtype)
+    return tuple(Value(torch.from_numpy(x).reshape(shape)) for x in outputs)
+
+
 LANGUAGE = dict(
     constexpr=lambda x: x, static_range=range, static_assert=lambda holds, *why: _asserted(holds, *why),
     int32=torch.int32, int64=torch.int64, float16=torch.float16, float32=torch.float32, uint32="uint32",
@@ -381,7 +400,11 @@ LANGUAGE = dict(
     zeros=lambda shape, dtype, layout=None: Value(torch.zeros(shape, dtype=dtype)),
     load=_load, store=_store, where=_where, minimum=_of_two(torch.minimum), maximum=_of_two(torch.maximum),
     exp2=lambda x: Value(torch.exp2(x.data)), log2=lambda x: Value(torch.log2(x.data)),
-    max=lambda x, axis: Value(x.data.amax(axis)), sum=lambda x, axis: Value(x.data.sum(axis)),
+    full=lambda shape, value, dtype, layout=None: Value(torch.full(shape, value, dtype=dtype)),
+    max=lambda x, axis: Value(x.data.amax(axis)), min=lambda x, axis: Value(x.data.amin(axis)),
+    abs=lambda x: Value(x.data.abs()), cdiv=lambda a, b: (a + b - 1) // b, split=_split,
+    reshape=lambda x, shape: Value(x.data.reshape(tuple(shape))), inline_asm_elementwise=_inline_asm,
+    permute=lambda x, order: Value(x.data.permute(order)), sum=lambda x, axis: Value(x.data.sum(axis)),
     convert_layout=lambda x, layout: x, allocate_shared_memory=_allocate,
     warp_specialize=lambda groups, warps, registers: _here.program.run(groups),
     SliceLayout=_anything, BlockedLayout=_anything, DotOperandLayout=_anything, NVMMADistributedLayout=_anything,
@@ -413,7 +436,8 @@ class Kernel:
         return self.fn(*args, **named)
 
     def __getitem__(self, grid):
-        def start(**named):
+        def start(*given, **named):
+            named |= zip(self.arg_names, given)
             self.ran[self.__name__] += grid[0]
             for program in self.chance.sample(range(grid[0]), grid[0]):
                 arguments = {p.name: _argument(named[p.name]) if not p.is_constexpr else named[p.name]
@@ -469,7 +493,7 @@ def emulated(seed=0, changes=()):
     gluon = ModuleType("gluon")
     vars(gluon).update(jit=_jit, constexpr_function=lambda function: function, language=language)
     fake_triton = ModuleType("triton")
-    vars(fake_triton).update(jit=_jit, language=triton_language)
+    vars(fake_triton).update(jit=_jit, language=triton_language, constexpr_function=_with_fn)
     chance, package = random.Random(seed), kernels.__name__
     stand_ins = {"triton.experimental.gluon": gluon, "triton.experimental.gluon.language": language,
                  "triton.experimental.gluon.language.nvidia.hopper": hopper}
@@ -483,7 +507,9 @@ def emulated(seed=0, changes=()):
         module = ModuleType(f"{package}.{name}")
         module.__package__, module.__file__ = package, f"{name}.py"
         with mock.patch.dict(sys.modules, {**stand_ins, **more}):
-            tree = ast.fix_missing_locations(_Tuples().visit(ast.parse(text)))
+            tree = ast.parse(text)
+            if name.endswith("sm90"):
+                tree = ast.fix_missing_locations(_Tuples().visit(tree))
             exec(compile(tree, f"{name}.py, emulated", "exec"), vars(module))
         for x in vars(module).values():
             if isinstance(x, Kernel):
@@ -493,11 +519,13 @@ def emulated(seed=0, changes=()):
     helpers = load("jit_helpers", {"triton": fake_triton, "triton.language": triton_language})
     experimental = importlib.import_module("triton.experimental")
     with mock.patch.object(experimental, "gluon", gluon, create=True), (
-            mock.patch.object(kernels, "jit_helpers", helpers, create=True)):
+            mock.patch.object(kernels, "jit_helpers", helpers, create=True)), (
+            mock.patch.object(kernels, "gating", load("gating", {
+                "triton": fake_triton, "triton.language": triton_language, f"{package}.jit_helpers": helpers}))):
         stand_ins[f"{package}.jit_helpers"] = helpers
         shared = load("jit_helpers_sm90", {})
         modules = {name: load(f"{name}_sm90", {f"{package}.jit_helpers_sm90": shared})
-                   for name in ("attention_fwd", "attention_bwd_dq", "attention_bwd_dkdv")}
+                   for name in ("attention_fwd", "attention_bwd_dq", "attention_bwd_dkdv", "gating")}
     with mock.patch.object(sm90, "kernel_module", modules.__getitem__), mock.patch.object(sm90, "PROGRAMS", 1), (
             mock.patch.object(sm90, "takes", _takes)):
         yield ran

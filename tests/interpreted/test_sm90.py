@@ -7,13 +7,24 @@ import torch
 from gluon_emulator import emulated
 
 import comparison
-from moba_megatron import kernels
+from moba_megatron import kernels, reference
 from moba_megatron.kernels import tuning
+from moba_megatron.kernels.tuning_table import TABLE, is_gluon
 from tests.gpu.test_sm90_delays import BROKEN
 from tests.interpreted.test_attention_fwd import problem
 
 pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
 FORWARD, DQ, DKDV = (f"_attention_{name}_sm90_kernel" for name in ("fwd", "bwd_dq", "bwd_dkdv"))
+GATE = "_gate_sm90_kernel"
+GATE_CASES = {
+    "several tiles": dict(lengths=[700], chunk=2, topk=8),
+    "packed, gqa": dict(lengths=[300, 0, 129, 1, 260], chunk=1, topk=8, heads=4, kv_heads=2),
+    "parts of sequences": dict(lengths=[600, 400], chunk=2, topk=4, parts=[(0, 128, 200), (1, 130, 70), (0, 500, 60)]),
+    "few chunks": dict(lengths=[900], chunk=128, topk=8),
+    "no choice": dict(lengths=[300], chunk=512, topk=3),
+    "D 64": dict(lengths=[400], chunk=1, topk=2, dim=64),
+    "D 80, two parts": dict(lengths=[400], chunk=1, topk=9, dim=80),
+}
 CASES = {
     "chunk 128": dict(lengths=[700], chunk=128, topk=3),
     "chunk 128, gqa, packed": dict(lengths=[300, 0, 129, 1], chunk=128, topk=2, heads=4),
@@ -43,6 +54,25 @@ def check(q, k, v, selected, segments):
     exact, eager = (comparison.attend(q, k, v, do, None, mask, scale, dtype) for dtype in (torch.float64, q.dtype))
     comparison.assert_as_good_as_eager(dict(zip(("o", "lse", "dq", "dk", "dv"), (o, lse, *gradients))), exact, eager,
                                        q.dtype)
+
+
+def choose(case, seed=0, changes=(), spread=4, **options):
+    """How many programs of which kernels ran: the gate on integers, so that scores are exact and many are equal."""
+    q, k, _, selected, segments = problem(**{"dtype": torch.float16, "dim": 128, **case})
+    random = torch.Generator().manual_seed(seed)
+    q, means = (torch.randint(1 - spread, spread, (n, *x.shape[1:]), generator=random).half()
+                for n, x in ((q.shape[0], q), (segments.num_chunks(k.shape[0]), k)))
+    config = next(row.config for row in TABLE["gate"] if is_gluon(row.config))
+    with tuning.forced("sm_90", {"gate": {**config, **options}}), emulated(seed, changes) as ran:
+        chosen = kernels.gate(q, means, segments, case["topk"])
+    assert torch.equal(chosen, reference.gate(q, means, segments, case["topk"]))
+    return ran
+
+
+@pytest.mark.parametrize("spread", [2, 8])
+@pytest.mark.parametrize("name", GATE_CASES)
+def test_gate(name, spread):
+    assert set(choose(GATE_CASES[name], spread, spread=spread)) == {GATE}
 
 
 def run(case, seed=0, changes=(), shared=1):
@@ -85,7 +115,10 @@ def test_what_is_broken_is_seen(name):
 
     def goes_wrong(seed):
         try:
-            run(case, seed, changes)
+            if kernel == "gating":
+                choose(GATE_CASES["several tiles"], seed, changes, STAGES=2, AHEAD=1)
+            else:
+                run(case, seed, changes)
         except AssertionError:
             return True
         return False

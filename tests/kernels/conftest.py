@@ -29,8 +29,8 @@ def driver(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
     yield driver
     for module in ("attention_bwd", "attention_bwd_dkdv", "attention_bwd_dq", "attention_fwd", "bounds", "chunk_means",
-                   "gating", "routing", "attention_fwd_sm90", "attention_bwd_dq_sm90", "attention_bwd_dkdv_sm90",
-                   "decode"):
+                   "gating", "gating_sm90", "routing", "attention_fwd_sm90", "attention_bwd_dq_sm90",
+                   "attention_bwd_dkdv_sm90", "decode"):
         for kernel in vars(importlib.import_module(f"moba_megatron.kernels.{module}")).values():
             if isinstance(kernel, JITFunction):
                 kernel.device_caches.pop(CARD, None)

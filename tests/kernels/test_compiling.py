@@ -11,7 +11,7 @@ from stand_in_driver import CASES, cloned, make
 from triton.runtime import _async_compile
 
 from moba_megatron import kernels, moba_attn_varlen
-from moba_megatron.kernels import gating, launcher
+from moba_megatron.kernels import launcher, routing
 
 pytestmark = pytest.mark.usefixtures("driver")
 
@@ -165,7 +165,7 @@ def test_what_is_no_function_of_tritons_is_launched_as_it_is(driver, monkeypatch
 
     tensors, call = make(**CASES["gqa"])
     with monkeypatch.context() as patch:
-        patch.setattr(gating, "_gate_kernel", Around(gating._gate_kernel))
+        patch.setattr(routing, "_route_place_kernel", Around(routing._route_place_kernel))
         call(*tensors)
         call(*cloned(tensors))
     assert len(started) == 2 and all(started)
@@ -175,7 +175,7 @@ def test_an_error_of_the_compiler_is_the_launchs(driver, monkeypatch):
     compile = driver.compile
 
     def faulty(src, **options):
-        if src.fn.fn.__name__ == "_gate_kernel":
+        if src.fn.fn.__name__ == "_route_place_kernel":
             raise RuntimeError("no register is left")
         return compile(src, **options)
 
@@ -192,7 +192,7 @@ def test_what_the_compiler_meets_once_is_not_kept(driver, monkeypatch):
     compile, full = driver.compile, [True]
 
     def faulty(src, **options):
-        if full[0] and src.fn.fn.__name__ == "_gate_kernel":
+        if full[0] and src.fn.fn.__name__ == "_route_place_kernel":
             raise OSError("no space is left")
         return compile(src, **options)
 
@@ -211,7 +211,7 @@ def test_a_kernel_that_another_thread_compiles_is_prepared(driver, monkeypatch, 
     compile, begun = driver.compile, threading.Event()
 
     def slow(src, **options):
-        if src.fn.fn.__name__ == "_gate_kernel":
+        if src.fn.fn.__name__ == "_route_place_kernel":
             begun.set()
             time.sleep(0.5)
         return compile(src, **options)

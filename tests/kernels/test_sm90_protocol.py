@@ -188,11 +188,27 @@ def threads_for_dq(tiles, keys, broken, arrivals):
     return [loads(rows, k, v, tiles, keys, False), *rows.landing, *k.landing, *v.landing, group, group]
 
 
+def threads_for_gate(tiles, ahead, broken, arrivals):
+    """gating_sm90.py: the first of two groups starts the copies, so many tiles ahead."""
+    means, groups = Ring("means", 3, arrivals), []
+    for part in range(2):
+        copies = [[means.wait("empty", n), *means.copy(n)] if part == 0 else [] for n in range(tiles)]
+        steps = sum(copies[:ahead], [])
+        for n in range(tiles):
+            steps += copies[n + ahead] if n + ahead < tiles else []
+            steps += [means.wait("full", n), *[means.free(n)] * (broken == "means given back"), means.read(n),
+                      means.read(n, "done"), *[means.free(n)] * (broken != "means given back")]
+        groups.append(steps)
+    return [*means.landing, *groups]
+
+
 SIZES = [(threads_for_dk_dv, n, listed) for n in range(8) for listed in {0, n // 2, n}]
 SIZES += [(threads_for_64_keys, n, listed) for n in range(8) for listed in {0, n // 2, n}]
 SIZES += [(threads_for_forward, *size) for size in ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1))]
 SIZES += [(threads_for_dq, *size) for size in ((1, 1), (1, 2), (2, 1), (2, 2), (1, 4))]
-BROKEN = [(threads_for_dk_dv, 6, 0, "rows announced"), (threads_for_dk_dv, 6, 0, "rows given back"),
+SIZES += [(threads_for_gate, n, ahead) for n in (0, 1, 4, 7) for ahead in (1, 2)]
+BROKEN = [(threads_for_gate, 6, 1, "means given back"), (threads_for_dk_dv, 6, 0, "rows announced"),
+          (threads_for_dk_dv, 6, 0, "rows given back"),
           (threads_for_dk_dv, 5, 5, "ds announced"), (threads_for_64_keys, 3, 0, "p announced"),
           (threads_for_dq, 1, 4, "keys given back"),
           (threads_for_forward, 2, 1, "rows announced"), (threads_for_forward, 3, 1, "rows given back")]

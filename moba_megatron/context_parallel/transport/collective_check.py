@@ -78,10 +78,8 @@ class CollectiveCheck:
     def compare_lengths(self, cu_seqlens: Tensor, max_seqlen: int, total: int) -> None:
         """Has packed sequences' lengths checked and compared: on the device, once for all layers of a batch.
 
-        Args:
-            cu_seqlens: int32 or int64 ``[B + 1]``: from 0 to ``total``, each length a multiple of twice the group's
-                size and at most ``max_seqlen``.
-            total: tokens of all ranks.
+        ``cu_seqlens``: int32 or int64 ``[B + 1]``, from 0 to ``total``, the tokens of all ranks; each length a multiple
+        of twice the group's size and at most ``max_seqlen``.
         """
         self._lengths = cu_seqlens, max_seqlen, total
 
@@ -128,10 +126,8 @@ _failures: list[tuple[set[int], str]] = []  # of schedules: ranks that are to he
 
 
 def note_failure(group: dist.ProcessGroup | Sequence[dist.ProcessGroup], error: BaseException) -> None:
-    """Has a schedule's error here reach the other ranks: they do not wait for it, and raise by their next call but one.
-
-    For exchanges in symmetric memory. Collectives of the group's library that others have begun never end.
-    """
+    """Has a schedule's error here reach the other ranks: they do not wait for it, and raise by their next call but one;
+    by exchanges in symmetric memory. Collectives of the group's library that others have begun never end."""
     for each in group if isinstance(group, Sequence) else [group]:
         if abandon(each):
             _failures.append((set(dist.get_process_group_ranks(each)),
