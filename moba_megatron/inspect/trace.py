@@ -51,9 +51,8 @@ class RoutingTrace:
                 raise ValueError(f"layer {layer} of a routing trace must count a chunk at most once a query")
 
     @classmethod
-    def from_counts(cls, *, chunk_size: int, topk: int, seq_length: int, num_kv_heads: int,
-                    counts: Mapping[int, np.ndarray], sequences: int = 1, about: Mapping | None = None,
-                    ) -> "RoutingTrace":
+    def from_counts(cls, *, chunk_size: int, topk: int, seq_length: int, num_kv_heads: int, sequences: int = 1,
+                    counts: Mapping[int, np.ndarray], about: Mapping | None = None) -> "RoutingTrace":
         """A trace of dense tables: for each layer integers ``[num_heads, N, N]``, N the number of chunks, ``[h, i, j]``
         the queries of chunk i whose head h chose chunk j. ValueError where there is no layer, or tables differ in shape
         or do not fit the numbers.

@@ -269,9 +269,8 @@ def _consumer(part: gl.constexpr, spans, smem, kv_smem, dq_smem, bars, ints, out
         for first in range(0, count, BLOCK_M):
             turn = step & 1
             dk, dv = _add_rows(part, kv_smem, smem, full, empty, step, dk, dv, qk_scale, key_position, lane,
-                               chunk_end_position if RAGGED else None,
-                               (ds_smem.index(turn * 2 + part), ds_full.index(turn), ds_empty.index(turn)), False,
-                               STAGES)
+                               chunk_end_position if RAGGED else None, (ds_smem.index(turn * 2 + part),
+                               ds_full.index(turn), ds_empty.index(turn)), False, STAGES)
             if (turn != part) & (step > 0):
                 _write_dq_partial(k_smem, dq_smem, part, part, step - 1, indices, first - BLOCK_M, count, places,
                                   softmax_scale, kv_head, H, G, KS, SHARED, D)

@@ -48,25 +48,14 @@ def attention_fwd_sparse(call: AttentionCall, routing: Routing, tiles: Tiles, o_
 
 
 @gluon.jit
-def _issue_scores(q, k_smem, k_full, step, zero, USE_TMA: gl.constexpr):
-    """Starts the scores of 64 rows against the tile of a step."""
-    STAGES: gl.constexpr = k_smem[0].shape[0]
+def _arrived(smem, full, step, USE_TMA: gl.constexpr):
+    """The tile of keys or values of a step, as soon as it is there."""
+    STAGES: gl.constexpr = smem[0].shape[0]
     stage = step % STAGES
-    mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
+    mbarrier.wait(full.index(stage), (step // STAGES) & 1)
     if not USE_TMA:
         fence_async_shared()
-    return _start_scores(q, _tile(k_smem, stage), zero)
-
-
-@gluon.jit
-def _issue_values(weights, v_smem, v_full, step, acc, USE_TMA: gl.constexpr):
-    """Starts the product of weights with the values of a step's tile."""
-    STAGES: gl.constexpr = v_smem[0].shape[0]
-    stage = step % STAGES
-    mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
-    if not USE_TMA:
-        fence_async_shared()
-    return _start_sums(weights, _tile(v_smem, stage), acc)
+    return _tile(smem, stage)
 
 
 @gluon.jit
@@ -109,8 +98,8 @@ def _attend(s, indices, outs, smem, bars, ints, qk_scale, part: gl.constexpr, st
     l = gl.sum(p, 1)
     weights = p.to(dtype)
     for key in range(BLOCK_N, chunk_size, BLOCK_N):
-        s = _issue_scores(q, k_smem, k_full, step + 1, zero, USE_TMA)
-        acc = _issue_values(weights, v_smem, v_full, step, acc, USE_TMA)
+        s = _start_scores(q, _arrived(k_smem, k_full, step + 1, USE_TMA), zero)
+        acc = _start_sums(weights, _arrived(v_smem, v_full, step, USE_TMA), acc)
         s = warpgroup_mma_wait(len(v_smem), deps=(s,))
         mbarrier.arrive(k_empty.index((step + 1) % STAGES), count=1)
         s = _keep_chunk(s, key, chunk_size, RAGGED)
@@ -126,7 +115,7 @@ def _attend(s, indices, outs, smem, bars, ints, qk_scale, part: gl.constexpr, st
         weights = p.to(dtype)
         acc = [x * gl.convert_layout(alpha, gl.SliceLayout(1, x.type.layout))[:, None] for x in acc]
         step += 1
-    acc = _issue_values(weights, v_smem, v_full, step, acc, USE_TMA)
+    acc = _start_sums(weights, _arrived(v_smem, v_full, step, USE_TMA), acc)
     next_step = step if ONE_TILE else step + 1
     if GOES_ON and ONE_TILE:
         s = _begin(part, smem, bars, next_step, tile + 1, BUFFERS, USE_TMA)
@@ -159,8 +148,8 @@ def _begin(part: gl.constexpr, smem, bars, step, tile, BUFFERS: gl.constexpr, US
     buffer = tile % BUFFERS
     mbarrier.wait(row_full.index(buffer), (tile // BUFFERS) & 1)
     fence_async_shared()
-    return _issue_scores(_tile(q_smem, buffer * 2 + part), k_smem, k_full, step,
-                         gl.zeros([64, BLOCK_N], gl.float32, layout=S), USE_TMA)
+    return _start_scores(_tile(q_smem, buffer * 2 + part), _arrived(k_smem, k_full, step, USE_TMA),
+                         gl.zeros([64, BLOCK_N], gl.float32, layout=S))
 
 
 @gluon.jit

@@ -54,11 +54,10 @@ def decode_gate(q: Buffer, k_cache: Buffer, means_cache: Buffer, cache_seqlens: 
     group = num_heads // num_kv_heads
     options = tuning.config("decode_gate", q.device, head_dim=head_dim, itemsize=q.dtype.itemsize)
     launch(_decode_gate_kernel, (batch * num_kv_heads * cdiv(group, HEADS_A_GATE),),
-           **_tensors(q=q, k=k_cache, means=means_cache),
-           **_places(k_cache, cache_seqlens, block_table, cache_starts), selected=selected, chunk_size=chunk_size,
-           HK=num_kv_heads, G=group, BLOCK_G=HEADS_A_GATE, KS=topk - 1, BLOCK_KS=next_power_of_2(topk - 1),
-           D=head_dim, BLOCK_D=head_block(head_dim), SUM_BLOCK=SUM_BLOCK, MEAN_LANES=MEAN_LANES,
-           PRECISION=precision(q.dtype), **options)
+           **_tensors(q=q, k=k_cache, means=means_cache), **_places(k_cache, cache_seqlens, block_table, cache_starts),
+           selected=selected, chunk_size=chunk_size, HK=num_kv_heads, G=group, BLOCK_G=HEADS_A_GATE, KS=topk - 1,
+           BLOCK_KS=next_power_of_2(topk - 1), D=head_dim, BLOCK_D=head_block(head_dim), SUM_BLOCK=SUM_BLOCK,
+           MEAN_LANES=MEAN_LANES, PRECISION=precision(q.dtype), **options)
     return selected
 
 

@@ -43,9 +43,10 @@ def gate(q: Buffer, means: Buffer, segments: Segments, selected: Buffer, options
 
 
 @gluon.jit
-def _start_copy(means, ring, bars, step, warm, end, first_chunk, kv_head, D: gl.constexpr, ROWS: gl.constexpr):
+def _start_copy(means, ring, bars, step, walk, D: gl.constexpr, ROWS: gl.constexpr):
     """Starts the copy of a step's tile, as soon as its place is free: ``warm`` tiles from the latest back, then all."""
     full, empty, _ = bars
+    _, warm, end, first_chunk, kv_head = walk
     STAGES: gl.constexpr = ring[0].shape[0]
     BLOCK_N: gl.constexpr = ring[0].shape[1]
     stage = step % STAGES
@@ -58,14 +59,14 @@ def _start_copy(means, ring, bars, step, warm, end, first_chunk, kv_head, D: gl.
 
 
 @gluon.jit
-def _scores(part: gl.constexpr, q, means, ring, bars, step, steps, warm, end, first_chunk, kv_head, zero,
-            AHEAD: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr):
+def _scores(part: gl.constexpr, q, means, ring, bars, step, walk, zero, AHEAD: gl.constexpr, D: gl.constexpr,
+            ROWS: gl.constexpr):
     """Scores of 64 rows against the tile of a step; the first group starts the copy of a later one before."""
     full, empty, _ = bars
     STAGES: gl.constexpr = ring[0].shape[0]
     if part == 0:
-        if step + AHEAD < steps:
-            _start_copy(means, ring, bars, step + AHEAD, warm, end, first_chunk, kv_head, D, ROWS)
+        if step + AHEAD < walk[0]:
+            _start_copy(means, ring, bars, step + AHEAD, walk, D, ROWS)
     stage = step % STAGES
     mbarrier.wait(full.index(stage), (step // STAGES) & 1)
     s = _wait(0, (_start_scores(q, _tile(ring, stage), zero),))[0]
@@ -99,10 +100,10 @@ def _consumer(part: gl.constexpr, q, means, selected, smem, bars, ints, strides,
     warm = gl.minimum(end, WARM)
     if limit <= BLOCK_N // 4:  # as in gating.py
         warm = end * 0
-    steps = warm + end
+    walk = (warm + end, warm, end, first_chunk, kv_head)
     if part == 0:
-        for step in range(0, gl.minimum(AHEAD, steps)):
-            _start_copy(means, ring, bars, step, warm, end, first_chunk, kv_head, D, ROWS)
+        for step in range(0, gl.minimum(AHEAD, warm + end)):
+            _start_copy(means, ring, bars, step, walk, D, ROWS)
     lane = gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS)) + part * 64
     q_rows = _tile(q_smem, part)
     _copy_rows(q_rows, q, (row + lane).to(gl.int64), head.to(gl.int64), strides[0], strides[1], ROWS,
@@ -120,8 +121,7 @@ def _consumer(part: gl.constexpr, q, means, selected, smem, bars, ints, strides,
     if warm > 0:
         best = gl.full([64, BLOCK_N], -float("inf"), gl.float32, layout=S)
         for step in range(0, warm):
-            s = _scores(part, q_rows, means, ring, bars, step, steps, warm, end, first_chunk, kv_head, zero, AHEAD, D,
-                        ROWS)
+            s = _scores(part, q_rows, means, ring, bars, step, walk, zero, AHEAD, D, ROWS)
             if end - 1 - step >= whole:
                 s = _earlier(s, end - 1 - step, earlier)
             best = gl.maximum(best, s)
@@ -132,8 +132,7 @@ def _consumer(part: gl.constexpr, q, means, selected, smem, bars, ints, strides,
     for whole_tiles in gl.static_range(2):
         for step in range(end - whole if whole_tiles else 0, end if whole_tiles else end - whole):
             tile = end - 1 - step
-            s = _scores(part, q_rows, means, ring, bars, warm + step, steps, warm, end, first_chunk, kv_head, zero,
-                        AHEAD, D, ROWS)
+            s = _scores(part, q_rows, means, ring, bars, warm + step, walk, zero, AHEAD, D, ROWS)
             if not whole_tiles:
                 s = _earlier(s, tile, earlier)
             x = _columns(_deal(s, LANES), WIDTH)

@@ -243,8 +243,7 @@ def _load_list(rows, keys, indices, smem, bars, ints, strides, H: gl.constexpr, 
     end = first_key + chunk_size
     choice0 = _listed(indices, gl.minimum(lane, count - 1), None, KS, SHARED)  # the last choice fills up
     choice1 = _listed(indices, gl.minimum(64 + lane, count - 1), None, KS, SHARED)
-    _gather(rows, row_smem, row_full, 0, (choice0, choice1), kv_head, row_strides, H, G, KS, DIMS,
-            EVEN, ROWS)
+    _gather(rows, row_smem, row_full, 0, (choice0, choice1), kv_head, row_strides, H, G, KS, DIMS, EVEN, ROWS)
     step = 0
     tile = 1
     for first in range(0, count, 128):

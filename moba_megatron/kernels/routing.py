@@ -1,7 +1,8 @@
 """Routing: from each query's chunks to each chunk's queries, by a stable counting sort on the device.
 
 Three launches: count, for each group of consecutive tokens; add up, over groups and over CSR rows; place (and cut rows
-into tiles). A program places the choices of its group alone, in order, with its own counters: always the same result.
+into tiles). A program of one warp places the choices of its group, in order, with its own counters: always the same
+result.
 """
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..segments import Routing, index_dtype
 from . import tuning
-from .host import cdiv
+from .host import INTERPRETED, cdiv
 from .jit_helpers import _find_piece, _piece_items
 from .launcher import Buffer, empty, launch, stage
 
@@ -26,6 +27,12 @@ COUNTER_BYTES = 32 << 20
 """Bound of the counters' memory, or half of the indices' where that is more; fewer groups of tokens keep to it."""
 TILES = 256
 """Tiles that a program writes."""
+TAKE = tl.constexpr("""{ .reg .pred p; .reg .b32 same, number; bar.warp.sync -1; match.any.sync.b32 same, $4, -1;
+popc.b32 number, same; mov.u32 $1, %lanemask_lt; and.b32 $1, same, $1; popc.b32 $1, $1; neg.s32 $2, same;
+and.b32 $2, same, $2; bfind.u32 $2, $2; mov.b32 $0, 0; setp.eq.s32 p, $1, 0; setp.ge.and.s32 p, $4, 0, p;
+@p atom.global.add.u32 $0, [$3], number; }""")
+"""The first lane of a chunk, $4, adds to its counter, [$3]: what was there; how many lanes are before; the first's."""
+SHARE = tl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 31, -1;")
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,8 @@ def route_in_tiles(selected: Buffer, num_kv_heads: int, num_chunks: int, block: 
         return routing, make_tiles(routing, block) if block else None
     tiles = Tiles.empty(routing, block) if block else None
     tile_programs, *tile_tensors = tile_arguments(tiles)
-    options = tuning.config("route", device)
+    warp = not INTERPRETED and dtype == torch.int32
+    options = tuning.config("route", device) | ({} if warp else {"BLOCK": 64})
     limit = max(COUNTER_BYTES // indices.dtype.itemsize, indices.numel() // 2) // (num_kv_heads * num_chunks)
     num_groups, tokens = token_groups(total, cdiv(options["BLOCK"], group * choices),
                                       max(1, selected.numel() >> 29,  # a group numbers its own in 32 bits
@@ -101,7 +109,7 @@ def route_in_tiles(selected: Buffer, num_kv_heads: int, num_chunks: int, block: 
     launch(_route_sum_kernel, (cdiv(num_chunks, 32) * num_kv_heads,), counts, indptr, num_chunks, num_groups,
            num_kv_heads, SHARED=shared, BLOCK_G=256, BLOCK_C=32, BLOCK=2048, num_warps=8)
     launch(_route_place_kernel, (tile_programs + programs,), selected, counts, indptr, indices, *sizes, tile_programs,
-           *tile_tensors, **shape, SHARED=shared, TILES=TILES, **options)
+           *tile_tensors, **shape, SHARED=shared, TILES=TILES, WARP=warp, **options)
     return routing, tiles
 
 
@@ -179,7 +187,7 @@ def _route_sum_kernel(counts, indptr, num_chunks, num_groups, num_kv_heads, SHAR
 def _route_place_kernel(selected, counts, indptr, indices, total, tokens, num_chunks, num_groups, tile_programs,
                         tile_csr_row, tile_begin, tile_end, tile_indptr, num_tiles, block,
                         H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, SHARED: tl.constexpr, TILES: tl.constexpr,
-                        BLOCK: tl.constexpr):
+                        BLOCK: tl.constexpr, WARP: tl.constexpr):
     """Writes the choices of one group of tokens and one kv head to their places, BLOCK at a time, in order.
 
     The first ``tile_programs`` write tiles instead: of ``indptr`` alone, which nothing writes here.
@@ -201,25 +209,49 @@ def _route_place_kernel(selected, counts, indptr, indices, total, tokens, num_ch
     tl.debug_barrier()
     num_choices = tl.minimum(tokens, total - first_token) * (G * KS)
     base = (first_token.to(tl.int64) * H + kv_head * G) * KS
-    lane = tl.arange(0, BLOCK)
-    earlier = lane[None, :] < lane[:, None]
-    at = lane // (G * KS) * (H * KS) + lane % (G * KS)
-    chunk = tl.load(selected + base + at, mask=lane < num_choices, other=-1)
+    lane = tl.arange(0, 32)
     for first in range(0, num_choices, BLOCK):
-        next_choice = first + BLOCK + lane
-        next_at = next_choice // (G * KS) * (H * KS) + next_choice % (G * KS)
-        next_chunk = tl.load(selected + base + next_at, mask=next_choice < num_choices, other=-1)
-        place = tl.load(row + chunk, mask=chunk >= 0, other=0)
-        # one sum counts the equal chunks of this step (low half) and those of earlier lanes (high half)
-        same = tl.sum(tl.where(chunk[:, None] == chunk[None, :], tl.where(earlier, 65537, 1), 0), 1)
-        place += same >> 16
-        number = (base + at) * SHARED - at % KS * (SHARED - 1)  # of the first head that shares it
-        tl.store(indices + place, number.to(indices.dtype.element_ty), mask=chunk >= 0)
-        tl.debug_barrier()
-        tl.store(row + chunk, place + 1, mask=(chunk >= 0) & ((same >> 16) + 1 == (same & 65535)))
-        tl.debug_barrier()
-        chunk = next_chunk
-        at = next_at
+        chunks = ()
+        for i in tl.static_range(BLOCK // 32):
+            choice = first + 32 * i + lane
+            at = choice // (G * KS) * (H * KS) + choice % (G * KS)
+            chunks = chunks + (tl.load(selected + base + at, mask=choice < num_choices, other=-1),)
+        places = _places(row, chunks, lane, WARP)
+        for i in tl.static_range(BLOCK // 32):
+            choice = first + 32 * i + lane
+            at = choice // (G * KS) * (H * KS) + choice % (G * KS)
+            number = (base + at) * SHARED - at % KS * (SHARED - 1)  # of the first head that shares it
+            tl.store(indices + places[i], number.to(indices.dtype.element_ty), mask=chunks[i] >= 0)
+
+
+@triton.jit
+def _places(counters, chunks, lane, WARP: tl.constexpr):
+    """Takes places from chunks' counters, for vector after vector of 32 lanes; the first lane of a chunk adds for all.
+
+    WARP: by instructions of a warp, which waits for no addition before all are started. Lanes meet between additions.
+    """
+    taken = ()
+    for i in tl.static_range(len(chunks)):
+        if WARP:
+            it = tl.inline_asm_elementwise(TAKE, "=&r,=&r,=&r,l,r", (counters + chunks[i], chunks[i]),
+                                           (tl.int32,) * 3, is_pure=False, pack=1)
+        else:
+            same = chunks[i][:, None] == chunks[i][None, :]
+            first = tl.min(tl.where(same, lane[None, :], 32), 1)
+            number = tl.sum(same.to(counters.dtype.element_ty), 1)
+            start = tl.atomic_add(counters + chunks[i], number, mask=(lane == first) & (chunks[i] >= 0))
+            it = (start, tl.sum((same & (lane[None, :] < lane[:, None])).to(tl.int32), 1), first)
+            tl.debug_barrier()
+        taken = taken + (it,)
+    places = ()
+    for it in tl.static_range(len(chunks)):
+        start, rank, first = taken[it]
+        if WARP:
+            start = tl.inline_asm_elementwise(SHARE, "=r,r,r", (start, first), tl.int32, is_pure=False, pack=1)
+        else:
+            start = tl.sum(tl.where(first[:, None] == lane[None, :], start[None, :], 0), 1)
+        places = places + (start + rank,)
+    return places
 
 
 @triton.jit(do_not_specialize=["num_csr_rows", "num_tiles", "block"])

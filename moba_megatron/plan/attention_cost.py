@@ -104,10 +104,9 @@ def term_seconds(shape: AttentionShape, card: Card) -> dict[str, float]:
         # gathers of q and do, one partial dq written and read, for a choice; q, o, do, dq and k, v, dk, dv once
         "bwd bytes": 4 * (shape.choices + q_rows) * shape.row_bytes + 2 * kv_bytes,
     }
-    return {**{name: x / card.flops for name, x in operations.items()},
-            **{name: x / card.bytes_per_second for name, x in moved.items()},
-            **{f"{stage} choices": shape.choices / card.issue.value for stage in ("gate", "route")},
-            "launch": LAUNCH_SECONDS, "bwd launches": 10 * LAUNCH_SECONDS}
+    return {**{name: x / card.flops for name, x in operations.items()}, "launch": LAUNCH_SECONDS,
+            **{name: x / card.bytes_per_second for name, x in moved.items()}, "bwd launches": 10 * LAUNCH_SECONDS,
+            **{f"{stage} choices": shape.choices / card.issue.value for stage in ("gate", "route")}}
 
 
 def dense_seconds(shape: AttentionShape, card: Card) -> tuple[float, float]:

@@ -1,10 +1,10 @@
-"""Runs inline PTX instruction by instruction on the registers of a warp's threads."""
+"""Runs inline PTX instruction by instruction on the registers of a warp's threads; memory is the register "memory"."""
 import re
 
 import numpy as np
 
 COMPARE = {"gt": np.greater, "le": np.less_equal, "ge": np.greater_equal, "lt": np.less, "ne": np.not_equal,
-           "neu": np.not_equal}
+           "neu": np.not_equal, "eq": np.equal}
 JOIN = {"and": np.logical_and, "or": np.logical_or}
 NAN = np.uint32(0x7FFFFFFF).view(np.float32)
 TYPE = {"f32": np.float32, "s32": np.int32, "u32": np.uint32, "b32": np.uint32}
@@ -13,6 +13,9 @@ RUN = {"mov": lambda a: a, "selp": lambda a, b, p: np.where(p, a, b), "max": np.
        "mad": lambda a, b, c: a * b + c, "mul": np.multiply, "abs": np.abs,
        "fma": lambda a, b, c: (a.astype(float) * b + c).astype(np.float32),
        "shl": lambda a, b: np.where(b < 32, a << np.minimum(b, 31), 0).astype(np.uint32),
+       "popc": lambda a: np.array([int(x).bit_count() for x in a], np.uint32), "neg": np.negative, "or": np.bitwise_or,
+       "match": lambda a, _: ((a[:, None] == a) * (1 << np.arange(a.size, dtype=np.uint64))).sum(1).astype(np.uint32),
+       "shfl": lambda a, lane, *_: a[lane],
        "shf": lambda a, b, c: b << c | a >> 32 - c,  # l.wrap
        "bfind": lambda a: np.where(a > 0, np.log2(np.maximum(a, 1).astype(float)), -1).astype(np.int32)}
 
@@ -42,6 +45,15 @@ def execute(ptx: str, registers: dict[str, np.ndarray]) -> int:
         if name == "bra":
             assert kinds == ["uni"] and on.all() == on.any(), step
             at = labels[to] if on.all() else at
+            continue
+        if name == "bar":
+            continue
+        if name == "atom":
+            assert kinds == ["global", "add", "u32"]
+            memory, address, number_of = registers["memory"], value(of[0].strip("[]")), value(of[1])
+            for thread in np.flatnonzero(on):
+                registers[to][thread] = memory[address[thread]]
+                memory[address[thread]] += number_of[thread]
             continue
         read, kind = [value(x) for x in of], kinds[-1]
         a, *rest = (x if x.dtype == bool else x.view(TYPE.get(kind, x.dtype)) for x in read)

@@ -1,0 +1,28 @@
+"""The PTX that takes places for the choices of 32 lanes, run on a CPU, against counting one after the other."""
+import numpy as np
+import pytest
+from ptx import execute
+
+from moba_megatron.kernels.routing import SHARE, TAKE
+
+
+@pytest.mark.parametrize("num_chunks", [1, 2, 7, 31, 4096])
+@pytest.mark.parametrize("seed", range(4))
+def test_places_are_those_of_a_count(num_chunks, seed):
+    generator = np.random.default_rng(seed)
+    counters = generator.integers(0, 100, num_chunks + 1).astype(np.int32)
+    expected = counters.copy()
+    for _ in range(5):
+        chunks = generator.integers(-1, num_chunks, 32).astype(np.int32)
+        registers = {"$3": np.where(chunks < 0, num_chunks, chunks), "$4": chunks, "memory": counters,
+                     "%lanemask_lt": (1 << np.arange(32, dtype=np.uint64)).astype(np.uint32) - 1}
+        registers |= {f"${i}": np.full(32, -77, np.int32) for i in range(3)}
+        execute(TAKE.value, registers)
+        start, rank, first = (registers[f"${i}"].view(np.int32) for i in range(3))
+        shared = {"$0": start, "$1": start, "$2": first}
+        execute("{ " + SHARE.value + " }", shared)
+        places = shared["$0"].view(np.int32) + rank
+        for lane in np.flatnonzero(chunks >= 0):
+            assert places[lane] == expected[chunks[lane]]
+            expected[chunks[lane]] += 1
+        np.testing.assert_array_equal(counters, expected)
