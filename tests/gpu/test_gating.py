@@ -124,7 +124,7 @@ def test_routing(skewed, tokens, dtype, monkeypatch):
     assert torch.equal(again.indptr, routing.indptr) and torch.equal(again.indices[:used], routing.indices[:used])
     alone = make_tiles(routing, 64)
     assert all(torch.equal(getattr(alone, x), getattr(tiles, x)) for x in ("csr_row", "begin", "end", "indptr"))
-    covered = torch.zeros(used + 1, dtype=torch.int32, device="cuda")
+    covered = torch.zeros(used + 1, dtype=dtype, device="cuda")
     keep = tiles.begin < tiles.end
     covered.scatter_add_(0, tiles.begin[keep].long(), torch.ones_like(tiles.begin[keep]))
     covered.scatter_add_(0, tiles.end[keep].long(), -torch.ones_like(tiles.end[keep]))
