@@ -1,8 +1,11 @@
 """The PTX that takes places for the choices of 32 lanes, run on a CPU, against counting one after the other."""
+import re
+
 import numpy as np
 import pytest
 from ptx import execute
 
+from benchmarks import compile_report
 from moba_megatron.kernels.routing import SHARE, TAKE
 
 
@@ -26,3 +29,20 @@ def test_places_are_those_of_a_count(num_chunks, seed):
             assert places[lane] == expected[chunks[lane]]
             expected[chunks[lane]] += 1
         np.testing.assert_array_equal(counters, expected)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("heads, kv_heads, topk", [(1, 1, 2), (4, 1, 9), (16, 2, 33), (6, 2, 4)])
+def test_lane_i_has_choice_i(heads, kv_heads, topk, capability):
+    """A vector of 32 is one element a lane, in order, however well its loads would coalesce."""
+    problem = compile_report.Problem(64, 128, topk, heads, kv_heads)
+    with compile_report.compiling(capability, only=lambda kernel: "route_place" in kernel) as compiled:
+        compile_report.run_stages(problem)
+    assert compiled
+    for _, kernel in compiled:
+        text = kernel.asm["ttgir"]
+        assert "match.any.sync" in text
+        used = set(re.findall(r"tensor<32x(?:!tt\.ptr<)?\w+>?, (#\w+)>", text))
+        layouts = dict(re.findall(r"^(#\w+) = #ttg\.blocked<\{(sizePerThread = [^}]*)\}>", text, re.M))
+        assert used and {layouts[name] for name in used} == {
+            "sizePerThread = [1], threadsPerWarp = [32], warpsPerCTA = [1], order = [0]"}
