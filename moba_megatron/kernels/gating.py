@@ -49,6 +49,7 @@ def _gate(q: Buffer, means: Buffer, segments: Segments, choices: int) -> Buffer:
     if not segments.exact:
         clear_rows(segments.cu_seqlens_q, (selected, -1))
     options = tuning.config("gate", q.device, head_dim=head_dim, itemsize=q.dtype.itemsize, choices=choices,
+                            chunks=segments.max_seqlen_k // segments.chunk_size,
                             gluon=int(means.shape[0] > 0 and sm90.takes(q, means)))
     if is_gluon(options):
         sm90.kernel_module("gating").gate(q, means, segments, selected, options)
@@ -78,8 +79,11 @@ def insertion(width: int, number: int, lanes: int, behind: bool) -> tuple[str, s
     ``first`` chunk of the tile and lane; score and chunk ``last`` and ``until``: if ``behind``, only what comes behind
     these. Results: the first ``2 * number + 2``. Votes keep a warp together. What passes is a bit each, by the sign of
     a difference; each round every list takes its next one, which waits, until one comes to a list in which one waits:
-    all that wait are inserted then, behind equals, as far as what moves reaches ``t``.
+    all that wait are inserted then, behind equals, as far as what moves reaches ``t``. Nothing where ``width`` is not 2
+    to 16: the bits are added up in a float.
     """
+    if not 2 <= width <= 16:
+        return "", ""
     state = [f"{x}{k}" for x in "vc" for k in (*range(number), "")]
     names = state + [f"x{j}" for j in range(width)] + ["t", "first", "last", "until"]
     lines = [f".reg .pred p, q, has; .reg .b32 bar, low, new, bits, taken, j, d, y, z, s<{width}>, {', '.join(names)};"]

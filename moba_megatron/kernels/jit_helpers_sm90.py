@@ -1,7 +1,7 @@
 """What the Gluon kernels for Hopper share on the device: rows of lists, gathers, and tiles of keys.
 
-A loader group of warps copies, two groups multiply; they signal each other through barriers in shared memory, a
-``full`` and an ``empty`` one for each buffer (each kernel has a table of its own):
+A loader group of warps copies (the gate has none), two groups multiply; they signal each other through barriers, a
+``full`` and an ``empty`` one for each buffer in shared memory (each kernel has a table of its own):
 
 - A write before its reads: copies by thread (``cp.async``) arrive at ``full`` with each of the 128 threads once that
   thread's copies have ended, a copy by descriptor (TMA) with its bytes. All threads of a reading group wait. Products

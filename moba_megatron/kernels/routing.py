@@ -96,7 +96,7 @@ def route_in_tiles(selected: Buffer, num_kv_heads: int, num_chunks: int, block: 
     tiles = Tiles.empty(routing, block) if block else None
     tile_programs, *tile_tensors = tile_arguments(tiles)
     warp = not INTERPRETED and dtype == torch.int32
-    options = tuning.config("route", device) | ({} if warp else {"BLOCK": 64})
+    options = tuning.config("route", device) | ({"num_warps": 1} if warp else {"num_warps": 1, "BLOCK": 64})
     limit = max(COUNTER_BYTES // indices.dtype.itemsize, indices.numel() // 2) // (num_kv_heads * num_chunks)
     num_groups, tokens = token_groups(total, cdiv(options["BLOCK"], group * choices),
                                       max(1, selected.numel() >> 29,  # a group numbers its own in 32 bits
@@ -209,6 +209,7 @@ def _route_place_kernel(selected, counts, indptr, indices, total, tokens, num_ch
     tl.debug_barrier()
     num_choices = tl.minimum(tokens, total - first_token) * (G * KS)
     base = (first_token.to(tl.int64) * H + kv_head * G) * KS
+    tl.static_assert(BLOCK % 32 == 0)
     lane = tl.arange(0, 32)
     for first in range(0, num_choices, BLOCK):
         chunks = ()

@@ -41,7 +41,7 @@ def _c(block_m: int, block_n: int, warps: int, stages: int, **more: int) -> dict
 
 
 def _sm90(stages: int, **more: int) -> dict[str, int]:
-    """The Gluon kernels' (``sm90.py``): one group of four warps loads, two multiply."""
+    """The Gluon passes' (``sm90.py``): one group of four warps loads, two multiply."""
     return {"STAGES": stages, "LOADER_REGS": 40, "CONSUMER_REGS": 232, "num_warps": 4, "num_stages": 1, **more}
 
 
@@ -75,18 +75,18 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("sm_90", K128 | {"choices": 8},
             {"BLOCK_N": 64, "STAGES": 5, "AHEAD": 3, "WARM": 8, "LANES": 4, "REFRESH": 4, "CONSUMER_REGS": 128,
              "num_warps": 4, "num_stages": 1, "maxnreg": 128},
-            "14.2 ms at 512K/128/8, Triton's 15.8; 11.3 at 1M, 12.3; WARM 16, REFRESH 2 to 8, 4 stages: within 4 %"),
+            "14.1 to 14.5 ms at 512K/128/8, Triton's 15.2 to 16.0; 11.1 to 11.6 at 1M, 12.1 to 13.1; WARM 16 12.1"),
         Row("sm_90", K128, _c(64, 64, 4, 2, WARM=8, LANES=4, PASS=16, maxnreg=128),
-            "12.1 ms at 128K/32/32, passes of 11 14.1; 3.1 at 128K/128/16, two passes of 8 4.1; without maxnreg more; "
-            "18.8 at 512K/128/8; WARM 16 18.4, 4 20.1, 0 25.5; 128 rows, 8 warps 20.3; 3 stages 21.7"),
+            "12.1 ms at 128K/32/32, passes of 11 14.1; 2.5 at 128K/128/16; by an earlier insertion two passes of 8 4.1 "
+            "for 3.1, and at 512K/128/8 18.8; WARM 16 18.4, 4 20.1, 0 25.5; 128 rows, 8 warps 20.3; 3 stages 21.7"),
         Row("*", K128, _c(64, 64, 4, 2, WARM=8, LANES=8, PASS=8)),
         Row("*", {"itemsize": 2}, _c(32, 32, 4, 1, WARM=4, LANES=8, PASS=8)),
         Row("*", {}, _c(32, 32, 8, 1, WARM=4, LANES=16, PASS=8)),
     ),
     # choices that a program places at a time; it is one warp
     "route": (
-        Row("*", {}, {"BLOCK": 1024, "num_warps": 1, "num_stages": 1},
-            "2.5 ms at 512K/128/8, 256 4.7: registers leave room for few programs, whose counters and lists L2 holds"),
+        Row("*", {}, {"BLOCK": 1024}, "2.5 to 2.6 ms at 512K/128/8 with the registers that Triton 3.6 takes on sm_90: "
+            "they leave 8 to 11 programs a processor, whose counters and lists L2 holds; 512 4.0, 256 4.7"),
     ),
     # BLOCK_M gathered (query, head) rows of one (chunk, kv head) against the chunk, BLOCK_N keys at a time; a chunk
     # that BLOCK_N covers stays in shared memory while a program's SPLIT rows stream past it. CONSUMER_REGS: for the
@@ -126,7 +126,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("sm_90", K128 | {"triton": 305}, _c(64, 64, 4, 2),
             "not timed: Triton 3.5 spills 2 to 5 KB in 128 registers"),
         Row("sm_90", K64, _c(64, 64, 4, 2, maxnreg=128),
-            f"{D64}: 2.6 ms, without maxnreg 2.9, 64x32 2.9, 128 rows 3.0; chunks of 128 2.0, 2.1 by rows"),
+            f"{D64}: 2.6 ms, without maxnreg 2.9, 64x32 2.9, 128 rows 3.0; chunks of 128 2.0, also by rows"),
         Row("sm_90", K128 | {"chunk_size": 64}, _c(64, 64, 4, 2, BY_ROWS=1),
             "3.3 ms at 128K/64/16, by columns 4.1; 8.5 at 128K/32/32, 9.1"),
         Row("sm_90", K128 | {"choices": 8}, _c(64, 32, 4, 2, maxnreg=128),

@@ -85,6 +85,10 @@ def test_a_warp_chooses_what_sorting_chooses(data):
     assert np.array_equal(np.concatenate([found, again], 1), expected(scores, 2 * number))
 
 
+def test_widths_whose_bits_a_float_does_not_hold_have_no_ptx():
+    assert [bool(insertion(width, 7, LANES, False)[0]) for width in (1, 2, 4, 8, 16, 32, 64)] == [0, 1, 1, 1, 1, 0, 0]
+
+
 def test_a_tile_in_which_nothing_passes_takes_few_instructions():
     scores = np.zeros((ROWS, 3, LANES, WIDTH), np.float32)
     scores[:, 2] = np.random.default_rng(0).random((ROWS, LANES, WIDTH))

@@ -6,7 +6,8 @@ import pytest
 from ptx import execute
 
 from benchmarks import compile_report
-from moba_megatron.kernels.routing import SHARE, TAKE
+from moba_megatron.kernels import tuning
+from moba_megatron.kernels.routing import SHARE, TAKE, _route_place_kernel
 
 
 @pytest.mark.parametrize("num_chunks", [1, 2, 7, 31, 4096])
@@ -34,9 +35,12 @@ def test_places_are_those_of_a_count(num_chunks, seed):
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("heads, kv_heads, topk", [(1, 1, 2), (4, 1, 9), (16, 2, 33), (6, 2, 4)])
 def test_lane_i_has_choice_i(heads, kv_heads, topk, capability):
-    """A vector of 32 is one element a lane, in order, however well its loads would coalesce."""
+    """A vector of 32 is one element a lane, in order, however well its loads would coalesce; whatever a tuning file
+    says, a program is one warp."""
     problem = compile_report.Problem(64, 128, topk, heads, kv_heads)
-    with compile_report.compiling(capability, only=lambda kernel: "route_place" in kernel) as compiled:
+    _route_place_kernel.device_caches.clear()  # other tests put stand-ins there
+    with (tuning.forced(configs={"route": {"BLOCK": 256, "num_warps": 4}}),
+          compile_report.compiling(capability, only=lambda kernel: "route_place" in kernel) as compiled):
         compile_report.run_stages(problem)
     assert compiled
     for _, kernel in compiled:
