@@ -46,7 +46,7 @@ MULTIPROCESSORS = 132
 """Of the card that launchers are told they run on, where they ask; an H200's."""
 ONE_OF_EACH_CLASS = (80, 86, 90, 100)
 """One card of each class of the tuning tables; 89 and 120 share 86's rows."""
-BEYOND = {"chunk_size": 4096, "choices": 63, "chunks": 4096}
+BEYOND = {"chunk_size": 4096, "choices": 63}
 """Values that exceed every bound of a row's key in the tables."""
 MORE_SHAPES = (86, 90)
 """The card with the least shared memory, and the one the kernels are tuned on."""
@@ -410,9 +410,7 @@ def _problems_for_other_rows(capability: int, problems: list[Problem]) -> list[P
         earlier = key.get("choices", 7)
         others = key.get("gluon") == 0  # no Gluon kernel takes such heads, and the gate's not such a q
         problem = Problem(key["head_dim"] - 8 * (others and row[0] == "gate"), key["chunk_size"], topk=earlier + 1,
-                          dtype=dtype,
-                          tokens=max(Problem.tokens, Problem.sequences * key.get("chunks", 0) * key["chunk_size"]),
-                          head_dim_v=key["head_dim"] // 2 if others else None)
+                          dtype=dtype, head_dim_v=key["head_dim"] // 2 if others else None)
         now = used_rows(problem, capability)
         if now - used:
             added.append(problem)

@@ -121,7 +121,7 @@ def tune(arguments: argparse.Namespace) -> dict:
                 run()
             for stage, (key, row) in {stage: (dict(key), row) for stage, key, row in looked_up}.items():
                 wanted = stage.startswith(prefix) and stage in (arguments.stages or (stage,))
-                if stage in forced or not wanted or time.perf_counter() > end:
+                if stage in forced or not wanted or not neighbours(row.config) or time.perf_counter() > end:
                     continue
                 measure = _measurer(stage, run, forced)
                 forced[stage], ms, first = climb(row.config, measure, lambda: time.perf_counter() < end)

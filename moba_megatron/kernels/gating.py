@@ -49,7 +49,6 @@ def _gate(q: Buffer, means: Buffer, segments: Segments, choices: int) -> Buffer:
     if not segments.exact:
         clear_rows(segments.cu_seqlens_q, (selected, -1))
     options = tuning.config("gate", q.device, head_dim=head_dim, itemsize=q.dtype.itemsize, choices=choices,
-                            chunks=segments.max_seqlen_k // segments.chunk_size,
                             gluon=int(means.shape[0] > 0 and sm90.takes(q, means)))
     if is_gluon(options):
         sm90.kernel_module("gating").gate(q, means, segments, selected, options)

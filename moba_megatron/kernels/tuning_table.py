@@ -75,7 +75,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("sm_90", K128 | {"choices": 8},
             {"BLOCK_N": 64, "STAGES": 5, "AHEAD": 3, "WARM": 8, "LANES": 4, "REFRESH": 4, "CONSUMER_REGS": 128,
              "num_warps": 4, "num_stages": 1, "maxnreg": 128},
-            "14.1 to 14.5 ms at 512K/128/8, Triton's 15.2 to 16.0; 11.1 to 11.6 at 1M, 12.1 to 13.1; WARM 16 12.1"),
+            "in turns 14.1 to 14.5 ms at 512K/128/8, Triton's 15.2 to 16.0; 11.1 to 11.6 at 1M, 12.1 to 13.1"),
         Row("sm_90", K128, _c(64, 64, 4, 2, WARM=8, LANES=4, PASS=16, maxnreg=128),
             "12.1 ms at 128K/32/32, passes of 11 14.1; 2.5 at 128K/128/16; by an earlier insertion two passes of 8 4.1 "
             "for 3.1, and at 512K/128/8 18.8; WARM 16 18.4, 4 20.1, 0 25.5; 128 rows, 8 warps 20.3; 3 stages 21.7"),

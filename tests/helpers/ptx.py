@@ -15,7 +15,7 @@ RUN = {"mov": lambda a: a, "selp": lambda a, b, p: np.where(p, a, b), "max": np.
        "shl": lambda a, b: np.where(b < 32, a << np.minimum(b, 31), 0).astype(np.uint32),
        "popc": lambda a: np.array([int(x).bit_count() for x in a], np.uint32), "neg": np.negative, "or": np.bitwise_or,
        "match": lambda a, _: ((a[:, None] == a) * (1 << np.arange(a.size, dtype=np.uint64))).sum(1).astype(np.uint32),
-       "shfl": lambda a, lane, *_: a[lane],
+       "shfl": lambda a, lane, last, _: a[lane & last],
        "shf": lambda a, b, c: b << c | a >> 32 - c,  # l.wrap
        "bfind": lambda a: np.where(a > 0, np.log2(np.maximum(a, 1).astype(float)), -1).astype(np.int32)}
 

@@ -3,6 +3,7 @@ import re
 
 import numpy as np
 import pytest
+import triton
 from ptx import execute
 
 from benchmarks import compile_report
@@ -32,6 +33,19 @@ def test_places_are_those_of_a_count(num_chunks, seed):
         np.testing.assert_array_equal(counters, expected)
 
 
+def test_additions_to_a_counter_are_in_order():
+    """What one warp's threads do before ``bar.warp.sync`` is before what any of them does after it."""
+    steps = [step.split()[0] for step in TAKE.value.replace("@p ", "").strip("{ }").split(";") if step.strip()]
+    assert steps.index("bar.warp.sync") < steps.index("atom.global.add.u32") == len(steps) - 1
+
+
+def test_a_block_that_is_not_whole_vectors_is_refused():
+    _route_place_kernel.device_caches.clear()
+    with (tuning.forced(configs={"route": {"BLOCK": 48}}), pytest.raises(triton.CompilationError),
+          compile_report.compiling(90, only=lambda kernel: "route_place" in kernel)):
+        compile_report.run_stages(compile_report.Problem(64, 128, 4, 2, 2))
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("heads, kv_heads, topk", [(1, 1, 2), (4, 1, 9), (16, 2, 33), (6, 2, 4)])
 def test_lane_i_has_choice_i(heads, kv_heads, topk, capability):
@@ -45,7 +59,7 @@ def test_lane_i_has_choice_i(heads, kv_heads, topk, capability):
     assert compiled
     for _, kernel in compiled:
         text = kernel.asm["ttgir"]
-        assert "match.any.sync" in text
+        assert '"=&r,=&r,=&r,l,r"' in text and "pure = true" not in text  # results are written before operands are read
         used = set(re.findall(r"tensor<32x(?:!tt\.ptr<)?\w+>?, (#\w+)>", text))
         layouts = dict(re.findall(r"^(#\w+) = #ttg\.blocked<\{(sizePerThread = [^}]*)\}>", text, re.M))
         assert used and {layouts[name] for name in used} == {
