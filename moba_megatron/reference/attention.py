@@ -70,9 +70,7 @@ def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tens
         dq ``[T, H, D]``, dk ``[S, HK, D]``, dv ``[S, HK, DV]``; 0 for rows of no segment or sequence.
     """
     dtype = accumulate_dtype(q.dtype)
-    delta = (do.to(dtype) * o.to(dtype)).sum(2)
-    if dlse is not None:
-        delta = delta - dlse.to(dtype)
+    delta = (do.to(dtype) * o.to(dtype)).sum(2) - (0 if dlse is None else dlse.to(dtype))
     dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
     dk = torch.zeros(k.shape, dtype=dtype, device=k.device)
     dv = torch.zeros(v.shape, dtype=dtype, device=v.device)
@@ -83,8 +81,7 @@ def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tens
         weight = weight.masked_fill(~mask, 0)
         dv[keys] += _product("tjgs,tjgd->sjd", weight, do_rows, mask)
         dscore = torch.einsum("tjgd,sjd->tjgs", do_rows, v_rows)
-        dscore = weight * (dscore - _grouped(delta[rows], k)[..., None]) * softmax_scale
-        dscore = dscore.masked_fill(~mask, 0)
+        dscore = (weight * (dscore - _grouped(delta[rows], k)[..., None]) * softmax_scale).masked_fill(~mask, 0)
         dq[rows] = _product("tjgs,sjd->tjgd", dscore, k_rows, mask).flatten(1, 2).to(q.dtype)
         dk[keys] += _product("tjgs,tjgd->sjd", dscore, q_rows, mask)
     return dq, dk.to(kv_grad_dtype or k.dtype), dv.to(kv_grad_dtype or v.dtype)
@@ -117,10 +114,8 @@ def _blocks(q: Tensor, k: Tensor, selected: Tensor, segments: Segments):
 
 
 def _product(equation: str, weight: Tensor, x: Tensor, mask: Tensor) -> Tensor:
-    """An einsum of weights, 0 outside the mask, with rows: a NaN or inf reaches only what the mask joins it to.
-
-    A plain product would spread it: 0 * NaN is NaN. Where it does reach, the result is NaN.
-    """
+    """An einsum of weights, 0 outside the mask, with rows: a NaN or inf reaches only what the mask joins it to, and the
+    result is NaN there. A plain product would spread it: 0 * NaN is NaN."""
     bad = ~x.isfinite()
     if not bad.any():
         return torch.einsum(equation, weight, x)

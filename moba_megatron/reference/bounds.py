@@ -21,10 +21,8 @@ def clear_rows(cu_seqlens: Tensor, *filled: tuple[Tensor, float]) -> None:
 
 def bounded(segments: Segments, total_q: int, total_k: int) -> Segments:
     """Segments that address nothing beyond ``total_q`` queries and ``total_k`` keys; the same where they do not anyway.
-
     Where a segment has more queries than its sequence has keys, no query belongs to any. Of ``packed`` segments only
-    the lengths are looked at.
-    """
+    the lengths are looked at."""
     if segments.exact:
         return segments
     cu_k = bounded_lengths(segments.cu_seqlens_k, total_k)

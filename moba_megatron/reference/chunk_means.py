@@ -11,10 +11,8 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def halving_sum(x: Tensor, dim: int) -> Tensor:
-    """Sum over one dimension by a fixed tree of additions: element i meets element i + half, again and again.
-
-    Only element-wise additions take part, so the result is the same bits on any device and in any batch.
-    """
+    """Sum over one dimension by a fixed tree of additions: element i meets element i + half, again and again. Only
+    element-wise additions take part, so the result is the same bits on any device and in any batch."""
     x = x.movedim(dim, 0)
     n = x.shape[0]
     while n > 1:
@@ -26,10 +24,8 @@ def halving_sum(x: Tensor, dim: int) -> Tensor:
 
 
 def block_sums(k: Tensor, starts: Tensor, counts: Tensor) -> Tensor:
-    """Sums of runs of keys ``[S, HK, D]``: ``[n, HK, D]``, fp32 (fp64 for fp64 keys).
-
-    ``starts``, ``counts``: int32 ``[n]``, the first row of each run, and its rows, 0 to SUM_BLOCK.
-    """
+    """Sums of runs of keys ``[S, HK, D]``: ``[n, HK, D]``, fp32 (fp64 for fp64 keys). ``starts``, ``counts``: int32
+    ``[n]``, the first row of each run, and its rows, 0 to SUM_BLOCK."""
     dtype = accumulate_dtype(k.dtype)
     if starts.numel() == 0 or k.shape[0] == 0:
         return torch.zeros(starts.numel(), *k.shape[1:], dtype=dtype, device=k.device)
@@ -43,13 +39,10 @@ def block_sums(k: Tensor, starts: Tensor, counts: Tensor) -> Tensor:
 
 def means_from_block_sums(sums: Tensor, chunk_size: int, dtype: torch.dtype) -> Tensor:
     """Adds the block sums of each chunk in order, divides, and rounds once, to ``dtype``: ``[num_chunks, HK, D]``.
-
-    ``sums``: ``[num_chunks, ceil(chunk_size / SUM_BLOCK), HK, D]``, added in fp32, or fp64.
-    """
-    sums = sums.to(accumulate_dtype(sums.dtype))
-    total = sums[:, 0]
-    for i in range(1, sums.shape[1]):
-        total = total + sums[:, i]
+    ``sums``: ``[num_chunks, ceil(chunk_size / SUM_BLOCK), HK, D]``, added in fp32, or fp64."""
+    total, *others = sums.to(accumulate_dtype(sums.dtype)).unbind(1)
+    for x in others:
+        total = total + x
     return (total / chunk_size).to(dtype)
 
 
@@ -69,10 +62,8 @@ def block_rows(segments: Segments, total_k: int) -> tuple[Tensor, Tensor]:
 
 
 def chunk_means(k: Tensor, segments: Segments) -> Tensor:
-    """Mean key of every full chunk of packed keys ``[S, HK, D]`` (arXiv 2502.13189, equation 6).
-
-    Returns ``[num_chunks, HK, D]`` in k's dtype; rows of unused or incomplete chunks are 0.
-    """
+    """Mean key of every full chunk of packed keys ``[S, HK, D]`` (arXiv 2502.13189, equation 6). Returns
+    ``[num_chunks, HK, D]`` in k's dtype; rows of unused or incomplete chunks are 0."""
     starts, counts = block_rows(segments, k.shape[0])
     sums = block_sums(k, starts.flatten(), counts.flatten())
     return means_from_block_sums(sums.unflatten(0, starts.shape), segments.chunk_size, k.dtype)

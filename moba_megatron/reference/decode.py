@@ -44,10 +44,8 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, selected: Tens
                      chunk_size: int, softmax_scale: float, *, block_table: Tensor | None = None,
                      cache_starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Attention of each sequence's last position to its own chunk and the ``selected`` ones of :func:`decode_gate`.
-
     Returns o ``[B, H, DV]`` in q's dtype and lse ``[B, H]``, natural log, fp32 (fp64 for fp64): 0 and -inf where there
-    is no key.
-    """
+    is no key."""
     lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     o = q.new_zeros(*q.shape[:2], v_cache.shape[3])
     k, v = (_sequences(x, cache_seqlens, block_table, cache_starts) for x in (k_cache, v_cache))

@@ -6,11 +6,9 @@ from ..segments import Routing, index_dtype
 
 
 def route(selected: Tensor, num_kv_heads: int, num_chunks: int, shared: int = 1) -> Routing:
-    """Sorts the choices of all queries, int32 ``[T, H / shared, topk - 1]``, by (kv head, chunk), tokens in order.
-
-    They are chunk ids below ``num_chunks``, -1 for none; ``shared`` query heads share one. Query head h belongs to kv
-    head ``h // (H / HK)``.
-    """
+    """Sorts the choices of all queries, int32 ``[T, H / shared, topk - 1]``, by (kv head, chunk), tokens in order. They
+    are chunk ids below ``num_chunks``, -1 for none; ``shared`` query heads share one. Query head h belongs to kv head
+    ``h // (H / HK)``."""
     num_csr_rows = num_kv_heads * num_chunks
     kv_head = torch.arange(selected.shape[1], device=selected.device) // (selected.shape[1] // num_kv_heads)
     csr_row = torch.where(selected < 0, num_csr_rows, kv_head[:, None] * num_chunks + selected).flatten()
