@@ -11,8 +11,7 @@ from pathlib import Path
 from ..flops import attended_pairs, scored_pairs
 from .hardware import Card
 
-COEFFICIENTS = Path(__file__).with_name("coefficients.json")
-"""What the predictions rest on, fitted to stored rows by ``python -m benchmarks plan-fit``."""
+COEFFICIENTS = Path(__file__).with_name("coefficients.json")  # fitted to stored rows by `python -m benchmarks plan-fit`
 _STORED = json.loads(COEFFICIENTS.read_text())
 LINK_SHARE = _STORED.pop("link_share")  # part of the link's data-sheet rate that NCCL reached on 2 and 4 H200s
 BACKWARD_PRODUCTS = 2.5  # backward over forward: five matrix products against two
@@ -138,8 +137,7 @@ class Calibration:
 
     def full(self, shape: AttentionShape, card: Card) -> tuple[float, float]:
         """The same of full attention."""
-        forward, backward = dense_seconds(shape, card)
-        return self.dense * forward, self.dense * backward
+        return tuple(self.dense * seconds for seconds in dense_seconds(shape, card))
 
 
 @lru_cache(maxsize=None)

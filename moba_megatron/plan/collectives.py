@@ -51,11 +51,9 @@ class Group:
 
 
 def all_gather(group: Group, contributed: float, card: Card) -> Traffic:
-    """Every rank gets ``contributed`` bytes from each. The reduce-scatter of its result costs the same.
-
-    What comes from other machines enters through the ports of all the group's GPUs in the machine, each a part, and is
-    handed on inside.
-    """
+    """Every rank gets ``contributed`` bytes from each. The reduce-scatter of its result costs the same. What comes from
+    other machines enters through the ports of all the group's GPUs in the machine, each a part, and is handed on
+    inside."""
     if group.size == 1:
         return NOTHING
     inside = group.inside(card)
@@ -112,11 +110,9 @@ class Exchange(NamedTuple):
 
 def exchange(comm_type: str, x: AttentionShape, size: int, stride: int, inner: int, card: Card,
              head_groups: int | None = None) -> Exchange:
-    """Collectives of a layer over a context parallel group of ``size`` ranks, ``stride`` apart.
-
-    ``inner``: of ``a2a+all_gather``, ranks that exchange heads (the others gather); ``head_groups``: groups of heads of
-    ``a2a``, one after the other, None for as many as the schedule makes.
-    """
+    """Collectives of a layer over a context parallel group of ``size`` ranks, ``stride`` apart. ``inner``: of
+    ``a2a+all_gather``, ranks that exchange heads (the others gather); ``head_groups``: groups of heads of ``a2a``, one
+    after the other, None for as many as the schedule makes."""
     if size == 1:
         return Exchange()
     if comm_type == "all_gather":

@@ -11,9 +11,7 @@ class Figure:
     """One number and why to believe it."""
 
     value: float  # in the unit of the field that holds it
-    # `vendor` (a data sheet), `measured` (for this project), `derived` (from other figures) or `assumed`
-    # (typical of machines with this card; give your own by a flag)
-    kind: str
+    kind: str  # vendor (data sheet), measured (here), derived (from others), assumed (typical; a flag gives your own)
     source: str  # document, or how it was measured or derived
 
 

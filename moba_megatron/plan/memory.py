@@ -39,11 +39,9 @@ def rank_parameters(run: Run, layout: Layout) -> float:
 
 def layer_activations(run: Run, layout: Layout) -> float:
     """Bytes that one layer keeps for backward, for one micro batch (one sequence); the mean of sparse and dense layers.
-
     bf16: the two norms' inputs and outputs, q, k, v, o, both halves of SwiGLU and their product. Attention keeps lse in
     fp32. Where it is sparse it keeps the selection and its routing, 4 bytes a choice each; under selective recompute v
-    is kept as a view of the fused projection, whose q and k (before rotation) stay alive with it. Dropout is off.
-    """
+    is kept as a view of the fused projection, whose q and k (before rotation) stay alive with it. Dropout is off."""
     m, tokens = run.model, run.seqlen / layout.cp / layout.tp  # sequence parallelism cuts everything
     if layout.recompute == "full":
         return tokens * m.hidden * BF16
@@ -58,8 +56,7 @@ def layer_activations(run: Run, layout: Layout) -> float:
 def attention_working(run: Run, layout: Layout) -> float:
     """Bytes of one attention call beyond q, k, v: results, selection, routing, partial o and lse. The largest of the
     passes is backward: dq, dk, dv, and partial dq for as many kv heads as fit the workspace."""
-    m, ranks = run.model, layout.cp * layout.tp
-    tokens = run.seqlen / ranks  # times heads; all-to-all trades one for the other
+    m, tokens = run.model, run.seqlen / (layout.cp * layout.tp)  # times heads; all-to-all trades one for the other
     q = tokens * m.heads * m.head_dim * BF16
     kv = tokens * m.kv_heads * m.head_dim * BF16
     if run.attention == "full":
@@ -72,14 +69,12 @@ def attention_working(run: Run, layout: Layout) -> float:
 
 def gathered(run: Run, layout: Layout) -> float:
     """Bytes of other ranks' K and V and of the sums that go back to them."""
-    m = run.model
     if layout.cp == 1 or layout.comm_type == "a2a":
         return 0.0
     if layout.comm_type == "selective":
         return 2 * WORKSPACE
-    kv_heads = max(1, m.kv_heads / layout.tp / layout.heads_split)
-    in_flight = min(HEADS_IN_FLIGHT, kv_heads)
-    return in_flight * run.seqlen * 2 * m.head_dim * (BF16 + FP32)
+    in_flight = min(HEADS_IN_FLIGHT, max(1, run.model.kv_heads / layout.tp / layout.heads_split))
+    return in_flight * run.seqlen * 2 * run.model.head_dim * (BF16 + FP32)
 
 
 def estimate(run: Run, layout: Layout) -> Memory:

@@ -7,8 +7,7 @@ from ..flops import attention_flops, dense_attention_flops
 
 VOCABULARY_MULTIPLE = 128  # Megatron pads the vocabulary to a multiple of this times the tensor parallel size
 DEFAULT_BATCH_TOKENS = 4 << 20  # tokens of a step where the user names no batch size
-SIZES = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocabulary")
-"""Of a model, by the names of its fields."""
+SIZES = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocabulary")  # fields of a Model
 
 
 def _at_least_one(settings, names: tuple[str, ...], of: str = "") -> None:
@@ -110,8 +109,7 @@ class Run:
 
 def parse_size(text: str) -> int:
     """``4096``, ``128K`` (times 1024), ``1M`` (times 1024 squared); ValueError for anything else."""
-    units = {"K": 1 << 10, "M": 1 << 20}
-    unit = units.get(text[-1:].upper(), 1)
+    unit = {"K": 1 << 10, "M": 1 << 20}.get(text[-1:].upper(), 1)
     try:
         value = float(text[:-1] if unit > 1 else text) * unit
     except ValueError:

@@ -43,8 +43,7 @@ class Part(Amounts):
 class Prediction:
     """What a layout is expected to cost."""
 
-    # run, layout: what was asked
-    run: Run
+    run: Run  # what was asked, like
     layout: Layout
     memory: Memory  # of the fullest GPU
     parts: dict[str, Part]  # PARTS, which add up to the step
@@ -93,8 +92,7 @@ def predict(run: Run, layout: Layout, card: Card, calibration: Calibration, opti
     seconds = [sum(part.seconds for part in parts.values()) for parts in stages]
     slowest = max(range(layout.pp), key=seconds.__getitem__)
     parts = {name: part * micro_batches for name, part in stages[slowest].items()}
-    bubble = sum(seconds) - seconds[slowest]  # the first micro batch passes every other stage too
-    parts["pipeline"] = Part(bubble)
+    parts["pipeline"] = Part(sum(seconds) - seconds[slowest])  # the first micro batch passes every other stage too
     if layout.pp > 1:  # activations to the next stage and gradients back, none hidden
         sent = run.seqlen / layout.cp * run.model.hidden * BF16 / layout.tp
         both = collectives.point_to_point(layout.gpus // layout.pp, sent, card) * (2 * (micro_batches + layout.pp - 1))
@@ -122,8 +120,7 @@ def plan(run: Run, card: Card, calibration: Calibration, fixed: dict[str, int | 
             out.append((layout, why))
             continue
         predictions = [predict(run, replace(layout, recompute=m), card, calibration) for m in modes]
-        enough = [p for p in predictions if p.memory.total <= card.memory.value]
-        if enough:
+        if enough := [p for p in predictions if p.memory.total <= card.memory.value]:
             fit.append(min(enough, key=lambda p: p.cost))
         else:
             least = min(p.memory.total for p in predictions)
@@ -193,11 +190,9 @@ def matrix_share(run: Run, layout: Layout) -> float:
 
 
 def elementwise_bytes(run: Run) -> float:
-    """Bytes a token that one layer's forward reads and writes outside of products and attention, each once.
-
-    Two norms (read, write), two residual additions (read two, write one), rotation of q and k, SwiGLU (read two halves,
-    write one), the layout changes of q, k, v and o.
-    """
+    """Bytes a token that one layer's forward reads and writes outside of products and attention, each once: two norms
+    (read, write), two residual additions (read two, write one), rotation of q and k, SwiGLU (read two halves, write
+    one), the layout changes of q, k, v and o."""
     m = run.model
     return BF16 * (4 * m.hidden + 6 * m.hidden + 2 * (m.heads + m.kv_heads) * m.head_dim + 3 * m.ffn)
 
