@@ -71,12 +71,10 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 @torch.no_grad()
 def look(module: MoBACoreAttention, q: Tensor, k: Tensor, segments: Segments, group: dist.ProcessGroup | None = None,
          global_rows: Tensor | None = None) -> Choices | None:
-    """The choices of a layer, from what it hands to an observer.
-
-    The gate runs once more: its result depends on nothing but q and k, so it is what the layer chooses itself. Under
-    context parallelism K is gathered once more for it, by all ranks of the group. The host does not wait. None where
-    there is nothing to choose: ``topk`` is 1 or covers every sequence.
-    """
+    """The choices of a layer, from what it hands to an observer. The gate runs once more: its result depends on nothing
+    but q and k, so it is what the layer chooses itself. Under context parallelism K is gathered once more for it, by
+    all ranks of the group. The host does not wait. None where there is nothing to choose: ``topk`` is 1 or covers every
+    sequence."""
     moba = module.moba_config.at_step(get_iteration())
     if moba.topk == 1 or segments.max_seqlen_k <= moba.topk * segments.chunk_size:
         return None

@@ -12,9 +12,7 @@ from .trace import RoutingTrace
 
 class TraceRecorder:
     """An observer for :func:`~moba_megatron.inspect.choices.watching`: counts each layer's choices in its first run.
-
-    Watch one forward pass on all ranks, then call :meth:`trace`. The sequences must have one length.
-    """
+    Watch one forward pass on all ranks, then call :meth:`trace`. The sequences must have one length."""
 
     def __init__(self):
         self._tables: dict[int, Tensor] = {}
@@ -30,9 +28,8 @@ class TraceRecorder:
         if length * sequences != choices.k.shape[0]:
             raise ValueError(f"a routing trace must be of sequences of one length, got {sequences} packed sequences of "
                              f"at most {length} and together {choices.k.shape[0]} tokens")
-        config = module.config
         numbers = {"chunk_size": segments.chunk_size, "topk": choices.topk, "seq_length": length,
-                   "num_heads": config.num_attention_heads, "num_kv_heads": config.num_query_groups,
+                   "num_heads": module.config.num_attention_heads, "num_kv_heads": module.config.num_query_groups,
                    "sequences": sequences}
         if self._numbers not in (None, numbers):
             raise ValueError(f"a routing trace must have one chunk size and topk, got {self._numbers} and, in layer "

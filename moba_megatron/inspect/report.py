@@ -37,6 +37,5 @@ def summary(report: Report) -> str:
 def as_table(report: Report) -> str:
     """The report as text: a line a layer, means over heads."""
     from ..environment import as_text  # which needs Triton
-
     return as_text([{"layer": str(layer), **{name.replace("_", " "): f"{fmean(heads[name]):.3f}" for name in heads}}
                     for layer, heads in sorted(report.items())])

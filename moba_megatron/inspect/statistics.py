@@ -146,10 +146,6 @@ def _even_shares(choosers: Tensor, first: Tensor, topk: int) -> tuple[Tensor, Te
     sequence = torch.searchsorted(first, ids, right=True) - 1
     last = torch.cat((first[1:], first.new_full((1,), choosers.shape[0])))[sequence] - 1
     spread = choosers * (topk - 1) / (ids - first[sequence]).clamp(min=1)
-
-    def later(x: Tensor) -> Tensor:
-        total = x.cumsum(0)
-        return total[last] - total
-
-    choosable = later(choosers) > 0
-    return torch.where(choosable, later(spread), 0), choosable
+    total = torch.stack((choosers, spread)).cumsum(1)
+    later, later_shares = total[:, last] - total
+    return torch.where(later > 0, later_shares, 0), later > 0

@@ -16,11 +16,9 @@ NUMBERS = ("chunk_size", "topk", "seq_length", "sequences", "num_heads", "num_kv
 
 @dataclass(frozen=True)
 class RoutingTrace:
-    """Chosen chunks of one forward pass, by layer, head, chunk of the query and chosen chunk.
-
-    Only earlier chunks are counted: every query attends to its own chunk too. ValueError, whose message says which,
-    where a count lies outside of what the numbers allow.
-    """
+    """Chosen chunks of one forward pass, by layer, head, chunk of the query and chosen chunk. Only earlier chunks are
+    counted: every query attends to its own chunk too. ValueError, whose message says which, where a count lies outside
+    of what the numbers allow."""
 
     chunk_size: int  # keys in a chunk
     topk: int  # chunks a query attends to, its own included
