@@ -35,21 +35,18 @@ def _parse_layers(value: str | Iterable[int]) -> tuple[str, Any]:
     """Turns the layer rule into ("none" | "all", None), ("last" | "every", n) or ("set", numbers)."""
     expected = ("MoBAConfig.full_attention_layers must be 'none', 'all', 'last:N', 'every:N' or 1-based layer numbers "
                 f"such as '1,2,24' or (1, 2, 24); got {value!r}")
-    if isinstance(value, str):
-        text = value.strip().lower()
-        if text in ("none", "", "all"):
-            return text or "none", None
-        rule, _, number = text.partition(":")
-        try:
+    try:
+        if isinstance(value, str):
+            text = value.strip().lower()
+            if text in ("none", "", "all"):
+                return text or "none", None
+            rule, _, number = text.partition(":")
             if rule in ("last", "every") and int(number) >= 1:
                 return rule, int(number)
             value = [int(part) for part in text.split(",")]
-        except ValueError:
-            raise ValueError(expected) from None
-    try:
         numbers = tuple(value)
-    except TypeError:
-        raise TypeError(expected) from None
+    except (TypeError, ValueError) as error:
+        raise type(error)(expected) from None
     if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in numbers):
         raise ValueError(expected)
     return "set", frozenset(numbers)

@@ -5,7 +5,6 @@
 Exit status 0: what is installed works. 1: kernels cannot be imported, a self-test failed, or a setting cannot be read.
 """
 import argparse
-import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -54,10 +53,7 @@ def main(argv: list[str] | None = None) -> int:
           f"(CUDA {torch.version.cuda or 'none'}), {platform.system()}")
     report_machine()
     report_megatron()
-    healthy = report_stages()
-    healthy = report_environment() and healthy
-    if not arguments.no_self_test:
-        healthy = self_test() and healthy
+    healthy = all([report_stages(), report_environment(), arguments.no_self_test or self_test()])  # each of them runs
     print("healthy" if healthy else "NOT healthy: see the lines with FAIL")
     return 0 if healthy else 1
 
@@ -106,8 +102,7 @@ def report_stages() -> bool:
     except (TypeError, ValueError):  # reported with the settings
         config = MoBAConfig()
     print(f"kernels by stage (bf16, heads of {HEAD_DIM}, chunk_size={config.chunk_size}, topk={config.topk})")
-    problem = _import_problem("moba_megatron.kernels")
-    if problem:
+    if problem := _import_problem("moba_megatron.kernels"):
         _line("Triton kernels", f"FAIL: cannot be imported: {problem}")
     instead = config.backend if config.backend in ("torch", "reference") else None
     reason = (f"backend={instead}" if instead else "Triton cannot be used" if problem else
@@ -115,12 +110,12 @@ def report_stages() -> bool:
               "the kernels need sm_80 (Ampere) or later" if torch.cuda.get_device_capability() < (8, 0) else None)
     for stage, name in STAGES.items():
         _line(name, f"{instead or 'torch'}: {reason}" if reason else _kernel_of(stage, config))
-    if not problem and (reason or torch.cuda.get_device_capability() != (9, 0)):
+    if reason or torch.cuda.get_device_capability() != (9, 0):
+        return not problem
+    if (problem := importlib.import_module(".kernels.sm90", __package__).unusable()) is None:
         return True
-    sm90_problem = None if problem else importlib.import_module(".kernels.sm90", __package__).unusable()
-    if sm90_problem:
-        _line("Hopper kernels", f"{'' if 'written for' in sm90_problem else 'FAIL: '}not used: {sm90_problem}")
-    return not problem and (sm90_problem is None or "written for" in sm90_problem)
+    _line("Hopper kernels", f"{'' if 'written for' in problem else 'FAIL: '}not used: {problem}")
+    return "written for" in problem
 
 
 def _kernel_of(stage: str, config: MoBAConfig) -> str:
@@ -207,8 +202,7 @@ def _torchs(q, k, v, mask=None):
 
 def check_flash_attn_4() -> str:
     """Forward and backward, as before its first use."""
-    problem = flash_attn_4.disagreement(FLASH_4)
-    if problem:
+    if problem := flash_attn_4.disagreement(FLASH_4):
         raise AssertionError(f"{problem}: dense layers go on without it")
     return f"bf16, head dim {HEAD_DIM}"
 

@@ -80,11 +80,10 @@ def line(about: dict) -> str:
 
 def _output(*command: str) -> str | None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
+        text = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
         return None
-    text = done.stdout.strip().splitlines()
-    return text[0] if done.returncode == 0 and text else None
+    return next(iter(text.strip().splitlines()), None)
 
 
 def as_text(lines: list[dict[str, str]]) -> str:

@@ -26,10 +26,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{USAGE}\nSCRIPT comes first; its own --help lists the --moba-* flags too", file=sys.stderr)
         return 0 if argv[:1] in (["-h"], ["--help"]) else 2
     script, flags = argv[0], argv[1:]
-    if not os.path.isfile(script):
-        report_error(f"no file {script}: give the path of Megatron-LM's pretrain_gpt.py")
-        return 2
     try:
+        if not os.path.isfile(script):
+            raise ValueError(f"no file {script}: give the path of Megatron-LM's pretrain_gpt.py")
         attention = check_flags(flags)
         sys.path.insert(0, os.path.dirname(os.path.abspath(script)))  # as `python SCRIPT` does
         patching.apply(attention)

@@ -19,10 +19,8 @@ __all__ = ["get_moba_layer_local_spec", "get_moba_layer_with_transformer_engine_
 
 
 class _NeedsTransformerEngine(BaseTransformerLayer):
-    """Stands for the Transformer Engine layer where that is not installed: building it says what to do.
-
-    ``--spec`` takes it from the module's dictionary, and Megatron builds nothing there but transformer layers.
-    """
+    """Stands for the Transformer Engine layer where that is not installed: building it says what to do. It is a layer:
+    ``--spec`` takes it from the module's dictionary, and Megatron builds nothing there but transformer layers."""
 
     def __init__(self, *args, **kwargs):
         get_moba_layer_with_transformer_engine_spec()

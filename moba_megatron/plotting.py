@@ -29,11 +29,9 @@ LIGHT = Theme("#ffffff", "#1f2328", "#59636e", "#0a5cc4", "#d8dee4",
 @contextmanager
 def figure(path: str | Path, rows: int = 1, columns: int = 1, width: float = WIDTH, height: float = 3.0,
            theme: Theme = LIGHT, **options):
-    """A figure (inches) in a theme's colours, written to ``path`` when the block ends; yields (figure, axes).
-
-    The path's folder is made; an .svg has neither date nor random ids. ``options``: of ``pyplot.subplots``. Without
-    matplotlib: ImportError, which says how to install it.
-    """
+    """A figure (inches) in a theme's colours, written to ``path`` when the block ends; yields (figure, axes). The
+    path's folder is made; an .svg has neither date nor random ids. ``options``: of ``pyplot.subplots``. Without
+    matplotlib: ImportError, which says how to install it."""
     try:
         import matplotlib
     except ImportError as error:
@@ -86,7 +84,6 @@ def length_axis(axes, tokens: Sequence[int], label: str = "tokens in the sequenc
 def log_axis(axes) -> None:
     """A logarithmic y axis with plain numbers, also at 2 and 5 where it spans little."""
     from matplotlib.ticker import LogLocator
-
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 300 * low else (1.0, 2.0, 5.0)))

@@ -200,11 +200,8 @@ def refuse_new_tokens(dense: bool) -> None:
 def replayed(layer: int, q: Tensor, k: Tensor, segments: Segments, moba: MoBAConfig, part: tuple[int, int] = (1, 0),
              rows: Any = None, by_gate: bool = True) -> tuple[Tensor, bool] | None:
     """What was recorded of a layer's call, int32 ids ``[T, H or HK, n]``, and whether that was everything; None without
-    a replay. ValueError where it does not fit this run.
-
-    ``part``: tensor parallel size, and rank in it; ``rows``: the context parallel rank's among all; ``by_gate``: lists
-    are of heads or groups as the config says.
-    """
+    a replay. ValueError where it does not fit this run. ``part``: tensor parallel size, and rank in it; ``rows``: the
+    context parallel rank's among all; ``by_gate``: lists are of heads or groups as the config says."""
     if not _replays:
         return None
     (number, _), calls = _replays[-1].call(layer), _replays[-1].recorded.layers.get(layer, ())

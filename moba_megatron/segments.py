@@ -6,8 +6,7 @@ from torch import Tensor
 
 from .tensor_cache import cached_tensors, is_unobserved
 
-SUM_BLOCK = 64
-"""Rows in one partial sum of keys, counted from the chunk's start: a leaf of the tree of sums behind its mean."""
+SUM_BLOCK = 64  # rows in one partial sum of keys, from the chunk's start on: a leaf of the tree of sums behind its mean
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,8 @@ class Segments:
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor, max_seqlen: int, chunk_size: int, exact: bool = False) -> "Segments":
-        """Self-attention over packed sequences: segment ``b`` is the whole of sequence ``b``.
-
-        ``cu_seqlens``: int32 ``[B + 1]``, non-decreasing, from 0 to the number of tokens; or to less, where not exact.
-        """
+        """Self-attention over packed sequences: segment ``b`` is the whole of sequence ``b``. ``cu_seqlens``: int32
+        ``[B + 1]``, non-decreasing, from 0 to the number of tokens; or to less, where not exact."""
         if is_unobserved(cu_seqlens):
             seq_ids, offsets = _counted(cu_seqlens.numel() - 1, cu_seqlens.device)
         else:  # of the same kind of tensor as cu_seqlens

@@ -19,13 +19,10 @@ P, R = ParamSpec("P"), TypeVar("R")
 def is_unobserved(*tensors: Tensor) -> bool:
     """Whether nothing but autograd looks on: no compiler, no dispatch mode (fake tensors, selective checkpointing), no
     transform, no meta or batched tensor, no tensor subclass. Tensors made then are ordinary ones."""
-    if (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-            or torch._C._are_functorch_transforms_active()):
-        return False
-    for x in tensors:
-        if type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta or torch._C._functorch.is_legacy_batchedtensor(x):
-            return False
-    return True
+    return not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+                or torch._C._are_functorch_transforms_active() or any(
+                    type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta
+                    or torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors))
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -64,10 +61,6 @@ class _Entry:
     tensors: list[Tensor]
     streams: set[int] = field(default_factory=set)
     """Those on which it has been used: the allocator must not reuse its memory before their work is done."""
-
-    @property
-    def nbytes(self) -> int:
-        return sum(x.nbytes for x in self.tensors)
 
 
 class TensorCache:
@@ -113,9 +106,9 @@ class TensorCache:
                     entry = _on_device(build(*numbers, torch.device("cpu")), device)
                 with self._lock:
                     self._entries[key] = entry
-                    total = self.nbytes
-                    while len(self._entries) > 1 and (total > self.max_bytes or len(self._entries) > self.max_entries):
-                        total -= self._entries.popitem(last=False)[1].nbytes
+                    while 1 < len(self._entries) and (
+                            self.nbytes > self.max_bytes or len(self._entries) > self.max_entries):
+                        self._entries.popitem(last=False)
             if device.type == "cuda" and not capturing:
                 stream = torch._C._cuda_getCurrentRawStream(device.index)
                 if stream not in entry.streams:
@@ -129,7 +122,7 @@ class TensorCache:
     @property
     def nbytes(self) -> int:
         """Of what is kept and may be dropped."""
-        return sum(entry.nbytes for entry in self._entries.values())
+        return sum(x.nbytes for entry in self._entries.values() for x in entry.tensors)
 
     def clear(self) -> None:
         """Forgets everything but what CUDA graphs read."""
@@ -138,6 +131,7 @@ class TensorCache:
 
 
 cached_tensors = TensorCache(64 << 20, 1024)
+_copy_stream = functools.lru_cache(maxsize=None)(torch.cuda.Stream)  # one a device
 
 
 def _on_device(value, device: torch.device) -> _Entry:
@@ -153,8 +147,3 @@ def _on_device(value, device: torch.device) -> _Entry:
 
     with torch.cuda.stream(_copy_stream(device) if device.type == "cuda" else None):
         return _Entry(copied(value), list(copies.values()))
-
-
-@functools.lru_cache(maxsize=None)
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
