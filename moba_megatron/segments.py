@@ -110,13 +110,10 @@ def index_dtype(num_choices: int) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Routing:
-    """The choices that fell on each (kv head, chunk), as a CSR matrix with a row ``kv_head * num_chunks + chunk``.
-
-    A choice has the number ``(token * H + head) * (topk - 1) + j``: its place in ``selected``, flattened. Of ``shared``
-    heads that choose together the first one's number is listed; the i-th one's is ``i * (topk - 1)`` more.
-
-    Both tensors are int32, or int64 where the numbers of choices need it.
-    """
+    """The choices that fell on each (kv head, chunk), as a CSR matrix with a row ``kv_head * num_chunks + chunk``. A
+    choice has the number ``(token * H + head) * (topk - 1) + j``: its place in ``selected``, flattened. Of ``shared``
+    heads that choose together the first one's number is listed; the i-th one's is ``i * (topk - 1)`` more. Both tensors
+    are int32, or int64 where the numbers of choices need it."""
 
     # `[T * H / shared * (topk - 1)]`, numbers, row after row, ascending; not written from `indptr[-1] / shared` on
     indices: Tensor

@@ -33,8 +33,7 @@ def block_sums(k: Tensor, starts: Tensor, counts: Tensor) -> Tensor:
     row = torch.arange(1 << max(0, int(counts.max()) - 1).bit_length(), device=k.device)
     inside = row[None] < counts[:, None]
     rows = torch.where(inside, starts[:, None].long() + row[None], 0)
-    x = k[rows].to(dtype).masked_fill(~inside[:, :, None, None], 0)
-    return halving_sum(x, 1)
+    return halving_sum(k[rows].to(dtype).masked_fill(~inside[:, :, None, None], 0), 1)
 
 
 def means_from_block_sums(sums: Tensor, chunk_size: int, dtype: torch.dtype) -> Tensor:
@@ -49,14 +48,13 @@ def means_from_block_sums(sums: Tensor, chunk_size: int, dtype: torch.dtype) -> 
 def block_rows(segments: Segments, total_k: int) -> tuple[Tensor, Tensor]:
     """First row and number of rows of each SUM_BLOCK of each full chunk: two int32 ``[num_chunks, blocks]``."""
     size = segments.chunk_size
-    num_chunks, num_blocks = segments.num_chunks(total_k), -(-size // SUM_BLOCK)
     first = segments.first_chunk()
-    ids = torch.arange(num_chunks, device=first.device)
+    ids = torch.arange(segments.num_chunks(total_k), device=first.device)
     sequence = torch.searchsorted(first, ids, right=True) - 1
     cu = segments.cu_seqlens_k.long()
     start = cu[sequence] + (ids - first[sequence]) * size
     full = start + size <= cu[sequence + 1]
-    offset = torch.arange(num_blocks, device=first.device) * SUM_BLOCK
+    offset = torch.arange(0, size, SUM_BLOCK, device=first.device)
     counts = torch.clamp(size - offset, max=SUM_BLOCK)[None] * full[:, None]
     return (start[:, None] + offset[None]).int(), counts.int()
 

@@ -11,9 +11,7 @@ from .gating import gate
 def cache_means(k_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor, chunk_size: int, *,
                 block_table: Tensor | None = None, cache_starts: Tensor | None = None) -> None:
     """Writes the mean of every full chunk, the same bits as ``chunk_means``; rows of other chunks stay as they are.
-
-    Args: as :func:`moba_megatron.ops.decode.moba_decode`, like those of the other stages.
-    """
+    Args: as :func:`moba_megatron.ops.decode.moba_decode`, like those of the other stages."""
     for b, keys in enumerate(_sequences(k_cache, cache_seqlens, block_table, cache_starts)):
         full = keys.shape[0] // chunk_size
         means_cache[b, :full] = _means(keys, chunk_size)[:full]
@@ -21,13 +19,10 @@ def cache_means(k_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor, chu
 
 def decode_gate(q: Tensor, k_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor, chunk_size: int, topk: int, *,
                 block_table: Tensor | None = None, cache_starts: Tensor | None = None) -> Tensor:
-    """The ``topk - 1`` best earlier chunks of each sequence's last position; completes ``means_cache`` on the way.
-
-    The query stands at the last key. Where it opens a chunk, the mean of the chunk before is computed and stored.
-    Ties go to the later chunk. A chunk whose score is NaN or -inf is never selected.
-
-    Returns int32 ``[B, H, topk - 1]``: chunk numbers within the sequence, best first, -1 where fewer exist.
-    """
+    """The ``topk - 1`` best earlier chunks of each sequence's last position; completes ``means_cache`` on the way. The
+    query stands at the last key. Where it opens a chunk, the mean of the chunk before is computed and stored. Ties go
+    to the later chunk. A chunk whose score is NaN or -inf is never selected. Returns int32 ``[B, H, topk - 1]``: chunk
+    numbers within the sequence, best first, -1 where fewer exist."""
     selected = torch.full((*q.shape[:2], topk - 1), -1, dtype=torch.int32, device=q.device)
     for b, keys in enumerate(_sequences(k_cache, cache_seqlens, block_table, cache_starts)):
         own, offset = divmod(keys.shape[0] - 1, chunk_size)

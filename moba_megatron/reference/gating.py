@@ -9,17 +9,13 @@ SCORE_ELEMENTS = 1 << 22  # products held at once: bounds the memory of a block 
 
 
 def gate(q: Tensor, means: Tensor, segments: Segments, topk: int) -> Tensor:
-    """The ``topk - 1`` best earlier chunks of each query and head (arXiv 2502.13189, equations 5 and 6).
-
-    Ties go to the later chunk. A chunk whose score is NaN or -inf is never selected.
-
-    Of q ``[T, H, D]`` and means ``[num_chunks, HK, D]``; ``topk`` counts a query's own chunk too. Returns int32
-    ``[T, H, topk - 1]``: chunk ids, best first, -1 where fewer exist.
-    """
-    total_q, wanted = q.shape[0], topk - 1
-    if 0 in (total_q, wanted, means.shape[0]):
-        return torch.full((*q.shape[:2], wanted), -1, dtype=torch.int32, device=q.device)
-    return best_chunks(q, means, *earlier_chunks(segments, total_q), wanted)
+    """The ``topk - 1`` best earlier chunks of each query and head (arXiv 2502.13189, equations 5 and 6). Ties go to the
+    later chunk. A chunk whose score is NaN or -inf is never selected. Of q ``[T, H, D]`` and means
+    ``[num_chunks, HK, D]``; ``topk`` counts a query's own chunk too. Returns int32 ``[T, H, topk - 1]``: chunk ids,
+    best first, -1 where fewer exist."""
+    if 0 in (q.shape[0], topk - 1, means.shape[0]):
+        return torch.full((*q.shape[:2], topk - 1), -1, dtype=torch.int32, device=q.device)
+    return best_chunks(q, means, *earlier_chunks(segments, q.shape[0]), topk - 1)
 
 
 def earlier_chunks(segments: Segments, total_q: int) -> tuple[Tensor, Tensor]:
