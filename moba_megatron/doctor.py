@@ -72,8 +72,7 @@ def report_machine() -> None:
 
 def _version(distribution: str, module: str) -> str:
     try:
-        found = importlib.util.find_spec(module)
-        return importlib.metadata.version(distribution) if found else "not installed"
+        return importlib.metadata.version(distribution) if importlib.util.find_spec(module) else "not installed"
     except importlib.metadata.PackageNotFoundError:
         return "found, version unknown"
     except (ImportError, ValueError):
@@ -213,7 +212,6 @@ def check_core_attention() -> str:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from .megatron.core_attention import MoBACoreAttention
-
     config = TransformerConfig(num_layers=2, hidden_size=64, num_attention_heads=4, num_query_groups=2,
                                attention_dropout=0.0)
     core = MoBACoreAttention(config=config, layer_number=1, attn_mask_type=AttnMaskType.causal, attention_type="self",

@@ -11,11 +11,9 @@ import torch.distributed as dist
 
 def init_process_group(backend: str, timeout: timedelta) -> None:
     """``torch.distributed.init_process_group`` from the launcher's environment, with a store of its own for each start.
-
     ``torchrun --max-restarts`` lets all starts of a job share one key-value store (torch 2.13), where the ranks of the
     second would find the addresses of the first and fail to connect. A prefix with the number of the restart keeps them
-    apart. Started without a launcher, the job is one process.
-    """
+    apart. Started without a launcher, the job is one process."""
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
@@ -26,12 +24,10 @@ def init_process_group(backend: str, timeout: timedelta) -> None:
 
 
 def report_error(message: str) -> None:
-    """Says an error that every rank of a job makes, once; the caller then ends with a status other than 0.
-
-    Under torchrun the message goes into torchrun's own report, which ends the screen; the ranks that are not the first
-    of their machine wait for it, since it quotes the rank that ended first. Of a start that torchrun will repeat it
-    reports nothing.
-    """
+    """Says an error that every rank of a job makes, once; the caller then ends with a status other than 0. Under
+    torchrun the message goes into torchrun's own report, which ends the screen; the ranks that are not the first of
+    their machine wait for it, since it quotes the rank that ended first. Of a start that torchrun will repeat it
+    reports nothing."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     starts_left = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) - int(
         os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

@@ -49,12 +49,10 @@ def climb(start: dict[str, int], measure: Callable[[dict[str, int]], float | Non
         raise RuntimeError(f"the packaged configuration {start} does not run on this card")
     best_ms, left, tried = first, neighbours(best), [best]
     while left and more():
-        candidate = left.pop(0)
-        if candidate in tried:
+        if (candidate := left.pop(0)) in tried:
             continue
         tried.append(candidate)
-        ms = measure(candidate)
-        if ms is not None and ms < best_ms * (1 - LEAST_GAIN):
+        if (ms := measure(candidate)) is not None and ms < best_ms * (1 - LEAST_GAIN):
             best, best_ms, left = candidate, ms, neighbours(candidate)
     return best, best_ms, first
 

@@ -62,7 +62,6 @@ def look(args: argparse.Namespace) -> tuple[RoutingTrace, dict, list[str]]:
     from .choices import watching
     from .recorder import TraceRecorder
     from .router_log import RouterLog
-
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     checkpoint = find_checkpoint(args.load)
     with single_process(device):
@@ -80,17 +79,15 @@ def look(args: argparse.Namespace) -> tuple[RoutingTrace, dict, list[str]]:
             raise ValueError(f"--text must have more than topk * chunk_size = {moba.topk * moba.chunk_size} tokens, or "
                              f"there is nothing to choose; read {len(ids)} of at most {length} (--seq-length)")
         model = load_model(checkpoint, description, moba, device)
-        tokens = torch.tensor([ids], device=device)
         recorder, log = TraceRecorder(), RouterLog(1, model.config.num_layers, model.config.num_attention_heads,
                                                    args.samples)
         with torch.no_grad(), watching(recorder), log.watch(1):
-            model(tokens, torch.arange(len(ids), device=device)[None], None)
+            model(torch.tensor([ids], device=device), torch.arange(len(ids), device=device)[None], None)
         about = {"checkpoint": str(args.load), "iteration": description["iteration"], "text": Path(args.text).name,
                  **describe(device), "command": "python -m moba_megatron.inspect " + " ".join(sys.argv[1:])}
         trace = recorder.trace(about)
     size = trace.chunk_size
-    excerpts = [words.decode(ids[i * size:(i + 1) * size])[:120] for i in range(trace.num_chunks)]
-    return trace, log.report, excerpts
+    return trace, log.report, [words.decode(ids[i * size:(i + 1) * size])[:120] for i in range(trace.num_chunks)]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -101,8 +101,7 @@ def load_model(checkpoint: Path, description: dict, moba: MoBAConfig, device: to
     block = TransformerBlockSubmodules(layer_specs=[spec] * config.num_layers, layer_norm=WrappedTorchNorm)
     # without the head: nobody looks at logits, which would be seq_length x vocabulary
     model = GPTModel(config=config, transformer_layer_spec=block, post_process=False, **description["gpt"]).to(dtype)
-    state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(checkpoint))
-    model.load_state_dict(state["model"])
+    model.load_state_dict(dist_checkpointing.load({"model": model.sharded_state_dict()}, str(checkpoint))["model"])
     if device.type == "cpu":
         config.bf16, config.params_dtype = False, torch.float32
         model.float()

@@ -18,8 +18,7 @@ MOST_CHUNKS_FUSED = 1 << 14  # bound of the chunk ids for the kernels: a program
 def watching(observer):
     """Has sparse layers call ``observer`` inside the block, besides one that watches already, with what
     :func:`moba_megatron.megatron.core_attention.set_observer` says."""
-    before = set_observer(observer)
-    if before is not None:
+    if (before := set_observer(observer)) is not None:
         set_observer(lambda *args: (before(*args), observer(*args)))
     try:
         yield observer

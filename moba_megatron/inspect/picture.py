@@ -90,11 +90,9 @@ def page_data(trace: RoutingTrace, report: Report | None = None, excerpts: Seque
 
 def coarse(table: np.ndarray, most: int) -> np.ndarray:
     """Means of equal runs of neighbouring rows and columns (the last run may be shorter): at most ``most`` of each."""
-    width = -(-len(table) // most)
-    starts = np.arange(0, len(table), width)
+    starts = np.arange(0, len(table), -(-len(table) // most))
     lengths = np.diff(np.append(starts, len(table)))
-    sums = np.add.reduceat(np.add.reduceat(table, starts, axis=0), starts, axis=1)
-    return sums / np.outer(lengths, lengths)
+    return np.add.reduceat(np.add.reduceat(table, starts, axis=0), starts, axis=1) / np.outer(lengths, lengths)
 
 
 def spread(items, most: int) -> list:

@@ -73,5 +73,4 @@ def _pair_counts(choices: Choices) -> Tensor:
     first = segments.first_chunk()
     ids = torch.arange(choices.num_chunks, device=first.device)
     number = ids - first[torch.searchsorted(first, ids, right=True) - 1]  # N for the id that a sequence leaves unused
-    table = counts.new_zeros(counts.shape[0], size, size + 1)
-    return table.index_add_(2, number.clamp(max=size), counts)[..., :size]
+    return counts.new_zeros(counts.shape[0], size, size + 1).index_add_(2, number.clamp(max=size), counts)[..., :size]

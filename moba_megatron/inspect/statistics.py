@@ -48,8 +48,7 @@ class Places:
         sequence, position = segments.query_positions(choices.q.shape[0])
         earlier, first = position // segments.chunk_size, segments.first_chunk()
         own, has_choice = first[sequence] + earlier, earlier >= choices.topk
-        choosers = torch.zeros(choices.num_chunks, dtype=torch.float64, device=own.device)
-        choosers.index_add_(0, own, has_choice.double())
+        choosers = has_choice.new_zeros(choices.num_chunks, dtype=torch.float64).index_add_(0, own, has_choice.double())
         rows, weight = _sample(has_choice, samples)
         return cls(segments, choices.topk, samples, has_choice.long() - 1, choosers, first,
                    (rows, own[rows], sequence[rows], position[rows]), weight)
@@ -75,14 +74,13 @@ class Tally:
 @torch.no_grad()
 def tally(choices: Choices, places: Places) -> Tally:
     """Counts a layer's choices and computes the recall of the sampled queries, without a wait for the device."""
-    chosen = choices.counts(places.counted, 1)[:, 0]
     if choices.fused:
         from . import kernels
         recall = kernels.recalls(choices.q, choices.k, choices.selected, choices.segments, choices.softmax_scale,
                                  *places.sampled)
     else:
         recall = torch.stack(recalls(choices, *places.sampled), dim=-1)
-    return Tally(chosen, recall, places)
+    return Tally(choices.counts(places.counted, 1)[:, 0], recall, places)
 
 
 @torch.no_grad()
@@ -124,8 +122,7 @@ def recalls(choices: Choices, rows: Tensor, own: Tensor, *_: Tensor) -> tuple[Te
         2, torch.where(selected < 0, mass.shape[2], selected))
     own_mass = mass.gather(2, own)[..., 0]
     others = mass.scatter(2, own, 0)
-    best = others.topk(min(choices.topk - 1, others.shape[2]), dim=2).values
-    return own_mass + taken.sum(2), own_mass + best.sum(2)
+    return own_mass + taken.sum(2), own_mass + others.topk(min(choices.topk - 1, others.shape[2]), dim=2).values.sum(2)
 
 
 def _sample(has_choice: Tensor, samples: int) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,6 @@ from .step import Prediction, plan
 
 MOVED = {"--check": "plan-check", "--results": "plan-check", "--fit": "plan-fit", "--simulate": "plan-simulate",
          "--trace": "plan-simulate"}  # flags of earlier versions -> the benchmarks' subcommand that does it
-GIB = 1 << 30
 
 
 def parser() -> argparse.ArgumentParser:
@@ -117,7 +116,7 @@ def row_of(p: Prediction) -> dict[str, str]:
     return {"TP": str(p.layout.tp), "CP": str(p.layout.cp), "PP": str(p.layout.pp), "DP": str(p.layout.dp),
             "comm": comm, "recompute": p.layout.recompute, "GPU s/Mtok": f"{p.cost:.1f}",
             "s/step": f"{p.seconds:.3g}", "tokens/s": f"{p.tokens_per_second:,.0f}",
-            "MFU full": f"{p.mfu:.0%}", "MFU": f"{p.mfu_moba:.0%}", "GiB": f"{p.memory.total / GIB:.0f}",
+            "MFU full": f"{p.mfu:.0%}", "MFU": f"{p.mfu_moba:.0%}", "GiB": f"{p.memory.total / 2**30:.0f}",
             "matrices": seconds("matrices", "output"), "attention": seconds("attention"),
             "other": seconds("elementwise", "optimizer", "host"), "exposed CP": seconds("context"),
             "TP ": seconds("tensor"), "PP ": seconds("pipeline"), "DP ": seconds("data"), "hidden": f"{p.hidden:.2g}",

@@ -57,9 +57,8 @@ def all_gather(group: Group, contributed: float, card: Card) -> Traffic:
     if group.size == 1:
         return NOTHING
     inside = group.inside(card)
-    received = contributed * (group.size - 1)
     network = contributed * (group.size - inside) / inside
-    return _traffic(received - network, network, card)
+    return _traffic(contributed * (group.size - 1) - network, network, card)
 
 
 def all_to_all(group: Group, sent: float, card: Card) -> Traffic:
@@ -153,6 +152,5 @@ def _heads_for_sequence(group: Group, x: AttentionShape, card: Card, asked: int 
 
 def union_share(x: AttentionShape) -> float:
     """Part of a kv head's chunks that some query of the rank chooses, if all choose uniformly and independently."""
-    chunks = max(1, x.seqlen // x.chunk_size)
     choices = x.tokens * (x.heads / x.kv_heads) * (x.topk - 1)
-    return 1 - math.exp(-choices / chunks)
+    return 1 - math.exp(-choices / max(1, x.seqlen // x.chunk_size))

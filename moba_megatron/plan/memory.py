@@ -32,8 +32,7 @@ class Memory:
 def rank_parameters(run: Run, layout: Layout) -> float:
     """Parameters of one GPU of the first or last pipeline stage, the larger ones."""
     m = run.model
-    embedding = m.padded_vocabulary(layout.tp) * m.hidden / layout.tp
-    embeddings = embedding * (1 if m.tied or layout.pp > 1 else 2)
+    embeddings = m.padded_vocabulary(layout.tp) * m.hidden / layout.tp * (1 if m.tied or layout.pp > 1 else 2)
     return m.layers / layout.pp * (m.matrix_parameters / layout.tp + 2 * m.hidden) + embeddings + m.hidden
 
 
@@ -46,9 +45,8 @@ def layer_activations(run: Run, layout: Layout) -> float:
     if layout.recompute == "full":
         return tokens * m.hidden * BF16
     per_token = BF16 * (4 * m.hidden + 2 * (m.heads + m.kv_heads) * m.head_dim + 3 * m.ffn)
-    sparse = len(run.sparse_layers) / m.layers
     if layout.recompute == "selective":
-        return tokens * (per_token + sparse * BF16 * (m.heads + m.kv_heads) * m.head_dim)
+        return tokens * (per_token + len(run.sparse_layers) / m.layers * BF16 * (m.heads + m.kv_heads) * m.head_dim)
     choices = sum(moba.topk - 1 for moba in run.sparse_layers) / m.layers
     return tokens * (per_token + m.heads * (FP32 + 8 * choices))
 
@@ -82,11 +80,10 @@ def estimate(run: Run, layout: Layout) -> Memory:
     m = run.model
     parameters = rank_parameters(run, layout)
     shards = layout.dp * layout.cp if run.distributed_optimizer else 1
-    in_flight = min(layout.pp, run.batch // layout.dp)
     layer = layer_activations(run, layout)
     # what is recomputed of a layer exists while its backward runs
     recomputed = layer_activations(run, replace(layout, recompute="none")) - layer
     logits = run.seqlen / layout.cp * m.padded_vocabulary(layout.tp) / layout.tp * LOGIT
     return Memory(BF16 * parameters, FP32 * parameters, ADAM * parameters / shards,
-                  layer * (m.layers / layout.pp) * in_flight,
+                  layer * (m.layers / layout.pp) * min(layout.pp, run.batch // layout.dp),  # of those in flight
                   max(attention_working(run, layout) + recomputed, logits), gathered(run, layout))

@@ -6,7 +6,6 @@ from ..config import MoBAConfig
 from ..flops import attention_flops, dense_attention_flops
 
 VOCABULARY_MULTIPLE = 128  # Megatron pads the vocabulary to a multiple of this times the tensor parallel size
-DEFAULT_BATCH_TOKENS = 4 << 20  # tokens of a step where the user names no batch size
 SIZES = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocabulary")  # fields of a Model
 
 
@@ -120,5 +119,5 @@ def parse_size(text: str) -> int:
 
 
 def default_batch(seqlen: int) -> int:
-    """Sequences of a step of about four million tokens."""
-    return max(1, DEFAULT_BATCH_TOKENS // seqlen)
+    """Sequences of a step of about four million tokens, where the user names no batch size."""
+    return max(1, (4 << 20) // seqlen)

@@ -12,8 +12,7 @@ from .layout import RECOMPUTE, Layout, candidates, refusals
 from .memory import Memory, estimate, rank_parameters
 from .models import Run
 
-HALF_SPEED_DIM = 256
-"""A product whose narrowest matrix has this side reaches half of what large ones do (assumed: 0.8 at 1024)."""
+HALF_SPEED_DIM = 256  # narrowest side of a product that reaches half of what large ones do (assumed: 0.8 at 1024)
 HOST_LAYER = 1e-3  # seconds of launching one layer without its attention, one pass (assumed)
 OPTIMIZER_BYTES = 30  # read and written by Adam for a parameter
 LOSS_BYTES = 16  # read and written for an entry of the logits, forward and backward
@@ -100,8 +99,7 @@ def predict(run: Run, layout: Layout, card: Card, calibration: Calibration, opti
     if optimizer:
         parts |= _update(run, layout, card, seconds[slowest])
     parts = {name: parts.get(name, Part()) for name in PARTS}
-    total = sum(part.seconds for part in parts.values())
-    rate = layout.gpus * card.peak.value * total
+    rate = layout.gpus * card.peak.value * sum(part.seconds for part in parts.values())
     return Prediction(run, layout, estimate(run, layout), parts, run.step_flops(dense=True) / rate,
                       run.step_flops(dense=False) / rate)
 
@@ -141,7 +139,6 @@ def _layer(run: Run, layout: Layout, card: Card, calibration: Calibration, dense
                                  model.kv_heads // layout.tp, model.head_dim, 1 / layout.cp)
         moved = exchange(layout.comm_type, brought, layout.cp, layout.tp, layout.inner, card,
                          1 if dense else None)  # dense layers are Transformer Engine's own
-    context = _hide(moved, forward, backward, attention_again, card)
     passes = 4 if again else 3
     attention = forward * (2 if attention_again else 1) + backward
     waiting = HOST_LAYER * (3 if again else 2)
@@ -150,7 +147,7 @@ def _layer(run: Run, layout: Layout, card: Card, calibration: Calibration, dense
     tensor = collectives.all_gather(Group(layout.tp), tokens * model.hidden * BF16 / layout.tp, card)
     return {
         "matrices": Part(matrices * passes), "elementwise": Part(elementwise * passes),
-        "attention": Part(attention), "context": context,
+        "attention": Part(attention), "context": _hide(moved, forward, backward, attention_again, card),
         # two gathers and two scatters a pass; backward's further two gathers run beside products
         "tensor": Part(tensor.seconds * (12 if again else 8), tensor.seconds * 2, tensor * (14 if again else 10)),
         "host": Part(max(0.0, waiting - passes * (matrices + elementwise) - attention)),
