@@ -36,11 +36,9 @@ class LayerSelection:
 
 @dataclass
 class RecordedSelection:
-    """What :func:`record_selection` records and :func:`replay_selection` replays.
-
-    ``layers``: for each layer, by its 1-based number, global under pipeline parallelism, what its calls chose, in their
-    order: one a micro batch, or one a step of a generation. Layers and calls that attended densely have no entry.
-    """
+    """What :func:`record_selection` records and :func:`replay_selection` replays. ``layers``: for each layer, by its
+    1-based number, global under pipeline parallelism, what its calls chose, in their order: one a micro batch, or one a
+    step of a generation. Layers and calls that attended densely have no entry."""
 
     layers: dict[int, list[LayerSelection]] = field(default_factory=dict)
 

@@ -26,12 +26,11 @@ def decode_gate(q: Tensor, k_cache: Tensor, means_cache: Tensor, cache_seqlens: 
     selected = torch.full((*q.shape[:2], topk - 1), -1, dtype=torch.int32, device=q.device)
     for b, keys in enumerate(_sequences(k_cache, cache_seqlens, block_table, cache_starts)):
         own, offset = divmod(keys.shape[0] - 1, chunk_size)
-        if own < 1:
-            continue
-        if offset == 0:
-            means_cache[b, own - 1] = _means(keys[-1 - chunk_size:-1], chunk_size)[0]
-        segments = uniform_segments(1, keys.shape[0], 1, chunk_size, q.device)
-        selected[b] = gate(q[b:b + 1], means_cache[b, :own], segments, topk)[0]
+        if own > 0:
+            if offset == 0:
+                means_cache[b, own - 1] = _means(keys[-1 - chunk_size:-1], chunk_size)[0]
+            segments = uniform_segments(1, keys.shape[0], 1, chunk_size, q.device)
+            selected[b] = gate(q[b:b + 1], means_cache[b, :own], segments, topk)[0]
     return selected
 
 
