@@ -33,14 +33,13 @@ def describe(device: torch.device) -> dict[str, str | int | None]:
     """What a reader needs to judge or repeat a measurement."""
     cuda = device.type == "cuda"
     properties = torch.cuda.get_device_properties(device) if cuda else None
-    return {
-        "device": properties.name if cuda else platform.processor() or platform.machine(),
-        "capability": f"{properties.major}.{properties.minor}" if cuda else None,
-        "device_memory_gib": round(properties.total_memory / 2 ** 30, 1) if cuda else None,
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
-        "cuda": torch.version.cuda, "cudnn": _cudnn_version() if cuda else None, "torch": torch.__version__,
-        "triton": triton.__version__, "python": platform.python_version(), "moba_megatron": __version__,
-        "commit": commit(), "command": command(), "when": datetime.now(timezone.utc).strftime("%Y-%m-%d")}
+    return {"device": properties.name if cuda else platform.processor() or platform.machine(),
+            "capability": f"{properties.major}.{properties.minor}" if cuda else None,
+            "device_memory_gib": round(properties.total_memory / 2 ** 30, 1) if cuda else None,
+            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
+            "cuda": torch.version.cuda, "cudnn": _cudnn_version() if cuda else None, "torch": torch.__version__,
+            "triton": triton.__version__, "python": platform.python_version(), "moba_megatron": __version__,
+            "commit": commit(), "command": command(), "when": datetime.now(timezone.utc).strftime("%Y-%m-%d")}
 
 
 def _cudnn_version() -> int | None:

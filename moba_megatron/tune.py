@@ -49,11 +49,10 @@ def climb(start: dict[str, int], measure: Callable[[dict[str, int]], float | Non
         raise RuntimeError(f"the packaged configuration {start} does not run on this card")
     best_ms, left, tried = first, neighbours(best), [best]
     while left and more():
-        if (candidate := left.pop(0)) in tried:
-            continue
-        tried.append(candidate)
-        if (ms := measure(candidate)) is not None and ms < best_ms * (1 - LEAST_GAIN):
-            best, best_ms, left = candidate, ms, neighbours(candidate)
+        if (candidate := left.pop(0)) not in tried:
+            tried.append(candidate)
+            if (ms := measure(candidate)) is not None and ms < best_ms * (1 - LEAST_GAIN):
+                best, best_ms, left = candidate, ms, neighbours(candidate)
     return best, best_ms, first
 
 
@@ -70,11 +69,10 @@ def _functions(arguments: argparse.Namespace, device: torch.device, head_dim: in
     scale = head_dim ** -0.5
     forward = functools.partial(kernels.attention_fwd, q, k, v, selected, segments, scale)
     o, lse = forward()
-    return {
-        "chunk_means": lambda: kernels.chunk_means(k, segments),
-        "gate": lambda: kernels.gate(q, means, segments, arguments.topk), "route": forward, "attention_fwd": forward,
-        "attention_bwd": lambda: kernels.attention_bwd(do, None, q, k, v, o, lse, selected, segments, scale),
-    }
+    return {"chunk_means": lambda: kernels.chunk_means(k, segments),
+            "gate": lambda: kernels.gate(q, means, segments, arguments.topk),
+            "route": forward, "attention_fwd": forward,
+            "attention_bwd": lambda: kernels.attention_bwd(do, None, q, k, v, o, lse, selected, segments, scale)}
 
 
 def _as_tensors(result) -> list[Tensor]:

@@ -94,11 +94,8 @@ def main(argv: list[str] | None = None) -> int:
     """0 on success, 2 with a message on bad input."""
     args = parse_args(argv)
     try:
-        report, excerpts = {}, []
-        if args.from_trace:
-            trace = load_trace(args.from_trace)
-        else:
-            trace, report, excerpts = look(args)
+        trace, report, excerpts = (load_trace(args.from_trace), {}, []) if args.from_trace else look(args)
+        if not args.from_trace:
             print(as_table(report))
         if args.trace:
             save_trace(trace, args.trace)

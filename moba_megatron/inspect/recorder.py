@@ -56,8 +56,7 @@ class TraceRecorder:
         counts = {}
         for layer in sorted({layer for _, layers in found for layer in layers}):
             table = torch.zeros(num_heads, size, size, dtype=torch.int64)
-            if layer in self._tables:
-                mine = self._tables[layer]
+            if (mine := self._tables.get(layer)) is not None:
                 table[tensor_rank * mine.shape[0]:][:mine.shape[0]] = mine
             counts[layer] = sum_over_ranks(table).numpy()
         numbers["sequences"] *= data_parallel

@@ -90,8 +90,7 @@ class RoutingTrace:
 
     def queries(self) -> np.ndarray:
         """Queries in each chunk, of all sequences together: int64 ``[N]``."""
-        starts = np.arange(self.num_chunks) * self.chunk_size
-        return np.minimum(self.chunk_size, self.seq_length - starts) * self.sequences
+        return np.minimum(self.chunk_size, np.arange(self.seq_length, 0, -self.chunk_size)) * self.sequences
 
     def shares(self, layer: int) -> np.ndarray:
         """Which share of the queries of a chunk attends to a chunk, its own (always 1) included: fp64 ``[H, N, N]``."""

@@ -89,20 +89,16 @@ def term_seconds(shape: AttentionShape, card: Card) -> dict[str, float]:
     kv_bytes = 2 * shape.seqlen * shape.kv_heads * shape.row_bytes
     partial = shape.row_bytes + FP32
     per_product = 2 * shape.head_dim
-    operations = {
-        "gate scores": per_product * shape.scores,
-        "sparse products": 2 * per_product * shape.earlier_pairs,
-        "own products": 2 * per_product * shape.own_pairs,
-        "bwd products": 2 * per_product * shape.earlier_pairs * BACKWARD_PRODUCTS,
-        "bwd own products": 2 * per_product * shape.own_pairs * BACKWARD_PRODUCTS,
-    }
-    moved = {
-        "means bytes": shape.seqlen * shape.key_share * shape.kv_heads * shape.row_bytes,
-        "sparse bytes": shape.choices * (shape.row_bytes + partial) + kv_bytes,
-        "own bytes": 2 * q_rows * shape.row_bytes + shape.choices * partial + kv_bytes,
-        # gathers of q and do, one partial dq written and read, for a choice; q, o, do, dq and k, v, dk, dv once
-        "bwd bytes": 4 * (shape.choices + q_rows) * shape.row_bytes + 2 * kv_bytes,
-    }
+    operations = {"gate scores": per_product * shape.scores,
+                  "sparse products": 2 * per_product * shape.earlier_pairs,
+                  "own products": 2 * per_product * shape.own_pairs,
+                  "bwd products": 2 * per_product * shape.earlier_pairs * BACKWARD_PRODUCTS,
+                  "bwd own products": 2 * per_product * shape.own_pairs * BACKWARD_PRODUCTS}
+    moved = {"means bytes": shape.seqlen * shape.key_share * shape.kv_heads * shape.row_bytes,
+             "sparse bytes": shape.choices * (shape.row_bytes + partial) + kv_bytes,
+             "own bytes": 2 * q_rows * shape.row_bytes + shape.choices * partial + kv_bytes,
+             # gathers of q and do, one partial dq written and read, for a choice; q, o, do, dq and k, v, dk, dv once
+             "bwd bytes": 4 * (shape.choices + q_rows) * shape.row_bytes + 2 * kv_bytes}
     return {**{name: x / card.flops for name, x in operations.items()}, "launch": LAUNCH_SECONDS,
             **{name: x / card.bytes_per_second for name, x in moved.items()}, "bwd launches": 10 * LAUNCH_SECONDS,
             **{f"{stage} choices": shape.choices / card.issue.value for stage in ("gate", "route")}}

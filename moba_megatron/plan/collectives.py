@@ -82,9 +82,8 @@ def link_seconds(received: float, card: Card) -> float:
 
 def _traffic(link: float, network: float, card: Card) -> Traffic:
     """Both kinds of link work at the same time; what came over the network is handed on inside as well."""
-    inside = link_seconds(link + network, card)
-    outside = network / (card.network.value * LINK_SHARE)
-    return Traffic(max(inside, outside) + LATENCY * (2 if network else 1), link, network)
+    seconds = max(link_seconds(link + network, card), network / (card.network.value * LINK_SHARE))
+    return Traffic(seconds + LATENCY * (2 if network else 1), link, network)
 
 
 class Pass(NamedTuple):

@@ -145,13 +145,11 @@ def _layer(run: Run, layout: Layout, card: Card, calibration: Calibration, dense
     if not dense:
         waiting += calibration.host_forward * (2 if attention_again else 1) + calibration.host_backward
     tensor = collectives.all_gather(Group(layout.tp), tokens * model.hidden * BF16 / layout.tp, card)
-    return {
-        "matrices": Part(matrices * passes), "elementwise": Part(elementwise * passes),
-        "attention": Part(attention), "context": _hide(moved, forward, backward, attention_again, card),
-        # two gathers and two scatters a pass; backward's further two gathers run beside products
-        "tensor": Part(tensor.seconds * (12 if again else 8), tensor.seconds * 2, tensor * (14 if again else 10)),
-        "host": Part(max(0.0, waiting - passes * (matrices + elementwise) - attention)),
-    }
+    return {"matrices": Part(matrices * passes), "elementwise": Part(elementwise * passes),
+            "attention": Part(attention), "context": _hide(moved, forward, backward, attention_again, card),
+            # two gathers and two scatters a pass; backward's further two gathers run beside products
+            "tensor": Part(tensor.seconds * (12 if again else 8), tensor.seconds * 2, tensor * (14 if again else 10)),
+            "host": Part(max(0.0, waiting - passes * (matrices + elementwise) - attention))}
 
 
 def _attention(run: Run, layout: Layout, card: Card, calibration: Calibration, dense: bool) -> tuple[float, float]:
