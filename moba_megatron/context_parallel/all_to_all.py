@@ -67,8 +67,11 @@ class AllToAllAttention:
         o = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype, device=q.device)
         lanes = {QUERIES: [(q, 0)], KEYS: [(k, 1), (v, 1)], OUT: [(o, 0)], MEANS: [(k, 1)] * by_means}
         transport = self._transport(groups, lanes, q.dtype)
-        parts = self._attend_by_means(transport, q, k, v, groups) if by_means else (
-            self._attend(transport, q, k, v, groups, given))
+        if by_means:
+            parts = self._attend_by_means(transport, q, k, v, groups)
+        else:
+            starts = prefetch(lambda i: self._start(transport, groups[i], i, "fwd exchange in", q, k, v), len(groups))
+            parts = (self.inner.forward(*arrived(arriving), chunks) for arriving, chunks in zip(starts, given))
         leaving, saved = [], []
         for i, ((heads, _), (part, rest)) in enumerate(zip(groups, parts)):
             if replicated:
@@ -81,16 +84,10 @@ class AllToAllAttention:
         leaving.pop().wait()
         return o, [q.shape, (k.shape, v.shape), [k, v] if replicated else None, groups, saved]
 
-    def _attend(self, transport: Library, q: Tensor, k: Tensor, v: Tensor, groups: HeadGroups,
-                given: list[Tensor | None]) -> Iterator[tuple[Tensor, State]]:
-        """o and what is saved of each group of heads, of which some may have ``given`` chunks."""
-        starts = prefetch(lambda i: self._start(transport, groups[i], i, "fwd exchange in", q, k, v), len(groups))
-        for arriving, selected in zip(starts, given):
-            yield self.inner.forward(*arrived(arriving), selected)
 
     def _attend_by_means(self, transport: Library, q: Tensor, k: Tensor, v: Tensor, groups: HeadGroups
                          ) -> Iterator[tuple[Tensor, State]]:
-        """As :meth:`_attend`, but each rank sends its rows' means, so that chunks are chosen before k and v arrive.
+        """o and what is saved of each group; ranks send their rows' means, so chunks are chosen before k and v arrive.
 
         Copy engines bring k and v of the inner groups while these choose: beside products, not beside sums of the group
         before, which leave no bandwidth of memory unused.
@@ -165,20 +162,17 @@ class AllToAllAttention:
 
     def _transport(self, groups: HeadGroups, lanes: dict[int, list[tuple[Tensor, int]]], dtype: torch.dtype) -> Library:
         """How heads of such tensors travel: query heads (0) or kv heads (1), at most as wide as ``dtype``."""
-        most, sizes = most_heads(groups), []
-        for lane in LANES:
-            sizes.append([self.rows.total * most[which] * x.shape[2] * dtype.itemsize for x, which in lanes[lane]])
+        most = most_heads(groups)
+        sizes = [[self.rows.total * most[which] * x.shape[2] * dtype.itemsize for x, which in lanes[lane]]
+                 for lane in LANES]
         return transport_for(self.rows, self.group, lanes[QUERIES][0][0], sizes)
 
     def _start(self, transport: Library, group: tuple[slice, slice], i: int, stage: str, queries: Tensor | None,
                *keys: Tensor) -> list[Pending]:
         """Starts to send each rank its heads of a group: of queries, and of keys and values."""
-        started = []
-        if queries is not None:
-            started.append(transport.fetch([self._parts(queries, group[0])], stage, (QUERIES, i)))
-        if keys:
-            started.append(transport.fetch([self._parts(x, group[1]) for x in keys], stage, (KEYS, i)))
-        return started
+        lanes = (QUERIES, () if queries is None else (queries,)), (KEYS, keys)
+        return [transport.fetch([self._parts(x, heads) for x in tensors], stage, (lane, i))
+                for (lane, tensors), heads in zip(lanes, group) if tensors]
 
     def _parts(self, x: Tensor, heads: slice) -> Tensor:
         """The ``heads`` of each part that x's heads are dealt out in: a view ``[parts, T, heads, D]``."""

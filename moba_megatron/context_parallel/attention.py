@@ -75,13 +75,11 @@ def context_parallel_attention(q: Tensor, k: Tensor, v: Tensor, sequences: Seque
         chunk_size, topk = max(chunk_size, sequences.max_seqlen), 1
     if topk == 1:
         selected = None
-    if shared != "head":
-        validation.check_shared(shared)
+    validation.check_shared(shared)
     scale = validation.check_scale(softmax_scale, q.shape[2])
     pipeline = Pipeline(get_stages(backend, q.device, deterministic), topk, scale, deterministic, backend == "auto",
                         workspace_mib, shared=shared)
-    if comm_type not in COMM_TYPES:
-        comm_type = canonical_comm_type(comm_type)
+    comm_type = canonical_comm_type(comm_type)
     check_groups(group, comm_type, q.shape[1], k.shape[1], shared if topk > 1 else "head")
     ranks = group[0].size() * group[1].size() if isinstance(group, Sequence) else group.size()
     rows, wanted = (q.shape[0], k.shape[0], v.shape[0]), sequences.total // ranks
@@ -140,7 +138,6 @@ def make_schedule(comm_type: str, pipeline: Pipeline, sequences: Sequences, chun
 
 
 class _ContextParallelAttention(torch.autograd.Function):
-    """Runs a schedule and keeps what its backward asks for."""
 
     @staticmethod
     def forward(ctx, q, k, v, schedule, group, selected):
@@ -181,7 +178,5 @@ def _replaced(saved, tensors: Sequence[Tensor]):
     pipelines = isinstance(saved, (Saved, Choice, Routing))
     if not (pipelines or isinstance(saved, list) or hasattr(saved, "_make")):
         return saved
-    values = []
-    for x in vars(saved).values() if pipelines else saved:
-        values.append(_replaced(x, tensors))
+    values = [_replaced(x, tensors) for x in (vars(saved).values() if pipelines else saved)]
     return values if isinstance(saved, list) else type(saved)(*values)

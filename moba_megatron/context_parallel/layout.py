@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..segments import SUM_BLOCK, Segments
 from ..tensor_cache import cached_tensors, is_capturing
-from .transport.comm import MAX_RUNS, Rows, Runs, all_gather
+from .transport.comm import MAX_RUNS, Rows, all_gather
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Sequences:
         """The rows of one of ``size`` ranks."""
         if self.batch is not None:
             return _rows_uniform(self.max_seqlen, self.batch, size, rank, self.cu_seqlens.device)
-        return _rows(self.cu_seqlens, self.total, size, rank, None)
+        return _rows(self.cu_seqlens, self.total, size, rank)
 
     def zigzag(self, size: int, rank: int, chunk_size: int) -> ZigzagLayout:
         """The layout of one of ``size`` ranks."""
@@ -113,14 +113,7 @@ def _uniform(seqlen: int, batch: int, device: torch.device) -> Tensor:
 
 @cached_tensors
 def _rows_uniform(seqlen: int, batch: int, size: int, rank: int, device: torch.device) -> Rows:
-    return _rows(_uniform(seqlen, batch, device), batch * seqlen, size, rank, _runs(seqlen, batch, size))
-
-
-def _runs(seqlen: int, batch: int, size: int) -> Runs | None:
-    piece = seqlen // (2 * size)
-    runs = tuple(tuple(sequence * seqlen + (2 * size - 1 - r if second else r) * piece for r in range(size))
-                 for sequence in range(batch) for second in (False, True))
-    return runs if len(runs) <= MAX_RUNS else None
+    return _rows(_uniform(seqlen, batch, device), batch * seqlen, size, rank, seqlen)
 
 
 @cached_tensors
@@ -131,7 +124,7 @@ def _zigzag_uniform(seqlen: int, batch: int, size: int, rank: int, chunk_size: i
                            "CUDA graph")
     cu_seqlens = _uniform(seqlen, batch, device)
     segments = _segments(cu_seqlens, seqlen, size, rank, chunk_size, True)
-    rows = _rows(cu_seqlens, batch * seqlen, size, rank, _runs(seqlen, batch, size))
+    rows = _rows(cu_seqlens, batch * seqlen, size, rank, seqlen)
     return ZigzagLayout(segments, rows, _block_exchange(segments, rows, seqlen, batch))
 
 
@@ -146,7 +139,8 @@ def _segments(cu_seqlens: Tensor, max_seqlen: int, size: int, rank: int, chunk_s
                     max_seqlen_q=-(-max_seqlen // (2 * size)), max_seqlen_k=max_seqlen, chunk_size=chunk_size)
 
 
-def _rows(cu_seqlens: Tensor, total: int, size: int, rank: int, runs: Runs | None) -> Rows:
+def _rows(cu_seqlens: Tensor, total: int, size: int, rank: int, seqlen: int | None = None) -> Rows:
+    """``seqlen``: of all sequences; None where their lengths are on the device only."""
     cu = cu_seqlens.long()
     pieces, local = (cu[1:] - cu[:-1]) // (2 * size), cu // size
     row = torch.arange(total, device=cu.device)
@@ -157,6 +151,10 @@ def _rows(cu_seqlens: Tensor, total: int, size: int, rank: int, runs: Runs | Non
     within = position - piece * length + (piece >= size) * length
     global_rows = (owner * (total // size) + local[sequence] + within).clamp(0, total - 1)
     rank_rows = row.clone().scatter_(0, global_rows, row)
+    runs = None
+    if seqlen is not None and 2 * pieces.numel() <= MAX_RUNS:
+        runs = tuple(tuple(i * seqlen + number * (seqlen // (2 * size)) for number in numbers)
+                     for i in range(pieces.numel()) for numbers in (range(size), range(2 * size - 1, size - 1, -1)))
     return Rows(size, rank, global_rows, rank_rows, runs)
 
 

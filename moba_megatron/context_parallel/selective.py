@@ -36,8 +36,7 @@ class SelectiveAttention(AllGatherAttention):
         choices = (self.choose_by_sums(q, k.dtype, self.send_sums(k), groups) if selected is None else
                    self.given(selected, q.shape[1], groups))
         exchanges = self._exchanges([choice.routing for choice in choices], groups)
-        fetched = self._fetch(k, v, groups, exchanges, "fwd gather")
-        o, saved = self.attend(q, v.shape[2], groups, fetched, choices)
+        o, saved = self.attend(q, v.shape[2], groups, self._fetch(k, v, groups, exchanges, "fwd gather"), choices)
         return o, [exchanges, q, k, v, o, groups, saved]
 
     def backward(self, do: Tensor, saved: State, kv_grad_dtype: torch.dtype) -> Grads:
@@ -45,18 +44,16 @@ class SelectiveAttention(AllGatherAttention):
         exchanges, *saved = saved
         if exchanges is None:
             return super().backward(do, saved, kv_grad_dtype)
-        (q, k, v, o, groups, saved), rows = saved, self.layout.rows
+        (_, k, v, _, groups, _), rows = saved, self.layout.rows
         fetched = self._fetch(k, v, groups, exchanges, "bwd gather")
 
         def reduce(i: int, grads: list[Tensor], outs: list[Tensor], _) -> list[Pending]:
-            started = []
-            for x, out in zip(grads, outs):
-                own = x.index_select(0, rows.own_rows) if rows.runs is None else (
-                    torch.cat([x[among_all] for _, among_all in rows.own_runs()]))
-                started.append(exchanges[i].send_back(x, own, out, self.group, "bwd reduce"))
-            return started
+            own = [x.index_select(0, rows.own_rows) if rows.runs is None else
+                   torch.cat([x[among_all] for _, among_all in rows.own_runs()]) for x in grads]
+            return [exchanges[i].send_back(x, mine, out, self.group, "bwd reduce")
+                    for x, mine, out in zip(grads, own, outs)]
 
-        return self.attend_bwd(do, (q, k, v, o), groups, saved, fetched, reduce, kv_grad_dtype)
+        return self.attend_bwd(do, saved, fetched, reduce, kv_grad_dtype)
 
     def _fetch(self, k: Tensor, v: Tensor, groups: HeadGroups, exchanges: list["RowExchange"] | None,
                stage: str) -> Arriving:

@@ -200,8 +200,8 @@ ListMessages = Callable[[Runs, int, Sequence[Tensor], Sequence[Tensor]], Iterabl
 """Of runs, this rank, what is sent from and what is received in: views ``[rows, h, D]`` of these, of one shape; as
 many, in order, of each tensor."""
 Arrived = tuple[Tensor, list[tuple[slice, Tensor]]]
-"""Rows that reached this rank: ``[P - 1, T, h, D]``, from the others in order; and its own, one run or several: (rows
-of T, ``[rows, h, D]``)."""
+"""Rows that reached this rank: ``[P - 1, T, h, D]``, from the others in order; and runs of its own: (rows of T,
+``[rows, h, D]``)."""
 
 
 def exchange(rounds: Iterable[Messages], output: Tensor | Sequence[Tensor], keep: Any, group: dist.ProcessGroup,
@@ -307,11 +307,10 @@ class Library:
         # behind what is sent, where there is room: memory allocated now may be in use at ``after``
         made = self.tensors(slot, *((x.shape, x.dtype) for x in tensors), *zip(shapes, (x.dtype for x in tensors)))
         others = made[len(tensors):] if made else [x.new_empty(shape) for x, shape in zip(tensors, shapes)]
-        length, arriving = rows.local // len(runs), []
-        for x, received in zip(tensors, others):
-            own = [(slice(i * length, (i + 1) * length), x[firsts[rows.rank]:][:length])
-                   for i, firsts in enumerate(runs)]
-            arriving.append((received, own))
+        length = rows.local // len(runs)
+        own = [[(slice(i * length, (i + 1) * length), x[firsts[rows.rank]:][:length]) for i, firsts in enumerate(runs)]
+               for x in tensors]
+        arriving = list(zip(others, own))
         return self._exchange(collected, runs, tensors, others, outs, stage, slot, after, lambda _: finish(arriving))
 
     def _exchange(self, messages: ListMessages, runs: Runs, sources: Sequence[Tensor], targets: Sequence[Tensor],
@@ -327,11 +326,8 @@ def fetched(runs: Runs, me: int, views: Sequence[Tensor], outs: Sequence[Tensor]
     for x, out in zip(views, outs):
         length, size = x.shape[1] // len(runs), len(runs[0])
         for i, firsts in enumerate(runs):
-            parts, outputs, inputs = x[:, i * length:(i + 1) * length].unbind(), [], []
-            for rank, first in enumerate(firsts):
-                outputs.append(out[first:first + length])
-                inputs.append(parts[rank * len(parts) // size])
-            yield outputs, inputs
+            parts = x[:, i * length:(i + 1) * length].unbind()
+            yield [out[first:first + length] for first in firsts], [parts[r * len(parts) // size] for r in range(size)]
 
 
 def collected(runs: Runs, me: int, tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Iterator[Messages]:
