@@ -43,8 +43,7 @@ def register_moba(config: MoBAConfig | None = None, *, decode: str | None = None
 
     Names: ``moba`` (also ``efficient_moba``, ``triton_moba``) with the config's backend, ``moba_reference`` (also
     ``naive_moba``, ``moba_naive``) with the reference. Registering a name again replaces its settings for all models
-    that attend by it, with a warning; models with settings of their own have names of their own. Every process
-    registers for itself.
+    that attend by it, with a warning; models with their own settings have their own names. Each process must register.
 
     Args:
         config: chunk size, topk, dense layers (``full_attention_layers``), backend; None for ``MoBAConfig()``.
@@ -53,9 +52,8 @@ def register_moba(config: MoBAConfig | None = None, *, decode: str | None = None
             where it comes alone, elsewhere that is a new token. None for the config's, ``dense`` unless set.
         name: register this name alone, such as ``moba_512``; None for those above.
         selector: chooses chunks in place of MoBA's gate. Called as ``selector(module, q, k, segments)``, with the
-            attention layer, q ``[T, H, D]`` and k ``[S, HK, D]`` after rotary embedding, it returns int32
-            ``[T, H or HK, n]``, ids as of :func:`~moba_megatron.sparse_attn_varlen`; of a cache it sees all keys at
-            every step. None for the gate.
+            attention layer, q ``[T, H, D]`` and k ``[S, HK, D]`` after rotary embedding, at every step all keys of a
+            cache, it returns int32 ``[T, H or HK, n]``, ids as of :func:`~moba_megatron.sparse_attn_varlen`.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or value; the message names it.
@@ -74,7 +72,15 @@ def register_moba(config: MoBAConfig | None = None, *, decode: str | None = None
         "topk_schedule": "its models do not know the training step, register other settings between steps",
         "cp_head_groups": "its models know no context parallelism",
         "key_conv": "its models have no place for the convolution's parameters"})
-    names = BACKENDS if name is None else (_check_name(name),)
+    if not isinstance(name, (str, type(None))):
+        raise TypeError(f"name must be a str, got {type(name).__name__}")
+    names = BACKENDS if name is None else (name,)
+    # Transformers reads meanings into names: of kernels to download, of its own attentions
+    if name not in (None, *_settings, *BACKENDS) and (
+            name in AttentionInterface() or not re.fullmatch(r"\w+", name)
+            or re.search("eager|sdpa|flash|flex|paged", name)):
+        raise ValueError("name must be of letters, digits and _, and none of Transformers' attentions (nor contain "
+                         f"eager, sdpa, flash, flex or paged), got {name!r}")
     config = replace(config, decode=decode or config.decode or "dense")
     follow_caches() if config.decode == "moba" else note_prompts()
     settings = {name: replace(config, backend=BACKENDS.get(name) or config.backend) for name in names}
@@ -97,15 +103,6 @@ def _make_known(name: str) -> None:
     AttentionMaskInterface.register(name, moba_mask)
 
 
-def _check_name(name: str) -> str:
-    """Transformers reads meanings into names: of kernels to download, of its own attentions."""
-    if not isinstance(name, str):
-        raise TypeError(f"name must be a str, got {type(name).__name__}")
-    foreign = name not in _settings and name not in BACKENDS and name in AttentionInterface()
-    if foreign or not re.fullmatch(r"\w+", name) or re.search("eager|sdpa|flash|flex|paged", name):
-        raise ValueError("name must be of letters, digits and _, and none of Transformers' attentions (nor contain "
-                         f"eager, sdpa, flash, flex or paged), got {name!r}")
-    return name
 
 
 def moba_attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,

@@ -36,8 +36,7 @@ def moba_mask(batch_size: int, q_length: int | None = None, kv_length: int | Non
     """The layout of a batch: what a model calls once a forward, as an entry of ``AttentionMaskInterface``.
 
     Args:
-        q_offset: slot of the first query; a tensor for static caches. Transformers 4 gives ``cache_position`` instead,
-            the slots of all queries.
+        q_offset: slot of the first query; a tensor for static caches. In Transformers 4 ``cache_position``, all slots.
         kv_offset: slots that a sliding cache has dropped.
         mask_function: must be plain causal, or (without attention_mask and cache) causal within packed rows.
         attention_mask: bool ``[B, slots]``, False for padding; a row's True must be in one run.
@@ -195,9 +194,8 @@ def _packed_segments(begins: Tensor, chunk_size: int) -> Segments:
 
 
 def _packed_layout(mask_function: Callable, batch: int, length: int, device: torch.device) -> Tensor | None:
-    """The layout of rows that a mask function cuts into sequences, within which it must be causal. Since Transformers'
-    versions compose such functions differently, it is called: for the neighbours and the first key of every query, and
-    for all keys of a few queries."""
+    """The layout of rows that a mask function cuts into sequences, in which it must be causal. Since Transformers'
+    versions compose it differently, it is called: for every query's neighbours and first key, for all keys of a few."""
     row, slot = torch.arange(batch, device=device)[:, None], torch.arange(length, device=device)[None]
 
     def sees(query: Tensor, key: Tensor) -> Tensor:

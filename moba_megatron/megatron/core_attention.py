@@ -1,8 +1,7 @@
 """MoBACoreAttention: MoBA as Megatron-Core's core attention. The one place where Megatron's layouts become THD.
 
-Works with megatron-core 0.13 and later: process groups arrive as ``pg_collection``, ``model_comm_pgs`` or neither.
-The module keeps no state between calls, so recompute may rerun it. Without the key convolution it has no parameters and
-checkpoints do not change.
+Works with megatron-core 0.13 and later: process groups arrive as ``pg_collection``, ``model_comm_pgs`` or neither. The
+module keeps no state between calls, so recompute may rerun it. Only the key convolution's parameters change checkpoints.
 """
 import functools
 from collections.abc import Callable
@@ -179,11 +178,9 @@ class MoBACoreAttention(MegatronModule):
             TypeError, ValueError: unsupported arguments, or tensors that do not fit. Under context parallelism a
                 ValueError with the same text on every rank of the group.
         """
-        group, moba = self._group_for(packed_seq_params), self.moba_config
-        if moba.topk_schedule is not None:
-            moba = moba.at_step(get_iteration())
+        group, moba = self._group_for(packed_seq_params), self.moba_config.at_step(get_iteration())
         packed = packed_seq_params if packed_seq_params is not None and packed_seq_params.qkv_format == "thd" else None
-        dense = self.full_attention or self.moba_config.is_full_step(get_iteration())
+        dense = self.full_attention or moba.is_full_step(get_iteration())
         check = functools.partial(self._check_call, attn_mask_type or self.attn_mask_type, attention_bias, packed,
                                   attention_mask, group, kwargs)
         if group is None:
@@ -308,7 +305,6 @@ class MoBACoreAttention(MegatronModule):
             shared=moba.selection, selected=selected)
 
     def _replayed(self, q: Tensor, k: Tensor, segments: Segments, moba: MoBAConfig, rows=None):
-        """As of :func:`.replay.replayed`."""
         if not replay.is_active():
             return None
         size = self.config.tensor_model_parallel_size

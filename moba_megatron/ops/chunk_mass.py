@@ -20,8 +20,7 @@ def chunk_mass(q: Tensor, k: Tensor, segments: Segments, rows: Tensor | None = N
         rows: int64 ``[n]``, queries to look at; None for all.
 
     Returns:
-        ``[n, H, chunks]``, fp32 (fp64 for fp64), rows that sum to 1, or 0 for rows of no sequence; columns are ids of
-        chunks.
+        ``[n, H, chunks]`` by chunk id, fp32 (fp64 for fp64): rows sum to 1, or to 0 for rows of no sequence.
     """
     q, k = validation.cast_under_autocast(q, k)
     validation.check_qkv(q, k, k)

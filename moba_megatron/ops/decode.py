@@ -18,8 +18,7 @@ def moba_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, means_cache: Tensor
     """MoBA for the last position of each sequence; its key and value must be in the caches already. No gradient.
 
     The query attends to its own chunk and to the ``topk - 1`` earlier chunks with the largest ``<q, mean key>``, as
-    :func:`moba_megatron.moba_attn_varlen` at that position does. On CUDA nothing waits for the host: a step captures
-    into a CUDA graph.
+    :func:`moba_megatron.moba_attn_varlen` does there. On CUDA nothing waits for the host: CUDA graphs capture a step.
 
     Args:
         q: ``[B, H, D]``, bf16, fp16, fp32 (or fp64: not by Triton). Under ``torch.autocast`` it may have another dtype
@@ -27,16 +26,13 @@ def moba_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, means_cache: Tensor
         k_cache: ``[B, S, HK, D]``, any strides; with a block table, pages ``[pages, page_size, HK, D]``.
         v_cache: as k_cache, with a head dim DV of its own.
         means_cache: ``[B, chunks, HK, D]`` in k's dtype, contiguous in its last dimension, ``chunks`` at least the rows
-            of a sequence // chunk_size. Must hold the means of all full chunks but the one that may have ended with the
-            key before the query's: that one is written here. So after :func:`fill_chunk_means` every next step finds
-            what it needs.
+            of a sequence // chunk_size. Must hold the means of all full chunks, as after :func:`fill_chunk_means` and
+            at every next step, but the one that may have ended with the key before the query's: that is written here.
         cache_seqlens: int32 ``[B]``, keys of each sequence, the query's own included; checked where reading is free.
         chunk_size: keys in a chunk (Triton: any).
         topk: chunks a query attends to, its own included, at least 1.
-        block_table: int32 ``[B, pages a sequence]``: row ``r`` of a sequence is in page ``block_table[b, r //
-            page_size]``.
-        cache_starts: int32 ``[B]``, the row of each sequence's first key (left padding); None for 0. Chunks are counted
-            from there.
+        block_table: int32 ``[B, pages a sequence]``: row ``r`` of ``b`` is in page ``block_table[b, r // page_size]``.
+        cache_starts: int32 ``[B]``, the row of each sequence's first key (left padding), where chunks begin; None: 0.
         softmax_scale, backend, return_lse, shared: as of :func:`moba_megatron.moba_attn_varlen`.
 
     Returns:
@@ -79,14 +75,12 @@ def decode_selection(q: Tensor, k_cache: Tensor, means_cache: Tensor, cache_seql
     q = _checked_query(q, k_cache, k_cache, means_cache.shape[0])
     validation.check_whole("topk", topk, 1)
     check_backend(backend)
-    q = _scoring(get_stages(backend, q.device), q, k_cache, validation.check_shared(shared))
+    if validation.check_shared(shared) == "group":
+        q = get_stages(backend, q.device).group_queries(q, k_cache.shape[2])
     return _stages(backend, q.device).decode_gate(q, k_cache, means_cache, cache_seqlens, chunk_size, topk,
                                                   block_table=block_table, cache_starts=cache_starts)
 
 
-def _scoring(stages: ModuleType, q: Tensor, k_cache: Tensor, shared: str) -> Tensor:
-    """The queries that choose."""
-    return stages.group_queries(q, k_cache.shape[2]) if shared == "group" else q
 
 
 @torch.no_grad()
@@ -115,7 +109,7 @@ def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, means_cache: Tensor, ca
 def _one_step(training, stages, q, k_cache, v_cache, means_cache, cache_seqlens, chunk_size, topk, block_table,
               cache_starts, softmax_scale, shared):
     places = {"block_table": block_table, "cache_starts": cache_starts}
-    scoring = _scoring(training, q, k_cache, shared)
+    scoring = training.group_queries(q, k_cache.shape[2]) if shared == "group" else q  # the queries that choose
     selected = stages.decode_gate(scoring, k_cache, means_cache, cache_seqlens, chunk_size, topk, **places)
     return stages.decode_attention(q, k_cache, v_cache, selected, cache_seqlens, chunk_size, softmax_scale, **places)
 

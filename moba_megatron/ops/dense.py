@@ -1,9 +1,8 @@
 """Where MoBA is plain causal attention: the fastest dense kernel that is there, as a pair of stage functions.
 
 cuDNN for sequences that are known to be of one length; for packed ones flash-attn 4 on Hopper and Blackwell where
-installed, else flash attention 2 (torch's own build). A function that returns None declines, and the caller goes on
-with the project's kernels; forward and backward may be mixed, since both take o and lse. MOBA_DENSE chooses another
-kernel, or none.
+installed, else flash attention 2 (torch's own build); or what MOBA_DENSE says, if any. A function that returns None
+declines, and the caller goes on with the project's kernels; forward and backward may be mixed, both take o and lse.
 """
 import functools
 import logging

@@ -1,7 +1,6 @@
 """flash-attn 4, where installed: called for packed sequences, after a check of its results on the device.
 
-Called by name as in flash-attn-4 4.0.0b36; another form raises, and so declines. Rows and widths: o ``[T, H, DV]``; lse
-``[H, T]``, natural log, fp32.
+Called by name as in flash-attn-4 4.0.0b36; others raise, and so decline. o ``[T, H, DV]``; lse ``[H, T]``, ln, fp32.
 """
 import functools
 import importlib
@@ -77,8 +76,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int
             scale: float) -> tuple[Tensor, Tensor]:
     """o and lse of causal attention."""
     with torch.cuda.device_of(q):
-        return module()._flash_attn_fwd(q, k, v, softmax_scale=scale, causal=True, return_lse=True,
-                                        **_lengths(cu_seqlens, max_seqlen))[:2]
+        return module()._flash_attn_fwd(
+            q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
+            softmax_scale=scale, causal=True, return_lse=True)[:2]
 
 
 def backward(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
@@ -86,12 +86,9 @@ def backward(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o
     """dq, dk, dv; lse and dlse ``[H, T]``."""
     extra = {} if dlse is None else {"dlse": dlse}  # the first betas do not have it
     with torch.cuda.device_of(q):
-        return module()._flash_attn_bwd(q, k, v, o, do, lse, softmax_scale=scale, causal=True,
-                                        deterministic=deterministic, **_lengths(cu_seqlens, max_seqlen), **extra)[:3]
-
-
-def _lengths(cu: Tensor, longest: int) -> dict[str, Tensor | int]:
-    return {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": longest, "max_seqlen_k": longest}
+        return module()._flash_attn_bwd(
+            q, k, v, o, do, lse, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen,
+            max_seqlen_k=max_seqlen, softmax_scale=scale, causal=True, deterministic=deterministic, **extra)[:3]
 
 
 def disagreement(variant: Variant) -> str | None:

@@ -19,8 +19,7 @@ def key_convolution(k: Tensor, weight: Tensor, cu_seqlens: Tensor, halo: Tensor 
     Args:
         k: ``[S, HK, D]``, packed keys; any strides.
         weight: ``[HK, W, D]``, W of 3 or 5, any float dtype; tap l meets the key l rows before.
-        cu_seqlens: int32 ``[N + 1]`` on k's device, 0 to S: runs of rows that follow one another; rows behind the last
-            give 0.
+        cu_seqlens: int32 ``[N + 1]`` on k's device, 0 to S: runs of consecutive rows; rows behind the last give 0.
         halo: ``[N, W - 1, HK, D]``, the keys before each run where it does not start a sequence; None for zeros.
         backend: ``auto``, ``triton``, ``torch`` or ``reference``.
 
@@ -57,7 +56,6 @@ def key_convolution(k: Tensor, weight: Tensor, cu_seqlens: Tensor, halo: Tensor 
 
 
 class _KeyConvolution(torch.autograd.Function):
-    """The kernels' forward and backward; keeps its inputs only."""
 
     @staticmethod
     def forward(ctx, k, weight, cu_seqlens, halo, stages):

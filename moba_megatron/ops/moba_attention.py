@@ -359,7 +359,6 @@ def _looped(call, info, in_dims, args) -> tuple[tuple[Tensor, ...], tuple[int, .
 
 
 def _setup_context(ctx, inputs, output):
-    """Saves what :func:`_gradients` wants."""
     q, k, v, *arguments = inputs
     ctx.save_for_backward(q, k, v, *output, *arguments[:4])
     ctx.constants = arguments[4:15]
@@ -375,8 +374,7 @@ def _unobserved_bwd(do, dlse, q, *arguments):
 
 def _gradients(backward, ctx, do, dlse):
     q, k, v, o, lse, *integers = ctx.saved_tensors
-    if do is None:
-        do = torch.zeros_like(o)
+    do = torch.zeros_like(o) if do is None else do
     return *backward(do, dlse, q, k, v, o, lse, *integers, *ctx.constants), *(None,) * 16
 
 

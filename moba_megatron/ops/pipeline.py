@@ -1,8 +1,7 @@
 """The pipeline of an attention: means, gate, route, attend and merge; dense where everything is chosen; and backward.
 Given chunks take the place of means and gate.
 
-All that attends goes through it: the operator, its custom-op form, context parallelism, prefill. What it is given has
-been checked.
+All that attends goes through it, checked: the operator, its custom-op form, context parallelism, prefill.
 """
 from collections.abc import Sequence
 from dataclasses import dataclass

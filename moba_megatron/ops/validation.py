@@ -56,12 +56,7 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 def cast_under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors; where they have several dtypes and autocast is on, cast as it casts the inputs of
     ``scaled_dot_product_attention``: all to its dtype but those in fp64."""
-    dtypes = set()
-    for x in tensors:
-        if not isinstance(x, Tensor):
-            return tensors
-        dtypes.add(x.dtype)
-    if len(dtypes) == 1:
+    if not all(isinstance(x, Tensor) for x in tensors) or len({x.dtype for x in tensors}) == 1:
         return tensors
     device = tensors[0].device
     dtype = autocast_dtype(device.type)
@@ -156,7 +151,23 @@ def check_segments(segments: Segments, total_q: int, total_k: int, device: torch
         raise ValueError(f"segments.packed must be False unless every segment is a whole sequence, got True with "
                          f"{number} segments of {segments.num_sequences} sequences")
     if all(map(values_readable, (segments.cu_seqlens_q, segments.cu_seqlens_k, segments.seq_ids, segments.offsets))):
-        _check_segments_values(segments, total_q, total_k)
+        cu_q, cu_k = segments.cu_seqlens_q.tolist(), segments.cu_seqlens_k.tolist()
+        seq_ids, offsets = segments.seq_ids.tolist(), segments.offsets.tolist()
+        for i, (sequence, offset) in enumerate(zip(seq_ids, offsets)):
+            if not 0 <= sequence < len(cu_k) - 1:
+                raise ValueError(f"segments.seq_ids must be in 0..{len(cu_k) - 2} (the sequences of cu_seqlens_k), got "
+                                 f"{sequence} at index {i}")
+            queries, keys = cu_q[i + 1] - cu_q[i], cu_k[sequence + 1] - cu_k[sequence]
+            if offset < 0 or queries and offset + queries > keys:
+                raise ValueError("segments.offsets must be 0 or more and leave a segment within its sequence: segment "
+                                 f"{i} has {queries} queries from position {offset}, sequence {sequence} has {keys} "
+                                 "keys")
+        if segments.exact and (cu_q[-1], cu_k[-1]) != (total_q, total_k):
+            raise ValueError(f"segments.exact must be False where rows lie behind the last sequence: got {cu_q[-1]} of "
+                             f"{total_q} queries and {cu_k[-1]} of {total_k} keys in sequences")
+        if segments.packed and not (cu_q == cu_k and seq_ids == list(range(len(seq_ids))) and not any(offsets)):
+            raise ValueError("segments.packed must be False unless every segment is a whole sequence: got True with "
+                             "other cu_seqlens_q than cu_seqlens_k, or with seq_ids or offsets of parts of sequences")
     if segments.packed and total_q != total_k:
         raise ValueError(f"segments.packed must be False unless q and k have as many rows, got True with {total_q}, "
                          f"{total_k}")
@@ -198,20 +209,3 @@ def values_readable(x: Tensor) -> bool:
             and (x.device.type == "cpu" or CHECK_CUDA_VALUES and x.is_cuda))
 
 
-def _check_segments_values(segments: Segments, total_q: int, total_k: int) -> None:
-    cu_q, cu_k = segments.cu_seqlens_q.tolist(), segments.cu_seqlens_k.tolist()
-    seq_ids, offsets = segments.seq_ids.tolist(), segments.offsets.tolist()
-    for i, (sequence, offset) in enumerate(zip(seq_ids, offsets)):
-        if not 0 <= sequence < len(cu_k) - 1:
-            raise ValueError(f"segments.seq_ids must be in 0..{len(cu_k) - 2} (the sequences of cu_seqlens_k), got "
-                             f"{sequence} at index {i}")
-        queries, keys = cu_q[i + 1] - cu_q[i], cu_k[sequence + 1] - cu_k[sequence]
-        if offset < 0 or queries and offset + queries > keys:
-            raise ValueError(f"segments.offsets must be 0 or more and leave a segment within its sequence: segment {i} "
-                             f"has {queries} queries from position {offset}, sequence {sequence} has {keys} keys")
-    if segments.exact and (cu_q[-1], cu_k[-1]) != (total_q, total_k):
-        raise ValueError(f"segments.exact must be False where rows lie behind the last sequence: got {cu_q[-1]} of "
-                         f"{total_q} queries and {cu_k[-1]} of {total_k} keys in sequences")
-    if segments.packed and not (cu_q == cu_k and seq_ids == list(range(len(seq_ids))) and not any(offsets)):
-        raise ValueError("segments.packed must be False unless every segment is a whole sequence: got True with other "
-                         "cu_seqlens_q than cu_seqlens_k, or with seq_ids or offsets of parts of sequences")

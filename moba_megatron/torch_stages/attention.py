@@ -1,9 +1,8 @@
 """Attention over the selected chunks in plain torch: batches of products of rows of queries with keys.
 
 A row is a query and head, ``token * H + head``, or a key and kv head. Scores are computed in batches small enough for a
-processor's cache: of chunks with their own queries, then of chunks with the rows that chose them. Forward keeps for
-each row the largest score so far and the sums relative to it; backward computes the weights again from lse. Sums have a
-fixed order.
+processor's cache: of chunks with their own queries, then of chunks with the rows that chose them. Forward keeps a row's
+largest score so far and sums relative to it; backward computes weights again from lse. Sums have a fixed order.
 """
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,20 +30,10 @@ class Batch:
     distinct: bool  # no row and no key is there twice
     hidden: Tensor | None = None  # bool `[M, W]`, which of the last W keys a row does not see; None where it sees all
 
-    def of_rows(self, x: Tensor) -> Tensor:
-        """``[n, M, ...]`` of a tensor that has all rows of queries."""
-        return x.index_select(0, self.rows.flatten()).unflatten(0, self.rows.shape)
-
-    def of_keys(self, x: Tensor) -> Tensor:
-        """``[n, N, ...]`` of a tensor that has all rows of keys."""
-        return x.index_select(0, self.keys.flatten()).unflatten(0, self.keys.shape)
-
-    def add(self, x: Tensor, to_keys: bool, left: Tensor, right: Tensor) -> None:
-        """Adds ``left @ right`` to the rows of queries, or of keys, of a tensor that has them all."""
-        places = self.keys if to_keys else self.rows
+    def add(self, x: Tensor, places: Tensor, left: Tensor, right: Tensor) -> None:
+        """Adds ``left @ right`` at ``places``, which are ``rows`` or ``keys``, to a tensor that has them all."""
         if self.distinct:  # index_add_ sorts
-            before = x.index_select(0, places.flatten()).unflatten(0, places.shape)
-            x.index_copy_(0, places.flatten(), torch.baddbmm(before, left, right).flatten(0, 1))
+            x.index_copy_(0, places.flatten(), torch.baddbmm(_taken(x, places), left, right).flatten(0, 1))
         else:
             x.index_add_(0, places.flatten(), torch.bmm(left, right).flatten(0, 1))
 
@@ -61,6 +50,11 @@ class Batch:
             score[..., -self.hidden.shape[1]:].masked_fill_(self.hidden, value)
 
 
+def _taken(x: Tensor, places: Tensor) -> Tensor:
+    """``[n, M, ...]`` of a tensor that has all rows, at ``places`` ``[n, M]``."""
+    return x.index_select(0, places.flatten()).unflatten(0, places.shape)
+
+
 @in_own_precision
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: Segments, softmax_scale: float,
                   routing: Routing | None = None) -> tuple[Tensor, Tensor]:
@@ -73,20 +67,16 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, segments: S
     sums = queries.new_zeros(queries.shape[0], values.shape[1])
     level = queries.new_full(queries.shape[:1], -torch.inf)  # largest score so far: sums are relative to its exp
     for batch in _batches(q, k, max(k.shape[2], v.shape[2]), selected, segments, routing):
-        score = torch.bmm(batch.of_rows(queries), batch.of_keys(keys).mT)
+        score = torch.bmm(_taken(queries, batch.rows), _taken(keys, batch.keys).mT)
         batch.hide(score, -torch.inf)
-        rows, before, largest = batch.rows.flatten(), batch.of_rows(level), score.amax(2)
+        rows, before, largest = batch.rows.flatten(), _taken(level, batch.rows), score.amax(2)
         if batch.padded is not None:  # a row that stands in may be given keys that are not its own
             largest.masked_fill_(batch.padded, -torch.inf)
         level.scatter_reduce_(0, rows, largest.flatten(), "amax")
-        now = batch.of_rows(level)
-        rescaled, weight = (before - now).exp_()[..., None], batch.weights(score, now)
-        rescaled = batch.of_rows(sums).mul_(rescaled)
-        if batch.distinct:
-            rescaled = rescaled.baddbmm_(weight, batch.of_keys(values))
+        now = _taken(level, batch.rows)
+        rescaled = _taken(sums, batch.rows).mul_((before - now).exp_()[..., None])
         sums.index_copy_(0, rows, rescaled.flatten(0, 1))  # a row that is there twice has the same value twice
-        if not batch.distinct:
-            sums.index_add_(0, rows, torch.bmm(weight, batch.of_keys(values)).flatten(0, 1))
+        batch.add(sums, batch.rows, batch.weights(score, now), _taken(values, batch.keys))
     total = sums[:, -1:]
     o = sums[:, :-1] / total.clamp(min=torch.finfo(dtype).tiny)  # 0 for rows of no segment
     return o.view(*q.shape[:2], v.shape[2]).to(q.dtype), (level + total[:, 0].log()).view(q.shape[:2])
@@ -109,12 +99,13 @@ def attention_bwd(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tens
         delta -= dlse.reshape(-1).to(dtype)
     dq, dk, dv = map(torch.zeros_like, (queries, keys, values))
     for batch in _batches(q, k, max(k.shape[2], v.shape[2]), selected, segments, routing):
-        query, key, grad = batch.of_rows(queries), batch.of_keys(keys), batch.of_rows(grads)
-        weight = batch.weights(torch.bmm(query, key.mT), batch.of_rows(lse))
-        batch.add(dv, True, weight.mT, grad)
-        dscore = torch.bmm(grad, batch.of_keys(values).mT).sub_(batch.of_rows(delta)[..., None]).mul_(weight)
-        batch.add(dq, False, dscore, key)
-        batch.add(dk, True, dscore.mT, query)
+        rows, key = batch.rows, _taken(keys, batch.keys)
+        query, grad, level, shift = (_taken(x, rows) for x in (queries, grads, lse, delta))
+        weight = batch.weights(torch.bmm(query, key.mT), level)
+        batch.add(dv, batch.keys, weight.mT, grad)
+        dscore = torch.bmm(grad, _taken(values, batch.keys).mT).sub_(shift[..., None]).mul_(weight)
+        batch.add(dq, rows, dscore, key)
+        batch.add(dk, batch.keys, dscore.mT, query)
     return (dq.mul_(softmax_scale).view(q.shape).to(q.dtype), dk.view(k.shape).to(kv_grad_dtype or k.dtype),
             dv.view(v.shape).to(kv_grad_dtype or v.dtype))
 
