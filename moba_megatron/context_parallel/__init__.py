@@ -3,8 +3,7 @@
 ``layout`` says which rows a rank holds, ``transport`` moves them, ``collective_check`` detects ranks that disagree.
 
 Schedules: ``all_gather`` (keys and values travel), ``selective`` (those that were chosen do), ``all_to_all`` (heads for
-rows), in groups of heads; ``attention`` chooses one by name and gives it a gradient.
-Selection and result equal those of a single rank.
+rows), in groups of heads; ``attention`` gives one a gradient. Selection and result equal those of a single rank.
 """
 from .attention import COMM_TYPES, canonical_comm_type, check_groups, context_parallel_attention
 from .layout import Sequences, check_zigzag, gather_keys

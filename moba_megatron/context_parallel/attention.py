@@ -114,8 +114,7 @@ def check_groups(group: Groups, comm_type: str, heads: int, kv_heads: int, share
 
 def make_schedule(comm_type: str, pipeline: Pipeline, sequences: Sequences, chunk_size: int, group: Groups,
                   head_groups: int | None) -> AllGatherAttention | AllToAllAttention:
-    """The schedule of a communication type: ``forward(q, k, v)`` and ``backward(do, saved, kv_grad_dtype)``; ValueError
-    where the type cannot serve such sequences."""
+    """The schedule of a communication type; ValueError where the type cannot serve such sequences."""
     if comm_type == "selective" and sequences.batch is None:
         raise ValueError("cp_comm_type 'selective' needs sequences of one length, got packed sequences: which chunks a "
                          "rank holds would be known on the device only. Use all_gather or a2a")

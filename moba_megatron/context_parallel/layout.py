@@ -1,8 +1,7 @@
 """Sequences that are spread over ranks: which rows a rank holds (zigzag), and how partial sums of keys travel.
 
-Megatron cuts every sequence into ``2 P`` equal pieces and gives rank ``r`` the pieces ``r`` and ``2 P - 1 - r``, in
-this order, so that causal work is even. Gathered tensors come "rank-major" (all rows of rank 0, then of rank 1, ...);
-stages want "global" order (sequence after sequence).
+Megatron cuts every sequence into ``2 P`` equal pieces and gives rank ``r`` the pieces ``r`` and ``2 P - 1 - r``, for
+even causal work. Gathered tensors come "rank-major", rank after rank; stages want "global" order, by sequence.
 """
 from dataclasses import dataclass
 

@@ -103,7 +103,6 @@ class MoBAAttention(nn.Module):
         self.ulysses = None
         if self.parallel.method == "ulysses":
             from deepspeed.sequence.layer import DistributedAttention
-
             self.ulysses = DistributedAttention(self._whole_sequences, self.parallel.group, scatter_idx=2, gather_idx=1)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ def init_distributed(timeout_minutes: float = 10) -> torch.device:
     """
     import deepspeed.comm
     import deepspeed.ops
-
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "nccl"

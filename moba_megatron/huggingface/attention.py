@@ -51,7 +51,7 @@ def register_moba(config: MoBAConfig | None = None, *, decode: str | None = None
             several tokens at once over a cache, always attend by MoBA; in ``generate()`` a prompt's last token does so
             where it comes alone, elsewhere that is a new token. None for the config's, ``dense`` unless set.
         name: register this name alone, such as ``moba_512``; None for those above.
-        selector: chooses chunks in place of MoBA's gate. Called as ``selector(module, q, k, segments)``, with the
+        selector: None for MoBA's gate, or what chooses chunks: called as ``selector(module, q, k, segments)``, with the
             attention layer, q ``[T, H, D]`` and k ``[S, HK, D]`` after rotary embedding, at every step all keys of a
             cache, it returns int32 ``[T, H or HK, n]``, ids as of :func:`~moba_megatron.sparse_attn_varlen`.
 

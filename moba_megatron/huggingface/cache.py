@@ -96,12 +96,11 @@ def note_prompts() -> None:
 
 
 def is_in_prompt(key: Tensor, layout: Tensor | None) -> bool:
-    """Whether a single query is of the prompt of the ``generate()`` that runs in this thread, which may come in pieces.
-    The layout of a static cache says where the query is."""
+    """Whether a single query is of the prompt, which may come in pieces, of the ``generate()`` in this thread."""
     prompt = 0 if torch.compiler.is_compiling() else getattr(_generation, "prompt", 0)
     if not prompt:
         return False
-    if key.shape[2] <= prompt or layout is not None and int(layout[0, 0, 0, 2]) < prompt:
+    if key.shape[2] <= prompt or layout is not None and int(layout[0, 0, 0, 2]) < prompt:  # static: where the query is
         return True
     _generation.prompt = 0  # from here on the tokens are new: the host need not look again
     return False

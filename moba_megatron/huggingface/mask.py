@@ -90,8 +90,7 @@ def row_segments(query: Tensor, key: Tensor, layout: Tensor | None, position_ids
     """Where the queries ``[B, H, Q, D]`` of a batch stand among its keys ``[B, HK, S, D]``.
 
     Where ``position_ids`` ``[B or 1, Q]`` go back within a row's sequence, another sequence begins, whatever the layout
-    is: a mask of ones or a fresh cache does not make one of packed documents. Positions that jump forward say nothing,
-    nor do those of other dimensions.
+    is: a mask of ones or a fresh cache does not make one of packed documents. Jumps forward, other shapes say nothing.
     """
     (batch, _, queries, _), slots = query.shape, key.shape[2]
     placed = None if layout is None else layout.to(query.device)  # layers on several GPUs may share one layout
@@ -172,8 +171,7 @@ def _padded_segments(layout: Tensor, queries: int, slots: int, chunk_size: int) 
 
 def _packed_segments(begins: Tensor, chunk_size: int) -> Segments:
     """Segments of the sequences that begin where ``begins`` ``[B, T]`` is True, as its first column is. Where the host
-    cannot read, how many there are is a bound, not the number of tokens, since the kernels' grids grow with it; more
-    sequences than that are refused."""
+    cannot read, they are as many as a bound, since the kernels' grids grow with it; more sequences are refused."""
     (batch, length), total = begins.shape, begins.numel()
     begins = begins.flatten()
     if is_readable(begins):

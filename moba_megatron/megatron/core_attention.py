@@ -1,7 +1,7 @@
 """MoBACoreAttention: MoBA as Megatron-Core's core attention. The one place where Megatron's layouts become THD.
 
 Works with megatron-core 0.13 and later: process groups arrive as ``pg_collection``, ``model_comm_pgs`` or neither. The
-module keeps no state between calls, so recompute may rerun it. Only the key convolution's parameters change checkpoints.
+module keeps no state between calls, so recompute may rerun it. Only the key convolution's parameters are saved.
 """
 import functools
 from collections.abc import Callable
@@ -38,9 +38,8 @@ _observer = None
 def set_observer(observer):
     """Has layers that attend sparsely call ``observer(module, q, k, segments)`` before; returns the observer before.
 
-    Under context parallelism there are two more arguments: the group, and for each key in global order its row among
-    the gathered ones. q ``[T, H, D]`` and k ``[S, HK, D]`` are this rank's. It must not change them, nor wait for the
-    device. None, the default, ends that.
+    Under context parallelism there are two more arguments: the group, and for each key in global order its gathered
+    row. It must not change q ``[T, H, D]`` and k ``[S, HK, D]``, this rank's, nor wait for the device. None ends that.
     """
     global _observer
     before, _observer = _observer, observer
@@ -338,7 +337,6 @@ class MoBAOrTEDotProductAttention:
             return MoBACoreAttention(config, layer_number, *args, moba_config=moba_config, **kwargs)
         kwargs.pop("submodules", None)  # of MoBACoreAttention
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
-
         return TEDotProductAttention(config, layer_number, *args, **kwargs)
 
 

@@ -7,8 +7,7 @@ def correction(args, config: MoBAConfig, iteration: int, batch_size: int, seqlen
                tokens: float | None = None) -> float:
     """What to add to Megatron-LM's ``num_floating_point_operations``: negative where MoBA saves work.
 
-    0 for models whose attention layers are not known here (``--experimental-attention-variant``, hybrids that are given
-    by ratios instead of a pattern).
+    0 where attention layers are not known (``--experimental-attention-variant``, hybrids by ratios, not a pattern).
 
     Args:
         batch_size: sequences of ``args.seq_length``, where they are not packed.

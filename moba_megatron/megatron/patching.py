@@ -219,7 +219,6 @@ def core_attention_for(dense):
     if not host.is_active():
         return dense
     from .core_attention import core_attention_beside
-
     return core_attention_beside(dense)
 
 
@@ -235,7 +234,6 @@ def moba_hybrid_stack(original, *args, **kwargs):
     if not host.is_active():
         return original(*args, **kwargs)
     from .layer_specs import with_moba_core_attention
-
     bound = inspect.signature(original).bind(*args, **kwargs)
     submodules = copy.deepcopy(bound.arguments["submodules"])  # specs are shared module-level objects
     for name in ("attention_layer", "mla_layer"):
@@ -267,7 +265,6 @@ def moba_model_check(original, *args, **kwargs):
         check_model(result[0], host.host_config())
         if getattr(host.host_args(), "moba_log_router_interval", None) is not None:
             from ..inspect.router_log import log_router
-
             _hook("megatron.training.training", "train_step", log_router)
     return result
 
@@ -277,7 +274,6 @@ def check_model(model, config: MoBAConfig) -> None:
     from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 
     from .core_attention import MoBACoreAttention
-
     behind = {id(module) for part in model for layer in part.modules() if isinstance(layer, MultiTokenPredictionLayer)
               for module in layer.modules()}
     layers = [module for part in model for module in part.modules() if hasattr(module, "core_attention")]
@@ -300,7 +296,6 @@ def check_model(model, config: MoBAConfig) -> None:
 def moba_inference_guard(original, self, *args, **kwargs):
     """On an inference path of Megatron's attention that does not call core attention."""
     from .core_attention import MoBACoreAttention
-
     if isinstance(self.core_attention, MoBACoreAttention):
         raise ValueError(f"Attention.{original.__name__} (dynamic batching: DynamicInferenceContext, or "
                          "StaticInferenceEngine without legacy=True; or --flash-decode) would bypass MoBA and "
@@ -312,7 +307,6 @@ def moba_inference_guard(original, self, *args, **kwargs):
 def moba_load(original, sharded_state_dict, checkpoint_dir, *args, **kwargs):
     """On ``dist_checkpointing.load``: a checkpoint without key convolutions loads into a model that has them."""
     from .key_convolution import as_saved
-
     return original(as_saved(sharded_state_dict, checkpoint_dir), checkpoint_dir, *args, **kwargs)
 
 

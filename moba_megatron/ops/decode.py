@@ -21,8 +21,7 @@ def moba_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, means_cache: Tensor
     :func:`moba_megatron.moba_attn_varlen` does there. On CUDA nothing waits for the host: CUDA graphs capture a step.
 
     Args:
-        q: ``[B, H, D]``, bf16, fp16, fp32 (or fp64: not by Triton). Under ``torch.autocast`` it may have another dtype
-            than the caches, and is cast to theirs.
+        q: ``[B, H, D]``, bf16, fp16, fp32 (or fp64: not by Triton); under ``torch.autocast`` cast to the caches' dtype.
         k_cache: ``[B, S, HK, D]``, any strides; with a block table, pages ``[pages, page_size, HK, D]``.
         v_cache: as k_cache, with a head dim DV of its own.
         means_cache: ``[B, chunks, HK, D]`` in k's dtype, contiguous in its last dimension, ``chunks`` at least the rows

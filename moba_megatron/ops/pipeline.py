@@ -1,5 +1,4 @@
-"""The pipeline of an attention: means, gate, route, attend and merge; dense where everything is chosen; and backward.
-Given chunks take the place of means and gate.
+"""The pipeline of an attention: means and gate, or given chunks, route, attend and merge, or dense; and backward.
 
 All that attends goes through it, checked: the operator, its custom-op form, context parallelism, prefill.
 """
@@ -92,8 +91,7 @@ class Pipeline:
                  event: torch.cuda.Event | None = None, out: Sequence[Tensor] | None = None) -> Sequence[Tensor]:
         """dq, dk, dv; dk and dv in ``kv_grad_dtype``, None for theirs.
 
-        ``event`` is recorded when dk and dv are complete, which may be before dq. ``out``: memory for the three, which
-        is what is returned where it was used.
+        ``event`` is recorded when dk and dv are complete, maybe before dq. ``out``: memory for them, returned if used.
         """
         if not saved.choice.selected.shape[2] and kv_grad_dtype in (None, k.dtype):
             dense = self._dense(dense_causal_bwd, segments, do, dlse, q, k, v, saved.o, saved.lse,

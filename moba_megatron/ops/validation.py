@@ -192,7 +192,6 @@ def check_selected(selected: Tensor, q: Tensor, k: Tensor, segments: Segments | 
         return
     from ..reference.gating import earlier_chunks
     from ..reference.selection import keep_earlier
-
     bounds = earlier_chunks(segments, q.shape[0])
     ignored = (selected != keep_earlier(selected, segments))[:int(segments.cu_seqlens_q[-1])].nonzero().tolist()
     for token, head, j in ignored:

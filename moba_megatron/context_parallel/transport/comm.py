@@ -197,11 +197,10 @@ def reduce_scatter(x: Tensor, out: Tensor, group: dist.ProcessGroup, stage: str)
 Messages = tuple[Sequence[Tensor | None], Sequence[Tensor | None]]
 """What comes from each rank, and what goes to it; None for own rows that stay, and where nothing travels."""
 ListMessages = Callable[[Runs, int, Sequence[Tensor], Sequence[Tensor]], Iterable[Messages]]
-"""Of runs, this rank, what is sent from and what is received in: views ``[rows, h, D]`` of these, of one shape; as
-many, in order, of each tensor."""
+"""Of runs, this rank, sources and targets: views ``[rows, h, D]`` of these, of one shape; as many of each, in order."""
 Arrived = tuple[Tensor, list[tuple[slice, Tensor]]]
-"""Rows that reached this rank: ``[P - 1, T, h, D]``, from the others in order; and runs of its own: (rows of T,
-``[rows, h, D]``)."""
+"""Rows that reached this rank: ``[P - 1, T, h, D]``, from the others in order; and its own, one run or several: (rows
+of T, ``[rows, h, D]``)."""
 
 
 def exchange(rounds: Iterable[Messages], output: Tensor | Sequence[Tensor], keep: Any, group: dist.ProcessGroup,
