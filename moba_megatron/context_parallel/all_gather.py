@@ -142,14 +142,13 @@ class AllGatherAttention:
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if len(groups) > 1 else None
         dk, dv = (torch.empty(x.shape, dtype=kv_grad_dtype, device=x.device) for x in (k, v))
         reducing = []
-        early = transport is not None and transport.early
         for i, ((heads, kv_heads), rest, arriving) in enumerate(zip(groups, saved, gathered)):
             keys, sums = arrived(arriving), torch.promote_types(k.dtype, torch.float32)
             q_part, do_part = (_gathered_fast(x[:, heads], k.shape[1] < q.shape[1]) for x in (q, do))
             memory = transport and transport.tensors((REDUCED, i), *((x.shape, sums) for x in keys))
             out = memory and [torch.empty(q_part.shape, dtype=q.dtype, device=q.device), *memory]
             # dk and dv are complete before dq, and the last group's leave meanwhile
-            event = transport.event() if early and i + 1 == len(groups) else None
+            event = transport.event() if transport and transport.early and i + 1 == len(groups) else None
             grads = self.pipeline.backward(do_part, None, q_part, *keys, replace(rest, o=o[:, heads]),
                                            self.layout.segments, sums, event, out)
             del keys, q_part, do_part
@@ -214,5 +213,4 @@ class AllGatherAttention:
 
 def _gathered_fast(x: Tensor, grouped: bool) -> Tensor:
     """Of several heads a kv head kernels gather rows in half of the instructions where one lies behind the other."""
-    fast = not grouped or x.is_contiguous()
-    return x if fast else copy_rows(torch.empty(x.shape, dtype=x.dtype, device=x.device), x)
+    return x if not grouped or x.is_contiguous() else copy_rows(torch.empty(x.shape, dtype=x.dtype, device=x.device), x)

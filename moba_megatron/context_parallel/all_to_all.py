@@ -61,8 +61,7 @@ class AllToAllAttention:
         by_means = not (replicated or self.chunks is None or len(groups) == 1 or selected is not None)
         given = [None] * len(groups)
         if selected is not None:
-            which = int(selected.shape[1] != q.shape[1])
-            views = [self._parts(selected, group[which]) for group in groups]
+            views = [self._parts(selected, group[selected.shape[1] != q.shape[1]]) for group in groups]
             given = Library(self.rows, self.group).fetch(views, "fwd exchange choices", (MEANS, 0)).wait()
         o = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype, device=q.device)
         lanes = {QUERIES: [(q, 0)], KEYS: [(k, 1), (v, 1)], OUT: [(o, 0)], MEANS: [(k, 1)] * by_means}

@@ -149,18 +149,16 @@ def _rows(cu_seqlens: Tensor, total: int, size: int, rank: int, seqlen: int | No
     owner = torch.where(piece < size, piece, 2 * size - 1 - piece)
     within = position - piece * length + (piece >= size) * length
     global_rows = (owner * (total // size) + local[sequence] + within).clamp(0, total - 1)
-    rank_rows = row.clone().scatter_(0, global_rows, row)
     runs = None
     if seqlen is not None and 2 * pieces.numel() <= MAX_RUNS:
         runs = tuple(tuple(i * seqlen + number * (seqlen // (2 * size)) for number in numbers)
                      for i in range(pieces.numel()) for numbers in (range(size), range(2 * size - 1, size - 1, -1)))
-    return Rows(size, rank, global_rows, rank_rows, runs)
+    return Rows(size, rank, global_rows, row.clone().scatter_(0, global_rows, row), runs)
 
 
 def _block_exchange(segments: Segments, rows: Rows, seqlen: int, batch: int) -> BlockExchange:
     chunk, size, rank = segments.chunk_size, rows.size, rows.rank
     per_chunk = -(-chunk // SUM_BLOCK)
-    num_chunks = segments.num_chunks(batch * seqlen)
     local_total, piece = batch * seqlen // size, seqlen // (2 * size)
     device = segments.cu_seqlens_k.device
     # every block of every full chunk: its row in the table, its first global row, its rows
@@ -177,11 +175,9 @@ def _block_exchange(segments: Segments, rows: Rows, seqlen: int, batch: int) -> 
     cut_first, cut_count = first[is_cut], count[is_cut]
     cut_begin = torch.cumsum(cut_count, 0) - cut_count
     cut_global = torch.repeat_interleave(cut_first - cut_begin, cut_count)
-    cut_global = cut_global + torch.arange(cut_global.numel(), device=device)
-    cut_at = rows.global_rows[cut_global]
+    cut_at = rows.global_rows[cut_global + torch.arange(cut_global.numel(), device=device)]
     # a message holds a rank's whole blocks, then its rows of cut blocks, both in global order
-    at = torch.cat((whole_at, cut_at))
-    owner = at // local_total
+    owner = torch.cat((whole_at, cut_at)) // local_total
     per_owner = torch.bincount(owner, minlength=size)
     longest, order = int(per_owner.max()), torch.argsort(owner, stable=True)
     number = torch.arange(owner.numel(), device=device) - (torch.cumsum(per_owner, 0) - per_owner)[owner[order]]
@@ -189,7 +185,7 @@ def _block_exchange(segments: Segments, rows: Rows, seqlen: int, batch: int) -> 
     mine_whole, mine_cut = whole_at // local_total == rank, cut_at // local_total == rank
     return BlockExchange(
         starts=(whole_at[mine_whole] % local_total).int(), counts=count[~is_cut][mine_whole].int(),
-        cut_rows=cut_at[mine_cut] % local_total, send_rows=longest,
-        sum_source=source[:whole_at.numel()], sum_target=target[~is_cut], cut_source=source[whole_at.numel():],
-        cut_starts=cut_begin.int(), cut_counts=cut_count.int(), cut_target=target[is_cut],
-        table_shape=(num_chunks, per_chunk))
+        cut_rows=cut_at[mine_cut] % local_total, send_rows=longest, sum_source=source[:whole_at.numel()],
+        sum_target=target[~is_cut], cut_source=source[whole_at.numel():], cut_starts=cut_begin.int(),
+        cut_counts=cut_count.int(), cut_target=target[is_cut],
+        table_shape=(segments.num_chunks(batch * seqlen), per_chunk))

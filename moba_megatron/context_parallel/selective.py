@@ -45,7 +45,6 @@ class SelectiveAttention(AllGatherAttention):
         if exchanges is None:
             return super().backward(do, saved, kv_grad_dtype)
         (_, k, v, _, groups, _), rows = saved, self.layout.rows
-        fetched = self._fetch(k, v, groups, exchanges, "bwd gather")
 
         def reduce(i: int, grads: list[Tensor], outs: list[Tensor], _) -> list[Pending]:
             own = [x.index_select(0, rows.own_rows) if rows.runs is None else
@@ -53,7 +52,7 @@ class SelectiveAttention(AllGatherAttention):
             return [exchanges[i].send_back(x, mine, out, self.group, "bwd reduce")
                     for x, mine, out in zip(grads, own, outs)]
 
-        return self.attend_bwd(do, saved, fetched, reduce, kv_grad_dtype)
+        return self.attend_bwd(do, saved, self._fetch(k, v, groups, exchanges, "bwd gather"), reduce, kv_grad_dtype)
 
     def _fetch(self, k: Tensor, v: Tensor, groups: HeadGroups, exchanges: list["RowExchange"] | None,
                stage: str) -> Arriving:

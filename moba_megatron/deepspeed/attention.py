@@ -157,11 +157,10 @@ class MoBAAttention(nn.Module):
                                    f"chunk_size {chunk_size}, topk {topk}, selection {config.selection}, "
                                    f"cp_head_groups {config.cp_head_groups}" + ", deterministic" * config.deterministic
                                    + (f", {dense_kernels()}" if length <= topk * chunk_size else ""))
-        sequences = Sequences.uniform(length, batch, q.device)
         o = context_parallel_attention(
-            *packed, sequences, chunk_size, topk, parallel.group, head_groups=config.cp_head_groups,
-            softmax_scale=self.softmax_scale, deterministic=config.deterministic, backend=config.backend,
-            workspace_mib=config.workspace_mib, shared=config.selection)
+            *packed, Sequences.uniform(length, batch, q.device), chunk_size, topk, parallel.group,
+            head_groups=config.cp_head_groups, softmax_scale=self.softmax_scale, deterministic=config.deterministic,
+            backend=config.backend, workspace_mib=config.workspace_mib, shared=config.selection)
         return o.unflatten(0, q.shape[:2])
 
     def extra_repr(self) -> str:

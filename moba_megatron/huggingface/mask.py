@@ -67,8 +67,7 @@ def moba_mask(batch_size: int, q_length: int | None = None, kv_length: int | Non
         start, end = _runs(attention_mask[:, :kv_length], offset + q_length)
         if is_readable(end) and at_end and attention_mask.shape[1] >= kv_length and (end - start == kv_length).all():
             return None
-    layout = torch.stack([x.expand(batch_size) for x in (start, end, offset)], 1)
-    return layout.int()[:, None, None]
+    return torch.stack([x.expand(batch_size) for x in (start, end, offset)], 1).int()[:, None, None]
 
 
 def is_layout(mask: Tensor) -> bool:
@@ -226,8 +225,7 @@ def _restarts(position_ids: Tensor, layout: Tensor | None, batch: int) -> Tensor
 
 def _runs(mask: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
     """First slot of each row's True below ``limit``, and the slot after the last; both 0 where there is none."""
-    slot = torch.arange(mask.shape[1], device=mask.device)
-    valid = mask.bool() & (slot < limit[:, None])
+    valid = mask.bool() & (torch.arange(mask.shape[1], device=mask.device) < limit[:, None])
     count = valid.sum(1)
     start = valid.int().argmax(1)
     end = torch.where(count > 0, mask.shape[1] - valid.flip(1).int().argmax(1), start)

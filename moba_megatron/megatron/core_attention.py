@@ -213,9 +213,8 @@ class MoBACoreAttention(MegatronModule):
         refusals.raise_what_arrived()
         if kwargs:
             refusals.refuse_arguments(kwargs, ".forward")
-        dims = 4 if packed is None else 3
         for name, x in (("query", query), ("key", key), ("value", value)):
-            if not isinstance(x, Tensor) or x.dim() != dims:
+            if not isinstance(x, Tensor) or x.dim() != (4 if packed is None else 3):
                 expected = "[s, b, h, d]" if packed is None else "[t, h, d] for packed_seq_params with qkv_format 'thd'"
                 got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
                 raise ValueError(f"{name} must have shape {expected}, got {got}")
@@ -298,10 +297,9 @@ class MoBACoreAttention(MegatronModule):
             _observer(self, q, k, layout.segments, group, layout.rows.global_rows)
         selected = self._choose(q, k, layout.segments, moba, given, group, layout.rows.global_rows) if chooses else None
         return context_parallel.context_parallel_attention(
-            q, k, v, sequences, *moba.chunks(dense, seqlen), levels, comm_type=comm_type,
-            head_groups=moba.cp_head_groups, softmax_scale=self.softmax_scale,
-            deterministic=self.deterministic, backend=moba.backend, workspace_mib=moba.workspace_mib,
-            shared=moba.selection, selected=selected)
+            q, k, v, sequences, *moba.chunks(dense, seqlen), levels, comm_type=comm_type, shared=moba.selection,
+            head_groups=moba.cp_head_groups, softmax_scale=self.softmax_scale, deterministic=self.deterministic,
+            backend=moba.backend, workspace_mib=moba.workspace_mib, selected=selected)
 
     def _replayed(self, q: Tensor, k: Tensor, segments: Segments, moba: MoBAConfig, rows=None):
         if not replay.is_active():

@@ -61,8 +61,7 @@ class KeyConvolution(MegatronModule):
             return key_convolution(k, weight, cu_seqlens, backend=self.backend)
         lengths = (cu_seqlens.diff() // (2 * cp_group.size())).repeat_interleave(2, output_size=2 * len(cu_seqlens) - 2)
         bounds = torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).int()
-        halo = _halo(k, bounds, self.width - 1, cp_group)
-        return key_convolution(k, weight, bounds, halo, backend=self.backend)
+        return key_convolution(k, weight, bounds, _halo(k, bounds, self.width - 1, cp_group), backend=self.backend)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """The weight, cut along its only axis by tensor parallel rank, under each layer's own name.
@@ -107,8 +106,7 @@ def _halo(k: Tensor, bounds: Tensor, width: int, group: dist.ProcessGroup) -> Te
     size, rank = group.size(), dist.get_rank(group)
     back = torch.arange(-width, 0, device=k.device)
     rows = bounds[1:, None] + back
-    inside = rows >= bounds[:-1, None]
-    tails = torch.where(inside[..., None, None], k[rows.clamp(min=0)], 0)
+    tails = torch.where((rows >= bounds[:-1, None])[..., None, None], k[rows.clamp(min=0)], 0)
     gathered = _GatherTails.apply(tails, group)  # [P * pieces, width, HK, D], rank after rank
     number = torch.arange(len(bounds) - 1, device=k.device)
     piece = torch.where(number % 2 == 0, rank, 2 * size - 1 - rank)[:, None]
