@@ -87,10 +87,8 @@ class AllToAllAttention:
     def _attend_by_means(self, transport: Library, q: Tensor, k: Tensor, v: Tensor, groups: HeadGroups
                          ) -> Iterator[tuple[Tensor, State]]:
         """o and what is saved of each group; ranks send their rows' means, so chunks are chosen before k and v arrive.
-
         Copy engines bring k and v of the inner groups while these choose: beside products, not beside sums of the group
-        before, which leave no bandwidth of memory unused.
-        """
+        before, which leave no bandwidth of memory unused."""
         stage, ends, means = "fwd exchange in", (0, len(groups) - 1), []
 
         def start(i: int) -> list[Pending]:

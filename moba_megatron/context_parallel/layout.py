@@ -167,8 +167,7 @@ def _block_exchange(segments: Segments, rows: Rows, seqlen: int, batch: int) -> 
     count = torch.clamp(chunk - blocks * SUM_BLOCK, max=SUM_BLOCK).repeat(chunks.numel())
     is_cut = first // piece != (first + count - 1) // piece
     sequence = torch.arange(batch, device=device)[:, None]
-    ids = segments.first_chunk()[:, None] + chunks
-    target = (ids[:, :, None] * per_chunk + blocks).flatten()
+    target = ((segments.first_chunk()[:, None] + chunks)[:, :, None] * per_chunk + blocks).flatten()
     first, count, is_cut = (sequence * seqlen + first).flatten(), count.repeat(batch), is_cut.repeat(batch)
 
     whole_at = rows.global_rows[first[~is_cut]]

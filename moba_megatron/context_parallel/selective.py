@@ -27,7 +27,6 @@ class SelectiveAttention(AllGatherAttention):
     """Attention of a rank's queries over chosen chunks of all ranks of ``group``; sequences of one length."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, selected: Tensor | None = None) -> tuple[Tensor, State]:
-        """As :meth:`AllGatherAttention.forward`."""
         if not self.pipeline.earlier(self.layout.segments):  # every row is attended to
             o, saved = super().forward(q, k, v)
             return o, [None, *saved]
@@ -40,7 +39,6 @@ class SelectiveAttention(AllGatherAttention):
         return o, [exchanges, q, k, v, o, groups, saved]
 
     def backward(self, do: Tensor, saved: State, kv_grad_dtype: torch.dtype) -> Grads:
-        """As :meth:`AllGatherAttention.backward`."""
         exchanges, *saved = saved
         if exchanges is None:
             return super().backward(do, saved, kv_grad_dtype)
@@ -136,10 +134,8 @@ class RowExchange(NamedTuple):
 
     def send_back(self, x: Tensor, own: Tensor, out: Tensor, group: dist.ProcessGroup, stage: str) -> Pending:
         """Starts to send the rows of ``x`` ``[R, h, D]`` that came back to their owners.
-
         The wait adds what came to ``own`` ``[T, h, D]``, contiguous, this rank's part of the sums of its rows, and
-        writes the sums to ``out``, which may be ``own``.
-        """
+        writes the sums to ``out``, which may be ``own``."""
         message = x.flatten(0, 1).index_select(0, self.take)
         arrived = message.new_empty(self.send.numel(), x.shape[2])
 

@@ -28,9 +28,8 @@ def restore_flags(args: argparse.Namespace, saved: argparse.Namespace) -> None:
 
 def compare_flags(args: argparse.Namespace, saved: argparse.Namespace) -> None:
     """Says which flags are not the checkpoint's; ValueError where trained key convolutions would be dropped."""
-    trained, present = _filters(saved), _filters(args)
     differences = _differences(args, saved)
-    dropped = sorted(trained.items() - present.items())
+    dropped = sorted(_filters(saved).items() - _filters(args).items())  # the trained ones that are not there
     if dropped:
         flags = ", ".join(f"{_flag(name)} {value} (got {own})" for name, value, own in differences)
         layers = ", ".join(str(n) for n, _ in dropped)

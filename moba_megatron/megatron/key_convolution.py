@@ -100,9 +100,7 @@ def as_saved(sharded_state_dict: dict, checkpoint_dir) -> dict:
 
 def _halo(k: Tensor, bounds: Tensor, width: int, group: dist.ProcessGroup) -> Tensor:
     """The ``width`` keys before each zigzag piece of this rank, ``[pieces, width, HK, D]``; 0 before a sequence.
-
-    Every rank sends the last keys of its pieces. A halo reaches into several pieces where those are shorter.
-    """
+    Every rank sends the last keys of its pieces. A halo reaches into several pieces where those are shorter."""
     size, rank = group.size(), dist.get_rank(group)
     back = torch.arange(-width, 0, device=k.device)
     rows = bounds[1:, None] + back

@@ -40,8 +40,7 @@ def _segment_pairs(q, cu_seqlens_q, offsets, max_seqlen_k: int, chunk_size: int,
                    topk: int) -> tuple[float, float]:
     """Attended and scored pairs of all segments, a head."""
     def up_to(end):  # of the queries at positions 0..end-1; attended_pairs counts own chunks as half squares
-        scored = scored_pairs(end, chunk_size, topk) if topk > 1 else 0
-        return attended_pairs(end, chunk_size, topk) + end / 2, scored
+        return attended_pairs(end, chunk_size, topk) + end / 2, scored_pairs(end, chunk_size, topk) if topk > 1 else 0
 
     if type(cu_seqlens_q) is type(offsets) is Tensor and not cu_seqlens_q.is_meta:
         bounds, firsts = cu_seqlens_q.tolist(), offsets.tolist()

@@ -291,10 +291,9 @@ def _(q, k, v, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_s
     earlier = min(topk - 1, max(0, (max_seqlen_k - 1) // chunk_size)) if selected is None else selected.shape[2]
     lists = k.shape[1] if shared == "group" and earlier else q.shape[1]
     lists = lists if selected is None else selected.shape[1]
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     choices = q.shape[0] * lists * earlier
     csr_rows = k.shape[1] * (k.shape[0] // chunk_size + cu_seqlens_k.shape[0] - 1) + 1 if earlier else 0
-    wide = index_dtype(q.shape[0] * q.shape[1] * earlier)
+    wide, lse_dtype = index_dtype(q.shape[0] * q.shape[1] * earlier), torch.promote_types(q.dtype, torch.float32)
     return (q.new_empty(q.shape[0], q.shape[1], v.shape[2]), q.new_empty(q.shape[:2], dtype=lse_dtype),
             q.new_empty(q.shape[0], lists, earlier, dtype=torch.int32), q.new_empty(choices, dtype=wide),
             q.new_empty(csr_rows, dtype=wide))
@@ -335,8 +334,7 @@ _selection = torch.library.custom_op("moba_megatron::select_chunks", _run_select
 
 @_selection.register_fake
 def _(q, k, *arguments):
-    lists = k.shape[1] if arguments[-1] == "group" else q.shape[1]
-    return q.new_empty(q.shape[0], lists, arguments[9] - 1, dtype=torch.int32)
+    return q.new_empty(q.shape[0], (k if arguments[-1] == "group" else q).shape[1], arguments[9] - 1, dtype=torch.int32)
 
 
 @_selection.register_vmap
@@ -393,8 +391,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do, dlse):
-        backward = _AttentionBackward.apply if torch.is_grad_enabled() else _unobserved_bwd
-        return _gradients(backward, ctx, do, dlse)[:6]
+        return _gradients(_AttentionBackward.apply if torch.is_grad_enabled() else _unobserved_bwd, ctx, do, dlse)[:6]
 
     @staticmethod
     def jvp(ctx, *tangents):

@@ -173,9 +173,7 @@ def _lists(rows: int, keys: int, dim: int) -> int:
 
 def _runs(segments: Segments, step: int) -> list[list[tuple[int, int, int, int]]]:
     """Of each run of queries in one chunk: its places in the chunk (from, to), its first token, the first key there.
-
-    Cut at every ``step`` places; those are together that begin within 16 places and are about as long.
-    """
+    Cut at every ``step`` places; those are together that begin within 16 places and are about as long."""
     size, alike = segments.chunk_size, {}
     cu_q, cu_k = segments.cu_seqlens_q.tolist(), segments.cu_seqlens_k.tolist()
     for token, end, sequence, position in zip(cu_q, cu_q[1:], segments.seq_ids.tolist(), segments.offsets.tolist()):

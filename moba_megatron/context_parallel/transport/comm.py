@@ -206,10 +206,8 @@ of T, ``[rows, h, D]``)."""
 def exchange(rounds: Iterable[Messages], output: Tensor | Sequence[Tensor], keep: Any, group: dist.ProcessGroup,
              stage: str, finish: Callable[[Any], Any] | None = None) -> Pending:
     """Starts exchanges as one, for which NCCL launches a single kernel; pending, as of :class:`Pending`.
-
     Messages are contiguous; what a rank has for itself, which need not be, is copied at once. What all get is sent from
-    its place here. Every rank of the group must call this.
-    """
+    its place here. Every rank of the group must call this."""
     peers, me, messages, sent = dist.get_process_group_ranks(group), dist.get_rank(group), [], 0
     for outputs, inputs in rounds:
         own, here = inputs[me], outputs[me]
@@ -275,10 +273,8 @@ class Library:
     def deliver(self, tensors: Sequence[Tensor], outs: Sequence[Tensor], stage: str, slot: Slot,
                 after: torch.cuda.Event | None = None) -> Pending:
         """Starts to send every rank its rows of each ``[S, h, D]``; they are in ``outs`` ``[parts, T, h, D]`` then.
-
         What several ranks computed for a part is added. ``after``: recorded when the tensors are complete, where the
-        transport is ``early``; None: they are now.
-        """
+        transport is ``early``; None: they are now."""
         if self.early and all(x.dtype == out.dtype and out.shape[0] == self.rows.size for x, out in zip(tensors, outs)):
             return self._exchange(collected, self.rows.runs, tensors, outs, outs, stage, slot, after)
         return self._collect(tensors, outs, stage, slot, lambda arrived: put(arrived, outs, self.rows), after)
