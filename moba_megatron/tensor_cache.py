@@ -19,10 +19,13 @@ P, R = ParamSpec("P"), TypeVar("R")
 def is_unobserved(*tensors: Tensor) -> bool:
     """Whether nothing but autograd looks on: no compiler, no dispatch mode (fake tensors, selective checkpointing), no
     transform, no meta or batched tensor, no tensor subclass. Tensors made then are ordinary ones."""
-    return not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-                or torch._C._are_functorch_transforms_active() or any(
-                    type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta
-                    or torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors))
+    if (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+            or torch._C._are_functorch_transforms_active()):
+        return False
+    for x in tensors:
+        if type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta or torch._C._functorch.is_legacy_batchedtensor(x):
+            return False
+    return True
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -75,11 +75,13 @@ def context_parallel_attention(q: Tensor, k: Tensor, v: Tensor, sequences: Seque
         chunk_size, topk = max(chunk_size, sequences.max_seqlen), 1
     if topk == 1:
         selected = None
-    validation.check_shared(shared)
+    if shared != "head":
+        validation.check_shared(shared)
     scale = validation.check_scale(softmax_scale, q.shape[2])
     pipeline = Pipeline(get_stages(backend, q.device, deterministic), topk, scale, deterministic, backend == "auto",
                         workspace_mib, shared=shared)
-    comm_type = canonical_comm_type(comm_type)
+    if comm_type not in COMM_TYPES:
+        comm_type = canonical_comm_type(comm_type)
     check_groups(group, comm_type, q.shape[1], k.shape[1], shared if topk > 1 else "head")
     ranks = group[0].size() * group[1].size() if isinstance(group, Sequence) else group.size()
     rows, wanted = (q.shape[0], k.shape[0], v.shape[0]), sequences.total // ranks
@@ -114,7 +116,8 @@ def check_groups(group: Groups, comm_type: str, heads: int, kv_heads: int, share
 
 def make_schedule(comm_type: str, pipeline: Pipeline, sequences: Sequences, chunk_size: int, group: Groups,
                   head_groups: int | None) -> AllGatherAttention | AllToAllAttention:
-    """The schedule of a communication type; ValueError where the type cannot serve such sequences."""
+    """The schedule of a communication type: ``forward(q, k, v)`` and ``backward(do, saved, kv_grad_dtype)``; ValueError
+    where the type cannot serve such sequences."""
     if comm_type == "selective" and sequences.batch is None:
         raise ValueError("cp_comm_type 'selective' needs sequences of one length, got packed sequences: which chunks a "
                          "rank holds would be known on the device only. Use all_gather or a2a")
@@ -137,6 +140,7 @@ def make_schedule(comm_type: str, pipeline: Pipeline, sequences: Sequences, chun
 
 
 class _ContextParallelAttention(torch.autograd.Function):
+    """Runs a schedule and keeps what its backward asks for."""
 
     @staticmethod
     def forward(ctx, q, k, v, schedule, group, selected):
@@ -177,5 +181,7 @@ def _replaced(saved, tensors: Sequence[Tensor]):
     pipelines = isinstance(saved, (Saved, Choice, Routing))
     if not (pipelines or isinstance(saved, list) or hasattr(saved, "_make")):
         return saved
-    values = [_replaced(x, tensors) for x in (vars(saved).values() if pipelines else saved)]
+    values = []
+    for x in vars(saved).values() if pipelines else saved:
+        values.append(_replaced(x, tensors))
     return values if isinstance(saved, list) else type(saved)(*values)

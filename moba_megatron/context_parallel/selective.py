@@ -27,6 +27,7 @@ class SelectiveAttention(AllGatherAttention):
     """Attention of a rank's queries over chosen chunks of all ranks of ``group``; sequences of one length."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, selected: Tensor | None = None) -> tuple[Tensor, State]:
+        """As :meth:`AllGatherAttention.forward`."""
         if not self.pipeline.earlier(self.layout.segments):  # every row is attended to
             o, saved = super().forward(q, k, v)
             return o, [None, *saved]
@@ -35,22 +36,27 @@ class SelectiveAttention(AllGatherAttention):
         choices = (self.choose_by_sums(q, k.dtype, self.send_sums(k), groups) if selected is None else
                    self.given(selected, q.shape[1], groups))
         exchanges = self._exchanges([choice.routing for choice in choices], groups)
-        o, saved = self.attend(q, v.shape[2], groups, self._fetch(k, v, groups, exchanges, "fwd gather"), choices)
+        fetched = self._fetch(k, v, groups, exchanges, "fwd gather")
+        o, saved = self.attend(q, v.shape[2], groups, fetched, choices)
         return o, [exchanges, q, k, v, o, groups, saved]
 
     def backward(self, do: Tensor, saved: State, kv_grad_dtype: torch.dtype) -> Grads:
+        """As :meth:`AllGatherAttention.backward`."""
         exchanges, *saved = saved
         if exchanges is None:
             return super().backward(do, saved, kv_grad_dtype)
-        (_, k, v, _, groups, _), rows = saved, self.layout.rows
+        (q, k, v, o, groups, saved), rows = saved, self.layout.rows
+        fetched = self._fetch(k, v, groups, exchanges, "bwd gather")
 
         def reduce(i: int, grads: list[Tensor], outs: list[Tensor], _) -> list[Pending]:
-            own = [x.index_select(0, rows.own_rows) if rows.runs is None else
-                   torch.cat([x[among_all] for _, among_all in rows.own_runs()]) for x in grads]
-            return [exchanges[i].send_back(x, mine, out, self.group, "bwd reduce")
-                    for x, mine, out in zip(grads, own, outs)]
+            started = []
+            for x, out in zip(grads, outs):
+                own = x.index_select(0, rows.own_rows) if rows.runs is None else (
+                    torch.cat([x[among_all] for _, among_all in rows.own_runs()]))
+                started.append(exchanges[i].send_back(x, own, out, self.group, "bwd reduce"))
+            return started
 
-        return self.attend_bwd(do, saved, self._fetch(k, v, groups, exchanges, "bwd gather"), reduce, kv_grad_dtype)
+        return self.attend_bwd(do, (q, k, v, o), groups, saved, fetched, reduce, kv_grad_dtype)
 
     def _fetch(self, k: Tensor, v: Tensor, groups: HeadGroups, exchanges: list["RowExchange"] | None,
                stage: str) -> Arriving:
@@ -134,8 +140,10 @@ class RowExchange(NamedTuple):
 
     def send_back(self, x: Tensor, own: Tensor, out: Tensor, group: dist.ProcessGroup, stage: str) -> Pending:
         """Starts to send the rows of ``x`` ``[R, h, D]`` that came back to their owners.
+
         The wait adds what came to ``own`` ``[T, h, D]``, contiguous, this rank's part of the sums of its rows, and
-        writes the sums to ``out``, which may be ``own``."""
+        writes the sums to ``out``, which may be ``own``.
+        """
         message = x.flatten(0, 1).index_select(0, self.take)
         arrived = message.new_empty(self.send.numel(), x.shape[2])
 

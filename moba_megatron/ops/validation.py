@@ -56,7 +56,12 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 def cast_under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors; where they have several dtypes and autocast is on, cast as it casts the inputs of
     ``scaled_dot_product_attention``: all to its dtype but those in fp64."""
-    if not all(isinstance(x, Tensor) for x in tensors) or len({x.dtype for x in tensors}) == 1:
+    dtypes = set()
+    for x in tensors:
+        if not isinstance(x, Tensor):
+            return tensors
+        dtypes.add(x.dtype)
+    if len(dtypes) == 1:
         return tensors
     device = tensors[0].device
     dtype = autocast_dtype(device.type)

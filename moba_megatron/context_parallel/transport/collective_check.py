@@ -144,11 +144,16 @@ def _text_of_failure(group: dist.ProcessGroup) -> str | None:
 
 def _check(group: dist.ProcessGroup, rows: Tensor, error: Exception | None = None) -> None:
     """Raises ValueError unless every rank's message is good and says the same; the group then begins anew."""
-    rows, text_bytes = rows.view(group.size(), -1).cpu(), CollectiveCheck.HEADER_BYTES
-    texts = [bytes(row).rstrip(b"\0").decode("utf-8", "ignore") for row in rows[:, :text_bytes].tolist()]
-    facts = rows[:, text_bytes:].view(torch.int64).tolist()
-    problems = [text[1:] if text.startswith("!") else _problem_of_lengths(lengths, group.size())
-                for text, lengths in zip(texts, facts)]
+    texts, facts, problems, text_bytes = [], [], [], CollectiveCheck.HEADER_BYTES
+    for row in rows.view(group.size(), -1).cpu():
+        text = bytes(row[:text_bytes].tolist()).rstrip(b"\0").decode("utf-8", "ignore")
+        lengths = row[text_bytes:].view(torch.int64).tolist()
+        problem = text[1:] if text.startswith("!") else ""
+        if any(lengths) and not problem:
+            problem = _problem_of_lengths(lengths, group.size())
+        texts.append(text)
+        facts.append(lengths)
+        problems.append(problem)
     alike = texts.count(texts[0]) == facts.count(facts[0]) == len(texts)
     if any(problems) or not alike:
         _groups.pop(group, None)

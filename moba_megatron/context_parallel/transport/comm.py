@@ -197,7 +197,8 @@ def reduce_scatter(x: Tensor, out: Tensor, group: dist.ProcessGroup, stage: str)
 Messages = tuple[Sequence[Tensor | None], Sequence[Tensor | None]]
 """What comes from each rank, and what goes to it; None for own rows that stay, and where nothing travels."""
 ListMessages = Callable[[Runs, int, Sequence[Tensor], Sequence[Tensor]], Iterable[Messages]]
-"""Of runs, this rank, sources and targets: views ``[rows, h, D]`` of these, of one shape; as many of each, in order."""
+"""Of runs, this rank, what is sent from and what is received in: views ``[rows, h, D]`` of these, of one shape; as
+many, in order, of each tensor."""
 Arrived = tuple[Tensor, list[tuple[slice, Tensor]]]
 """Rows that reached this rank: ``[P - 1, T, h, D]``, from the others in order; and its own, one run or several: (rows
 of T, ``[rows, h, D]``)."""
@@ -206,8 +207,10 @@ of T, ``[rows, h, D]``)."""
 def exchange(rounds: Iterable[Messages], output: Tensor | Sequence[Tensor], keep: Any, group: dist.ProcessGroup,
              stage: str, finish: Callable[[Any], Any] | None = None) -> Pending:
     """Starts exchanges as one, for which NCCL launches a single kernel; pending, as of :class:`Pending`.
+
     Messages are contiguous; what a rank has for itself, which need not be, is copied at once. What all get is sent from
-    its place here. Every rank of the group must call this."""
+    its place here. Every rank of the group must call this.
+    """
     peers, me, messages, sent = dist.get_process_group_ranks(group), dist.get_rank(group), [], 0
     for outputs, inputs in rounds:
         own, here = inputs[me], outputs[me]
@@ -273,8 +276,10 @@ class Library:
     def deliver(self, tensors: Sequence[Tensor], outs: Sequence[Tensor], stage: str, slot: Slot,
                 after: torch.cuda.Event | None = None) -> Pending:
         """Starts to send every rank its rows of each ``[S, h, D]``; they are in ``outs`` ``[parts, T, h, D]`` then.
+
         What several ranks computed for a part is added. ``after``: recorded when the tensors are complete, where the
-        transport is ``early``; None: they are now."""
+        transport is ``early``; None: they are now.
+        """
         if self.early and all(x.dtype == out.dtype and out.shape[0] == self.rows.size for x, out in zip(tensors, outs)):
             return self._exchange(collected, self.rows.runs, tensors, outs, outs, stage, slot, after)
         return self._collect(tensors, outs, stage, slot, lambda arrived: put(arrived, outs, self.rows), after)
@@ -302,10 +307,11 @@ class Library:
         # behind what is sent, where there is room: memory allocated now may be in use at ``after``
         made = self.tensors(slot, *((x.shape, x.dtype) for x in tensors), *zip(shapes, (x.dtype for x in tensors)))
         others = made[len(tensors):] if made else [x.new_empty(shape) for x, shape in zip(tensors, shapes)]
-        length = rows.local // len(runs)
-        own = [[(slice(i * length, (i + 1) * length), x[firsts[rows.rank]:][:length]) for i, firsts in enumerate(runs)]
-               for x in tensors]
-        arriving = list(zip(others, own))
+        length, arriving = rows.local // len(runs), []
+        for x, received in zip(tensors, others):
+            own = [(slice(i * length, (i + 1) * length), x[firsts[rows.rank]:][:length])
+                   for i, firsts in enumerate(runs)]
+            arriving.append((received, own))
         return self._exchange(collected, runs, tensors, others, outs, stage, slot, after, lambda _: finish(arriving))
 
     def _exchange(self, messages: ListMessages, runs: Runs, sources: Sequence[Tensor], targets: Sequence[Tensor],
@@ -321,8 +327,11 @@ def fetched(runs: Runs, me: int, views: Sequence[Tensor], outs: Sequence[Tensor]
     for x, out in zip(views, outs):
         length, size = x.shape[1] // len(runs), len(runs[0])
         for i, firsts in enumerate(runs):
-            parts = x[:, i * length:(i + 1) * length].unbind()
-            yield [out[first:first + length] for first in firsts], [parts[r * len(parts) // size] for r in range(size)]
+            parts, outputs, inputs = x[:, i * length:(i + 1) * length].unbind(), [], []
+            for rank, first in enumerate(firsts):
+                outputs.append(out[first:first + length])
+                inputs.append(parts[rank * len(parts) // size])
+            yield outputs, inputs
 
 
 def collected(runs: Runs, me: int, tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Iterator[Messages]:

@@ -1,9 +1,10 @@
 """Exchanges among ranks of one host by the GPUs' copy engines, in memory of torch's symmetric memory.
 
 Every rank of a group has an arena that all others have mapped, all of one size. What a rank sends lies in its own, at a
-place that every rank works out alike, and receivers read it there: no addresses travel, hosts do not wait for each
+place that every rank works out alike, and receivers read it from there: no addresses travel, hosts do not wait for each
 other. GPUs tell each other by numbers in the arenas' signal pads, 0 at first, that only grow: "ready", what I send in
-exchange n is in my arena; "done", I have read yours. An exchange ends when all are done; its memory may be used again.
+exchange n is in my arena; "done", I have read yours. An exchange ends when every rank is done: what waits for it may
+use the memory again.
 
 Order. A signal is written after everything before it on its stream. A rank signals "ready" before it waits, and reads
 before it waits for "done": even where one queue runs everything, a wait is for what others issued before they waited.
@@ -44,7 +45,8 @@ Plan = namedtuple("Plan", "staged own read sent")
 class Peers:
     """A rank's exchanges with the others of its group: its arena, uint8, theirs, and this GPU's copies and signals.
 
-    One stream has what others send and wait for, one what stays. An exchange of over ``timeout_s`` ends the process.
+    One stream has what others send and wait for, one what stays here. An exchange that is not done ``timeout_s`` after
+    it was issued ends the process.
     """
 
     def __init__(self, device: torch.device, nbytes: int, timeout_s: float):
@@ -64,7 +66,9 @@ class Peers:
 
     def connect(self, rank: int, handle: Any) -> None:
         """Takes all ranks' arenas and signal pads, which ``handle`` has mapped, and makes exchange 0.
-        Nobody waits for another in it: what this driver, GPU or Triton refuses is refused here."""
+
+        Nobody waits for another in it: what this driver, GPU or Triton refuses is refused here.
+        """
         self._handle, self.arenas, pads = handle, list(handle.buffer_ptrs), handle.signal_pad_ptrs
         # the next one first: no two ranks begin with the same
         self.others = [(rank + i) % len(pads) for i in range(1, len(pads))]
@@ -96,7 +100,6 @@ class Peers:
         for address in (x for both in self._tell.values() for x in both):
             self.signal(address, self.exchanges + (1 << 30))  # as if so many more exchanges were done
         self.end("the end of a context parallel group's exchanges", keep=self).wait()
-
 
     def begin(self, after: torch.cuda.Event | None) -> None:
         """What follows on both streams comes after ``after``, or else after what is on the current stream now."""
@@ -166,6 +169,7 @@ class SymmetricMemory(Library):
         self._peers, self._lanes = peers, lanes
 
     def tensors(self, slot: Slot, *kinds: tuple[tuple[int, ...], torch.dtype]) -> list[Tensor] | None:
+        """None where the slot has no room for them."""
         room, sizes = self._room(slot), [aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in kinds]
         if sum(sizes) > len(room):
             return None
@@ -195,7 +199,9 @@ class SymmetricMemory(Library):
 @functools.lru_cache(maxsize=512)
 def _plan(messages: ListMessages, runs: Runs, me: int, room: range, stage: str, *layouts: tuple) -> Plan:
     """Copies for messages, which are read where they lie in the slot: in targets, in sources, or in copies of these.
-    ``layouts``: shape, strides and dtype of each source, then of each target, and its place if that is in the slot."""
+
+    ``layouts``: shape, strides and dtype of each source, then of each target, and its place if that is in the slot.
+    """
     number, size, arenas = len(layouts) // 2, len(runs[0]), len(layouts)  # the last is the first arena's number
     tensors = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype, _ in layouts]
     sources, targets, placed = tensors[:number], tensors[number:], [x[-1] for x in layouts]
@@ -255,24 +261,16 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // 512) * 512
 
 
-def transport_for(rows: Rows, group: dist.ProcessGroup, x: Tensor, lanes: Sequence[Sequence[int]]) -> Library:
-    """How these rows travel: through arenas with room for such lanes, or by the group's library; on all ranks alike.
-
-    The latter for rows at places that the host does not know, in a CUDA graph under capture; among several hosts,
-    without access to each other's memory, and as MOBA_CP_COPY_ENGINES says: 0 never, 1 wherever it can be, unset groups
-    of two ranks. Where arenas must be made or grow the call is collective. ``x``: on their device; ``lanes``: for each
-    kind of exchange the bytes of its tensors ``[S, h, D]``, at most; two of a kind may be under way or in use.
-    """
-    if not x.is_cuda or rows.runs is None or rows.size == 1 or not rows.local or (
-            torch.cuda.is_current_stream_capturing()):
-        return Library(rows, group)
+def through_arenas(rows: Rows, group: dist.ProcessGroup, device: torch.device,
+                   lanes: Sequence[Sequence[int]]) -> SymmetricMemory | None:
+    """As :func:`..all_gather.transport_for` says; None where the group's library moves rows."""
     sizes = [sum(aligned(x) + 2048 for x in lane) for lane in lanes]  # means of several groups are a tensor each
     nbytes, peers = 2 * sum(sizes), met.get(group)
     if group not in met or peers is not None and peers.arena.nbytes < nbytes:
         CollectiveCheck.look(group, wait=True)  # a rank that has raised would not come
-        torch.cuda.synchronize(x.device)  # then the arena before is free everywhere
-        peers = met[group] = meet(group, x.device, -(-nbytes // GRAIN) * GRAIN)
-    return Library(rows, group) if peers is None else SymmetricMemory(rows, group, peers, sizes)
+        torch.cuda.synchronize(device)  # then the arena before is free everywhere
+        peers = met[group] = meet(group, device, -(-nbytes // GRAIN) * GRAIN)
+    return None if peers is None else SymmetricMemory(rows, group, peers, sizes)
 
 
 def meet(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> Peers | None:
