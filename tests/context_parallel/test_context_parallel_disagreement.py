@@ -104,12 +104,20 @@ def waits_of_steps():
 
 def kept_after(calls):
     """The most that is kept during so many batches, all of them different: changes, lengths, messages unread."""
+    given = []
+
+    def lengths(step):
+        found = packing(step)
+        given.append(weakref.ref(found))
+        return found
+
     changes = [len(collective_check._groups[dist.group.WORLD].after) for step in range(calls)
-               if call(f"{step} sequences", packing(step), 96) is None]
+               if call(f"{step} sequences", lengths(step), 96) is None]
     LateMessage.never = True  # a device that lags behind
     for step in range(100):
-        call("packed", packing(step), 96)
-    kept = max(changes), len(collective_check._known_facts), len(collective_check._groups[dist.group.WORLD].unread)
+        call("packed", lengths(step), 96)
+    alive = sum(x() is not None for x in given)  # beside which is what was found of them
+    kept = max(changes), alive, len(collective_check._groups[dist.group.WORLD].unread)
     LateMessage.never = False
     CollectiveCheck.look(dist.group.WORLD, wait=True)
     return kept

@@ -7,9 +7,8 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from ...tensor_cache import cached_tensors, is_unobserved
+from ...tensor_cache import cached_tensors, is_unobserved, remembered
 from .comm import Pending, abandon, all_gather, members_a_node
 
 _FIRST = 6  # values of cu_seqlens that an error shows
@@ -167,30 +166,23 @@ def _check(group: dist.ProcessGroup, rows: Tensor, error: Exception | None = Non
                          f"and MoBA settings, got {each}. Check the lengths that the data loader gives each rank")
 
 
-_known_facts = WeakTensorKeyDictionary()  # by cu_seqlens: when and for what they were computed, and the facts
-
-
 def _facts_of_lengths(cu_seqlens: Tensor, max_seqlen: int, total: int, size: int) -> Tensor:
     """int64: total, sequences, max_seqlen, checksum, last; place (-1: none) and value of a bad length; first values."""
     stream = torch.cuda.current_stream(cu_seqlens.device).cuda_stream if cu_seqlens.is_cuda else None
-    kept = is_unobserved(cu_seqlens) and not cu_seqlens.is_inference()  # else changes of it are not counted
-    when = (cu_seqlens._version, max_seqlen, total, size, stream) if kept else None
-    known = _known_facts.get(cu_seqlens)
-    if kept and known is not None and known[0] == when:
-        return known[1]
-    cu = cu_seqlens.long()
-    lengths = cu.diff()
-    bad = (lengths % (2 * size) != 0) | (lengths < 0) | (lengths > max_seqlen)
-    at = bad.int().argmax(0, keepdim=True)
-    mixed = (cu + 1) * -7046029254386353131
-    checksum = ((mixed ^ (mixed >> 29)) * (2 * torch.arange(cu.numel(), device=cu.device) + 1)).sum(0, keepdim=True)
-    host = [cu.new_full((1,), x) for x in (total, lengths.numel(), max_seqlen)]  # filled: nothing is copied
-    first = cu.new_zeros(_FIRST)
-    first[:cu.numel()] = cu[:_FIRST]
-    facts = torch.cat((*host, checksum, cu[-1:], torch.where(bad.any(), at, -1), lengths.gather(0, at), first))
-    if kept:
-        _known_facts[cu_seqlens] = when, facts
-    return facts
+
+    def build() -> Tensor:
+        cu = cu_seqlens.long()
+        lengths = cu.diff()
+        bad = (lengths % (2 * size) != 0) | (lengths < 0) | (lengths > max_seqlen)
+        at = bad.int().argmax(0, keepdim=True)
+        mixed = (cu + 1) * -7046029254386353131
+        checksum = ((mixed ^ (mixed >> 29)) * (2 * torch.arange(cu.numel(), device=cu.device) + 1)).sum(0, keepdim=True)
+        host = [cu.new_full((1,), x) for x in (total, lengths.numel(), max_seqlen)]  # filled: nothing is copied
+        first = torch.nn.functional.pad(cu[:_FIRST], (0, max(0, _FIRST - cu.numel())))
+        return torch.cat((*host, checksum, cu[-1:], torch.where(bad.any(), at, -1), lengths.gather(0, at), first))
+
+    key = "facts", max_seqlen, total, size, stream
+    return remembered(cu_seqlens, key, build) if is_unobserved(cu_seqlens) else build()
 
 
 def _problem_of_lengths(facts: list[int], size: int) -> str:
