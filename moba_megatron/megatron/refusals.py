@@ -32,13 +32,9 @@ def refuse_unsupported(config: TransformerConfig, attn_mask_type: AttnMaskType, 
     if dropout > 0:
         raise ValueError(f"attention_dropout must be 0, got {dropout}: pass --attention-dropout 0 (Megatron's default "
                          "is 0.1; --hidden-dropout is not affected)")
-    for field, allowed, reason in _UNSUPPORTED_FIELDS:
-        value = getattr(config, field, allowed)
-        if value not in (allowed, None):
-            raise ValueError(f"--{field.replace('_', '-')} (TransformerConfig.{field}) must be {allowed!r}, got "
-                             f"{value!r}: {reason}")
+    refuse_fields(config, "TransformerConfig", _UNSUPPORTED_FIELDS)
     if config.context_parallel_size > 1:
-        refuse_layouts(config, "TransformerConfig")
+        refuse_fields(config, "TransformerConfig", _LAYOUTS)
     args = host_args()
     if getattr(args, "reset_attention_mask", False):
         raise ValueError("--reset-attention-mask must not be given, got True: MoBA reads no mask and would attend "
@@ -76,6 +72,8 @@ _UNSUPPORTED_FIELDS = (
     ("flash_decode", False, "decoding with it bypasses core attention and would be dense"),
 )
 """Fields of TransformerConfig, where this version has them, with the value that MoBA works with and why no other."""
+_LAYOUTS = tuple((field, "zigzag", "MoBA takes a context parallel rank's tokens for zigzag pieces of each sequence")
+                 for field in LAYOUT_FIELDS)
 _NOT_IN_PLAIN_LAYERS = ("num_moe_experts", "qk_layernorm", "qk_l2_norm", "multi_latent_attention",
                         "experimental_attention_variant")
 
@@ -93,13 +91,13 @@ def refuse_switch_in_graphs(config: TransformerConfig, moba_config: MoBAConfig) 
                                  f"{value!r}: a captured graph {reason}")
 
 
-def refuse_layouts(owner: TransformerConfig | PackedSeqParams, name: str) -> None:
-    """Raises ValueError for a field that says another order of tokens on context parallel ranks than zigzag."""
-    for field in LAYOUT_FIELDS:
-        layout = getattr(owner, field, None)
-        if getattr(layout, "value", layout) not in (None, "zigzag"):
-            raise ValueError(f"--{field.replace('_', '-')} ({name}.{field}) must be 'zigzag', got {layout!r}: MoBA "
-                             "takes a context parallel rank's tokens for zigzag pieces of each sequence")
+def refuse_fields(owner: TransformerConfig | PackedSeqParams, name: str, rows: tuple) -> None:
+    """Raises ValueError for a field of ``rows``, each with the value that it may have beside None, and the reason."""
+    for field, allowed, reason in rows:
+        value = getattr(owner, field, allowed)
+        if getattr(value, "value", value) not in (allowed, None):
+            raise ValueError(f"--{field.replace('_', '-')} ({name}.{field}) must be {allowed!r}, got {value!r}: "
+                             + reason)
 
 
 def refuse_arguments(arguments: dict, place: str) -> None:
@@ -150,7 +148,7 @@ def check_attention_mask(mask: Tensor, query: Tensor, key: Tensor, group: dist.P
 def check_packed(packed: PackedSeqParams, group: dist.ProcessGroup | None) -> None:
     """Raises ValueError for lengths of keys or places that do not fit, on a GPU a call later, and for layouts."""
     if group is not None:
-        refuse_layouts(packed, "PackedSeqParams")
+        refuse_fields(packed, "PackedSeqParams", _LAYOUTS)
     for name, other in (("cu_seqlens_kv", "cu_seqlens_q"), ("cu_seqlens_kv_padded", "cu_seqlens_q_padded"),
                         ("cu_seqlens_q_padded", "cu_seqlens_q")):
         x, q, room = getattr(packed, name), getattr(packed, other), name.startswith(other)
