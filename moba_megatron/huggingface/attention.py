@@ -103,8 +103,6 @@ def _make_known(name: str) -> None:
     AttentionMaskInterface.register(name, moba_mask)
 
 
-
-
 def moba_attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,
                            attention_mask: Tensor | None, dropout: float = 0.0, scaling: float | None = None, *,
                            name: str, **kwargs) -> tuple[Tensor, None]:

@@ -33,12 +33,12 @@ def sparse_decode(query: Tensor, key: Tensor, value: Tensor, layout: Tensor | No
     means = _room(k, means if is_right else None, config.chunk_size)
     if not is_right:
         fill_chunk_means(k, means, lengths, config.chunk_size, cache_starts=starts, backend=config.backend)
-    o = moba_decode(query[:, :, 0], k, v, means, lengths, config.chunk_size, config.topk, cache_starts=starts,
-                    softmax_scale=scaling, backend=config.backend, shared=config.selection)
+    options = dict(cache_starts=starts, backend=config.backend, shared=config.selection)
+    o = moba_decode(query[:, :, 0], k, v, means, lengths, config.chunk_size, config.topk, softmax_scale=scaling,
+                    **options)
     if replay.is_active():
         replay.refuse_new_tokens(dense=False)
-        chosen = decode_selection(query[:, :, 0], k, means, lengths, config.chunk_size, config.topk,
-                                  cache_starts=starts, backend=config.backend, shared=config.selection)
+        chosen = decode_selection(query[:, :, 0], k, means, lengths, config.chunk_size, config.topk, **options)
         slots = key.shape[2]
         replay.record(layer, chosen, slots // config.chunk_size + 1, config, slots <= config.topk * config.chunk_size,
                       chosen.shape[1] != query.shape[1])
