@@ -53,8 +53,7 @@ class RoutingTrace:
                     counts: Mapping[int, np.ndarray], about: Mapping | None = None) -> "RoutingTrace":
         """A trace of dense tables: for each layer integers ``[num_heads, N, N]``, N the number of chunks, ``[h, i, j]``
         the queries of chunk i whose head h chose chunk j. ValueError where there is no layer, or tables differ in shape
-        or do not fit the numbers.
-        """
+        or do not fit the numbers."""
         shapes = {np.shape(table) for table in counts.values()}
         n = -(-seq_length // chunk_size)
         if len(shapes) != 1 or len(shape := shapes.pop()) != 3 or shape[1:] != (n, n):

@@ -14,11 +14,9 @@ def add_moba_arguments(parser: argparse.ArgumentParser, default: str = "moba",
                        full_meaning: str = "full: dense causal attention in every layer through the same operator",
                        ) -> argparse.ArgumentParser:
     """Adds ``--attention {moba,full}``, a ``--moba-*`` flag for each field of MoBAConfig, and
-    ``--moba-full-attention-last-fraction``, which sets ``full_attention_from_step`` by ``--train-iters``.
-
-    ``default``: of ``--attention``; ``full_meaning``: what ``full`` does in this program, for ``--help``. Returns the
-    parser, so that the function serves as Megatron-LM's ``extra_args_provider``.
-    """
+    ``--moba-full-attention-last-fraction``, which sets ``full_attention_from_step`` by ``--train-iters``. ``default``:
+    of ``--attention``; ``full_meaning``: what ``full`` does in this program, for ``--help``. Returns the parser, so
+    that the function serves as Megatron-LM's ``extra_args_provider``."""
     group = parser.add_argument_group("moba", "Mixture of Block Attention")
     group.add_argument("--attention", choices=("moba", "full"), default=default,
                        help=f"moba, or {full_meaning} (default: {default})")

@@ -37,7 +37,6 @@ _observer = None
 
 def set_observer(observer):
     """Has layers that attend sparsely call ``observer(module, q, k, segments)`` before; returns the observer before.
-
     Under context parallelism there are two more arguments: the group, and for each key in global order its gathered
     row. It must not change q ``[T, H, D]`` and k ``[S, HK, D]``, this rank's, nor wait for the device. None ends that.
     """
@@ -47,11 +46,9 @@ def set_observer(observer):
 
 
 def set_iteration(iteration: int | None) -> None:
-    """Tells every MoBA layer the training iteration (0-based), for ``MoBAConfig.full_attention_from_step``.
-
-    A training loop calls it before each step (and after loading a checkpoint). Without that option it has no effect.
-    Megatron-LM's own training loop need not: its ``curr_iteration`` is read, unless another number was set here.
-    """
+    """Tells every MoBA layer the training iteration (0-based), for ``MoBAConfig.full_attention_from_step``. A training
+    loop calls it before each step (and after loading a checkpoint). Without that option it has no effect. Megatron-LM's
+    own training loop need not: its ``curr_iteration`` is read, unless another number was set here."""
     global _iteration
     _iteration = iteration
 
@@ -324,9 +321,7 @@ class MoBACoreAttention(MegatronModule):
 
 class MoBAOrTEDotProductAttention:
     """For Transformer Engine layers: MoBACoreAttention, or Transformer Engine's own attention in layers that are dense.
-
-    Which one is decided by the layer's number, and only that: the switch by iteration is inside MoBACoreAttention.
-    """
+    Which one is decided by the layer's number, and only that: the switch by iteration is inside MoBACoreAttention."""
 
     def __new__(cls, config: TransformerConfig, layer_number: int, *args, moba_config: MoBAConfig | None = None,
                 **kwargs):
@@ -353,11 +348,9 @@ def core_attention_beside(dense) -> type:
 
 
 def resolve_cp_comm_type(cp_comm_type: str | list[str] | None, config: TransformerConfig, layer_number: int) -> str:
-    """How this layer's context parallel ranks communicate: one of ``context_parallel.COMM_TYPES``.
-
-    A per-layer list is read from ``config`` by ``layer_number - 1``: Megatron up to 0.16 passes its neighbour's entry.
-    So is one type where Megatron passes none: with a static size of 1, though groups may come with batches.
-    """
+    """How this layer's context parallel ranks communicate: one of ``context_parallel.COMM_TYPES``. A per-layer list is
+    read from ``config`` by ``layer_number - 1``: Megatron up to 0.16 passes its neighbour's entry. So is one type where
+    Megatron passes none: with a static size of 1, though groups may come with batches."""
     from_config = cp_comm_type is None or isinstance(config.cp_comm_type, (list, tuple))
     listed = cp_comm_type = config.cp_comm_type if from_config else cp_comm_type
     if isinstance(listed, (list, tuple)):

@@ -35,10 +35,8 @@ def correction(args, config: MoBAConfig, iteration: int, batch_size: int, seqlen
 
 
 def attention_layers(args) -> list[int]:
-    """1-based numbers of the layers whose softmax attention Megatron-LM counts; multi-token prediction is last.
-
-    Of hybrid models it counts ``*``, also in each prediction's pattern behind ``/``, but not ``+``, latent attention.
-    """
+    """1-based numbers of the layers whose softmax attention Megatron-LM counts; multi-token prediction is last. Of
+    hybrid models it counts ``*``, also in each prediction's pattern behind ``/``, but not ``+``, latent attention."""
     if getattr(args, "experimental_attention_variant", None) is not None:
         return []
     pattern = _hybrid_pattern(args)

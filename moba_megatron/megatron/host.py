@@ -26,11 +26,9 @@ def is_known_version(version: str) -> bool:
 
 
 def layer_being_built(kind: type):
-    """The innermost object of this class whose constructor is running in this thread, or None.
-
-    Megatron does not tell a core attention which layers it is in. Their constructors call its constructor, so they are
-    found among the callers, and no class of Megatron has to be changed for it.
-    """
+    """The innermost object of this class whose constructor is running in this thread, or None. Megatron does not tell a
+    core attention which layers it is in. Their constructors call its constructor, so they are found among the callers,
+    and no class of Megatron has to be changed for it."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "__init__" and isinstance(layer := frame.f_locals.get("self"), kind):

@@ -64,10 +64,8 @@ class KeyConvolution(MegatronModule):
         return key_convolution(k, weight, bounds, _halo(k, bounds, self.width - 1, cp_group), backend=self.backend)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """The weight, cut along its only axis by tensor parallel rank, under each layer's own name.
-
-        Megatron stacks what layers have under one name, where it takes them for alike; dense layers have no filter.
-        """
+        """The weight, cut along its only axis by tensor parallel rank, under each layer's own name. Megatron stacks
+        what layers have under one name, where it takes them for alike; dense layers have no filter."""
         state = make_sharded_tensors_for_checkpoint(self.state_dict(prefix="", keep_vars=True), prefix, {"weight": 0})
         for _, layer, _ in sharded_offsets:
             for tensor in state.values():

@@ -21,9 +21,7 @@ def get_moba_layer_local_spec(moba_config: MoBAConfig | None = None, selector=No
 def get_moba_layer_with_transformer_engine_spec(moba_config: MoBAConfig | None = None, selector=None,
                                                 **kwargs) -> ModuleSpec:
     """Megatron's ``get_gpt_layer_with_transformer_engine_spec``, which takes kwargs, with MoBA core attention.
-
-    ``moba_config``, ``selector``: as :func:`get_moba_layer_local_spec`. ImportError without Transformer Engine.
-    """
+    ``moba_config``, ``selector``: as :func:`get_moba_layer_local_spec`. ImportError without Transformer Engine."""
     if importlib.util.find_spec("transformer_engine") is None:
         raise ImportError("the Transformer Engine spec needs transformer-engine (pip install moba-megatron[te], CUDA "
                           "only): without it use get_moba_layer_local_spec, or "
@@ -34,11 +32,9 @@ def get_moba_layer_with_transformer_engine_spec(moba_config: MoBAConfig | None =
 
 def with_moba_core_attention(layer_spec: ModuleSpec, moba_config: MoBAConfig | None = None,
                              selector=None) -> ModuleSpec:
-    """Replaces the core attention of a transformer layer's spec, in place, and returns the spec.
-
-    Where that is Transformer Engine's, layers that ``moba_config`` names dense keep it.
-    ValueError where the spec has no self attention with a core attention.
-    """
+    """Replaces the core attention of a transformer layer's spec, in place, and returns the spec. Where that is
+    Transformer Engine's, layers that ``moba_config`` names dense keep it. ValueError where the spec has no self
+    attention with a core attention."""
     attention = getattr(layer_spec.submodules, "self_attention", None)
     submodules = getattr(attention, "submodules", None) or getattr(attention, "keywords", {}).get("submodules")
     if not hasattr(submodules, "core_attention"):

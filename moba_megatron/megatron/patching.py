@@ -31,10 +31,8 @@ _hooked: list[tuple] = []  # module or class, attribute, what was there, what wa
 
 def apply(attention: str = "moba") -> list[str]:
     """Hooks MoBA into the Megatron-LM that ``import megatron`` finds; returns what is hooked, as ``module.name``.
-
     Calling it again changes nothing. With ``attention="full"`` only the argument parser is extended. ImportError where
-    there is no megatron.training, or it lacks a function that must be hooked.
-    """
+    there is no megatron.training, or it lacks a function that must be hooked."""
     try:
         importlib.import_module("megatron.training")
     except ImportError as error:
@@ -55,9 +53,7 @@ def apply(attention: str = "moba") -> list[str]:
 
 def undo() -> list[str]:
     """Puts back what Megatron had before :func:`apply`, and before MoBA layers were built; they are unguarded then.
-
-    Returns what was put back. What another package has wrapped since stays, with a warning.
-    """
+    Returns what was put back. What another package has wrapped since stays, with a warning."""
     global only_flags
     only_flags, restored = False, []
     while _hooked:
@@ -168,9 +164,7 @@ def moba_arguments(original, parser):
 
 def choose_unsaid(args: argparse.Namespace, model: argparse.Namespace | None = None) -> None:
     """Sets what no flag said to what MoBA takes, with one line that says so; without MoBA to Megatron-LM's defaults.
-
-    ``model``: whose numbers of heads count, a checkpoint's that are to be restored; None for ``args``.
-    """
+    ``model``: whose numbers of heads count, a checkpoint's that are to be restored; None for ``args``."""
     values = dict(_unsaid)
     if args.attention == "moba":
         values.update((name, type(value)()) for name, value in _unsaid.items() if name != "cp_comm_type")  # 0.0, False
@@ -257,9 +251,7 @@ def moba_flops(original, args, batch_size, *sums, **named_sums):
 @_wrapper
 def moba_model_check(original, *args, **kwargs):
     """On ``setup_model_and_optimizer``: a model that took no notice of ``--attention moba`` is an error, not dense.
-
-    With ``--moba-log-router-interval`` the training steps that follow are watched.
-    """
+    With ``--moba-log-router-interval`` the training steps that follow are watched."""
     result = original(*args, **kwargs)
     if host.is_active():
         check_model(result[0], host.host_config())

@@ -110,11 +110,9 @@ def refuse_arguments(arguments: dict, place: str) -> None:
 
 
 def check_attention_mask(mask: Tensor, query: Tensor, key: Tensor, group: dist.ProcessGroup | None) -> None:
-    """Raises ValueError for a mask that says anything but "causal"; of one on a GPU a call later.
-
-    Its rows' and columns' sums tell: no other mask than the causal one has the causal one's. Under context parallelism
-    the rows are this rank's zigzag pieces, the columns the whole sequence.
-    """
+    """Raises ValueError for a mask that says anything but "causal"; of one on a GPU a call later. Its rows' and
+    columns' sums tell: no other mask than the causal one has the causal one's. Under context parallelism the rows are
+    this rank's zigzag pieces, the columns the whole sequence."""
     size, rows, device = 1 if group is None else group.size(), query.shape[0], query.device
     if group is not None and rows % 2:  # odd: refused elsewhere
         return

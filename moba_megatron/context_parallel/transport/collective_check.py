@@ -76,18 +76,14 @@ class CollectiveCheck:
 
     def compare_lengths(self, cu_seqlens: Tensor, max_seqlen: int, total: int) -> None:
         """Has packed sequences' lengths checked and compared: on the device, once for all layers of a batch.
-
         ``cu_seqlens``: int32 or int64 ``[B + 1]``, from 0 to ``total``, the tokens of all ranks; each length a multiple
-        of twice the group's size and at most ``max_seqlen``.
-        """
+        of twice the group's size and at most ``max_seqlen``."""
         self._lengths = cu_seqlens, max_seqlen, total
 
     @classmethod
     def look(cls, group: dist.ProcessGroup | None = None, wait: bool = False) -> None:
-        """Raises ValueError where messages that are here by now, or with ``wait`` all, show that ranks disagree.
-
-        In all groups by default: who waits in one may do so since another one's ranks disagreed.
-        """
+        """Raises ValueError where messages that are here by now, or with ``wait`` all, show that ranks disagree. In all
+        groups by default: who waits in one may do so since another one's ranks disagreed."""
         for each in list(_groups) if group is None else [group]:
             unread = _groups[each].unread if each in _groups else ()
             while unread and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):

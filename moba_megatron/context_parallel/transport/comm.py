@@ -60,10 +60,8 @@ class Rows:
 
 
 def copy_rows(out: Tensor, x: Tensor) -> Tensor:
-    """``out[...] = x``, then out, for tensors of one shape and dtype; 16 bytes at a time where both lie so.
-
-    Slices of heads are strided, and torch copies strided tensors element by element.
-    """
+    """``out[...] = x``, then out, for tensors of one shape and dtype; 16 bytes at a time where both lie so. Slices of
+    heads are strided, and torch copies strided tensors element by element."""
     ends = out, x
     if not (out.data_ptr() | x.data_ptr()) % 16:
         try:
@@ -83,10 +81,8 @@ class WaitRecord:
 
     def summary(self) -> dict[str, dict[str, float]]:
         """By stage: ``calls``, ``exposed_ms`` and ``sent_bytes``, all added up. On CUDA call it after a synchronize.
-
         ``exposed_ms`` is the time between reaching the waits and passing them, on the compute stream (on CPU tensors
-        the host's time); ``sent_bytes`` is what this rank handed to other ranks.
-        """
+        the host's time); ``sent_bytes`` is what this rank handed to other ranks."""
         stages = {stage: dict(calls=0, exposed_ms=0.0, sent_bytes=sent) for stage, sent in self._sent.items()}
         for stage, before, after in self._waits:
             entry = stages[stage]
@@ -227,11 +223,9 @@ def exchange(rounds: Iterable[Messages], output: Tensor | Sequence[Tensor], keep
 
 
 class Library:
-    """Rows that travel among a group's ranks by its own library (NCCL, gloo).
-
-    Where a rank's rows are a few runs whose places the host knows (one long sequence), messages are received and sent
-    in place: nothing is permuted. Otherwise messages are whole ranks' rows, permuted by an index before or after.
-    """
+    """Rows that travel among a group's ranks by its own library (NCCL, gloo). Where a rank's rows are a few runs whose
+    places the host knows (one long sequence), messages are received and sent in place: nothing is permuted. Otherwise
+    messages are whole ranks' rows, permuted by an index before or after."""
 
     early = False  # whether copy engines carry what travels, and `deliver` can begin at an event
 
@@ -286,12 +280,10 @@ class Library:
 
     def reduce(self, tensors: Sequence[Tensor], outs: Sequence[Tensor], stage: str, slot: Slot,
                deterministic: bool, after: torch.cuda.Event | None = None) -> list[Pending]:
-        """Starts to add each ``[S, h, D]`` over the ranks; this rank's rows are in its out ``[T, h, D]`` then.
-
-        The others' rows are added in a fixed order and the rank's own last, in their own dtype, and rounded once to
-        out's; where it saves traffic between nodes, and not if ``deterministic``, the library adds in any order.
-        ``after``: as of :meth:`deliver`.
-        """
+        """Starts to add each ``[S, h, D]`` over the ranks; this rank's rows are in its out ``[T, h, D]`` then. The
+        others' rows are added in a fixed order and the rank's own last, in their own dtype, and rounded once to out's;
+        where it saves traffic between nodes, and not if ``deterministic``, the library adds in any order. ``after``: as
+        of :meth:`deliver`."""
         if crowds_the_network(self.group) and not deterministic:
             return [reduce_scatter(x.index_select(0, self.rows.rank_rows), out, self.group, stage)
                     for x, out in zip(tensors, outs)]

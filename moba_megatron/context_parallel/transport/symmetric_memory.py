@@ -43,11 +43,9 @@ Plan = namedtuple("Plan", "staged own read sent")
 
 
 class Peers:
-    """A rank's exchanges with the others of its group: its arena, uint8, theirs, and this GPU's copies and signals.
-
-    One stream has what others send and wait for, one what stays here. An exchange that is not done ``timeout_s`` after
-    it was issued ends the process.
-    """
+    """A rank's exchanges with the others of its group: its arena, uint8, theirs, and this GPU's copies and signals. One
+    stream has what others send and wait for, one what stays here. An exchange that is not done ``timeout_s`` after it
+    was issued ends the process."""
 
     def __init__(self, device: torch.device, nbytes: int, timeout_s: float):
         from cuda.bindings import driver, runtime
