@@ -23,12 +23,9 @@ def add_moba_arguments(parser: argparse.ArgumentParser, default: str = "moba",
     group.add_argument("--moba-full-attention-last-fraction", type=float, metavar="F",
                        help="attend densely in the last fraction F of --train-iters, for example 0.1")
     for field, kind in _fields():
-        flag = "--moba-" + field.name.replace("_", "-")
-        help = f"{field.metadata['help']} (default: {field.default})"
-        if kind is bool:
-            group.add_argument(flag, action="store_true", default=field.default, help=help)
-        else:
-            group.add_argument(flag, type=kind, default=field.default, choices=CHOICES.get(field.name), help=help)
+        options = {"action": "store_true"} if kind is bool else {"type": kind, "choices": CHOICES.get(field.name)}
+        group.add_argument("--moba-" + field.name.replace("_", "-"), default=field.default,
+                           help=f"{field.metadata['help']} (default: {field.default})", **options)
     return parser
 
 
@@ -59,8 +56,7 @@ def config_from_environment(environment: Mapping[str, str] | None = None) -> MoB
     values: dict[str, Any] = {}
     for field, kind in _fields():
         name = "MOBA_" + field.name.upper()
-        text = environment.get(name, "").strip()
-        if text:
+        if text := environment.get(name, "").strip():
             try:
                 values[field.name] = _BOOLEANS[text.lower()] if kind is bool else kind(text)
             except (KeyError, ValueError):
