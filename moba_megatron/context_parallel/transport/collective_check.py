@@ -15,6 +15,7 @@ _FIRST = 6  # values of cu_seqlens that an error shows
 _FACTS = 7 + _FIRST
 _MOST_UNREAD = 64
 READ_LATER = ("cuda",)  # devices whose messages the host need not read at once
+_side_stream = functools.lru_cache(maxsize=None)(torch.cuda.Stream)  # one a device
 
 
 class CollectiveCheck:
@@ -219,8 +220,3 @@ def _read_later(headers: Pending, device: torch.device) -> tuple[torch.cuda.Even
         event = torch.cuda.Event()
         event.record()
     return event, copy, rows
-
-
-@functools.lru_cache(maxsize=None)
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
