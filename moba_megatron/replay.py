@@ -127,13 +127,11 @@ _replays: list[_Run] = []
 
 @contextlib.contextmanager
 def record_selection() -> Iterator[RecordedSelection]:
-    """Records what every MoBA layer chooses inside the block, in Megatron-Core and in Transformers.
-
-    Each rank records its own queries, heads and layers; what a backward pass recomputes is recorded once. No bit of the
-    run changes. Under context parallelism keys are gathered once more; nothing waits for a GPU before the block's end.
-    New tokens of a generation are recorded where they choose (``decode="moba"``). RuntimeError inside another
-    recording, or in a CUDA graph.
-    """
+    """Records what every MoBA layer chooses inside the block, in Megatron-Core and in Transformers. Each rank records
+    its own queries, heads and layers; what a backward pass recomputes is recorded once. No bit of the run changes.
+    Under context parallelism keys are gathered once more; nothing waits for a GPU before the block's end. New tokens of
+    a generation are recorded where they choose (``decode="moba"``). RuntimeError inside another recording, or in a CUDA
+    graph."""
     global _recording, in_use
     if _recording is not None:
         raise RuntimeError("record_selection is not for use inside of another record_selection")

@@ -1,7 +1,5 @@
-"""Triton kernels of the router's statistics: choices counted by chunk, attention mass by chunk, recall of queries.
-
-They compute what ``choices.py`` and ``statistics.py`` say in torch, with no score in memory and few launches.
-"""
+"""Triton kernels of the router's statistics: choices counted by chunk, attention mass by chunk, recall of queries. They
+compute what ``choices.py`` and ``statistics.py`` say in torch, with no score in memory and few launches."""
 import torch
 import triton
 import triton.language as tl

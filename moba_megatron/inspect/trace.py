@@ -1,7 +1,5 @@
-"""RoutingTrace: how often the queries of each chunk chose each earlier chunk, and the .npz file that keeps it.
-
-Needs numpy alone, so that what simulates or draws routing need not have Megatron-Core.
-"""
+"""RoutingTrace: how often the queries of each chunk chose each earlier chunk, and the .npz file that keeps it. Needs
+numpy alone, so that what simulates or draws routing need not have Megatron-Core."""
 import json
 import zipfile
 from collections.abc import Mapping

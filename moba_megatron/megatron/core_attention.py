@@ -60,13 +60,11 @@ def get_iteration() -> int:
 
 @dataclass
 class MoBACoreAttentionSubmodules:
-    """``selector``: chooses chunks in place of MoBA's gate; None for the gate.
-
-    A module, built with ``config, layer_number, moba_config``, or a function. Called as ``selector(q, k, segments)``
-    with q ``[T, H, D]`` and k ``[S, HK, D]`` after rotary embedding and key convolution, it returns int32
-    ``[T, H or HK, n]``, ids as of :func:`~moba_megatron.sparse_attn_varlen`. Under context parallelism q and k are this
-    rank's, and two more arguments those of :func:`.context_parallel.gather_keys`. Its gradients are its own affair.
-    """
+    """``selector``: chooses chunks in place of MoBA's gate; None for the gate. A module, built with ``config,
+    layer_number, moba_config``, or a function. Called as ``selector(q, k, segments)`` with q ``[T, H, D]`` and
+    k ``[S, HK, D]`` after rotary embedding and key convolution, it returns int32 ``[T, H or HK, n]``, ids as of
+    :func:`~moba_megatron.sparse_attn_varlen`. Under context parallelism q and k are this rank's, and two more arguments
+    those of :func:`.context_parallel.gather_keys`. Its gradients are its own affair."""
 
     selector: ModuleSpec | type | Callable | None = None
 

@@ -1,7 +1,5 @@
-"""What MoBA refuses of Megatron: options, masks, layouts and arguments that it would otherwise have to ignore.
-
-Values that lie on a GPU are compared there and read once they have arrived, at a later call: no step waits for them.
-"""
+"""What MoBA refuses of Megatron: options, masks, layouts and arguments that it would otherwise have to ignore. Values
+that lie on a GPU are compared there and read once they have arrived, at a later call: no step waits for them."""
 from collections.abc import Sized
 
 import torch

@@ -1,8 +1,6 @@
-"""Time of one attention call as a sum of terms: operations, bytes and choices, each over a rate of the card.
-
-A term's physics gives the seconds that the card would need at its best; the fitted coefficient of
-:class:`Calibration` says how many times longer the kernels take.
-"""
+"""Time of one attention call as a sum of terms: operations, bytes and choices, each over a rate of the card. A term's
+physics gives the seconds that the card would need at its best; the fitted coefficient of :class:`Calibration` says how
+many times longer the kernels take."""
 import json
 from dataclasses import dataclass
 from functools import lru_cache

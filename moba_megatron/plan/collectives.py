@@ -1,8 +1,6 @@
 """Time of a collective, as NCCL would run it, and the bytes that context parallelism moves in one attention layer.
-
 ``selective`` does what is cheaper under uniform routing: it gathers as all_gather does, or owners send the chunks that
-any query of a rank chose. Other routings are in ``benchmarks/planner/simulate.py``.
-"""
+any query of a rank chose. Other routings are in ``benchmarks/planner/simulate.py``."""
 import math
 import operator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Which rows are whose, and how they travel: by the process group's library, with an explicit wait, recorded if wanted.
-
-With meta tensors nothing travels: a schedule run on them compiles what it will launch.
-"""
+With meta tensors nothing travels: a schedule run on them compiles what it will launch."""
 import functools
 import os
 import time
