@@ -42,11 +42,9 @@ _building = threading.local()  # .plan: the plan that this thread is making; .li
 
 
 class Buffer:
-    """A tensor to be: an input, or what a stage allocates by :func:`empty`; no operation of torch takes it.
-
-    ``place``: its number among the inputs and allocations of its plan; ``offset``: elements from the start of that one;
-    ``misaligned``: the address modulo 16, bytes. The rest is as of a tensor, in elements.
-    """
+    """A tensor to be: an input, or what a stage allocates by :func:`empty`; no operation of torch takes it. ``place``:
+    its number among the inputs and allocations of its plan; ``offset``: elements from the start of that one;
+    ``misaligned``: the address modulo 16, bytes. The rest is as of a tensor, in elements."""
 
     __slots__ = ("device", "dtype", "misaligned", "nbytes", "offset", "place", "shape", "strides")
 
@@ -91,7 +89,6 @@ class Buffer:
 @dataclass(frozen=True)
 class Descriptor:
     """A tensor descriptor to be: ``make(base, *layout)`` with a tensor or an address in place of the buffer."""
-
     make: Callable
     base: Buffer
     layout: tuple
@@ -144,7 +141,8 @@ def stage(function: Callable) -> Callable:
 
 def call(function: Callable, *args, workspace_mib: float | None = None, event: torch.cuda.Event | None = None,
          out: Sequence[Tensor] | None = None, **named):
-    """``function(*args, **named)`` with buffers in place of tensors, whose launches then run on the tensors.
+    """``function(*args, **named)`` with buffers in place of tensors, whose launches then run on the tensors; returns
+    what the function returns, tensors in place of buffers.
 
     Within another call it is part of that one. MOBA_PREPARED_LAUNCHES=0 starts every launch through Triton, which then
     looks at its settings (``triton.knobs``) each time, not with a signature's first call alone.
@@ -158,9 +156,6 @@ def call(function: Callable, *args, workspace_mib: float | None = None, event: t
         workspace_mib: limit of scratch memory, MiB; None for the environment's.
         event: recorded on the current stream at :func:`record_event`, or at the end.
         out: memory for the results of a function that returns several allocations; it is then what is returned.
-
-    Returns:
-        What the function returns, tensors in place of buffers.
     """
     if getattr(_building, "plan", None) is not None:
         return function(*args, **named)
@@ -242,9 +237,6 @@ class _Launch:
         self.kernel, self.grid, self.args, self.named = kernel, grid, args, named
         self.compiled: Any = None
         self.start: Callable | None = None
-        self.values: list = []
-        self.pointers: list[tuple[int, int, int]] = []  # position, place, bytes
-        self.descriptors: list[tuple[int, int, int, dict[int, Any]]] = []  # and descriptors by address
 
     def buffers(self) -> list[Buffer]:
         found = (x.base if isinstance(x, Descriptor) else x for x in (*self.args, *self.named.values()))
@@ -273,14 +265,12 @@ class _Launch:
             compiled = compiled.result()
         if self.compiled is None and hasattr(compiled, "__getitem__"):
             values = [*self.args, *(self.named.get(p.name, p.default) for p in self.kernel.params[len(self.args):])]
-            pointers, descriptors = [], []
-            for position, x in enumerate(values):
-                if isinstance(x, Descriptor):
-                    made[id(x)].base = None  # a plan keeps no tensor
-                    descriptors.append((position, *x.base.source, {0: made[id(x)]}))
-                elif isinstance(x, Buffer):
-                    pointers.append((position, *x.source))
-            self.values, self.pointers, self.descriptors = values, pointers, descriptors
+            for x in made.values():
+                x.base = None  # a plan keeps no tensor
+            self.values = values  # pointers: position, place, bytes; descriptors: these, and descriptors by address
+            self.pointers = [(i, *x.source) for i, x in enumerate(values) if isinstance(x, Buffer)]
+            self.descriptors = [(i, *x.base.source, {0: made[id(x)]}) for i, x in enumerate(values)
+                                if isinstance(x, Descriptor)]
             self.compiled = compiled  # the last: another thread takes the rest to be there
 
     def prepared(self, addresses: list[int], stream: int) -> None:
@@ -293,10 +283,9 @@ class _Launch:
         for position, place, offset, at_address in self.descriptors:
             address = addresses[place] + offset
             values[position] = at_address.get(address) or _moved(at_address, address)
-        start = self.start
-        if start is None:
-            self.start = start = self.compiled[self.grid]
-        start(*values, stream=stream)
+        if self.start is None:
+            self.start = self.compiled[self.grid]
+        self.start(*values, stream=stream)
 
 
 def _moved(at_address: dict[int, Any], address: int) -> Any:
@@ -327,11 +316,10 @@ class Plan:
         self.event_at = len(self.launches) if self.event_at is None else self.event_at
         found: set[int] = set()
         _mapped(lambda x: found.add(x.place) or x, Buffer, returned)
-        places = sorted(place for place in found if place >= self.inputs)
-        self._results = {place: self._allocated[place - self.inputs] for place in places}
+        self._results = {place: self._allocated[place - self.inputs] for place in sorted(found) if place >= self.inputs}
         wholes = returned if isinstance(returned, tuple) else (returned,)
         self._flat = all(isinstance(x, Buffer) and x is self._results.get(x.place) for x in wholes)
-        self._order = [places.index(x.place) for x in wholes] if self._flat else []
+        self._order = [list(self._results).index(x.place) for x in wholes] if self._flat else []
         spans: dict[int, tuple[int, int]] = {}
         for at, launch in enumerate(self.launches):
             for x in launch.buffers():
@@ -345,9 +333,8 @@ class Plan:
         """Starts the launches on the current stream of the tensors' device, which is the current one."""
         device = tensors[0].device
         if out is None:
-            results = []
-            for x in self._results.values():
-                results.append(torch.empty_strided(x.shape, x.strides, dtype=x.dtype, device=device))
+            results = [torch.empty_strided(x.shape, x.strides, dtype=x.dtype, device=device)
+                       for x in self._results.values()]
         else:
             results = [out[i] for i in map(self._order.index, range(len(out)))]
         size = (self.workspace_bytes,)
@@ -355,8 +342,14 @@ class Plan:
         if not self.is_prepared or os.environ.get("MOBA_PREPARED_LAUNCHES") == "0":
             self._through_triton(tensors, results, workspace, event)
         else:
-            try:
-                self._prepared(addresses, results, workspace, event, device)
+            try:  # without Triton's look at the arguments
+                addresses = addresses + [0] * len(self._allocated)
+                base = 0 if workspace is None else workspace.data_ptr()
+                for place, offset in self._offsets.items():
+                    addresses[place] = base + offset
+                for place, x in zip(self._results, results):
+                    addresses[place] = x.data_ptr()
+                self._start(event, _Launch.prepared, addresses, driver.active.get_current_stream(device.index))
             except Exception as error:
                 self.is_prepared, self._faulty = False, True
                 logger.warning("moba_megatron: prepared launches of a call are not used any more: %s: %s",
@@ -370,17 +363,6 @@ class Plan:
         made = dict(zip(self._results, results))
         return _mapped(lambda x: _view(tensors[x.place] if x.place < self.inputs else made[x.place], x), Buffer,
                        self._returned)
-
-    def _prepared(self, addresses: list[int], results: list[Tensor], workspace: Tensor | None,
-                  event: torch.cuda.Event | None, device: torch.device) -> None:
-        """Starts the compiled kernels, without Triton's look at the arguments."""
-        addresses = addresses + [0] * len(self._allocated)
-        base = 0 if workspace is None else workspace.data_ptr()
-        for place, offset in self._offsets.items():
-            addresses[place] = base + offset
-        for place, x in zip(self._results, results):
-            addresses[place] = x.data_ptr()
-        self._start(event, _Launch.prepared, addresses, driver.active.get_current_stream(device.index))
 
     def _through_triton(self, tensors: list[Tensor], results: list[Tensor], workspace: Tensor | None,
                         event: torch.cuda.Event | None) -> None:
@@ -398,10 +380,8 @@ class Plan:
             self._compiled = True
             contextvars.Context().run(_compile, self)
         self._start(event, _Launch.through_triton, tensor)
-        for launch in self.launches:
-            if launch.compiled is None:  # it is interpreted
-                return
-        self.is_prepared = bool(self.launches) and not self._faulty
+        if all(launch.compiled is not None for launch in self.launches):  # none is interpreted
+            self.is_prepared = bool(self.launches) and not self._faulty
 
     def _start(self, event: torch.cuda.Event | None, start: Callable, *args) -> None:
         for launch in self.launches[:self.event_at]:
