@@ -20,10 +20,8 @@ from .host import INTERPRETED, cdiv, head_block, next_power_of_2, precision
 from .jit_helpers import _offset
 from .launcher import Buffer, empty, launch, stage
 
-MEAN_LANES = 8
-"""Blocks of SUM_BLOCK rows that a program sums side by side for a mean."""
-HEADS_A_GATE = 16
-"""Query heads of one kv head that a program scores against the same means: the fewest that a tensor core takes."""
+MEAN_LANES = 8  # blocks of SUM_BLOCK rows that a program sums side by side for a mean
+HEADS_A_GATE = 16  # query heads of a kv head that a program scores with the same means: the fewest of a tensor core
 INTERPRETER_PROCESSORS = 4
 
 
@@ -37,7 +35,7 @@ def cache_means(k_cache: Buffer, means_cache: Buffer, cache_seqlens: Buffer, chu
         return
     num_kv_heads, head_dim = k_cache.shape[2:]
     launch(_decode_means_kernel, (means_cache.shape[0] * num_chunks * num_kv_heads,),
-           **_tensors(k=k_cache, means=means_cache), **_places(k_cache, cache_seqlens, block_table, cache_starts),
+           **_arguments(cache_seqlens, block_table, cache_starts, k=k_cache, means=means_cache),
            num_chunks=num_chunks, chunk_size=chunk_size, HK=num_kv_heads, D=head_dim, BLOCK_D=next_power_of_2(head_dim),
            SUM_BLOCK=SUM_BLOCK, MEAN_LANES=MEAN_LANES, num_warps=4)
 
@@ -54,7 +52,7 @@ def decode_gate(q: Buffer, k_cache: Buffer, means_cache: Buffer, cache_seqlens: 
     group = num_heads // num_kv_heads
     options = tuning.config("decode_gate", q.device, head_dim=head_dim, itemsize=q.dtype.itemsize)
     launch(_decode_gate_kernel, (batch * num_kv_heads * cdiv(group, HEADS_A_GATE),),
-           **_tensors(q=q, k=k_cache, means=means_cache), **_places(k_cache, cache_seqlens, block_table, cache_starts),
+           **_arguments(cache_seqlens, block_table, cache_starts, q=q, k=k_cache, means=means_cache),
            selected=selected, chunk_size=chunk_size, HK=num_kv_heads, G=group, BLOCK_G=HEADS_A_GATE, KS=topk - 1,
            BLOCK_KS=next_power_of_2(topk - 1), D=head_dim, BLOCK_D=head_block(head_dim), SUM_BLOCK=SUM_BLOCK,
            MEAN_LANES=MEAN_LANES, PRECISION=precision(q.dtype), **options)
@@ -78,48 +76,37 @@ def decode_attention(q: Buffer, k_cache: Buffer, v_cache: Buffer, selected: Buff
     group, shared = num_heads // num_kv_heads, num_heads // selected.shape[1]
     options = tuning.config("decode", q.device, head_dim=max(head_dim, dim_v), itemsize=q.dtype.itemsize)
     candidates = batch * num_kv_heads * (group // shared * choices + 1)
-    pieces, piece_keys = _pieces(candidates, chunk_size, options.pop("PROGRAMS"), options["BLOCK_N"], q.device)
+    # as many pieces of a chunk as it takes for PROGRAMS a processor to exist, and the keys of a piece
+    processors = (INTERPRETER_PROCESSORS if INTERPRETED
+                  else torch.cuda.get_device_properties(q.device).multi_processor_count)
+    wanted = min(max(1, options.pop("PROGRAMS") * processors // candidates), cdiv(chunk_size, options["BLOCK_N"]))
+    piece_keys = cdiv(cdiv(chunk_size, wanted), options["BLOCK_N"]) * options["BLOCK_N"]
+    pieces = cdiv(chunk_size, piece_keys)
     partial_rows = (choices + 1) * pieces
     o_partial = empty((batch * num_heads * partial_rows, dim_v), torch.float32, q.device)
     lse_partial = empty((batch * num_heads * partial_rows,), torch.float32, q.device)
-    launch(_decode_attention_kernel, (candidates * pieces,), **_tensors(q=q, k=k_cache, v=v_cache),
-           **_places(k_cache, cache_seqlens, block_table, cache_starts), selected=selected, o_partial=o_partial,
-           lse_partial=lse_partial, qk_scale=softmax_scale * math.log2(math.e), chunk_size=chunk_size, pieces=pieces,
-           piece_keys=piece_keys, HK=num_kv_heads, G=group, BLOCK_G=head_block(group), SHARED=shared, KS=choices,
-           BLOCK_KS=next_power_of_2(max(1, choices)), D=head_dim, BLOCK_D=head_block(head_dim), DV=dim_v,
-           BLOCK_DV=head_block(dim_v), PRECISION=precision(q.dtype), **options)
+    launch(_decode_attention_kernel, (candidates * pieces,),
+           **_arguments(cache_seqlens, block_table, cache_starts, q=q, k=k_cache, v=v_cache), selected=selected,
+           o_partial=o_partial, lse_partial=lse_partial, qk_scale=softmax_scale * math.log2(math.e),
+           chunk_size=chunk_size, pieces=pieces, piece_keys=piece_keys, HK=num_kv_heads, G=group,
+           BLOCK_G=head_block(group), SHARED=shared, KS=choices, BLOCK_KS=next_power_of_2(max(1, choices)), D=head_dim,
+           BLOCK_D=head_block(head_dim), DV=dim_v, BLOCK_DV=head_block(dim_v), PRECISION=precision(q.dtype), **options)
     launch(_decode_merge_kernel, (batch * num_heads,), selected, o_partial, lse_partial, o, lse, pieces, SHARED=shared,
            KS=choices, DV=dim_v, BLOCK_DV=next_power_of_2(dim_v),
            BLOCK_S=min(32, max(2, next_power_of_2(partial_rows))), num_warps=4)
     return o, lse
 
 
-def _pieces(programs: int, chunk_size: int, wanted: int, block_n: int, device: torch.device) -> tuple[int, int]:
-    """How many pieces a chunk is cut into so that ``wanted`` programs a processor exist, and the keys of a piece."""
-    processors = (INTERPRETER_PROCESSORS if INTERPRETED
-                  else torch.cuda.get_device_properties(device).multi_processor_count)
-    pieces = min(max(1, wanted * processors // max(1, programs)), cdiv(chunk_size, block_n))
-    keys = cdiv(cdiv(chunk_size, pieces), block_n) * block_n
-    return cdiv(chunk_size, keys), keys
-
-
-def _places(cache: Buffer, cache_seqlens: Buffer, block_table: Buffer | None, cache_starts: Buffer | None) -> dict:
-    """Where a sequence's rows are, for the kernels; a pointer that a kernel does not read is any."""
-    return {
-        "cache_seqlens": cache_seqlens,
-        "block_table": cache_seqlens if block_table is None else block_table,
-        "cache_starts": cache_seqlens if cache_starts is None else cache_starts,
-        "stride_table": 0 if block_table is None else block_table.stride(0),
-        "HAS_STARTS": cache_starts is not None,
-        "PAGE_SIZE": 0 if block_table is None else cache.shape[1],  # 0: contiguous
-    }
-
-
-def _tensors(**tensors: Buffer) -> dict:
-    """Queries ``[B, H, D]`` and caches ``[B, S, HK, D]`` with their strides."""
+def _arguments(cache_seqlens: Buffer, block_table: Buffer | None, starts: Buffer | None, **tensors: Buffer) -> dict:
+    """Queries ``[B, H, D]`` and caches ``[B, S, HK, D]`` with their strides, and where a sequence's rows are, for the
+    kernels; a pointer that a kernel does not read is any."""
     strides = {f"stride_{name[0]}{dim}": x.stride(i) for name, x in tensors.items()
                for i, dim in enumerate("bhd" if len(x.shape) == 3 else "bth" if name == "means" else "bthd")}
-    return tensors | strides
+    page_size = 0 if block_table is None else tensors["k"].shape[1]  # 0: contiguous
+    table = cache_seqlens if block_table is None else block_table
+    return {**tensors, **strides, "cache_seqlens": cache_seqlens, "block_table": table, "PAGE_SIZE": page_size,
+            "stride_table": table.stride(0) if page_size else 0, "HAS_STARTS": starts is not None,
+            "cache_starts": cache_seqlens if starts is None else starts}
 
 
 @triton.jit
@@ -258,10 +245,8 @@ def _decode_gate_kernel(
 def _choice(selected, list_id, candidate, own, G: tl.constexpr, SHARED: tl.constexpr, KS: tl.constexpr,
             BLOCK_G: tl.constexpr, BLOCK_KS: tl.constexpr):
     """A candidate of a kv head's list: its chunk, -1 if another program has it; where heads have it, -1 for nowhere.
-
     Candidates ``0 .. G / SHARED * KS`` are the heads' choices, of which the first of equals counts; the last is the
-    own chunk.
-    """
+    own chunk."""
     head = tl.arange(0, BLOCK_G)
     chunk = own
     place = tl.where(head < G, KS, -1)
@@ -273,8 +258,8 @@ def _choice(selected, list_id, candidate, own, G: tl.constexpr, SHARED: tl.const
         elif candidate < G * KS:
             j = tl.arange(0, BLOCK_KS)
             selected += list_id.to(tl.int64) * (G * KS)
-            table = tl.load(selected + head[:, None] * KS + j[None, :], mask=(head < G)[:, None] & (j < KS)[None, :],
-                            other=-1)
+            inside = (head < G)[:, None] & (j < KS)[None, :]
+            table = tl.load(selected + head[:, None] * KS + j[None, :], mask=inside, other=-1)
             chunk = tl.load(selected + candidate)
             place = tl.max(tl.where(table == chunk, j[None, :], -1), 1)
             leader = tl.min(tl.where(place >= 0, head, BLOCK_G), 0)
