@@ -26,25 +26,17 @@ RENAMED = {"attention_fwd_own": "attention_fwd_diagonal", "attention_bwd_dkv": "
            "attention_bwd_dq_own": "attention_bwd_dq_diagonal"}
 """Stages in files that version 0.1 wrote."""
 INTERPRETER = "interpreter"
-INTERPRETER_BLOCK = 32
-"""Under the interpreter tiles are cut to this: small shapes then still have several tiles in each direction."""
+INTERPRETER_BLOCK = 32  # tiles are cut to this there: small shapes then still have several tiles in each direction
 
 
 def config(stage: str, device: torch.device | None = None, **key: int) -> dict[str, int]:
-    """The configuration of a kernel: the first row of the stage that fits the architecture and the key.
+    """The configuration of a kernel: the first row of the stage, a name in ``tuning_table.TABLE`` as ``attention_fwd``,
+    that fits the architecture, that of the device, and the key: a fresh dict such as
+    ``{"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}``.
 
-    Args:
-        stage: a name in ``tuning_table.TABLE``, as ``attention_fwd``.
-        device: where the kernel will run; decides the architecture.
-        key: what rows may be bounded by: ``head_dim`` (the larger of D and DV), ``chunk_size``, ``itemsize``
-            (bytes of q's dtype), and whatever else a stage's rows name; ``ieee``, whether products of fp32 are IEEE's,
-            and ``triton``, its version (306: 3.6), are added.
-
-    Returns:
-        A fresh dict such as ``{"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}``.
-
-    Raises:
-        KeyError: the stage is unknown. LookupError: no row fits.
+    The key is what rows may be bounded by: ``head_dim`` (the larger of D and DV), ``chunk_size``, ``itemsize`` (bytes
+    of q's dtype), and whatever else a stage's rows name; ``ieee``, whether products of fp32 are IEEE's, and ``triton``,
+    its version (306: 3.6), are added. Raises KeyError for an unknown stage, LookupError where no row fits.
     """
     key.update(FIXED)
     return dict(_lookup(stage, arch_of(device), tuple(sorted(key.items()))))
@@ -81,9 +73,9 @@ def arch_of(device: torch.device | None = None) -> str:
 @functools.lru_cache(maxsize=None)
 def _arch_of_device(device: torch.device | None) -> str:
     override = os.environ.get("MOBA_TUNING_ARCH", "")
+    if override and override not in ARCHS:
+        raise ValueError(f"MOBA_TUNING_ARCH must be one of {', '.join(ARCHS)}; got {override!r}")
     if override:
-        if override not in ARCHS:
-            raise ValueError(f"MOBA_TUNING_ARCH must be one of {', '.join(ARCHS)}; got {override!r}")
         return override
     if not torch.cuda.is_available():
         return "sm_86"
@@ -99,18 +91,15 @@ def arch_of_capability(major: int, minor: int) -> str:
         (major, minor), "sm_86")
 
 
-forced_settings: dict[str, object] = {}
-"""What :func:`forced` sets; empty elsewhere."""
+forced_settings: dict[str, object] = {}  # what :func:`forced` sets; empty elsewhere
 
 
 @contextlib.contextmanager
 def forced(arch: str | None = None, configs: dict[str, dict[str, int]] | None = None,
            record: list[tuple[str, tuple, Row]] | None = None):
-    """Within the block: this architecture, and these configurations (stage -> config) in place of the table's.
-
-    Every look-up is added to ``record`` as (stage, key, row). For the compile report and ``tune``; not for
-    several threads at once.
-    """
+    """Within the block: this architecture, and these configurations (stage -> config) in place of the table's. Every
+    look-up is added to ``record`` as (stage, key, row). For the compile report and ``tune``; not for several threads at
+    once."""
     given = {"arch": arch, "configs": configs, "record": record}
     _lookup.cache_clear()
     try:
@@ -123,20 +112,17 @@ def forced(arch: str | None = None, configs: dict[str, dict[str, int]] | None = 
 @functools.lru_cache(maxsize=None)
 def _file_rows(path: str) -> dict[str, tuple[Row, ...]]:
     """Rows of a file written by ``tune``: ``{"rows": [{"stage", "archs", "upto", "config", "why"}, ...]}``."""
+    found: dict[str, tuple[Row, ...]] = {}
     if not path:
-        return {}
+        return found
     try:
         with open(path) as file:
-            listed = [_row_of_file(row) for row in json.load(file)["rows"]]
+            for item in json.load(file)["rows"]:
+                stage = item.pop("stage")
+                stage, row = RENAMED.get(stage, stage), Row(**item)  # in the words of today, as is the key
+                upto = {"choices" if name == "slots" else name: x for name, x in row.upto.items() if name != "portable"}
+                found[stage] = (*found.get(stage, ()), replace(row, upto=upto))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"MOBA_TUNING_FILE must name a file written by `python -m moba_megatron.tune`, got "
                          f"{path!r}: {type(error).__name__}: {error}") from error
-    return {stage: tuple(row for name, row in listed if name == stage) for stage, _ in listed}
-
-
-def _row_of_file(item: dict) -> tuple[str, Row]:
-    """The stage and the row of one item, in the words of today."""
-    stage = item.pop("stage")
-    row = Row(**item)
-    upto = {"choices" if name == "slots" else name: bound for name, bound in row.upto.items() if name != "portable"}
-    return RENAMED.get(stage, stage), replace(row, upto=upto)
+    return found
