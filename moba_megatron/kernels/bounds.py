@@ -13,18 +13,16 @@ from torch import Tensor
 
 from ..segments import Segments
 from .host import cdiv
-from .launcher import Buffer, empty, launch, planned, stage
+from .launcher import Buffer, call, empty, launch, planned
 
-PROGRAMS = 256
-"""Programs that clear a tensor's last rows, of which there are mostly none."""
+PROGRAMS = 256  # that clear a tensor's last rows, of which there are mostly none
 
 
 def bounded_lengths(cu_seqlens: Tensor, total: int) -> Tensor:
     """As :func:`moba_megatron.reference.bounded_lengths`."""
-    return _bounded_lengths(cu_seqlens.contiguous(), total)
+    return call(_bounded_lengths, cu_seqlens.contiguous(), total)
 
 
-@stage
 def _bounded_lengths(cu_seqlens: Buffer, total: int) -> Buffer:
     result = empty(cu_seqlens.shape, torch.int32, cu_seqlens.device)
     _launch(cu_seqlens, total, result)
@@ -33,10 +31,9 @@ def _bounded_lengths(cu_seqlens: Buffer, total: int) -> Buffer:
 
 def bounded(segments: Segments, total_q: int, total_k: int) -> Segments:
     """As :func:`moba_megatron.reference.bounded`; of contiguous tensors."""
-    return segments if segments.exact else _bounded(segments, total_q, total_k)
+    return segments if segments.exact else call(_bounded, segments, total_q, total_k)
 
 
-@stage
 def _bounded(segments: Segments, total_q: int, total_k: int) -> Segments:
     cu_k = _bounded_lengths(segments.cu_seqlens_k, total_k)
     if segments.packed:
@@ -49,17 +46,14 @@ def _bounded(segments: Segments, total_q: int, total_k: int) -> Segments:
 
 
 def clear_rows(cu_seqlens: Tensor, *filled: tuple[Tensor, float]) -> None:
-    """As :func:`moba_megatron.reference.clear_rows`, for up to three contiguous tensors of so many rows.
-
-    Within a call the tensors are fresh from :func:`launcher.empty`: what bounds the lengths, or clears others, may do
-    it in the same launch, before anything is written to them.
-    """
+    """As :func:`moba_megatron.reference.clear_rows`, for up to three contiguous tensors of so many rows. Within a call
+    they are fresh from :func:`launcher.empty`: what bounds the lengths, or clears others, may do it in the same launch,
+    before anything is written to them."""
     filled = [(x, value) for x, value in filled if x.numel()]
     if filled:
-        _clear_rows(cu_seqlens, tuple(float(value) for _, value in filled), *(x for x, _ in filled))
+        call(_clear_rows, cu_seqlens, tuple(float(value) for _, value in filled), *(x for x, _ in filled))
 
 
-@stage
 def _clear_rows(cu_seqlens: Buffer, values: tuple[float, ...], *tensors: Buffer) -> None:
     rows, number = tensors[0].shape[0], cu_seqlens.numel()
     if len(tensors) > 3 or any(x.shape[0] != rows for x in tensors):

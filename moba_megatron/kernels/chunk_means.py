@@ -14,8 +14,7 @@ from .host import cdiv, next_power_of_2
 from .jit_helpers import _chunk_keys, _offset
 from .launcher import Buffer, empty, launch, stage
 
-PROGRAMS = 2048
-"""Programs that fill a card."""
+PROGRAMS = 2048  # that fill a card
 
 
 @stage
@@ -59,9 +58,7 @@ def means_from_block_sums(sums: Buffer, chunk_size: int, dtype: torch.dtype) -> 
 
 def _config(k: Buffer, columns: int, num_items: int, num_blocks: int) -> dict[str, int]:
     """BLOCK_C columns (heads x dims) and BLOCK_B blocks of rows of a tile of running sums; the table gives its size.
-
-    Wide tiles read long runs; where they leave the card idle, blocks of rows go side by side instead.
-    """
+    Wide tiles read long runs; where they leave the card idle, blocks of rows go side by side instead."""
     options = tuning.config("chunk_means", k.device, itemsize=k.dtype.itemsize)
     block_c, block_b = min(next_power_of_2(columns), options.pop("BLOCK")), 1
     while num_items * cdiv(columns, block_c) < PROGRAMS and block_b < min(8, num_blocks):

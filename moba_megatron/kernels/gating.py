@@ -24,7 +24,7 @@ from . import sm90, tuning
 from .bounds import clear_rows
 from .host import INTERPRETED, head_block
 from .jit_helpers import _offset, _query_tile
-from .launcher import Buffer, empty, launch, rows, stage
+from .launcher import Buffer, call, empty, launch, rows
 from .tuning_table import is_gluon
 
 
@@ -37,10 +37,9 @@ def gate(q: Tensor, means: Tensor, segments: Segments, topk: int) -> Tensor:
     if means.numel() >= 2 ** 31:  # offsets within them are 32 bits wide
         raise ValueError(f"chunk means must have fewer than 2^31 elements for the Triton kernels, got "
                          f"{tuple(means.shape)}: use larger chunks")
-    return _gate(rows(q), means.contiguous(), segments, topk - 1)
+    return call(_gate, rows(q), means.contiguous(), segments, topk - 1)
 
 
-@stage
 def _gate(q: Buffer, means: Buffer, segments: Segments, choices: int) -> Buffer:
     total, num_heads, head_dim = q.shape
     selected = empty((total, num_heads, choices), torch.int32, q.device)
@@ -153,10 +152,7 @@ def _warm_threshold(q_rows, means, earlier, last, every, limit, BEHIND: tl.const
                     HK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
                     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, WARM: tl.constexpr):
     """A value below the KS-th best score (BEHIND: of those below ``last``) of each row: from the KS-th best maximum of
-    the columns of some tiles.
-
-    Each column's maximum over the tiles is the score of another chunk, so KS chunks reach the KS-th of them.
-    """
+    the columns of some tiles. Each of these is the score of another chunk, so KS chunks reach the KS-th of them."""
     best = tl.full([BLOCK_M, BLOCK_N], -float("inf"), tl.float32)
     end = tl.cdiv(limit, BLOCK_N)
     begin = tl.maximum(end - WARM, 0)
@@ -244,11 +240,9 @@ def _gate_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PTX: tl.constexpr, CONSTRAINTS: tl.constexpr,
     REFRESH: tl.constexpr = 4,
 ):
-    """BLOCK_M queries of one segment and head against the earlier chunks of their sequence.
-
-    Of the ``choices`` KS from ``place`` on. BEHIND: among the chunks behind ``last_score`` and ``last_chunk``, those
-    that the pass before chose last; GOES_ON: these two are stored.
-    """
+    """BLOCK_M queries of one segment and head against the earlier chunks of their sequence. Of the ``choices`` KS from
+    ``place`` on. BEHIND: among the chunks behind ``last_score`` and ``last_chunk``, those that the pass before chose
+    last; GOES_ON: these two are stored."""
     tile = num_tiles - 1 - tl.program_id(0) // H  # later queries have more chunks: they start first
     head = tl.program_id(0) % H
     row, row_end, position, _, first_chunk = _query_tile(cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, num_segments,

@@ -11,20 +11,17 @@ from torch import Tensor
 from .bounds import clear_rows
 from .host import cdiv, next_power_of_2
 from .jit_helpers import _find_piece, _offset, _piece_items
-from .launcher import Buffer, empty, launch, rows, stage
+from .launcher import Buffer, call, empty, launch, rows
 
-TILE = {"BLOCK_T": 32, "BLOCK_C": 128, "num_warps": 4}
-"""Rows and columns of a tile. Not tuned: the kernels read the keys once or twice."""
-ROWS = 512
-"""Rows of a run that one program of the backward adds up for the filter's gradient."""
+TILE = {"BLOCK_T": 32, "BLOCK_C": 128, "num_warps": 4}  # not tuned: the kernels read the keys once or twice
+ROWS = 512  # of a run that one program of the backward adds up for the filter's gradient
 
 
 def key_convolution_fwd(k: Tensor, weight: Tensor, cu_seqlens: Tensor, halo: Tensor | None) -> Tensor:
     """As :func:`moba_megatron.reference.key_convolution`, in fp32; k with any strides, weight and halo contiguous."""
-    return _key_convolution_fwd(rows(k), weight, cu_seqlens, halo)
+    return call(_key_convolution_fwd, rows(k), weight, cu_seqlens, halo)
 
 
-@stage
 def _key_convolution_fwd(k: Buffer, weight: Buffer, cu_seqlens: Buffer, halo: Buffer | None) -> Buffer:
     out = empty(k.shape, k.dtype, k.device)
     total, kv_heads, head_dim = k.shape
@@ -39,17 +36,13 @@ def _key_convolution_fwd(k: Buffer, weight: Buffer, cu_seqlens: Buffer, halo: Bu
 
 def key_convolution_bwd(dout: Tensor, k: Tensor, weight: Tensor, cu_seqlens: Tensor,
                         halo: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of :func:`key_convolution_fwd`; every sum has a fixed order.
-
-    Returns:
-        dk ``[S, HK, D]`` in k's dtype; dweight ``[HK, W, D]``, fp32; dhalo ``[N, W - 1, HK, D]`` in halo's dtype.
-    """
-    dk, partials, dhalo = _key_convolution_bwd(dout.contiguous(), rows(k), weight, cu_seqlens, halo)
+    """Gradients of :func:`key_convolution_fwd`; every sum has a fixed order. Returns dk ``[S, HK, D]`` in k's dtype;
+    dweight ``[HK, W, D]``, fp32; dhalo ``[N, W - 1, HK, D]`` in halo's dtype."""
+    dk, partials, dhalo = call(_key_convolution_bwd, dout.contiguous(), rows(k), weight, cu_seqlens, halo)
     total_of_taps = partials.sum(0) if dk.numel() else partials.new_zeros(partials.shape[1:])
     return dk, total_of_taps.view(-1, *k.shape[1:]).transpose(0, 1).contiguous(), dhalo
 
 
-@stage
 def _key_convolution_bwd(dout: Buffer, k: Buffer, weight: Buffer, cu_seqlens: Buffer,
                          halo: Buffer | None) -> tuple[Buffer, Buffer, Buffer | None]:
     """dk, dhalo, and between them the sums for dweight of each piece of a run ``[pieces, W, HK * D]``."""
@@ -98,9 +91,9 @@ def _taps(weight, column, tap, HK: tl.constexpr, D: tl.constexpr, W: tl.constexp
 
 @triton.jit
 def _filtered(k, weight, halo, run, begin, end, i, column, stride_t, stride_h, HK: tl.constexpr, D: tl.constexpr,
-              W: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+              W: tl.constexpr):
     """The filter's output before the activation, at the places ``i`` of a run."""
-    total = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+    total = tl.zeros([i.shape[0], column.shape[0]], tl.float32)
     for tap in tl.static_range(W):
         x = _key_rows(k, halo, run, begin, end, i - tap, column, stride_t, stride_h, HK, D, W)
         total += _taps(weight, column, tap, HK, D, W)[None, :] * x
@@ -109,9 +102,9 @@ def _filtered(k, weight, halo, run, begin, end, i, column, stride_t, stride_h, H
 
 @triton.jit
 def _filter_grad(dout, k, weight, halo, run, begin, end, i, column, stride_t, stride_h, HK: tl.constexpr,
-                 D: tl.constexpr, W: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+                 D: tl.constexpr, W: tl.constexpr):
     """The gradient of the filter's output at the places ``i``; 0 outside of the run."""
-    c = _filtered(k, weight, halo, run, begin, end, i, column, stride_t, stride_h, HK, D, W, BLOCK_T, BLOCK_C)
+    c = _filtered(k, weight, halo, run, begin, end, i, column, stride_t, stride_h, HK, D, W)
     keep = ((i >= 0) & (begin + i < end))[:, None] & (column < HK * D)[None, :]
     do = tl.load(dout + (begin + i).to(tl.int64)[:, None] * (HK * D) + column[None, :], mask=keep, other=0.0)
     gate = 1.0 / (1.0 + tl.exp(-c))
@@ -120,12 +113,11 @@ def _filter_grad(dout, k, weight, halo, run, begin, end, i, column, stride_t, st
 
 @triton.jit
 def _input_grad(dout, k, weight, halo, run, begin, end, i, column, stride_t, stride_h, HK: tl.constexpr,
-                D: tl.constexpr, W: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+                D: tl.constexpr, W: tl.constexpr):
     """What the filter's later outputs give back to the places ``i``."""
-    total = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+    total = tl.zeros([i.shape[0], column.shape[0]], tl.float32)
     for tap in tl.static_range(W):
-        g = _filter_grad(dout, k, weight, halo, run, begin, end, i + tap, column, stride_t, stride_h, HK, D, W, BLOCK_T,
-                         BLOCK_C)
+        g = _filter_grad(dout, k, weight, halo, run, begin, end, i + tap, column, stride_t, stride_h, HK, D, W)
         total += _taps(weight, column, tap, HK, D, W)[None, :] * g
     return total
 
@@ -141,7 +133,7 @@ def _key_convolution_fwd_kernel(k, weight, cu_seqlens, halo, out, runs, stride_t
     begin = tl.load(cu_seqlens + run)
     i = first - begin + tl.arange(0, BLOCK_T)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    c = _filtered(k, weight, halo, run, begin, end, i, column, stride_t, stride_h, HK, D, W, BLOCK_T, BLOCK_C)
+    c = _filtered(k, weight, halo, run, begin, end, i, column, stride_t, stride_h, HK, D, W)
     x = _key_rows(k, halo, run, begin, end, i, column, stride_t, stride_h, HK, D, W)
     y = x + c / (1.0 + tl.exp(-c))
     tl.store(out + (begin + i).to(tl.int64)[:, None] * (HK * D) + column[None, :], y.to(out.dtype.element_ty),
@@ -164,12 +156,10 @@ def _key_convolution_bwd_kernel(dout, k, weight, cu_seqlens, halo, dk, partials,
         i = row - begin + tl.arange(0, BLOCK_T)
         keep = (begin + i < piece_end)[:, None] & inside[None, :]
         at = (begin + i).to(tl.int64)[:, None] * (HK * D) + column[None, :]
-        dx = _input_grad(dout, k, weight, halo, run, begin, end, i, column, stride_t, stride_h, HK, D, W, BLOCK_T,
-                         BLOCK_C)
+        dx = _input_grad(dout, k, weight, halo, run, begin, end, i, column, stride_t, stride_h, HK, D, W)
         dx += tl.load(dout + at, mask=keep, other=0.0).to(tl.float32)
         tl.store(dk + at, dx.to(dk.dtype.element_ty), mask=keep)
-        g = _filter_grad(dout, k, weight, halo, run, begin, end, i, column, stride_t, stride_h, HK, D, W, BLOCK_T,
-                         BLOCK_C)
+        g = _filter_grad(dout, k, weight, halo, run, begin, end, i, column, stride_t, stride_h, HK, D, W)
         g = tl.where(keep, g, 0.0)
         for tap in tl.static_range(W):
             x = _key_rows(k, halo, run, begin, end, i - tap, column, stride_t, stride_h, HK, D, W)
@@ -186,7 +176,6 @@ def _key_convolution_bwd_halo_kernel(dout, k, weight, cu_seqlens, halo, dhalo, s
     begin, end = tl.load(cu_seqlens + run), tl.load(cu_seqlens + run + 1)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     row = tl.arange(0, BLOCK_T)
-    dx = _input_grad(dout, k, weight, halo, run, begin, end, row - (W - 1), column, stride_t, stride_h, HK, D, W,
-                     BLOCK_T, BLOCK_C)
+    dx = _input_grad(dout, k, weight, halo, run, begin, end, row - (W - 1), column, stride_t, stride_h, HK, D, W)
     at = (run.to(tl.int64) * (W - 1) + row)[:, None] * (HK * D) + column[None, :]
     tl.store(dhalo + at, dx.to(dhalo.dtype.element_ty), mask=(row < W - 1)[:, None] & (column < HK * D)[None, :])

@@ -8,7 +8,6 @@ A plan holds no memory of the device and nothing of a run: threads, streams and 
 """
 import contextvars
 import functools
-import itertools
 import logging
 import math
 import os
@@ -124,9 +123,8 @@ def planned(kernel) -> list["_Launch"]:
 
 def record_event() -> None:
     """Whoever gave the call an event need not wait for launches after this; the first time in a call counts."""
-    plan = _building.plan
-    if plan.event_at is None:
-        plan.event_at = len(plan.launches)
+    if _building.plan.event_at is None:
+        _building.plan.event_at = len(_building.plan.launches)
 
 
 def scratch_limit() -> int:
@@ -214,12 +212,10 @@ def _make_plan(function: Callable, args: tuple, named: dict[str, Any], tensors: 
         raise TypeError("Triton's interpreter (TRITON_INTERPRET=1) computes bfloat16 wrongly: use float16 or float32, "
                         "or backend='torch'")
     plan = Plan(len(tensors))
-    places = itertools.count()
-
-    def buffer(x: Tensor) -> Buffer:
-        return Buffer(next(places), tuple(x.shape), x.stride(), x.dtype, x.device, 0, x.data_ptr() % 16)
-
-    args, named = [_mapped(buffer, Tensor, x) for x in args], {n: _mapped(buffer, Tensor, x) for n, x in named.items()}
+    buffers = iter([Buffer(place, tuple(x.shape), x.stride(), x.dtype, x.device, 0, x.data_ptr() % 16)
+                    for place, x in enumerate(tensors)])  # in the order in which they are met here
+    args, *values = _mapped(lambda _: next(buffers), Tensor, (args, *named.values()))
+    named = dict(zip(named, values))
     try:
         _building.plan, _building.limit = plan, limit
         plan.finish(function(*args, **named))

@@ -10,15 +10,14 @@ from ..segments import Segments
 from .bounds import clear_rows
 from .host import cdiv, head_block, next_power_of_2
 from .jit_helpers import _offset, _query_tile
-from .launcher import Buffer, empty, launch, rows, stage
+from .launcher import Buffer, call, empty, launch, rows
 
 
 def group_queries(q: Tensor, num_kv_heads: int) -> Tensor:
     """As :func:`moba_megatron.reference.group_queries`: the same bits."""
-    return _group_queries(rows(q), num_kv_heads)
+    return call(_group_queries, rows(q), num_kv_heads)
 
 
-@stage
 def _group_queries(q: Buffer, num_kv_heads: int) -> Buffer:
     total, num_heads, head_dim = q.shape
     sums, group = empty((total, num_kv_heads, head_dim), q.dtype, q.device), num_heads // num_kv_heads
@@ -31,10 +30,9 @@ def _group_queries(q: Buffer, num_kv_heads: int) -> Buffer:
 
 def keep_earlier(selected: Tensor, segments: Segments) -> Tensor:
     """As :func:`moba_megatron.reference.keep_earlier`; nothing waits for the device."""
-    return _keep_earlier(selected.contiguous(), segments)
+    return call(_keep_earlier, selected.contiguous(), segments)
 
 
-@stage
 def _keep_earlier(selected: Buffer, segments: Segments) -> Buffer:
     total, lists, choices = selected.shape
     kept = empty(selected.shape, torch.int32, selected.device)
