@@ -121,10 +121,13 @@ def _row_offsets(block_table, sequence, row, stride_b, stride_t, stride_table, P
 
 
 @triton.jit
-def _chunk_mean(k, block_table, sequence, first, chunk_size, kv_head, stride_b, stride_t, stride_h, stride_d,
-                stride_table, D: tl.constexpr, BLOCK_D: tl.constexpr, SUM_BLOCK: tl.constexpr,
-                MEAN_LANES: tl.constexpr, PAGE_SIZE: tl.constexpr):
-    """Mean ``[BLOCK_D]``, fp32, of ``chunk_size`` keys from row ``first``, added as ``chunk_means`` adds them."""
+def _chunk_mean(k, block_table, cache_starts, sequence, chunk, chunk_size, kv_head, stride_b, stride_t, stride_h,
+                stride_d, stride_table, D: tl.constexpr, BLOCK_D: tl.constexpr, SUM_BLOCK: tl.constexpr,
+                MEAN_LANES: tl.constexpr, HAS_STARTS: tl.constexpr, PAGE_SIZE: tl.constexpr):
+    """Mean ``[BLOCK_D]``, fp32, of the keys of a full chunk, added as ``chunk_means`` adds them."""
+    first = chunk * chunk_size
+    if HAS_STARTS:
+        first += tl.load(cache_starts + sequence)
     col = tl.arange(0, BLOCK_D)
     lane = tl.arange(0, MEAN_LANES)
     total = tl.zeros([BLOCK_D], tl.float32)
@@ -156,11 +159,8 @@ def _decode_means_kernel(
     sequence = tl.program_id(0) // HK // num_chunks
     if (chunk + 1) * chunk_size > tl.load(cache_seqlens + sequence):
         return
-    first = chunk * chunk_size
-    if HAS_STARTS:
-        first += tl.load(cache_starts + sequence)
-    mean = _chunk_mean(k, block_table, sequence, first, chunk_size, kv_head, stride_kb, stride_kt, stride_kh, stride_kd,
-                       stride_table, D, BLOCK_D, SUM_BLOCK, MEAN_LANES, PAGE_SIZE)
+    mean = _chunk_mean(k, block_table, cache_starts, sequence, chunk, chunk_size, kv_head, stride_kb, stride_kt,
+                       stride_kh, stride_kd, stride_table, D, BLOCK_D, SUM_BLOCK, MEAN_LANES, HAS_STARTS, PAGE_SIZE)
     col = tl.arange(0, BLOCK_D)
     to = means + _offset(sequence, stride_mb) + _offset(chunk, stride_mt) + _offset(kv_head, stride_mh)
     tl.store(to + col, mean.to(means.dtype.element_ty), mask=col < D)
@@ -207,11 +207,8 @@ def _decode_gate_kernel(
     means += _offset(sequence, stride_mb) + _offset(kv_head, stride_mh)
     fresh_score = tl.zeros([BLOCK_G], tl.float32)
     if fresh >= 0:
-        first = fresh * chunk_size
-        if HAS_STARTS:
-            first += tl.load(cache_starts + sequence)
-        mean = _chunk_mean(k, block_table, sequence, first, chunk_size, kv_head, stride_kb, stride_kt, stride_kh,
-                           stride_kd, stride_table, D, BLOCK_D, SUM_BLOCK, MEAN_LANES, PAGE_SIZE)
+        mean = _chunk_mean(k, block_table, cache_starts, sequence, fresh, chunk_size, kv_head, stride_kb, stride_kt,
+                           stride_kh, stride_kd, stride_table, D, BLOCK_D, SUM_BLOCK, MEAN_LANES, HAS_STARTS, PAGE_SIZE)
         mean = mean.to(means.dtype.element_ty)
         tl.store(means + _offset(fresh, stride_mt) + col, mean, mask=col < D)
         fresh_score = tl.sum(q_rows.to(tl.float32) * mean.to(tl.float32)[None, :], 1)

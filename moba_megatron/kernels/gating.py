@@ -29,11 +29,9 @@ from .tuning_table import is_gluon
 
 
 def gate(q: Tensor, means: Tensor, segments: Segments, topk: int) -> Tensor:
-    """As :func:`moba_megatron.reference.gate`; products of fp32 are in fp32.
-
-    A score depends on its query and its chunk alone, not on the other rows of the tile, so that parts of a sequence
-    choose what the whole would. Raises ValueError for means of 2^31 elements or more.
-    """
+    """As :func:`moba_megatron.reference.gate`; products of fp32 are in fp32. A score depends on its query and its chunk
+    alone, not on the other rows of the tile, so that parts of a sequence choose what the whole would. Raises ValueError
+    for means of 2^31 elements or more."""
     if means.numel() >= 2 ** 31:  # offsets within them are 32 bits wide
         raise ValueError(f"chunk means must have fewer than 2^31 elements for the Triton kernels, got "
                          f"{tuple(means.shape)}: use larger chunks")

@@ -356,17 +356,16 @@ class Plan:
         if self._flat:
             ordered = tuple(map(results.__getitem__, self._order))
             return ordered if isinstance(self._returned, tuple) else ordered[0]
-        made = dict(zip(self._results, results))
-        return _mapped(lambda x: _view(tensors[x.place] if x.place < self.inputs else made[x.place], x), Buffer,
-                       self._returned)
+        wholes = {**dict(enumerate(tensors)), **dict(zip(self._results, results))}
+        return _mapped(lambda x: _view(wholes[x.place], x), Buffer, self._returned)
 
     def _through_triton(self, tensors: list[Tensor], results: list[Tensor], workspace: Tensor | None,
                         event: torch.cuda.Event | None) -> None:
-        made = dict(zip(self._results, results))
+        wholes = {**dict(enumerate(tensors)), **dict(zip(self._results, results))}
 
         def tensor(x: Buffer) -> Tensor:
-            if x.place < self.inputs or x.place in made:
-                return _view(tensors[x.place] if x.place < self.inputs else made[x.place], x)
+            if x.place in wholes:
+                return _view(wholes[x.place], x)
             whole, begin = self._allocated[x.place - self.inputs], self._offsets.get(x.place)
             if begin is None:  # of size 0
                 return torch.empty(x.shape, dtype=x.dtype, device=tensors[0].device)
