@@ -103,10 +103,11 @@ def _bounded_places_kernel(seq_ids, offsets, cu_q, cu_k, to_ids, to_offsets, to_
 
 @triton.jit
 def _fill(x, first_row, rows, programs, VALUE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    end = rows.to(tl.int64) * WIDTH
-    for first in range(first_row.to(tl.int64) * WIDTH + tl.program_id(0) * BLOCK, end, programs * BLOCK):
-        i = first + tl.arange(0, BLOCK)
-        tl.store(x + i, tl.full([BLOCK], VALUE, tl.float32).to(x.dtype.element_ty), mask=i < end)
+    if x is not None:
+        end = rows.to(tl.int64) * WIDTH
+        for first in range(first_row.to(tl.int64) * WIDTH + tl.program_id(0) * BLOCK, end, programs * BLOCK):
+            i = first + tl.arange(0, BLOCK)
+            tl.store(x + i, tl.full([BLOCK], VALUE, tl.float32).to(x.dtype.element_ty), mask=i < end)
 
 
 @triton.jit(do_not_specialize=["number", "rows", "programs"])
@@ -122,9 +123,6 @@ def _bounds_kernel(cu_seqlens, result, x, y, z, number, rows, programs, Vx: tl.c
             if tl.program_id(0) == 0:
                 tl.store(result + i, tl.where(i > 0, tl.associative_scan(value, 0, _larger), 0), mask=i < number)
         largest = tl.max(value, 0)
-    if x is not None:
-        _fill(x, largest, rows, programs, Vx, Wx, BLOCK)
-    if y is not None:
-        _fill(y, largest, rows, programs, Vy, Wy, BLOCK)
-    if z is not None:
-        _fill(z, largest, rows, programs, Vz, Wz, BLOCK)
+    _fill(x, largest, rows, programs, Vx, Wx, BLOCK)
+    _fill(y, largest, rows, programs, Vy, Wy, BLOCK)
+    _fill(z, largest, rows, programs, Vz, Wz, BLOCK)

@@ -147,12 +147,10 @@ def _chunk_mean(k, block_table, cache_starts, sequence, chunk, chunk_size, kv_he
 
 
 @triton.jit(do_not_specialize=["num_chunks", "chunk_size", "stride_table"])
-def _decode_means_kernel(
-    k, means, cache_seqlens, block_table, cache_starts, num_chunks, chunk_size,
-    stride_kb, stride_kt, stride_kh, stride_kd, stride_mb, stride_mt, stride_mh, stride_table,
-    HK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SUM_BLOCK: tl.constexpr, MEAN_LANES: tl.constexpr,
-    HAS_STARTS: tl.constexpr, PAGE_SIZE: tl.constexpr,
-):
+def _decode_means_kernel(k, means, cache_seqlens, block_table, cache_starts, num_chunks, chunk_size, stride_kb,
+                         stride_kt, stride_kh, stride_kd, stride_mb, stride_mt, stride_mh, stride_table,
+                         HK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SUM_BLOCK: tl.constexpr,
+                         MEAN_LANES: tl.constexpr, HAS_STARTS: tl.constexpr, PAGE_SIZE: tl.constexpr):
     """The mean of one chunk of one sequence and kv head, if the chunk is full."""
     kv_head = tl.program_id(0) % HK
     chunk = tl.program_id(0) // HK % num_chunks

@@ -25,12 +25,12 @@ def key_convolution_fwd(k: Tensor, weight: Tensor, cu_seqlens: Tensor, halo: Ten
 def _key_convolution_fwd(k: Buffer, weight: Buffer, cu_seqlens: Buffer, halo: Buffer | None) -> Buffer:
     out = empty(k.shape, k.dtype, k.device)
     total, kv_heads, head_dim = k.shape
-    runs, columns = cu_seqlens.numel() - 1, kv_heads * head_dim
-    pieces = total // TILE["BLOCK_T"] + runs
+    runs = cu_seqlens.numel() - 1
     if out.numel():
         clear_rows(cu_seqlens, (out, 0))
-        launch(_key_convolution_fwd_kernel, (pieces, cdiv(columns, TILE["BLOCK_C"])), k, weight, cu_seqlens, halo, out,
-               runs, k.stride(0), k.stride(1), HK=kv_heads, D=head_dim, W=weight.shape[1], **TILE)
+        pieces, columns = total // TILE["BLOCK_T"] + runs, cdiv(kv_heads * head_dim, TILE["BLOCK_C"])
+        launch(_key_convolution_fwd_kernel, (pieces, columns), k, weight, cu_seqlens, halo, out, runs, *k.stride()[:2],
+               HK=kv_heads, D=head_dim, W=weight.shape[1], **TILE)
     return out
 
 
@@ -134,8 +134,7 @@ def _key_convolution_fwd_kernel(k, weight, cu_seqlens, halo, out, runs, stride_t
     i = first - begin + tl.arange(0, BLOCK_T)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     c = _filtered(k, weight, halo, run, begin, end, i, column, stride_t, stride_h, HK, D, W)
-    x = _key_rows(k, halo, run, begin, end, i, column, stride_t, stride_h, HK, D, W)
-    y = x + c / (1.0 + tl.exp(-c))
+    y = _key_rows(k, halo, run, begin, end, i, column, stride_t, stride_h, HK, D, W) + c / (1.0 + tl.exp(-c))
     tl.store(out + (begin + i).to(tl.int64)[:, None] * (HK * D) + column[None, :], y.to(out.dtype.element_ty),
              mask=(begin + i < end)[:, None] & (column < HK * D)[None, :])
 

@@ -140,10 +140,10 @@ def stage(function: Callable) -> Callable:
 def call(function: Callable, *args, workspace_mib: float | None = None, event: torch.cuda.Event | None = None,
          out: Sequence[Tensor] | None = None, **named):
     """``function(*args, **named)`` with buffers in place of tensors, whose launches then run on the tensors; returns
-    what the function returns, tensors in place of buffers.
+    what the function returns, tensors in place of buffers. Within another call it is part of that one.
 
-    Within another call it is part of that one. MOBA_PREPARED_LAUNCHES=0 starts every launch through Triton, which then
-    looks at its settings (``triton.knobs``) each time, not with a signature's first call alone.
+    MOBA_PREPARED_LAUNCHES=0 starts every launch through Triton, which then looks at its settings (``triton.knobs``)
+    each time, not with a signature's first call alone.
 
     Args:
         function: calls :func:`empty` and :func:`launch`, and other stages; nothing but the layouts of tensors and the
@@ -270,7 +270,6 @@ class _Launch:
             self.compiled = compiled  # the last: another thread takes the rest to be there
 
     def prepared(self, addresses: list[int], stream: int) -> None:
-        """Starts the compiled kernel."""
         if 0 in self.grid:
             return
         values = self.values.copy()

@@ -31,13 +31,10 @@ INTERPRETER_BLOCK = 32  # tiles are cut to this there: small shapes then still h
 
 def config(stage: str, device: torch.device | None = None, **key: int) -> dict[str, int]:
     """The configuration of a kernel: the first row of the stage, a name in ``tuning_table.TABLE`` as ``attention_fwd``,
-    that fits the architecture, that of the device, and the key: a fresh dict such as
-    ``{"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}``.
-
-    The key is what rows may be bounded by: ``head_dim`` (the larger of D and DV), ``chunk_size``, ``itemsize`` (bytes
-    of q's dtype), and whatever else a stage's rows name; ``ieee``, whether products of fp32 are IEEE's, and ``triton``,
-    its version (306: 3.6), are added. Raises KeyError for an unknown stage, LookupError where no row fits.
-    """
+    that fits the device's architecture and the key: a fresh dict as ``{"BLOCK_M": 64, "num_warps": 4}``. The key is
+    what rows may be bounded by: ``head_dim`` (the larger of D and DV), ``chunk_size``, ``itemsize`` (bytes of q's
+    dtype), and whatever else a stage's rows name; ``ieee``, whether products of fp32 are IEEE's, and ``triton``, its
+    version (306: 3.6), are added. Raises KeyError for an unknown stage, LookupError where no row fits."""
     key.update(FIXED)
     return dict(_lookup(stage, arch_of(device), tuple(sorted(key.items()))))
 
