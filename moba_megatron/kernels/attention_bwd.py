@@ -122,7 +122,7 @@ def _preprocess(call: AttentionCall, o: Buffer, dlse: Buffer | None, lse: Buffer
 def _attention_bwd_delta_kernel(
     do, o, dlse, lse, terms, num_rows, stride_dot, stride_doh, stride_ot, stride_oh,
     indptr, num_csr_rows, extra_csr_rows, num_pieces, split, list_programs,
-    tile_csr_row, tile_begin, tile_end, tile_indptr, num_tiles, block,
+    tile_csr_row, tile_begin, tile_end, tile_indptr, tile_taken, num_tiles, block,
     H: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr,
 ):
     """BLOCK_M (query, head) rows; the first ``list_programs`` programs cut lists, TILES pieces and tiles each."""
@@ -132,8 +132,8 @@ def _attention_bwd_delta_kernel(
                 if tl.program_id(0) * TILES < num_pieces:
                     _extra_csr_rows(indptr, extra_csr_rows, num_csr_rows, num_pieces, split, TILES)
             if tile_csr_row is not None:
-                _make_tiles(indptr, num_csr_rows, tile_csr_row, tile_begin, tile_end, tile_indptr, num_tiles,
-                            block, TILES)
+                _make_tiles(indptr, num_csr_rows, tile_csr_row, tile_begin, tile_end, tile_indptr, tile_taken,
+                            num_tiles, block, TILES)
             return
     row = (tl.program_id(0) - list_programs).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_DV)
@@ -273,7 +273,9 @@ def _attention_bwd_dq(call: AttentionCall, routing: Routing, tiles: Tiles, dq_pa
 def _attention_bwd_dq_diagonal(call: AttentionCall, dq_partial: Buffer | None, dq: Buffer,
                                group: tuple[int, int]) -> None:
     """Writes dq of one group of kv heads: the diagonal chunks' part and the sum of the partial dq."""
-    options = call.config("attention_bwd_dq_diagonal", gluon=call.gluon)
+    options = call.config("attention_bwd_dq_diagonal", choices=call.choices, gluon=call.gluon_diagonal)
+    if is_gluon(options):
+        return sm90.kernel_module("attention_diagonal").attention_bwd_dq_diagonal(call, dq_partial, dq, group, options)
     grid, queries = call.over_queries(options["BLOCK_M"], group)
     dq_partial, use_tma = call.partial_tiles(dq_partial, dq.shape[2], options["BLOCK_M"], group)
     launch(_attention_bwd_dq_diagonal_kernel, grid, **call.arguments(

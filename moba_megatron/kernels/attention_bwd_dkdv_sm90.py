@@ -34,6 +34,8 @@ from .jit_helpers_sm90 import (
     _row_layout,
     _start_scores,
     _start_sums,
+    _store_rows,
+    _through_tile,
     _tile,
     _wait,
     _zeros,
@@ -232,7 +234,7 @@ def _write_dq_partial(k_smem, dq_smem, part: gl.constexpr, turn, step, indices, 
 
 
 @gluon.jit
-def _write_sums(pointer, sums, keys, apart: gl.constexpr):
+def _write_partial_sums(pointer, sums, keys, apart: gl.constexpr):
     """Writes dk or dv of the first ``keys`` of 64 keys to rows so many elements apart."""
     for i in gl.static_range(len(sums)):
         x = sums[i]
@@ -240,6 +242,18 @@ def _write_sums(pointer, sums, keys, apart: gl.constexpr):
         rows = gl.arange(0, 64, layout=gl.SliceLayout(1, x.type.layout))
         gl.store(pointer + rows[:, None] * apart + cols[None, :], x.to(pointer.dtype.element_ty),
                  mask=(rows < keys)[:, None])
+
+
+@gluon.jit
+def _write_sums(pointer, tile, sums, keys, D: gl.constexpr, HK: gl.constexpr):
+    """Writes dk or dv of the first ``keys`` of 64 keys, one head of HK: by whole lines, through a tile that nobody
+    reads any more, where the dtypes allow it."""
+    if pointer.dtype.element_ty == tile[0].dtype:
+        OUT: gl.constexpr = _row_layout(D)
+        rows = gl.arange(0, 64, layout=gl.SliceLayout(1, OUT))
+        _store_rows(pointer, rows.to(gl.int64) * HK, _through_tile(tile, sums, OUT), rows < keys, D, OUT)
+    else:
+        _write_partial_sums(pointer, sums, keys, HK * D)
 
 
 @gluon.jit
@@ -295,12 +309,13 @@ def _consumer(part: gl.constexpr, spans, smem, kv_smem, dq_smem, bars, ints, out
     if CUT:
         if partial_index >= 0:
             to = dkdv_partial + (partial_index * chunk_size + first_row - chunk_row) * (D + DV)
-            _write_sums(to, dk, keys, D + DV)
-            _write_sums(to + D, dv, keys, D + DV)
+            _write_partial_sums(to, dk, keys, D + DV)
+            _write_partial_sums(to + D, dv, keys, D + DV)
             keys = 0
     at = first_row.to(gl.int64) * HK + kv_head
-    _write_sums(dk_out + at * D, dk, keys, HK * D)
-    _write_sums(dv_out + at * DV, dv, keys, HK * DV)
+    gl.static_assert(D == DV or not HAS_DQ, "the other group may still read k")
+    _write_sums(dv_out + at * DV, _tile(v_smem, part), dv, keys, DV, HK)
+    _write_sums(dk_out + at * D, _tile(v_smem if D == DV else k_smem, part), dk, keys, D, HK)
 
 
 @gluon.jit
@@ -419,13 +434,13 @@ def _consumer_of_64(part: gl.constexpr, spans, smem, kv_smem, dq_smem, bars, int
     if CUT:
         if partial_index >= 0:
             to = dkdv_partial + (partial_index * chunk_size + first_row - chunk_row) * (D + DV)
-            _write_sums(to + (1 - part) * D, sums, keys, D + DV)
+            _write_partial_sums(to + (1 - part) * D, sums, keys, D + DV)
             keys = 0
     at = first_row.to(gl.int64) * HK + kv_head
     if part == 0:
-        _write_sums(dv_out + at * DV, sums, keys, HK * DV)
+        _write_sums(dv_out + at * DV, _tile(k_smem, 0), sums, keys, DV, HK)
     else:
-        _write_sums(dk_out + at * D, sums, keys, HK * D)
+        _write_sums(dk_out + at * D, _tile(v_smem, 0), sums, keys, D, HK)
 
 
 # Shared memory      written by           read by                                           full      empty (arrivals)

@@ -1,8 +1,8 @@
 """Attention backward, partial dq, on Hopper (Gluon): gathered rows against a selected chunk.
 
-A program takes a piece of one (chunk, kv head)'s list, 128 rows at a time: 64 for each of two groups of warps. The
-loader gathers the next rows of q and do, and streams the chunk's keys and values past. While one group computes
-weights, the other's products run.
+A program takes pieces of (chunk, kv head)s' lists, one after the other, 128 rows at a time: 64 for each of two groups
+of warps. The loader gathers the next rows of q and do, also those of the next piece, and streams the chunk's keys and
+values past. While one group computes weights, the other's products run.
 """
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -20,18 +20,19 @@ from .jit_helpers_sm90 import (
     _allocate,
     _barriers,
     _choice_row,
-    _chunk_keys,
     _kept,
     _listed,
-    _load_list,
+    _load_lists,
     _partial_row,
     _row_layout,
     _start_scores,
     _start_sums,
     _store_rows,
+    _take,
     _through_tile,
     _tile,
     _wait,
+    _work,
     _zeros,
 )
 from .launcher import Buffer, launch
@@ -42,8 +43,9 @@ def attention_bwd_dq(call: AttentionCall, routing: Routing, tiles: Tiles, dq_par
                      options: dict[str, int]) -> None:
     """Fills the partial dq of one group of kv heads."""
     grid, lists = call.over_lists(routing, tiles, group)
+    grid = (min(*grid, sm90.processors(call.q.device)),)
     launch(_attention_bwd_dq_sm90_kernel, grid, **call.arguments(
-        _attention_bwd_dq_sm90_kernel, **lists, dq_partial=dq_partial,
+        _attention_bwd_dq_sm90_kernel, **lists, tile_taken=tiles.taken, dq_partial=dq_partial,
         **sm90.strides_of_eight(q=call.q, k=call.k, v=call.v, do=call.do),
         **sm90.key_tiles(call.k, call.v, call.segments.chunk_size, options)))
 
@@ -107,13 +109,13 @@ def _rows(row_full, tile, part: gl.constexpr, BUFFERS: gl.constexpr):
 
 @gluon.jit
 def _write_rows(s, dp, lse, delta, indices, outs, smem, bars, ints, scales, part: gl.constexpr, step, tile,
-                H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, SHARED: gl.constexpr, D: gl.constexpr,
+                first, H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, SHARED: gl.constexpr, D: gl.constexpr,
                 BUFFERS: gl.constexpr, USE_TMA: gl.constexpr, RAGGED: gl.constexpr, GOES_ON: gl.constexpr):
     """Writes partial dq of 64 rows, whose first products are ``s`` and ``dp``; returns those of the next 64."""
     q_smem, do_smem, k_smem, v_smem = smem
     row_full, row_empty, k_full, v_full, kv_empty = bars
     dq_partial, first_head, group_heads = outs
-    count, kv_head, first_key, chunk_size = ints
+    count, kv_head, chunk_size = ints
     qk_scale, softmax_scale = scales
     BLOCK_N: gl.constexpr = k_smem[0].shape[1]
     OUT: gl.constexpr = _row_layout(D)
@@ -128,7 +130,7 @@ def _write_rows(s, dp, lse, delta, indices, outs, smem, bars, ints, scales, part
         step += 1
     if GOES_ON:
         next_s, next_dp = _start_tile(_rows(row_full, tile + 1, part, BUFFERS), smem, bars, step, USE_TMA)
-    index = tile * 128 + part * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, OUT))
+    index = first + part * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, OUT))
     this = _listed(indices, gl.minimum(index, count - 1), None, KS, SHARED)
     partial_row = _partial_row(this, kv_head, first_head, group_heads, H, G, KS)
     x = _through_tile(_tile(q_smem, rows), [x * softmax_scale for x in dq], OUT)
@@ -140,33 +142,40 @@ def _write_rows(s, dp, lse, delta, indices, outs, smem, bars, ints, scales, part
 
 
 @gluon.jit
-def _consumer(part: gl.constexpr, terms, indices, outs, smem, bars, ints, scales, H: gl.constexpr, G: gl.constexpr,
-              KS: gl.constexpr, SHARED: gl.constexpr, D: gl.constexpr, BUFFERS: gl.constexpr, USE_TMA: gl.constexpr,
-              RAGGED: gl.constexpr):
+def _consumer(part: gl.constexpr, terms, listed, outs, smem, bars, work, chunk_size, scales, H: gl.constexpr,
+              G: gl.constexpr, KS: gl.constexpr, SHARED: gl.constexpr, D: gl.constexpr, BUFFERS: gl.constexpr,
+              USE_TMA: gl.constexpr, RAGGED: gl.constexpr):
     """64 rows of every 128, by one group of four warps."""
-    q_smem, do_smem, k_smem, v_smem = smem
     row_full = bars[0]
-    count = ints[0]
-    kv_head = ints[1]
-    BLOCK_N: gl.constexpr = k_smem[0].shape[1]
+    BLOCK_N: gl.constexpr = smem[2][0].shape[1]
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
     lane = part * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
-    choice = _listed(indices, gl.minimum(lane, count - 1), None, KS, SHARED)
-    next_lse, next_delta = _load_terms(terms, choice, kv_head, H, G, KS)
-    choice = _listed(indices, gl.minimum(lane + 128, count - 1), None, KS, SHARED)
+    piece = 0
     step = 0
     tile = 0
-    s, dp = warpgroup_mma_wait(0, deps=_start_tile(_rows(row_full, tile, part, BUFFERS), smem, bars, step, USE_TMA))
-    for first in range(128, count, 128):
-        lse = next_lse
-        delta = next_delta
+    length, head, begin = _take(work, piece)
+    while length > 0:
+        count = length.to(gl.int32)
+        kv_head = head.to(gl.int32)
+        indices = listed + begin // SHARED
+        ints = (count, kv_head, chunk_size)
+        choice = _listed(indices, gl.minimum(lane, count - 1), None, KS, SHARED)
         next_lse, next_delta = _load_terms(terms, choice, kv_head, H, G, KS)
-        choice = _listed(indices, gl.minimum(first + 128 + lane, count - 1), None, KS, SHARED)
-        s, dp, step = _write_rows(s, dp, lse, delta, indices, outs, smem, bars, ints, scales, part, step, tile, H, G,
-                                  KS, SHARED, D, BUFFERS, USE_TMA, RAGGED, True)
+        choice = _listed(indices, gl.minimum(lane + 128, count - 1), None, KS, SHARED)
+        s, dp = warpgroup_mma_wait(0, deps=_start_tile(_rows(row_full, tile, part, BUFFERS), smem, bars, step, USE_TMA))
+        for first in range(0, count - 128, 128):
+            lse = next_lse
+            delta = next_delta
+            next_lse, next_delta = _load_terms(terms, choice, kv_head, H, G, KS)
+            choice = _listed(indices, gl.minimum(first + 256 + lane, count - 1), None, KS, SHARED)
+            s, dp, step = _write_rows(s, dp, lse, delta, indices, outs, smem, bars, ints, scales, part, step, tile,
+                                      first, H, G, KS, SHARED, D, BUFFERS, USE_TMA, RAGGED, True)
+            tile += 1
+        _, _, step = _write_rows(s, dp, next_lse, next_delta, indices, outs, smem, bars, ints, scales, part, step, tile,
+                                 (count - 1) // 128 * 128, H, G, KS, SHARED, D, BUFFERS, USE_TMA, RAGGED, False)
         tile += 1
-    _write_rows(s, dp, next_lse, next_delta, indices, outs, smem, bars, ints, scales, part, step, tile, H, G, KS,
-                SHARED, D, BUFFERS, USE_TMA, RAGGED, False)
+        piece += 1
+        length, head, begin = _take(work, piece)
 
 
 # Shared memory      written by                read by                                   full       empty (arrivals)
@@ -174,26 +183,17 @@ def _consumer(part: gl.constexpr, terms, indices, outs, smem, bars, ints, scales
 # q, own half        its group: dq, in place   its group, in other lines (own barrier)              the same
 # k                  loader, TMA or cp.async   both groups: scores, dq                   k_full     kv_empty (2)
 # v                  loader, TMA or cp.async   both groups: dp                           v_full     kv_empty (2)
+# work               loader                    both groups                               full       empty (2)
 @gluon.jit(do_not_specialize=["chunk_size", "num_chunks", "num_sequences", "kv_head_begin", "kv_head_end"])
 def _attention_bwd_dq_sm90_kernel(
-    q, k, k_rest, v, v_rest, do, terms, indices, tile_csr_row, tile_begin, tile_end, tile_indptr, cu_seqlens_k,
-    dq_partial, qk_scale, softmax_scale, chunk_size, num_chunks, num_sequences, kv_head_begin, kv_head_end,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,
+    q, k, k_rest, v, v_rest, do, terms, indices, tile_csr_row, tile_begin, tile_end, tile_indptr, tile_taken,
+    cu_seqlens_k, dq_partial, qk_scale, softmax_scale, chunk_size, num_chunks, num_sequences, kv_head_begin,
+    kv_head_end, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,
     H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr, SHARED: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
     EVEN: gl.constexpr, USE_TMA: gl.constexpr, RAGGED: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     BUFFERS: gl.constexpr, LOADER_REGS: gl.constexpr, CONSUMER_REGS: gl.constexpr, num_warps: gl.constexpr,
 ):
-    """A piece of the list of one (chunk, kv head)."""
-    tile = gl.program_id(0) + gl.load(tile_indptr + kv_head_begin * num_chunks)
-    if tile >= gl.load(tile_indptr + kv_head_end * num_chunks):
-        return
-    csr_row = gl.load(tile_csr_row + tile)
-    begin = gl.load(tile_begin + tile)
-    end = gl.load(tile_end + tile)
-    if begin >= end:  # nothing of the list is here; its chunk may even reach beyond the keys
-        return
-    kv_head = csr_row // num_chunks
-    first_key, _ = _chunk_keys(cu_seqlens_k, num_sequences, chunk_size, csr_row % num_chunks)
+    """Pieces of the lists of some kv heads, one after the other."""
     dtype: gl.constexpr = q.dtype.element_ty
     KEY_ARRIVALS: gl.constexpr = 1 if USE_TMA else 32 * LOADER_WARPS
     q_smem = _allocate(dtype, BUFFERS * 2, 64, D)
@@ -206,19 +206,22 @@ def _attention_bwd_dq_sm90_kernel(
     v_full = _barriers(STAGES, KEY_ARRIVALS)
     kv_empty = _barriers(STAGES, 2)
     fence_async_shared()
-    indices += begin // SHARED  # pieces begin with whole groups of heads
     smem = (q_smem, do_smem, k_smem, v_smem)
     bars = (row_full, row_empty, k_full, v_full, kv_empty)
-    ints = ((end - begin).to(gl.int32), kv_head, first_key, chunk_size)
+    work = _work(3, 2)
+    first_number = gl.load(tile_indptr + kv_head_begin * num_chunks)
+    end_number = gl.load(tile_indptr + kv_head_end * num_chunks)
+    tiles = (tile_csr_row, tile_begin, tile_end, tile_taken, first_number, end_number)
+    chunks = (cu_seqlens_k, num_sequences, num_chunks, chunk_size)
     outs = (dq_partial, kv_head_begin * G, (kv_head_end - kv_head_begin) * G)
     scales = (qk_scale, softmax_scale)
     strides = ((stride_qt, stride_qh, stride_dot, stride_doh), (stride_kt, stride_kh, stride_vt, stride_vh))
     gl.warp_specialize([
-        (_consumer, (0, terms, indices, outs, smem, bars, ints, scales, H, G, KS, SHARED, D, BUFFERS, USE_TMA,
-                     RAGGED)),
-        (_consumer, (1, terms, indices, outs, smem, bars, ints, scales, H, G, KS, SHARED, D, BUFFERS, USE_TMA,
-                     RAGGED)),
-        (_load_list, ((q, do), ((k, k_rest), (v, v_rest)), indices, ((q_smem, do_smem), k_smem, v_smem),
-                      (row_full, row_empty, k_full, v_full, kv_empty, kv_empty), ints, strides, H, G, KS, SHARED,
-                      (D, DV), EVEN, BUFFERS, USE_TMA, True)),
+        (_consumer, (0, terms, indices, outs, smem, bars, work, chunk_size, scales, H, G, KS, SHARED, D, BUFFERS,
+                     USE_TMA, RAGGED)),
+        (_consumer, (1, terms, indices, outs, smem, bars, work, chunk_size, scales, H, G, KS, SHARED, D, BUFFERS,
+                     USE_TMA, RAGGED)),
+        (_load_lists, ((q, do), ((k, k_rest), (v, v_rest)), indices, ((q_smem, do_smem), k_smem, v_smem),
+                       (row_full, row_empty, k_full, v_full, kv_empty, kv_empty), work, tiles, chunks, strides, H, G,
+                       KS, SHARED, (D, DV), EVEN, BUFFERS, USE_TMA, True)),
     ], [4, LOADER_WARPS], [CONSUMER_REGS, LOADER_REGS])

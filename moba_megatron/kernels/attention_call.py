@@ -68,6 +68,12 @@ class AttentionCall:
     def gluon(self) -> bool:
         return sm90.takes(self.q, self.k, self.v, *([] if self.do is None else [self.do]))
 
+    @functools.cached_property
+    def gluon_diagonal(self) -> bool:
+        """Whether the Gluon kernels can take diagonal chunks too, of which they copy all by descriptor."""
+        tensors = self.q, self.k, self.v, self.do or self.q
+        return self.gluon and self.choices > 0 and all(map(sm90.describable, tensors))
+
     def config(self, stage: str, **key: int) -> dict[str, int]:
         return tuning.config(stage, self.q.device, head_dim=max(self.q.shape[2], self.v.shape[2]),
                              chunk_size=self.segments.chunk_size, itemsize=self.q.dtype.itemsize, **key)

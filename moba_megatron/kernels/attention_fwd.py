@@ -95,12 +95,11 @@ def _sparse_config(call: AttentionCall) -> dict[str, int]:
 def _attention_fwd_sparse(call: AttentionCall, routing: Routing, tiles: Tiles, o_partial: Buffer, lse_partial: Buffer,
                           group: tuple[int, int], options: dict[str, int]) -> None:
     """Fills the partial o and lse of one group of kv heads."""
-    kernel = _attention_fwd_resident_kernel if "ROW_STAGES" in options else _attention_fwd_sparse_kernel
     grid, lists = call.over_lists(routing, tiles, group)
     wide = _wide(call.q, o_partial) or routing.indices.dtype == torch.int64
-    launch(kernel, grid, **call.arguments(
-        kernel, **call.key_tiles(options["BLOCK_N"]), **lists, o_partial=o_partial, lse_partial=lse_partial,
-        CHUNK=call.segments.chunk_size, WIDE=wide, **options))
+    launch(_attention_fwd_sparse_kernel, grid, **call.arguments(
+        _attention_fwd_sparse_kernel, **call.key_tiles(options["BLOCK_N"]), **lists, o_partial=o_partial,
+        lse_partial=lse_partial, CHUNK=call.segments.chunk_size, WIDE=wide, **options))
 
 
 def _wide(*tensors: Buffer) -> bool:
@@ -111,7 +110,10 @@ def _wide(*tensors: Buffer) -> bool:
 def _attention_fwd_diagonal(call: AttentionCall, o_partial: Buffer | None, lse_partial: Buffer | None, o: Buffer,
                             lse: Buffer, group: tuple[int, int]) -> None:
     """Writes o and lse of one group of kv heads."""
-    options = call.config("attention_fwd_diagonal", choices=call.choices)
+    options = call.config("attention_fwd_diagonal", choices=call.choices, gluon=call.gluon_diagonal)
+    if is_gluon(options):
+        run = sm90.kernel_module("attention_diagonal").attention_fwd_diagonal
+        return run(call, o_partial, lse_partial, o, lse, group, options)
     grid, queries = call.over_queries(options["BLOCK_M"], group)
     o_partial, use_tma = call.partial_tiles(o_partial, o.shape[2], options["BLOCK_M"], group)
     launch(_attention_fwd_diagonal_kernel, grid, **call.arguments(
@@ -174,56 +176,17 @@ def _store_partial(o_partial, lse_partial, partial_row, valid, acc, m, l, DV: tl
 
 
 @triton.jit(do_not_specialize=["num_chunks", "num_sequences", "kv_head_begin", "kv_head_end"])
-def _attention_fwd_resident_kernel(
-    q, k, v, indices, tile_csr_row, tile_begin, tile_end, tile_indptr, cu_seqlens_k, o_partial, lse_partial,
-    qk_scale, num_chunks, num_sequences, kv_head_begin, kv_head_end,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-    H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, SHARED: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr,
-    USE_TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, ROW_STAGES: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """A run of indices of one (chunk, kv head): the chunk's keys and values stay, the query rows stream past."""
-    tile = tl.program_id(0) + tl.load(tile_indptr + kv_head_begin * num_chunks)
-    end_tile = tl.load(tile_indptr + kv_head_end * num_chunks)
-    here = tl.minimum(tile, end_tile - 1)  # so that the table's loads need not wait for end_tile's
-    csr_row = tl.load(tile_csr_row + here)
-    begin = tl.load(tile_begin + here)
-    end = tl.load(tile_end + here)
-    if (tile >= end_tile) | (begin >= end):
-        return
-    kv_head = csr_row // num_chunks
-    first_key, _ = _chunk_keys(cu_seqlens_k, num_sequences, CHUNK, csr_row % num_chunks)
-    group_heads = (kv_head_end - kv_head_begin) * G
-    RAGGED: tl.constexpr = CHUNK < BLOCK_N
-    k_rows = _load_keys(k, first_key, first_key + CHUNK, kv_head, stride_kt, stride_kh, D, BLOCK_N, BLOCK_D, USE_TMA,
-                        RAGGED)
-    v_rows = _load_keys(v, first_key, first_key + CHUNK, kv_head, stride_vt, stride_vh, DV, BLOCK_N, BLOCK_DV, USE_TMA,
-                        RAGGED)
-    # the stages by name: else only what feeds a dot is loaded ahead, and not the indices that the stores need
-    for first in tl.range(begin, end, BLOCK_M, num_stages=ROW_STAGES):
-        q_rows, partial_row, valid = _gather_queries(q, indices, first, end, kv_head_begin * G, group_heads, stride_qt,
-                                                     stride_qh, H, KS, SHARED, D, BLOCK_M, BLOCK_D, WIDE)
-        s = tl.dot(q_rows, tl.trans(k_rows), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        if RAGGED:
-            s = tl.where(tl.arange(0, BLOCK_N)[None, :] < CHUNK, s, -float("inf"))
-        m = tl.max(s, 1) * qk_scale
-        p = tl.exp2(s * qk_scale - m[:, None])
-        acc = tl.dot(p.to(v_rows.dtype), v_rows, input_precision=PRECISION)  # [BLOCK_M, BLOCK_DV]
-        _store_partial(o_partial, lse_partial, partial_row, valid, acc, m, tl.sum(p, 1), DV, BLOCK_DV)
-
-
-@triton.jit(do_not_specialize=["num_chunks", "num_sequences", "kv_head_begin", "kv_head_end"])
 def _attention_fwd_sparse_kernel(
     q, k, v, indices, tile_csr_row, tile_begin, tile_end, tile_indptr, cu_seqlens_k, o_partial, lse_partial,
     qk_scale, num_chunks, num_sequences, kv_head_begin, kv_head_end,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, SHARED: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr,
-    USE_TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    USE_TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROW_STAGES: tl.constexpr = 0,
 ):
-    """BLOCK_M indices of one (chunk, kv head): the query rows stay, the chunk's keys and values stream past."""
+    """A run of indices of one (chunk, kv head): with ROW_STAGES the chunk's keys and values, which are one tile, stay,
+    and the query rows stream past; else BLOCK_M query rows stay."""
     tile = tl.program_id(0) + tl.load(tile_indptr + kv_head_begin * num_chunks)
     end_tile = tl.load(tile_indptr + kv_head_end * num_chunks)
     here = tl.minimum(tile, end_tile - 1)  # so that the table's loads need not wait for end_tile's
@@ -235,27 +198,44 @@ def _attention_fwd_sparse_kernel(
     kv_head = csr_row // num_chunks
     first_key, _ = _chunk_keys(cu_seqlens_k, num_sequences, CHUNK, csr_row % num_chunks)
     group_heads = (kv_head_end - kv_head_begin) * G
-    q_rows, partial_row, valid = _gather_queries(q, indices, begin, end, kv_head_begin * G, group_heads, stride_qt,
-                                                 stride_qh, H, KS, SHARED, D, BLOCK_M, BLOCK_D, WIDE)
     RAGGED: tl.constexpr = CHUNK % BLOCK_N != 0
-    m = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    for first in range(0, CHUNK, BLOCK_N):
-        k_rows = _load_keys(k, first_key + first, first_key + CHUNK, kv_head, stride_kt, stride_kh, D, BLOCK_N, BLOCK_D,
-                            USE_TMA, RAGGED)
-        s = tl.dot(q_rows, tl.trans(k_rows), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        if RAGGED:
-            s = tl.where(first + tl.arange(0, BLOCK_N)[None, :] < CHUNK, s, -float("inf"))
-        m_new = tl.maximum(m, tl.max(s, 1) * qk_scale)
-        p = tl.exp2(s * qk_scale - m_new[:, None])
-        alpha = tl.exp2(m - m_new)
-        l = l * alpha + tl.sum(p, 1)
-        v_rows = _load_keys(v, first_key + first, first_key + CHUNK, kv_head, stride_vt, stride_vh, DV, BLOCK_N,
-                            BLOCK_DV, USE_TMA, RAGGED)
-        acc = tl.dot(p.to(v_rows.dtype), v_rows, acc * alpha[:, None], input_precision=PRECISION)
-        m = m_new
-    _store_partial(o_partial, lse_partial, partial_row, valid, acc, m, l, DV, BLOCK_DV)
+    end_key = first_key + CHUNK
+    if ROW_STAGES:
+        k_rows = _load_keys(k, first_key, end_key, kv_head, stride_kt, stride_kh, D, BLOCK_N, BLOCK_D, USE_TMA, RAGGED)
+        v_rows = _load_keys(v, first_key, end_key, kv_head, stride_vt, stride_vh, DV, BLOCK_N, BLOCK_DV, USE_TMA,
+                            RAGGED)
+        # the stages by name: else only what feeds a dot is loaded ahead, and not the indices that the stores need
+        for first in tl.range(begin, end, BLOCK_M, num_stages=ROW_STAGES):
+            q_rows, partial_row, valid = _gather_queries(q, indices, first, end, kv_head_begin * G, group_heads,
+                                                         stride_qt, stride_qh, H, KS, SHARED, D, BLOCK_M, BLOCK_D, WIDE)
+            s = tl.dot(q_rows, tl.trans(k_rows), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+            if RAGGED:
+                s = tl.where(tl.arange(0, BLOCK_N)[None, :] < CHUNK, s, -float("inf"))
+            m = tl.max(s, 1) * qk_scale
+            p = tl.exp2(s * qk_scale - m[:, None])
+            acc = tl.dot(p.to(v_rows.dtype), v_rows, input_precision=PRECISION)  # [BLOCK_M, BLOCK_DV]
+            _store_partial(o_partial, lse_partial, partial_row, valid, acc, m, tl.sum(p, 1), DV, BLOCK_DV)
+    else:
+        q_rows, partial_row, valid = _gather_queries(q, indices, begin, end, kv_head_begin * G, group_heads, stride_qt,
+                                                     stride_qh, H, KS, SHARED, D, BLOCK_M, BLOCK_D, WIDE)
+        m = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        l = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+        for first in range(0, CHUNK, BLOCK_N):
+            k_rows = _load_keys(k, first_key + first, end_key, kv_head, stride_kt, stride_kh, D, BLOCK_N, BLOCK_D,
+                                USE_TMA, RAGGED)
+            s = tl.dot(q_rows, tl.trans(k_rows), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+            if RAGGED:
+                s = tl.where(first + tl.arange(0, BLOCK_N)[None, :] < CHUNK, s, -float("inf"))
+            m_new = tl.maximum(m, tl.max(s, 1) * qk_scale)
+            p = tl.exp2(s * qk_scale - m_new[:, None])
+            alpha = tl.exp2(m - m_new)
+            l = l * alpha + tl.sum(p, 1)
+            v_rows = _load_keys(v, first_key + first, end_key, kv_head, stride_vt, stride_vh, DV, BLOCK_N, BLOCK_DV,
+                                USE_TMA, RAGGED)
+            acc = tl.dot(p.to(v_rows.dtype), v_rows, acc * alpha[:, None], input_precision=PRECISION)
+            m = m_new
+        _store_partial(o_partial, lse_partial, partial_row, valid, acc, m, l, DV, BLOCK_DV)
 
 
 @triton.jit
@@ -285,18 +265,15 @@ def _diagonal_step(acc, m, l, q_rows, k, v, k_row, k_end, kv_head, keep_from, ke
 @triton.jit
 def _merge_partial(selected, o_partial, lse_partial, first_row, head_in_group, list_row, group_row, valid,
                    KS: tl.constexpr, BLOCK_KS: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
-                   BLOCK_M: tl.constexpr, USE_TMA: tl.constexpr, BY_ROWS: tl.constexpr):
+                   BLOCK_M: tl.constexpr, USE_TMA: tl.constexpr):
     """Each row's partial results together, as a step leaves them: sums, maximum, and the weights' sum. All log-sum-exps
-    are read first: then loads of o do not wait for each other. Their layout becomes that of these loads: 16 bytes each
-    where a row of theirs is a choice, 2 where a column is."""
-    AXIS: tl.constexpr = 0 if BY_ROWS else 1  # of the choices
-    j = tl.expand_dims(tl.arange(0, BLOCK_KS), 1 - AXIS)
-    listed = tl.expand_dims(valid, AXIS) & (j < KS)
-    chosen = tl.load(selected + tl.expand_dims(list_row, AXIS) * KS + j, mask=listed, other=-1) >= 0
-    partial_lse = tl.load(lse_partial + tl.expand_dims(group_row, AXIS) * KS + j, mask=chosen, other=-float("inf"))
-    m = tl.max(partial_lse, AXIS)
+    are read first: then loads of o do not wait for each other."""
+    j = tl.arange(0, BLOCK_KS)[None, :]
+    chosen = tl.load(selected + list_row[:, None] * KS + j, mask=valid[:, None] & (j < KS), other=-1) >= 0
+    partial_lse = tl.load(lse_partial + group_row[:, None] * KS + j, mask=chosen, other=-float("inf"))
+    m = tl.max(partial_lse, 1)
     shift = tl.where(m == -float("inf"), 0.0, m)  # a row may have chosen nothing
-    l = tl.sum(tl.exp2(partial_lse - tl.expand_dims(shift, AXIS)), AXIS)
+    l = tl.sum(tl.exp2(partial_lse - shift[:, None]), 1)
     cols = tl.arange(0, BLOCK_DV)
     merged = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for i in tl.range(0, KS, num_stages=3):  # without a count of stages only loads for a dot are pipelined
@@ -320,7 +297,7 @@ def _attention_fwd_diagonal_kernel(
     H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, SHARED: tl.constexpr, BLOCK_KS: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BY_ROWS: tl.constexpr = False,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """BLOCK_M queries of one segment and head: their partial results together, then their diagonal chunks."""
     tile = num_tiles - 1 - tl.program_id(0) // group_heads  # later tiles may have more keys: they start first
@@ -349,7 +326,7 @@ def _attention_fwd_diagonal_kernel(
     if KS > 0:  # first: two sums at once would not fit in registers
         acc, m, l = _merge_partial(selected, o_partial, lse_partial, first_row, head_in_group,
                                    (row * H + head) // SHARED, row * group_heads + head_in_group, valid, KS, BLOCK_KS,
-                                   DV, BLOCK_DV, BLOCK_M, USE_TMA, BY_ROWS)
+                                   DV, BLOCK_DV, BLOCK_M, USE_TMA)
     else:
         m = tl.full([BLOCK_M], -float("inf"), tl.float32)
         l = tl.zeros([BLOCK_M], tl.float32)

@@ -49,18 +49,13 @@ def _row_layout(D):
 
 
 @gluon.jit
-def _part(dtype, number: gl.constexpr, rows: gl.constexpr, width: gl.constexpr):
-    return gl.allocate_shared_memory(dtype, [number, rows, width],
-                                     gl.NVMMASharedLayout.get_default_for([rows, width], dtype))
-
-
-@gluon.jit
 def _allocate(dtype, number: gl.constexpr, rows: gl.constexpr, D: gl.constexpr):
     """``number`` tiles ``[rows, D]`` in shared memory, as a tuple of their parts."""
-    FIRST: gl.constexpr = sm90.widths(D)[0]
-    smem = (_part(dtype, number, rows, FIRST),)
-    if FIRST < D:
-        smem = smem + (_part(dtype, number, rows, D - FIRST),)
+    WIDTHS: gl.constexpr = sm90.widths(D)
+    smem = ()
+    for i in gl.static_range(len(WIDTHS)):
+        smem = smem + (gl.allocate_shared_memory(dtype, [number, rows, WIDTHS[i]],
+                                                 gl.NVMMASharedLayout.get_default_for([rows, WIDTHS[i]], dtype)),)
     return smem
 
 
@@ -225,39 +220,84 @@ def _kept(key, chunk_size, BLOCK_N: gl.constexpr, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def _load_list(rows, keys, indices, smem, bars, ints, strides, H: gl.constexpr, G: gl.constexpr, KS: gl.constexpr,
-               SHARED: gl.constexpr, DIMS: gl.constexpr, EVEN: gl.constexpr, BUFFERS: gl.constexpr,
-               USE_TMA: gl.constexpr, ONE_EMPTY: gl.constexpr):
-    """The loader of forward and dq: a list's rows of q (and do), 128 at a time, and for each 128 the chunk's keys.
+def _work(NUMBER: gl.constexpr, READERS: gl.constexpr):
+    """Where one group of warps hands over what comes next, NUMBER integers, two at a time; barriers full and empty."""
+    ONE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    return gl.allocate_shared_memory(gl.int64, [2 * NUMBER, 1], ONE), _barriers(2, 1), _barriers(2, READERS)
 
-    Forward (not ONE_EMPTY) keeps a chunk that is one tile.
-    """
+
+@gluon.jit
+def _hand(work, piece, values, WARPS: gl.constexpr):
+    """Hands integers over, as soon as all have taken those of two pieces before; the first is 0 at the end."""
+    smem, full, empty = work
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    mbarrier.wait(empty.index(piece & 1), ((piece >> 1) & 1) ^ 1)
+    for i in gl.static_range(len(values)):
+        smem.index((piece & 1) * len(values) + i).store(gl.zeros([1], gl.int64, layout=ONE) + values[i])
+    mbarrier.arrive(full.index(piece & 1), count=1)
+
+
+@gluon.jit
+def _take(work, piece):
+    """The integers of the next piece, as soon as they were handed over."""
+    smem, full, empty = work
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    NUMBER: gl.constexpr = smem.shape[0] // 2
+    mbarrier.wait(full.index(piece & 1), (piece >> 1) & 1)
+    values = ()
+    for i in gl.static_range(NUMBER):
+        values = values + (gl.sum(smem.index((piece & 1) * NUMBER + i).load(ONE), 0),)
+    mbarrier.arrive(empty.index(piece & 1), count=1)
+    return values
+
+
+@gluon.jit
+def _load_lists(rows, keys, indices, smem, bars, work, tiles, chunks, strides, H: gl.constexpr, G: gl.constexpr,
+                KS: gl.constexpr, SHARED: gl.constexpr, DIMS: gl.constexpr, EVEN: gl.constexpr, BUFFERS: gl.constexpr,
+                USE_TMA: gl.constexpr, ONE_EMPTY: gl.constexpr):
+    """The loader of forward and dq: pieces of lists, one after the other, until all are taken. Of each its rows of q
+    (and do), 128 at a time, and for each 128 the chunk's keys; forward (not ONE_EMPTY) keeps a chunk that is one tile.
+    The next rows are gathered after the keys of those before: who waits for rows to be used up holds no keys back."""
     row_smem, k_smem, v_smem = smem
     row_full, row_empty, k_full, v_full, k_empty, v_empty = bars
-    count, kv_head, first_key, chunk_size = ints
+    tile_csr_row, tile_begin, tile_end, tile_taken, first_number, end_number = tiles
+    cu_seqlens_k, num_sequences, num_chunks, chunk_size = chunks
     row_strides, key_strides = strides
     BLOCK_N: gl.constexpr = k_smem[0].shape[1]
     ROWS: gl.constexpr = _row_layout(DIMS[0])
-    gl.static_assert(BUFFERS > 1, "rows are gathered ahead, before the last keys of those that are in use")
+    gl.static_assert(BUFFERS > 1, "rows are gathered while those before are in use")
     lane = gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS))
-    end = first_key + chunk_size
-    choice0 = _listed(indices, gl.minimum(lane, count - 1), None, KS, SHARED)  # the last choice fills up
-    choice1 = _listed(indices, gl.minimum(64 + lane, count - 1), None, KS, SHARED)
-    _gather(rows, row_smem, row_full, 0, (choice0, choice1), kv_head, row_strides, H, G, KS, DIMS, EVEN, ROWS)
+    piece = 0
     step = 0
-    tile = 1
-    for first in range(0, count, 128):
-        choice0 = _listed(indices, gl.minimum(first + 128 + lane, count - 1), None, KS, SHARED)
-        choice1 = _listed(indices, gl.minimum(first + 192 + lane, count - 1), None, KS, SHARED)
-        if ONE_EMPTY | (first == 0) | (chunk_size > BLOCK_N):
-            step = _load_tile(keys, smem, bars, step, first_key, end, kv_head, key_strides, DIMS, USE_TMA, ONE_EMPTY,
-                              ROWS)
-        if first + 128 < count:
-            buffer = tile % BUFFERS
-            mbarrier.wait(row_empty.index(buffer), ((tile // BUFFERS) & 1) ^ 1)
-            _gather(rows, row_smem, row_full, buffer, (choice0, choice1), kv_head, row_strides, H, G, KS, DIMS,
-                    EVEN, ROWS)
-            tile += 1
-        for key in range(BLOCK_N, chunk_size, BLOCK_N):
-            step = _load_tile(keys, smem, bars, step, first_key + gl.minimum(key, chunk_size - BLOCK_N), end, kv_head,
-                              key_strides, DIMS, USE_TMA, ONE_EMPTY, ROWS)
+    tile = 0
+    number = first_number + gl.program_id(0)
+    while number < end_number:
+        csr_row = gl.load(tile_csr_row + number)
+        begin = gl.load(tile_begin + number)
+        count = (gl.load(tile_end + number) - begin).to(gl.int32)
+        if count > 0:  # else nothing of the list is here; its chunk may even reach beyond the keys
+            kv_head = csr_row // num_chunks
+            first_key, _ = _chunk_keys(cu_seqlens_k, num_sequences, chunk_size, csr_row % num_chunks)
+            end = first_key + chunk_size
+            listed = indices + begin // SHARED  # pieces begin with whole groups of heads
+            _hand(work, piece, (count, kv_head, begin), LOADER_WARPS)
+            piece += 1
+            choice0 = _listed(listed, gl.minimum(lane, count - 1), None, KS, SHARED)  # the last choice fills up
+            choice1 = _listed(listed, gl.minimum(64 + lane, count - 1), None, KS, SHARED)
+            for first in range(0, count, 128):
+                mbarrier.wait(row_empty.index(tile % BUFFERS), ((tile // BUFFERS) & 1) ^ 1)
+                _gather(rows, row_smem, row_full, tile % BUFFERS, (choice0, choice1), kv_head, row_strides, H, G, KS,
+                        DIMS, EVEN, ROWS)
+                tile += 1
+                choice0 = _listed(listed, gl.minimum(first + 128 + lane, count - 1), None, KS, SHARED)
+                choice1 = _listed(listed, gl.minimum(first + 192 + lane, count - 1), None, KS, SHARED)
+                if ONE_EMPTY | (first == 0) | (chunk_size > BLOCK_N):
+                    for key in range(0, chunk_size, BLOCK_N):
+                        row = first_key + gl.maximum(gl.minimum(key, chunk_size - BLOCK_N), 0)
+                        step = _load_tile(keys, smem, bars, step, row, end, kv_head, key_strides, DIMS, USE_TMA,
+                                          ONE_EMPTY, ROWS)
+        taken = gl.atomic_add(tile_taken, 1)
+        number = first_number + gl.num_programs(0) + taken
+        if taken == end_number - first_number - 1:  # the last of all that take: the next launch begins at 0
+            gl.store(tile_taken, 0)
+    _hand(work, piece, (0, 0, 0), LOADER_WARPS)

@@ -20,9 +20,9 @@ from .launcher import Buffer, empty, launch, stage
 PROGRAMS = 8192
 """Programs that count and place. More than a card holds at once: they then write to a few kv heads' CSR rows at a time,
 which the second-level cache holds until its lines are full."""
-MOST_GROUPS = 1024
-"""Groups of tokens of a kv head, at most: their counters are added up one after the other, by few programs where heads
-are few."""
+MOST_GROUPS, GROUP_COUNTERS = 1024, 1 << 21
+"""Groups of tokens of a kv head, at most, whose counters are added up one after the other, and their counters, of which
+the second-level cache holds no more beside the ends of the lists."""
 COUNTER_BYTES = 32 << 20
 """Bound of the counters' memory, or half of the indices' where that is more; fewer groups of tokens keep to it."""
 TILES = 256
@@ -46,6 +46,7 @@ class Tiles:
         csr_row: int32 ``[num_tiles]``.
         begin, end: ``[num_tiles]``, range of indices; in the dtype of the indices.
         indptr: int32 ``[num_csr_rows + 1]``, the first tile of each row, and the end of the last one's.
+        taken: int32 ``[1]``, 0: how many tiles programs have taken that take one after the other; they leave 0.
         block: indices in a tile.
     """
 
@@ -53,6 +54,7 @@ class Tiles:
     begin: Tensor
     end: Tensor
     indptr: Tensor
+    taken: Tensor
     block: int
 
     @classmethod
@@ -61,7 +63,7 @@ class Tiles:
         rows, device, dtype = routing.num_csr_rows, routing.indptr.device, routing.indptr.dtype
         number = routing.num_choices // block + rows
         return cls(*(empty((size,), dtype, device) for size, dtype in (
-            (number, torch.int32), (number, dtype), (number, dtype), (rows + 1, torch.int32))), block)
+            (number, torch.int32), (number, dtype), (number, dtype), (rows + 1, torch.int32), (1, torch.int32))), block)
 
 
 def tile_arguments(tiles: Tiles | None) -> tuple[Tensor | int | None, ...]:
@@ -70,9 +72,9 @@ def tile_arguments(tiles: Tiles | None) -> tuple[Tensor | int | None, ...]:
     A number more than there are tiles: ``indptr`` may have as many.
     """
     if tiles is None:
-        return 0, None, None, None, None, 0, 1
+        return 0, None, None, None, None, None, 0, 1
     number = tiles.csr_row.numel()
-    return number // TILES + 1, tiles.csr_row, tiles.begin, tiles.end, tiles.indptr, number, tiles.block
+    return number // TILES + 1, tiles.csr_row, tiles.begin, tiles.end, tiles.indptr, tiles.taken, number, tiles.block
 
 
 def route(selected: Tensor, num_kv_heads: int, num_chunks: int, shared: int = 1) -> Routing:
@@ -100,12 +102,14 @@ def route_in_tiles(selected: Buffer, num_kv_heads: int, num_chunks: int, block: 
     limit = max(COUNTER_BYTES // indices.dtype.itemsize, indices.numel() // 2) // (num_kv_heads * num_chunks)
     num_groups, tokens = token_groups(total, cdiv(options["BLOCK"], group * choices),
                                       max(1, selected.numel() >> 29,  # a group numbers its own in 32 bits
-                                          min(PROGRAMS // num_kv_heads, MOST_GROUPS, limit)))
+                                          min(PROGRAMS // num_kv_heads, MOST_GROUPS, limit,
+                                              max(1, GROUP_COUNTERS // num_chunks))))
     counts = empty((num_kv_heads * num_groups * num_chunks + 1,), dtype, device)  # and a ticket
     sizes = (total, tokens, num_chunks, num_groups)
     shape = dict(H=num_heads, G=group, KS=choices)
     programs = num_groups * num_kv_heads
-    launch(_route_count_kernel, (programs,), selected, counts, *sizes, **shape, BLOCK=1024, num_warps=4)
+    warps = 4 if programs > 1000 else 16
+    launch(_route_count_kernel, (programs,), selected, counts, *sizes, **shape, BLOCK=256 * warps, num_warps=warps)
     launch(_route_sum_kernel, (cdiv(num_chunks, 32) * num_kv_heads,), counts, indptr, num_chunks, num_groups,
            num_kv_heads, SHARED=shared, BLOCK_G=256, BLOCK_C=32, BLOCK=2048, num_warps=8)
     launch(_route_place_kernel, (tile_programs + programs,), selected, counts, indptr, indices, *sizes, tile_programs,
@@ -185,7 +189,7 @@ def _route_sum_kernel(counts, indptr, num_chunks, num_groups, num_kv_heads, SHAR
 
 @triton.jit(do_not_specialize=["total", "tokens", "num_chunks", "num_groups", "tile_programs", "num_tiles", "block"])
 def _route_place_kernel(selected, counts, indptr, indices, total, tokens, num_chunks, num_groups, tile_programs,
-                        tile_csr_row, tile_begin, tile_end, tile_indptr, num_tiles, block,
+                        tile_csr_row, tile_begin, tile_end, tile_indptr, tile_taken, num_tiles, block,
                         H: tl.constexpr, G: tl.constexpr, KS: tl.constexpr, SHARED: tl.constexpr, TILES: tl.constexpr,
                         BLOCK: tl.constexpr, WARP: tl.constexpr):
     """Writes the choices of one group of tokens and one kv head to their places, BLOCK at a time, in order.
@@ -194,8 +198,8 @@ def _route_place_kernel(selected, counts, indptr, indices, total, tokens, num_ch
     """
     if tile_csr_row is not None:
         if tl.program_id(0) < tile_programs:
-            _make_tiles(indptr, H // G * num_chunks, tile_csr_row, tile_begin, tile_end, tile_indptr, num_tiles,
-                        block, TILES)
+            _make_tiles(indptr, H // G * num_chunks, tile_csr_row, tile_begin, tile_end, tile_indptr, tile_taken,
+                        num_tiles, block, TILES)
             return
     program = tl.program_id(0) - tile_programs
     kv_head = program // num_groups
@@ -256,15 +260,18 @@ def _places(counters, chunks, lane, WARP: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["num_csr_rows", "num_tiles", "block"])
-def _make_tiles_kernel(indptr, num_csr_rows, tile_csr_row, tile_begin, tile_end, tile_indptr, num_tiles, block,
-                       TILES: tl.constexpr):
-    _make_tiles(indptr, num_csr_rows, tile_csr_row, tile_begin, tile_end, tile_indptr, num_tiles, block, TILES)
+def _make_tiles_kernel(indptr, num_csr_rows, tile_csr_row, tile_begin, tile_end, tile_indptr, tile_taken, num_tiles,
+                       block, TILES: tl.constexpr):
+    _make_tiles(indptr, num_csr_rows, tile_csr_row, tile_begin, tile_end, tile_indptr, tile_taken, num_tiles, block,
+                TILES)
 
 
 @triton.jit
-def _make_tiles(indptr, num_csr_rows, tile_csr_row, tile_begin, tile_end, tile_indptr, num_tiles, block,
+def _make_tiles(indptr, num_csr_rows, tile_csr_row, tile_begin, tile_end, tile_indptr, tile_taken, num_tiles, block,
                 TILES: tl.constexpr):
-    """TILES tiles, and where the tiles of as many CSR rows begin, by one program."""
+    """TILES tiles, and where the tiles of as many CSR rows begin, by one program; the first sets ``tile_taken``."""
+    if tl.program_id(0) == 0:
+        tl.store(tile_taken, 0)
     item = tl.program_id(0) * TILES + tl.arange(0, TILES)
     csr_row = _find_piece(indptr, num_csr_rows, block, item)
     begin, end = _piece_items(indptr, csr_row, block, item)

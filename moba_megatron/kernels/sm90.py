@@ -56,6 +56,11 @@ def rows_per_program(options: dict[str, int], rows: int, shared: int) -> int:
     return max(step, min(options["SPLIT"], rows // PROGRAMS) // step * step)
 
 
+def processors(device: torch.device) -> int:
+    """How many programs that take one piece of work after the other there are."""
+    return 2 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def key_tiles(k: Buffer, v: Buffer, chunk_size: int, options: dict[str, int]) -> dict[str, object]:
     """The options, and k and v for a kernel that streams the keys of whole chunks: through descriptors if possible.
 
@@ -65,7 +70,7 @@ def key_tiles(k: Buffer, v: Buffer, chunk_size: int, options: dict[str, int]) ->
     if chunk_size % options["BLOCK_N"] and chunk_size % 64 == 0:
         block_n = 64
     ragged = chunk_size % block_n != 0
-    use_tma = chunk_size >= block_n and _describable(k) and _describable(v)
+    use_tma = chunk_size >= block_n and describable(k) and describable(v)
     sources = {}
     for name, x in (("k", k), ("v", v)):
         parts = [described(x, block_n, width) for width in widths(x.shape[2])] if use_tma else [x]
@@ -80,7 +85,7 @@ def widths(dim: int) -> tuple[int, ...]:
     return (first, dim - first) if first < dim else (first,)
 
 
-def _describable(x: Buffer) -> bool:
+def describable(x: Buffer) -> bool:
     """Whether :func:`described` can: the heads of a token side by side, at coordinates of 32 bits."""
     row, head = _strides(x)
     width = (x.shape[1] - 1) * head + x.shape[2]
@@ -117,7 +122,7 @@ def unusable() -> str | None:
     if not triton.__version__.startswith(("3.6.", "3.7.", "3.8.", "3.9.")):
         return f"they are written for Triton 3.6 to 3.9, this is {triton.__version__}"
     try:
-        for name in ("attention_fwd", "attention_bwd_dq", "attention_bwd_dkdv", "gating"):
+        for name in ("attention_fwd", "attention_bwd_dq", "attention_bwd_dkdv", "attention_diagonal", "gating"):
             kernel_module(name)
     except (ImportError, AttributeError) as error:  # Gluon is experimental: names come and go
         return f"{type(error).__name__}: {error}"

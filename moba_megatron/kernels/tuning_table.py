@@ -42,7 +42,7 @@ def _c(block_m: int, block_n: int, warps: int, stages: int, **more: int) -> dict
 
 def _sm90(stages: int, **more: int) -> dict[str, int]:
     """The Gluon passes' (``sm90.py``): one group of four warps loads, two multiply."""
-    return {"STAGES": stages, "LOADER_REGS": 40, "CONSUMER_REGS": 232, "num_warps": 4, "num_stages": 1, **more}
+    return {"STAGES": stages, "LOADER_REGS": 40, "CONSUMER_REGS": 232, "num_warps": 4, "num_stages": 1} | more
 
 
 def _portable(*sizes: tuple[int, int, int, int], **more: int) -> tuple[Row, ...]:
@@ -95,12 +95,12 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("sm_90 sm_100", K128 | {"chunk_size": 64}, _c(64, 64, 4, 3, SPLIT=2048)),
         Row("sm_90", K64 | {"chunk_size": 128}, RESIDENT),
         Row("sm_100", K128 | {"chunk_size": 128}, RESIDENT),
-        Row("sm_90", K64, _sm90(4, BLOCK_N=128, BUFFERS=2, SPLIT=2048),
+        Row("sm_90", K64, _sm90(4, BLOCK_N=128, BUFFERS=2, SPLIT=1024),
             f"{D64}: 10.3 ms, SPLIT 1024 10.8, two programs a processor (64 keys, 104 registers) 10.8, Triton's 11.0"),
         Row("sm_90 sm_100", K64, _c(64, 128, 4, 2),
             "H200, 8 heads of 64, 128K/512/3: 0.91 ms; 64x64 at 3 stages 0.94, 128x64 1.12"),
         Row("sm_90", K128 | {"chunk_size": 127}, RESIDENT),
-        Row("sm_90", K128 | {"chunk_size": 128}, _sm90(2, BLOCK_N=128, BUFFERS=3, SPLIT=1024),
+        Row("sm_90", K128 | {"chunk_size": 128}, _sm90(2, BLOCK_N=128, BUFFERS=3, SPLIT=2048),
             "H200, 128K/128/16: 7.1 ms, 2 buffers 7.3 to 7.6, 1 stage 7.0; documents 6.4, 2 buffers 6.5"),
         Row("sm_90", K128, _sm90(2, BLOCK_N=128, BUFFERS=2, SPLIT=1024),
             "H200, 128K/512/8: 7.1 to 7.4 ms, Triton's 9.0; 64 keys, 4 stages 8.6; SPLIT 512 8.1; chunk 256: 4.65, "
@@ -113,8 +113,6 @@ TABLE: dict[str, tuple[Row, ...]] = {
             f"{FP32}: forward 0.8 ms less than 64x32, 4 warps, of 4.9"),
         Row("sm_90", K192, _sm90(3, BLOCK_N=64, BUFFERS=2, SPLIT=1024),
             f"{MLA}: 4.2 ms, 2 stages 4.3, 128 keys 4.8, Triton's 7.1"),
-        Row("sm_90", K192, _c(128, 32, 4, 2),
-            f"{MLA}: forward 12.3 ms, 64x32, 3 stages 12.8, 128x64, 8 warps 13.3, 64x64 16.8"),
         Row("sm_90", {"itemsize": 2}, _c(128, 64, 8, 2),
             f"{D256}: forward 18.3 ms, 64x32, 4 warps 18.8, 64x64 20.8, 128x32, 4 warps 56.2"),
         *_portable((64, 64, 4, 2), (32, 32, 4, 1), (64, 32, 4, 1), (16, 16, 4, 1)),
@@ -123,17 +121,10 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "attention_fwd_diagonal": (
         Row("sm_90 sm_100", K128 | {"choices": 0}, _c(128, 64, 8, 3),
             "H200, dense 32K: 9.5 ms (462 TFLOP/s); 128x64 at 4 warps 10.3; 128x128 at 8 warps 10.9; 64x64 11.6"),
-        Row("sm_90", K128 | {"triton": 305}, _c(64, 64, 4, 2),
-            "not timed: Triton 3.5 spills 2 to 5 KB in 128 registers"),
         Row("sm_90", K64, _c(64, 64, 4, 2, maxnreg=128),
-            f"{D64}: 2.6 ms, without maxnreg 2.9, 64x32 2.9, 128 rows 3.0; chunks of 128 2.0, also by rows"),
-        Row("sm_90", K128 | {"chunk_size": 64}, _c(64, 64, 4, 2, BY_ROWS=1),
-            "3.3 ms at 128K/64/16, by columns 4.1; 8.5 at 128K/32/32, 9.1"),
-        Row("sm_90", K128 | {"choices": 8}, _c(64, 32, 4, 2, maxnreg=128),
-            f"{GQA}: 5.1 ms, 64x64 5.6, in 168 registers 5.2, 3 stages 5.7; documents in chunks of 128 3.8, 64x64 4.1"),
-        Row("sm_90", K128 | {"chunk_size": 128}, _c(64, 64, 4, 2, BY_ROWS=1),
-            "3.4 ms at 128K/128/16, 64x32 in 128 registers by columns 4.7; with 7 choices 3.9, 3.4"),
-        Row("sm_90", K128, _c(64, 32, 4, 2, maxnreg=128)),
+            f"{D64}: 2.6 ms, without maxnreg 2.9, 64x32 2.9, 128 rows 3.0, in Gluon 2.8; chunks of 128 2.0"),
+        Row("sm_90", K128 | {"choices": 31}, _sm90(2, BLOCK_N=64, SLOTS=3, CONSUMER_REGS=224),
+            f"{GQA}: 4.0 ms, Triton's 5.1; 128K/128/8 1.5, 1.9"),
         Row("sm_100", K128, _c(64, 64, 4, 3)),
         Row("*", K128, _c(64, 64, 4, 2)),
         Row("sm_90", {"head_dim": 128, "ieee": 0}, _c(64, 32, 4, 1)),
@@ -177,8 +168,6 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("sm_90", K192 | {"chunk_size": 128}, _c(64, 64, 8, 2, SPLIT=4096)),
         Row("sm_90", K192, _sm90(4, BLOCK_M=32, BLOCK_N=128, SPLIT=4096),
             f"{MLA}: 9.3 ms, 3 stages 9.5, 6 9.4, Triton's 20.1"),
-        Row("sm_90", K192, _c(16, 64, 4, 2, SPLIT=4096),
-            f"{MLA}: backward 58.1 ms, 64x64, 8 warps 59.6, 64x128 63.0, 32x32 79.1"),
         Row("sm_90", {"itemsize": 2, "chunk_size": 128}, _c(64, 64, 8, 2, SPLIT=4096)),
         Row("sm_90", {"head_dim": 256, "itemsize": 2},
             _sm90(2, BLOCK_M=64, BLOCK_N=64, SPLIT=4096, LOADER_REGS=80, CONSUMER_REGS=216)),
@@ -188,7 +177,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     # BLOCK_M gathered rows against the chunk, BLOCK_N keys at a time, into partial dq
     "attention_bwd_dq": (
-        Row("sm_90", K64, _sm90(3, BLOCK_N=128, BUFFERS=2, SPLIT=2048),
+        Row("sm_90", K64, _sm90(3, BLOCK_N=128, BUFFERS=2, SPLIT=1024),
             f"{D64}: 10.9 ms, 2 stages, SPLIT 1024 11.1, 64 keys, 3 stages 12.2, Triton's 11.5"),
         Row("sm_90", K96, _sm90(2, BLOCK_N=128, BUFFERS=2, SPLIT=1024),
             f"{D96}: 15.2 ms, 64 keys, 3 or 4 stages 16.4, Triton's 22.4; heads of 80 at 32K 3.6, 3.5, 5.1"),
@@ -199,8 +188,6 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("sm_90", {"head_dim": 128, "ieee": 0}, _c(128, 32, 8, 1), f"{FP32}: backward 38.1 ms, 64x32, 4 warps 40.8"),
         Row("sm_90", K192, _sm90(2, BLOCK_N=32, BUFFERS=2, SPLIT=1024),
             f"{MLA}: 7.1 ms, 3 stages 7.4, 64 keys, 1 stage 8.8, Triton's 9.9"),
-        Row("sm_90", K192, _c(64, 32, 4, 2),
-            f"{MLA}: backward 56.9 ms, 128x32, 8 warps, 3 stages 57.2, 64x64 58.3, 32x32 79.1"),
         Row("sm_90", {"itemsize": 2}, _c(128, 32, 8, 3),
             f"{D256}: backward 71.2 ms, 2 stages 73.8, 64x32, 4 warps, 3 stages 74.4, 32x32 93.8"),
         *_portable((64, 32, 4, 1), (32, 16, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)),
@@ -208,10 +195,10 @@ TABLE: dict[str, tuple[Row, ...]] = {
     # BLOCK_M queries of one head against their diagonal chunk, BLOCK_N keys at a time, then the sum of partial dq
     "attention_bwd_dq_diagonal": (
         Row("sm_90", K64, _c(64, 64, 4, 2, maxnreg=128),
-            f"{D64}: 2.2 ms, without maxnreg 2.4, 64x32 2.4, in 104 registers 3.1; chunks of 128 1.6, 1.8"),
-        Row("sm_90", K128, _c(64, 32, 4, 2, maxnreg=168),
-            f"{GQA}: 4.8 ms, 64x64 5.2, in 128 registers 5.3; 64 short sequences 2.5, 64x64 2.9"),
-        Row("sm_100", K128, _c(64, 64, 4, 2)),
+            f"{D64}: 2.2 ms, without maxnreg 2.4, 64x32 2.4, in 104 registers 3.1, in Gluon 2.5; chunks of 128 1.6"),
+        Row("sm_90", K128 | {"choices": 31}, _sm90(2, BLOCK_N=64, SLOTS=2, CONSUMER_REGS=224),
+            f"{GQA}: 4.2 ms, Triton's 4.7; 128K/128/8 1.65, 1.75"),
+        Row("sm_90 sm_100", K128, _c(64, 64, 4, 2)),
         Row("sm_90", {"head_dim": 128, "ieee": 0}, _c(64, 32, 4, 1)),
         Row("sm_90", {"itemsize": 2}, _c(64, 64, 8, 2),
             f"{MLA}: backward 1.0 ms less than 32x32, 4 warps, of 79; 256: 1.6 less of 94"),

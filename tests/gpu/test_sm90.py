@@ -69,6 +69,14 @@ def always(launched):
         yield launched
 
 
+def diagonal_by_triton():
+    """Within the block the portable kernels take diagonal chunks and sum up partial results."""
+    return tuning.forced(configs=tuning.forced_settings.get("configs", {}) | {
+        stage: next(row.config for row in TABLE[stage]
+                    if row.archs == "*" and row.upto == {"head_dim": 128, "itemsize": 2})
+        for stage in ("attention_fwd_diagonal", "attention_bwd_dq_diagonal")})
+
+
 def kernels_for(chunk):
     """The kernels that the fixture ``always`` makes a chunk size use, where there are choices."""
     return ALL if chunk > 128 else WHOLE_CHUNK
@@ -179,12 +187,16 @@ def test_layouts_and_groups_of_heads_give_the_same_bits(chunk, always, monkeypat
     q, k, v, selected, segments = test_attention_fwd.problem([3000], chunk, 4, heads=8, kv_heads=4)
     first = run(*(x.contiguous() for x in (q, k, v)), selected, segments)
     heads_outside = run(*(x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v)), selected, segments)
+    with diagonal_by_triton():  # their diagonal chunks are Triton's: no descriptor has heads outside
+        same = run(*(x.contiguous() for x in (q, k, v)), selected, segments)
     monkeypatch.setenv("MOBA_WORKSPACE_MIB", "4")
-    for other in (run(q, k, v, selected, segments), heads_outside):
-        for a, b in zip(first[:3], other):
+    for one, other in ((first, run(q, k, v, selected, segments)), (same, heads_outside)):
+        for a, b in zip(one[:3], other):
             assert torch.equal(a, b)
-        for a, b in zip(first[3:], other[3:]):  # their lists may be cut elsewhere
+        for a, b in zip(one[3:], other[3:]):  # their lists may be cut elsewhere
             assert comparison.relative_error(a, b.double()) < 1e-2
+    for a, b in zip(first, same):
+        assert comparison.relative_error(a, b.double()) < 1e-2
     assert set(always) == kernels_for(chunk)
 
 
@@ -196,6 +208,41 @@ def test_a_smaller_last_group_of_heads(chunk, always, monkeypatch):
     assert head_groups(3, 3000 * 2 * 3 * 128 * 2) == [(0, 2), (2, 3)]
     test_attention_bwd.check(*tensors)
     assert "attention_bwd_dkdv" in always
+
+
+@pytest.mark.parametrize("lengths", [[300, 1, 70, 1000, 0, 40, 513], [64, 63, 65, 128, 129, 127, 1400]], ids=str)
+def test_nan_of_other_sequences_stays_there(lengths, launched):
+    """Tiles of queries and keys reach into the next sequence, and into rows that no sequence has."""
+    q, k, v, selected, segments = test_attention_fwd.problem(lengths, 128, 4, heads=4, kv_heads=2)
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    expected = run(q, k, v, selected, segments)
+    for bad in range(len(lengths)):
+        rows = slice(ends[bad] - lengths[bad], ends[bad])
+        poisoned = [x.clone() for x in (q, k, v)]
+        for x in poisoned:
+            x[rows] = float("nan")
+        for a, b in zip(expected, run(*poisoned, selected, segments)):
+            a, b = a.clone(), b.clone()
+            a[rows], b[rows] = 0, 0
+            assert torch.equal(a, b), bad
+
+
+@pytest.mark.parametrize("change", ["chunk 512", "chunk 100, parts", "choices of few rows", "topk 16"])
+def test_diagonal_chunks_as_by_triton(change, launched, monkeypatch):
+    case = {"chunk 512": dict(lengths=[3000, 5, 700], chunk=512, topk=4, heads=8, kv_heads=2),
+            "chunk 100, parts": PARTS["chunk 200, gqa"] | dict(chunk=100),
+            "choices of few rows": dict(lengths=[1000] * 3, chunk=128, topk=8, heads=2, kv_heads=2),
+            "topk 16": dict(lengths=[3000], chunk=64, topk=16, heads=2, kv_heads=1)}[change]
+    tensors, module = test_attention_fwd.problem(**case), sm90.kernel_module("attention_diagonal")
+    count = collections.Counter()
+    monkeypatch.setattr(module, "launch", lambda kernel, *args, launch=module.launch, **named: (
+        count.update([kernel.fn.__name__]), launch(kernel, *args, **named)))
+    found = run(*tensors)
+    assert set(count) == {"_attention_fwd_diagonal_sm90_kernel", "_attention_bwd_dq_diagonal_sm90_kernel"}
+    with diagonal_by_triton():
+        for a, b in zip(found, run(*tensors)):
+            assert comparison.relative_error(a, b.double()) < 4e-3
+    assert sum(count.values()) == 2
 
 
 @pytest.mark.parametrize("chunk", [100, 200, 512])

@@ -37,12 +37,13 @@ ALL_CASES = {**CASES, "many chunks": dict(lengths=[12000, 0, 1, 5000], chunk=16,
 LISTS = 640
 """Rows of a piece of a list: five tiles of the forward, ten steps of dk and dv; longer lists are cut."""
 SLOW, QUICK = 6000, 100
-MODES = {  # longest sleeps, in ns, of consumer 0, consumer 1 and the loader
-    "all": (SLOW // 3,) * 3,
-    "loader slow": (QUICK, QUICK, SLOW),
-    "consumer 0 slow": (SLOW, QUICK, QUICK),
-    "consumer 1 slow": (QUICK, SLOW, QUICK),
-    "only one warp group sleeps": (0, SLOW, 0),
+MODES = {  # longest sleeps, in ns, of consumer 0, consumer 1, the loader and the warp that finds tiles
+    "all": (SLOW // 3,) * 4,
+    "loader slow": (QUICK, QUICK, SLOW, QUICK),
+    "finder slow": (QUICK, QUICK, QUICK, SLOW),
+    "consumer 0 slow": (SLOW, QUICK, QUICK, QUICK),
+    "consumer 1 slow": (QUICK, SLOW, QUICK, QUICK),
+    "only one warp group sleeps": (0, SLOW, 0, 0),
 }
 SEEDS = 6
 
@@ -213,9 +214,9 @@ class Modules(dict):
     def __init__(self, folder: Path):
         self.folder, self.launched = folder, Counter()
         rows = build("jit_helpers_sm90", folder)
-        self.copies = {name: getattr(rows, name) for name in ("_copy_rows", "_copy_listed", "_copy_keys", "_load_list",
-                                                                    "_wait")}
-        for name in sorted(test_sm90.ALL | {"gating"}):
+        self.copies = {name: getattr(rows, name) for name in ("_copy_rows", "_copy_listed", "_copy_keys",
+                                                                "_load_lists", "_hand", "_take", "_wait")}
+        for name in sorted(test_sm90.ALL | {"gating", "attention_diagonal"}):
             self.build(name)
 
     def build(self, name: str, changes=()) -> None:
@@ -239,9 +240,9 @@ class Modules(dict):
 
 @pytest.fixture(scope="session")
 def settings():
-    """Seed, and the longest sleeps of the three groups in ns, on the device."""
+    """Seed, and the longest sleeps of the four groups in ns, on the device."""
     global SETTINGS
-    tensor = torch.zeros(4, dtype=torch.int32, device="cuda")
+    tensor = torch.zeros(5, dtype=torch.int32, device="cuda")
     SETTINGS = gl.constexpr(tensor.data_ptr())
     return tensor
 

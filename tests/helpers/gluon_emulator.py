@@ -200,8 +200,8 @@ class Product:
 class Program:
     """One program's groups of warps, of which one runs at a time."""
 
-    def __init__(self, number, chance):
-        self.number, self.chance = number, chance
+    def __init__(self, number, programs, chance):
+        self.number, self.programs, self.chance = number, programs, chance
         self.running, self.alive, self.error, self.changed = 0, [], None, threading.Condition()
         self.copies, self.landing, self.products = {}, [], {}  # by group: in order; by descriptor: in any; by group
 
@@ -298,8 +298,15 @@ def _load(pointer, mask=None, other=None):
 
 
 def _store(pointer, value, mask=None):
+    value = Value(_data(value))
     places, mask = pointer.places(mask, value.shape)
     pointer.flat[places] = value.data.to(pointer.flat.dtype).expand(mask.shape)[mask]
+
+
+def _atomic_add(pointer, value):
+    found = _load(pointer)
+    _store(pointer, found + value)
+    return found
 
 
 def _copy(smem, pointer, mask=None):
@@ -345,7 +352,7 @@ def _copy_tile(descriptor, at, barrier, smem):
 def _allocate(dtype, shape, layout):
     if layout == "barriers":
         return Barriers(shape[0])
-    return Shared(torch.full(shape, float("nan"), dtype=dtype))
+    return Shared(torch.full(shape, float("nan") if dtype.is_floating_point else -1 << 40, dtype=dtype))
 
 
 def _init(barrier, count):
@@ -398,6 +405,7 @@ LANGUAGE = dict(
     uint64="uint64", program_id=lambda axis: Value(torch.tensor(_here.program.number, dtype=torch.int32)),
     arange=lambda first, last, layout=None: Value(torch.arange(first, last, dtype=torch.int32)),
     zeros=lambda shape, dtype, layout=None: Value(torch.zeros(shape, dtype=dtype)),
+    num_programs=lambda axis: _here.program.programs, atomic_add=_atomic_add,
     load=_load, store=_store, where=_where, minimum=_of_two(torch.minimum), maximum=_of_two(torch.maximum),
     exp2=lambda x: Value(torch.exp2(x.data)), log2=lambda x: Value(torch.log2(x.data)),
     full=lambda shape, value, dtype, layout=None: Value(torch.full(shape, value, dtype=dtype)),
@@ -442,7 +450,7 @@ class Kernel:
             for program in self.chance.sample(range(grid[0]), grid[0]):
                 arguments = {p.name: _argument(named[p.name]) if not p.is_constexpr else named[p.name]
                              for p in self.params}
-                _here.program = Program(program, self.chance)
+                _here.program = Program(program, grid[0], self.chance)
                 self.fn(**arguments)
 
         return start
@@ -525,7 +533,8 @@ def emulated(seed=0, changes=()):
         stand_ins[f"{package}.jit_helpers"] = helpers
         shared = load("jit_helpers_sm90", {})
         modules = {name: load(f"{name}_sm90", {f"{package}.jit_helpers_sm90": shared})
-                   for name in ("attention_fwd", "attention_bwd_dq", "attention_bwd_dkdv", "gating")}
+                   for name in ("attention_fwd", "attention_bwd_dq", "attention_bwd_dkdv", "attention_diagonal",
+                                "gating")}
     with mock.patch.object(sm90, "kernel_module", modules.__getitem__), mock.patch.object(sm90, "PROGRAMS", 1), (
             mock.patch.object(sm90, "takes", _takes)):
         yield ran

@@ -15,6 +15,7 @@ from tests.interpreted.test_attention_fwd import problem
 
 pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
 FORWARD, DQ, DKDV = (f"_attention_{name}_sm90_kernel" for name in ("fwd", "bwd_dq", "bwd_dkdv"))
+DIAGONAL = {f"_attention_{name}_diagonal_sm90_kernel" for name in ("fwd", "bwd_dq")}
 GATE = "_gate_sm90_kernel"
 GATE_CASES = {
     "several tiles": dict(lengths=[700], chunk=2, topk=8),
@@ -86,7 +87,8 @@ def run(case, seed=0, changes=(), shared=1):
 @pytest.mark.parametrize("name", CASES)
 def test_against_fp64(name):
     chunk = CASES[name]["chunk"] if name != "D 256" else 0
-    assert set(run(CASES[name])) == {DKDV} | ({FORWARD} if chunk >= 128 else set()) | ({DQ} if chunk > 128 else set())
+    assert set(run(CASES[name])) == {DKDV} | ({FORWARD} if chunk >= 128 else set()) | (
+        {DQ} if chunk > 128 else set()) | (DIAGONAL if 64 < CASES[name].get("dim", 128) <= 128 else set())
 
 
 @pytest.mark.parametrize("seed", range(1, 4))

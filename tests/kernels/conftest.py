@@ -30,7 +30,7 @@ def driver(monkeypatch):
     yield driver
     for module in ("attention_bwd", "attention_bwd_dkdv", "attention_bwd_dq", "attention_fwd", "bounds", "chunk_means",
                    "gating", "gating_sm90", "routing", "attention_fwd_sm90", "attention_bwd_dq_sm90",
-                   "attention_bwd_dkdv_sm90", "decode"):
+                   "attention_bwd_dkdv_sm90", "attention_diagonal_sm90", "decode"):
         for kernel in vars(importlib.import_module(f"moba_megatron.kernels.{module}")).values():
             if isinstance(kernel, JITFunction):
                 kernel.device_caches.pop(CARD, None)
