@@ -37,8 +37,8 @@ def moba_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
     through the selection. Where ``max_seqlen <= moba_topk * moba_chunk_size`` this is causal attention.
 
     A NaN or inf in a row of k or v makes NaN of the rows that attend to it. The kernels, as FlashAttention's, may
-    spread it to rows of the same tile before it, which multiply it by 0; torch's backends do not. A chunk whose score
-    is NaN or -inf is not selected.
+    spread it to other rows of its sequence in the same tile of up to 128 rows, before it or in the next chunk, which
+    multiply it by 0; torch's backends do not. A chunk whose score is NaN or -inf is not selected.
 
     Under ``torch.autocast`` q, k and v of one dtype are computed in it; of several, all are cast to autocast's dtype as
     for ``scaled_dot_product_attention`` (fp64 never is). First derivatives only, by reverse mode; ``vmap`` loops.
