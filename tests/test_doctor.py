@@ -66,7 +66,8 @@ def test_every_stage_has_a_line(capsys):
         assert set(found.values()) == {"torch: no CUDA device"}
 
 
-HOPPER = {"gate and top-k", "sparse forward", "sparse dk and dv, backward", "sparse dq, backward"}
+HOPPER = {"gate and top-k", "sparse forward", "diagonal and merge, forward", "sparse dk and dv, backward",
+          "sparse dq, backward", "diagonal dq, backward"}
 
 
 @pytest.mark.parametrize("capability, triton, sm90, healthy", [

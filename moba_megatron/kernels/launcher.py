@@ -328,8 +328,9 @@ class Plan:
         """Starts the launches on the current stream of the tensors' device, which is the current one."""
         device = tensors[0].device
         if out is None:
-            results = [torch.empty_strided(x.shape, x.strides, dtype=x.dtype, device=device)
-                       for x in self._results.values()]
+            results = []
+            for x in self._results.values():
+                results.append(torch.empty_strided(x.shape, x.strides, dtype=x.dtype, device=device))
         else:
             results = [out[i] for i in map(self._order.index, range(len(out)))]
         size = (self.workspace_bytes,)
@@ -374,8 +375,10 @@ class Plan:
             self._compiled = True
             contextvars.Context().run(_compile, self)
         self._start(event, _Launch.through_triton, tensor)
-        if all(launch.compiled is not None for launch in self.launches):  # none is interpreted
-            self.is_prepared = bool(self.launches) and not self._faulty
+        for launch in self.launches:
+            if launch.compiled is None:  # it is interpreted
+                return
+        self.is_prepared = bool(self.launches) and not self._faulty
 
     def _start(self, event: torch.cuda.Event | None, start: Callable, *args) -> None:
         for launch in self.launches[:self.event_at]:
