@@ -118,6 +118,10 @@ def _file_rows(path: str) -> dict[str, tuple[Row, ...]]:
                 stage = item.pop("stage")
                 stage, row = RENAMED.get(stage, stage), Row(**item)  # in the words of today, as is the key
                 upto = {"choices" if name == "slots" else name: x for name, x in row.upto.items() if name != "portable"}
+                unknown = set(row.config).difference(["maxnreg"], *(known.config for known in TABLE.get(stage, ())))
+                if unknown and stage in TABLE:
+                    raise ValueError(f"its row for {stage} sets {', '.join(sorted(unknown))}, which no kernel of this "
+                                     "version takes: write the file anew")
                 found[stage] = (*found.get(stage, ()), replace(row, upto=upto))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"MOBA_TUNING_FILE must name a file written by `python -m moba_megatron.tune`, got "

@@ -79,12 +79,12 @@ def test_missing_stage_and_missing_row(monkeypatch):
 def test_file_and_architecture_from_the_environment(monkeypatch, tmp_path):
     stage = next(iter(TABLE))
     path = tmp_path / "card.json"
-    row = {"stage": stage, "archs": "sm_80", "upto": {"head_dim": 64}, "config": {"BLOCK_M": 7}, "why": "test"}
+    row = {"stage": stage, "archs": "sm_80", "upto": {"head_dim": 64}, "config": {"num_warps": 7}, "why": "test"}
     path.write_text(json.dumps({"rows": [row]}))
     monkeypatch.setenv("MOBA_TUNING_FILE", str(path))
     with tuning.forced(arch="sm_80"):
-        assert tuning.config(stage, head_dim=64) == {"BLOCK_M": 7}
-        assert tuning.config(stage, head_dim=65, itemsize=2) != {"BLOCK_M": 7}
+        assert tuning.config(stage, head_dim=64) == {"num_warps": 7}
+        assert tuning.config(stage, head_dim=65, itemsize=2) != {"num_warps": 7}
     monkeypatch.setattr(tuning, "INTERPRETED", False)
     monkeypatch.setattr(tuning, "_arch_of_device", tuning._arch_of_device.__wrapped__)  # which asks once a process
     monkeypatch.setenv("MOBA_TUNING_ARCH", "sm_80")
@@ -113,6 +113,17 @@ def test_a_bad_file_is_named(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="MOBA_TUNING_FILE must name a file .*bad.json"):
         with tuning.forced(arch="sm_80"):
             tuning.config("gate", head_dim=64)
+
+
+@pytest.mark.parametrize("stage", TABLE)
+def test_a_file_for_kernels_that_take_other_options_is_refused(stage, monkeypatch, tmp_path):
+    """By its name and the option's, before anything is launched."""
+    config = {**TABLE[stage][0].config, "BY_ROWS": 1}
+    path = tmp_path / "older.json"
+    path.write_text(json.dumps({"rows": [{"stage": stage, "archs": "*", "upto": {}, "config": config, "why": "x"}]}))
+    monkeypatch.setenv("MOBA_TUNING_FILE", str(path))
+    with pytest.raises(ValueError, match=f"older.json.* row for {stage} sets BY_ROWS, which no kernel"):
+        tuning.rows(stage)
 
 
 def test_climb_finds_the_best_of_single_steps_and_skips_what_does_not_work():
