@@ -70,10 +70,10 @@ def always(launched):
 
 
 def diagonal_by_triton():
-    """Within the block the portable kernels take diagonal chunks and sum up partial results."""
+    """Within the block the portable kernels take diagonal chunks and sum up partial results, with their tiles."""
+    key = {"head_dim": 128, "itemsize": 2, "choices": 3}
     return tuning.forced(configs=tuning.forced_settings.get("configs", {}) | {
-        stage: next(row.config for row in TABLE[stage]
-                    if row.archs == "*" and row.upto == {"head_dim": 128, "itemsize": 2})
+        stage: next(row.config for row in TABLE[stage] if row.fits("sm_90", key))
         for stage in ("attention_fwd_diagonal", "attention_bwd_dq_diagonal")})
 
 

@@ -60,5 +60,5 @@ def test_kernels_with_sleeps_compile(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kernel, case, changes", delays.BROKEN.values(), ids=delays.BROKEN.keys())
 def test_what_is_broken_on_purpose_is_still_there(kernel, case, changes, tmp_path):
     broken = delays.build(f"{kernel}_sm90", tmp_path, changes)
-    name = {"gating": "gate"}.get(kernel, kernel)
+    name = {"gating": "gate", "attention_diagonal": "attention_fwd_diagonal"}.get(kernel, kernel)
     assert f"_{name}_sm90_kernel" in vars(broken) and case in delays.ALL_CASES
