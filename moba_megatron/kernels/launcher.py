@@ -4,7 +4,7 @@ The host code of the stages runs on :class:`Buffer`, which know a tensor's layou
 :class:`Plan`, the launches in order, where each pointer comes from, and the layout of one block of scratch memory. The
 first run of a plan goes through Triton's ``kernel[grid](...)``, which returns the compiled kernels; from then on each
 is started by ``compiled[grid](...)``, with addresses in place of tensors, which spares Triton's look at every argument.
-A plan holds no memory of the device and nothing of a run: threads, streams and graphs under capture may share it.
+Small calls whose addresses repeat are CUDA graphs. A plan holds no memory and nothing of a run: threads may share it.
 """
 import contextvars
 import functools
@@ -27,6 +27,7 @@ from triton.runtime import driver
 from triton.runtime._async_compile import FutureKernel
 from triton.runtime.jit import JITFunction
 
+from . import graphs
 from .host import INTERPRETED
 from .tuning import forced_settings
 from .workspace import plan_workspace, workspace_limit
@@ -34,7 +35,8 @@ from .workspace import plan_workspace, workspace_limit
 logger = logging.getLogger("moba_megatron")
 
 MAX_PLANS = 512  # beyond this all plans are dropped: data whose lengths never repeat must not fill the memory
-MAX_ADDRESSES = 32  # descriptors kept of one argument: a caching allocator soon gives the same addresses again
+MAX_BYTES = 64 << 20  # of the results of a call that may be a graph: the device is busy with others for long enough
+_Address = type("_Address", (int,), {"data_ptr": int.__int__})  # a tensor, as far as descriptors are concerned
 _plans: dict[tuple, "Plan"] = {}
 _compiled: dict[tuple, list] = {}  # what threads compile or have compiled, by kernel, device and constexprs
 _building = threading.local()  # .plan: the plan that this thread is making; .limit: its scratch memory, bytes
@@ -143,7 +145,7 @@ def call(function: Callable, *args, workspace_mib: float | None = None, event: t
     what the function returns, tensors in place of buffers. Within another call it is part of that one.
 
     MOBA_PREPARED_LAUNCHES=0 starts every launch through Triton, which then looks at its settings (``triton.knobs``)
-    each time, not with a signature's first call alone.
+    each time, not with a signature's first call alone. Else a small call becomes a CUDA graph where addresses repeat.
 
     Args:
         function: calls :func:`empty` and :func:`launch`, and other stages; nothing but the layouts of tensors and the
@@ -263,9 +265,9 @@ class _Launch:
             values = [*self.args, *(self.named.get(p.name, p.default) for p in self.kernel.params[len(self.args):])]
             for x in made.values():
                 x.base = None  # a plan keeps no tensor
-            self.values = values  # pointers: position, place, bytes; descriptors: these, and descriptors by address
+            self.values = values  # pointers: position, place, bytes; descriptors: these, and one without an address
             self.pointers = [(i, *x.source) for i, x in enumerate(values) if isinstance(x, Buffer)]
-            self.descriptors = [(i, *x.base.source, {0: made[id(x)]}) for i, x in enumerate(values)
+            self.descriptors = [(i, *x.base.source, made[id(x)]) for i, x in enumerate(values)
                                 if isinstance(x, Descriptor)]
             self.compiled = compiled  # the last: another thread takes the rest to be there
 
@@ -275,23 +277,12 @@ class _Launch:
         values = self.values.copy()
         for position, place, offset in self.pointers:
             values[position] = addresses[place] + offset
-        for position, place, offset, at_address in self.descriptors:
-            address = addresses[place] + offset
-            values[position] = at_address.get(address) or _moved(at_address, address)
+        for position, place, offset, descriptor in self.descriptors:
+            values[position] = moved = object.__new__(type(descriptor))
+            moved.__dict__.update(descriptor.__dict__, base=_Address(addresses[place] + offset))
         if self.start is None:
             self.start = self.compiled[self.grid]
         self.start(*values, stream=stream)
-
-
-def _moved(at_address: dict[int, Any], address: int) -> Any:
-    """The descriptor of the first run (its key is 0) at another address, kept with the latest others."""
-    made = object.__new__(type(at_address[0]))
-    made.__dict__.update(at_address[0].__dict__, base=SimpleNamespace(data_ptr=lambda: address))
-    if len(at_address) > MAX_ADDRESSES:
-        for other in list(at_address)[1:]:
-            at_address.pop(other, None)
-    at_address[address] = made
-    return made
 
 
 class Plan:
@@ -302,7 +293,7 @@ class Plan:
         self.launches: list[_Launch] = []
         self.event_at: int | None = None
         self.is_prepared, self._faulty = False, False  # every launch has its compiled kernel; one has failed
-        self._compiled, self.later = False, lambda: None
+        self._compiled, self._may_be_graph, self.later = False, False, lambda: None
         self._allocated: list[Buffer] = []
 
     def finish(self, returned) -> None:
@@ -328,9 +319,8 @@ class Plan:
         """Starts the launches on the current stream of the tensors' device, which is the current one."""
         device = tensors[0].device
         if out is None:
-            results = []
-            for x in self._results.values():
-                results.append(torch.empty_strided(x.shape, x.strides, dtype=x.dtype, device=device))
+            results = [torch.empty_strided(x.shape, x.strides, dtype=x.dtype, device=device)
+                       for x in self._results.values()]
         else:
             results = [out[i] for i in map(self._order.index, range(len(out)))]
         size = (self.workspace_bytes,)
@@ -345,7 +335,12 @@ class Plan:
                     addresses[place] = base + offset
                 for place, x in zip(self._results, results):
                     addresses[place] = x.data_ptr()
-                self._start(event, _Launch.prepared, addresses, driver.active.get_current_stream(device.index))
+                start = functools.partial(self._start, event, _Launch.prepared, addresses)
+                stream = driver.active.get_current_stream(device.index)
+                if self._may_be_graph and event is None:
+                    graphs.start((self, *addresses), start, stream)
+                else:
+                    start(stream)
             except Exception as error:
                 self.is_prepared, self._faulty = False, True
                 logger.warning("moba_megatron: prepared launches of a call are not used any more: %s: %s",
@@ -375,10 +370,10 @@ class Plan:
             self._compiled = True
             contextvars.Context().run(_compile, self)
         self._start(event, _Launch.through_triton, tensor)
-        for launch in self.launches:
-            if launch.compiled is None:  # it is interpreted
-                return
-        self.is_prepared = bool(self.launches) and not self._faulty
+        self._may_be_graph = (graphs.libcuda is not None and tensors[0].is_cuda and len(self.launches) > 1
+                              and sum(x.nbytes for x in results) <= MAX_BYTES)
+        compiled = [launch.compiled is not None for launch in self.launches]  # they are not where interpreted
+        self.is_prepared = bool(compiled) and all(compiled) and not self._faulty
 
     def _start(self, event: torch.cuda.Event | None, start: Callable, *args) -> None:
         for launch in self.launches[:self.event_at]:

@@ -1,5 +1,7 @@
 """A stand-in for Triton's driver that notes what is started, and calls of the operator to start it with."""
 import ctypes
+import itertools
+import threading
 from types import SimpleNamespace
 
 import torch
@@ -18,6 +20,7 @@ class Driver:
 
     def __init__(self):
         self.launches, self.prepared, self.stream, self.fault, self.launchers = [], 0, 5, None, []
+        self.captured = {}  # launches on streams that are being captured: they do not run
         self.get_current_device = lambda: CARD
         self.get_current_stream = lambda device: self.stream
 
@@ -58,7 +61,77 @@ class Driver:
                 values += [("pointer", arg.base.data_ptr()), *map(int, (*arg.shape, *arg.strides))]
             else:
                 values.append(ctypes.c_float(arg).value if kind == "fp32" else arg)
-        self.launches.append((name, tuple(grid), stream, values))
+        self.captured.get(stream, self.launches).append((name, tuple(grid), stream, values))
+
+
+class Cuda:
+    """A stand-in for libcuda that captures what :class:`Driver` starts; a graph's start is noted as its launches.
+
+    ``called``: names of the functions, but for the thread's mode; ``results``: what is not to succeed, by name.
+    """
+
+    def __init__(self, driver):
+        self.driver, self.called, self.results, self.numbers = driver, [], {}, itertools.count(1 << 40)
+        self.streams, self.graphs, self.execs, self.thread = set(), {}, {}, threading.local()
+
+    def __getattr__(self, name):
+        def function(*args):
+            if name == "cuThreadExchangeStreamCaptureMode":
+                mode, = args
+                self.thread.mode, mode._obj.value = mode._obj.value, self.mode
+                return 0
+            assert self.mode == 2, name
+            self.called.append(name)
+            result = self.results.get(name, 0)
+            getattr(self, f"_{name}")(*args, result == 0)
+            return result
+
+        if not name.startswith("cu"):
+            raise AttributeError(name)
+        return function
+
+    @property
+    def mode(self):
+        return getattr(self.thread, "mode", 0)
+
+    def _new(self, place, succeeds):
+        place._obj.value = next(self.numbers) if succeeds else None
+        return place._obj.value
+
+    def _cuStreamCreate(self, place, flags, succeeds):
+        assert flags == 1
+        self.streams.add(self._new(place, succeeds))
+        self.streams.discard(None)
+
+    def _cuStreamDestroy_v2(self, stream, succeeds):
+        assert stream.value not in self.driver.captured
+        self.streams.remove(stream.value)
+
+    def _cuStreamBeginCapture_v2(self, stream, mode, succeeds):
+        assert mode == 2 and stream.value in self.streams
+        if succeeds:
+            self.driver.captured[stream.value] = []
+
+    def _cuStreamEndCapture(self, stream, place, succeeds):
+        launches, number = self.driver.captured.pop(stream.value), self._new(place, succeeds)
+        if number:
+            self.graphs[number] = launches
+
+    def _cuGraphDestroy(self, graph, succeeds):
+        del self.graphs[graph.value]
+
+    def _cuGraphInstantiateWithFlags(self, place, graph, flags, succeeds):
+        number = self._new(place, succeeds)
+        if number:
+            self.execs[number] = self.graphs[graph.value]
+
+    def _cuGraphLaunch(self, executable, stream, succeeds):
+        if succeeds:
+            self.driver.launches += [(name, grid, stream.value or 0, values)
+                                     for name, grid, _, values in self.execs[executable.value]]
+
+    def _cuGraphExecDestroy(self, executable, succeeds):
+        del self.execs[executable.value]
 
 
 CASES = {
