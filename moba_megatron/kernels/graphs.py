@@ -56,6 +56,14 @@ class Graph:
             _driver("cuGraphExecDestroy", self._exec)
 
 
+def _alone() -> bool:
+    """Whether no thread can be in ``torch.cuda.synchronize()``, an error beside a capture: no other is at work but
+    daemons (which show progress or pin memory), nor the main one, which waits where this is autograd's."""
+    here, main = threading.current_thread(), threading.main_thread()
+    return (here is main or isinstance(here, threading._DummyThread)) and all(
+        x.daemon or x is main for x in threading.enumerate())
+
+
 def start(key: tuple, launches: Callable[[int], None], stream: int) -> None:
     """``launches(stream)``, the current one: by a graph from the third time on that a key comes, unless Triton's launch
     hooks or a capture of the stream are to see each launch."""
@@ -67,7 +75,7 @@ def start(key: tuple, launches: Callable[[int], None], stream: int) -> None:
     if known is None:
         known = _recent[key] = _older.pop(key, 0)
     try:
-        if known == 2 and len(_graphs) < MAX_GRAPHS:
+        if known == 2 and len(_graphs) < MAX_GRAPHS and _alone():
             known = _recent[key] = Graph(launches)
         if isinstance(known, Graph):
             return known.launch(stream)

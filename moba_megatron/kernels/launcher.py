@@ -319,8 +319,9 @@ class Plan:
         """Starts the launches on the current stream of the tensors' device, which is the current one."""
         device = tensors[0].device
         if out is None:
-            results = [torch.empty_strided(x.shape, x.strides, dtype=x.dtype, device=device)
-                       for x in self._results.values()]
+            results = []
+            for x in self._results.values():
+                results.append(torch.empty_strided(x.shape, x.strides, dtype=x.dtype, device=device))
         else:
             results = [out[i] for i in map(self._order.index, range(len(out)))]
         size = (self.workspace_bytes,)
@@ -372,8 +373,10 @@ class Plan:
         self._start(event, _Launch.through_triton, tensor)
         self._may_be_graph = (graphs.libcuda is not None and tensors[0].is_cuda and len(self.launches) > 1
                               and sum(x.nbytes for x in results) <= MAX_BYTES)
-        compiled = [launch.compiled is not None for launch in self.launches]  # they are not where interpreted
-        self.is_prepared = bool(compiled) and all(compiled) and not self._faulty
+        for launch in self.launches:
+            if launch.compiled is None:  # it is interpreted
+                return
+        self.is_prepared = bool(self.launches) and not self._faulty
 
     def _start(self, event: torch.cuda.Event | None, start: Callable, *args) -> None:
         for launch in self.launches[:self.event_at]:
@@ -394,7 +397,7 @@ def _view(base: Tensor, x: Buffer) -> Tensor:
 def _compile(plan: Plan) -> None:
     """Compiles its kernels side by side, in threads that go on with those of the call expected next; an error is left
     to the launch that meets it."""
-    launches = [launch for launch in plan.launches if isinstance(launch.kernel, JITFunction)]  # nothing around one
+    launches, pool = [launch for launch in plan.launches if isinstance(launch.kernel, JITFunction)], None
     try:
         if not all(launch.key() in _compiled for launch in launches):
             _building.plan = later = Plan(0)
@@ -411,7 +414,6 @@ def _compile(plan: Plan) -> None:
                 _compiled.setdefault(launch.key(), []).append(kernel)
                 while _python_runs() and time.monotonic() < patience:
                     pass  # all of Python has one core: the longest first
-            pool.shutdown(wait=False)
         for kernel in (kernel for launch in launches for kernel in _compiled[launch.key()]):
             if isinstance(kernel, FutureKernel):
                 kernel.result()
@@ -422,6 +424,8 @@ def _compile(plan: Plan) -> None:
             launch.kernel.device_caches.pop(driver.active.get_current_device(), None)
     finally:
         _building.plan = None
+        if pool:
+            pool.shutdown(wait=False)
 
 
 def _compile_with_launcher(compile: Callable):

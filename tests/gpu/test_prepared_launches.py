@@ -356,8 +356,11 @@ def test_graphs_on_two_streams_at_once():
     assert len(launched) >= 20 and not any(x.item() for x in wrong)
 
 
-def test_graphs_of_four_threads():
-    """Each makes its own; backward is in one thread for all."""
+@pytest.mark.parametrize("alone", [True, False], ids=["graphs all the same", ""])
+def test_graphs_of_four_threads(alone, monkeypatch):
+    """Each makes its own if it may, which it may not; backward is in one thread for all."""
+    if alone:
+        monkeypatch.setattr(graphs, "_alone", lambda: True)
     batches = [make(**CASES["chunk 512"]) for _ in range(4)]
     want = [ordinary(*tensors, arguments) for *tensors, _, arguments in batches]
     wrong = [torch.zeros((), dtype=torch.int64, device="cuda") for _ in batches]
@@ -381,7 +384,10 @@ def test_graphs_of_four_threads():
         for thread in threads:
             thread.join()
     assert len(done) == 4 and not any(x.item() for x in wrong)
-    assert {thread for *_, thread in launched} >= set(done) and len(launched) > 40
+    if alone:
+        assert {thread for *_, thread in launched} >= set(done) and len(launched) > 40
+    else:
+        assert not launched
     assert graphs.MAX_GRAPHS  # none failed
 
 
@@ -424,8 +430,9 @@ def test_a_users_graph_has_the_launches_and_graphs_go_on_afterwards():
     until_graphs(gradients, *static, arguments)
 
 
-def test_a_graph_is_made_and_dropped_while_another_thread_captures():
+def test_a_graph_is_made_and_dropped_while_another_thread_captures(monkeypatch):
     """In the mode that forbids all threads what CUDA calls unsafe: neither spoils the other."""
+    monkeypatch.setattr(graphs, "_alone", lambda: True)
     *tensors, _, arguments = make(**CASES["chunk 512"])
     want, got, launched = ordinary(*tensors, arguments)[0], [], []
     stream, side, users, x = torch.cuda.Stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph(), torch.ones(4).cuda()

@@ -25,6 +25,7 @@ def cuda(driver, monkeypatch):
     monkeypatch.setattr(graphs, "_graphs", weakref.WeakSet())
     monkeypatch.setattr(graphs, "_recent", {})
     monkeypatch.setattr(graphs, "_older", {})
+    monkeypatch.setattr(graphs, "_alone", lambda: True)  # threads that have compiled may not have ended yet
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     yield cuda
@@ -71,6 +72,9 @@ def started(driver):
         return driver.launches, driver.prepared
 
     return of
+
+
+alone = graphs._alone
 
 
 def small(event=None, length=2048):
@@ -296,6 +300,36 @@ def test_an_interrupt_during_capture(driver, cuda, again, started):
         launches, prepared = started(call, q, k)
         assert launches == expected
     assert prepared == 0
+
+
+def test_no_capture_beside_threads_at_work(cuda, again, started, monkeypatch):
+    """One that is no daemon, and the main one where another calls: they might wait for the device meanwhile."""
+    (q, k), call = small()
+    call = again(call)
+    call(q, k)
+    until = time.monotonic() + 20
+    while not alone() and time.monotonic() < until:
+        time.sleep(0.01)
+    monkeypatch.setattr(graphs, "_alone", alone)
+    done = threading.Event()
+    for daemon in (False, True):
+        thread = threading.Thread(target=done.wait, daemon=daemon)
+        thread.start()
+        try:
+            for _ in range(5):
+                call(q, k)
+            assert len(cuda.execs) == daemon
+        finally:
+            done.set()
+            thread.join()
+        done.clear()
+    other = [x.clone() for x in (q, k)]
+    thread = threading.Thread(target=lambda: [call(*other) for _ in range(5)], daemon=True)
+    thread.start()
+    thread.join()
+    assert len(cuda.execs) == 1
+    call(*other)
+    assert len(cuda.execs) == 2 and started(call, *other)[1] == 0
 
 
 def test_threads_with_memory_of_their_own(driver, cuda, again):
