@@ -1,8 +1,8 @@
 """Diagonal chunks and the sums of partial results on Hopper (Gluon), of o and of dq.
 
-A program takes tiles of 128 queries of one head, one after the other: 64 for each of two groups of warps, which read
-the same keys. A warp finds the tiles; the loader copies all by TMA, also of the next tile: a row's partial results
-first, which are added up before its own chunk is attended to.
+A program takes tiles of 128 queries of one head, one after the other: 64 for each of two groups of warps, in turns the
+earlier, which reads fewer keys: a group skips what none of its rows attends to. A warp finds the tiles; the loader
+copies all by TMA, also of the next tile: a row's partial results first, which are added up before its own chunk.
 """
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -59,21 +59,19 @@ def _launch(kernel, call: AttentionCall, partial: Buffer, dim: int, group: tuple
         rows = options["BLOCK_N"] if name in "kv" else 64
         parts = [sm90.described(x, rows, columns) for columns in sm90.widths(x.shape[2])]
         own |= {name: parts[0], f"{name}_rest": parts[1] if len(parts) > 1 else None}
-    own |= sm90.strides_of_eight(**{name: tensors[name] for name in ("q", "do", "k", "v")})
-    own |= {"k_rows": call.k, "v_rows": call.v, **queries, **options}
+    own |= sm90.strides_of_eight(**tensors) | {"k_rows": call.k, "v_rows": call.v, **queries, **options}
     arguments = {name: x for name, x in own.items() if name in kernel.arg_names or name in options}
     launch(kernel, (min(*grid, sm90.processors(call.q.device)),), **call.arguments(kernel, **arguments))
 
 
 @gluon.jit
-def _copy_masked(tile, rows, smem, full, row, end, kv_head, strides, D: gl.constexpr, ROWS: gl.constexpr):
-    """Starts the copy of a tile of keys (or values): by thread where it reaches beyond ``end``, from where on it is
-    zeros: others' keys may be anything. ``full`` hears of 128 arrivals."""
+def _copy_masked(source, smem, full, row, end, kv_head, strides, D: gl.constexpr, ROWS: gl.constexpr):
+    """Starts the copy of a tile of keys or values, by thread if it reaches beyond ``end``: zeros from there on."""
     if row + smem[0].shape[0] <= end:
-        _copy_keys(tile, smem, full, row, end, kv_head, strides[0], strides[1], D, True, ROWS)
+        _copy_keys(source[0], smem, full, row, end, kv_head, strides[0], strides[1], D, True, ROWS)
         mbarrier.arrive(full, count=32 * LOADER_WARPS - 1)
     else:
-        _copy_keys((rows, None), smem, full, row, end, kv_head, strides[0], strides[1], D, False, ROWS)
+        _copy_keys((source[1], None), smem, full, row, end, kv_head, strides[0], strides[1], D, False, ROWS)
 
 
 @gluon.jit
@@ -93,60 +91,55 @@ def _find_tiles(work, find, group_heads):
 
 
 @gluon.jit
+def _copy_halves(sources, smem, bars, use, SIZE: gl.constexpr, row, item, head, strides, DIMS: gl.constexpr,
+                 ROWS: gl.constexpr):
+    """Starts copies of a tile's rows as soon as their places are free: of each group its half, in turns the first."""
+    full, empty = bars
+    for part in gl.static_range(2):
+        at = use % SIZE * 2 + part
+        mbarrier.wait(empty.index(at), ((use // SIZE) & 1) ^ 1)
+        for i in gl.static_range(len(smem)):
+            _copy_keys(sources[i], _tile(smem[i], at), full.index(at), row + ((item + part) & 1) * 64, 0, head, 0,
+                       strides[i], DIMS[i], True, ROWS)
+
+
+@gluon.jit
 def _load_tiles(rows, keys, partial, smem, bars, work, ints, strides, G: gl.constexpr, KS: gl.constexpr,
-                DIMS: gl.constexpr, PARTIAL: gl.constexpr):
+                DIMS: gl.constexpr, PARTIAL: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+                SLOTS: gl.constexpr):
     """The loader: of each tile its partial results, rows of q (and do), keys and values."""
-    row_smem, k_smem, v_smem, partial_smem = smem
-    row_full, row_empty, k_full, v_full, k_empty, v_empty, partial_full, partial_empty = bars
-    row_strides, k_strides, v_strides = strides
-    k, k_rows, v, v_rows = keys
+    row_bars, full, empty, partial_bars = bars[:2], bars[2:4], bars[4:6], bars[6:]
     chunk_size, first_head, group_heads = ints
-    STAGES: gl.constexpr = k_smem[0].shape[0]
-    BLOCK_N: gl.constexpr = k_smem[0].shape[1]
-    SLOTS: gl.constexpr = partial_smem[0].shape[0] // 2
     ROWS: gl.constexpr = _row_layout(DIMS[0])
-    item = 0
-    step = 0
-    slot = 0
-    tile = _take(work, item)
+    item, step, slot, tile = 0, 0, 0, _take(work, 0)
     while tile[0] > 0:
         count, row, position, head_in_group, k_row = [x.to(gl.int32) for x in tile]
         head = first_head + head_in_group
         for i in range(KS):
-            for part in gl.static_range(2):
-                at = slot % SLOTS * 2 + part
-                mbarrier.wait(partial_empty.index(at), ((slot // SLOTS) & 1) ^ 1)
-                _copy_keys(partial, _tile(partial_smem, at), partial_full.index(at), row + part * 64, 0,
-                           head_in_group * KS + i, 0, PARTIAL // 8, PARTIAL, True, ROWS)
+            _copy_halves((partial,), smem[3:], partial_bars, slot, SLOTS, row, item, head_in_group * KS + i,
+                         (PARTIAL // 8,), (PARTIAL,), ROWS)
             slot += 1
-        mbarrier.wait(row_empty, (item & 1) ^ 1)
-        for part in gl.static_range(2):
-            for i in gl.static_range(len(row_smem)):
-                _copy_keys(rows[i], _tile(row_smem[i], part), row_full, row + part * 64, 0, head, 0, row_strides[i],
-                           DIMS[i], True, ROWS)
-        end = k_row + position + count
-        for key in range(position // chunk_size * chunk_size, position + count, BLOCK_N):
-            stage = step % STAGES
-            phase = ((step // STAGES) & 1) ^ 1
-            mbarrier.wait(k_empty.index(stage), phase)
-            _copy_masked(k, k_rows, _tile(k_smem, stage), k_full.index(stage), k_row + key, end, head // G, k_strides,
-                         DIMS[0], ROWS)
-            mbarrier.wait(v_empty.index(stage), phase)
-            _copy_masked(v, v_rows, _tile(v_smem, stage), v_full.index(stage), k_row + key, end, head // G, v_strides,
-                         DIMS[1], ROWS)
+        first = position // chunk_size * chunk_size
+        for key in range(first, position + count, BLOCK_N):
+            for n in gl.static_range(2):
+                mbarrier.wait(empty[n].index(step % STAGES), ((step // STAGES) & 1) ^ 1)
+                _copy_masked(keys[n], _tile(smem[1 + n], step % STAGES), full[n].index(step % STAGES), k_row + key,
+                             k_row + position + count, head // G, strides[1 + n], DIMS[n], ROWS)
             step += 1
+            if key == first:  # before the rows: a group that is done with its own goes on while the other one is not
+                _copy_halves(rows, smem[0], row_bars, item, 1, row, item, head, strides[0], DIMS, ROWS)
         item += 1
         tile = _take(work, item)
 
 
 @gluon.jit
-def _load_choices(selected, lse_partial, tile, part: gl.constexpr, ints, H: gl.constexpr, KS: gl.constexpr,
+def _load_choices(selected, lse_partial, tile, first_row, ints, H: gl.constexpr, KS: gl.constexpr,
                   BLOCK_KS: gl.constexpr, SHARED: gl.constexpr):
     """Of 64 rows of a tile the chosen chunks, -1 for none, and the log-sum-exps of their partial results, if given."""
     count, row, position, head_in_group, _ = tile
     chunk_size, first_head, group_heads = ints
     L: gl.constexpr = gl.BlockedLayout([1, BLOCK_KS], [32, 1], [4, 1], [1, 0])
-    lane = part * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, L))
+    lane = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, L))
     j = gl.arange(0, BLOCK_KS, layout=gl.SliceLayout(0, L))[None, :]
     listed = (lane < count)[:, None] & (j < KS)
     list_row = ((row + lane) * H + first_head + head_in_group) // SHARED
@@ -160,8 +153,7 @@ def _load_choices(selected, lse_partial, tile, part: gl.constexpr, ints, H: gl.c
 
 @gluon.jit
 def _weigh(choices, weight_smem, first_weight, HAS_LSE: gl.constexpr, KS: gl.constexpr):
-    """Stores the weights of 64 rows' partial results, 0 where there is none: 1, or by their log-sum-exps. Returns the
-    maximum of those, and the weights' sum."""
+    """Stores 64 rows' weights, 0 where none is chosen: 1, or by log-sum-exps. Returns their maximum, and the sum."""
     chosen, lse = choices
     if HAS_LSE:
         lse = gl.where(chosen >= 0, lse, -float("inf"))
@@ -205,6 +197,16 @@ def _seen(s, key, position, chunk_size):
 
 
 @gluon.jit
+def _skip(full, empty, step, end, STAGES: gl.constexpr):
+    """Gives tiles of keys and values back unused; when they are there: else it could be those before that are given."""
+    for i in range(step, end):
+        for n in gl.static_range(2):
+            mbarrier.wait(full[n].index(i % STAGES), (i // STAGES) & 1)
+            mbarrier.arrive(empty[n].index(i % STAGES), count=1)
+    return end
+
+
+@gluon.jit
 def _consumer(part: gl.constexpr, given, outs, smem, weight_smem, bars, work, ints, scales, H: gl.constexpr,
               KS: gl.constexpr, BLOCK_KS: gl.constexpr, SHARED: gl.constexpr, D: gl.constexpr):
     """64 rows of every 128, by one group of four warps: of o and lse, or, with backward's terms, of dq."""
@@ -220,34 +222,32 @@ def _consumer(part: gl.constexpr, given, outs, smem, weight_smem, bars, work, in
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
     OUT: gl.constexpr = _row_layout(D)
     zero = gl.zeros([64, BLOCK_N], gl.float32, layout=S)
-    lane = part * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
-    item = 0
-    step = 0
-    slot = 0
-    tile = _take(work, item)
-    choices = _load_choices(selected, lse_partial, tile, part, ints, H, KS, BLOCK_KS, SHARED)
+    item, step, slot, tile = 0, 0, 0, _take(work, 0)
+    choices = _load_choices(selected, lse_partial, tile, part * 64, ints, H, KS, BLOCK_KS, SHARED)
     while tile[0] > 0:
         count, row, position, head_in_group, _ = tile
+        count, position = count.to(gl.int32), position.to(gl.int32)
         head = first_head + head_in_group
-        m, l = _weigh(choices, weight_smem, part * BLOCK_KS, FORWARD, KS)
-        m = gl.convert_layout(m, gl.SliceLayout(1, S))
-        l = gl.convert_layout(l, gl.SliceLayout(1, S))
+        first_row = ((item + part) & 1) * 64
+        lane = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
+        m, l = [gl.convert_layout(of_rows, gl.SliceLayout(1, S))
+                for of_rows in _weigh(choices, weight_smem, part * BLOCK_KS, FORWARD, KS)]
         if not FORWARD:
             at = terms + ((row + gl.minimum(lane, count - 1)) * H + head) * 4
-            m = gl.load(at)
-            l = gl.load(at + 1)
+            m, l = gl.load(at), gl.load(at + 1)
         acc, slot = _add_partial(part, [_zeros(64, it) for it in (v_smem if FORWARD else row_smem[0])], weight_smem,
                                  partial_smem, (partial_full, partial_empty), slot, KS, BLOCK_KS)
         if not FORWARD:
             acc = [x * gl.where(softmax_scale == 0, 0.0, 1 / softmax_scale) for x in acc]
-        positions = (position + gl.minimum(lane, count - 1)).to(gl.int32)
-        mbarrier.wait(row_full, item & 1)
-        item += 1
-        tile = _take(work, item)
-        choices = _load_choices(selected, lse_partial, tile, part, ints, H, KS, BLOCK_KS, SHARED)
-        for key in range((position // chunk_size * chunk_size).to(gl.int32), (position + count).to(gl.int32), BLOCK_N):
-            stage = step % STAGES
-            phase = (step // STAGES) & 1
+        positions = position + gl.minimum(lane, count - 1)
+        mbarrier.wait(row_full.index(part), item & 1)
+        first, own = position // chunk_size * chunk_size, (position + first_row) // chunk_size * chunk_size
+        end = gl.where(first_row < count, position + gl.minimum(count, first_row + 64), 0)
+        last_step = step + gl.cdiv(position + count - first, BLOCK_N)
+        step = _skip(bars[2:4], bars[4:6], step, step + (own - first) // BLOCK_N, STAGES)
+        for key in range(own - (own - first) % BLOCK_N, end, BLOCK_N):
+            stage, phase = step % STAGES, (step // STAGES) & 1
+            masked = (key + BLOCK_N > position + first_row + 1) | (key < (end - 1) // chunk_size * chunk_size)
             here = part + (step >> 30)  # is part: descriptors are made here, and not kept in registers
             mbarrier.wait(k_full.index(stage), phase)
             fence_async_shared()
@@ -255,7 +255,8 @@ def _consumer(part: gl.constexpr, given, outs, smem, weight_smem, bars, work, in
             if FORWARD:
                 s = warpgroup_mma_wait(0, deps=(s,))
                 mbarrier.arrive(k_empty.index(stage), count=1)
-                s = gl.where(_seen(s, key, positions, chunk_size), s, -float("inf"))
+                if masked:  # else all rows see all keys
+                    s = gl.where(_seen(s, key, positions, chunk_size), s, -float("inf"))
                 m_new = gl.maximum(m, gl.max(s, 1) * qk_scale)
                 shift = gl.where(m_new == -float("inf"), 0.0, m_new)  # a row may have seen no key yet
                 p = gl.exp2(s * qk_scale - shift[:, None])
@@ -272,13 +273,19 @@ def _consumer(part: gl.constexpr, given, outs, smem, weight_smem, bars, work, in
                 fence_async_shared()
                 dp = _start_scores(_tile(row_smem[1], here), _tile(v_smem, stage), zero)
                 s = warpgroup_mma_wait(len(v_smem), deps=(s,))
-                p = gl.where(_seen(s, key, positions, chunk_size), gl.exp2(s * qk_scale - m[:, None]), 0.0)
+                p = gl.exp2(s * qk_scale - m[:, None])
+                if masked:
+                    p = gl.where(_seen(s, key, positions, chunk_size), p, 0.0)
                 dp = warpgroup_mma_wait(0, deps=(dp,))
                 mbarrier.arrive(v_empty.index(stage), count=1)
                 ds = (p * (dp - l[:, None])).to(k_smem[0].dtype)
                 acc = _wait(0, _start_sums(ds, _tile(k_smem, stage), acc))
                 mbarrier.arrive(k_empty.index(stage), count=1)
             step += 1
+        step = _skip(bars[2:4], bars[4:6], step, last_step, STAGES)
+        item += 1
+        tile = _take(work, item)
+        choices = _load_choices(selected, lse_partial, tile, 64 - first_row, ints, H, KS, BLOCK_KS, SHARED)
         if FORWARD:
             acc = [x * gl.convert_layout(1.0 / l, gl.SliceLayout(1, x.type.layout))[:, None] for x in acc]
             gl.store(lse_out + (row + lane) * H + head, (m + gl.log2(l)) * 0.6931471805599453, mask=lane < count)
@@ -286,8 +293,8 @@ def _consumer(part: gl.constexpr, given, outs, smem, weight_smem, bars, work, in
             acc = [x * softmax_scale for x in acc]
         x = _through_tile(_tile(row_smem[0], part), acc, OUT)
         fence_async_shared()  # the next rows come by TMA
-        mbarrier.arrive(row_empty, count=1)
-        at_row = part * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, OUT))
+        mbarrier.arrive(row_empty.index(part), count=1)
+        at_row = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, OUT))
         _store_rows(out, (row + at_row) * H + head, x, at_row < count, D, OUT)
 
 
@@ -297,15 +304,12 @@ def _run(rows, keys, partial, given, outs, find, strides, ints, scales, DIMS: gl
          D: gl.constexpr, DV: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
          LOADER_REGS: gl.constexpr, CONSUMER_REGS: gl.constexpr):
     """Sets up shared memory, and the groups of warps at work; DIMS: of rows of q (and do)."""
-    dtype: gl.constexpr = keys[1].dtype.element_ty
+    dtype: gl.constexpr = keys[0][1].dtype.element_ty
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
-    row_smem = ()
-    for i in gl.static_range(len(DIMS)):
-        row_smem = row_smem + (_allocate(dtype, 2, 64, DIMS[i]),)
-    smem = (row_smem, _allocate(dtype, STAGES, BLOCK_N, D), _allocate(dtype, STAGES, BLOCK_N, DV),
-            _allocate(dtype, 2 * SLOTS, 64, PARTIAL))
+    smem = ([_allocate(dtype, 2, 64, dim) for dim in DIMS], _allocate(dtype, STAGES, BLOCK_N, D),
+            _allocate(dtype, STAGES, BLOCK_N, DV), _allocate(dtype, 2 * SLOTS, 64, PARTIAL))
     weights = gl.allocate_shared_memory(gl.float32, [2 * BLOCK_KS, 64], PLAIN)
-    bars = (_barriers(1, 2 * len(DIMS)).index(0), _barriers(1, 2).index(0), _barriers(STAGES, 32 * LOADER_WARPS),
+    bars = (_barriers(2, len(DIMS)), _barriers(2, 1), _barriers(STAGES, 32 * LOADER_WARPS),
             _barriers(STAGES, 32 * LOADER_WARPS), _barriers(STAGES, 2), _barriers(STAGES, 2), _barriers(2 * SLOTS, 1),
             _barriers(2 * SLOTS, 1))
     work = _work(5, 3)
@@ -313,14 +317,15 @@ def _run(rows, keys, partial, given, outs, find, strides, ints, scales, DIMS: gl
     gl.warp_specialize([
         (_consumer, (0, given, outs, smem, weights, bars, work, ints, scales, H, KS, BLOCK_KS, SHARED, PARTIAL)),
         (_consumer, (1, given, outs, smem, weights, bars, work, ints, scales, H, KS, BLOCK_KS, SHARED, PARTIAL)),
-        (_load_tiles, (rows, keys, partial, smem, bars, work, ints, strides, G, KS, (D, DV), PARTIAL)),
+        (_load_tiles, (rows, keys, partial, smem, bars, work, ints, strides, G, KS, (D, DV), PARTIAL, BLOCK_N,
+                      STAGES, SLOTS)),
         (_find_tiles, (work, find, ints[2])),
     ], [4, LOADER_WARPS, 1], [CONSUMER_REGS, LOADER_REGS, 24])
 
 
 # Shared memory   written by                read by                                 full           empty (arrivals)
-# q and do        loader, TMA               each half by its group                  row_full       row_empty (2)
-# q, own half     its group: o, dq          its group, in other lines               own barrier    the same
+# q and do        loader, TMA               the half's group                        row_full       row_empty (1)
+# the same        its group: o, dq          its group, in other lines               own barrier    the same
 # k               loader, TMA or cp.async   both groups: scores, dq                 k_full         k_empty (2)
 # v               loader, TMA or cp.async   both groups: values, dp                 v_full         v_empty (2)
 # partial         loader, TMA               the half's group                        partial_full   partial_empty (1)
@@ -338,7 +343,7 @@ def _attention_fwd_diagonal_sm90_kernel(
     """Tiles of 128 queries of one segment and head: their partial results together, then their diagonal chunks."""
     find = (cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, num_segments, chunk_size, num_tiles)
     strides = ((stride_qh,), (stride_kt, stride_kh), (stride_vt, stride_vh))
-    _run(((q, q_rest),), ((k, k_rest), k_rows, (v, v_rest), v_rows), (partial, partial_rest),
+    _run(((q, q_rest),), (((k, k_rest), k_rows), ((v, v_rest), v_rows)), (partial, partial_rest),
          (selected, lse_partial, None), (o, lse), find, strides, (chunk_size, first_head, group_heads), (qk_scale, 0.0),
          (D,), DV, H, G, KS, SHARED, BLOCK_KS, D, DV, BLOCK_N, STAGES, SLOTS, LOADER_REGS, CONSUMER_REGS)
 
@@ -355,7 +360,7 @@ def _attention_bwd_dq_diagonal_sm90_kernel(
     """Tiles of 128 queries of one segment and head: their partial dq in order, then their diagonal chunks."""
     find = (cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, num_segments, chunk_size, num_tiles)
     strides = ((stride_qh, stride_doh), (stride_kt, stride_kh), (stride_vt, stride_vh))
-    _run(((q, q_rest), (do, do_rest)), ((k, k_rest), k_rows, (v, v_rest), v_rows), (partial, partial_rest),
+    _run(((q, q_rest), (do, do_rest)), (((k, k_rest), k_rows), ((v, v_rest), v_rows)), (partial, partial_rest),
          (selected, None, terms), (dq, None), find, strides, (chunk_size, first_head, group_heads),
          (qk_scale, softmax_scale), (D, DV), D, H, G, KS, SHARED, BLOCK_KS, D, DV, BLOCK_N, STAGES, SLOTS, LOADER_REGS,
          CONSUMER_REGS)

@@ -192,8 +192,8 @@ BROKEN = {
          "    mbarrier.wait(row_full.index(buffer), (tile // BUFFERS) & 1)\n"
          "    mbarrier.arrive(row_empty.index(buffer), count=1)\n")]),
     "own chunk: keys are given back before they are read": ("attention_diagonal", "chunk 512", [
-        ("                mbarrier.arrive(k_empty.index(stage), count=1)\n                s = gl.where",
-         "                s = gl.where"),
+        ("                mbarrier.arrive(k_empty.index(stage), count=1)\n                if masked",
+         "                if masked"),
         ("            mbarrier.wait(k_full.index(stage), phase)\n",
          "            mbarrier.wait(k_full.index(stage), phase)\n"
          "            if FORWARD:\n                mbarrier.arrive(k_empty.index(stage), count=1)\n")]),
