@@ -300,8 +300,13 @@ def _consumer(part: gl.constexpr, spans, smem, kv_smem, dq_smem, bars, ints, out
     for segment in range(first_segment, end_segment):
         _, low, _, blocks = _diagonal_rows(spans, segment, first_position, chunk_end_position, BLOCK_M)
         for i in range(0, blocks * G):
-            dk, dv = _add_rows(part, kv_smem, smem, full, empty, step, dk, dv, qk_scale, key_position,
-                               low + i % blocks * BLOCK_M + lane, None, None, True, STAGES)
+            position = low + i % blocks * BLOCK_M
+            if position + BLOCK_M > first_position + part * 64:  # else all rows are before these keys
+                dk, dv = _add_rows(part, kv_smem, smem, full, empty, step, dk, dv, qk_scale, key_position,
+                                   position + lane, None, None, True, STAGES)
+            else:
+                mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
+                mbarrier.arrive(empty.index(step % STAGES), count=1)
             step += 1
     dk = [x * softmax_scale for x in dk]
     first_row += part * 64
