@@ -28,8 +28,7 @@ PACKAGES = (  # distribution, module, what it is for
     ("transformer-engine", "transformer_engine", "Transformer Engine layer specs, fp8 linears"),
     ("flash-attn-4", "flash_attn.cute", "dense layers with packed sequences, on Hopper and Blackwell"),
     ("deepspeed", "deepspeed", "the DeepSpeed integration"),
-    ("transformers", "transformers", "the Hugging Face integration"),
-)
+    ("transformers", "transformers", "the Hugging Face integration"))
 SWITCHES = ("MOBA_CP_COPY_ENGINES", "MOBA_PREPARED_LAUNCHES", "MOBA_CHECK_INPUTS")  # 0 or 1
 OTHER_VARIABLES = {*SWITCHES, "MOBA_WORKSPACE_MIB", "MOBA_TUNING_FILE", "MOBA_TUNING_ARCH", "MOBA_COMMIT", "MOBA_DENSE",
                    "MOBA_FP32_PRODUCTS"}

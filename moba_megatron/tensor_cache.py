@@ -71,13 +71,9 @@ class TensorCache:
 
     ``build`` depends on nothing but its arguments, which are hashable. For a GPU it runs on the CPU, and its result's
     copy has arrived before anybody gets it, so every stream may read it at once. Where something looks on, ``build``
-    runs with the device itself; under capture it must then wait for nothing.
-
-    Args:
-        max_bytes: of what all decorated functions keep together; the least recently used goes first. What is larger is
-            kept alone. What a CUDA graph reads comes on top and is kept for good: a graph does not say when it is gone.
-        max_entries: the same for the number of results.
-    """
+    runs with the device itself; under capture it must then wait for nothing. All decorated functions together keep up
+    to ``max_bytes`` and ``max_entries`` results; the least recently used goes first, and what is larger is kept alone.
+    What a CUDA graph reads comes on top and is kept for good: a graph does not say when it is gone."""
 
     def __init__(self, max_bytes: int, max_entries: int):
         self.max_bytes, self.max_entries = max_bytes, max_entries

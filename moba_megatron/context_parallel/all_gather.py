@@ -87,12 +87,10 @@ def prefetch(start: Callable[[int], T], number: int) -> Iterator[T]:
 
 def transport_for(rows: Rows, group: dist.ProcessGroup, x: Tensor, lanes: Sequence[Sequence[int]]) -> Library:
     """How these rows travel: through arenas with room for such lanes, or by the group's library; on all ranks alike.
-
     The latter for rows at places that the host does not know, in a CUDA graph under capture; among several hosts,
     without access to each other's memory, and as MOBA_CP_COPY_ENGINES says: 0 never, 1 wherever it can be, unset groups
     of two ranks. Where arenas must be made or grow the call is collective. ``x``: on their device; ``lanes``: for each
-    kind of exchange the bytes of its tensors ``[S, h, D]``, at most; two of a kind may be under way or in use.
-    """
+    kind of exchange the bytes of its tensors ``[S, h, D]``, at most; two of a kind may be under way or in use."""
     if not x.is_cuda or rows.runs is None or rows.size == 1 or not rows.local or (
             torch.cuda.is_current_stream_capturing()):
         return Library(rows, group)
@@ -110,9 +108,7 @@ class AllGatherAttention:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, selected: Tensor | None = None) -> tuple[Tensor, State]:
         """q ``[T, H, D]``, k ``[T, HK, D]``, v ``[T, HK, DV]``, the rank's rows: o and what backward needs.
-
-        ``selected``: given chunks, int32 ``[T, H or HK, n]``.
-        """
+        ``selected``: given chunks, int32 ``[T, H or HK, n]``."""
         held = (k.nbytes + v.nbytes) * self.layout.rows.size
         groups = head_groups(self.head_groups, q.shape[1], k.shape[1], q.nbytes, held)
         sums = None
@@ -160,8 +156,7 @@ class AllGatherAttention:
                    gathered: Arriving, reduce: Callable[..., list[Pending]],
                    kv_grad_dtype: torch.dtype, transport: Library | None = None) -> Grads:
         """dq, dk, dv. ``reduce(i, grads, outs, after)`` starts to add group i's ``[S, h, D]``, complete at the event
-        ``after`` or, with None, now, over the ranks into ``outs``. ``transport``: what it sends by.
-        """
+        ``after`` or, with None, now, over the ranks into ``outs``. ``transport``: what it sends by."""
         q, k, v, o = tensors
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if len(groups) > 1 else None
         dk, dv = (torch.empty(x.shape, dtype=kv_grad_dtype, device=x.device) for x in (k, v))

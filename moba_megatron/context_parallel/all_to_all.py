@@ -83,7 +83,6 @@ class AllToAllAttention:
         leaving.pop().wait()
         return o, [q.shape, (k.shape, v.shape), [k, v] if replicated else None, groups, saved]
 
-
     def _attend_by_means(self, transport: Library, q: Tensor, k: Tensor, v: Tensor, groups: HeadGroups
                          ) -> Iterator[tuple[Tensor, State]]:
         """o and what is saved of each group; ranks send their rows' means, so chunks are chosen before k and v arrive.
@@ -138,8 +137,7 @@ class AllToAllAttention:
             kinds = (rest[0].shape, do.dtype), *((x.shape, grad_dtype) for x in rest[1:3])
             memory = transport.tensors((OUT, i), *kinds) if early else None
             event = transport.event() if early and i + 1 == len(groups) else None
-            grads = self.inner.backward(do_part, rest, grad_dtype, event=event, out=memory) if early else (
-                self.inner.backward(do_part, rest, grad_dtype))
+            grads = self.inner.backward(do_part, rest, grad_dtype, **(dict(event=event, out=memory) if early else {}))
             del do_part, rest
             outs = [self._parts(dq, heads), *(self._parts(x, kv_heads) for x in (dk, dv))]
             after = event if grads is memory else None

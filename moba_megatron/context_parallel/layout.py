@@ -16,12 +16,10 @@ from .transport.comm import MAX_RUNS, Rows, all_gather
 
 @dataclass(frozen=True)
 class BlockExchange:
-    """How the sums behind the chunk means travel, so that they are the same bits as on one rank.
-
-    A chunk's sum is made of sums over blocks of SUM_BLOCK rows counted from the chunk's start. The rank that holds a
-    whole block sends its sum. A block that a piece boundary cuts has its rows sent by the ranks that hold them, and
-    every rank sums it by the same tree. What a rank sends is padded to the longest of all.
-    """
+    """How the sums behind the chunk means travel, so that they are the same bits as on one rank. A chunk's sum is made
+    of sums over blocks of SUM_BLOCK rows counted from the chunk's start. The rank that holds a whole block sends its
+    sum. A block that a piece boundary cuts has its rows sent by the ranks that hold them, and every rank sums it by the
+    same tree. What a rank sends is padded to the longest of all."""
 
     starts: Tensor  # int32, of this rank's whole blocks: first local row, rows
     counts: Tensor
@@ -61,11 +59,9 @@ class Sequences:
 
     @classmethod
     def packed(cls, cu_seqlens: Tensor, max_seqlen: int, total: int) -> "Sequences":
-        """Sequences whose lengths are known on the device only; nothing is read back.
-
-        Lengths that break the contract are for :meth:`CollectiveCheck.compare_lengths` to report, after the fact: until
-        then nothing outside the ``total`` rows is touched.
-        """
+        """Sequences whose lengths are known on the device only; nothing is read back. Lengths that break the contract
+        are for :meth:`CollectiveCheck.compare_lengths` to report, after the fact: until then nothing outside the
+        ``total`` rows is touched."""
         return cls(cu_seqlens.int().clamp(0, total), max_seqlen, total, None)
 
     def part(self, size: int) -> "Sequences":
@@ -129,8 +125,7 @@ def _zigzag_uniform(seqlen: int, batch: int, size: int, rank: int, chunk_size: i
 
 def _segments(cu_seqlens: Tensor, max_seqlen: int, size: int, rank: int, chunk_size: int, exact: bool) -> Segments:
     cu = cu_seqlens.long()
-    pieces = (cu[1:] - cu[:-1]) // (2 * size)
-    local = cu // size
+    pieces, local = cu.diff() // (2 * size), cu // size
     starts = torch.stack((local[:-1], local[:-1] + pieces), dim=1).flatten()
     return Segments(cu_seqlens_q=torch.cat((starts, local[-1:])).int(), cu_seqlens_k=cu_seqlens, exact=exact,
                     seq_ids=torch.arange(pieces.numel(), device=cu.device, dtype=torch.int32).repeat_interleave(2),
@@ -141,7 +136,7 @@ def _segments(cu_seqlens: Tensor, max_seqlen: int, size: int, rank: int, chunk_s
 def _rows(cu_seqlens: Tensor, total: int, size: int, rank: int, seqlen: int | None = None) -> Rows:
     """``seqlen``: of all sequences; None where their lengths are on the device only."""
     cu = cu_seqlens.long()
-    pieces, local = (cu[1:] - cu[:-1]) // (2 * size), cu // size
+    pieces, local = cu.diff() // (2 * size), cu // size
     row = torch.arange(total, device=cu.device)
     sequence = (torch.searchsorted(cu, row, right=True) - 1).clamp(0, pieces.numel() - 1)
     position, length = row - cu[sequence], pieces[sequence]

@@ -139,11 +139,9 @@ class RowExchange(NamedTuple):
         return exchange([messages], arrived, message, group, stage, finish)
 
     def send_back(self, x: Tensor, own: Tensor, out: Tensor, group: dist.ProcessGroup, stage: str) -> Pending:
-        """Starts to send the rows of ``x`` ``[R, h, D]`` that came back to their owners.
-
-        The wait adds what came to ``own`` ``[T, h, D]``, contiguous, this rank's part of the sums of its rows, and
-        writes the sums to ``out``, which may be ``own``.
-        """
+        """Starts to send the rows of ``x`` ``[R, h, D]`` that came back to their owners. The wait adds what came to
+        ``own`` ``[T, h, D]``, contiguous, this rank's part of the sums of its rows, and writes the sums to ``out``,
+        which may be ``own``."""
         message = x.flatten(0, 1).index_select(0, self.take)
         arrived = message.new_empty(self.send.numel(), x.shape[2])
 

@@ -99,8 +99,7 @@ class MoBAAttention(nn.Module):
         check_config(config, self.parallel.method)
         self.softmax_scale = softmax_scale
         self.full_attention = config.is_full_attention(layer_number, num_layers)
-        self.iteration = 0
-        self.ulysses = None
+        self.iteration, self.ulysses = 0, None
         if self.parallel.method == "ulysses":
             from deepspeed.sequence.layer import DistributedAttention
             self.ulysses = DistributedAttention(self._whole_sequences, self.parallel.group, scatter_idx=2, gather_idx=1)

@@ -202,8 +202,7 @@ REFUSED = {
     "s_aux": "MoBA has no sinks",
     "position_bias": "MoBA adds nothing to scores",
     "output_attentions": "MoBA never has the weights in one place",
-    "cache": "generate() works, with caches that are not paged",
-}
+    "cache": "generate() works, with caches that are not paged"}
 """What attention layers ask for that MoBA does not have, and what to do. Names that are in neither are refused too."""
 UNDERSTOOD = {
     "position_ids", "is_causal", *TransformersKwargs.__annotations__, *inspect.signature(ForCausalLMLoss).parameters,

@@ -86,10 +86,9 @@ def attended_slots(layout: Tensor | None, slots: int) -> Tensor | None:
 
 def row_segments(query: Tensor, key: Tensor, layout: Tensor | None, position_ids: Tensor | None,
                  chunk_size: int) -> Segments:
-    """Where the queries ``[B, H, Q, D]`` of a batch stand among its keys ``[B, HK, S, D]``.
-    Where ``position_ids`` ``[B or 1, Q]`` go back within a row's sequence, another sequence begins, whatever the layout
-    is: a mask of ones or a fresh cache does not make one of packed documents. Jumps forward, other shapes say nothing.
-    """
+    """Where the queries ``[B, H, Q, D]`` of a batch stand among its keys ``[B, HK, S, D]``. Where ``position_ids``
+    ``[B or 1, Q]`` go back within a row's sequence, another sequence begins, whatever the layout is: a mask of ones or
+    a fresh cache does not make one of packed documents. Jumps forward, other shapes say nothing."""
     (batch, _, queries, _), slots = query.shape, key.shape[2]
     placed = None if layout is None else layout.to(query.device)  # layers on several GPUs may share one layout
     if layout is not None and layout.shape[3] == 1:

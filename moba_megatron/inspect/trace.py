@@ -126,5 +126,3 @@ def load_trace(path: str | Path) -> RoutingTrace:
             return RoutingTrace(choices=choices, about=json.loads(str(file["about"])), **numbers)
     except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is no routing trace of python -m moba_megatron.inspect --trace: {error}") from error
-
-

@@ -18,26 +18,17 @@ MAX_HEAD_DIM = 256
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What every kernel of a stage reads.
+    """What every kernel of a stage reads; q, k, v and do are contiguous in their last dimension."""
 
-    Args:
-        q, k, v: ``[T, H, D]``, ``[S, HK, D]``, ``[S, HK, DV]``, contiguous in their last dimension, as do.
-        selected: int32 ``[T, H or HK, topk - 1]``, contiguous.
-        segments: places the queries among the keys.
-        softmax_scale: multiplies the scores.
-        precision: of products in fp32.
-        do, terms: in backward the gradient of o, and fp32 ``[T * H + 1, 4]``.
-    """
-
-    q: Buffer
-    k: Buffer
-    v: Buffer
-    selected: Buffer
-    segments: Segments
-    softmax_scale: float
-    precision: str
-    do: Buffer | None = None
-    terms: Buffer | None = None
+    q: Buffer  # `[T, H, D]`
+    k: Buffer  # `[S, HK, D]`
+    v: Buffer  # `[S, HK, DV]`
+    selected: Buffer  # int32 `[T, H or HK, topk - 1]`, contiguous
+    segments: Segments  # places the queries among the keys
+    softmax_scale: float  # multiplies the scores
+    precision: str  # of products in fp32
+    do: Buffer | None = None  # in backward the gradient of o
+    terms: Buffer | None = None  # in backward fp32 `[T * H + 1, 4]`
 
     @property
     def kv_heads(self) -> int:
@@ -96,8 +87,7 @@ class AttentionCall:
             **{f"stride_{name}{dim}": x.stride(i) for name, x in strides.items() for i, dim in enumerate("th")},
             "H": q.shape[1], "HK": k.shape[1], "G": self.heads_per_kv, "KS": self.choices, "SHARED": self.shared,
             "BLOCK_KS": next_power_of_2(max(1, self.choices)), "D": q.shape[2], "DV": v.shape[2],
-            "BLOCK_D": head_block(q.shape[2]), "BLOCK_DV": head_block(v.shape[2]), "PRECISION": self.precision,
-        }
+            "BLOCK_D": head_block(q.shape[2]), "BLOCK_DV": head_block(v.shape[2]), "PRECISION": self.precision}
 
     def over_lists(self, routing: Routing, tiles: Tiles, group: tuple[int, int]) -> tuple[tuple[int], dict]:
         """The grid over the lists of a group of kv heads, cut into tiles, and where programs find theirs."""

@@ -72,10 +72,8 @@ def _arch_of_device(device: torch.device | None) -> str:
     override = os.environ.get("MOBA_TUNING_ARCH", "")
     if override and override not in ARCHS:
         raise ValueError(f"MOBA_TUNING_ARCH must be one of {', '.join(ARCHS)}; got {override!r}")
-    if override:
-        return override
-    if not torch.cuda.is_available():
-        return "sm_86"
+    if override or not torch.cuda.is_available():
+        return override or "sm_86"
     return arch_of_capability(*torch.cuda.get_device_capability(device or "cuda"))
 
 

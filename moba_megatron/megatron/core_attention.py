@@ -111,8 +111,7 @@ class MoBACoreAttention(MegatronModule):
         refusals.refuse_unsupported(config, attn_mask_type, attention_type, attention_dropout)
         self.layer_number, last = _global_layer_number(config, layer_number), config.num_layers
         self.moba_config = _resolve_config(moba_config).for_layer(min(self.layer_number, last), last)
-        self.attn_mask_type = attn_mask_type
-        self.softmax_scale = softmax_scale
+        self.attn_mask_type, self.softmax_scale = attn_mask_type, softmax_scale
         self.deterministic = self.moba_config.deterministic or config.deterministic_mode
         self.full_attention = self.moba_config.is_full_attention(min(self.layer_number, last), last)
         if not self.full_attention:
@@ -133,11 +132,10 @@ class MoBACoreAttention(MegatronModule):
                                      f"{HIERARCHICAL} (layer {layer_number}), got {len(levels or ())}: ranks that "
                                      "exchange heads, such as a node's, and how many of those gather keys")
                 self.cp_levels = list(levels)
-        self.key_convolution = None
+        self.key_convolution = self.selector = None
         if self.moba_config.key_conv and not self.full_attention:
             self.key_convolution = KeyConvolution(config, self.moba_config.key_conv, k_channels,
                                                   self.moba_config.backend, getattr(groups, "tp", None))
-        self.selector = None
         if submodules is not None and submodules.selector is not None and not self.full_attention:
             self.selector = build_module(submodules.selector, config=config, layer_number=self.layer_number,
                                          moba_config=self.moba_config)
@@ -179,7 +177,7 @@ class MoBACoreAttention(MegatronModule):
                                   attention_mask, group, kwargs)
         if group is None:
             check(query, key, value)
-            q, k, v = _to_thd(query, key, value)
+            q, k, v = map(_to_thd, (query, key, value))
             v = _apart_from_projection(q, k, v)
             if moba.decode == "dense" and packed is None and query.shape[0] == 1 < key.shape[0]:
                 replay.refuse_new_tokens(dense=True)
@@ -252,7 +250,7 @@ class MoBACoreAttention(MegatronModule):
             comm_type, levels = (HIERARCHICAL, self.cp_levels) if group is self.cp_group else ("all_gather", group)
         with context_parallel.CollectiveCheck(group) as collective:
             check(query, key, value)
-            q, k, v = cast_under_autocast(*_to_thd(query, key, value))
+            q, k, v = cast_under_autocast(*map(_to_thd, (query, key, value)))
             check_qkv(q, k, v)
             v = _apart_from_projection(q, k, v)
             if q.shape[0] != k.shape[0]:
@@ -260,11 +258,10 @@ class MoBACoreAttention(MegatronModule):
                                  f"{key.shape[0]}: a key/value cache is not supported with --context-parallel-size > 1")
             context_parallel.check_groups(levels, comm_type, q.shape[1], k.shape[1],
                                           "head" if dense else moba.selection)
+            what = "dense" if dense else f"chunk_size {moba.chunk_size}, topk {moba.topk}, selection {moba.selection}"
             collective.signature = (
                 f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}, {q.dtype}, "
-                f"{comm_type}, " + ("dense" if dense else f"chunk_size {moba.chunk_size}, topk {moba.topk}, "
-                                    f"selection {moba.selection}")
-                + f", cp_head_groups {moba.cp_head_groups}" + ", deterministic" * self.deterministic
+                f"{comm_type}, {what}, cp_head_groups {moba.cp_head_groups}" + ", deterministic" * self.deterministic
                 + (f", key_conv {moba.key_conv}" if self.key_convolution is not None else ""))
             if packed is None:
                 seqlen = query.shape[0] * size
@@ -390,9 +387,9 @@ def _packed_lengths(packed: PackedSeqParams, total: int, device: torch.device) -
     return check_cu_seqlens(cu_seqlens, max_seqlen, total, device), max_seqlen
 
 
-def _to_thd(*tensors: Tensor) -> list[Tensor]:
+def _to_thd(x: Tensor) -> Tensor:
     """``[s, b, h, d]`` as ``[b * s, h, d]``, sequence after sequence (a view where b is 1); THD as it is."""
-    return [x if x.dim() == 3 else x[:, 0] if x.shape[1] == 1 else x.transpose(0, 1).flatten(0, 1) for x in tensors]
+    return x if x.dim() == 3 else x[:, 0] if x.shape[1] == 1 else x.transpose(0, 1).flatten(0, 1)
 
 
 def _apart_from_projection(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

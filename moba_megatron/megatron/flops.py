@@ -5,15 +5,10 @@ from ..flops import attention_flops, dense_attention_flops
 
 def correction(args, config: MoBAConfig, iteration: int, batch_size: int, seqlen_squared_sum: float | None = None,
                tokens: float | None = None) -> float:
-    """What to add to Megatron-LM's ``num_floating_point_operations``: negative where MoBA saves work.
-
-    0 where attention layers are not known (``--experimental-attention-variant``, hybrids by ratios, not a pattern).
-
-    Args:
-        batch_size: sequences of ``args.seq_length``, where they are not packed.
-        seqlen_squared_sum, tokens: the sums of packed sequences' squared lengths and lengths. Nothing else is known, so
-            the lengths count as equal: exact where they are.
-    """
+    """What to add to Megatron-LM's ``num_floating_point_operations``: negative where MoBA saves work, 0 where attention
+    layers are not known (``--experimental-attention-variant``, hybrids by ratios, not a pattern). ``batch_size``:
+    sequences of ``args.seq_length``, where they are not packed; ``seqlen_squared_sum``, ``tokens``: the sums of packed
+    sequences' squared lengths and lengths. Nothing else is known, so lengths count as equal: exact where they are."""
     tokens = batch_size * args.seq_length if tokens is None else tokens
     seqlen = args.seq_length if seqlen_squared_sum is None else seqlen_squared_sum / max(tokens, 1)
     if config.is_full_step(iteration) or not seqlen:

@@ -22,17 +22,11 @@ _KEY = re.compile(r"key_convolution\.layer_(\d+)\.")
 
 
 class KeyConvolution(MegatronModule):
-    """``k'[t] = k[t] + silu(sum_l w[l] * k[t - l])``, each kv head and dimension with a filter of its own.
-
-    The weight begins as zeros, where the module is the identity: a trained model can take it on without a jump. It is
-    one flat vector of ``[HK, width, D]``: optimizers that spare one-dimensional parameters from weight decay spare it,
-    and tensor parallel ranks hold consecutive parts.
-
-    Args:
-        width: taps, 3 or 5.
-        head_dim: of the keys; None for ``config.kv_channels``.
-        tp_group: tensor parallel group; None for Megatron's ``parallel_state``.
-    """
+    """``k'[t] = k[t] + silu(sum_l w[l] * k[t - l])``, each kv head and dimension with a filter of its own. The weight
+    begins as zeros, where the module is the identity: a trained model can take it on without a jump. It is one flat
+    vector of ``[HK, width, D]``: optimizers that spare one-dimensional parameters from weight decay spare it, and
+    tensor parallel ranks hold consecutive parts. ``width``: taps, 3 or 5; ``head_dim``: of the keys, None for
+    ``config.kv_channels``; ``tp_group``: tensor parallel group, None for Megatron's ``parallel_state``."""
 
     def __init__(self, config: TransformerConfig, width: int, head_dim: int | None = None, backend: str = "auto",
                  tp_group: dist.ProcessGroup | None = None):

@@ -306,10 +306,8 @@ ARGUMENTS_HOOK = ("megatron.training.arguments", "add_megatron_arguments", moba_
 HOOKS = (
     ("megatron.core.models.backends", "LocalSpecProvider.core_attention", moba_core_attention),
     ("megatron.training.training", "setup_model_and_optimizer", moba_model_check),
-    ("megatron.training.training", "num_floating_point_operations", moba_flops),
-)
+    ("megatron.training.training", "num_floating_point_operations", moba_flops))
 OPTIONAL_HOOKS = (  # Transformer Engine may be missing; the hybrid model has moved, and needs packages of its own
     ("megatron.core.extensions.transformer_engine_spec_provider", "TESpecProvider.core_attention", moba_core_attention),
     ("megatron.core.models.hybrid.hybrid_block", "HybridStack.__init__", moba_hybrid_stack),
-    ("megatron.core.ssm.mamba_block", "MambaStack.__init__", moba_hybrid_stack),
-)
+    ("megatron.core.ssm.mamba_block", "MambaStack.__init__", moba_hybrid_stack))

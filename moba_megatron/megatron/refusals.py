@@ -67,8 +67,7 @@ _UNSUPPORTED_FIELDS = (
     ("fp8_multi_head_attention", False, "MoBA attends in bf16, fp16 or fp32; fp8 linear layers are fine"),
     ("apply_query_key_layer_scaling", False, "MoBA does not scale scores by layer"),
     ("batch_invariant_mode", False, "it needs kernels that MoBA does not use"),
-    ("flash_decode", False, "decoding with it bypasses core attention and would be dense"),
-)
+    ("flash_decode", False, "decoding with it bypasses core attention and would be dense"))
 """Fields of TransformerConfig, where this version has them, with the value that MoBA works with and why no other."""
 _LAYOUTS = tuple((field, "zigzag", "MoBA takes a context parallel rank's tokens for zigzag pieces of each sequence")
                  for field in LAYOUT_FIELDS)

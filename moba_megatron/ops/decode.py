@@ -65,11 +65,9 @@ def moba_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, means_cache: Tensor
 def decode_selection(q: Tensor, k_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor, chunk_size: int,
                      topk: int, *, block_table: Tensor | None = None, cache_starts: Tensor | None = None,
                      backend: str = "auto", shared: str = "head") -> Tensor:
-    """The earlier chunks that :func:`moba_decode` attends to: what the router of a generation did.
-
-    Args, Raises: as :func:`moba_decode`. Returns int32 ``[B, H, topk - 1]``, or ``[B, HK, topk - 1]`` for a group:
-    chunk numbers within each sequence in no particular order, -1 where fewer exist.
-    """
+    """The earlier chunks that :func:`moba_decode` attends to: what the router of a generation did. Args, Raises: as
+    :func:`moba_decode`. Returns int32 ``[B, H, topk - 1]``, or ``[B, HK, topk - 1]`` for a group: chunk numbers within
+    each sequence in no particular order, -1 where fewer exist."""
     _check_caches(k_cache, means_cache, cache_seqlens, chunk_size, block_table, cache_starts)
     q = _checked_query(q, k_cache, k_cache, means_cache.shape[0])
     validation.check_whole("topk", topk, 1)
@@ -80,16 +78,12 @@ def decode_selection(q: Tensor, k_cache: Tensor, means_cache: Tensor, cache_seql
                                                   block_table=block_table, cache_starts=cache_starts)
 
 
-
-
 @torch.no_grad()
 def fill_chunk_means(k_cache: Tensor, means_cache: Tensor, cache_seqlens: Tensor, chunk_size: int, *,
                      block_table: Tensor | None = None, cache_starts: Tensor | None = None,
                      backend: str = "auto") -> None:
-    """Writes the means of all full chunks of a cache, as after a prefill; other rows of ``means_cache`` stay.
-
-    Args, Raises: as :func:`moba_decode`, with ``cache_seqlens`` the keys that are in the cache.
-    """
+    """Writes the means of all full chunks of a cache, as after a prefill; other rows of ``means_cache`` stay. Args,
+    Raises: as :func:`moba_decode`, with ``cache_seqlens`` the keys that are in the cache."""
     _check_caches(k_cache, means_cache, cache_seqlens, chunk_size, block_table, cache_starts)
     check_backend(backend)
     run = _means if is_unobserved(k_cache, cache_seqlens) else _means_op

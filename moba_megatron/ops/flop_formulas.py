@@ -10,10 +10,8 @@ from ..flops import MULTIPLY_AND_ADD, attended_pairs, scored_pairs
 def forward_flops(q, k, v, cu_seqlens_q, cu_seqlens_k, seq_ids, offsets, max_seqlen_q, max_seqlen_k, chunk_size,
                   packed, exact, topk, *options, out_val=None, **kwargs) -> int:
     """Two products over the attended pairs of query and key, and the gate's over the scored pairs of query and chunk.
-
     Exact where the places of segments can be read (the device is waited for); of fake tensors it is what packed
-    sequences of the longest's length would need, and others with every query at the end of one.
-    """
+    sequences of the longest's length would need, and others with every query at the end of one."""
     attended, scored = _segment_pairs(q, cu_seqlens_q, offsets, max_seqlen_k, chunk_size, packed, topk)
     dim, dim_v, (shared, selected) = q.shape[2], v.shape[2], options[-2:]
     scoring = 0 if selected is not None else k.shape[1] if shared == "group" else q.shape[1]

@@ -56,7 +56,6 @@ def key_convolution(k: Tensor, weight: Tensor, cu_seqlens: Tensor, halo: Tensor 
 
 
 class _KeyConvolution(torch.autograd.Function):
-
     @staticmethod
     def forward(ctx, k, weight, cu_seqlens, halo, stages):
         ctx.save_for_backward(k, weight, cu_seqlens, halo)

@@ -74,9 +74,7 @@ class Pipeline:
     def forward(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, selected: Tensor | None = None
                 ) -> tuple[Tensor, Saved]:
         """q ``[T, H, D]``, k ``[S, HK, D]``, v ``[S, HK, DV]``: o ``[T, H, DV]``, and what backward wants.
-
-        ``selected``: given chunks, int32 ``[T, H or HK, n]`` with n of at least 1, of which nothing is known.
-        """
+        ``selected``: given chunks, int32 ``[T, H or HK, n]`` with n of at least 1, of which nothing is known."""
         if selected is not None or self.earlier(segments):
             scaled = _rows(-q) if self.softmax_scale < 0 else None  # the running maximum is taken before the scale
             selected = selected if selected is None else selected.contiguous()
@@ -89,10 +87,8 @@ class Pipeline:
     def backward(self, do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, saved: Saved,
                  segments: Segments, kv_grad_dtype: torch.dtype | None = None,
                  event: torch.cuda.Event | None = None, out: Sequence[Tensor] | None = None) -> Sequence[Tensor]:
-        """dq, dk, dv; dk and dv in ``kv_grad_dtype``, None for theirs.
-
-        ``event`` is recorded when dk and dv are complete, maybe before dq. ``out``: memory for them, returned if used.
-        """
+        """dq, dk, dv; dk and dv in ``kv_grad_dtype``, None for theirs. ``event`` is recorded when dk and dv are
+        complete, maybe before dq. ``out``: memory for them, returned if used."""
         if not saved.choice.selected.shape[2] and kv_grad_dtype in (None, k.dtype):
             dense = self._dense(dense_causal_bwd, segments, do, dlse, q, k, v, saved.o, saved.lse,
                                 deterministic=self.deterministic)

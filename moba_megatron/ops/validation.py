@@ -69,11 +69,9 @@ def cast_under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def same_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v in one dtype, as torch's attention wants them and the FlashAttention integrations make them.
-
-    Under ``torch.autocast`` its dtype, as for ``scaled_dot_product_attention``: rotary embeddings and norms leave q and
-    k in fp32 beside a v in bf16. Elsewhere v's, which no such step has touched. fp64 stays.
-    """
+    """q, k and v in one dtype, as torch's attention wants them and the FlashAttention integrations make them. Under
+    ``torch.autocast`` its dtype, as for ``scaled_dot_product_attention``: rotary embeddings and norms leave q and k in
+    fp32 beside a v in bf16. Elsewhere v's, which no such step has touched. fp64 stays."""
     dtype = v.dtype if v.dtype == torch.float64 else autocast_dtype(q.device.type) or v.dtype
     # As they are where nothing is to be done, under torch.compile too: a cache's keys carry attributes.
     return tuple(x if x.dtype == dtype else x.to(dtype) for x in (q, k, v))
@@ -106,10 +104,8 @@ def check_workspace(workspace_mib: float | None) -> None:
 
 def check_cu_seqlens(cu_seqlens: Tensor, max_seqlen: int, total: int, device: torch.device,
                      name: str = "cu_seqlens", max_name: str = "max_seqlen") -> Tensor:
-    """Cumulative lengths ``[B + 1]`` of ``total`` packed tokens; returns them as int32, contiguous.
-
-    Values are checked where reading them is free: on the CPU, or with ``MOBA_CHECK_INPUTS=1``.
-    """
+    """Cumulative lengths ``[B + 1]`` of ``total`` packed tokens; returns them as int32, contiguous. Values are checked
+    where reading them is free: on the CPU, or with ``MOBA_CHECK_INPUTS=1``."""
     check_tensor(name, cu_seqlens, 1, (torch.int32, torch.int64), device=device)
     if cu_seqlens.numel() < 2:
         raise ValueError(f"{name} must have shape [sequences + 1], got {tuple(cu_seqlens.shape)}: it starts with 0 "
@@ -211,5 +207,3 @@ def values_readable(x: Tensor) -> bool:
     return (not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter)
             and not torch._C._are_functorch_transforms_active()
             and (x.device.type == "cpu" or CHECK_CUDA_VALUES and x.is_cuda))
-
-

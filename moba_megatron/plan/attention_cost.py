@@ -13,8 +13,7 @@ COEFFICIENTS = Path(__file__).with_name("coefficients.json")  # fitted to stored
 _STORED = json.loads(COEFFICIENTS.read_text())
 LINK_SHARE = _STORED.pop("link_share")  # part of the link's data-sheet rate that NCCL reached on 2 and 4 H200s
 BACKWARD_PRODUCTS = 2.5  # backward over forward: five matrix products against two
-BF16 = 2
-FP32 = 4
+BF16, FP32 = 2, 4  # bytes
 
 STAGES = {  # stage -> its terms; `own` includes merging partial o and lse
     "means": ("means bytes", "launch"),
@@ -22,8 +21,7 @@ STAGES = {  # stage -> its terms; `own` includes merging partial o and lse
     "route": ("route choices", "launch"),
     "sparse": ("sparse products", "sparse bytes", "launch"),
     "own": ("own products", "own bytes", "launch"),
-    "bwd": ("bwd products", "bwd own products", "bwd bytes", "bwd launches"),
-}
+    "bwd": ("bwd products", "bwd own products", "bwd bytes", "bwd launches")}
 FORWARD = ("means", "gate", "route", "sparse", "own")
 TERMS = tuple(dict.fromkeys(term for terms in STAGES.values() for term in terms))
 LAUNCH_SECONDS = 10e-6  # what one kernel takes before and after its work, at best; the backward pass has about ten
@@ -87,8 +85,7 @@ def term_seconds(shape: AttentionShape, card: Card) -> dict[str, float]:
     kv_bytes = 2 * shape.seqlen * shape.kv_heads * shape.row_bytes
     partial = shape.row_bytes + FP32
     per_product = 2 * shape.head_dim
-    operations = {"gate scores": per_product * shape.scores,
-                  "sparse products": 2 * per_product * shape.earlier_pairs,
+    operations = {"gate scores": per_product * shape.scores, "sparse products": 2 * per_product * shape.earlier_pairs,
                   "own products": 2 * per_product * shape.own_pairs,
                   "bwd products": 2 * per_product * shape.earlier_pairs * BACKWARD_PRODUCTS,
                   "bwd own products": 2 * per_product * shape.own_pairs * BACKWARD_PRODUCTS}

@@ -91,8 +91,7 @@ CARDS = {
     "rtxpro6000": _card("RTX PRO 6000 Blackwell", _PRO, 503.8, 96, 1792,
                         (188 * 2.6, DERIVED, "188 SMs; 2.6 GHz from 125 TFLOP/s of fp32"),
                         (50, ASSUMED, _PCIE.format("5.0", 50)), (25, ASSUMED, "one 200 Gbit/s port a GPU"),
-                        (8, ASSUMED, "servers with eight cards")),
-}
+                        (8, ASSUMED, "servers with eight cards"))}
 
 
 def find_card(name: str) -> Card:

@@ -53,8 +53,7 @@ MODELS = {  # 350m is the byte-level GPT of this project's measurements; the oth
     "350m": Model(24, 1024, 8, 2, 128, 2816, 256, tied=True),
     "1b": Model(16, 2048, 32, 8, 64, 8192, 128256, tied=True),
     "8b": Model(32, 4096, 32, 8, 128, 14336, 128256),
-    "70b": Model(80, 8192, 64, 8, 128, 28672, 128256),
-}
+    "70b": Model(80, 8192, 64, 8, 128, 28672, 128256)}
 
 
 @dataclass(frozen=True)

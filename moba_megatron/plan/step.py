@@ -109,8 +109,7 @@ def plan(run: Run, card: Card, calibration: Calibration, fixed: dict[str, int | 
     """All layouts that agree with ``fixed``, fields of Layout that the user has decided: those that fit, cheapest first
     (with the least recompute that fits), and the others with reasons."""
     fit, out, fixed = [], [], dict(fixed or {})
-    recompute = fixed.pop("recompute", None)
-    modes = RECOMPUTE if recompute is None else (recompute,)
+    modes = RECOMPUTE if (only := fixed.pop("recompute", None)) is None else (only,)
     for layout in candidates(run, int(card.node.value)):
         if any(getattr(layout, name) != value for name, value in fixed.items()):
             continue

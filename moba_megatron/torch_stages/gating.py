@@ -12,11 +12,9 @@ SCORE_ELEMENTS = 1 << 22  # scores held at once
 
 @in_own_precision
 def gate(q: Tensor, means: Tensor, segments: Segments, topk: int) -> Tensor:
-    """As :func:`moba_megatron.reference.gate`, the very same chunks.
-
-    A query is left to the reference where two neighbours among the scores that are in, and the first that is out, are
-    nearer to each other than roundings are sure to leave them in order, or where a sum might not be finite.
-    """
+    """As :func:`moba_megatron.reference.gate`, the very same chunks. A query is left to the reference where two
+    neighbours among the scores that are in, and the first that is out, are nearer to each other than roundings are sure
+    to leave them in order, or where a sum might not be finite."""
     (total_q, num_heads, dim), (num_chunks, kv_heads, _), wanted = q.shape, means.shape, topk - 1
     selected = torch.full((total_q, num_heads, wanted), -1, dtype=torch.int32, device=q.device)
     if 0 in (total_q, wanted, num_chunks):

@@ -120,15 +120,10 @@ def _now(on_cuda: bool) -> float | torch.cuda.Event:
 
 
 class Pending:
-    """The result of transfers that were issued and may still be under way.
-
-    Args:
-        works, output: their handles, and what they fill: a tensor, or several.
-        keep: tensors that they read; kept until the wait, after which the current stream may reuse their memory.
-        stage: name for :func:`record_waits`.
-        finish: makes the result of the output, after the wait; None for the output itself.
-        sent: bytes that this rank hands to other ranks, for the record.
-    """
+    """The result of transfers that were issued and may still be under way. ``works``, ``output``: their handles, and
+    what they fill: a tensor, or several; ``keep``: tensors that they read, kept until the wait, after which the current
+    stream may reuse their memory; ``stage``: name for :func:`record_waits`; ``finish``: makes the result of the output,
+    after the wait, None for the output itself; ``sent``: bytes that this rank hands to other ranks, for the record."""
 
     def __init__(self, works: Sequence[Any], output: Tensor | Sequence[Tensor], keep: Any, stage: str,
                  finish: Callable[[Any], Any] | None = None, sent: int = 0):
@@ -200,11 +195,9 @@ of T, ``[rows, h, D]``)."""
 
 def exchange(rounds: Iterable[Messages], output: Tensor | Sequence[Tensor], keep: Any, group: dist.ProcessGroup,
              stage: str, finish: Callable[[Any], Any] | None = None) -> Pending:
-    """Starts exchanges as one, for which NCCL launches a single kernel; pending, as of :class:`Pending`.
-
-    Messages are contiguous; what a rank has for itself, which need not be, is copied at once. What all get is sent from
-    its place here. Every rank of the group must call this.
-    """
+    """Starts exchanges as one, for which NCCL launches a single kernel; pending, as of :class:`Pending`. Messages are
+    contiguous; what a rank has for itself, which need not be, is copied at once. What all get is sent from its place
+    here. Every rank of the group must call this."""
     peers, me, messages, sent = dist.get_process_group_ranks(group), dist.get_rank(group), [], 0
     for outputs, inputs in rounds:
         own, here = inputs[me], outputs[me]
@@ -220,26 +213,22 @@ def exchange(rounds: Iterable[Messages], output: Tensor | Sequence[Tensor], keep
     return Pending(works, output, keep, stage, finish, sent)
 
 
+@dataclass(eq=False)
 class Library:
     """Rows that travel among a group's ranks by its own library (NCCL, gloo). Where a rank's rows are a few runs whose
     places the host knows (one long sequence), messages are received and sent in place: nothing is permuted. Otherwise
     messages are whole ranks' rows, permuted by an index before or after."""
 
+    rows: Rows
+    group: dist.ProcessGroup
     early = False  # whether copy engines carry what travels, and `deliver` can begin at an event
-
-    def __init__(self, rows: Rows, group: dist.ProcessGroup):
-        self.rows, self.group = rows, group
 
     def fetch(self, views: Sequence[Tensor], stage: str, slot: Slot, *, rows: Rows | None = None,
               lasting: bool = True) -> Pending:
         """Starts to collect what every rank has for this one; pending, for each view a ``[S, h, D]`` in global order.
-
-        Args:
-            views: each ``[parts, T, h, D]``, any strides; a part for each rank, or for several neighbours, or for all.
-            slot: used by nothing that is still under way.
-            rows: of the views; None for the transport's.
-            lasting: False where the results, of what all get, are not used any more when the slot is used again.
-        """
+        ``views``: each ``[parts, T, h, D]``, any strides; a part for each rank, or for several neighbours, or for all.
+        ``slot``: used by nothing that is still under way; ``rows``: of the views, None for the transport's;
+        ``lasting``: False where the results, of what all get, are not used any more when the slot is used again."""
         rows = rows or self.rows
         to_all = views[0].shape[0] == 1
         permuted = rows.runs is None or to_all and crowds_the_network(self.group)
@@ -268,10 +257,8 @@ class Library:
     def deliver(self, tensors: Sequence[Tensor], outs: Sequence[Tensor], stage: str, slot: Slot,
                 after: torch.cuda.Event | None = None) -> Pending:
         """Starts to send every rank its rows of each ``[S, h, D]``; they are in ``outs`` ``[parts, T, h, D]`` then.
-
         What several ranks computed for a part is added. ``after``: recorded when the tensors are complete, where the
-        transport is ``early``; None: they are now.
-        """
+        transport is ``early``; None: they are now."""
         if self.early and all(x.dtype == out.dtype and out.shape[0] == self.rows.size for x, out in zip(tensors, outs)):
             return self._exchange(collected, self.rows.runs, tensors, outs, outs, stage, slot, after)
         return self._collect(tensors, outs, stage, slot, lambda arrived: put(arrived, outs, self.rows), after)

@@ -63,10 +63,8 @@ class Peers:
         weakref.finalize(self, self._unfinished.put, None)
 
     def connect(self, rank: int, handle: Any) -> None:
-        """Takes all ranks' arenas and signal pads, which ``handle`` has mapped, and makes exchange 0.
-
-        Nobody waits for another in it: what this driver, GPU or Triton refuses is refused here.
-        """
+        """Takes all ranks' arenas and signal pads, which ``handle`` has mapped, and makes exchange 0. Nobody waits for
+        another in it: what this driver, GPU or Triton refuses is refused here."""
         self._handle, self.arenas, pads = handle, list(handle.buffer_ptrs), handle.signal_pad_ptrs
         # the next one first: no two ranks begin with the same
         self.others = [(rank + i) % len(pads) for i in range(1, len(pads))]
@@ -197,9 +195,7 @@ class SymmetricMemory(Library):
 @functools.lru_cache(maxsize=512)
 def _plan(messages: ListMessages, runs: Runs, me: int, room: range, stage: str, *layouts: tuple) -> Plan:
     """Copies for messages, which are read where they lie in the slot: in targets, in sources, or in copies of these.
-
-    ``layouts``: shape, strides and dtype of each source, then of each target, and its place if that is in the slot.
-    """
+    ``layouts``: shape, strides and dtype of each source, then of each target, and its place if that is in the slot."""
     number, size, arenas = len(layouts) // 2, len(runs[0]), len(layouts)  # the last is the first arena's number
     tensors = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype, _ in layouts]
     sources, targets, placed = tensors[:number], tensors[number:], [x[-1] for x in layouts]
