@@ -43,7 +43,7 @@ class Stored:
 TABLES = {
     "speedup": Stored("h200/gpt-p1.json", gpt.SPEEDUP.markdown, "README.md"),
     "kernels": Stored("h200/kernels.json", report.KERNELS.markdown),
-    "gate": Stored("h200/gate_pipeline.json", gate.TABLE.markdown),
+    "gate": Stored("h200/gate_graphs.json", gate.TABLE.markdown),
     "host": Stored("h200/host.json", gate.TABLE.markdown),
     "cliffs": Stored("h200/cliffs.json", cliffs.TABLE.markdown),
     "first-call": Stored("h200/first_call.json", first_call.TABLE.markdown),
