@@ -241,7 +241,8 @@ def _consumer(part: gl.constexpr, given, outs, smem, weight_smem, bars, work, in
             acc = [x * gl.where(softmax_scale == 0, 0.0, 1 / softmax_scale) for x in acc]
         positions = position + gl.minimum(lane, count - 1)
         mbarrier.wait(row_full.index(part), item & 1)
-        first, own = position // chunk_size * chunk_size, (position + first_row) // chunk_size * chunk_size
+        first = position // chunk_size * chunk_size
+        own = (position + gl.minimum(first_row, count - 1)) // chunk_size * chunk_size
         end = gl.where(first_row < count, position + gl.minimum(count, first_row + 64), 0)
         last_step = step + gl.cdiv(position + count - first, BLOCK_N)
         step = _skip(bars[2:4], bars[4:6], step, step + (own - first) // BLOCK_N, STAGES)

@@ -23,8 +23,10 @@ _recent, _older = {}, {}  # by key: its graph, or how often it came
 def _driver(name: str, *args) -> None:
     mode = ctypes.byref(ctypes.c_int(2))  # relaxed: no thread's capture forbids the call or is broken by it
     libcuda.cuThreadExchangeStreamCaptureMode(mode)
-    error = getattr(libcuda, name)(*args)
-    libcuda.cuThreadExchangeStreamCaptureMode(mode)
+    try:
+        error = getattr(libcuda, name)(*args)
+    finally:
+        libcuda.cuThreadExchangeStreamCaptureMode(mode)
     if error:
         raise RuntimeError(f"{name} returned {error}")
 

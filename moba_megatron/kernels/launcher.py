@@ -376,6 +376,8 @@ class Plan:
         for launch in self.launches:
             if launch.compiled is None:  # it is interpreted
                 return
+            of, sizes = getattr(launch.compiled, "metadata", None), ("global_scratch_size", "profile_scratch_size")
+            self._may_be_graph &= not any(getattr(of, size, 0) for size in sizes)  # memory of one launch alone
         self.is_prepared = bool(self.launches) and not self._faulty
 
     def _start(self, event: torch.cuda.Event | None, start: Callable, *args) -> None:

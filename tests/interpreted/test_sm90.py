@@ -108,6 +108,19 @@ def test_long_lists_are_cut():
     assert cut[DKDV] > run(CASES["chunk 128"])[DKDV]
 
 
+@pytest.mark.parametrize("block_n", [32, 64])
+@pytest.mark.parametrize("case", [dict(lengths=[20], chunk=64), dict(lengths=[138], chunk=192),
+                                  dict(lengths=[300], chunk=128, parts=[(0, 70, 10)])], ids=["20", "138", "parts"])
+def test_own_chunks_whose_second_half_has_no_rows(case, block_n):
+    """That group has no keys to skip which are not there, also in tiles that only a tuning file asks for."""
+    own = {stage: {**next(row.config for row in TABLE[stage] if is_gluon(row.config)), "BLOCK_N": block_n}
+           for stage in ("attention_fwd_diagonal", "attention_bwd_dq_diagonal")}
+    q, k, v, selected, segments = problem(**{"dtype": torch.float16, "dim": 128, "topk": 2, **case})
+    with tuning.forced("sm_90", own), emulated() as ran:
+        check(q, k, v, selected, segments)
+    assert DIAGONAL <= set(ran)
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_is_broken_is_seen(name):
     """A buffer that is announced before it is filled, or given back before it is read."""

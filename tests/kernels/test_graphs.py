@@ -200,6 +200,20 @@ def test_which_calls_are_started_launch_by_launch(reason, cuda, again, started, 
         assert started(call, q, k)[1] == 0
 
 
+@pytest.mark.parametrize("size", ["global_scratch_size", "profile_scratch_size"])
+def test_memory_that_triton_gives_to_one_launch_is_in_no_graph(size, cuda, again, started, monkeypatch):
+    """Instrumentation of Triton's: it is free again after the launch."""
+    (q, k), call = small()
+    call = again(call)
+    call(q, k)
+    for plan in launcher._plans.values():
+        monkeypatch.setattr(plan.launches[0].compiled.metadata, size, 8, raising=False)
+    launcher._plans.clear()  # the next finds the same compiled kernels
+    for _ in range(6):
+        launches, prepared = started(call, q, k)
+    assert prepared == len(launches) and not cuda.called
+
+
 def test_hooks_may_be_none(cuda, again, monkeypatch):
     monkeypatch.setattr(knobs.runtime, "launch_enter_hook", None)
     (q, k), call = small()
