@@ -34,8 +34,9 @@ if TYPE_CHECKING:
     from .megatron.core_attention import MoBACoreAttention
     from .megatron.layer_specs import get_moba_layer_local_spec, get_moba_layer_with_transformer_engine_spec
 
-_LAZY_NAMES = {"MoBACoreAttention": "megatron.core_attention", "register_moba": "huggingface", **dict.fromkeys(
-    ("get_moba_layer_local_spec", "get_moba_layer_with_transformer_engine_spec"), "megatron.layer_specs")}
+_LAZY_NAMES = {"MoBACoreAttention": "megatron.core_attention", "register_moba": "huggingface",
+               "get_moba_layer_local_spec": "megatron.layer_specs",
+               "get_moba_layer_with_transformer_engine_spec": "megatron.layer_specs"}
 
 __version__ = "0.2.0"
 __all__ = ["MoBAConfig", "MoBACoreAttention", "RecordedSelection", "chunk_mass", "get_moba_layer_local_spec",

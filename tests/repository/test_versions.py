@@ -109,7 +109,7 @@ def test_the_page_names_the_floors():
 
 def test_the_rest_of_a_removed_package_is_no_version(tmp_path):
     (tmp_path / "triton-3.4.0.dist-info").mkdir()
-    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')\n")  # torch 2.13's CUDA build stops at it
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')\n")  # 2.13's CUDA build stops at it
     done = subprocess.run([sys.executable, "-c", "import moba_megatron"], capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
     assert done.stderr.splitlines()[-1] == "torch was imported"
